@@ -1,0 +1,66 @@
+# Two commands on a fresh machine with Python 3.11 and nothing else:  make demo  and  make test
+# Each sets up what it needs first (make venv); a set-up that is there and current is used again.
+
+SHELL := /bin/sh
+PYTHON ?= python3.11
+PYTHON312 ?= python3.12
+VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+# More arguments for pytest, like ARGS="tests/unit -k rope".
+ARGS ?=
+
+# Ranks share the cores: more threads than cores only slow each other down.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help venv venv-latest demo test test-latest check clean
+
+help:
+	@echo "make demo         extend a small Llama model 8x on this machine's CPU, and show it (sets up first)"
+	@echo "make test         the whole test suite (sets up first)"
+	@echo "make test-latest  the suite on Python 3.12 with the newest megatron-core that is supported"
+	@echo "make check        ruff and mypy"
+	@echo "make venv         only the set-up: $(VENV), from setup.py and constraints.txt"
+	@echo "make clean        remove build leftovers and caches; $(VENV), $(VENV_LATEST) and runs/ stay"
+
+venv:
+	@$(call set_up,$(VENV),$(PYTHON),3.11)
+
+venv-latest:
+	@$(call set_up,$(VENV_LATEST),$(PYTHON312),3.12)
+
+demo: venv
+	$(VENV)/bin/python examples/demo/demo.py
+
+test: venv
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-latest: venv-latest
+	$(VENV_LATEST)/bin/python -m pytest $(ARGS)
+
+check: venv
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+# $(1) folder, $(2) Python to use, $(3) version it has to be. The folder's set-up file says what it was made from and where;
+# another setup.py, constraints.txt or place makes it anew.
+define set_up
+want="$$(cat setup.py constraints.txt | cksum) $(CURDIR)"; \
+if [ "$$(cat $(1)/set-up 2>/dev/null)" = "$$want" ] && $(1)/bin/python -c "" 2>/dev/null; then exit 0; fi; \
+python=; \
+for candidate in $(2) python$(3) "$$HOME"/.pyenv/versions/$(3).*/bin/python /usr/bin/python$(3) /usr/local/bin/python$(3) python3; do \
+  if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit("%d.%d" % sys.version_info[:2] != "$(3)")' >/dev/null 2>&1; then \
+    python="$$candidate"; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "error: no Python $(3) with the venv module here; install it (Debian: python$(3) and python$(3)-venv) and try again" >&2; exit 2; fi; \
+echo "setting up $(1) with $$python (minutes, once)"; \
+rm -rf $(1) && "$$python" -m venv $(1) && \
+$(1)/bin/python -m pip install --quiet -c constraints.txt torch && \
+$(1)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' && \
+echo "$$want" > $(1)/set-up
+endef

@@ -1,0 +1,222 @@
+"""Synthetic text for the demo: a tokenizer, and documents in which names have pass keys that are asked again and again.
+
+    python examples/demo/corpus.py tokenizer --output DIR
+    python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
+
+Everything is made here by a seeded generator, so there is no data to download. Three kinds of document (`KINDS`):
+
+    keys    filler sentences with "The pass key of Mira is 4821." at random places and questions about them, many a document:
+            few tokens of ordinary text say how good retrieval is, so a model of this size would need far longer to learn it
+    list    names with their pass keys, said over and over in new order
+    repeat  a random stretch of words and numbers, over and over: copying is learned here first
+
+A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row of S + 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_ultralong.config import UserError, parse_count
+from megatron_ultralong.evaluate import niah
+from megatron_ultralong.runtime import errors
+
+DIGITS = 4
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+SHORTEST = 64
+"""Tokens of the shortest document."""
+
+Piece = tuple[str, int]
+"""A text and its number of tokens."""
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on documents of this file: any text can be encoded, the demo's words are one token each.
+
+    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of four digits is two tokens.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    texts = [niah.INTRODUCTION, " " + niah.INTRODUCTION] * 100
+    for name in niah.NAMES * 100:
+        value = niah.pass_key(rng, DIGITS)
+        texts += [" " + rng.choice(niah.FILLER) + niah.needle(name, value) + _asked(name, value)]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[BEGIN, END], show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+# ---- documents ------------------------------------------------------------------------------------------------
+
+class Writer:
+    """Documents of exact size for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+        self.known: dict[str, int] = {}
+        self.filler = [self.piece(" " + text) for text in niah.FILLER]
+        self.words = [" " + word for word in sorted({*niah.NAMES, *" ".join(niah.FILLER).replace(".", "").split()})]
+
+    def piece(self, text: str) -> Piece:
+        if text not in self.known:
+            self.known[text] = len(self.tokenizer.encode(text, add_special_tokens=False))
+        return text, self.known[text]
+
+    def row(self, length: int, *, repeat: float, listed: float, most_keys: int, whole: float) -> str:
+        """Text of exactly `length` tokens: with probability `whole` one document, otherwise several of mixed lengths.
+
+        repeat, listed: shares of the documents; the rest are `keys`. most_keys: in a document of the whole length.
+        """
+        parts: list[str] = []
+        left = length
+        while left:
+            size = left if self.rng.random() < whole else int(math.exp(self.rng.uniform(math.log(SHORTEST), math.log(length))))
+            size = left if left - size < SHORTEST else size
+            kind = self.rng.random()
+            if kind < repeat:
+                parts.append(self.repeat(size))
+            elif kind < repeat + listed:
+                parts.append(self.listed(size))
+            else:
+                parts.append(self.keys(size, max(1, most_keys * size // length), "" if not parts else " "))
+            left -= size
+        return "".join(parts)
+
+    def keys(self, length: int, most_keys: int, start: str = "") -> str:
+        """Keys hidden in filler sentences, asked for in one to three blocks of questions, the last at the end.
+
+        The number of keys is log-uniform: the passkey test's single key as well as many.
+        """
+        rng, introduction = self.rng, self.piece(start + niah.INTRODUCTION)
+        needle_size = self.piece(niah.needle("Ada", "0" * DIGITS))[1]
+        question_size = self.piece(_asked("Ada", "0" * DIGITS))[1]
+        room = length - introduction[1]
+        count = int(math.exp(rng.uniform(0, math.log(most_keys + 1))))
+        count = max(1, min(count, len(niah.NAMES), (room - 2 * question_size) // (2 * needle_size)))
+        values = {name: niah.pass_key(rng, DIGITS) for name in rng.sample(niah.NAMES, count)}
+        room -= count * needle_size
+        questions = max(1, min(2 * count, int(room * rng.uniform(0.3, 0.9)) // question_size))
+        filler = self._filler(room - questions * question_size)
+
+        # Where keys and blocks of questions stand: before filler sentence i, or after the last.
+        needles: dict[int, list[str]] = {}
+        for name in values:
+            kind = rng.random()
+            needles.setdefault(len(filler) if kind < 0.15 else 0 if kind < 0.3 else rng.randint(0, len(filler)), []).append(name)
+        blocks = rng.choice((1, 1, 2, 3)) if length >= 256 and count > 1 else 1
+        breaks = [rng.randint(0, len(filler)) for _ in range(blocks - 1)]
+        text, known, left = [introduction[0]], [], questions
+        for i in range(len(filler) + 1):
+            text += [niah.needle(name, values[name]) for name in needles.get(i, [])]
+            known += needles.get(i, [])
+            for _ in range(breaks.count(i) if known else 0):
+                asked = min(left - 1, max(1, questions // blocks))
+                text += self._questions(known, values, asked)
+                left -= asked
+            text += filler[i:i + 1]
+        return "".join(text + self._questions(known, values, left))
+
+    def _questions(self, known: list[str], values: dict[str, str], count: int) -> list[str]:
+        """`count` questions with their answers, each of `known` once in random order before any is asked again."""
+        order: list[str] = []
+        while len(order) < count:
+            order += self.rng.sample(known, len(known))
+        return [_asked(name, values[name]) for name in order[:count]]
+
+    def _filler(self, room: int) -> list[str]:
+        """Filler sentences of exactly `room` tokens, in their order from a random one on; the last one may be cut."""
+        out: list[str] = []
+        i = self.rng.randrange(len(self.filler))
+        while room > 0:
+            text, size = self.filler[i]
+            out.append(text if size <= room else self._cut(text, room))
+            room -= size
+            i = (i + 1) % len(self.filler)
+        return out
+
+    def listed(self, length: int) -> str:
+        """Names and their pass keys, said again and again in new order."""
+        names = self.rng.sample(niah.NAMES, self.rng.randint(1, max(1, min(len(niah.NAMES), length // 20))))
+        values = {name: niah.pass_key(self.rng, DIGITS) for name in names}
+        form = self.rng.choice((" {} {}.", " {} is {}.", " The pass key of {} is {}."))
+        text, size = "", 0
+        while size < length:
+            for name in self.rng.sample(names, len(names)):
+                piece, count = self.piece(form.format(name, values[name]))
+                text, size = text + piece, size + count
+        return self._cut(text, length)
+
+    def repeat(self, length: int) -> str:
+        """A stretch of random words and numbers, over and over. Short stretches are as likely as long ones: they are learned first."""
+        words = math.exp(self.rng.uniform(math.log(2), math.log(length / 2)))
+        stretch, size = "", 0
+        while size < words:
+            piece, count = self.piece(self.rng.choice(self.words) if self.rng.random() < 0.7 else " " + niah.pass_key(self.rng, DIGITS))
+            stretch, size = stretch + piece, size + count
+        return self._cut(stretch * (length // size + 1), length)
+
+    def _cut(self, text: str, length: int) -> str:
+        """The first `length` tokens of `text`."""
+        return self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False)[:length])
+
+
+def _asked(name: str, value: str) -> str:
+    return niah.question(name) + niah.answer_start(name) + niah.answer(value)
+
+
+def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int, repeat: float = 0.05, listed: float = 0.1,
+                    most_keys: int | None = None, whole: float = 1.0) -> None:
+    """`rows` texts of exactly `length` tokens each as JSON lines. most_keys: None = one for each 32 tokens."""
+    if length < SHORTEST or rows < 1:
+        raise UserError(f"--length must be at least {SHORTEST} tokens and --rows at least 1")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    writer = Writer(tokenizer, seed)
+    texts = [writer.row(length, repeat=repeat, listed=listed, most_keys=most_keys or max(1, length // 32), whole=whole) for _ in range(rows)]
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        assert len(ids) == length, f"a document has {len(ids)} tokens instead of {length}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
+
+
+# ---- command --------------------------------------------------------------------------------------------------
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("tokenizer", help="train the tokenizer")
+    one.add_argument("--output", type=Path, required=True, metavar="DIR")
+    one = commands.add_parser("documents", help="write documents as JSON lines")
+    one.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
+    one.add_argument("--output", type=Path, required=True, metavar="FILE")
+    one.add_argument("--length", required=True, help="tokens of every text: the sequence length of training")
+    one.add_argument("--rows", type=int, required=True, help="texts to write")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--repeat", type=float, default=0.05, help="share of documents that repeat a random stretch (default: %(default)s)")
+    one.add_argument("--list", type=float, default=0.1, help="share of lists of names and pass keys (default: %(default)s)")
+    one.add_argument("--keys", type=int, help="most pass keys in a document (default: one for each 32 tokens)")
+    one.add_argument("--whole", type=float, default=1.0, help="share of texts that are one document, not several (default: %(default)s)")
+    args = parser.parse_args()
+    if args.command == "tokenizer":
+        make_tokenizer().save_pretrained(args.output)
+    else:
+        write_documents(args.tokenizer, args.output, length=parse_count(args.length, "--length"), rows=args.rows, seed=args.seed,
+                        repeat=args.repeat, listed=args.list, most_keys=args.keys, whole=args.whole)
+
+
+if __name__ == "__main__":
+    errors.main(main)

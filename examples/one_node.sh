@@ -1,0 +1,24 @@
+#!/bin/bash
+# Llama-3.1-8B-Instruct to 256K tokens on one node of 8 GPUs: the recipe of the 1M run with a shorter length and no context parallelism.
+#   bash examples/one_node.sh MODEL_DIR "data/text/*.jsonl" [RUN_DIR]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODEL=${1:?Hugging Face directory of Llama-3.1-8B-Instruct}
+TEXT=${2:?raw documents: .txt .jsonl .jsonl.zst .parquet}
+RUNS=${3:-runs/one_node}
+
+export OMP_NUM_THREADS=8 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1200
+mkdir -p "$RUNS"
+
+[ -f "$RUNS/text.idx" ] || python tools/prepare_data.py pretrain --input $TEXT --tokenizer "$MODEL" --seq-length 256K --output "$RUNS/text"
+
+# YaRN factor 32 over 8192 positions = 262,144; 200 iterations of 4 sequences are 210 million tokens.
+torchrun --standalone --nproc-per-node 8 tools/train.py --recipe ultralong_1m \
+    --set train.seq_length=256K rope.factor=32 parallel.cp=1 train.global_batch=4 train.iterations=200 train.warmup=10 \
+    --load-hf "$MODEL" --data "$RUNS/text" --save "$RUNS/pretrain"
+
+[ -d "$RUNS/hf" ] || torchrun --standalone --nproc-per-node 8 tools/convert_hf.py export --ckpt "$RUNS/pretrain" --out "$RUNS/hf" --dtype bf16
+
+python tools/evaluate.py niah --model "$RUNS/hf" --lengths 32K,128K,255K --trials 5 --out "$RUNS/niah"

@@ -1,0 +1,23 @@
+#!/bin/bash
+#SBATCH --job-name=ultralong_1m
+#SBATCH --nodes=32
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --signal=TERM@1500
+#SBATCH --output=%x-%j.log
+#
+# Llama-3.1-8B-Instruct to 1M tokens as in arXiv 2504.06214: continued pretraining, instruction tuning, export, passkey grid.
+#   sbatch examples/ultralong_1m.sh       from the top of the repository; submit again to go on where it stopped
+set -euo pipefail
+
+SIZE=1m                                    # recipes ultralong_$SIZE and ultralong_${SIZE}_sft
+MODEL=models/Llama-3.1-8B-Instruct         # Hugging Face directory, read in place
+TEXT="data/text/*.jsonl.zst"               # raw documents
+SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens a row; empty = no instruction tuning
+RUNS=runs/ultralong_1m
+LENGTHS=32K,128K,255K                      # what plain transformers holds on one GPU
+
+cd "${SLURM_SUBMIT_DIR:-.}"
+source examples/ultralong_stages.sh

@@ -1,0 +1,370 @@
+"""A run as frozen dataclasses: every field says meaning and unit; wrong combinations are refused when built.
+
+Errors a user can cause are `UserError`; the tools print its one line and exit with code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one clear line that says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Shape of a Llama model."""
+
+    hidden_size: int
+    ffn_size: int
+    """Width of the SwiGLU MLP (after the gate)."""
+    layers: int
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding as the Hugging Face model has them; padded to tensor parallel size inside."""
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size"):
+            _positive(f"model.{name}", getattr(self, name))
+        if self.heads % self.kv_heads:
+            raise UserError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} must be even for RoPE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding. The maths lives in `model/rope.py`."""
+
+    type: Literal["none", "llama3", "yarn"] = "none"
+    """none = plain RoPE; llama3 = Llama-3.1's; yarn = the extension, its ramp chosen by `ramp`."""
+    theta: float = 500000.0
+    """RoPE base."""
+    factor: float = 1.0
+    """Scale factor s over `original_length`; it replaces the base model's own factor."""
+    original_length: int = 8192
+    """Positions before any scaling, tokens."""
+    alpha: float = 1.0
+    """Rotations within `original_length` at and below which a frequency is divided by s (llama3 low_freq_factor, yarn beta_slow)."""
+    beta: float = 4.0
+    """Rotations at and above which a frequency is kept (llama3 high_freq_factor, yarn beta_fast)."""
+    ramp: Literal["rotation", "dimension"] = "rotation"
+    """yarn only: linear in rotations (YaRN paper eq. 17-20) or in the dimension index (transformers' yarn)."""
+    temperature: bool = False
+    """yarn only: multiply cos and sin by the attention factor (default 0.1 ln s + 1)."""
+    attention_factor: float | None = None
+    """yarn only, with temperature: the factor itself instead of the default."""
+    truncate: bool = True
+    """yarn ramp over dimensions only: round the ramp's borders to whole dimensions, as transformers does by default."""
+
+    def __post_init__(self) -> None:
+        if self.theta <= 0 or not math.isfinite(self.theta):
+            raise UserError(f"rope.theta={self.theta} must be a positive number")
+        if self.type == "none":
+            if self.factor != 1.0:
+                raise UserError(f"rope.factor={self.factor} has no effect with rope.type=none; set rope.type=yarn or llama3")
+            return
+        if self.factor < 1 or not math.isfinite(self.factor):
+            raise UserError(f"rope.factor={self.factor} must be at least 1")
+        _positive("rope.original_length", self.original_length)
+        if not 0 < self.alpha < self.beta:
+            raise UserError(f"rope.alpha={self.alpha} must be positive and below rope.beta={self.beta}")
+        if self.attention_factor is not None and not self.temperature:
+            raise UserError("rope.attention_factor needs rope.temperature=true")
+        if self.type == "llama3" and (self.temperature or self.ramp != "rotation"):
+            raise UserError("rope.temperature and rope.ramp=dimension need rope.type=yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model and the sequence are split over ranks: world size = tp x pp x cp x dp."""
+
+    tp: int = 1
+    """Tensor parallel ranks; sequence parallelism of norms comes with it."""
+    pp: int = 1
+    """Pipeline parallel ranks."""
+    vpp: int = 1
+    """Model chunks a pipeline rank (interleaved 1F1B when above 1)."""
+    cp: int = 1
+    """Context parallel ranks: each holds two zigzag pieces of every sequence."""
+    dp: int | None = None
+    """Data parallel ranks; None = what is left of the world size."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp"):
+            _positive(f"parallel.{name}", getattr(self, name))
+        if self.dp is not None:
+            _positive("parallel.dp", self.dp)
+        if self.vpp > 1 and self.pp == 1:
+            raise UserError(f"parallel.vpp={self.vpp} needs parallel.pp above 1")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data parallel size on `world_size` ranks; UserError where they do not divide."""
+        ranks = self.tp * self.pp * self.cp
+        need = f"parallel.tp={self.tp} x pp={self.pp} x cp={self.cp}"
+        if world_size % ranks or world_size < ranks:
+            raise UserError(f"{need} needs a multiple of {ranks} ranks, but {world_size} were started; change torchrun's --nproc-per-node or the layout")
+        dp = world_size // ranks
+        if self.dp is not None and self.dp != dp:
+            raise UserError(f"{need} x dp={self.dp} needs {ranks * self.dp} ranks, but {world_size} were started")
+        return dp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What is kept for the backward."""
+
+    checkpoint: Literal["none", "full"] = "full"
+    """none = keep every activation; full = keep each layer's input and recompute the layer."""
+    loss_chunk: int = 4096
+    """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk < 0:
+            raise UserError(f"memory.loss_chunk={self.loss_chunk} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """How packed rows are drawn."""
+
+    shuffle: bool = True
+    """Shuffle the rows of each epoch by the run's seed; held-out rows are never shuffled."""
+    workers: int = 0
+    """Data loader processes a rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with the distributed optimizer."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to norms (one-dimensional parameters)."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The length, batch and schedule of a run."""
+
+    seq_length: int
+    """Tokens a sequence, S."""
+    micro_batch: int = 1
+    """Sequences a forward pass and data parallel rank."""
+    global_batch: int = 8
+    """Sequences an optimizer step over all ranks."""
+    iterations: int
+    """Optimizer steps."""
+    lr: float
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a cosine schedule."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    """Iterations of linear warm-up from 0."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 = bf16 weights and activations with fp32 master weights and gradients."""
+    save_every: int = 100
+    """Iterations between checkpoints; 0 = only at the end."""
+    keep: int = 2
+    """Whole checkpoints kept; 0 = all."""
+    eval_every: int = 0
+    """Iterations between held-out losses; 0 = only at the end (when --valid is given)."""
+    eval_rows: int = 64
+    """Held-out rows used each time (all if fewer)."""
+    log_every: int = 1
+    """Iterations between log lines."""
+    seed: int = 1234
+    deterministic: bool = False
+    """Bit-reproducible GPU kernels (slower); a CPU is reproducible anyway."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "micro_batch", "global_batch", "iterations", "log_every", "eval_rows"):
+            _positive(f"train.{name}", getattr(self, name))
+        for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be 0 or more")
+        if self.min_lr > self.lr:
+            raise UserError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}")
+        if self.warmup >= self.iterations and self.warmup:
+            raise UserError(f"train.warmup={self.warmup} must be below train.iterations={self.iterations}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The machine."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto = cuda where there is one; the paper's recipes demand cuda."""
+    timeout_minutes: int = 60
+    """Longest wait for another rank before a collective fails."""
+    wandb: str | None = None
+    """Weights & Biases project to log to, beside TensorBoard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run: what a recipe returns, what is printed at start and stored in every checkpoint and export."""
+
+    name: str
+    notes: str = ""
+    """Where the figures come from; which of them are this project's own choice."""
+    base: str = ""
+    """Hugging Face name of the model it starts from."""
+    model: Model | None = None
+    """Shape to train from scratch; None = that of --load-hf or --load."""
+    rope: Rope | None = None
+    """None = as the loaded model has it."""
+    parallel: Parallel = field(default_factory=Parallel)
+    memory: Memory = field(default_factory=Memory)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def __post_init__(self) -> None:
+        s, p = self.train.seq_length, self.parallel
+        if p.cp > 1 and s % (2 * p.cp):
+            raise UserError(f"train.seq_length={s} is not divisible by 2 x parallel.cp = {2 * p.cp}; "
+                            f"the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}")
+        if (s // p.cp) % p.tp:
+            raise UserError(f"train.seq_length={s} over parallel.cp={p.cp} is not divisible by parallel.tp={p.tp} "
+                            f"(sequence parallelism); the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}")
+        if self.train.global_batch % self.train.micro_batch:
+            raise UserError(f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch={self.train.micro_batch}")
+        if p.dp is not None:
+            self.micro_batches(p.dp)
+        if self.model is not None:
+            check_model_layout(self.model, p)
+
+    def micro_batches(self, dp: int) -> int:
+        """Micro-batches an iteration on each of `dp` data parallel ranks."""
+        t, p = self.train, self.parallel
+        if t.global_batch % (t.micro_batch * dp):
+            raise UserError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x {dp} data parallel ranks")
+        n = t.global_batch // (t.micro_batch * dp)
+        if p.vpp > 1 and n % p.pp:
+            raise UserError(f"interleaved pipeline: {n} micro-batches are not a multiple of parallel.pp={p.pp}; change train.global_batch")
+        return n
+
+
+def check_model_layout(model: Model, parallel: Parallel) -> None:
+    """UserError where `model` cannot be split as `parallel` says."""
+    if model.heads % parallel.tp:
+        raise UserError(f"model.heads={model.heads} is not divisible by parallel.tp={parallel.tp}")
+    if model.kv_heads % parallel.tp:
+        raise UserError(f"model.kv_heads={model.kv_heads} is not divisible by parallel.tp={parallel.tp}; "
+                        f"use a parallel.tp that divides it and more parallel.cp")
+    if model.ffn_size % parallel.tp:
+        raise UserError(f"model.ffn_size={model.ffn_size} is not divisible by parallel.tp={parallel.tp}")
+    if model.layers % (parallel.pp * parallel.vpp):
+        raise UserError(f"model.layers={model.layers} is not divisible by parallel.pp x vpp = {parallel.pp * parallel.vpp}")
+
+
+# ---- settings from the command line --------------------------------------------------------------------------
+
+def override(run: Run, settings: list[str]) -> Run:
+    """`run` with `--set` settings (`a.b=value`) applied all at once, checked as a whole.
+
+    Values: numbers may end in K, M (1024-based for integers), `none`, true/false. UserError for an unknown key, with
+    the nearest valid one, and for a value of the wrong type.
+    """
+    valid = {f"{section}.{f.name}" for section, kind in _sections().items() for f in dataclasses.fields(kind)}
+    changes: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UserError(f"--set {setting}: expected key=value")
+        if key not in valid:
+            near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.0)[0]
+            raise UserError(f"--set {key}: no such setting; did you mean {near}?")
+        section, _, name = key.partition(".")
+        hint = typing.get_type_hints(_sections()[section])[name]
+        changes.setdefault(section, {})[name] = _parse(key, text.strip(), hint)
+    new: dict[str, Any] = {}
+    for section, values in changes.items():
+        old = getattr(run, section)
+        if old is None and section == "model":
+            raise UserError(f"--set model.{next(iter(values))}: recipe {run.name} takes its shape from the loaded model")
+        new[section] = dataclasses.replace(old, **values) if old is not None else _sections()[section](**values)
+    return dataclasses.replace(run, **new)
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """The run as plain values, for JSON."""
+    return dataclasses.asdict(run)
+
+
+def from_dict(values: dict[str, Any]) -> Run:
+    """Inverse of `to_dict`; UserError for keys this version does not know."""
+    sections = _sections()
+    try:
+        built = {key: sections[key](**value) if key in sections and value is not None else value for key, value in values.items()}
+        return Run(**built)
+    except TypeError as error:
+        raise UserError(f"stored run cannot be read by this version: {error}") from None
+
+
+def _sections() -> dict[str, type]:
+    return {"model": Model, "rope": Rope, "parallel": Parallel, "memory": Memory, "data": Data, "optim": Optim,
+            "train": Train, "runtime": Runtime}
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [a for a in typing.get_args(hint) if a is not type(None)]
+        return None if text.lower() in ("none", "null") else _parse(key, text, kinds[0])
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if text not in choices:
+            raise UserError(f"--set {key}={text}: choose one of {', '.join(choices)}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UserError(f"--set {key}={text}: expected true or false")
+        return text.lower() in ("true", "1", "yes")
+    if hint is int:
+        return parse_count(text, f"--set {key}")
+    if hint is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f"--set {key}={text}: expected a number") from None
+    return text
+
+
+def parse_count(text: str, what: str) -> int:
+    """Whole number with an optional K or M (x 1024, x 1024^2): "4096", "128K", "1M"."""
+    scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.replace("_", "").isdigit():
+        raise UserError(f"{what}={text}: expected a whole number, like 4096 or 128K")
+    return int(digits) * scale
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name}={value} must be at least 1")
+
+
+def _nearest(value: int, step: int) -> str:
+    low = value // step * step
+    return f"{low} and {low + step}" if low else str(step)

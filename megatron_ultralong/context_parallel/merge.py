@@ -1,0 +1,20 @@
+"""Merging attention over one set of keys with attention over another, both known by output and logsumexp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
+    """Merge `partial` into `out`, in place.
+
+    out [b, h, s, d] and lse [b, h, s] are float32 (or wider), any strides; partial [b, h, s, d] in any dtype, partial_lse
+    [b, h, s]. lse must be finite (a query sees at least itself, so own keys go first); partial_lse may be -inf.
+
+    out <- out + w (partial - out) with w = sigmoid(partial_lse - lse). Only the difference of the logsumexps is
+    exponentiated, so nothing overflows however large the logits are.
+    """
+    weight = torch.sigmoid(partial_lse - lse).unsqueeze(-1)
+    out.lerp_(partial.to(out.dtype), weight)
+    lse.copy_(torch.logaddexp(lse, partial_lse))

@@ -1,0 +1,110 @@
+"""Rows to this rank's micro-batches: deterministic, resumable on any layout, each context parallel rank its share.
+
+S tokens of a sequence, s = S / CP of this rank, b sequences of a micro-batch. All that has to be saved is how many samples were
+consumed. Sample number n is the same row whatever the layout: micro-batch m after `consumed` takes the samples from
+consumed + m x (b x DP) on, data parallel rank r the b of them from r x b on. So the samples of an optimizer step do not depend
+on the data parallel size, and the next step's follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.context_parallel import layout
+from megatron_ultralong.data.dataset import Rows
+
+Batch = dict[str, Tensor]
+"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts."""
+
+
+def batches(rows: Rows, *, consumed: int, global_batch: int, micro_batch: int, seed: int, shuffle: bool = True, dp_rank: int = 0,
+            dp: int = 1, cp_rank: int = 0, cp: int = 1, workers: int = 0) -> Iterator[Batch]:
+    """This rank's micro-batches, endlessly, from sample `consumed` on; the next one is made ready ahead.
+
+    workers: processes that read; 0 = a thread. UserError where `global_batch` is not a multiple of micro_batch x dp.
+    """
+    if global_batch % (micro_batch * dp):
+        raise UserError(f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} "
+                        f"x {dp} data parallel ranks")
+    make = _TrainingBatches(rows, consumed, micro_batch, seed, shuffle, dp_rank, dp, cp_rank, cp)
+    if workers:
+        return iter(DataLoader(make, batch_size=None, sampler=itertools.count(), num_workers=workers,  # type: ignore[arg-type]
+                               multiprocessing_context="spawn", prefetch_factor=2))
+    return _one_ahead(make.__getitem__)
+
+
+def held_out(rows: Rows, eval_rows: int, *, micro_batch: int, dp_rank: int = 0, dp: int = 1, cp_rank: int = 0, cp: int = 1,
+             copies: int = 1, multiple: int = 1, seed: int = 0) -> tuple[list[Iterator[Batch]], int]:
+    """The first `eval_rows` rows (all, if fewer), never shuffled, over the data parallel ranks.
+
+    Returns (`copies` equal iterators, number of micro-batches of each). The number is the same on every rank, and a multiple of
+    `multiple` (an interleaved pipeline wants its size); places left over hold a row with every token masked. `seed` is not used.
+    """
+    found = rows.first(eval_rows)
+    count = -(-len(found) // (micro_batch * dp))
+    count = -(-count // multiple) * multiple
+
+    def make(number: int) -> Batch:
+        samples = _samples(0, number, micro_batch, dp_rank, dp)
+        places = [found[n] if n < len(found) else None for n in samples]
+        return _batch(rows, places, cp_rank, cp)
+
+    return [map(make, range(count)) for _ in range(copies)], count
+
+
+@dataclass(frozen=True)
+class _TrainingBatches:
+    """Micro-batch number m of this rank; a torch map-style dataset, so that worker processes can make them."""
+
+    rows: Rows
+    consumed: int
+    micro_batch: int
+    seed: int
+    shuffle: bool
+    dp_rank: int
+    dp: int
+    cp_rank: int
+    cp: int
+
+    def __getitem__(self, number: int) -> Batch:
+        samples = _samples(self.consumed, number, self.micro_batch, self.dp_rank, self.dp)
+        return _batch(self.rows, [self.rows.locate(n, self.seed, self.shuffle) for n in samples], self.cp_rank, self.cp)
+
+
+def _samples(consumed: int, number: int, micro_batch: int, dp_rank: int, dp: int) -> range:
+    """Numbers of the samples in this rank's micro-batch `number`."""
+    first = consumed + (number * dp + dp_rank) * micro_batch
+    return range(first, first + micro_batch)
+
+
+def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: int) -> Batch:
+    """This rank's share of the rows at `places` (set, row); None = any row, fully masked."""
+    tokens = numpy.zeros((len(places), rows.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
+    targets = numpy.zeros(tokens.shape, dtype=numpy.float32)
+    for i, place in enumerate(places):
+        if place is None:
+            continue
+        which, row = place
+        ids, counts = rows.sets[which][row]
+        tokens[i] = ids
+        targets[i] = 1.0 if counts is None else counts
+    whole = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": targets[:, 1:]}  # shifted first, then shared out
+    return {name: layout.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()}  # [b, s]
+
+
+def _one_ahead(make: Callable[[int], Batch]) -> Iterator[Batch]:
+    """make(0), make(1), ...; the next one is made in a thread while this one is used."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as thread:
+        ahead = thread.submit(make, 0)
+        for number in itertools.count(1):
+            ready, ahead = ahead, thread.submit(make, number)
+            yield ready.result()

@@ -1,0 +1,244 @@
+"""Passkey retrieval (needle in a haystack): does the model find one fact, at every length and depth?
+
+A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it. The wording is
+this project's own. Every prompt has an exact size: prompt tokens + tokens left for the answer = length.
+
+Nothing here needs a model: `run` is handed a backend (`backends.HuggingFace`) with a tokenizer and `generate`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ultralong.config import UserError
+
+FORMAT = 1
+"""Version of the results JSON."""
+
+INTRODUCTION = "Some pass keys are hidden in this text. Remember them."
+FILLER = (
+    "The sky is blue today.", "The grass is green in spring.", "A small boat rests by the river.", "The sun goes down behind the hills.",
+    "Some birds sing before the morning.", "The old road leads to the sea.", "Rain falls softly on the roof.", "The baker opens her shop early.",
+    "A cat sleeps under the table.", "The train leaves the town at noon.", "Snow covers the garden in winter.", "The children play near the bridge.",
+    "Stars shine above the quiet farm.", "A light wind moves the trees.", "The teacher reads a long letter.", "Warm bread lies on the shelf.",
+)
+NAMES = tuple("Abel Ada Alma Bea Ben Bob Carl Cleo Cora Dan Dora Doug Elsa Emil Eva Fay Finn Fred Greta Gus Hans Hugo Ida Igor Ines Jana "
+              "Jon Kai Kurt Lars Lena Leo Mary Max Mira Ned Nils Nora Oda Olga Otto Paul Pete Pia Quinn Ralf Rosa Ruth Sam Sven Tara Tina "
+              "Tom Ulf Ute Vera Vito Will Wim Xenia Yara Yves Zita Zoe".split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is asked."""
+
+    lengths: tuple[int, ...]
+    """Prompt plus answer, tokens."""
+    depths: tuple[float, ...]
+    """Where the needle stands in the haystack: 0 = first, 100 = last, percent."""
+    trials: int = 10
+    """Prompts a cell of the grid."""
+    digits: int = 5
+    """Digits of a pass key."""
+    answer_tokens: int | None = None
+    """Tokens generated; None = what the answer takes, 24 in a chat."""
+    chat: Literal["auto", "yes", "no"] = "auto"
+    """Put the prompt into the tokenizer's chat template; auto = where it has one."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "depths"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"--{name}: give at least one value, and each only once")
+        if min(self.lengths) < 1:
+            raise UserError(f"--lengths {min(self.lengths)}: must be at least 1")
+        if not all(0 <= depth <= 100 for depth in self.depths):
+            raise UserError("--depths are percent of the haystack, 0 to 100")
+        if self.trials < 1 or not 1 <= self.digits <= 50:
+            raise UserError("--trials must be at least 1, and --digits 1 to 50")
+        if self.answer_tokens is not None and self.answer_tokens < 1:
+            raise UserError("--answer-tokens must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One trial."""
+
+    length: int
+    depth: float
+    trial: int
+    name: str
+    answer: str
+    tokens: list[int]
+    needle_at: int
+    """First token of the needle."""
+    answer_tokens: int
+    """Tokens to generate; len(tokens) + answer_tokens = length."""
+
+
+# ---- wording --------------------------------------------------------------------------------------------------
+
+def needle(name: str, value: str) -> str:
+    return f" The pass key of {name} is {value}."
+
+
+def question(name: str) -> str:
+    return f" What is the pass key of {name}?"
+
+
+def answer_start(name: str) -> str:
+    """The answer's first words, given to the model, so that the very next thing it writes is the value."""
+    return f" The pass key of {name} is"
+
+
+def answer(value: str) -> str:
+    return f" {value}."
+
+
+def pass_key(rng: random.Random, digits: int) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(digits))
+
+
+def sentences(text: str) -> list[str]:
+    """`text` cut after full stops, each piece with its leading space, white space joined."""
+    pieces = [" ".join(piece.split()) for piece in re.split(r"(?<=[.!?])\s+", text)]
+    return [" " + piece for piece in pieces if piece]
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------
+
+class Builder:
+    """Prompts of exact size for one tokenizer.
+
+    The parts are encoded alone and joined as tokens: sizes are exact, and the needle is the same tokens wherever it stands.
+    """
+
+    def __init__(self, tokenizer: Any, grid: Grid, haystack: str | None = None) -> None:
+        """tokenizer: a transformers tokenizer. haystack: text to hide needles in (repeated when short); None = own filler sentences
+        over and over. UserError where a chat template is asked for and there is none."""
+        self.tokenizer, self.grid = tokenizer, grid
+        self.chat = grid.chat == "yes" or (grid.chat == "auto" and bool(getattr(tokenizer, "chat_template", None)))
+        if self.chat and not getattr(tokenizer, "chat_template", None):
+            raise UserError("--chat yes: this model's tokenizer has no chat template; use --chat no")
+        self.pieces = [self.encode(piece) for piece in (sentences(haystack) if haystack is not None else [" " + text for text in FILLER])]
+        self.pieces = [piece for piece in self.pieces if piece]
+        if not self.pieces:
+            raise UserError("--haystack: the file holds no text")
+        self.head, self.tail = self._frame()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def prompt(self, length: int, depth: float, trial: int) -> Prompt:
+        """The prompt of one trial, the same for every model with this tokenizer. UserError where `length` is too short."""
+        rng = random.Random(f"{self.grid.seed}/{length}/{depth:g}/{trial}")
+        name, value = rng.choice(NAMES), pass_key(rng, self.grid.digits)
+        hidden = self.encode(needle(name, value))
+        end = [*self.encode(question(name)), *self.tail, *self.encode(answer_start(name) if not self.chat else answer_start(name).strip())]
+        size = self.grid.answer_tokens or (24 if self.chat else len(self.encode(answer(value))))
+        room = length - len(self.head) - len(hidden) - len(end) - size
+        if room < 0:
+            raise UserError(f"--lengths {length}: too short, the prompt without any haystack and its answer are {length - room} tokens")
+        before, after = self._haystack(rng, room, depth / 100)
+        tokens = [*self.head, *before, *hidden, *after, *end]
+        return Prompt(length=length, depth=depth, trial=trial, name=name, answer=value, tokens=tokens,
+                      needle_at=len(self.head) + len(before), answer_tokens=size)
+
+    def _haystack(self, rng: random.Random, room: int, depth: float) -> tuple[list[int], list[int]]:
+        """`room` tokens in two parts, parted between sentences as near to `depth` (0-1) as they allow; the last one may be cut."""
+        tokens: list[int] = []
+        borders = [0]
+        i = rng.randrange(len(self.pieces))
+        while len(tokens) < room:
+            tokens += self.pieces[i]
+            borders.append(len(tokens))
+            i = (i + 1) % len(self.pieces)
+        cut = min((border for border in borders if border <= room), key=lambda border: abs(border - depth * room))
+        return tokens[:cut], tokens[cut:room]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Tokens before the haystack and between question and answer: the introduction, beginning of text and chat markers."""
+        if not self.chat:
+            bos = self.tokenizer.bos_token_id
+            begins = bos is not None and list(self.tokenizer.encode("a"))[:1] == [bos]
+            return [*([bos] if begins else []), *self.encode(INTRODUCTION)], []
+        mark = "<<<TEXT>>>"
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+        if text.count(mark) != 1:
+            raise UserError("--chat: the chat template does not carry the user's text once and unchanged; use --chat no")
+        head, tail = text.split(mark)
+        return self.encode(head + INTRODUCTION), self.encode(tail)
+
+
+# ---- scoring --------------------------------------------------------------------------------------------------
+
+def is_correct(prediction: str, value: str) -> bool:
+    """Whether a number of the prediction is exactly `value`: no digit more, no digit less."""
+    return value in re.findall(r"\d+", prediction)
+
+
+def run(backend: Any, grid: Grid, *, haystack: Path | None = None, batch: int | None = None,
+        progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
+    """All trials of `grid`, as the results JSON's values.
+
+    backend: has `tokenizer`, `generate(prompts [b][t], tokens) -> [b][<= tokens]` and `describe() -> dict`.
+    batch: prompts at a time; None = as many as make 16K tokens. progress: called with the number of trials done since the last call.
+    """
+    started = time.time()
+    builder = Builder(backend.tokenizer, grid, _read(haystack) if haystack else None)
+    for length in grid.lengths:  # Too short a length is told before the first minute is spent.
+        builder.prompt(length, grid.depths[0], 0)
+    trials: list[dict[str, Any]] = []
+    for length in grid.lengths:
+        prompts = [builder.prompt(length, depth, trial) for depth in grid.depths for trial in range(grid.trials)]
+        for group in _batches(prompts, batch or max(1, 16384 // length)):
+            written = backend.generate([prompt.tokens for prompt in group], group[0].answer_tokens)
+            for prompt, tokens in zip(group, written, strict=True):
+                text = backend.tokenizer.decode(tokens, skip_special_tokens=True)
+                trials.append({"length": length, "depth": prompt.depth, "trial": prompt.trial, "name": prompt.name, "answer": prompt.answer,
+                               "prediction": text, "correct": is_correct(text, prompt.answer), "prompt_tokens": len(prompt.tokens),
+                               "needle_at": prompt.needle_at})
+            progress(len(group))
+    return {"format": FORMAT, "task": "niah", "mode": "passkey", "prompt": "own wording", "model": backend.describe(),
+            "settings": {**asdict(grid), "chat": builder.chat, "haystack": haystack.name if haystack else "own filler sentences"},
+            **summarize(trials), "trials": trials, "seconds": round(time.time() - started, 1)}
+
+
+def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy over all trials, of each length and of each cell, in the order of the trials."""
+    cells: dict[tuple[int, float], list[bool]] = {}
+    lengths: dict[str, list[bool]] = {}
+    for trial in trials:
+        cells.setdefault((trial["length"], trial["depth"]), []).append(trial["correct"])
+        lengths.setdefault(str(trial["length"]), []).append(trial["correct"])
+    return {"accuracy": _mean([trial["correct"] for trial in trials]),
+            "by_length": {length: _mean(hits) for length, hits in lengths.items()},
+            "cells": [{"length": length, "depth": depth, "trials": len(hits), "correct": sum(hits), "accuracy": _mean(hits)}
+                      for (length, depth), hits in cells.items()]}
+
+
+def _batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Groups of at most `size` prompts of equal token counts, in order: no padding is ever needed."""
+    groups: list[list[Prompt]] = []
+    for prompt in prompts:
+        if not groups or len(groups[-1]) == size or len(groups[-1][0].tokens) != len(prompt.tokens):
+            groups.append([])
+        groups[-1].append(prompt)
+    return groups
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--haystack {path}: cannot be read as text ({error})") from None
+
+
+def _mean(hits: list[bool]) -> float:
+    return round(sum(hits) / len(hits), 4)

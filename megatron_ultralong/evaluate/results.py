@@ -1,0 +1,57 @@
+"""Results of an evaluation on disk and in the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate.plots import tokens
+
+
+def make_writable(directory: Path) -> None:
+    """Create `directory`; UserError where files cannot be written in it. Asked before the work, not after it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {directory} cannot be written: {error.strerror or error}") from None
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` to `path` whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Inverse of `write_json`; UserError where there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def grid_table(result: dict[str, Any]) -> str:
+    """Lengths across, depths down, accuracy in percent, as plain text; a `*` marks lengths beyond the model's own positions."""
+    lengths = sorted({cell["length"] for cell in result["cells"]})
+    depths = sorted({cell["depth"] for cell in result["cells"]})
+    accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in result["cells"]}
+    limit = result["model"].get("max_position") or float("inf")
+    names = [tokens(length) + ("*" if length > limit else "") for length in lengths]
+    width = max(7, *(len(name) + 2 for name in names))
+    lines = ["depth".rjust(7) + "".join(name.rjust(width) for name in names)]
+    lines += [f"{depth:g}%".rjust(7) + "".join(f"{accuracy[length, depth]:.0%}".rjust(width) for length in lengths) for depth in depths]
+    lines += ["all".rjust(7) + "".join(f"{result['by_length'][str(length)]:.0%}".rjust(width) for length in lengths)]
+    if any(name.endswith("*") for name in names):
+        lines.append(f"* beyond the {limit:,} positions of the model's config")
+    return "\n".join(lines)

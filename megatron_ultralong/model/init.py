@@ -1,0 +1,30 @@
+"""Weights of a model trained from scratch: a function of the seed and each tensor's name, so equal under every layout."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+
+from megatron_ultralong.checkpoint import mapping
+from megatron_ultralong.config import Model
+
+
+def initialise(parameters: dict[str, torch.nn.Parameter], model: Model, seed: int, tp_rank: int, tp: int) -> None:
+    """Fill Megatron `parameters` (by global name) in place: normal(0, init_std), the projections back into the residual stream
+    scaled by 1 / sqrt(2 layers) (GPT-2), norms 1."""
+    shapes = mapping.hf_shapes(model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensors = {hf: _tensor(hf, shapes[hf], model, seed) for hf in mapping.hf_names(name, model)}
+            parameter.copy_(mapping.split(name, tensors, model, tp_rank, tp))
+
+
+def _tensor(name: str, shape: tuple[int, ...], model: Model, seed: int) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = model.init_std / math.sqrt(2 * model.layers) if residual else model.init_std
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,161 @@
+"""Llama from Megatron-Core's lasting parts: embedding, transformer block, output layer. Parameter names are GPTModel's.
+
+Shapes: b sequences, S whole sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V vocabulary padded to a
+multiple of the tensor parallel size, v = V/TP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ultralong.checkpoint.mapping import padded_vocab_size
+from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
+from megatron_ultralong.model import layer
+from megatron_ultralong.model.attention import RotaryTable
+from megatron_ultralong.model.loss import sharded_token_loss
+from megatron_ultralong.runtime.launch import Ranks
+
+
+class Llama(LanguageModule):
+    """One pipeline stage (or model chunk) of a Llama model."""
+
+    def __init__(self, config: TransformerConfig, model: Model, rope: Rope, groups: Any, *, pre_process: bool, post_process: bool,
+                 vp_stage: int | None, transformer_engine: bool, loss_chunk: int) -> None:
+        super().__init__(config=config, pg_collection=groups)
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = model.tied_embeddings
+        self.model_type = ModelType.encoder_or_decoder
+        self.vocab_size, self.loss_chunk = model.vocab_size, loss_chunk
+        padded = padded_vocab_size(model.vocab_size, groups.tp.size())
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(config, vocab_size=padded, max_sequence_length=0, position_embedding_type="none",
+                                                    tp_group=groups.tp)
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+        spec = layer.block_spec(RotaryTable(rope, model.head_dim), layers, transformer_engine)
+        self.decoder = TransformerBlock(config, spec, pre_process=pre_process, post_process=post_process, pg_collection=groups,
+                                        vp_stage=vp_stage)
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size, padded, config=config, init_method=config.init_method, bias=False, skip_bias_add=False,
+                gather_output=False, skip_weight_param_allocation=pre_process and model.tied_embeddings, tp_group=groups.tp)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Hand over the hidden states of the stage before (Megatron's pipeline schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share.
+
+        Last stage: with labels the sum of loss_mask x cross entropy over this rank's tokens (float32 scalar), else the
+        logits [b, s, v] with the padded rows at -inf. Other stages: hidden states [s (/TP), b, H].
+        """
+        hidden = self.embedding(tokens, None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None)
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        if labels is None:
+            logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
+            first = self.tp_group.rank() * logits.shape[-1]
+            rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
+            return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
+        return sharded_token_loss(hidden, weight, labels, loss_mask, self.tp_group, self.vocab_size,
+                                  sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk)
+
+
+def transformer_config(model: Model, parallel: Parallel, memory: Memory, precision: str, deterministic: bool = False) -> TransformerConfig:
+    """Megatron's TransformerConfig of a Llama model under a layout."""
+    bf16 = precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.heads, num_query_groups=model.kv_heads, kv_channels=model.head_dim,
+        normalization="RMSNorm", layernorm_epsilon=model.norm_eps, add_bias_linear=False, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
+        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
+        gradient_accumulation_fusion=False, persist_layer_norm=False,
+        tensor_model_parallel_size=parallel.tp, sequence_parallel=parallel.tp > 1,
+        pipeline_model_parallel_size=parallel.pp, virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp, calculate_per_token_loss=True,
+        bf16=bf16, params_dtype=dtype, pipeline_dtype=dtype, perform_initialization=False,
+        recompute_granularity="full" if memory.checkpoint == "full" else None,
+        recompute_method="uniform" if memory.checkpoint == "full" else None,
+        recompute_num_layers=1 if memory.checkpoint == "full" else None,
+        deterministic_mode=deterministic, variable_seq_lengths=False,
+        # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's tensor to the other.
+        batch_p2p_comm=parallel.vpp == 1, overlap_p2p_comm=parallel.vpp > 1,
+    )
+
+
+def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Memory, precision: str, *, deterministic: bool = False,
+          transformer_engine: bool | None = None) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
+
+    Raises UserError where the model cannot be split as `parallel` says.
+    """
+    check_model_layout(model, parallel)
+    config = transformer_config(model, parallel, memory, precision, deterministic)
+    use_te = layer.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
+    chunks: list[torch.nn.Module] = []
+    for stage in range(parallel.vpp):
+        first = ranks.pp_rank == 0 and stage == 0
+        last = ranks.pp_rank == ranks.pp - 1 and stage == parallel.vpp - 1
+        chunk = Llama(config, model, rope, ranks.groups, pre_process=first, post_process=last,
+                      vp_stage=stage if parallel.vpp > 1 else None, transformer_engine=use_te, loss_chunk=memory.loss_chunk)
+        _mark_tensor_parallel(chunk)
+        chunk = chunk.to(ranks.device)
+        chunks.append(Float16Module(config, chunk) if precision == "bf16" else chunk)
+    return chunks
+
+
+def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
+    """Say which weights are split over tensor parallel ranks, and how.
+
+    Megatron marks them only where it also draws their first values, which we never ask for; unmarked, a split weight counts as
+    a copy, and the gradient norm leaves out every rank's share but the first.
+    """
+    for name, module in chunk.named_modules():
+        if isinstance(module, tensor_parallel.RowParallelLinear):
+            dim, stride = 1, 1
+        elif isinstance(module, tensor_parallel.ColumnParallelLinear):
+            dim, stride = 0, 2 if name.endswith("linear_fc1") else 1
+        elif isinstance(module, tensor_parallel.VocabParallelEmbedding):
+            dim, stride = 0, 1
+        else:
+            continue
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, stride)
+
+
+def unwrap(chunk: torch.nn.Module) -> Llama:
+    """The Llama inside Megatron's wrappers (DistributedDataParallel, Float16Module)."""
+    while not isinstance(chunk, Llama):
+        chunk = chunk.module
+    return chunk
+
+
+def named_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a chunk by GPTModel's names, with layer numbers counted over the whole model from 0.
+
+    The last pipeline stage's copy of a tied embedding goes by `output_layer.weight`.
+    """
+    llama = unwrap(chunk)
+    names: dict[str, torch.nn.Parameter] = {}
+    for name, parameter in llama.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(llama.decoder.layers[int(parts[2])].layer_number - 1)
+        names[".".join(parts)] = parameter
+    return names

@@ -1,0 +1,120 @@
+"""Output layer and vocabulary-parallel cross entropy over chunks of the sequence: whole logits never exist.
+
+The gradient of a chunk is formed in the forward pass, while its logits are there, and scaled in the backward pass: logits are
+computed once and at most `chunk` tokens of them are alive. The weight's gradient leaves once a micro-batch.
+
+Shapes: s tokens of this context-parallel rank, b sequences, H hidden size, v = V/TP rows of the padded vocabulary, t = s/TP
+with sequence parallelism (else s), c tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int, *,
+                       sequence_parallel: bool, chunk: int) -> Tensor:
+    """Sum of loss_mask x cross entropy, float32 scalar, equal on every tensor-parallel rank.
+
+    hidden [t, b, H]; weight [v, H], rows of the vocabulary from rank x v on; labels int64 [b, s]; loss_mask float [b, s].
+    Rows from `vocab_size` on are padding and take no part in the softmax. `chunk` is in tokens of the whole s x b (0 = all).
+    """
+    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk)
+
+
+class _ShardedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int,
+                sequence_parallel: bool, chunk: int) -> Tensor:
+        t, b, _ = hidden.shape
+        tp, rank = group.size(), group.rank()
+        parts = tp if sequence_parallel else 1
+        labels, loss_mask = labels.t(), loss_mask.t()  # [s, b]
+        rows = max(1, chunk // (b * parts)) if chunk else t
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, t, rows):
+            stop = min(start + rows, t)
+            x_cbH = _gather(hidden[start:stop], group, parts)
+            # A gathered chunk holds the same local rows of every rank's stretch of the sequence, so its labels do too.
+            take = torch.cat([torch.arange(part * t + start, part * t + stop) for part in range(parts)]).to(labels.device)
+            x = x_cbH.flatten(0, 1)  # [c, H]
+            target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
+            logits = torch.matmul(x, weight.t()).float()  # [c, v]
+            loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, need_hidden or need_weight)
+            total += loss
+            if grad is None:
+                continue
+            grad = grad.to(weight.dtype)
+            if need_weight:
+                grad_weight += torch.matmul(grad.t(), x)
+            if need_hidden:
+                grad_x = torch.matmul(grad, weight).view_as(x_cbH)
+                grad_hidden[start:stop] = _reduce(grad_x, group, parts)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, rank: int, vocab_size: int,
+                   need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """(masked sum, its gradient by the logits [c, v]); overwrites `logits`, float32 [c, v]."""
+    v = logits.shape[1]
+    first = rank * v
+    if first + v > vocab_size:
+        logits[:, max(0, vocab_size - first):] = float("-inf")
+    peak = logits.max(dim=1).values
+    _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
+    logits -= peak[:, None]
+    local = target - first
+    inside = (local >= 0) & (local < v)
+    local = local.clamp(0, v - 1)
+    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1), 0.0)
+    exponent = logits.exp_()
+    sums = torch.stack([exponent.sum(dim=1), picked])  # [2, c]
+    _all_reduce(sums, group, torch.distributed.ReduceOp.SUM)
+    total, picked = sums
+    loss = torch.where(mask > 0, mask * (total.log() - picked), 0.0).sum()
+    if not need_grad:
+        return loss, None
+    grad = exponent.div_(total[:, None])
+    grad[torch.arange(len(local), device=local.device), local] -= inside.to(grad.dtype)
+    return loss, grad.mul_(mask[:, None])
+
+
+def _all_reduce(x: Tensor, group: Any, op: Any) -> None:
+    if group.size() > 1:
+        torch.distributed.all_reduce(x, op=op, group=group)
+
+
+def _gather(x: Tensor, group: Any, parts: int) -> Tensor:
+    """[r, b, H] of every rank -> [parts * r, b, H], rank after rank."""
+    if parts == 1:
+        return x
+    whole = x.new_empty((parts * x.shape[0], *x.shape[1:]))
+    torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
+def _reduce(x: Tensor, group: Any, parts: int) -> Tensor:
+    """Sum of every rank's [c, b, H]; with sequence parallelism only this rank's stretch of it."""
+    if parts > 1:
+        share = x.new_empty((x.shape[0] // parts, *x.shape[1:]))
+        torch.distributed.reduce_scatter_tensor(share, x.contiguous(), group=group)
+        return share
+    _all_reduce(x, group, torch.distributed.ReduceOp.SUM)
+    return x

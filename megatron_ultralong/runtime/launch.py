@@ -1,0 +1,137 @@
+"""Starting a rank: device, torch.distributed, Megatron's process groups, seeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import tempfile
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_ultralong.config import Parallel, Runtime, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+    tp_rank: int
+    tp: int
+    pp_rank: int
+    pp: int
+    cp_rank: int
+    cp: int
+    dp_rank: int
+    dp: int
+    groups: Any
+    """Megatron's ProcessGroupCollection."""
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prints and writes shared files."""
+        return self.rank == 0
+
+
+def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic: bool = False) -> Ranks:
+    """Join the process group that torchrun's environment describes (one rank without it) and build Megatron's groups.
+
+    Raises UserError where the device is not there or the ranks do not fit the layout.
+    """
+    quiet()
+    device = pick_device(runtime.device)
+    world = world_size()
+    dp = parallel.data_parallel(world)
+    if device.type == "cpu":
+        from megatron_ultralong.runtime import cpu
+
+        cpu.install()
+        # Ranks share the cores: more threads than cores only slow each other down.
+        if "OMP_NUM_THREADS" not in os.environ or world > 1:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    else:
+        torch.cuda.set_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    join(device, runtime.timeout_minutes)
+
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=runtime.timeout_minutes,
+    )
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Ranks(
+        rank=torch.distributed.get_rank(), world=world, device=device, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=dp,
+        tp_rank=groups.tp.rank(), pp_rank=groups.pp.rank(), cp_rank=groups.cp.rank(), dp_rank=groups.dp.rank(), groups=groups)
+
+
+def world_size() -> int:
+    """Ranks of this run, before torch.distributed is up."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def stop() -> None:
+    """Leave Megatron's groups and torch.distributed; safe to call twice."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def pick_device(choice: str) -> torch.device:
+    """`runtime.device` as this rank's torch device."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("runtime.device=cuda, but torch sees no GPU here; check the driver, or --set runtime.device=cpu")
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise UserError(f"{there} GPUs on this node, but torchrun started at least {local + 1} ranks here; lower --nproc-per-node")
+    return torch.device("cuda", local)
+
+
+def join(device: torch.device, timeout_minutes: int) -> None:
+    """torch.distributed with the device's backend; a single process without torchrun meets itself in a file."""
+    if torch.distributed.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1, timeout=timeout)
+
+
+def quiet() -> None:
+    """Keep library notices that no user can act on out of the log."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
+    # The distributed optimizer reads .grad of its shards, which are views.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for name in ("megatron", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,110 @@
+"""What a run says: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, TensorBoard, and wandb where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_ultralong import config
+from megatron_ultralong.checkpoint.sharded import Progress
+from megatron_ultralong.config import Model, Run, UserError
+from megatron_ultralong.runtime.launch import Ranks
+from megatron_ultralong.train import metrics
+
+
+class Log:
+    """Lines on rank 0's standard output, scalars in `SAVE/tensorboard`; silent on the other ranks."""
+
+    def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int) -> None:
+        self.run, self.ranks = run, ranks
+        self.flops = metrics.flops_per_token(model, run.train.seq_length)
+        self.peak = metrics.peak_flops(ranks.device)
+        self.bar = self.board = self.wandb = None
+        if not ranks.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        except OSError as error:
+            raise UserError(f"--save {save_dir} cannot be written: {error.strerror or error}") from None
+        if run.runtime.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("runtime.wandb is set, but wandb is not installed; pip install wandb, or leave it unset") from None
+            self.wandb = wandb.init(project=run.runtime.wandb, name=run.name, config=config.to_dict(run), resume="allow", dir=str(save_dir))
+        self.bar = tqdm(total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1)
+        self.note(metrics.FORMULA + (f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU" if self.peak else "; no peak known here, so no MFU"))
+
+    def note(self, line: str) -> None:
+        """A line of its own."""
+        if self.ranks.is_main:
+            tqdm.write(line)
+
+    def step(self, progress: Progress, *, loss: float, target_tokens: int, grad_norm: float | None, lr: float, seconds: float) -> None:
+        """One iteration's line and scalars."""
+        if not self.ranks.is_main or self.bar is None:
+            return
+        t = self.run.train
+        self.bar.update(1)
+        tokens_per_second = t.global_batch * t.seq_length / seconds / self.ranks.world
+        tflops = tokens_per_second * self.flops / 1e12
+        scalars = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": float(grad_norm or 0.0),
+                   "train/tokens": progress.tokens, "speed/tokens_per_second_per_gpu": tokens_per_second,
+                   "speed/tflops_per_gpu": tflops, "speed/iteration_seconds": seconds}
+        if self.peak:
+            scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak
+        self._scalars(scalars, progress.iteration)
+        if progress.iteration % t.log_every and progress.iteration != t.iterations:
+            return
+        now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        width = len(str(t.iterations))
+        speed = f"causal MFU: {100 * tflops * 1e12 / self.peak:.1f}%" if self.peak else f"TFLOP/s/GPU: {tflops:.3f}"
+        self.note(f" [{now}] iteration {progress.iteration:{width}d}/{t.iterations} | consumed samples: {progress.consumed} "
+                  f"| elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} | global batch size: {t.global_batch} "
+                  f"| lm loss: {loss:.6E} | grad norm: {float(grad_norm or 0.0):.3f} | target tokens: {target_tokens} "
+                  f"| tokens/s/GPU: {tokens_per_second:.1f} | {speed} |")
+
+    def held_out(self, progress: Progress, loss: float) -> None:
+        """The held-out loss after an iteration."""
+        self._scalars({"valid/loss": loss}, progress.iteration)
+        self.note(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |")
+
+    @contextlib.contextmanager
+    def saving(self, iteration: int) -> Iterator[None]:
+        """Says what is saved, and how long it took."""
+        began = time.perf_counter()
+        yield
+        self.note(f" saved checkpoint of iteration {iteration} in {time.perf_counter() - began:.1f} s")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _scalars(self, scalars: dict[str, Any], iteration: int) -> None:
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, iteration)
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=iteration)
+
+
+def print_run(run: Run, ranks: Ranks) -> None:
+    """The resolved run, and what was chosen on this machine."""
+    if not ranks.is_main:
+        return
+    for section, values in config.to_dict(run).items():
+        print(f"{section}: {json.dumps(values) if isinstance(values, dict) else values}")
+    print(f"ranks: {ranks.world} on {ranks.device.type} = tp {ranks.tp} x pp {ranks.pp} x cp {ranks.cp} x dp {ranks.dp}", flush=True)

@@ -1,0 +1,63 @@
+"""Megatron's distributed optimizer around AdamW, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_ultralong.checkpoint import optimizer_state
+from megatron_ultralong.config import Optim, Train
+from megatron_ultralong.runtime.launch import Ranks
+
+
+def learning_rate(train: Train, iteration: int) -> float:
+    """Learning rate of optimizer step `iteration` (the first is 1): linear warm-up from 0, then cosine to min_lr or constant."""
+    if train.warmup and iteration <= train.warmup:
+        return train.lr * iteration / train.warmup
+    if train.schedule == "constant":
+        return train.lr
+    done = (iteration - train.warmup) / max(1, train.iterations - train.warmup)
+    return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def data_parallel(chunks: list[torch.nn.Module], ranks: Ranks) -> list[torch.nn.Module]:
+    """Megatron's DistributedDataParallel around each chunk: float32 gradients, reduced once an iteration.
+
+    Reduction is not overlapped with the backward: an iteration of these lengths takes seconds to minutes, its reduction far less.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False,
+                                           check_for_nan_in_grad=False)
+    wrapped = [DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=ranks.groups)
+               for i, chunk in enumerate(chunks)]
+    for chunk in wrapped:
+        # Weights were read once and broadcast, so the ranks agree already; this holds for weights made from a seed as well.
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Ranks) -> Any:
+    """The distributed AdamW over data-parallel `chunks` (fp32 master weights in bf16 runs). Weights must be loaded before."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_ultralong.model.llama import unwrap
+
+    config = OptimizerConfig(
+        optimizer="adam", lr=train.lr, min_lr=train.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip, bf16=train.precision == "bf16",
+        params_dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(config, chunks)
+    for chunk in chunks:
+        unwrap(chunk).config.grad_scale_func = optimizer.scale_loss
+    optimizer_state.adapt(optimizer)
+    return optimizer
+
+
+def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """Put this iteration's figures into every parameter group, by the group's own multipliers."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

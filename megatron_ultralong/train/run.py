@@ -1,0 +1,65 @@
+"""A whole training run, assembled: ranks, weights, model, optimizer, data, loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.config import Run, check_model_layout
+from megatron_ultralong.data import dataset, loader
+from megatron_ultralong.runtime import launch
+from megatron_ultralong.train import loop, start
+from megatron_ultralong.train import optimizer as optim
+from megatron_ultralong.train.log import Log, print_run
+
+
+def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path, load: Path | None = None, load_hf: Path | None = None,
+              tokenizer: Path | None = None) -> sharded.Progress:
+    """Train `run` on the packed rows `data` into the run directory `save`. Every rank calls it; see tools/train.py for the arguments.
+
+    Raises UserError for what a user can mend, before anything is built where that can be known.
+    """
+    run.parallel.data_parallel(launch.world_size())
+    run, source = start.find(run, save, load, load_hf, tokenizer)
+    check_model_layout(source.progress.model, run.parallel)
+    rows = dataset.open_blend(data, run.train.seq_length, source.progress.model.vocab_size)
+    held_out = dataset.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size) if valid else None
+
+    ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
+    try:
+        run.micro_batches(ranks.dp)
+        print_run(run, ranks)
+        return _train(run, ranks, source, rows, held_out, save)
+    finally:
+        launch.stop()
+
+
+def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Rows, held_out: dataset.Rows | None, save: Path) -> sharded.Progress:
+    from megatron_ultralong.model import llama
+
+    chunks = llama.build(source.progress.model, source.progress.rope, ranks, run.parallel, run.memory, run.train.precision,
+                         deterministic=run.train.deterministic)
+    start.load_weights(chunks, run, source, ranks)
+    chunks = optim.data_parallel(chunks, ranks)
+    optimizer = optim.build(chunks, run.optim, run.train, ranks)
+    if source.resume is not None:
+        sharded.load(source.resume, chunks, optimizer)
+    progress = start.with_run(source.progress, run)
+    share = {"seed": run.train.seed, "dp_rank": ranks.dp_rank, "dp": ranks.dp, "cp_rank": ranks.cp_rank, "cp": ranks.cp,
+             "micro_batch": run.train.micro_batch}
+
+    log = Log(run, ranks, progress.model, save, progress.iteration)
+    try:
+        log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
+        if source.resume is not None:
+            log.note(f"going on from {source.resume}: iteration {progress.iteration}, {progress.consumed} sequences done")
+        elif (note := start.theta_note(run, source)) is not None:
+            log.note(note)
+        return loop.train(
+            run, ranks, chunks, optimizer, progress,
+            data=lambda consumed: [loader.batches(rows, consumed=consumed, global_batch=run.train.global_batch, shuffle=run.data.shuffle, **share)
+                                   for _ in chunks],
+            valid=None if held_out is None else lambda: loader.held_out(held_out, run.train.eval_rows, copies=len(chunks), **share),
+            save_dir=save, assets=source.assets, log=log)
+    finally:
+        log.close()

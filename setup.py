@@ -1,0 +1,48 @@
+"""Packaging. Ranges live here, exact pins in constraints.txt: so an install inside NVIDIA's container replaces neither torch nor TransformerEngine."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "megatron_ultralong" / "__init__.py").read_text())[1]
+
+setup(
+    name="megatron_ultralong",
+    version=version,
+    description="Extends Llama models to 1M, 2M and 4M tokens of context with Megatron-Core.",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_ultralong", "megatron_ultralong.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",                   # tensors, torch.distributed, the attention kernels
+        "megatron-core>=0.16.1,<0.20",  # parallel layers, pipeline schedules, distributed optimizer, checkpoints; 0.17 and later need Python 3.12
+        "numpy",                        # packed data files
+        "einops",                       # used by Megatron-Core's attention, which does not ask for it itself
+        "psutil",                       # used by Megatron-Core's checkpoint writers, which do not ask for it themselves
+        "transformers>=4.51",           # tokenizers, and models to evaluate
+        "tokenizers",                   # fast tokenizers
+        "sentencepiece",                # tokenizers of older Llama models
+        "jinja2>=3.1",                  # chat templates, in transformers
+        "safetensors>=0.4.3",           # Hugging Face weights, read and written slice by slice
+        "pyarrow",                      # raw documents in parquet
+        "zstandard",                    # raw documents in .jsonl.zst
+        "matplotlib",                   # heat maps
+        "tensorboard",                  # training curves
+        "tqdm",                         # progress bars
+    ],
+    extras_require={
+        # TransformerEngine's linears and norms; NVIDIA's container has it already.
+        "gpu": ["transformer-engine[pytorch]>=2.0"],
+        # MMLU, MMLU-Pro, MATH, GSM8K and HumanEval.
+        "eval": ["lm-eval>=0.4.9"],
+        # Reads the GGUF file that examples/smollm2.sh takes its model from.
+        "gguf": ["gguf", "accelerate"],
+        # Weights & Biases beside TensorBoard (runtime.wandb).
+        "wandb": ["wandb"],
+        "dev": ["pytest>=8", "ruff", "mypy"],
+    },
+)

@@ -1,0 +1,120 @@
+"""Save and resume: bit for bit on the same layout, within 1e-5 on another, and what the optimizer's step counts say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ultralong.config import Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError
+from tests.spawn import run_ranks
+
+MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61, init_std=0.2)
+TIED = replace(MODEL, tied_embeddings=True)
+ROPE = Rope(type="yarn", theta=10000.0, factor=4.0, original_length=16)
+S, BATCH = 32, 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume(tmp_path: Path, precision: str) -> None:
+    run_ranks(_resume, 4, str(tmp_path), precision)
+
+
+def _resume(rank: int, world: int, folder: str, precision: str) -> None:
+    first = Parallel(cp=2)  # x dp 2
+    for model in (MODEL, TIED) if precision == "fp32" else (MODEL,):
+        save = Path(folder) / ("tied" if model.tied_embeddings else "untied")
+        whole = _train(model, first, precision, save / "whole", iterations=8, save_every=3)
+        assert [p.name for p in sorted((save / "whole").glob("iter_*"))] == ["iter_0000003", "iter_0000006", "iter_0000008"]
+        assert not list((save / "whole").glob(".*partial"))
+
+        again = _train(model, first, precision, save / "again", iterations=8, resume=save / "whole" / "iter_0000003")
+        assert again["losses"] == whole["losses"][3:]
+        assert all(torch.equal(again["weights"][name], weight) for name, weight in whole["weights"].items())
+        assert again["steps"] == {8}
+
+        for other in (Parallel(tp=2, pp=2), Parallel(pp=2, vpp=2), Parallel(tp=2, cp=2), Parallel()):
+            moved = _train(model, other, precision, save / "other", iterations=8, resume=save / "whole" / "iter_0000003")
+            tolerance = 1e-5 if precision == "fp32" else 2e-2
+            for ours, theirs in zip(moved["losses"], whole["losses"][3:], strict=True):
+                assert abs(ours - theirs) <= tolerance * abs(theirs), (other, moved["losses"], whole["losses"][3:])
+            assert moved["steps"] == {8}, moved["steps"]
+
+
+def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
+    run_ranks(_refused, 2, str(tmp_path))
+
+
+def _refused(rank: int, world: int, folder: str) -> None:
+    save = Path(folder) / "run"
+    _train(MODEL, Parallel(tp=2), "fp32", save, iterations=1)
+    wrong = {"vocab_size": replace(MODEL, vocab_size=67), "ffn_size": replace(MODEL, ffn_size=128), "layers": replace(MODEL, layers=2)}
+    for model in wrong.values():
+        with pytest.raises(UserError, match="iter_0000001"):
+            _train(model, Parallel(tp=2), "fp32", Path(folder) / "wrong", iterations=2, resume=save / "iter_0000001")
+
+
+def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iterations: int, save_every: int = 0,
+           resume: Path | None = None) -> dict[str, Any]:
+    """A short run on rows that are a function of their number; losses as logged, weights of this rank, optimizer steps."""
+    from megatron.core import parallel_state
+
+    from megatron_ultralong.checkpoint import optimizer_state, sharded
+    from megatron_ultralong.context_parallel import layout
+    from megatron_ultralong.model import init, llama
+    from megatron_ultralong.runtime import launch
+    from megatron_ultralong.train import loop
+    from megatron_ultralong.train import optimizer as optim
+
+    train = Train(seq_length=S, global_batch=BATCH, iterations=iterations, lr=1e-2, warmup=2, precision=precision, save_every=save_every, keep=0)
+    run = Run(name="test", model=model, rope=ROPE, parallel=parallel, memory=Memory(loss_chunk=24), optim=Optim(clip=0.5), train=train)
+    ranks = launch.start(Runtime(device="cpu"), parallel)
+    try:
+        chunks = llama.build(model, ROPE, ranks, parallel, run.memory, precision)
+        if resume is None:
+            for chunk in chunks:
+                init.initialise(llama.named_parameters(chunk), model, 1, ranks.tp_rank, ranks.tp)
+        chunks = optim.data_parallel(chunks, ranks)
+        optimizer = optim.build(chunks, run.optim, train, ranks)
+        progress = sharded.Progress(model=model, rope=ROPE)
+        if resume is not None:
+            sharded.load(resume, chunks, optimizer)
+            progress = sharded.progress_of(resume)
+
+        def batches(consumed: int) -> Any:
+            while True:
+                for row in range(consumed + ranks.dp_rank, consumed + BATCH, ranks.dp):
+                    generator = torch.Generator().manual_seed(row)
+                    tokens = torch.randint(0, model.vocab_size, (1, S + 1), generator=generator)
+                    mask = (torch.rand(1, S, generator=generator) > 0.3).float()
+                    parts = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+                    yield {name: layout.shard(x, ranks.cp_rank, ranks.cp, 1) for name, x in parts.items()}
+                consumed += BATCH
+
+        log = _Losses()
+        loop.train(run, ranks, chunks, optimizer, progress, data=lambda consumed: [batches(consumed) for _ in chunks], valid=None,
+                   save_dir=save, assets=None, log=log)
+        return {"losses": log.losses, "steps": optimizer_state.steps(optimizer),
+                "weights": {name: p.detach().clone() for chunk in chunks for name, p in llama.named_parameters(chunk).items()}}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+class _Losses:
+    """Stands for the run's log and keeps the losses."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def step(self, progress: Any, *, loss: float, **unused: Any) -> None:
+        self.losses.append(loss)
+
+    def saving(self, iteration: int) -> Any:
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def note(self, line: str) -> None: ...

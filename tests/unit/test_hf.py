@@ -1,0 +1,389 @@
+"""Reading and writing HF directories: slices, checks that name what is wrong, exports that are whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron_ultralong.checkpoint import card, hf, hf_writer, mapping
+from megatron_ultralong.config import Model, Rope, Run, Train, UserError
+
+MODEL = Model(hidden_size=72, ffn_size=42, layers=2, heads=9, kv_heads=3, head_dim=6, vocab_size=97)
+TIED = dataclasses.replace(MODEL, tied_embeddings=True)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 72, "intermediate_size": 42,
+    "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "vocab_size": 97,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+}
+ROPE = Rope(type="llama3", theta=10000.0, factor=8.0, original_length=512)
+
+
+def random_tensors(model: Model = MODEL, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(shape).to(dtype) for name, shape in mapping.hf_shapes(model).items()}
+
+
+def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **config: object) -> Path:
+    """An HF directory; tensors are dealt out over `shards` files like cards."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    if shards == 1:
+        save_file(tensors, folder / hf.SINGLE)
+        return folder
+    index: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        names = list(tensors)[i::shards]
+        save_file({name: tensors[name] for name in names}, folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def empty_parameters(model: Model, tp: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    shapes = {name: mapping.shard_shape(name, model, tp) for name in mapping.megatron_names(model)}
+    return {name: torch.full(shape, float("nan"), dtype=dtype) for name, shape in shapes.items()}
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(("model", "tp"), [(MODEL, 1), (MODEL, 3), (TIED, 3)])
+def test_load_equals_split_of_the_whole_tensors(tmp_path, shards, model, tp):
+    tensors = random_tensors(model)
+    folder = write_model(tmp_path / "m", tensors, shards, tie_word_embeddings=model.tied_embeddings)
+    for rank in range(tp):
+        parameters = empty_parameters(model, tp)
+        hf.load_parameters(folder, hf.read_config(folder).model, parameters, rank, tp)
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, mapping.split(name, tensors, model, rank, tp)), (name, rank)
+
+
+def test_load_converts_fills_parameters_in_place_and_knows_transformer_engine_names(tmp_path):
+    tensors = random_tensors(TIED)
+    folder = write_model(tmp_path / "m", tensors, tie_word_embeddings=True)
+    te, last = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight", mapping.OUTPUT
+    parameters = {te: torch.nn.Parameter(torch.empty(72, dtype=torch.bfloat16)), last: torch.nn.Parameter(torch.empty(33, 72))}
+    before = parameters[te].data_ptr()
+    hf.load_parameters(folder, TIED, parameters, 2, 3)
+    assert parameters[te].data_ptr() == before and parameters[te].requires_grad and parameters[te].grad_fn is None
+    assert torch.equal(parameters[te], tensors["model.layers.0.post_attention_layernorm.weight"].bfloat16())
+    # Rank 2 of 3 holds vocabulary rows 66..96 and two rows of padding.
+    assert torch.equal(parameters[last][:31], tensors["model.embed_tokens.weight"][66:]) and not parameters[last][31:].any()
+
+
+def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "m", random_tensors())
+    asked: dict[str, int] = {}
+    read = hf.Weights.read
+
+    def counted(self, name, index=()):
+        block = read(self, name, index)
+        asked[name] = asked.get(name, 0) + block.numel()
+        return block
+
+    monkeypatch.setattr(hf.Weights, "read", counted)
+    hf.load_parameters(folder, MODEL, empty_parameters(MODEL, 3), 1, 3)
+    for name, shape in mapping.hf_shapes(MODEL).items():
+        whole = torch.Size(shape).numel()
+        share = 33 * 72 if name in (mapping.HF_EMBEDDING, mapping.HF_OUTPUT) else whole if len(shape) == 1 else whole // 3
+        assert asked[name] == share, name
+
+
+def test_dtype_of_the_stored_weights(tmp_path):
+    tensors = random_tensors()
+    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)):
+        stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        assert hf.Weights(write_model(tmp_path / str(dtype), stored), MODEL).dtype == expected
+    stored = {name: tensor if name == "model.norm.weight" else tensor.bfloat16() for name, tensor in tensors.items()}
+    assert hf.Weights(write_model(tmp_path / "mixed", stored), MODEL).dtype == torch.float32
+
+
+def test_names_set_aside(tmp_path):
+    tensors = random_tensors(TIED) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    head = {mapping.HF_OUTPUT: tensors[mapping.HF_EMBEDDING].clone()}
+    folder = write_model(tmp_path / "equal", tensors | head, tie_word_embeddings=True)
+    hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
+    head[mapping.HF_OUTPUT][90] += 1
+    folder = write_model(tmp_path / "differs", tensors | head, tie_word_embeddings=True)
+    hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 0, 3)  # row 90 is rank 2's
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
+
+
+def test_wrong_sets_of_tensors_are_named(tmp_path):
+    good = random_tensors()
+    q = "model.layers.1.self_attn.q_proj.weight"
+
+    def error(name, tensors, shards=2, **config):
+        folder = write_model(tmp_path / name, tensors, shards, **config)
+        with pytest.raises(UserError) as caught:
+            hf.load_parameters(folder, hf.read_config(folder).model, {}, 0, 1)
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+        return str(caught.value)
+
+    assert f"tensor {q} is missing" in error("missing", {k: v for k, v in good.items() if k != q})
+    assert "and 8 more" in error("layers", good | {}, num_hidden_layers=3)
+    assert "lacks tie_word_embeddings" in error("untied", {k: v for k, v in good.items() if k != mapping.HF_OUTPUT})
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    extra = error("extra", good | {bias: torch.zeros(54)})
+    assert "model-00002-of-00002.safetensors" in extra and f"no tensor {bias}" in extra
+    wrong = error("shape", good | {q: torch.zeros(54, 71)})
+    assert f"{q} has shape [54, 71], but config.json makes it [54, 72]" in wrong
+    assert "[97, 72], but config.json makes it [98, 72]" in error("vocabulary", good, vocab_size=98)
+    assert "stored as I8" in error("int8", good | {q: torch.zeros(54, 72, dtype=torch.int8)}, 1)
+
+
+def test_damaged_files_are_named(tmp_path):
+    folder = write_model(tmp_path / "m", random_tensors(), 3)
+    second = folder / "model-00002-of-00003.safetensors"
+    whole = second.read_bytes()
+
+    def error():
+        with pytest.raises(UserError) as caught:
+            hf.Weights(folder, MODEL)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    second.write_bytes(whole[: len(whole) // 2])
+    assert "model-00002-of-00003.safetensors is damaged" in error()
+    second.write_bytes(b"not safetensors at all")
+    assert "model-00002-of-00003.safetensors is damaged" in error()
+    second.unlink()
+    assert "shard model-00002-of-00003.safetensors" in error() and "missing" in error()
+    save_file({"other": torch.zeros(1)}, second)
+    assert "which model.safetensors.index.json places there, is missing" in error()
+    (folder / hf.INDEX).write_text("{")
+    assert "model.safetensors.index.json cannot be read" in error()
+    (folder / hf.INDEX).unlink()
+    assert "holds neither" in error()
+    (folder / "pytorch_model.bin").write_text("")
+    for stale in folder.glob("*.safetensors"):
+        stale.unlink()
+    assert "only pytorch_model.bin" in error()
+
+
+def test_config_of_a_llama(tmp_path):
+    folder = write_model(tmp_path / "m", random_tensors(), rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512})
+    found = hf.read_config(folder)
+    assert found.model == MODEL and found.rope == ROPE and found.max_position == 512 and found.raw["hidden_act"] == "silu"
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in CONFIG.items() if key not in (
+        "num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps", "hidden_act")}))
+    found = hf.read_config(folder)
+    assert (found.model.kv_heads, found.model.head_dim, found.model.tied_embeddings, found.model.norm_eps) == (9, 8, False, 1e-6)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "only LlamaForCausalLM"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
+    ({"attention_bias": True}, "attention_bias=true"), ({"mlp_bias": True}, "mlp_bias=true"),
+    ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ({"quantization_config": {"bits": 4}}, "quantised"), ({"hidden_size": "72"}, "hidden_size='72' should be a whole number"),
+    ({"num_attention_heads": 0}, "at least 1"), ({"num_key_value_heads": 2}, "not a multiple"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+])
+def test_config_of_something_else_is_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(UserError, match=message) as caught:
+        hf.read_config(tmp_path)
+    assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_base_name(tmp_path):
+    assert hf.base_name(tmp_path / "mine", {"_name_or_path": "meta-llama/Llama-3.1-8B"}) == "meta-llama/Llama-3.1-8B"
+    assert hf.base_name(tmp_path / "models--meta-llama--Llama-3.2-1B" / "snapshots" / "4e20de36", {}) == "meta-llama/Llama-3.2-1B"
+    for private in ("/home/me/model", "./model", "~/model", ""):
+        assert hf.base_name(tmp_path / "Llama-3.1-8B", {"_name_or_path": private}) == "Llama-3.1-8B"
+
+
+def test_config_missing_or_broken(tmp_path):
+    with pytest.raises(UserError, match="config.json is missing"):
+        hf.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="should hold a JSON object"):
+        hf.read_config(tmp_path)
+    with pytest.raises(UserError, match="is not a directory; download"):
+        hf.read_config("meta-llama/Llama-3.1-8B-Instruct")
+
+
+def test_assets_are_all_but_weights(tmp_path):
+    source, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    source.mkdir(), blobs.mkdir()
+    wanted = ["LICENSE", "NOTICE.txt", "README.md", "USE_POLICY.md", "chat_template.jinja", "config.json",
+              "generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+              "tokenizer_config.json", "vocab.json"]
+    left = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "consolidated.00.pth", "m.gguf",
+            "tokenizer.bin", "a.py"]
+    for name in wanted + left:
+        (blobs / name).write_text(name)
+        os.symlink(blobs / name, source / name)  # as the hub's cache does
+    (source / "original").mkdir()
+    (source / "original" / "tokenizer.model").write_text("x")
+    assert hf.copy_assets(source, tmp_path / "hf") == wanted
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == wanted
+    assert not (tmp_path / "hf" / "LICENSE").is_symlink() and (tmp_path / "hf" / "LICENSE").read_text() == "LICENSE"
+    with pytest.raises(UserError, match="not a directory"):
+        hf.copy_assets(tmp_path / "none", tmp_path / "hf2")
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+def write_all(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, shard_bytes: int) -> Path:
+    with hf_writer.HFWriter(out, {name: tuple(t.shape) for name, t in tensors.items()}, dtype, shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        hf_writer.write_small_files(writer.folder, None, hf_writer.export_config(MODEL, ROPE, 4096, dtype), {})
+        return writer.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+def test_written_files_are_plain_safetensors(tmp_path, dtype, shard_bytes):
+    tensors = random_tensors(dtype=dtype)
+    out = write_all(tmp_path / "out", tensors, dtype, shard_bytes)
+    files = sorted(out.glob("*.safetensors"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (len(files) > 2) == (shard_bytes == 30_000)
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == tensors.keys() and all(found[n].dtype == dtype and torch.equal(found[n], tensors[n]) for n in tensors)
+    with safe_open(files[0], "pt") as first:
+        assert first.metadata() == {"format": "pt"}
+    if len(files) > 1:
+        index = json.loads((out / hf.INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+        assert list(index["weight_map"]) == list(tensors)
+        assert all(torch.equal(load_file(out / file)[name], tensors[name]) for name, file in index["weight_map"].items())
+        assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    parameters = empty_parameters(MODEL, 1, dtype)
+    hf.load_parameters(out, hf.read_config(out).model, parameters, 0, 1)
+    assert all(torch.equal(p, mapping.split(name, tensors, MODEL, 0, 1)) for name, p in parameters.items())
+
+
+def test_shards_hold_at_most_what_they_may():
+    assert hf_writer.plan_shards({"a": 3, "b": 3, "c": 5, "d": 9, "e": 1}, 6) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert hf_writer.plan_shards({"a": 3}, 6) == [["a"]]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path):
+    tensors = random_tensors()
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    with pytest.raises(KeyboardInterrupt), hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32, 30_000) as writer:
+        writer.add(mapping.HF_EMBEDDING, tensors[mapping.HF_EMBEDDING])
+        assert [p.name.startswith(".out.partial-") for p in tmp_path.iterdir()] == [True]
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    # A killed one leaves a hidden folder, which the next export does not mind.
+    hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
+    assert not (tmp_path / "out").exists()
+    write_all(tmp_path / "out", tensors, torch.float32, 10**9)
+    assert (tmp_path / "out" / hf.SINGLE).is_file()
+
+
+def test_writer_insists_on_the_plan(tmp_path):
+    shapes = {"a": (2, 3), "b": (4,)}
+    for name, tensor in (("b", torch.zeros(4)), ("a", torch.zeros(3, 2))):
+        writer = hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
+        with pytest.raises(ValueError, match="next tensor should be a"), writer:
+            writer.add(name, tensor)
+    with hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32) as writer:
+        writer.add("a", torch.zeros(2, 3))
+        with pytest.raises(ValueError, match="1 tensors were not added"):
+            writer.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written(tmp_path, monkeypatch):
+    shapes = {"a": (2, 3)}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    (tmp_path / "file").write_text("")
+    for out in ("full", "file"):
+        with pytest.raises(UserError, match="already exists and is not an empty directory"):
+            hf_writer.HFWriter(tmp_path / out, shapes, torch.float32)
+    with pytest.raises(UserError, match="cannot write"):
+        hf_writer.HFWriter(tmp_path / "file" / "below", shapes, torch.float32)
+    with pytest.raises(UserError, match="GB are free"):
+        hf_writer.HFWriter(tmp_path / "large", {"a": (10**9, 10**9)}, torch.float32)
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    writer = hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
+    with pytest.raises(UserError, match="No space left on device"), writer:
+        monkeypatch.setattr(hf_writer, "_close_synced", full)
+        writer.add("a", torch.zeros(2, 3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.undo()
+    write_all(tmp_path / "empty", {"a": torch.zeros(2)}, torch.float32, 100)
+    assert (tmp_path / "empty" / hf.SINGLE).is_file()
+
+
+def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_path):
+    base = {**CONFIG, "eos_token_id": [1, 2], "_name_or_path": "/home/me/model", "torch_dtype": "float16",
+            "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config = hf_writer.export_config(MODEL, ROPE, 4096, torch.bfloat16, base)
+    assert config["eos_token_id"] == [1, 2] and "_name_or_path" not in config
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16" and config["max_position_embeddings"] == 4096
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = hf.read_config(tmp_path)
+    assert again.rope == ROPE and again.model == MODEL and again.max_position == 4096
+
+
+def test_small_files_of_the_base_go_along(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir(), out.mkdir()
+    for name in ("LICENSE", "chat_template.jinja", "generation_config.json", "README.md", "config.json"):
+        (base / name).write_text(f"base's {name}")
+    (base / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512, "chat_template": "{{ messages }}"}))
+    hf_writer.write_small_files(out, base, {"max_position_embeddings": 4096}, {"README.md": "card"})
+    assert (out / "README.md").read_text() == "card"
+    assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 4096}
+    assert (out / "LICENSE").read_text() == "base's LICENSE" and (out / "chat_template.jinja").is_file()
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    assert tokenizer == {"model_max_length": 4096, "chat_template": "{{ messages }}"}
+
+
+# ---- card ----------------------------------------------------------------------------------------------------
+
+def test_card_of_a_llama_says_what_its_licence_asks(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: llama3.1\nlanguage:\n- en\n---\n# Meta's card\nlicense: mit\n")
+    (tmp_path / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n...")
+    license = card.base_license(tmp_path)
+    assert license == card.License(header=(("license", "llama3.1"),), files=("LICENSE",), llama="3.1")
+    run = Run(name="ultralong_1m", base="meta-llama/Llama-3.1-8B-Instruct",
+              train=Train(seq_length=2**20, iterations=125, lr=3e-5, global_batch=8))
+    rope = Rope(type="yarn", factor=128.0)
+    text = card.model_card("my-1M", base=run.base, license=license, run=run, model=MODEL, rope=rope, max_position=2**20,
+                           iterations=125, tokens=125 * 8 * 2**20, dtype=torch.bfloat16)
+    rope_row = ("| RoPE | yarn, theta 500,000, factor 128 over 8,192 positions, alpha 1, beta 4, ramp over rotations, "
+                "without attention temperature |")
+    for part in ("base_model: meta-llama/Llama-3.1-8B-Instruct\nlicense: llama3.1\n", "# Llama-my-1M\n\n**Built with Llama**",
+                 "| recipe | ultralong_1m |", rope_row, "| tokens trained on | 1,048,576,000 |", "1,048,576 tokens", "125 x 8",
+                 "bfloat16"):
+        assert part in text, part
+    assert "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright" in card.notice(license)["NOTICE"]
+    assert card.notice(dataclasses.replace(license, files=("LICENSE", "Notice.txt"))) == {}
+
+
+def test_card_of_another_llama_shaped_model(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "LICENSE.txt").write_text("Apache License, Version 2.0")
+    license = card.base_license(tmp_path)
+    assert license.llama == "" and card.notice(license) == {}
+    text = card.model_card("smol-64k", base="", license=license, run=None, model=MODEL, rope=Rope(), max_position=512,
+                           iterations=0, tokens=0, dtype=torch.float32)
+    assert "Built with Llama" not in text and "base_model:" not in text
+    assert "license: apache-2.0" in text and "`LICENSE.txt`" in text
+    assert "| base model | not recorded |" in text and "| recipe | none (converted, not trained) |" in text
+    assert card.base_license(None).files == () and card.base_license(None, "meta-llama/Llama-3.2-1B").llama == "3.2"
+    assert card.base_license(tmp_path / "none", "meta-llama/Meta-Llama-3-8B").llama == "3"

@@ -1,0 +1,189 @@
+"""Passkey prompts, scoring, results and the command, with a tokenizer made here and models that are plain functions."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import niah, plots, results
+
+CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    text = [" ".join(niah.FILLER), niah.needle("Ada", "1"), niah.question("Ben"), niah.INTRODUCTION]
+    bpe.train_from_iterator(text * 5, trainers.BpeTrainer(vocab_size=420, special_tokens=["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"],
+                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end|>")
+
+
+class Reader:
+    """A backend that reads the answer in the prompt; blind to all but the last `sight` tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, sight: int) -> None:
+        self.tokenizer, self.sight = tokenizer, sight
+        self.calls: list[int] = []
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        assert len({len(prompt) for prompt in prompts}) == 1
+        self.calls.append(len(prompts))
+        found = [re.search(r"is (\d+)", self.tokenizer.decode(prompt[-self.sight:])) for prompt in prompts]
+        return [self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[:tokens] for match in found]
+
+    def describe(self) -> dict:
+        return {"path": "reader", "max_position": 200}
+
+
+def grid(**change) -> niah.Grid:
+    return niah.Grid(**{"lengths": (150, 333), "depths": (0.0, 50.0, 100.0), "trials": 4, **change})
+
+
+@pytest.mark.parametrize("chat", ["no", "yes"])
+@pytest.mark.parametrize("length", [150, 151, 333, 1024])
+def test_a_prompt_fills_its_length_exactly_and_holds_one_needle(tokenizer, chat, length):
+    tokenizer.chat_template = CHAT if chat == "yes" else None
+    builder = niah.Builder(tokenizer, grid(chat=chat))
+    for depth in (0, 30, 100):
+        prompt = builder.prompt(length, depth, 3)
+        text = tokenizer.decode(prompt.tokens)
+        assert len(prompt.tokens) + prompt.answer_tokens == length
+        assert len(prompt.answer) == 5 and text.count(prompt.answer) == 1
+        assert text.endswith(f"The pass key of {prompt.name} is") and text.count("What is the pass key of") == 1
+        needle = tokenizer.encode(niah.needle(prompt.name, prompt.answer), add_special_tokens=False)
+        assert prompt.tokens[prompt.needle_at:prompt.needle_at + len(needle)] == needle
+        assert tokenizer.decode(prompt.tokens[:prompt.needle_at]).endswith("."), "a needle stands between sentences"
+    tokenizer.chat_template = None
+
+
+def test_depth_moves_the_needle_and_seeds_decide_the_prompt(tokenizer):
+    builder = niah.Builder(tokenizer, grid())
+    at = [builder.prompt(1000, depth, 0).needle_at for depth in (0, 25, 50, 75, 100)]
+    first, room = at[0], at[-1] - at[0]
+    assert first == len(tokenizer.encode(niah.INTRODUCTION)) and room > 900
+    assert [round(4 * (x - first) / room) for x in at] == [0, 1, 2, 3, 4]
+    assert builder.prompt(500, 50, 1) == niah.Builder(tokenizer, grid(trials=9)).prompt(500, 50, 1)
+    assert builder.prompt(500, 50, 1).tokens != builder.prompt(500, 50, 2).tokens
+    assert builder.prompt(500, 50, 1).answer != niah.Builder(tokenizer, grid(seed=1)).prompt(500, 50, 1).answer
+
+
+def test_chat_template_wraps_the_text_and_the_answer_starts_after_it(tokenizer):
+    tokenizer.chat_template = CHAT
+    prompt = niah.Builder(tokenizer, grid()).prompt(300, 50, 0)
+    text = tokenizer.decode(prompt.tokens)
+    assert text.startswith("<|begin|><|user|>Some pass keys") and text.endswith(f"?<|end|><|assistant|>The pass key of {prompt.name} is")
+    assert prompt.tokens[:2] == tokenizer.convert_tokens_to_ids(["<|begin|>", "<|user|>"])
+    assert niah.Builder(tokenizer, grid(chat="no")).chat is False
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        niah.Builder(tokenizer, grid(chat="yes"))
+
+
+def test_own_haystack_is_read_in_order(tokenizer):
+    builder = niah.Builder(tokenizer, grid(), haystack="One comes first.  Two follows\nit. Three ends!")
+    text = tokenizer.decode(builder.prompt(400, 100, 0).tokens)
+    assert "One comes first. Two follows it. Three ends! One comes first. Two" in text
+    with pytest.raises(UserError, match="no text"):
+        niah.Builder(tokenizer, grid(), haystack=" \n ")
+
+
+@pytest.mark.parametrize(("prediction", "right"), [
+    (" 48213.", True), ("48213", True), ("It is **48213**, as told", True), ("4821", False), ("482134", False), ("148213", False),
+    ("48,213", False), ("", False), ("12345 or 48213", True)])
+def test_scoring_wants_exactly_the_digits(prediction, right):
+    assert niah.is_correct(prediction, "48213") is right
+
+
+def test_run_counts_every_cell(tokenizer):
+    backend, done = Reader(tokenizer, sight=180), []
+    result = niah.run(backend, grid(), batch=3, progress=done.append)
+    cells = {(cell["length"], cell["depth"]): cell["correct"] for cell in result["cells"]}
+    # 180 tokens back from the end: all of 150; of 333 only what is deep.
+    assert cells == {(150, 0.0): 4, (150, 50.0): 4, (150, 100.0): 4, (333, 0.0): 0, (333, 50.0): 4, (333, 100.0): 4}
+    assert result["by_length"] == {"150": 1.0, "333": 0.6667} and result["accuracy"] == 0.8333
+    assert sum(done) == sum(backend.calls) == len(result["trials"]) == 24 and max(backend.calls) == 3
+    wrong = [trial for trial in result["trials"] if not trial["correct"]]
+    assert {(trial["depth"], trial["prediction"]) for trial in wrong} == {(0.0, " unknown.")} or len(wrong) == 4
+    assert result["prompt"] == "own wording" and result["format"] == 1 and result["settings"]["chat"] is False
+
+
+def test_results_are_written_whole_with_a_plot_and_a_table(tokenizer, tmp_path):
+    result = niah.run(Reader(tokenizer, sight=180), grid())
+    results.make_writable(tmp_path / "deep" / "er")
+    results.write_json(tmp_path / "a.json", result)
+    assert results.read_json(tmp_path / "a.json") == json.loads(json.dumps(result))
+    plots.heat_maps([result, result], ["before", "after"], tmp_path / "a.png", trained=[200, None])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png", "deep"]
+    table = results.grid_table(result).splitlines()
+    assert table[0].split() == ["depth", "150", "333*"] and table[1].split() == ["0%", "100%", "0%"]
+    assert table[-2].split() == ["all", "100%", "67%"] and "beyond the 200 positions" in table[-1]
+    assert [plots.tokens(n) for n in (512, 1024, 131072, 1024**2, 1500)] == ["512", "1K", "128K", "1M", "1,500"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizer, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "model"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=1, max_position_embeddings=128, eos_token_id=1, bos_token_id=0)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_hugging_face_backend_is_greedy(model_dir):
+    from megatron_ultralong.evaluate.backends import HuggingFace
+
+    backend = HuggingFace(model_dir, device="cpu")
+    prompts = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    tokens = backend.generate(prompts, 4)
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    for prompt, written in zip(prompts, tokens, strict=True):
+        for i, token in enumerate(written):
+            assert int(model(torch.tensor([prompt + written[:i]])).logits[0, -1].argmax()) == token
+            if token == 1:
+                break
+    assert backend.describe()["max_position"] == 128 and backend.describe()["dtype"] == "float32"
+
+
+def command(monkeypatch, *words) -> None:
+    """Run tools/evaluate.py's main in this process, so that its UserError is seen."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "evaluate.py"))
+    tool["main"]()
+
+
+def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, "niah", "--model", model_dir, "--lengths", "100,0.2K".replace("0.2K", "1K"), "--depths", "3", "--trials", "2",
+            "--out", tmp_path / "out", "--device", "cpu")
+    result = json.loads((tmp_path / "out" / "niah.json").read_text())
+    assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [(n, d) for n in (100, 1024) for d in (0.0, 50.0, 100.0)]
+    assert result["model"]["path"] == "model" and len(result["trials"]) == 12 and (tmp_path / "out" / "niah.png").exists()
+    assert "1K*" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.write_text("x")
+    good = ["--model", model_dir, "--lengths", "100", "--out", tmp_path / "o", "--device", "cpu"]
+    for change, words in (
+            (["--model", tmp_path / "nowhere"], "no such directory"), (["--model", empty], "no config.json"),
+            (["--lengths", "30"], "too short"), (["--lengths", "abc"], "whole number"), (["--lengths", "100,100"], "only once"),
+            (["--depths", "0,101"], "0 to 100"), (["--depths", "2.5"], "whole number"), (["--depths", "a,b"], "percents"),
+            (["--trials", "0"], "at least 1"), (["--batch", "0"], "at least 1"), (["--out", file / "o"], "cannot be written"),
+            (["--haystack", tmp_path / "none.txt"], "cannot be read"), (["--chat", "yes"], "no chat template")):
+        with pytest.raises(UserError, match=words) as error:
+            command(monkeypatch, "niah", *good, *change)
+        assert "\n" not in str(error.value)

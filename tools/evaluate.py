@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Evaluate a model. One subcommand a benchmark; results go to --out as JSON, with a plot.
+
+    python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_ultralong.config import UserError, parse_count
+from megatron_ultralong.evaluate import niah, plots, results
+from megatron_ultralong.runtime import errors
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    shared.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    shared.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+                        help="weights and activations (default: as stored, but fp32 on a CPU)")
+    shared.add_argument("--batch", type=int, metavar="N", help="prompts at a time (default: as many as make 16K tokens)")
+    shared.add_argument("--chat", default="auto", choices=("auto", "yes", "no"), help="use the chat template (default: where there is one)")
+    shared.add_argument("--seed", type=int, default=0)
+
+    task = tasks.add_parser("niah", parents=[shared], help="passkey retrieval: a grid of lengths and depths",
+                            description="Passkey retrieval: one fact hidden in a long text, at every length and depth.")
+    task.add_argument("--lengths", required=True, metavar="N,N,...", help="tokens of prompt and answer together, like 512,4K,1M")
+    task.add_argument("--depths", default="0,25,50,75,100", metavar="P,P,... or N",
+                      help="percent of the text before the needle, or one number: so many, evenly spaced (default: %(default)s)")
+    task.add_argument("--trials", type=int, default=10, metavar="N", help="prompts for each length and depth (default: %(default)s)")
+    task.add_argument("--digits", type=int, default=5, metavar="N", help="digits of a pass key (default: %(default)s)")
+    task.add_argument("--haystack", type=Path, metavar="FILE", help="text to hide the needle in (default: own filler sentences)")
+    task.add_argument("--answer-tokens", type=int, metavar="N", help="tokens to generate (default: what the answer takes; 24 in a chat)")
+    task.set_defaults(function=run_niah)
+    return parser.parse_args()
+
+
+def run_niah(args: argparse.Namespace) -> None:
+    grid = niah.Grid(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), depths=_depths(args.depths),
+                     trials=args.trials, digits=args.digits, chat=args.chat, seed=args.seed, answer_tokens=args.answer_tokens)
+    backend = _backend(args)
+
+    from tqdm import tqdm
+
+    with tqdm(total=len(grid.lengths) * len(grid.depths) * grid.trials, desc="niah", unit="prompt", disable=None) as bar:
+        result = niah.run(backend, grid, haystack=args.haystack, batch=args.batch, progress=bar.update)
+    results.write_json(args.out / "niah.json", result)
+    plots.heat_maps([result], [f"{result['model']['path']}, {len(result['trials'])} prompts"], args.out / "niah.png",
+                    trained=[backend.max_position])
+    print(results.grid_table(result))
+    print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
+          f"{result['seconds']:.0f} s")
+
+
+def _backend(args: argparse.Namespace):
+    """The model, once the output is known to be writable. Imported here so that --help and mistakes answer at once."""
+    if args.batch is not None and args.batch < 1:
+        raise UserError("--batch must be at least 1")
+    results.make_writable(args.out)
+    from megatron_ultralong.evaluate.backends import HuggingFace
+
+    return HuggingFace(args.model, device=args.device, dtype=args.dtype)
+
+
+def _depths(text: str) -> tuple[float, ...]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--depths {text}: expected percents like 0,50,100, or one whole number of depths") from None
+    if len(values) > 1:
+        return tuple(values)
+    count = values[0]
+    if count != int(count) or count < 1:
+        raise UserError(f"--depths {text}: one number means so many depths, evenly spaced; it must be a whole number from 1 on")
+    return tuple(round(100 * i / (count - 1), 2) for i in range(int(count))) if count > 1 else (50.0,)
+
+
+def main() -> None:
+    args = arguments()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    errors.main(main)
