@@ -28,7 +28,8 @@ from megatron_ultralong.config import UserError, parse_count
 from megatron_ultralong.evaluate import niah
 from megatron_ultralong.runtime import errors
 
-DIGITS = 4
+DIGITS = (4, 5, 6)
+"""Digits of a document's pass keys: one of these."""
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SHORTEST = 64
 """Tokens of the shortest document."""
@@ -42,7 +43,7 @@ Piece = tuple[str, int]
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on documents of this file: any text can be encoded, the demo's words are one token each.
 
-    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of four digits is two tokens.
+    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of five digits is three tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"),
@@ -51,7 +52,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     texts = [niah.INTRODUCTION, " " + niah.INTRODUCTION] * 100
     for name in niah.NAMES * 100:
-        value = niah.pass_key(rng, DIGITS)
+        value = niah.pass_key(rng, rng.choice(DIGITS))
         texts += [" " + rng.choice(niah.FILLER) + niah.needle(name, value) + _asked(name, value)]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[BEGIN, END], show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -100,12 +101,13 @@ class Writer:
         The number of keys is log-uniform: the passkey test's single key as well as many.
         """
         rng, introduction = self.rng, self.piece(start + niah.INTRODUCTION)
-        needle_size = self.piece(niah.needle("Ada", "0" * DIGITS))[1]
-        question_size = self.piece(_asked("Ada", "0" * DIGITS))[1]
+        digits = rng.choice(DIGITS)
+        needle_size = self.piece(niah.needle("Ada", "0" * digits))[1]
+        question_size = self.piece(_asked("Ada", "0" * digits))[1]
         room = length - introduction[1]
         count = int(math.exp(rng.uniform(0, math.log(most_keys + 1))))
         count = max(1, min(count, len(niah.NAMES), (room - 2 * question_size) // (2 * needle_size)))
-        values = {name: niah.pass_key(rng, DIGITS) for name in rng.sample(niah.NAMES, count)}
+        values = {name: niah.pass_key(rng, digits) for name in rng.sample(niah.NAMES, count)}
         room -= count * needle_size
         questions = max(1, min(2 * count, int(room * rng.uniform(0.3, 0.9)) // question_size))
         filler = self._filler(room - questions * question_size)
@@ -149,7 +151,8 @@ class Writer:
     def listed(self, length: int) -> str:
         """Names and their pass keys, said again and again in new order."""
         names = self.rng.sample(niah.NAMES, self.rng.randint(1, max(1, min(len(niah.NAMES), length // 20))))
-        values = {name: niah.pass_key(self.rng, DIGITS) for name in names}
+        digits = self.rng.choice(DIGITS)
+        values = {name: niah.pass_key(self.rng, digits) for name in names}
         form = self.rng.choice((" {} {}.", " {} is {}.", " The pass key of {} is {}."))
         text, size = "", 0
         while size < length:
@@ -163,7 +166,7 @@ class Writer:
         words = math.exp(self.rng.uniform(math.log(2), math.log(length / 2)))
         stretch, size = "", 0
         while size < words:
-            piece, count = self.piece(self.rng.choice(self.words) if self.rng.random() < 0.7 else " " + niah.pass_key(self.rng, DIGITS))
+            piece, count = self.piece(self.rng.choice(self.words) if self.rng.random() < 0.7 else " " + niah.pass_key(self.rng, self.rng.choice(DIGITS)))
             stretch, size = stretch + piece, size + count
         return self._cut(stretch * (length // size + 1), length)
 

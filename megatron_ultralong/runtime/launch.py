@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import tempfile
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,7 +113,7 @@ def pick_device(choice: str) -> torch.device:
 
 
 def join(device: torch.device, timeout_minutes: int) -> None:
-    """torch.distributed with the device's backend; a single process without torchrun meets itself in a file."""
+    """torch.distributed with the device's backend; a single process without torchrun meets itself in memory."""
     if torch.distributed.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
@@ -122,8 +121,7 @@ def join(device: torch.device, timeout_minutes: int) -> None:
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1, timeout=timeout)
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def quiet() -> None:
