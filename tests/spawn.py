@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -23,14 +24,37 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                            start_method="spawn")
 
 
+def leave_groups() -> None:
+    """End all process groups of this rank and join the other ranks anew: for the next of several layouts in one spawn.
+
+    Groups that are only forgotten keep their threads, and each of gloo's wakes a hundred times a second.
+    """
+    from megatron_ultralong.runtime import launch
+
+    torch.distributed.barrier()
+    launch.stop()
+    gc.collect()  # modules and optimizers refer to their groups in circles
+    _join()
+
+
 def _enter(rank: int, function: Callable[..., Any], world_size: int, rendezvous: str, timeout: float, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size,
-                                         timeout=timedelta(seconds=timeout))
+    _place.update(rank=rank, world_size=world_size, rendezvous=rendezvous, timeout=timedelta(seconds=timeout), times=0)
+    _join()
     try:
         function(rank, world_size, *args)
     except BaseException:
         traceback.print_exc()
         raise
     torch.distributed.destroy_process_group()
+
+
+_place: dict[str, Any] = {}
+"""Where this process stands among the spawned ranks."""
+
+
+def _join() -> None:
+    _place["times"] += 1
+    torch.distributed.init_process_group("gloo", init_method=f"file://{_place['rendezvous']}-{_place['times']}", rank=_place["rank"],
+                                         world_size=_place["world_size"], timeout=_place["timeout"])

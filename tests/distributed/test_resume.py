@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ultralong.config import Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError
-from tests.spawn import run_ranks
+from tests.spawn import leave_groups, run_ranks
 
 MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61, init_std=0.2)
 TIED = replace(MODEL, tied_embeddings=True)
@@ -60,8 +60,6 @@ def _refused(rank: int, world: int, folder: str) -> None:
 def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iterations: int, save_every: int = 0,
            resume: Path | None = None) -> dict[str, Any]:
     """A short run on rows that are a function of their number; losses as logged, weights of this rank, optimizer steps."""
-    from megatron.core import parallel_state
-
     from megatron_ultralong.checkpoint import optimizer_state, sharded
     from megatron_ultralong.context_parallel import layout
     from megatron_ultralong.model import init, llama
@@ -100,7 +98,7 @@ def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iter
         return {"losses": log.losses, "steps": optimizer_state.steps(optimizer),
                 "weights": {name: p.detach().clone() for chunk in chunks for name, p in llama.named_parameters(chunk).items()}}
     finally:
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 class _Losses:
