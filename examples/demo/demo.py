@@ -46,7 +46,8 @@ def main() -> int:
     before = passkey(BASE, "before")
     say(f"2/5  documents, packed to rows of {LENGTH} + 1 tokens")
     corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1)
-    tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH, "--output", OUT / "text")
+    tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH,
+         "--separator-token", "eos", "--output", OUT / "text")
     say(f"3/5  continued pretraining at {LENGTH} tokens with YaRN factor {FACTOR}, two context parallel ranks")
     tool("train.py", "--recipe", "tiny_extend", "--set", f"train.seq_length={LENGTH}", f"rope.factor={FACTOR}", f"train.iterations={ITERATIONS}",
          f"train.global_batch={BATCH}", "--load-hf", BASE, "--data", OUT / "text", "--save", OUT / "train", ranks=2)
