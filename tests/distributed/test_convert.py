@@ -113,6 +113,7 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         convert.export_hf(path, folder / "fp32", ranks, parallel, torch.float32)
         _train(folder, ranks, parallel)
         convert.export_hf(folder / "trained", folder / "trained_hf", ranks, parallel)
+        assert convert.verify(folder / "trained_hf", folder / "trained", ranks, parallel) == []
     with Layouts(4, 1) as (ranks, parallel):
         convert.export_hf(folder / "ckpt32", folder / "tp4", ranks, parallel, torch.bfloat16, shard_bytes=20_000)
         # float32 against bfloat16: compared in bfloat16.
@@ -127,7 +128,7 @@ def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
     from megatron_ultralong.model import llama
 
     run = Run(name="tiny", train=Train(seq_length=1024, iterations=7, lr=1e-4, global_batch=4))
-    rope = dataclasses.replace(BASE_ROPE, factor=32.0)
+    rope = dataclasses.replace(BASE_ROPE, type="yarn", factor=32.0)  # which config.json says as llama3
     progress = sharded.Progress(model=UNTIED, rope=rope, iteration=7, consumed=28, tokens=28 * 1024, run=config.to_dict(run),
                                 base="base")
     chunks = llama.build(UNTIED, progress.rope, ranks, parallel, Memory(), "bf16")

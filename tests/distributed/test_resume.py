@@ -55,6 +55,21 @@ def _refused(rank: int, world: int, folder: str) -> None:
     for model in wrong.values():
         with pytest.raises(UserError, match="iter_0000001"):
             _train(model, Parallel(tp=2), "fp32", Path(folder) / "wrong", iterations=2, resume=save / "iter_0000001")
+        leave_groups()
+    # Weights alone, where run.json does not tell the vocabulary: Megatron itself would cut or pad them in silence.
+    from megatron_ultralong.checkpoint import sharded
+    from megatron_ultralong.model import llama
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cpu"), Parallel(tp=2))
+    for vocab_size, fits in ((61, True), (60, False), (64, False), (30, False)):
+        chunks = llama.build(replace(MODEL, vocab_size=vocab_size), ROPE, ranks, Parallel(tp=2), Memory(), "fp32")
+        if fits:
+            sharded.load(save / "iter_0000001", chunks)
+            continue
+        with pytest.raises(UserError, match=f"62 rows, which is no padding of the model's vocabulary of {vocab_size}"):
+            sharded.load(save / "iter_0000001", chunks)
+    assert [sharded._pads(rows, 97) for rows in (97, 98, 100, 128, 256, 96, 101)] == [True, True, True, True, True, False, False]
 
 
 def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iterations: int, save_every: int = 0,
