@@ -28,6 +28,6 @@ RUN pip install --no-deps --no-build-isolation -e . \
  && python -c "import transformer_engine, torch; print('torch', torch.__version__, 'transformer_engine', transformer_engine.__version__)"
 
 # Runs as an ordinary user; mount data and runs with its ids, or pass --user.
-RUN useradd --create-home --uid 10001 trainer && mkdir -p /data && chown trainer /data
+RUN useradd --create-home --uid 10001 trainer && mkdir -p /data runs && chown trainer /data runs
 USER trainer
 CMD ["bash"]

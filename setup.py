@@ -23,7 +23,7 @@ setup(
         "numpy",                        # packed data files
         "einops",                       # used by Megatron-Core's attention, which does not ask for it itself
         "psutil",                       # used by Megatron-Core's checkpoint writers, which do not ask for it themselves
-        "transformers>=4.51",           # tokenizers, and models to evaluate
+        "transformers>=4.56",           # tokenizers, and models to evaluate
         "tokenizers",                   # fast tokenizers
         "sentencepiece",                # tokenizers of older Llama models
         "jinja2>=3.1",                  # chat templates, in transformers

@@ -23,10 +23,10 @@ python tools/prepare_data.py pretrain --input "${TEXT[@]}" --tokenizer "$TOKENIZ
 
 # From scratch over two data parallel ranks, then longer over two context parallel ranks.
 torchrun --standalone --nproc-per-node 2 tools/train.py --recipe tiny --tokenizer "$TOKENIZER" \
-    --set model.vocab_size="$VOCAB" train.iterations="$BASE_STEPS" --data "$RUNS/text_512" --save "$RUNS/base"
+    --set runtime.device=cpu model.vocab_size="$VOCAB" train.iterations="$BASE_STEPS" --data "$RUNS/text_512" --save "$RUNS/base"
 torchrun --standalone --nproc-per-node 2 tools/train.py --recipe tiny_extend \
-    --set train.iterations="$LONG_STEPS" --load "$RUNS/base" --data "$RUNS/text_4k" --save "$RUNS/long"
+    --set runtime.device=cpu train.iterations="$LONG_STEPS" --load "$RUNS/base" --data "$RUNS/text_4k" --save "$RUNS/long"
 
-python tools/convert_hf.py export --ckpt "$RUNS/long" --out "$RUNS/hf"
-python tools/evaluate.py niah --model "$RUNS/hf" --lengths 512,4K --depths 0,50,100 --trials 2 --out "$RUNS/niah"
+[ -d "$RUNS/hf" ] || python tools/convert_hf.py export --ckpt "$RUNS/long" --out "$RUNS/hf"
+python tools/evaluate.py niah --model "$RUNS/hf" --lengths 512,4K --depths 0,50,100 --trials 2 --device cpu --out "$RUNS/niah"
 echo "the model is in $RUNS/hf, its passkey grid in $RUNS/niah"

@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=8 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=e
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1200
 mkdir -p "$RUNS"
 
-[ -f "$RUNS/text.idx" ] || python tools/prepare_data.py pretrain --input $TEXT --tokenizer "$MODEL" --seq-length 256K --output "$RUNS/text"
+[ -f "$RUNS/text.json" ] || python tools/prepare_data.py pretrain --input $TEXT --tokenizer "$MODEL" --seq-length 256K --output "$RUNS/text"
 
 # YaRN factor 32 over 8192 positions = 262,144; 200 iterations of 4 sequences are 210 million tokens.
 torchrun --standalone --nproc-per-node 8 tools/train.py --recipe ultralong_1m \

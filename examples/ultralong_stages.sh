@@ -30,7 +30,7 @@ train() {  # recipe, run directory, more arguments
 mkdir -p "$RUNS"
 
 # 1. Documents to packed rows of S + 1 tokens.
-[ -f "$RUNS/text.idx" ] || on_one_node python tools/prepare_data.py pretrain \
+[ -f "$RUNS/text.json" ] || on_one_node python tools/prepare_data.py pretrain \
     --input $TEXT --tokenizer "$MODEL" --seq-length "${SIZE^^}" --output "$RUNS/text"
 
 # 2. Continued pretraining, straight to the target length.

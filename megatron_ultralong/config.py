@@ -305,6 +305,8 @@ def override(run: Run, settings: list[str]) -> Run:
         if old is None and section == "model":
             raise UserError(f"--set model.{next(iter(values))}: recipe {run.name} takes its shape from the loaded model")
         new[section] = dataclasses.replace(old, **values) if old is not None else _sections()[section](**values)
+    if settings:  # what the notes say of published figures must not be read of others
+        new["notes"] = f"{run.notes} Changed for this run: {', '.join(settings)}.".strip()
     return dataclasses.replace(run, **new)
 
 

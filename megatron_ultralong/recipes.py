@@ -25,9 +25,13 @@ def tiny() -> Run:
     return Run(
         name="tiny",
         notes="A toy model from scratch; every figure is this project's own choice.",
-        model=Model(hidden_size=128, ffn_size=352, layers=4, heads=4, kv_heads=2, head_dim=32, vocab_size=512),
+        # Weights start wider than a large model's: at 0.02 a model this narrow would first spend hundreds of steps growing them.
+        model=Model(hidden_size=128, ffn_size=256, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=1024, tied_embeddings=True,
+                    init_std=0.08),
         rope=Rope(type="none", theta=10000.0, original_length=512),
-        train=Train(seq_length=512, global_batch=16, iterations=500, lr=1e-3, min_lr=1e-4, warmup=25, precision="fp32", save_every=0,
+        memory=Memory(checkpoint="none"),
+        optim=Optim(weight_decay=0.01),
+        train=Train(seq_length=512, global_batch=16, iterations=500, lr=3e-3, min_lr=1e-4, warmup=25, precision="fp32", save_every=0,
                     log_every=10))
 
 
@@ -38,7 +42,9 @@ def tiny_extend() -> Run:
         notes="A toy extension by 8 with the paper's YaRN; every other figure is this project's own choice.",
         rope=_yarn(8, theta=10000.0, original_length=512),
         parallel=Parallel(cp=2),
-        train=Train(seq_length=4096, global_batch=4, iterations=100, lr=3e-4, warmup=5, precision="fp32", save_every=0, log_every=10))
+        memory=Memory(checkpoint="none"),
+        optim=Optim(weight_decay=0.01),
+        train=Train(seq_length=4096, global_batch=4, iterations=60, lr=1e-3, min_lr=1e-4, warmup=5, precision="fp32", save_every=0, log_every=5))
 
 
 # ---- one node --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def hf_model(model: Model, rope: dict[str, Any] | None = None, seed: int = 0, **
         tie_word_embeddings=model.tied_embeddings, max_position_embeddings=512, attn_implementation="eager",
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0}, **config)).float().eval()
     with torch.no_grad():
-        for name, parameter in built.named_parameters():
+        for parameter in built.parameters():
             # Norm weights off one, or a norm applied twice or not at all would go unseen.
             parameter.normal_(1.0, 0.2) if parameter.dim() == 1 else parameter.normal_(0.0, 0.1)
     return built

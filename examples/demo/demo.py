@@ -46,10 +46,11 @@ def main() -> int:
     before = passkey(BASE, "before")
     say(f"2/5  documents, packed to rows of {LENGTH} + 1 tokens")
     corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1)
-    tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH, "--output", OUT / "text")
+    tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH,
+         "--separator-token", "eos", "--output", OUT / "text")
     say(f"3/5  continued pretraining at {LENGTH} tokens with YaRN factor {FACTOR}, two context parallel ranks")
-    tool("train.py", "--recipe", "tiny_extend", "--set", f"train.seq_length={LENGTH}", f"rope.factor={FACTOR}", f"train.iterations={ITERATIONS}",
-         f"train.global_batch={BATCH}", "--load-hf", BASE, "--data", OUT / "text", "--save", OUT / "train", ranks=2)
+    tool("train.py", "--recipe", "tiny_extend", "--set", "runtime.device=cpu", f"train.seq_length={LENGTH}", f"rope.factor={FACTOR}",
+         f"train.iterations={ITERATIONS}", f"train.global_batch={BATCH}", "--load-hf", BASE, "--data", OUT / "text", "--save", OUT / "train", ranks=2)
     say("4/5  export to Hugging Face")
     tool("convert_hf.py", "export", "--ckpt", OUT / "train", "--out", OUT / "hf")
     say("5/5  the passkey grid of the export, in plain transformers")
@@ -78,7 +79,8 @@ def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
 
 
 def passkey(model: Path, name: str) -> dict[str, Any]:
-    tool("evaluate.py", "niah", "--model", model, "--lengths", ",".join(map(str, LENGTHS)), "--depths", DEPTHS, "--trials", TRIALS, "--out", OUT / name)
+    tool("evaluate.py", "niah", "--model", model, "--lengths", ",".join(map(str, LENGTHS)), "--depths", DEPTHS, "--trials", TRIALS,
+         "--device", "cpu", "--out", OUT / name)
     return results.read_json(ROOT / OUT / name / "niah.json")
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from megatron_ultralong.checkpoint import card, hf, hf_writer, mapping, sharded
 from megatron_ultralong.checkpoint.sharded import Progress
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Runtime, UserError, check_model_layout, to_dict
+from megatron_ultralong.model.rope import same_maths
 from megatron_ultralong.runtime import launch
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -47,11 +48,8 @@ def layout(model: Model, world: int, tp: int | None = None, pp: int | None = Non
 def started(model: Model, tp: int | None, pp: int | None) -> Iterator[tuple[Ranks, Parallel]]:
     """This process as a rank of a conversion of `model`: joins torchrun's other ranks, if any, and leaves them at the end."""
     parallel = layout(model, launch.world_size(), tp, pp)
-    ranks = launch.start(Runtime(device="cpu"), parallel)
-    try:
-        yield ranks, parallel
-    finally:
-        launch.stop()
+    yield launch.start(Runtime(device="cpu"), parallel), parallel
+    launch.stop()  # not after a failure: other ranks may still be in a collective
 
 
 def import_hf(folder: Path, out: Path, ranks: Ranks, parallel: Parallel, dtype: torch.dtype | None = None) -> Path:
@@ -126,7 +124,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     different = [f"config.json: {name} is {a}, in the checkpoint {b}" for name, (a, b) in shapes.items() if a != b]
     if different:
         return different
-    if found.rope != progress.rope:
+    if not same_maths(found.rope, progress.rope, found.model.head_dim):
         different.append(f"config.json: RoPE is {card.rope_text(found.rope)}; in the checkpoint {card.rope_text(progress.rope)}")
     weights = hf.Weights(folder, found.model)
     narrow = torch.bfloat16 if torch.bfloat16 in (stored, weights.dtype) else torch.float32
@@ -134,6 +132,8 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     sharded.load(checkpoint, [chunk])
     mine: dict[str, tuple[int, float]] = {}  # HF tensor -> elements that differ, largest difference
     for name, parameter in tqdm(_parameters(chunk).items(), desc="comparing", unit="tensor", disable=not ranks.is_main):
+        if parameter.dim() == 1 and ranks.tp_rank:
+            continue  # every tensor parallel rank holds the same: counted once
         theirs = weights.shard(name, ranks.tp_rank, ranks.tp, narrow)
         ours = parameter.detach().to(narrow)
         for piece in mapping.pieces(name, found.model, ranks.tp_rank, ranks.tp):
@@ -158,7 +158,7 @@ def max_position(progress: Progress, base: dict[str, Any]) -> int:
         return scaled  # exactly: transformers 4.51 to 4.55 take max / original as the factor
     if run is None:  # imported, not trained
         return reached or scaled or 2048
-    return max(run.train.seq_length, scaled or reached)
+    return max(progress.max_length, run.train.seq_length, scaled or reached)
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:

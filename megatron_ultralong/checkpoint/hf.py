@@ -27,9 +27,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # Everything that belongs to a model but its weights. README.md: the licence field of its header goes into the export's card.
-ASSETS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-          "merges*", "*.jinja", "chat_template*", "additional_chat_templates", "licen[sc]e*", "notice*", "copying*",
-          "use_policy*", "readme.md")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.jinja", "chat_template*",
+             "additional_chat_templates")
+ASSETS = ("config.json", "generation_config.json", *TOKENIZER, "licen[sc]e*", "notice*", "copying*", "use_policy*", "readme.md")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.index.json")
 _LARGEST_ASSET = 256 * 1024**2  # bytes; a tokenizer is at most tens of MB
 
@@ -199,10 +199,12 @@ class Weights:
                             "but config.json says tie_word_embeddings; set that to false, or remove the tensor")
 
 
-def copy_assets(source: Path | str, target: Path | str, *, skip: tuple[str, ...] = ()) -> list[str]:
+def copy_assets(source: Path | str, target: Path | str, *, skip: tuple[str, ...] = (), tokenizer: bool = True,
+                others: bool = True) -> list[str]:
     """Copy an HF directory's small files (`ASSETS`: config, tokenizer, chat template, licence ...), never weights; follows links.
 
-    `skip` names files to leave out. Creates `target`; returns the names copied, sorted. UserError where `source` is no directory.
+    `skip` names files to leave out; `tokenizer` and `others` say whether the tokenizer's files and all others are copied.
+    Creates `target`; returns the names copied, sorted. UserError where `source` is no directory.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -211,6 +213,8 @@ def copy_assets(source: Path | str, target: Path | str, *, skip: tuple[str, ...]
     copied = []
     for entry in sorted(source.iterdir()):
         name = entry.name.lower()
+        if not (tokenizer if any(fnmatch(name, p) for p in TOKENIZER) else others):
+            continue
         if entry.name in skip or not any(fnmatch(name, p) for p in ASSETS) or any(fnmatch(name, p) for p in _WEIGHTS):
             continue
         if entry.is_dir() and name == "additional_chat_templates":

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,51 +41,96 @@ class Progress:
     """Tokens trained on so far."""
     run: dict[str, Any] | None = None
     """The resolved run, `config.to_dict`."""
+    max_length: int = 0
+    """Longest sequence that it or what it started from was trained at, tokens."""
+    data: dict[str, Any] | None = None
+    """What it was trained on: seed, shuffling, and of each set its weight and its manifest's hash."""
     base: str = ""
     """Name of the model it all started from."""
 
 
 def save(folder: Path, progress: Progress, chunks: list[torch.nn.Module], optimizer: Any, assets: Path | None, ranks: Ranks,
-         keep: int = 0) -> Path:
+         keep: int = 0, tokenizer: Path | None = None) -> Path:
     """Write `folder/iter_NNNNNNN`; every rank calls it. Then the oldest checkpoints beyond `keep` go (0 = keep all).
 
-    `assets` is a folder of the base model's small files, copied to `hf/`. Returns the checkpoint's path.
+    `assets` is a folder of the base model's small files, copied to `hf/`; `tokenizer` one whose tokenizer takes the place of theirs.
+    Returns the checkpoint's path. UserError, on every rank, where it cannot be written.
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_ultralong.checkpoint.hf import copy_assets
-
     final = folder / f"iter_{progress.iteration:07d}"
-    partial = folder / f".{final.name}.partial"
-    failure = None
+    name = agree(lambda: _begin(folder, final, assets, tokenizer), ranks, f"cannot write checkpoint {final}")
+    partial = folder / name
+    dist_checkpointing.save(state_dict(chunks, optimizer), str(partial), validate_access_integrity=True)
+    _end_writers()
+    _barrier()
+    agree(lambda: _finish(partial, final, progress, keep), ranks, f"cannot write checkpoint {final}")
+    return final
+
+
+def agree(act: Callable[[], Any], ranks: Ranks, what: str) -> Any:
+    """What `act()` gives on rank 0, on every rank; its OSError or UserError is raised on all of them as one UserError.
+
+    So a rank never waits in a collective for one that has left. Every rank calls it.
+    """
+    box: list[Any] = [None, None]
     if ranks.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob(".iter_*.partial"):
-                shutil.rmtree(stale)
-            partial.mkdir()
-            if assets is not None:
-                copy_assets(assets, partial / "hf")
+            box[0] = act()
         except OSError as error:
-            failure = f"cannot write checkpoint {final}: {error.strerror or error}"
-    _agree(failure)
-    dist_checkpointing.save(state_dict(chunks, optimizer), str(partial), validate_access_integrity=True)
-    _barrier()
-    if ranks.is_main:
-        values = {"format": FORMAT, **asdict(progress)}
-        (partial / "run.json").write_text(json.dumps(values, indent=2) + "\n")
-        if final.exists():
-            shutil.rmtree(final)
-        _sync(partial)
-        os.rename(partial, final)
-        _write_atomically(folder / "latest_checkpointed_iteration.txt", str(progress.iteration))
-        for old in whole(folder)[:-keep] if keep else []:
-            # Out of sight first: a kill in the middle of the removal must not leave a folder that looks whole.
-            gone = folder / f".{old.name}.partial"
-            os.rename(old, gone)
-            shutil.rmtree(gone, ignore_errors=True)
-    _barrier()
-    return final
+            box[1] = f"{what}: {error.strerror or error}"
+        except UserError as error:
+            box[1] = str(error)
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def _begin(folder: Path, final: Path, assets: Path | None, tokenizer: Path | None) -> str:
+    """The name of a new hidden folder with the small files in it."""
+    from megatron_ultralong.checkpoint import hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".iter_*.partial*"):
+        # What cannot be removed (a file still open on NFS) costs space, not the run: hence the new folder's name of its own.
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=folder))
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o777 & ~umask)  # mkdtemp makes it private
+    if assets is not None:
+        hf.copy_assets(assets, partial / "hf", tokenizer=tokenizer is None)
+    if tokenizer is not None:
+        hf.copy_assets(tokenizer, partial / "hf", others=assets is None)
+    return partial.name
+
+
+def _finish(partial: Path, final: Path, progress: Progress, keep: int) -> None:
+    """Make `partial` the whole checkpoint `final`, and remove old ones."""
+    values = {"format": FORMAT, **asdict(progress)}
+    (partial / "run.json").write_text(json.dumps(values, indent=2) + "\n")
+    _sync(partial)
+    if final.exists():
+        _remove(final)
+    os.rename(partial, final)
+    _write_atomically(final.parent / "latest_checkpointed_iteration.txt", str(progress.iteration))
+    for old in whole(final.parent)[:-keep] if keep else []:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight first: a kill in the middle of the removal must not leave a folder that looks whole."""
+    gone = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.partial-", dir=checkpoint.parent))
+    os.rename(checkpoint, gone / checkpoint.name)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _end_writers() -> None:
+    """Let go of the process that holds the queue of Megatron's writers: it would outlive a killed rank, and keep its output open."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = None
 
 
 def state_dict(chunks: list[torch.nn.Module], optimizer: Any = None, *, loading: bool = False) -> dict[str, Any]:
@@ -114,7 +161,7 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     if optimizer is not None:
         optimizer_state.before_load(optimizer)
     wanted = state_dict(chunks, optimizer, loading=True)
-    _check(path, wanted, with_optimizer=optimizer is not None)
+    _check(path, wanted, unwrap(chunks[0]).vocab_size, with_optimizer=optimizer is not None)
     state = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.IGNORE_ALL)
     many = len(chunks) > 1
     for i, chunk in enumerate(chunks):
@@ -169,39 +216,38 @@ def _metadata() -> dict[str, Any]:
     return {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _check(path: Path, wanted: dict[str, Any], with_optimizer: bool) -> None:
+def _check(path: Path, wanted: dict[str, Any], vocab_size: int, with_optimizer: bool) -> None:
     """Compare names and global shapes before anything is read: Megatron pads or cuts a vocabulary that differs in silence."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     stored = {k: tuple(t.global_shape) for k, t in dist_checkpointing.load_tensors_metadata(str(path)).items()}
-    asked: dict[str, tuple[int, ...] | None] = {}
+    asked: dict[str, tuple[tuple[int, ...], bool]] = {}  # shape, and whether its rows may be padded otherwise
     for leaf in nested_values(wanted):
         if isinstance(leaf, ShardedTensorFactory):
             for part in nested_values(leaf.build()):
-                asked[part.key] = None if part.allow_shape_mismatch else tuple(part.global_shape)
+                asked[part.key] = tuple(part.global_shape), part.allow_shape_mismatch
         elif isinstance(leaf, ShardedTensor):
-            asked[leaf.key] = None if leaf.allow_shape_mismatch else tuple(leaf.global_shape)
+            asked[leaf.key] = tuple(leaf.global_shape), leaf.allow_shape_mismatch
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, asked)
     asked = {k: v for part in everyone for k, v in part.items()}
-    for name, shape in asked.items():
+    for name, (shape, padded) in asked.items():
         if name not in stored:
             raise UserError(f"{path} lacks the tensor {name}")
-        if shape is not None and shape != stored[name]:
+        if padded and not name.startswith("optimizer.") and not _pads(stored[name][0], vocab_size):
+            raise UserError(f"{path}: {name} has {stored[name][0]} rows, which is no padding of the model's vocabulary of {vocab_size}")
+        if (shape[1:] != stored[name][1:]) if padded else (shape != stored[name]):
             raise UserError(f"{path}: {name} has shape {list(stored[name])}, but the model needs {list(shape)}")
     for name in stored:
         if name not in asked and not name.endswith("_extra_state") and (with_optimizer or not name.startswith("optimizer.")):
             raise UserError(f"{path} has the tensor {name}, which the model does not have")
 
 
-def _agree(failure: str | None) -> None:
-    """Raise the first rank's failure on every rank."""
-    box = [failure]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[0]:
-        raise UserError(box[0])
+def _pads(rows: int, vocab_size: int) -> bool:
+    """Whether `rows` is `vocab_size` padded for some tensor parallel size: as here, or as Megatron-LM does (to multiples of 128)."""
+    return any(rows == -(-vocab_size // size) * size for tp in range(1, 65) for size in (tp, 128 * tp))
 
 
 def _barrier() -> None:

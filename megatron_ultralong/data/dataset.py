@@ -6,6 +6,7 @@ A sample is one row: S + 1 tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -80,6 +81,12 @@ class Rows:
             return which, place
         return which, int(_order(len(self.sets[which]), seed, which, epoch)[place])
 
+    def identity(self) -> list[dict[str, Any]]:
+        """What the sets are, wherever they lie: of each its weight, rows and the hash of its manifest."""
+        return [{"weight": str(weight), "rows": len(rows),
+                 "manifest": hashlib.sha256(json.dumps(rows.manifest, sort_keys=True).encode()).hexdigest()}
+                for weight, rows in zip(self.weights, self.sets, strict=True)]
+
     def first(self, count: int) -> list[tuple[int, int]]:
         """(set, row) of `count` different rows (of all, if fewer): the first ones of each set, by weight. No shuffling."""
         taken = [0] * len(self.sets)
@@ -101,7 +108,7 @@ class Rows:
 
     def _counts(self, samples: int) -> list[tuple[int, int]]:
         """(set, how many of the first `samples` samples it gives). Each set takes its share of what those before it left."""
-        counts, left, weight = [], samples, sum(self.weights)
+        counts, left, weight = [], samples, sum(self.weights, Fraction(0))
         for which, own in enumerate(self.weights):
             taken = _part(left, own, weight)
             counts.append((which, taken))
@@ -110,7 +117,7 @@ class Rows:
 
     def _share(self, sample: int) -> tuple[int, int]:
         """(set, number within it) of a sample: the one set whose count the sample raises."""
-        left, weight = sample, sum(self.weights)
+        left, weight = sample, sum(self.weights, Fraction(0))
         for which, own in enumerate(self.weights):
             taken = _part(left, own, weight)
             if _part(left + 1, own, weight) > taken:

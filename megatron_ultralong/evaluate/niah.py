@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +196,8 @@ def run(backend: Any, grid: Grid, *, haystack: Path | None = None, batch: int | 
         builder.prompt(length, grid.depths[0], 0)
     trials: list[dict[str, Any]] = []
     for length in grid.lengths:
-        prompts = [builder.prompt(length, depth, trial) for depth in grid.depths for trial in range(grid.trials)]
+        # One batch at a time: a prompt of 4M tokens is a list of tens of megabytes.
+        prompts = (builder.prompt(length, depth, trial) for depth in grid.depths for trial in range(grid.trials))
         for group in _batches(prompts, batch or max(1, 16384 // length)):
             written = backend.generate([prompt.tokens for prompt in group], group[0].answer_tokens)
             for prompt, tokens in zip(group, written, strict=True):
@@ -223,14 +224,16 @@ def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
                       for (length, depth), hits in cells.items()]}
 
 
-def _batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+def _batches(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Groups of at most `size` prompts of equal token counts, in order: no padding is ever needed."""
-    groups: list[list[Prompt]] = []
+    group: list[Prompt] = []
     for prompt in prompts:
-        if not groups or len(groups[-1]) == size or len(groups[-1][0].tokens) != len(prompt.tokens):
-            groups.append([])
-        groups[-1].append(prompt)
-    return groups
+        if group and (len(group) == size or len(group[0].tokens) != len(prompt.tokens)):
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
 
 
 def _read(path: Path) -> str:

@@ -30,7 +30,7 @@ def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, h
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     colours = LinearSegmentedColormap.from_list("accuracy", RED_TO_GREEN)
-    image = None
+    image: Any = None
     for i, (panel, result, title) in enumerate(zip(panels, results, titles, strict=True)):
         lengths, depths = _axis(result, "length"), _axis(result, "depth")
         accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in result["cells"]}

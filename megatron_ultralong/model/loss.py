@@ -22,19 +22,20 @@ def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask
     hidden [t, b, H]; weight [v, H], rows of the vocabulary from rank x v on; labels int64 [b, s]; loss_mask float [b, s].
     Rows from `vocab_size` on are padding and take no part in the softmax. `chunk` is in tokens of the whole s x b (0 = all).
     """
-    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk)
+    # Inside forward gradients always look switched off, and needs_input_grad does not know of no_grad.
+    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk, torch.is_grad_enabled())
 
 
 class _ShardedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int,
-                sequence_parallel: bool, chunk: int) -> Tensor:
+                sequence_parallel: bool, chunk: int, grad_enabled: bool) -> Tensor:
         t, b, _ = hidden.shape
         tp, rank = group.size(), group.rank()
         parts = tp if sequence_parallel else 1
         labels, loss_mask = labels.t(), loss_mask.t()  # [s, b]
         rows = max(1, chunk // (b * parts)) if chunk else t
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -51,9 +52,9 @@ class _ShardedTokenLoss(torch.autograd.Function):
             if grad is None:
                 continue
             grad = grad.to(weight.dtype)
-            if need_weight:
+            if grad_weight is not None:
                 grad_weight += torch.matmul(grad.t(), x)
-            if need_hidden:
+            if grad_hidden is not None:
                 grad_x = torch.matmul(grad, weight).view_as(x_cbH)
                 grad_hidden[start:stop] = _reduce(grad_x, group, parts)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -67,7 +68,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, rank: int, vocab_size: int,

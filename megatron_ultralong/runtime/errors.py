@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import multiprocessing
 import os
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
 
 from megatron_ultralong.config import UserError
@@ -22,12 +26,24 @@ def main(function: Callable[[], int | None]) -> None:
     except UserError as error:
         if _first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        os._exit(130)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
     sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End this process without asking the other ranks, and its own child processes with it: they would hold its output open."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _first_to_say(line: str) -> bool:
@@ -36,10 +52,15 @@ def _first_to_say(line: str) -> bool:
     if run is None:
         return True
     key = hashlib.sha256(f"{run} {os.getppid()} {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {line}".encode()).hexdigest()[:32]
+    marker = os.path.join(tempfile.gettempdir(), f"megatron_ultralong-error-{key}")
     try:
-        os.close(os.open(os.path.join(tempfile.gettempdir(), f"megatron_ultralong-error-{key}"), os.O_CREAT | os.O_EXCL))
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
         return True
     except FileExistsError:
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(marker) > 600:  # of a run long gone that had the same numbers
+                os.utime(marker)
+                return True
         return False
     except OSError:
         return True

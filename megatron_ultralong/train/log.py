@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ultralong import config
+from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.sharded import Progress
 from megatron_ultralong.config import Model, Run, UserError
 from megatron_ultralong.runtime.launch import Ranks
@@ -26,23 +28,29 @@ class Log:
         self.run, self.ranks = run, ranks
         self.flops = metrics.flops_per_token(model, run.train.seq_length)
         self.peak = metrics.peak_flops(ranks.device)
-        self.bar = self.board = self.wandb = None
+        self.bar = None
+        self.board: Any = None
+        self.wandb: Any = None
+        sharded.agree(lambda: self._open(save_dir, start), ranks, f"--save {save_dir} cannot be written")
         if not ranks.is_main:
             return
+        self.bar = tqdm(total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1)
+        self.note(metrics.FORMULA + (f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU" if self.peak else "; no peak known here, so no MFU"))
+
+    def _open(self, save_dir: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        try:
-            self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
-        except OSError as error:
-            raise UserError(f"--save {save_dir} cannot be written: {error.strerror or error}") from None
-        if run.runtime.wandb:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save_dir):
+            pass
+        self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        if self.run.runtime.wandb:
             try:
                 import wandb
             except ImportError:
                 raise UserError("runtime.wandb is set, but wandb is not installed; pip install wandb, or leave it unset") from None
-            self.wandb = wandb.init(project=run.runtime.wandb, name=run.name, config=config.to_dict(run), resume="allow", dir=str(save_dir))
-        self.bar = tqdm(total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1)
-        self.note(metrics.FORMULA + (f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU" if self.peak else "; no peak known here, so no MFU"))
+            self.wandb = wandb.init(project=self.run.runtime.wandb, name=self.run.name, config=config.to_dict(self.run), resume="allow",
+                                    dir=str(save_dir))
 
     def note(self, line: str) -> None:
         """A line of its own."""

@@ -32,7 +32,8 @@ Batches = Iterator[dict[str, torch.Tensor]]
 
 def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any, progress: Progress, *,
           data: Callable[[int], list[Batches]], valid: Callable[[], tuple[list[Batches], int]] | None, save_dir: Path,
-          assets: Path | None, log: Log, callbacks: list[Callable[[int, list[torch.nn.Module]], None]] | None = None) -> Progress:
+          assets: Path | None, log: Log, tokenizer: Path | None = None,
+          callbacks: list[Callable[[int, list[torch.nn.Module]], None]] | None = None) -> Progress:
     """Train from `progress` to `run.train.iterations`; returns the last progress, which is saved.
 
     `data(consumed)` gives an endless iterator of this rank's micro-batches for each model chunk, from sequence `consumed` on;
@@ -48,7 +49,7 @@ def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any,
     def save() -> None:
         nonlocal last_saved
         with log.saving(progress.iteration):
-            sharded.save(save_dir, progress, chunks, optimizer, assets, ranks, keep=t.keep)
+            sharded.save(save_dir, progress, chunks, optimizer, assets, ranks, keep=t.keep, tokenizer=tokenizer)
         last_saved = progress.iteration
         for callback in callbacks or []:
             callback(progress.iteration, chunks)

@@ -26,17 +26,19 @@ def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path,
     held_out = dataset.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size) if valid else None
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
-    try:
-        run.micro_batches(ranks.dp)
-        print_run(run, ranks)
-        return _train(run, ranks, source, rows, held_out, save)
-    finally:
-        launch.stop()
+    run.micro_batches(ranks.dp)
+    start.check_same(source, save)
+    print_run(run, ranks)
+    progress = _train(run, ranks, source, rows, held_out, save)
+    launch.stop()  # not after a failure: other ranks may still be in a collective, and leaving the groups would wait for them
+    return progress
 
 
 def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Rows, held_out: dataset.Rows | None, save: Path) -> sharded.Progress:
     from megatron_ultralong.model import llama
 
+    progress = start.with_run(source.progress, run, rows)
+    log = Log(run, ranks, progress.model, save, progress.iteration)
     chunks = llama.build(source.progress.model, source.progress.rope, ranks, run.parallel, run.memory, run.train.precision,
                          deterministic=run.train.deterministic)
     start.load_weights(chunks, run, source, ranks)
@@ -44,22 +46,24 @@ def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Ro
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
         sharded.load(source.resume, chunks, optimizer)
-    progress = start.with_run(source.progress, run)
     share = {"seed": run.train.seed, "dp_rank": ranks.dp_rank, "dp": ranks.dp, "cp_rank": ranks.cp_rank, "cp": ranks.cp,
              "micro_batch": run.train.micro_batch}
 
-    log = Log(run, ranks, progress.model, save, progress.iteration)
     try:
         log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
         if source.resume is not None:
+            if (note := start.data_note(source.progress, progress)) is not None:
+                log.note(note)
             log.note(f"going on from {source.resume}: iteration {progress.iteration}, {progress.consumed} sequences done")
         elif (note := start.theta_note(run, source)) is not None:
             log.note(note)
         return loop.train(
             run, ranks, chunks, optimizer, progress,
-            data=lambda consumed: [loader.batches(rows, consumed=consumed, global_batch=run.train.global_batch, shuffle=run.data.shuffle, **share)
+            data=lambda consumed: [loader.batches(rows, consumed=consumed, global_batch=run.train.global_batch, shuffle=run.data.shuffle,
+                                                   workers=run.data.workers, **share)
                                    for _ in chunks],
-            valid=None if held_out is None else lambda: loader.held_out(held_out, run.train.eval_rows, copies=len(chunks), **share),
-            save_dir=save, assets=source.assets, log=log)
+            valid=None if held_out is None else lambda: loader.held_out(
+                held_out, run.train.eval_rows, copies=len(chunks), multiple=run.parallel.pp if run.parallel.vpp > 1 else 1, **share),
+            save_dir=save, assets=source.assets, tokenizer=source.tokenizer, log=log)
     finally:
         log.close()

@@ -11,6 +11,7 @@ from megatron_ultralong import config
 from megatron_ultralong.checkpoint import hf, sharded
 from megatron_ultralong.checkpoint.sharded import Progress
 from megatron_ultralong.config import Model, Rope, Run, UserError
+from megatron_ultralong.data.dataset import Rows
 from megatron_ultralong.model import init, llama
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -28,6 +29,8 @@ class Source:
     """A Hugging Face model directory: weights only."""
     assets: Path | None = None
     """Folder with config, tokenizer and licence to carry along."""
+    tokenizer: Path | None = None
+    """Folder whose tokenizer is carried along instead."""
 
 
 def find(run: Run, save: Path, load: Path | None, load_hf: Path | None, tokenizer: Path | None = None) -> tuple[Run, Source]:
@@ -52,18 +55,21 @@ def find(run: Run, save: Path, load: Path | None, load_hf: Path | None, tokenize
             found = sharded.progress_of(path)
         _same_model(run.model, found.model, path)
         rope = run.rope or found.rope
-        progress = Progress(model=found.model, rope=rope, base=found.base)
-        return _settled(run, found.model, rope), Source(progress=progress, weights=path, assets=tokenizer or _folder(path / "hf"))
+        progress = Progress(model=found.model, rope=rope, base=found.base, max_length=found.max_length)
+        return _settled(run, found.model, rope), Source(progress=progress, weights=path, assets=_folder(path / "hf"), tokenizer=tokenizer)
     if load_hf is not None:
         found_hf = hf.read_config(load_hf)
         _same_model(run.model, found_hf.model, load_hf)
         rope = run.rope or found_hf.rope
-        progress = Progress(model=found_hf.model, rope=rope, base=run.base or load_hf.resolve().name)
-        return _settled(run, found_hf.model, rope), Source(progress=progress, hf=load_hf, assets=tokenizer or load_hf)
+        name = hf.base_name(load_hf, found_hf.raw)
+        if run.base.rpartition("/")[2].lower() == name.lower():
+            name = run.base  # the directory is called like the recipe's base: by its full name then
+        progress = Progress(model=found_hf.model, rope=rope, base=name)
+        return _settled(run, found_hf.model, rope), Source(progress=progress, hf=load_hf, assets=load_hf, tokenizer=tokenizer)
     if run.model is None:
         raise UserError(f"recipe {run.name} starts from a model: give --load-hf DIR or --load CKPT")
     rope = run.rope or Rope()
-    return _settled(run, run.model, rope), Source(progress=Progress(model=run.model, rope=rope, base=run.base), assets=tokenizer)
+    return _settled(run, run.model, rope), Source(progress=Progress(model=run.model, rope=rope, base=run.base), tokenizer=tokenizer)
 
 
 def load_weights(chunks: list[torch.nn.Module], run: Run, source: Source, ranks: Ranks) -> None:
@@ -82,9 +88,28 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: Source, ranks:
             init.initialise(parameters, model, run.train.seed, ranks.tp_rank, ranks.tp)
 
 
-def with_run(progress: Progress, run: Run) -> Progress:
-    """Progress that carries the resolved run into its checkpoints."""
-    return replace(progress, run=config.to_dict(run))
+def with_run(progress: Progress, run: Run, rows: Rows) -> Progress:
+    """Progress that carries the resolved run and what it is trained on into its checkpoints."""
+    data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
+    return replace(progress, run=config.to_dict(run), max_length=max(progress.max_length, run.train.seq_length), data=data)
+
+
+def check_same(source: Source, save: Path) -> None:
+    """UserError, on every rank, where the ranks do not see the same checkpoints. Every rank calls it."""
+    seen: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(seen, source.resume.name if source.resume else "none")
+    if len(set(seen)) > 1:
+        rank = next(i for i, name in enumerate(seen) if name != seen[0])
+        raise UserError(f"--save {save}: rank 0 finds checkpoint {seen[0]} there, rank {rank} {seen[rank]}; put it on storage that all nodes share")
+
+
+def data_note(before: Progress, now: Progress) -> str | None:
+    """A line where a run goes on with other data, or another order of it, than it had so far."""
+    if before.data is None or before.data == now.data:
+        return None
+    what = [name for name in ("seed", "shuffle", "sets") if before.data.get(name) != (now.data or {}).get(name)]
+    return (f"note: this run's data changed ({', '.join(what)}): it goes on at sequence {before.consumed} of the new order, so some rows "
+            "may come twice and some not at all in this epoch")
 
 
 def theta_note(run: Run, source: Source) -> str | None:

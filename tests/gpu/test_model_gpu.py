@@ -1,0 +1,92 @@
+"""The model and tools/train.py on one GPU over NCCL in bf16, against transformers in float32; TransformerEngine's parts against ours."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ultralong.checkpoint import hf, sharded
+from megatron_ultralong.config import Memory, Model, Parallel, Runtime
+from tests.text import write_rows
+from tests.tiny import LLAMA3, hf_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+ROOT = Path(__file__).parents[2]
+MODEL = Model(hidden_size=256, ffn_size=512, layers=4, heads=4, kv_heads=2, head_dim=64, vocab_size=512)
+S = 512
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    hf_model(MODEL, LLAMA3).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_training_in_bf16_over_nccl(base: Path, tmp_path: Path) -> None:
+    """First loss as transformers has it in float32; the loss falls; a resume goes on as if it had not stopped."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, MODEL.vocab_size, (8, S + 1), generator=generator)
+    data = write_rows(tmp_path / "rows", rows.tolist())
+    whole = _train(base, data, tmp_path / "whole", 12)
+    from transformers import LlamaForCausalLM
+
+    reference = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        want = float(reference(rows, labels=rows).loss)
+    assert abs(whole[0] - want) < 1e-2 * want
+    assert whole[-1] < whole[0] - 0.2
+    first = _train(base, data, tmp_path / "parts", 12, "train.save_every=6", stop=6)
+    second = _train(base, data, tmp_path / "parts", 12, "train.save_every=6")
+    assert first + second == whole
+
+
+def _train(base: Path, data: str, save: Path, iterations: int, *settings: str, stop: int | None = None) -> list[float]:
+    """Losses of the iterations that ran; `stop` removes what was saved after that iteration, as if the run had ended there."""
+    command = [sys.executable, "tools/train.py", "--recipe", "smollm2_135m", "--set", "runtime.device=cuda", f"train.seq_length={S}",
+               "train.global_batch=8", f"train.iterations={iterations}", "train.warmup=2", "train.lr=1e-3", "train.deterministic=true",
+               "rope.factor=4", "rope.original_length=32", "rope.theta=10000", "train.keep=0", *settings,
+               "--load-hf", str(base), "--data", data, "--save", str(save)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [float(value) for value in re.findall(r"iteration +\d+/\d+ .*? lm loss: (\S+)", done.stdout)]
+    if stop is None:
+        return losses
+    import shutil
+
+    for path in sharded.whole(save):
+        if int(path.name[5:]) > stop:
+            shutil.rmtree(path)
+    return losses[:stop]
+
+
+def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
+    """Logits with TransformerEngine's linears and norms equal those with Megatron's; a checkpoint of one loads in the other."""
+    pytest.importorskip("transformer_engine")
+    from megatron_ultralong.model import llama
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cuda"), Parallel())
+    try:
+        found = hf.read_config(base)
+        built = {te: llama.build(found.model, found.rope, ranks, Parallel(), Memory(checkpoint="none"), "bf16", transformer_engine=te)
+                 for te in (True, False)}
+        for chunks in built.values():
+            hf.load_parameters(base, found.model, llama.named_parameters(chunks[0]), 0, 1)
+        tokens = torch.randint(0, MODEL.vocab_size, (2, S), device="cuda")
+        with torch.no_grad():
+            ours, theirs = (built[te][0](tokens).float() for te in (False, True))
+        assert (ours - theirs).abs().max() < 2e-2 * ours.abs().max()
+        from megatron_ultralong.checkpoint.sharded import Progress
+
+        for te in (True, False):
+            optimizer = None
+            saved = sharded.save(tmp_path / str(te), Progress(model=found.model, rope=found.rope), built[te], optimizer, None, ranks)
+            sharded.load(saved, built[not te])
+    finally:
+        launch.stop()

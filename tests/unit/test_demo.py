@@ -1,0 +1,55 @@
+"""The demo's parts: documents of exact size, and the base model that ships, which finds pass keys in its 512 tokens and no further."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ultralong.checkpoint import hf
+from megatron_ultralong.evaluate import niah
+from megatron_ultralong.evaluate.backends import HuggingFace
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "examples" / "demo" / "base"
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+import corpus  # noqa: E402
+
+
+def test_documents_have_their_exact_size(tmp_path: Path) -> None:
+    for length, whole in ((64, 1.0), (513, 0.5), (4096, 1.0)):
+        corpus.write_documents(BASE, tmp_path / "a.jsonl", length=length, rows=6, seed=3, whole=whole)  # asserts the sizes
+        corpus.write_documents(BASE, tmp_path / "b.jsonl", length=length, rows=6, seed=3, whole=whole)
+        assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+        assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
+
+
+def test_keys_are_answered_as_they_were_told() -> None:
+    from transformers import AutoTokenizer
+
+    writer = corpus.Writer(AutoTokenizer.from_pretrained(BASE), seed=5)
+    for _ in range(20):
+        text = writer.keys(600, 8)
+        told: dict[str, str] = {}
+        for sentence in text.split(". "):
+            before, found, value = sentence.partition(" is ")
+            if found and "The pass key of" in before and value.strip(". ").isdigit():
+                name = before.rsplit("The pass key of ", 1)[1]
+                assert told.setdefault(name, value.strip(". ")) == value.strip(". ")
+        assert told
+
+
+def test_documents_too_short_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(corpus.UserError, match="--length"):
+        corpus.write_documents(BASE, tmp_path / "a.jsonl", length=63, rows=1, seed=0)
+
+
+def test_the_base_model_finds_keys_up_to_its_own_context() -> None:
+    assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 4 * 2**20
+    found = hf.read_config(BASE)
+    assert found.rope.type == "none" and json.loads((BASE / "config.json").read_text())["max_position_embeddings"] == 512
+    grid = niah.Grid(lengths=(512, 2048), depths=(0.0, 50.0, 100.0), trials=4, seed=1)
+    result = niah.run(HuggingFace(BASE, device="cpu"), grid)
+    assert result["by_length"]["512"] >= 0.9 and result["by_length"]["2048"] <= 0.2, result["by_length"]
