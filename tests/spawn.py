@@ -33,7 +33,8 @@ def leave_groups() -> None:
 
     torch.distributed.barrier()
     launch.stop()
-    gc.collect()  # modules and optimizers refer to their groups in circles
+    _forget_optimizers()
+    gc.collect()  # modules refer to their groups in circles
     _join()
 
 
@@ -48,6 +49,15 @@ def _enter(rank: int, function: Callable[..., Any], world_size: int, rendezvous:
         traceback.print_exc()
         raise
     torch.distributed.destroy_process_group()
+
+
+def _forget_optimizers() -> None:
+    """Empty the distributed optimizers: in float32 runs their shards hold the hooks of the gradients in C++, unseen by the collector."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for thing in gc.get_objects():
+        if type(thing) is DistributedOptimizer:
+            vars(thing).clear()
 
 
 _place: dict[str, Any] = {}

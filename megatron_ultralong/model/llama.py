@@ -74,6 +74,12 @@ class Llama(LanguageModule):
         return sharded_token_loss(hidden, weight, labels, loss_mask, self.tp_group, self.vocab_size,
                                   sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there does not expect."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
 
 def transformer_config(model: Model, parallel: Parallel, memory: Memory, precision: str, deterministic: bool = False) -> TransformerConfig:
     """Megatron's TransformerConfig of a Llama model under a layout."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ultralong import config
 from megatron_ultralong.checkpoint import convert, hf, hf_writer, mapping, sharded
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train, UserError
-from tests.spawn import run_ranks
+from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +59,7 @@ class Layouts:
         return launch.start(Runtime(device="cpu"), self.parallel), self.parallel
 
     def __exit__(self, *_: object) -> None:
-        from megatron.core import parallel_state
-
-        torch.distributed.barrier()
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 # ---- four ranks: untied, bf16, sharded -----------------------------------------------------------------------

@@ -84,15 +84,14 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
             yield {name: layout.shard(x[row: row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
-    if parallel.pp == 1:
-        for batch, row in zip(batches(), range(ranks.dp_rank, ROWS, ranks.dp), strict=True):
-            with torch.no_grad():
-                mine = chunks[0](batch["tokens"]).contiguous()
-            parts = [torch.empty_like(mine) for _ in range(ranks.tp)]
-            torch.distributed.all_gather(parts, mine, group=ranks.groups.tp)
-            got = torch.cat(parts, dim=-1)[..., : model.vocab_size]
-            want = layout.shard(logits[row: row + 1], ranks.cp_rank, ranks.cp, 1)
-            assert (got - want).abs().max() < 1e-4, where
+    mine = _logits(chunks, [batches() for _ in chunks], ROWS // ranks.dp)
+    assert len(mine) == (ROWS // ranks.dp if ranks.pp_rank == ranks.pp - 1 else 0), where
+    for part, row in zip(mine, range(ranks.dp_rank, ROWS, ranks.dp)):
+        parts = [torch.empty_like(part) for _ in range(ranks.tp)]
+        torch.distributed.all_gather(parts, part, group=ranks.groups.tp)
+        got = torch.cat(parts, dim=-1)[..., : model.vocab_size]
+        want = layout.shard(logits[row: row + 1], ranks.cp_rank, ranks.cp, 1)
+        assert (got - want).abs().max() < 1e-4, where
 
     run = Run(name="test", train=Train(seq_length=S, micro_batch=1, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"), parallel=parallel)
     chunks = optim.data_parallel(chunks, ranks)
@@ -115,3 +114,17 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
     # Split, copied and tied weights each count once in the norm that gradients are clipped by.
     want_norm = float(torch.stack([grad.norm() for grad in grads.values()]).norm())
     assert abs(optimizer.step()[1] - want_norm) < 1e-5 * want_norm, where
+
+
+def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[torch.Tensor]:
+    """This rank's logits [1, s, v] of every micro-batch by Megatron's forward-only schedule; none but on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(batches: Any, chunk: Any) -> Any:
+        return chunk(next(batches)["tokens"]), lambda logits, non_loss_data: logits.contiguous()
+
+    many = len(chunks) > 1
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=batches if many else batches[0], model=chunks if many else chunks[0],
+            num_microbatches=micro_batches, seq_length=S, micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
