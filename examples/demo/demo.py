@@ -45,7 +45,7 @@ def main() -> int:
     say(f"1/5  the passkey grid of the model as it is: context {BASE_LENGTH}")
     before = passkey(BASE, "before")
     say(f"2/5  documents, packed to rows of {LENGTH} + 1 tokens")
-    corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1)
+    corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1, repeat=0, listed=0)
     tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH,
          "--separator-token", "eos", "--output", OUT / "text")
     say(f"3/5  continued pretraining at {LENGTH} tokens with YaRN factor {FACTOR}, two context parallel ranks")

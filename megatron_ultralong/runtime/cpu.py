@@ -8,6 +8,7 @@ It is called once a process, by `launch.start`, and never on a machine that trai
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Any
 
@@ -82,6 +83,8 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    # As it is imported Megatron-Core asks torch.compile for functions that are never called here; loading the compiler takes seconds.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     stream = _Stream()
     for name, answer in {
         "current_device": lambda: _CPU,
