@@ -1,15 +1,17 @@
-"""One clear line and exit code 2 for mistakes a user can make."""
+"""What a tool says on stderr: one clear line and exit code 2 for mistakes a user can make, and no notices of libraries."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 
 from megatron_ultralong.config import UserError
@@ -21,6 +23,7 @@ def main(function: Callable[[], int | None]) -> None:
     Under torchrun the first rank of a node that meets a given error prints it, and every rank leaves at once: the others raised
     the same one, or wait in a collective that would otherwise hold the exit up until its timeout.
     """
+    quiet()
     try:
         code = function() or 0
     except UserError as error:
@@ -34,6 +37,17 @@ def main(function: Callable[[], int | None]) -> None:
         traceback.print_exc()
         _leave(1)
     sys.exit(code)
+
+
+def quiet() -> None:
+    """Keep library notices that no user can act on out of the log."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
+    # The distributed optimizer reads .grad of its shards, which are views.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for name in ("megatron", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _leave(code: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +12,7 @@ import numpy
 import torch
 
 from megatron_ultralong.config import Parallel, Runtime, UserError
+from megatron_ultralong.runtime import errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
 
     Raises UserError where the device is not there or the ranks do not fit the layout.
     """
-    quiet()
+    errors.quiet()
     device = pick_device(runtime.device)
     world = world_size()
     dp = parallel.data_parallel(world)
@@ -122,14 +121,3 @@ def join(device: torch.device, timeout_minutes: int) -> None:
         torch.distributed.init_process_group(backend, timeout=timeout)
         return
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
-
-
-def quiet() -> None:
-    """Keep library notices that no user can act on out of the log."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
-    # The distributed optimizer reads .grad of its shards, which are views.
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for name in ("megatron", "torch.distributed", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)

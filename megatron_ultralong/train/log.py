@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from megatron_ultralong import config
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.sharded import Progress
 from megatron_ultralong.config import Model, Run, UserError
+from megatron_ultralong.data.dataset import Rows
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import metrics
 
@@ -24,8 +26,8 @@ from megatron_ultralong.train import metrics
 class Log:
     """Lines on rank 0's standard output, scalars in `SAVE/tensorboard`; silent on the other ranks."""
 
-    def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int) -> None:
-        self.run, self.ranks = run, ranks
+    def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: Rows) -> None:
+        self.run, self.ranks, self.rows = run, ranks, rows
         self.flops = metrics.flops_per_token(model, run.train.seq_length)
         self.peak = metrics.peak_flops(ranks.device)
         self.bar = None
@@ -56,6 +58,7 @@ class Log:
         """A line of its own."""
         if self.ranks.is_main:
             tqdm.write(line)
+            sys.stdout.flush()  # a pipe or file would hold lines back, and a killed run would lose them
 
     def step(self, progress: Progress, *, loss: float, target_tokens: int, grad_norm: float | None, lr: float, seconds: float) -> None:
         """One iteration's line and scalars."""
@@ -65,8 +68,9 @@ class Log:
         self.bar.update(1)
         tokens_per_second = t.global_batch * t.seq_length / seconds / self.ranks.world
         tflops = tokens_per_second * self.flops / 1e12
+        epochs = self.rows.epoch(progress.consumed)
         scalars = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": float(grad_norm or 0.0),
-                   "train/tokens": progress.tokens, "speed/tokens_per_second_per_gpu": tokens_per_second,
+                   "train/tokens": progress.tokens, "train/epochs_done": epochs, "speed/tokens_per_second_per_gpu": tokens_per_second,
                    "speed/tflops_per_gpu": tflops, "speed/iteration_seconds": seconds}
         if self.peak:
             scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak
@@ -77,9 +81,9 @@ class Log:
         width = len(str(t.iterations))
         speed = f"causal MFU: {100 * tflops * 1e12 / self.peak:.1f}%" if self.peak else f"TFLOP/s/GPU: {tflops:.3f}"
         self.note(f" [{now}] iteration {progress.iteration:{width}d}/{t.iterations} | consumed samples: {progress.consumed} "
-                  f"| elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} | global batch size: {t.global_batch} "
-                  f"| lm loss: {loss:.6E} | grad norm: {float(grad_norm or 0.0):.3f} | target tokens: {target_tokens} "
-                  f"| tokens/s/GPU: {tokens_per_second:.1f} | {speed} |")
+                  f"| epochs done: {epochs} | elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} "
+                  f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} | grad norm: {float(grad_norm or 0.0):.3f} "
+                  f"| target tokens: {target_tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} |")
 
     def held_out(self, progress: Progress, loss: float) -> None:
         """The held-out loss after an iteration."""
@@ -90,6 +94,8 @@ class Log:
     def saving(self, iteration: int) -> Iterator[None]:
         """Says what is saved, and how long it took."""
         began = time.perf_counter()
+        if self.board is not None:
+            self.board.flush()  # a run that goes on from here does not give these scalars again
         yield
         self.note(f" saved checkpoint of iteration {iteration} in {time.perf_counter() - began:.1f} s")
 

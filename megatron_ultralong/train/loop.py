@@ -47,10 +47,12 @@ def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any,
     last_saved = progress.iteration if sharded.whole(save_dir) else None
 
     def save() -> None:
-        nonlocal last_saved
+        nonlocal last_saved, assets, tokenizer
         with log.saving(progress.iteration):
-            sharded.save(save_dir, progress, chunks, optimizer, assets, ranks, keep=t.keep, tokenizer=tokenizer)
+            saved = sharded.save(save_dir, progress, chunks, optimizer, assets, ranks, keep=t.keep, tokenizer=tokenizer)
         last_saved = progress.iteration
+        if (saved / "hf").is_dir():  # where they came from may be a checkpoint that `keep` has removed
+            assets, tokenizer = saved / "hf", None
         for callback in callbacks or []:
             callback(progress.iteration, chunks)
 

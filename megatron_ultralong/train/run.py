@@ -38,7 +38,7 @@ def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Ro
     from megatron_ultralong.model import llama
 
     progress = start.with_run(source.progress, run, rows)
-    log = Log(run, ranks, progress.model, save, progress.iteration)
+    log = Log(run, ranks, progress.model, save, progress.iteration, rows)
     chunks = llama.build(source.progress.model, source.progress.rope, ranks, run.parallel, run.memory, run.train.precision,
                          deterministic=run.train.deterministic)
     start.load_weights(chunks, run, source, ranks)
