@@ -247,7 +247,8 @@ def _check(path: Path, wanted: dict[str, Any], vocab_size: int, with_optimizer: 
 
 def _pads(rows: int, vocab_size: int) -> bool:
     """Whether `rows` is `vocab_size` padded for some tensor parallel size: as here, or as Megatron-LM does (to multiples of 128)."""
-    return any(rows == -(-vocab_size // size) * size for tp in range(1, 65) for size in (tp, 128 * tp))
+    sizes = (*range(1, 17), 32, 64)  # with any size at all, a small model's vocabulary would fit almost any number of rows
+    return any(rows == -(-vocab_size // size) * size for tp in sizes for size in (tp, 128 * tp))
 
 
 def _barrier() -> None:

@@ -9,6 +9,7 @@ on the data parallel size, and the next step's follow.
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def batches(rows: Rows, *, consumed: int, global_batch: int, micro_batch: int, s
     make = _TrainingBatches(rows, consumed, micro_batch, seed, shuffle, dp_rank, dp, cp_rank, cp)
     if workers:
         return iter(DataLoader(make, batch_size=None, sampler=itertools.count(), num_workers=workers,  # type: ignore[arg-type]
-                               multiprocessing_context="spawn", prefetch_factor=2))
+                               multiprocessing_context="spawn", prefetch_factor=2, worker_init_fn=_outlive_sigterm))
     return _one_ahead(make.__getitem__)
 
 
@@ -99,6 +100,11 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         targets[i] = 1.0 if counts is None else counts
     whole = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": targets[:, 1:]}  # shifted first, then shared out
     return {name: layout.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()}  # [b, s]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A reader ends when its rank does. Slurm sends SIGTERM to every process, and a rank whose reader died could not save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _one_ahead(make: Callable[[int], Batch]) -> Iterator[Batch]:

@@ -67,7 +67,7 @@ def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any,
         loss, tokens = step(run, ranks, chunks, batches, micro_batches, training=True)
         _stop_on(loss, "loss", iteration, ranks, save_dir, last_saved)
         updated, grad_norm, _ = optimizer.step()
-        _stop_on(torch.tensor([float(grad_norm or 0.0)]), "gradient norm", iteration, ranks, save_dir, last_saved)
+        _stop_on(torch.tensor([float(grad_norm or 0.0)]), "gradient norm", iteration, ranks, save_dir, last_saved, own=False)
         assert updated, "no loss scaling is in use, so every step must update"
         loss_mean, token_count = _mean_loss(loss, tokens, ranks)
         progress = replace(progress, iteration=iteration, consumed=progress.consumed + t.global_batch,
@@ -145,12 +145,15 @@ def _mean_loss(loss: torch.Tensor, tokens: torch.Tensor, ranks: Ranks) -> tuple[
     return (float(both[0] / both[1]) if both[1] > 0 else 0.0), int(both[1])
 
 
-def _stop_on(value: torch.Tensor, what: str, iteration: int, ranks: Ranks, save_dir: Path, last_saved: int | None) -> None:
+def _stop_on(value: torch.Tensor, what: str, iteration: int, ranks: Ranks, save_dir: Path, last_saved: int | None, *,
+             own: bool = True) -> None:
+    """TrainingStopped, on every rank, where `value` is not finite on one of them. Not `own`: all have the same figure."""
     bad = torch.tensor([ranks.world - ranks.rank if not torch.isfinite(value).all() else 0], device=ranks.device)
     torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
     if int(bad):
-        good = f"the last good checkpoint is {save_dir}/iter_{last_saved:07d}" if last_saved is not None else "no checkpoint was saved yet"
-        raise TrainingStopped(f"{what} is not finite at iteration {iteration}, first on rank {ranks.world - int(bad)}; {good}")
+        where = f", first on rank {ranks.world - int(bad)}" if own else ""
+        good = "no checkpoint was saved yet" if last_saved is None else f"the last good checkpoint is {save_dir}/iter_{last_saved:07d}"
+        raise TrainingStopped(f"{what} is not finite at iteration {iteration}{where}; {good}")
 
 
 class _StopRequest:

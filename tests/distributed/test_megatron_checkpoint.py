@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-Core's own GPTModel load here, and ours load there, saved at one tensor parallel size and read at another."""
+"""Checkpoints of Megatron-Core's own GPTModel load here, and ours there, saved at one tensor parallel size, read at another."""
 
 from __future__ import annotations
 
@@ -81,13 +81,15 @@ def _into_ours(run_directory: Path, model: Model, ranks: Any, whole: dict[str, t
         start.load_weights([_ours(deeper, ranks)], run, source, ranks)
 
 
-def _into_gpt(checkpoint: Path, model: Model, ranks: Any, whole: dict[str, torch.Tensor], tokens: torch.Tensor, logits: torch.Tensor) -> None:
+def _into_gpt(checkpoint: Path, model: Model, ranks: Any, whole: dict[str, torch.Tensor], tokens: torch.Tensor,
+              logits: torch.Tensor) -> None:
     """No tensor may be missing or left over, on either side."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     gpt = _gpt(model, ranks, mapping.padded_vocab_size(model.vocab_size, ranks.tp))
-    state = dist_checkpointing.load({"model": gpt.sharded_state_dict(metadata=_metadata())}, str(checkpoint), strict=StrictHandling.RAISE_ALL)
+    state = dist_checkpointing.load({"model": gpt.sharded_state_dict(metadata=_metadata())}, str(checkpoint),
+                                    strict=StrictHandling.RAISE_ALL)
     gpt.load_state_dict(state["model"], strict=True)
     for name, parameter in gpt.named_parameters():
         want = mapping.split(name, whole, model, ranks.tp_rank, ranks.tp)
@@ -179,7 +181,8 @@ def _save_like_megatron_lm(gpt: Any, run_directory: Path, rank: int) -> None:
         checkpoint.mkdir(parents=True)
         (run_directory / "latest_checkpointed_iteration.txt").write_text("100")
     torch.distributed.barrier()
-    state = {"args": argparse.Namespace(num_layers=2), "checkpoint_version": 3.0, "iteration": 100, "model": gpt.sharded_state_dict(metadata=_metadata())}
+    state = {"args": argparse.Namespace(num_layers=2), "checkpoint_version": 3.0, "iteration": 100,
+             "model": gpt.sharded_state_dict(metadata=_metadata())}
     dist_checkpointing.save(state, str(checkpoint))
     torch.distributed.barrier()
     assert json.loads((checkpoint / "metadata.json").read_text())["sharded_backend"] == "torch_dist"

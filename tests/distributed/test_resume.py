@@ -44,7 +44,7 @@ def _resume(rank: int, world: int, folder: str, precision: str) -> None:
             assert moved["steps"] == {8}, moved["steps"]
 
 
-def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_bad_checkpoints_and_figures_are_refused(tmp_path: Path) -> None:
     run_ranks(_refused, 2, str(tmp_path))
 
 
@@ -70,11 +70,30 @@ def _refused(rank: int, world: int, folder: str) -> None:
         with pytest.raises(UserError, match=f"62 rows, which is no padding of the model's vocabulary of {vocab_size}"):
             sharded.load(save / "iter_0000001", chunks)
     assert [sharded._pads(rows, 97) for rows in (97, 98, 100, 128, 256, 96, 101)] == [True, True, True, True, True, False, False]
+    leave_groups()
+    _not_finite(Path(folder))
+
+
+def _not_finite(folder: Path) -> None:
+    """A loss or gradient that is not finite stops all ranks, names the one it began on, and is not saved."""
+    from megatron_ultralong.train.loop import TrainingStopped
+
+    for number, (weight, clip, said) in enumerate((
+            (float("inf"), 0.5, "loss is not finite at iteration 3, first on rank 1"),
+            (1e30, 0.5, "gradient norm is not finite at iteration 3"),  # the loss itself is, but not the squares of its gradients
+            (1e30, 0.0, "gradient norm is not finite at iteration 3"))):
+        save = folder / f"stopped{number}"
+        with pytest.raises(TrainingStopped, match=f"^{said}; the last good checkpoint is {save}/iter_0000002$"):
+            _train(MODEL, Parallel(), "fp32", save, iterations=8, save_every=2, clip=clip, spoilt=(3, weight))
+        assert [p.name for p in save.iterdir() if "iter_" in p.name] == ["iter_0000002"]
 
 
 def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iterations: int, save_every: int = 0,
-           resume: Path | None = None) -> dict[str, Any]:
-    """A short run on rows that are a function of their number; losses as logged, weights of this rank, optimizer steps."""
+           resume: Path | None = None, clip: float = 0.5, spoilt: tuple[int, float] | None = None) -> dict[str, Any]:
+    """A short run on rows that are a function of their number; losses as logged, weights of this rank, optimizer steps.
+
+    spoilt: (iteration, weight of one token's loss on rank 1).
+    """
     from megatron_ultralong.checkpoint import optimizer_state, sharded
     from megatron_ultralong.context_parallel import layout
     from megatron_ultralong.model import init, llama
@@ -82,8 +101,9 @@ def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iter
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
 
-    train = Train(seq_length=S, global_batch=BATCH, iterations=iterations, lr=1e-2, warmup=2, precision=precision, save_every=save_every, keep=0)
-    run = Run(name="test", model=model, rope=ROPE, parallel=parallel, memory=Memory(loss_chunk=24), optim=Optim(clip=0.5), train=train)
+    train = Train(seq_length=S, global_batch=BATCH, iterations=iterations, lr=1e-2, warmup=min(2, iterations - 1), precision=precision,
+                  save_every=save_every, keep=0)
+    run = Run(name="test", model=model, rope=ROPE, parallel=parallel, memory=Memory(loss_chunk=24), optim=Optim(clip=clip), train=train)
     ranks = launch.start(Runtime(device="cpu"), parallel)
     try:
         chunks = llama.build(model, ROPE, ranks, parallel, run.memory, precision)
@@ -103,6 +123,8 @@ def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iter
                     generator = torch.Generator().manual_seed(row)
                     tokens = torch.randint(0, model.vocab_size, (1, S + 1), generator=generator)
                     mask = (torch.rand(1, S, generator=generator) > 0.3).float()
+                    if spoilt is not None and ranks.rank == 1 and row // BATCH + 1 == spoilt[0]:
+                        mask[0, 0] = spoilt[1]
                     parts = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
                     yield {name: layout.shard(x, ranks.cp_rank, ranks.cp, 1) for name, x in parts.items()}
                 consumed += BATCH

@@ -1,0 +1,365 @@
+"""tools/train.py as real processes: what it logs, and runs that are stopped, killed and started again, against plain torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from megatron_ultralong import recipes
+from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.config import Model
+from megatron_ultralong.data import dataset
+from tests.text import write_rows
+from tests.tiny import hf_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61)
+S, BATCH, SEED = 32, 4, 5
+ROWS, HELD_OUT = 6, 3
+"""6 rows in batches of 4: an epoch ends in the middle of every other iteration. 3 rows do not divide by anything."""
+LR, WARMUP, CLIP = 3e-3, 3, 1.5
+FLOPS = 257_472
+"""A token, by hand: 6 x (4 x (32 x 8 x 8 + 4 x 8 x 32 + 3 x 32 x 64) + 32 x 61) + 6 x 4 x 4 x 8 x 32."""
+SETTINGS = [
+    *(f"model.{name}={value}" for name, value in dataclasses.asdict(MODEL).items() if name != "norm_eps"),
+    f"train.seq_length={S}", f"train.global_batch={BATCH}", f"train.seed={SEED}", "train.log_every=1",
+    f"train.lr={LR}", "train.min_lr=0", f"train.warmup={WARMUP}", "train.schedule=constant",
+    f"optim.clip={CLIP}", "optim.weight_decay=0.1", "memory.loss_chunk=24", "runtime.device=cpu"]
+LINE = re.compile(
+    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/\d+ \| consumed samples: (?P<samples>\d+) "
+    r"\| epochs done: (?P<epochs>\d+) \| elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \| learning rate: (?P<lr>\S+) "
+    r"\| global batch size: 4 \| lm loss: (?P<loss>\S+) \| grad norm: (?P<norm>\S+) \| target tokens: (?P<targets>\d+) "
+    r"\| tokens/s/GPU: (?P<speed>[\d.]+) \| TFLOP/s/GPU: [\d.]+ \|")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, a sharded Hugging Face model; `rows` with masks and `valid`, packed rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    hf_model(MODEL).save_pretrained(folder / "base", max_shard_size="20KB")
+    assert len(list((folder / "base").glob("*.safetensors"))) > 3
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, MODEL.vocab_size, (ROWS + HELD_OUT, S + 1), generator=generator)
+    masks = (torch.rand(ROWS, S + 1, generator=generator) > torch.linspace(0.1, 0.7, ROWS)[:, None]).int()
+    write_rows(folder / "rows", tokens[:ROWS].tolist(), masks.tolist())
+    write_rows(folder / "valid", tokens[ROWS:].tolist())
+    return folder
+
+
+# ---- one rank: stopped, killed twice, bit for bit as if nothing had been --------------------------------------
+
+def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, tmp_path: Path) -> None:
+    save = tmp_path / "broken"
+
+    with Tool(inputs, save, "train.iterations=100000", "train.save_every=0", "data.workers=1") as tool:
+        tool.wait_for("iteration      2/100000")
+        os.killpg(tool.process.pid, signal.SIGTERM)  # as Slurm does: the process that reads the data gets it too
+        assert tool.finish() == 0, tool.errors()
+        stopped = int(tool.lines[-1].split()[4].rstrip(";"))
+        assert tool.lines[-1] == f"stop requested: saved iteration {stopped}; start the same command again to go on"
+        assert "Error" not in tool.errors()
+    assert _saved(save) == [stopped] and not list(save.glob(".iter_*"))
+    seen = tool.iterations()
+    assert list(seen) == list(range(1, stopped + 1)) and stopped >= 2
+    assert sum("causal training FLOPs per token = 6 x (weights of all matrix products)" in line for line in tool.lines) == 1
+
+    with Tool(inputs, save, "train.iterations=100000", "train.save_every=4", "train.keep=2") as tool:
+        tool.wait_for(f"going on from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences done")
+        tool.wait_for(f"iteration {stopped + 13:6d}/100000")
+        tool.kill()
+        assert tool.finish() == -signal.SIGKILL
+    kept = _saved(save)
+    assert len(kept) in (2, 3) and all(number % 4 == 0 for number in kept) and kept[-1] > stopped
+    seen |= tool.iterations()
+
+    # Killed in the middle of a save: the folder it was writing stays behind, and counts for nothing.
+    before = set(save.glob(".iter_*"))
+    with Tool(inputs, save, "train.iterations=100000", "train.save_every=1") as tool:
+        tool.wait_for(f"going on from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences done")
+        partial = _halted_while_saving(tool, save, before)
+        tool.kill()
+        assert tool.finish() == -signal.SIGKILL
+    last, unfinished = _saved(save)[-1], int(re.findall(r"iter_(\d+)", partial.name)[0])
+    assert partial.is_dir() and unfinished == last + 1 and not (save / f"iter_{unfinished:07d}").exists()
+    (save / f"iter_{unfinished + 1:07d}").mkdir()  # as another program may leave behind
+    (save / f"iter_{unfinished + 1:07d}" / "common.pt").write_bytes(b"")
+    seen |= tool.iterations()
+
+    end = max(last, *seen) + 3
+    with Tool(inputs, save, f"train.iterations={end}", "train.save_every=0") as tool:
+        assert tool.finish() == 0, tool.errors()
+        assert any(f"going on from {save}/iter_{last:07d}" in line for line in tool.lines)
+    assert _saved(save)[-1] == end and not list(save.glob(".iter_*")), "leftovers of killed saves are removed"
+    seen |= tool.iterations()
+
+    with Tool(inputs, tmp_path / "whole", f"train.iterations={end}", "train.save_every=0") as tool:
+        assert tool.finish() == 0, tool.errors()
+    whole = tool.iterations()
+    assert {n: (line["loss"], line["norm"], line["lr"]) for n, line in seen.items()} == \
+        {n: (line["loss"], line["norm"], line["lr"]) for n, line in whole.items()}
+    ours, theirs = (_tensors(folder / f"iter_{end:07d}") for folder in (save, tmp_path / "whole"))
+    assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+    _check_lines(whole, _plain_training(inputs, end))
+    _check_board(save, whole)
+
+
+def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
+    """Halt the process while it writes a checkpoint; returns the hidden folder, which is none of those there were `before`."""
+    while True:
+        for partial in set(save.glob(".iter_*.partial*")) - before:
+            tool.send(signal.SIGSTOP)
+            number = int(re.findall(r"iter_(\d+)", partial.name)[0])
+            if partial.is_dir() and not (save / f"iter_{number:07d}").exists() and number > _saved(save)[-1]:
+                return partial
+            tool.send(signal.SIGCONT)  # it was an old checkpoint on its way out, or the new one was done already
+        assert tool.process.poll() is None, tool.errors()
+        time.sleep(0.001)
+
+
+# ---- two ranks under torchrun ---------------------------------------------------------------------------------
+
+def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    settings = ("train.save_every=0", "train.eval_every=3")
+    valid = ("--valid", str(inputs / "valid"))
+
+    # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number.
+    with Tool(inputs, save, "train.iterations=100000", *settings, more=valid, ranks=2) as tool:
+        tool.wait_for("iteration      4/100000")
+        tool.send(signal.SIGTERM)  # to torchrun, which hands it on
+        tool.finish()
+        stopped = _saved(save)[-1]
+        assert f"stop requested: saved iteration {stopped}; start the same command again to go on" in tool.lines
+        assert "SIGKILL" not in tool.errors() and "Traceback" not in tool.errors().split("Sending process")[0]
+    seen, held_out = tool.iterations(), tool.held_out()
+    end = stopped + 4
+
+    with Tool(inputs, save, f"train.iterations={end}", *settings, "parallel.pp=2", "parallel.vpp=2", more=valid, ranks=2) as tool:
+        assert tool.finish() == 0, tool.errors()
+    assert len([line for line in tool.lines if "causal training FLOPs" in line]) == 1, "rank 0 alone prints"
+    assert _saved(save)[-1] == end
+    seen |= tool.iterations()
+    held_out |= tool.held_out()
+
+    reference = _plain_training(inputs, end)
+    _check_lines(seen, reference)
+    assert list(held_out) == sorted({*range(3, end + 1, 3), end}), "every third iteration and at the end"
+    for iteration, loss in held_out.items():
+        assert abs(loss - reference[iteration]["held_out"]) < 1e-5 * loss, (iteration, loss, reference[iteration])
+    _check_board(save, seen, held_out)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------
+
+def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
+    """Exit code 2, one line on stderr and no checkpoint; what is refused is tested in tests/unit/test_train.py."""
+    save = tmp_path / "run"
+
+    def refused(line: str, *settings: str, **options: Any) -> None:
+        with Tool(inputs, options.pop("save", save), *settings, **options) as tool:
+            assert tool.finish() == 2
+            assert tool.errors() == f"error: {line}\n"
+        assert not list(tmp_path.rglob("*iter_*"))
+
+    refused("--recipe tinny: no such recipe; did you mean tiny? All: " + ", ".join(recipes.names()), recipe="tinny")
+    refused("--set train.iteration: no such setting; did you mean train.iterations?", "train.iteration=4")
+    lacking = _copy(inputs / "base", tmp_path / "lacking")
+    shard = sorted(lacking.glob("*.safetensors"))[2]
+    shard.unlink()
+    refused(f"{lacking}: shard {shard.name}, which model.safetensors.index.json names, is missing", base=lacking)
+
+    poisoned = _copy(inputs / "base", tmp_path / "poisoned")
+    shard = next(file for file in poisoned.glob("*.safetensors") if "model.norm.weight" in load_file(file))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    refused("loss is not finite at iteration 1, first on rank 0; no checkpoint was saved yet", "train.save_every=1", base=poisoned)
+
+    # A rank that fails alone: the other does not wait for it, and one of them speaks. torchrun adds its own account.
+    (tmp_path / "file").write_text("")
+    with Tool(inputs, tmp_path / "file" / "run", ranks=2) as tool:
+        assert tool.finish() == 1
+        said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]
+        assert said == [f"error: --save {tmp_path}/file/run cannot be written: Not a directory"]
+        assert "exitcode  : 2" in tool.errors()
+
+
+def _copy(base: Path, to: Path) -> Path:
+    return Path(shutil.copytree(base, to))
+
+
+# ---- what is expected -----------------------------------------------------------------------------------------
+
+def _plain_training(inputs: Path, iterations: int) -> dict[int, dict[str, float]]:
+    """Iteration -> figures of the same run in plain torch: transformers' Llama, AdamW, rows one after the other."""
+    rows, held_out = (dataset.open_blend([str(inputs / name)], S, MODEL.vocab_size) for name in ("rows", "valid"))
+    model = LlamaForCausalLM.from_pretrained(inputs / "base", dtype=torch.float32, attn_implementation="eager")
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), eps=1e-8)
+    figures: dict[int, dict[str, float]] = {}
+    for iteration in range(1, iterations + 1):
+        lr = LR * min(1.0, iteration / WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        samples = range(BATCH * (iteration - 1), BATCH * iteration)
+        parts = [_losses(model, *rows.sets[which][row]) for which, row in (rows.locate(n, SEED) for n in samples)]
+        losses, targets = zip(*parts, strict=True)
+        loss, count = sum(losses) / sum(targets), int(sum(targets))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        optimizer.step()
+        with torch.no_grad():
+            valid = [_losses(model, *held_out.sets[0][row]) for row in range(HELD_OUT)]
+        figures[iteration] = {
+            "loss": float(loss.detach()), "norm": norm, "lr": lr, "targets": count, "epochs": BATCH * iteration // ROWS,
+            "held_out": float(sum(part for part, _ in valid) / sum(n for _, n in valid))}
+    assert min(f["norm"] for f in figures.values()) < CLIP < max(f["norm"] for f in figures.values()), "clipped and not"
+    return figures
+
+
+def _losses(model: Any, tokens: Any, mask: Any) -> tuple[torch.Tensor, float]:
+    """(Sum of the cross entropy over a row's target tokens, their number)."""
+    ids = torch.from_numpy(tokens.astype("int64"))[None]
+    counts = torch.ones(S) if mask is None else torch.from_numpy(mask.astype("float32"))[1:]
+    losses = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
+    return (losses * counts).sum(), float(counts.sum())
+
+
+def _check_lines(lines: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]) -> None:
+    assert list(lines) == list(reference)
+    for iteration, line in lines.items():
+        want = reference[iteration]
+        assert line["samples"] == BATCH * iteration and line["targets"] == want["targets"] and line["epochs"] == want["epochs"]
+        assert abs(line["loss"] - want["loss"]) < 1e-5 * want["loss"], (iteration, line, want)
+        assert abs(line["norm"] - want["norm"]) < 1e-3, (iteration, line, want)
+        assert abs(line["lr"] - want["lr"]) < 1e-6 * want["lr"], (iteration, line, want)
+
+
+def _check_board(save: Path, lines: dict[int, dict[str, float]], held_out: dict[int, float] | None = None) -> None:
+    """TensorBoard has every iteration once, also over stops and kills, with the figures of the log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(save / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    scalars = {name: {event.step: event.value for event in board.Scalars(name)} for name in board.Tags()["scalars"]}
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "train/epochs_done"):
+        assert len(board.Scalars(name)) == len(scalars[name]) and list(scalars[name]) == list(lines), name
+    for iteration, line in lines.items():
+        assert abs(scalars["train/loss"][iteration] - line["loss"]) < 1e-5 * line["loss"]
+        assert scalars["train/tokens"][iteration] == S * BATCH * iteration
+        assert scalars["train/epochs_done"][iteration] == line["epochs"]
+        speed, tflops = (scalars[f"speed/{name}_per_gpu"][iteration] for name in ("tokens_per_second", "tflops"))
+        assert speed > 0 and abs(tflops * 1e12 - speed * FLOPS) < 1e-4 * speed * FLOPS
+    assert "speed/causal_mfu" not in scalars, "no peak is known for a CPU"
+    if held_out is not None:
+        assert list(scalars["valid/loss"]) == list(held_out)
+
+
+def _saved(save: Path) -> list[int]:
+    return [int(path.name[5:]) for path in sharded.whole(save)]
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by torch's own reader: weights, master weights, moments."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    file = checkpoint.parent / "whole.pt"
+    dcp_to_torch_save(checkpoint, file)
+    found = torch.load(file, weights_only=False)
+    file.unlink()
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+# ---- processes ------------------------------------------------------------------------------------------------
+
+class Tool:
+    """A running `tools/train.py` and what it has printed; killed at the end of the block, with all that it started."""
+
+    def __init__(self, inputs: Path, save: Path, *settings: str, more: tuple[str, ...] = (), ranks: int = 1, recipe: str = "tiny",
+                 base: Path | None = None, timeout: float = 300.0) -> None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *torchrun, "tools/train.py", "--recipe", recipe, "--set", *SETTINGS, *settings,
+                   "--load-hf", str(base or inputs / "base"), "--data", str(inputs / "rows"), "--save", str(save), *more]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self.stderr = inputs / f"{uuid.uuid4()}.stderr"
+        with self.stderr.open("w") as file:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True,
+                                            start_new_session=True)
+        self.lines: list[str] = []
+        self.timer = threading.Timer(timeout, self.kill)
+
+    def __enter__(self) -> Tool:
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        self.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tool = psutil.Process(self.process.pid)
+            for process in (*tool.children(recursive=True), tool):  # torchrun's ranks are sessions of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def output(self) -> Iterator[str]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            yield self.lines[-1]
+
+    def wait_for(self, text: str) -> None:
+        assert any(text in line for line in self.output()), f"ended without {text!r}: {self.errors()}"
+
+    def finish(self) -> int:
+        for _ in self.output():
+            pass
+        return self.process.wait()
+
+    def errors(self) -> str:
+        return self.stderr.read_text()
+
+    def iterations(self) -> dict[int, dict[str, float]]:
+        """Iteration -> the figures of its line."""
+        found = [LINE.fullmatch(line) for line in self.lines if "] iteration " in line]
+        assert found and all(found), self.lines
+        return {int(m["iteration"]): {k: float(v) for k, v in m.groupdict().items()} for m in found if m}
+
+    def held_out(self) -> dict[int, float]:
+        """Iteration -> held-out loss."""
+        held_out = re.compile(r" validation loss at iteration (\d+) \| lm loss value: (\S+) \|")
+        found = [held_out.fullmatch(line) for line in self.lines if "validation" in line]
+        assert all(found), self.lines
+        return {int(m[1]): float(m[2]) for m in found if m}
