@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "megatron_ultralong" / "__init__.py").read_text())[1]
 
+gguf = ["gguf", "accelerate"]
+
 setup(
     name="megatron_ultralong",
     version=version,
@@ -40,9 +42,9 @@ setup(
         # MMLU, MMLU-Pro, MATH, GSM8K and HumanEval.
         "eval": ["lm-eval>=0.4.9"],
         # Reads the GGUF file that examples/smollm2.sh takes its model from.
-        "gguf": ["gguf", "accelerate"],
+        "gguf": gguf,
         # Weights & Biases beside TensorBoard (runtime.wandb).
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "ruff", "mypy"],
+        "dev": ["pytest>=8", "ruff", "mypy", *gguf],  # tests/parity/test_smollm2.py reads that GGUF file too
     },
 )
