@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: a small Llama of 512 tokens of context goes through the whole pipeline and comes out with 4,096.
+"""The demo: a small Llama of 512 tokens of context goes through the whole pipeline and is trained on at 2,048.
 
     python examples/demo/demo.py      (make demo sets up first)
 
