@@ -27,6 +27,7 @@ for i in "${!TEXT[@]}"; do TEXT[i]=$(realpath "${TEXT[i]}"); done
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
+EVAL_EVERY=$(((STEPS + 7) / 8))
 # What depends on length and steps has them in its name; after other changes remove the folder.
 RUN="$RUNS/${STEPS}x$SEQ_LENGTH"
 LAST="$RUN/train/iter_$(printf %07d "$STEPS")"
@@ -54,7 +55,7 @@ fi
 if [ ! -d "$LAST" ]; then
     torchrun --standalone --nproc-per-node "$RANKS" tools/train.py --recipe smollm2_135m \
         --set rope.factor=8 train.seq_length="$SEQ_LENGTH" train.iterations="$STEPS" train.warmup="$WARMUP" train.global_batch="$GLOBAL_BATCH" \
-            train.precision="$PRECISION" train.eval_every=$(((STEPS + 7) / 8)) train.eval_rows=2 parallel.cp="$CP" \
+            train.precision="$PRECISION" train.eval_every="$EVAL_EVERY" train.eval_rows=2 parallel.cp="$CP" \
         --load-hf "$MODEL" --data "$RUN/text" "${VALID[@]}" --save "$RUN/train" | tee -a "$RUN/train.log"
     [ -d "$LAST" ] || { echo "training was stopped before its end; start the same command again to go on" >&2; exit 1; }
 fi
