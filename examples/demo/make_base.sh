@@ -34,7 +34,6 @@ stage 64 64 32 600 1e-2 3e-3
 stage 128 32 16 400 6e-3 2e-3 --load "$RUNS/64"
 stage 512 16 8 800 3e-3 1e-4 --load "$RUNS/128"
 stage 512.2 16 8 1200 3e-3 1e-4 --load "$RUNS/512"
-stage 512.3 16 8 600 3e-3 1e-4 --load "$RUNS/512.2"
 
-[ -d "$RUNS/hf" ] || python tools/convert_hf.py export --ckpt "$RUNS/512.3" --out "$RUNS/hf" --dtype bf16
+[ -d "$RUNS/hf" ] || python tools/convert_hf.py export --ckpt "$RUNS/512.2" --out "$RUNS/hf" --dtype bf16
 python tools/evaluate.py niah --model "$RUNS/hf" --lengths 256,512,1K,2K --trials 8 --out "$RUNS/niah"
