@@ -127,14 +127,23 @@ class Parallel:
 class Memory:
     """What is kept for the backward."""
 
-    checkpoint: Literal["none", "full"] = "full"
-    """none = keep every activation; full = keep each layer's input and recompute the layer."""
+    checkpoint: Literal["none", "full", "attention"] = "attention"
+    """none = keep every activation; full = keep each layer's input and recompute the layer; attention = keep the attention output
+    and its logsumexp too, and recompute all but attention."""
+    offload: Literal["off", "checkpoints", "attention"] = "off"
+    """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input; the attention output and
+    logsumexp as well."""
+    layer_chunk: int = 16384
+    """Tokens of norms, projections and MLP alive at a time on a rank (all but with checkpoint=none); 0 = all at once."""
     loss_chunk: int = 4096
     """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
 
     def __post_init__(self) -> None:
-        if self.loss_chunk < 0:
-            raise UserError(f"memory.loss_chunk={self.loss_chunk} must be 0 or more")
+        for name in ("layer_chunk", "loss_chunk"):
+            if getattr(self, name) < 0:
+                raise UserError(f"memory.{name}={getattr(self, name)} must be 0 or more")
+        if self.offload != "off" and self.checkpoint != "attention":
+            raise UserError(f"memory.offload={self.offload} needs memory.checkpoint=attention, not {self.checkpoint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +200,8 @@ class Train:
     """Held-out rows used each time (all if fewer)."""
     log_every: int = 1
     """Iterations between log lines."""
+    z_loss: float = 0.0
+    """Weight of the squared logsumexp of the logits in the training loss (not in held-out losses); 0 = off."""
     seed: int = 1234
     deterministic: bool = False
     """Bit-reproducible GPU kernels (slower); a CPU is reproducible anyway."""
@@ -198,7 +209,7 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("seq_length", "micro_batch", "global_batch", "iterations", "log_every", "eval_rows"):
             _positive(f"train.{name}", getattr(self, name))
-        for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every"):
+        for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every", "z_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must be 0 or more")
         if self.min_lr > self.lr:

@@ -63,8 +63,11 @@ def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int) -> d
         "RoPE tables": tokens // b * model.head_dim * 4,  # cos and sin, float32 [s, d/2] each
     }
     in_flight = _micro_batches_in_flight(p.pp, p.vpp, micro_batches, stage)
-    if run.memory.checkpoint == "full":
-        parts["layer checkpoints"] = layers * tokens // p.tp * model.hidden_size * e * in_flight // p.vpp
+    if run.memory.checkpoint != "none":
+        kept = model.hidden_size * e  # a layer's input, of a token
+        if run.memory.checkpoint == "attention":
+            kept += model.heads * (model.head_dim * e + 4)  # attention output and logsumexp
+        parts["layer checkpoints"] = layers * tokens // p.tp * kept * in_flight // p.vpp
     else:
         parts["one layer at work"] += (layers * in_flight // p.vpp - 1) * (layer["attention"] + layer["mlp"] + layer["residual"])
     if stage == p.pp - 1:

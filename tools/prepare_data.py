@@ -37,6 +37,8 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     between.add_argument("--separator-token", choices=("bos", "eos"), help="that special token between documents instead")
     parser.add_argument("--last-row", choices=("pad", "drop"), default="pad",
                         help="the last row, not full: pad it and mask the padding's loss (default), or leave its tokens out")
+    parser.add_argument("--document-starts", action="store_true",
+                        help="also write PREFIX.docs.bin, .idx: where documents start, for training with data.documents=masked")
     parser.add_argument("--workers", type=int, default=0, metavar="N",
                         help="processes that encode (default 0: this one, with the tokenizer's threads); the output is the same")
 
@@ -52,7 +54,7 @@ def pretrain(args: argparse.Namespace) -> None:
     separator = packing.Separator(text=args.separator, special=args.separator_token,
                                   ids=None if args.separator_id is None else tuple(args.separator_id))
     made = packing.pack(args.input, args.tokenizer, seq_length, args.output, text_key=args.text_key, separator=separator,
-                        last_row=args.last_row, workers=args.workers)
+                        last_row=args.last_row, document_starts=args.document_starts, workers=args.workers)
     print(f"{args.output}: {made['rows']} rows of {seq_length} + 1 tokens from {made['documents']} documents; "
           f"{made['tokens']} tokens, {made['separator_tokens']} of them separators; {made['padding']} padding, "
           f"{made['dropped']} left out; {made['skipped']['empty']} empty documents skipped")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -13,8 +16,18 @@ def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> No
     [b, h, s]. lse must be finite (a query sees at least itself, so own keys go first); partial_lse may be -inf.
 
     out <- out + w (partial - out) with w = sigmoid(partial_lse - lse). Only the difference of the logsumexps is
-    exponentiated, so nothing overflows however large the logits are.
+    exponentiated, so nothing overflows however large the logits are. On CUDA this is one Triton kernel (merge_triton.py).
     """
+    if out.is_cuda and out.dtype == torch.float32 and _have_triton():
+        from megatron_ultralong.context_parallel import merge_triton
+
+        return merge_triton.merge_(out, lse, partial, partial_lse)
     weight = torch.sigmoid(partial_lse - lse).unsqueeze(-1)
     out.lerp_(partial.to(out.dtype), weight)
     lse.copy_(torch.logaddexp(lse, partial_lse))
+    return None
+
+
+@functools.cache
+def _have_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -36,7 +36,11 @@ class PackedRows:
         self.prefix, self.seq_length = prefix, seq_length
         self.manifest = _manifest(prefix)
         self._tokens = _indexed(prefix, seq_length)
-        self._mask = None
+        self._mask, self._starts = None, None
+        if self.manifest.get("document_starts"):
+            self._starts = _open(f"{prefix}.docs")
+            if len(self._starts) != len(self._tokens):
+                raise UserError(f"{prefix}.docs does not belong to {prefix}; prepare the data again")
         if self.manifest.get("mask"):
             self._mask = _indexed(f"{prefix}.mask", seq_length)
             if len(self._mask) != len(self._tokens) or self._mask.index.dtype != numpy.uint8:
@@ -48,6 +52,13 @@ class PackedRows:
     def __getitem__(self, row: int) -> tuple[NDArray[Any], NDArray[numpy.uint8] | None]:
         """(tokens [S + 1], whether each counts as a target [S + 1] or None where all do)."""
         return self._tokens[row], None if self._mask is None else self._mask[row]
+
+    def starts(self, row: int) -> list[int]:
+        """Where documents start among the first S tokens of a row, 0 first. UserError where the set does not say."""
+        if self._starts is None:
+            raise UserError(f"{self.prefix} does not say where its documents start, which data.documents=masked needs; prepare it with "
+                            "--document-starts")
+        return [start for start in self._starts[row].tolist() if start < self.seq_length]
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """UserError where a row holds an id that a model with `vocab_size` embeddings does not have."""
@@ -189,8 +200,8 @@ def _manifest(prefix: str) -> dict[str, Any]:
     return manifest
 
 
-def _indexed(prefix: str, seq_length: int) -> Any:
-    """Megatron's IndexedDataset over PREFIX.bin/.idx with rows of seq_length + 1; UserError where it is not that."""
+def _open(prefix: str) -> Any:
+    """Megatron's IndexedDataset over PREFIX.bin/.idx; UserError where it is not that."""
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
         for path in (data, index):
@@ -206,12 +217,20 @@ def _indexed(prefix: str, seq_length: int) -> Any:
     if index.stat().st_size < _HEADER.size + 12 * count + 8 * documents:
         raise UserError(f"{index} was cut short; prepare the data again")
 
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
-        rows = IndexedDataset(prefix)
+        return IndexedDataset(prefix)
     except (AssertionError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{index} cannot be read: {error or type(error).__name__}; prepare the data again") from None
+
+
+def _indexed(prefix: str, seq_length: int) -> Any:
+    """As `_open`, with rows of seq_length + 1 tokens."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    rows = _open(prefix)
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     wrong = numpy.flatnonzero(rows.sequence_lengths != seq_length + 1)
     if len(wrong):
         found = rows.sequence_lengths[wrong[0]]

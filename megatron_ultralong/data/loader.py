@@ -24,19 +24,21 @@ from megatron_ultralong.context_parallel import layout
 from megatron_ultralong.data.dataset import Rows
 
 Batch = dict[str, Tensor]
-"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts."""
+"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked also starts: int64
+[documents], where in the whole row of S tokens (b = 1) documents start."""
 
 
 def batches(rows: Rows, *, consumed: int, global_batch: int, micro_batch: int, seed: int, shuffle: bool = True, dp_rank: int = 0,
-            dp: int = 1, cp_rank: int = 0, cp: int = 1, workers: int = 0) -> Iterator[Batch]:
+            dp: int = 1, cp_rank: int = 0, cp: int = 1, masked: bool = False, workers: int = 0) -> Iterator[Batch]:
     """This rank's micro-batches, endlessly, from sample `consumed` on; the next one is made ready ahead.
 
-    workers: processes that read; 0 = a thread. UserError where `global_batch` is not a multiple of micro_batch x dp.
+    masked: attention stays inside documents (b = 1). workers: processes that read; 0 = a thread. UserError where `global_batch` is
+    not a multiple of micro_batch x dp.
     """
     if global_batch % (micro_batch * dp):
         raise UserError(f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} "
                         f"x {dp} data parallel ranks")
-    make = _TrainingBatches(rows, consumed, micro_batch, seed, shuffle, dp_rank, dp, cp_rank, cp)
+    make = _TrainingBatches(rows, consumed, micro_batch, seed, shuffle, dp_rank, dp, cp_rank, cp, masked)
     if workers:
         return iter(DataLoader(make, batch_size=None, sampler=itertools.count(), num_workers=workers,  # type: ignore[arg-type]
                                multiprocessing_context="spawn", prefetch_factor=2, worker_init_fn=_outlive_sigterm))
@@ -44,7 +46,7 @@ def batches(rows: Rows, *, consumed: int, global_batch: int, micro_batch: int, s
 
 
 def held_out(rows: Rows, eval_rows: int, *, micro_batch: int, dp_rank: int = 0, dp: int = 1, cp_rank: int = 0, cp: int = 1,
-             copies: int = 1, multiple: int = 1, seed: int = 0) -> tuple[list[Iterator[Batch]], int]:
+             copies: int = 1, multiple: int = 1, masked: bool = False, seed: int = 0) -> tuple[list[Iterator[Batch]], int]:
     """The first `eval_rows` rows (all, if fewer), never shuffled, over the data parallel ranks.
 
     Returns (`copies` equal iterators, number of micro-batches of each). The number is the same on every rank, and a multiple of
@@ -57,7 +59,7 @@ def held_out(rows: Rows, eval_rows: int, *, micro_batch: int, dp_rank: int = 0, 
     def make(number: int) -> Batch:
         samples = _samples(0, number, micro_batch, dp_rank, dp)
         places = [found[n] if n < len(found) else None for n in samples]
-        return _batch(rows, places, cp_rank, cp)
+        return _batch(rows, places, cp_rank, cp, masked)
 
     return [map(make, range(count)) for _ in range(copies)], count
 
@@ -75,10 +77,11 @@ class _TrainingBatches:
     dp: int
     cp_rank: int
     cp: int
+    masked: bool
 
     def __getitem__(self, number: int) -> Batch:
         samples = _samples(self.consumed, number, self.micro_batch, self.dp_rank, self.dp)
-        return _batch(self.rows, [self.rows.locate(n, self.seed, self.shuffle) for n in samples], self.cp_rank, self.cp)
+        return _batch(self.rows, [self.rows.locate(n, self.seed, self.shuffle) for n in samples], self.cp_rank, self.cp, self.masked)
 
 
 def _samples(consumed: int, number: int, micro_batch: int, dp_rank: int, dp: int) -> range:
@@ -87,7 +90,7 @@ def _samples(consumed: int, number: int, micro_batch: int, dp_rank: int, dp: int
     return range(first, first + micro_batch)
 
 
-def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: int) -> Batch:
+def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: int, masked: bool) -> Batch:
     """This rank's share of the rows at `places` (set, row); None = any row, fully masked."""
     tokens = numpy.zeros((len(places), rows.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
     targets = numpy.zeros(tokens.shape, dtype=numpy.float32)
@@ -99,7 +102,11 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         tokens[i] = ids
         targets[i] = 1.0 if counts is None else counts
     whole = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": targets[:, 1:]}  # shifted first, then shared out
-    return {name: layout.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()}  # [b, s]
+    batch = {name: layout.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()}  # [b, s]
+    if masked:
+        [place] = places
+        batch["starts"] = torch.tensor([0] if place is None else rows.sets[place[0]].starts(place[1]))
+    return batch
 
 
 def _outlive_sigterm(worker: int) -> None:

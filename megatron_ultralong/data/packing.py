@@ -2,6 +2,7 @@
 
     PREFIX.bin, .idx        the rows, disjoint: row k holds tokens k (S + 1) to (k + 1)(S + 1) - 1 of the joined documents
     PREFIX.mask.bin, .idx   uint8 a token: 1 where it counts as a target of the loss; only where some do not (padding)
+    PREFIX.docs.bin, .idx   int32 a document: where in the row documents start, 0 first; only where asked for
     PREFIX.json             manifest: where each token came from
 
 Everything is written in a hidden folder beside and renamed at the end, the manifest last: without it nothing counts as whole.
@@ -63,13 +64,13 @@ class Separator:
 
 
 def pack(inputs: list[Path], tokenizer_dir: Path, seq_length: int, output: str, *, text_key: str = "text",
-         separator: Separator = Separator(), last_row: Literal["pad", "drop"] = "pad", workers: int = 0,
-         show_progress: bool = True) -> dict[str, Any]:
+         separator: Separator = Separator(), last_row: Literal["pad", "drop"] = "pad", document_starts: bool = False,
+         workers: int = 0, show_progress: bool = True) -> dict[str, Any]:
     """Write `output`.bin, .idx, .json (and .mask) from raw documents; returns the manifest.
 
-    last_row: pad = fill it up and mask the padding's loss; drop = leave its tokens out. workers: processes that encode, 0 = this
-    one. Files of an earlier run with the same prefix are replaced, at the end. UserError for what a user can mend; then nothing
-    is written.
+    document_starts: write .docs too, for attention inside documents; a separator ends the document before it. last_row: pad =
+    fill it up and mask the padding's loss; drop = leave its tokens out. workers: processes that encode, 0 = this one. Files of an
+    earlier run with the same prefix are replaced, at the end. UserError for what a user can mend; then nothing is written.
     """
     if seq_length < 1:
         raise UserError(f"--seq-length {seq_length}: must be at least 1")
@@ -77,7 +78,7 @@ def pack(inputs: list[Path], tokenizer_dir: Path, seq_length: int, output: str, 
     tokenizer = tokenise.load(tokenizer_dir)
     text, separator_ids = separator.resolve(tokenizer)
     with _staged(output) as stage:
-        rows = Rows(stage, seq_length + 1, tokenizer.vocab_size, separator_ids)
+        rows = Rows(stage, seq_length + 1, tokenizer.vocab_size, separator_ids, document_starts)
         with tqdm(total=size, unit="B", unit_scale=True, desc="packing", disable=not show_progress) as bar:
             sources = _pack_all(inputs, text_key, tokenizer, workers, rows, bar)
         if not rows.documents:
@@ -92,7 +93,7 @@ def pack(inputs: list[Path], tokenizer_dir: Path, seq_length: int, output: str, 
             "format": FORMAT, "kind": "pretrain", "seq_length": seq_length, "rows": rows.rows, "documents": rows.documents,
             "tokens": rows.tokens - dropped, "separator_tokens": rows.separators, "padding": padding, "dropped": dropped,
             "skipped": {"empty": sum(source["skipped"]["empty"] for source in sources)}, "max_token_id": rows.largest,
-            "dtype": numpy.dtype(rows.dtype).name, "mask": bool(padding), "last_row": last_row,
+            "dtype": numpy.dtype(rows.dtype).name, "mask": bool(padding), "document_starts": document_starts, "last_row": last_row,
             "separator": {"text": text, "ids": separator_ids},
             "tokenizer": {"name": tokenizer.path.resolve().name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "sources": sources}
@@ -136,7 +137,7 @@ def _pack_all(inputs: list[Path], text_key: str, tokenizer: Tokenizer, workers: 
 class Rows:
     """Writes a stream of token ids as rows of `length`; memory is one row."""
 
-    def __init__(self, stage: Path, length: int, vocab_size: int, separator: list[int]) -> None:
+    def __init__(self, stage: Path, length: int, vocab_size: int, separator: list[int], document_starts: bool = False) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self.stage, self.length = stage, length
@@ -148,6 +149,8 @@ class Rows:
         self._row: NDArray[Any] = numpy.empty(length, dtype=self.dtype)
         self._filled = 0
         self._in_document = False
+        self._starts = IndexedDatasetBuilder(str(stage / ".docs.bin"), dtype=numpy.int32) if document_starts else None
+        self._row_starts = [0]
 
     def add(self, ids: Ids) -> None:
         """The next tokens of the document; before its first ones comes the separator, unless it is the first document."""
@@ -156,6 +159,8 @@ class Rows:
         if not self._in_document and self.documents:
             self._put(self.separator)
             self.separators += len(self.separator)
+            if self._filled:  # a document at the start of a row, or that goes on there, is there already
+                self._row_starts.append(self._filled)
         self._in_document = True
         self._put(ids)
 
@@ -175,6 +180,8 @@ class Rows:
             self.largest = max(self.largest, pad)
             self._write()
         self._builder.finalize(str(self.stage / ".idx"))
+        if self._starts is not None:
+            self._starts.finalize(str(self.stage / ".docs.idx"))
         if padding:
             self._write_mask(padding)
         return padding, dropped
@@ -193,8 +200,11 @@ class Rows:
     def _write(self) -> None:
         self._builder.add_item(torch.from_numpy(self._row))
         self._builder.end_document()
+        if self._starts is not None:
+            self._starts.add_item(torch.tensor(self._row_starts, dtype=torch.int32))
+            self._starts.end_document()
         self.rows += 1
-        self._filled = 0
+        self._filled, self._row_starts = 0, [0]
 
     def _write_mask(self, padding: int) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

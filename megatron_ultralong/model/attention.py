@@ -1,7 +1,7 @@
 """Core attention: RoPE for this rank's own positions, then the context-parallel ring.
 
 Shapes: s tokens of this context-parallel rank (S/CP), b sequences, h query heads and g KV heads of this tensor-parallel
-rank, d head dimension. Megatron hands tensors as [s, b, h, d]; the ring takes [b, h, s, d] views of them.
+rank, d head dimension.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import layout
-from megatron_ultralong.context_parallel.ring import ring_attention
+from megatron_ultralong.context_parallel.ring import ring_attention, ring_backward, ring_forward
 from megatron_ultralong.model.rope import apply_rope, cos_sin, inverse_frequencies
 
 
@@ -39,7 +39,10 @@ class RotaryTable:
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention over the whole sequence, of which each context-parallel rank holds two zigzag pieces."""
+    """Causal attention over the whole sequence, of which each context-parallel rank holds two zigzag pieces.
+
+    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `rotate`; out [b, h, s, d], lse float32 [b, h, s].
+    """
 
     def __init__(self, *, config: Any, rotary: RotaryTable, pg_collection: Any, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
@@ -47,13 +50,22 @@ class CoreAttention(torch.nn.Module):
         self.group = pg_collection.cp
         self.scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-                packed_seq_params: Any = None, **unused: Any) -> Tensor:
-        """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h * d]."""
-        assert attention_mask is None and packed_seq_params is None
-        s, b, h, d = query.shape
+    def rotate(self, q: Tensor, k: Tensor, rows: slice, whole: int, parts: int) -> tuple[Tensor, Tensor]:
+        """RoPE of q [b, h, c, d] and k [b, g, c, d], which hold `rows` of each of `parts` equal stretches of this rank's s tokens,
+        `whole` tokens each."""
         cp = self.group.size()
-        cos, sin = self.rotary(s * cp, self.group.rank(), cp, query.device)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, h or g, s, d]
-        out = ring_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.group, scale=self.scale)
-        return out.permute(2, 0, 1, 3).reshape(s, b, h * d)
+        angles = self.rotary(whole * parts * cp, self.group.rank(), cp, q.device)
+        cos, sin = (x.unflatten(0, (parts, whole))[:, rows].flatten(0, 1) for x in angles)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """out, differentiable."""
+        return ring_attention(q, k, v, self.group, scale=self.scale)
+
+    def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, lse), outside autograd; with them `backward` needs no second forward."""
+        return ring_forward(q, k, v, self.group, scale=self.scale)
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv)."""
+        return ring_backward(dout, q, k, v, out, lse, self.group, scale=self.scale)

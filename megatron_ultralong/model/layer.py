@@ -1,70 +1,169 @@
-"""The transformer layer as a Megatron-Core spec: TransformerEngine's linears and norms where installed, Megatron's own else.
+"""The transformer layer: attention is computed once, all else in chunks of the sequence.
 
-A checkpoint of one loads in the other: without TransformerEngine the norms are modules of their own, stored under the names
-that TransformerEngine's fused linears give them.
+With memory.checkpoint=attention a layer keeps its input, the attention output and the logsumexp. The backward recomputes norms,
+projections, RoPE and MLP, a chunk of tokens at a time, and hands the kept output to the attention kernels' backward: the forward
+kernels run once a step (Li et al., DistFlashAttn, arXiv 2310.03294, reorder checkpoints to the same end).
+
+Shapes: s tokens of this context-parallel rank, t = s/TP of them on this rank with sequence parallelism (else t = s), b sequences,
+H hidden size, h query heads and g KV heads of this tensor-parallel rank, d head dimension; c of the t tokens make a chunk, and
+with sequence parallelism a linear gathers the same c rows of every rank's stretch.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
-from megatron_ultralong.model.attention import CoreAttention, RotaryTable
-from megatron_ultralong.model.norm import RMSNorm
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ultralong.config import Memory
+from megatron_ultralong.model.offload import HostStore
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
-def have_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+class Layer(TransformerLayer):
+    """Megatron's layer, its parameters and their names; the way through it is ours."""
+
+    def __init__(self, *args: Any, memory: Memory, store: HostStore, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory, self.store = memory, store
+        self.parts = self.tp_group.size() if self.config.sequence_parallel else 1
+
+    def forward(self, hidden_states: Tensor, *args: Any, **unused: Any) -> tuple[Tensor, None]:
+        """hidden_states [t, b, H] -> ([t, b, H], None)."""
+        x = hidden_states
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            return self._chunked(x)[0], None
+        if self.memory.checkpoint == "attention":
+            return _KeptAttention.apply(x, self), None
+        return self.after(x, self.self_attention.core_attention(*self.before(x, slice(0, len(x)), len(x)))), None
+
+    # ---- the layer's two halves around attention, for any rows of it ----------------------------------------------
+
+    def before(self, x: Tensor, rows: slice, t: int) -> QKV:
+        """Norm, projection and RoPE of `rows` of t, whose hidden states are x [c, b, H] -> q [b, h, c TP, d], k and v [b, g, c TP, d]."""
+        qkv = self.self_attention.get_query_key_value_tensors(self.input_layernorm(x), None)
+        q, k, v = (part.permute(1, 2, 0, 3) for part in qkv)
+        return self.self_attention.core_attention.rotate(q, k, rows, t, self.parts) + (v,)
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """Output projection and MLP with their residuals: x [c, b, H] and the attention of its rows [b, h, c TP, d] -> [c, b, H]."""
+        b, h, s, d = out.shape
+        x = x + self.self_attention.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, h * d))[0]
+        return x + self.mlp(self.pre_mlp_layernorm(x))[0]
+
+    # ---- chunks ---------------------------------------------------------------------------------------------------
+
+    def chunks(self, x: Tensor) -> Iterator[slice]:
+        """The rows of x [t, b, H], at most `memory.layer_chunk` tokens (of all tensor-parallel ranks) at a time."""
+        size = max(1, self.memory.layer_chunk // (x.shape[1] * self.parts)) if self.memory.layer_chunk else max(1, len(x))
+        return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+
+    def select(self, x: Tensor, rows: slice) -> Tensor:
+        """The view [b, h, TP, c, d] of x [b, h, s, d] that holds what a linear gathers for `rows`."""
+        return x.unflatten(2, (self.parts, -1))[:, :, :, rows]
+
+    def project(self, x: Tensor) -> QKV:
+        """`before` of all rows, chunk by chunk, into whole q, k and v."""
+        whole: list[Tensor] = []
+        for rows in self.chunks(x):
+            part = self.before(x[rows], rows, len(x))
+            if rows.stop - rows.start == len(x):
+                return part
+            # [s, b, h, d] in memory, as the projection lays them out
+            whole = whole or [y.new_empty(len(x) * self.parts, y.shape[0], y.shape[1], y.shape[3]).permute(1, 2, 0, 3) for y in part]
+            for to, y in zip(whole, part, strict=True):
+                self.select(to, rows).copy_(self.select(y, slice(None)))
+        q, k, v = whole
+        return q, k, v
+
+    def _chunked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Without a graph: (hidden states, attention output [b, h, s, d], logsumexp [b, h, s])."""
+        out, lse = self.self_attention.core_attention.forward_with_lse(*self.project(x))
+        y = torch.empty_like(x)
+        for rows in self.chunks(x):
+            y[rows] = self.after(x[rows], self.select(out, rows).flatten(2, 3))
+        return y, out, lse
 
 
-def block_spec(rotary: RotaryTable, layers: int, transformer_engine: bool) -> Any:
-    """Megatron's TransformerBlockSubmodules for `layers` layers of one pipeline stage."""
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+class _KeptAttention(torch.autograd.Function):
+    """The layer as one step of autograd. Only activations pass through it: parameters get their gradients by hand."""
 
-    if transformer_engine:
-        from megatron.core.extensions import transformer_engine as te
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer) -> Tensor:
+        y, out, lse = layer._chunked(x)
+        ctx.layer, ctx.kept = layer, None
+        away = {"off": [], "checkpoints": [x], "attention": [x, out, lse]}[layer.memory.offload]
+        if away:
+            ctx.kept = layer.store.keep(away)
+        ctx.save_for_backward(*[x, out, lse][len(away):])
+        return y
 
-        qkv, fc1, row, norm, final_norm = (te.TELayerNormColumnParallelLinear, te.TELayerNormColumnParallelLinear,
-                                           te.TERowParallelLinear, IdentityOp, te.TENorm)
-        renamed = {}
-    else:
-        qkv, fc1, row, norm, final_norm = ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, RMSNorm, RMSNorm
-        renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=qkv,
-                    core_attention=_with_rotary(rotary),
-                    linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=renamed,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        layer = ctx.layer
+        kept: list[Tensor] = [*(ctx.kept.get() if ctx.kept else []), *ctx.saved_tensors]
+        x, out, lse = kept
+        del kept
+        ctx.kept = None
+        attention = layer.self_attention.core_attention
+        dx, dout = torch.empty_like(x), torch.empty_like(out)
+        gradients = _Gradients(list(layer.parameters()))
+        for rows in layer.chunks(x):
+            with torch.enable_grad():
+                x_c, out_c = _leaf(x[rows]), _leaf(layer.select(out, rows).flatten(2, 3))
+                y = layer.after(x_c, out_c)
+            dx[rows], dout_c = gradients.of([y], [x_c, out_c], [dy[rows]])
+            layer.select(dout, rows).copy_(layer.select(dout_c, slice(None)))
+        dqkv = attention.backward(dout, *layer.project(x), out, lse)
+        del out, dout
+        for rows in layer.chunks(x):
+            with torch.enable_grad():
+                x_c = _leaf(x[rows])
+                qkv = layer.before(x_c, rows, len(x))
+            dx[rows] += gradients.of(list(qkv), [x_c], [layer.select(grad, rows).flatten(2, 3) for grad in dqkv])[0]
+        gradients.hand_over()
+        return dx, None
 
 
-def _with_rotary(rotary: RotaryTable) -> Any:
-    def build(*args: Any, **kwargs: Any) -> CoreAttention:
-        return CoreAttention(*args, rotary=rotary, **kwargs)
+class _Gradients:
+    """Gradients of parameters, summed over chunks in float32 and handed over once, as if there had been no chunks.
 
-    return build
+    Once, because Megatron's data parallel wrapper expects one gradient of a parameter in a backward pass.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+
+    def of(self, outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Gradients of `inputs`, from `grads` of `outputs`; those of the parameters are kept."""
+        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)
+        for i, grad in enumerate(found[len(inputs):]):
+            if grad is None:
+                continue
+            total = self.sums[i]
+            if total is None:
+                self.sums[i] = grad
+            elif total.dtype == torch.float32:
+                total += grad
+            else:
+                self.sums[i] = total.float() + grad
+        return list(found[: len(inputs)])  # type: ignore[arg-type]
+
+    def hand_over(self) -> None:
+        """Give each parameter its sum by way of autograd, so that hooks on it run."""
+        with torch.enable_grad():
+            given = [(parameter.view_as(parameter), total.to(parameter.dtype))
+                     for parameter, total in zip(self.parameters, self.sums, strict=True) if total is not None]
+            torch.autograd.backward([alias for alias, _ in given], [total for _, total in given])
+        self.sums.clear()
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
-from megatron_ultralong.model import layer
+from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.loss import sharded_token_loss
+from megatron_ultralong.model.offload import HostStore
 from megatron_ultralong.runtime.launch import Ranks
 
 
@@ -30,19 +31,20 @@ class Llama(LanguageModule):
     """One pipeline stage (or model chunk) of a Llama model."""
 
     def __init__(self, config: TransformerConfig, model: Model, rope: Rope, groups: Any, *, pre_process: bool, post_process: bool,
-                 vp_stage: int | None, transformer_engine: bool, loss_chunk: int) -> None:
+                 vp_stage: int | None, transformer_engine: bool, memory: Memory, store: HostStore) -> None:
         super().__init__(config=config, pg_collection=groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.vocab_size, self.loss_chunk = model.vocab_size, loss_chunk
+        self.vocab_size, self.loss_chunk = model.vocab_size, memory.loss_chunk
+        self.store = store
         padded = padded_vocab_size(model.vocab_size, groups.tp.size())
         if pre_process:
             self.embedding = LanguageModelEmbedding(config, vocab_size=padded, max_sequence_length=0, position_embedding_type="none",
                                                     tp_group=groups.tp)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
-        spec = layer.block_spec(RotaryTable(rope, model.head_dim), layers, transformer_engine)
-        self.decoder = TransformerBlock(config, spec, pre_process=pre_process, post_process=post_process, pg_collection=groups,
+        block = spec.block_spec(RotaryTable(rope, model.head_dim), layers, memory, store, transformer_engine)
+        self.decoder = TransformerBlock(config, block, pre_process=pre_process, post_process=post_process, pg_collection=groups,
                                         vp_stage=vp_stage)
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -55,12 +57,13 @@ class Llama(LanguageModule):
         """Hand over the hidden states of the stage before (Megatron's pipeline schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share.
 
-        Last stage: with labels the sum of loss_mask x cross entropy over this rank's tokens (float32 scalar), else the
+        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's tokens (float32 scalar), else the
         logits [b, s, v] with the padded rows at -inf. Other stages: hidden states [s (/TP), b, H].
         """
+        self.store.begin()
         hidden = self.embedding(tokens, None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=None)
         if not self.post_process:
@@ -72,7 +75,7 @@ class Llama(LanguageModule):
             rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
             return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
         return sharded_token_loss(hidden, weight, labels, loss_mask, self.tp_group, self.vocab_size,
-                                  sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk)
+                                  sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk, z_loss=z_loss)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there does not expect."""
@@ -113,13 +116,14 @@ def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Me
     """
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic)
-    use_te = layer.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
+    use_te = spec.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
+    store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []
     for stage in range(parallel.vpp):
         first = ranks.pp_rank == 0 and stage == 0
         last = ranks.pp_rank == ranks.pp - 1 and stage == parallel.vpp - 1
         chunk = Llama(config, model, rope, ranks.groups, pre_process=first, post_process=last,
-                      vp_stage=stage if parallel.vpp > 1 else None, transformer_engine=use_te, loss_chunk=memory.loss_chunk)
+                      vp_stage=stage if parallel.vpp > 1 else None, transformer_engine=use_te, memory=memory, store=store)
         _mark_tensor_parallel(chunk)
         chunk = chunk.to(ranks.device)
         chunks.append(Float16Module(config, chunk) if precision == "bf16" else chunk)

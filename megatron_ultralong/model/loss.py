@@ -16,20 +16,23 @@ from torch import Tensor
 
 
 def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int, *,
-                       sequence_parallel: bool, chunk: int) -> Tensor:
+                       sequence_parallel: bool, chunk: int, z_loss: float = 0.0) -> Tensor:
     """Sum of loss_mask x cross entropy, float32 scalar, equal on every tensor-parallel rank.
+
+    z_loss adds z_loss x logsumexp(logits)^2 to each token's cross entropy (PaLM, arXiv 2204.02311, section 5).
 
     hidden [t, b, H]; weight [v, H], rows of the vocabulary from rank x v on; labels int64 [b, s]; loss_mask float [b, s].
     Rows from `vocab_size` on are padding and take no part in the softmax. `chunk` is in tokens of the whole s x b (0 = all).
     """
     # Inside forward gradients always look switched off, and needs_input_grad does not know of no_grad.
-    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk, torch.is_grad_enabled())
+    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk, z_loss,
+                                   torch.is_grad_enabled())
 
 
 class _ShardedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int,
-                sequence_parallel: bool, chunk: int, grad_enabled: bool) -> Tensor:
+                sequence_parallel: bool, chunk: int, z_loss: float, grad_enabled: bool) -> Tensor:
         t, b, _ = hidden.shape
         tp, rank = group.size(), group.rank()
         parts = tp if sequence_parallel else 1
@@ -47,7 +50,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
             logits = torch.matmul(x, weight.t()).float()  # [c, v]
-            loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, need_hidden or need_weight)
+            loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight)
             total += loss
             if grad is None:
                 continue
@@ -68,11 +71,11 @@ class _ShardedTokenLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, rank: int, vocab_size: int,
-                   need_grad: bool) -> tuple[Tensor, Tensor | None]:
+                   z_loss: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """(masked sum, its gradient by the logits [c, v]); overwrites `logits`, float32 [c, v]."""
     v = logits.shape[1]
     first = rank * v
@@ -89,10 +92,11 @@ def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, ran
     sums = torch.stack([exponent.sum(dim=1), picked])  # [2, c]
     _all_reduce(sums, group, torch.distributed.ReduceOp.SUM)
     total, picked = sums
-    loss = torch.where(mask > 0, mask * (total.log() - picked), 0.0).sum()
+    lse = total.log() + peak
+    loss = torch.where(mask > 0, mask * (total.log() - picked + z_loss * lse.square()), 0.0).sum()
     if not need_grad:
         return loss, None
-    grad = exponent.div_(total[:, None])
+    grad = exponent.mul_(((1 + 2 * z_loss * lse) / total)[:, None])
     grad[torch.arange(len(local), device=local.device), local] -= inside.to(grad.dtype)
     return loss, grad.mul_(mask[:, None])
 

@@ -106,7 +106,7 @@ def step(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], batches: list[Ba
         unwrap(chunk).config.finalize_model_grads_func = finalize_model_grads
         chunk.train(training)
     results = get_forward_backward_func()(
-        forward_step_func=_forward_step(ranks.device), data_iterator=batches if len(chunks) > 1 else batches[0],
+        forward_step_func=_forward_step(ranks.device, run.train.z_loss if training else 0.0), data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks if len(chunks) > 1 else chunks[0], num_microbatches=micro_batches, seq_length=run.train.seq_length,
         micro_batch_size=run.train.micro_batch, forward_only=not training)
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -123,10 +123,10 @@ def evaluate(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], valid: Calla
     return _mean_loss(loss, tokens, ranks)[0]
 
 
-def _forward_step(device: torch.device) -> Callable[..., Any]:
+def _forward_step(device: torch.device, z_loss: float) -> Callable[..., Any]:
     def forward_step(batches: Batches, model: torch.nn.Module) -> Any:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-        output = model(batch["tokens"], batch["labels"], batch["loss_mask"])
+        output = model(batch["tokens"], batch["labels"], batch["loss_mask"], z_loss)
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
             tokens = batch["loss_mask"].sum().to(torch.int)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_ultralong.checkpoint import mapping
@@ -17,6 +21,10 @@ S, ROWS = 64, 8
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
 TIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97, tied_embeddings=True)
+# Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
+MEMORY = (Memory(checkpoint="attention", offload="checkpoints", layer_chunk=10, loss_chunk=12),
+          Memory(checkpoint="attention", offload="attention", layer_chunk=0, loss_chunk=12),
+          Memory(checkpoint="full", layer_chunk=10, loss_chunk=12), Memory(checkpoint="none", loss_chunk=0))
 
 
 def test_every_layout_equals_transformers() -> None:
@@ -40,9 +48,10 @@ def _layouts(rank: int, world: int) -> None:
                 if model is TIED and (tp, cp) == (1, 1):
                     continue  # covered by tp 2: the tied weight's own paths are pipeline and vocabulary splits
                 parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp)
-                memory = Memory(checkpoint="full" if tp == cp else "none", loss_chunk=0 if tp == 1 else 12)
                 ranks = launch.start(Runtime(device="cpu"), parallel)
-                _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
+                # The default everywhere, beside it one of the others.
+                for memory in (MEMORY[0], MEMORY[1 + (tp + pp + vpp) % 3]):
+                    _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
                 leave_groups()
 
 
@@ -98,7 +107,11 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    total, tokens = loop.step(run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True)
+    with _counted_kernels() as calls:
+        total, tokens = loop.step(run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True)
+    # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second time.
+    once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
+    assert calls == {"forward": once * (2 if memory.checkpoint == "full" else 1), "backward": once}, where
     mean, count = loop._mean_loss(total, tokens, ranks)
     assert count == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
@@ -114,6 +127,25 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
     # Split, copied and tied weights each count once in the norm that gradients are clipped by.
     want_norm = float(torch.stack([grad.norm() for grad in grads.values()]).norm())
     assert abs(optimizer.step()[1] - want_norm) < 1e-5 * want_norm, where
+
+
+@contextmanager
+def _counted_kernels() -> Iterator[Counter[str]]:
+    """Calls of the attention kernels inside the block."""
+    from megatron_ultralong.context_parallel import kernels
+
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, kernel: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return kernel(*args, **kwargs)
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "backward"):
+            patch.setattr(kernels, name, counted(name, getattr(kernels, name)))
+        yield calls
 
 
 def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[torch.Tensor]:

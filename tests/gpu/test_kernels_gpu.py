@@ -9,8 +9,10 @@ from torch.testing import assert_close
 
 from megatron_ultralong.context_parallel import kernels, layout
 from megatron_ultralong.context_parallel.comm import Ring
+from megatron_ultralong.context_parallel.merge import merge_
 from megatron_ultralong.context_parallel.ring import ring_attention
 from megatron_ultralong.context_parallel.virtual import run_virtual
+from tests.unit import test_merge
 from tests.unit.test_kernels import reference, reference_gradients, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -99,3 +101,8 @@ def test_ring_on_virtual_ranks(backend: str, cp: int) -> None:
     expected = [reference(q, k, v, True, 0.125)[0], *reference_gradients(dout, q, k, v, True, 0.125)]
     for name, x, y in zip(("out", "dq", "dk", "dv"), zip(*shards, strict=True), expected, strict=True):
         near(layout.unshard(list(x), 2), y, tolerance, name)
+
+
+def test_merge_kernel() -> None:
+    pytest.importorskip("triton")
+    test_merge.check(merge_, device="cuda")

@@ -90,3 +90,30 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
             sharded.load(saved, built[not te])
     finally:
         launch.stop()
+
+
+def test_memory_settings_give_the_same_gradients(base: Path) -> None:
+    """The layer checkpoint in chunks, and what it keeps on its way to host memory and back, over several steps and micro-batches."""
+    from megatron_ultralong.model import llama
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cuda"), Parallel())
+    try:
+        found = hf.read_config(base)
+        tokens = torch.randint(0, MODEL.vocab_size, (2, 4 * S + 1), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        grads: dict[str, dict[str, torch.Tensor]] = {}
+        for name, memory in {"none": Memory(checkpoint="none"), "kept": Memory(layer_chunk=300), "offloaded": Memory(offload="attention", layer_chunk=300),
+                             "inputs offloaded": Memory(offload="checkpoints")}.items():
+            (chunk,) = llama.build(found.model, found.rope, ranks, Parallel(), memory, "bf16", transformer_engine=False)
+            hf.load_parameters(base, found.model, llama.named_parameters(chunk), 0, 1)
+            for _ in range(3):
+                losses = [chunk(tokens[i:i + 1, :-1], tokens[i:i + 1, 1:], torch.ones(1, 4 * S, device="cuda")) for i in range(2)]
+                for loss in losses:
+                    loss.backward()
+            grads[name] = {n: p.grad.clone().float() for n, p in llama.named_parameters(chunk).items()}
+        for name, found_grads in grads.items():
+            for parameter, grad in found_grads.items():
+                want = grads["none"][parameter]
+                assert (grad - want).norm() < 2e-2 * want.norm(), (name, parameter)
+    finally:
+        launch.stop()

@@ -221,3 +221,29 @@ def test_a_full_disk_is_told(tmp_path, inputs, tokenizer_dir, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         pack(inputs, tokenizer_dir, 9, tmp_path / "out")
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("seq_length", [1, 7, 64, 333, 100_000])
+def test_document_starts(tmp_path, inputs, tokenizer_dir, seq_length):
+    """A document starts behind the separator before it; one that crosses into a row starts at 0 there as well."""
+    from megatron_ultralong.data.dataset import PackedRows
+
+    manifest = pack(inputs, tokenizer_dir, seq_length, tmp_path / "out", document_starts=True)
+    assert manifest["document_starts"]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    separator = tokenizer("<s>", add_special_tokens=False)["input_ids"]
+    begins, at = [], 0
+    for text in [*TEXTS[:4], made.text(6, 300), *TEXTS[4:]]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids:
+            at += len(separator) if begins else 0
+            begins.append(at)
+            at += len(ids)
+    rows, length = PackedRows(str(tmp_path / "out"), seq_length), seq_length + 1
+    for row in range(len(rows)):
+        inside = {begin - row * length for begin in begins if 0 <= begin - row * length < seq_length}  # the last token is a label only
+        assert rows.starts(row) == sorted({0} | inside)
+    pack(inputs, tokenizer_dir, seq_length, tmp_path / "out")
+    assert not list(tmp_path.glob("out.docs*")), "left over from the run before"
+    with pytest.raises(UserError, match="--document-starts"):
+        PackedRows(str(tmp_path / "out"), seq_length).starts(0)

@@ -1,0 +1,75 @@
+"""Counts that stand for memory: the largest tensor a step makes, and what a layer keeps for its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ultralong.config import Memory, Model, Parallel, Rope, Runtime
+from megatron_ultralong.model import init  # no megatron
+from tests.spawn import run_ranks
+
+S = 512
+# The MLP's and the vocabulary's widths stand out from all else: 8 and 20 times the hidden size.
+MODEL = Model(hidden_size=32, ffn_size=256, layers=3, heads=4, kv_heads=2, head_dim=8, vocab_size=640)
+CHUNK = 64
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_memory_of_a_step() -> None:
+    run_ranks(_one_rank, 1)
+
+
+def _one_rank(rank: int, world: int) -> None:
+    from megatron_ultralong.model import llama
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cpu"), Parallel())
+    tokens = torch.randint(0, MODEL.vocab_size, (1, S + 1), generator=torch.Generator().manual_seed(0))
+    largest, kept, grads = {}, {}, {}
+    for name, memory in {
+        "none": Memory(checkpoint="none", loss_chunk=0),
+        "attention": Memory(checkpoint="attention", layer_chunk=CHUNK, loss_chunk=CHUNK),
+        "offloaded": Memory(checkpoint="attention", offload="attention", layer_chunk=CHUNK, loss_chunk=CHUNK),
+    }.items():
+        (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
+        init.initialise(llama.named_parameters(chunk), MODEL, 1, 0, 1)
+        saved = 0
+
+        def save(x: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += x.numel()
+            return x
+
+        with Largest() as seen:
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+                loss = chunk(tokens[:, :-1], tokens[:, 1:], torch.ones(1, S))
+            loss.backward()
+        largest[name], kept[name] = seen.elements, saved
+        grads[name] = {n: p.grad.clone() for n, p in llama.named_parameters(chunk).items()}
+    hidden = MODEL.hidden_size
+    assert largest["none"] == S * MODEL.vocab_size, "whole logits are what this test is to see"
+    # With chunks nothing is wider than q, k and v of the whole sequence, or than a weight.
+    assert largest["attention"] == largest["offloaded"] == max(CHUNK * MODEL.vocab_size, MODEL.vocab_size * hidden, 2 * S * hidden), largest
+    # A layer keeps input, attention output and logsumexp; offloaded, none of it stays on the device.
+    layer = S * (2 * hidden + MODEL.heads)
+    assert kept["attention"] - kept["offloaded"] == MODEL.layers * layer
+    for other in ("attention", "offloaded"):
+        for name, grad in grads["none"].items():
+            assert (grads[other][name] - grad).norm() <= 1e-5 * grad.norm(), (other, name)

@@ -1,0 +1,69 @@
+"""The host store of layers' kept tensors: what comes back, in which order, and how much host memory it takes."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_ultralong.config import Memory, UserError
+from megatron_ultralong.model.offload import ON_DEVICE, HostStore
+
+
+def tensors(layer: int) -> list[torch.Tensor]:
+    """A contiguous tensor, a transposed one and an empty one, different in every layer."""
+    generator = torch.Generator().manual_seed(layer)
+    return [torch.randn(5, 3, generator=generator), torch.randn(4, 2, 3, generator=generator).permute(1, 2, 0).bfloat16(), torch.empty(0, 3)]
+
+
+def test_everything_comes_back_and_host_memory_is_used_again() -> None:
+    store = HostStore(torch.device("cpu"))
+    for step in range(3):
+        store.begin()
+        kept = [store.keep(tensors(10 * step + layer)) for layer in range(5)]
+        assert sum(k._device is not None for k in kept) == ON_DEVICE
+        for layer in reversed(range(5)):
+            got = kept[layer].get()
+            if layer:
+                assert kept[layer - 1]._device is not None, "the layer before was not fetched ahead"
+            assert sum(k._device is not None for k in kept) <= ON_DEVICE
+            for x, y in zip(got, tensors(10 * step + layer), strict=True):
+                assert x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
+        assert store.bytes == 5 * (15 * 4 + 24 * 2), "host memory grew with the steps"
+
+
+def test_a_graph_dropped_without_backward_gives_its_memory_back() -> None:
+    store = HostStore(torch.device("cpu"))
+    for _ in range(4):
+        store.begin()
+        kept = [store.keep(tensors(layer)) for layer in range(3)]
+        del kept
+    assert store.bytes <= (3 + ON_DEVICE) * (15 * 4 + 24 * 2)
+
+
+def test_micro_batches_that_overlap() -> None:
+    """1F1B: the forward of the next micro-batch runs before the backward of the first."""
+    store = HostStore(torch.device("cpu"))
+    passes: list[list[Any]] = []
+    for micro_batch in range(3):
+        store.begin()
+        passes.append([store.keep(tensors(10 * micro_batch + layer)) for layer in range(4)])
+        if micro_batch:
+            for layer in reversed(range(4)):
+                got = passes[micro_batch - 1][layer].get()
+                assert torch.equal(got[0], tensors(10 * (micro_batch - 1) + layer)[0])
+    assert store.bytes == 2 * 4 * (15 * 4 + 24 * 2)
+
+
+def test_a_machine_without_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "total available")(1000, 60))
+    with pytest.raises(UserError, match=r"memory\.offload.*host memory are left"):
+        HostStore(torch.device("cpu")).keep([torch.zeros(5, 3)])
+
+
+def test_offload_needs_the_layer_checkpoint() -> None:
+    with pytest.raises(UserError, match=r"memory\.offload=checkpoints needs memory\.checkpoint=attention"):
+        Memory(checkpoint="full", offload="checkpoints")
