@@ -244,7 +244,7 @@ class Work:
     tensor: float
     """Bytes of all-gathers and reduce-scatters over tensor parallel ranks."""
     pipeline: float
-    """Bytes of hidden states to the next stage and of their gradient back."""
+    """Bytes of hidden states to the next stage, from each model chunk, and of their gradient back."""
     host: float
     """Bytes to host memory; as many come back."""
 
@@ -276,7 +276,7 @@ def work(run: Run, model: Model, choice: Choice | None = None, *, last: bool = T
         # A partial output is cast to float32 and interpolated with the sum; a partial gradient is added to the sum.
         merge_forward=rows * q * (e + 16), merge_backward=rows * (q + kv) * (e + 8),
         hops_forward=layers * hops, hops_backward=layers * hops,
-        tensor=collectives * hidden * (p.tp - 1) / p.tp, pipeline=2 * hidden / p.tp if p.pp > 1 else 0.0,
+        tensor=collectives * hidden * (p.tp - 1) / p.tp, pipeline=2 * p.vpp * hidden / p.tp if p.pp > 1 else 0.0,
         host=float(layers * sum(kept[name] for name in _offloaded(choice))))
 
 

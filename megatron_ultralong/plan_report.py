@@ -43,6 +43,8 @@ def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: st
         raise UserError(f"--show {show}: must be at least 1")
     given, mode = planner.mode_settings(list(settings))
     given = [f"{key}={value}" for key, value in (("train.seq_length", seq_length), ("train.global_batch", global_batch)) if value is not None] + given
+    if model is None and recipe is None:
+        raise UserError("say what to plan: --model with --seq-length, or --recipe")
     start = recipes.get(recipe) if recipe else _new_run(model, seq_length, settings)
     # The search starts from one rank, so that a length or layout is not refused for the recipe's own sake.
     run = override(dataclasses.replace(start, parallel=Parallel()), given)
@@ -157,8 +159,10 @@ def heading(title: str, run: Run, machine: Machine) -> str:
         f"{title}: {t.seq_length:,} tokens a sequence, global batch {t.global_batch}, {t.precision}, on {machine.gpus:,} {gpu.name}",
         f"data-sheet peaks a GPU: {gpu.memory / GB:.0f} GB, {gpu.bf16 / 1e12:,.0f} TFLOP/s dense bf16; GPU memory {gpu.hbm / GB:,.0f} GB/s, "
         f"one way NVLink {gpu.nvlink / GB:.0f}, InfiniBand {gpu.infiniband / GB:.0f}, PCIe {gpu.pcie / GB:.0f} GB/s",
-        f"assumed, not measured: shares of these {assumed} (--assume); {machine.host_memory / GB:,.0f} GB host memory a node (--host-memory)",
-        f"estimated, not measured: all figures below. MFU: {FORMULA}",
+        f"assumed, not measured: {assumed} (--assume)",
+        f"assumed, not measured: {machine.host_memory / GB:,.0f} GB host memory a node (--host-memory)",
+        "estimated from these, not measured: all figures below. MFU by",
+        f"  {FORMULA}",
     ])
 
 
@@ -171,33 +175,39 @@ def table(plans: dict[str, Plan], machine: Machine) -> str:
 
     def block(name: str, field: str, unit: float) -> None:
         rows.append((name, [""] * len(plans)))
-        for part in dict.fromkeys(part for p in plans.values() for part, value in getattr(p, field).items() if value):
-            row(f"  {part}", lambda p, part=part: f"{getattr(p, field).get(part, 0) / unit:,.2f}")
+        for part in dict.fromkeys(part for p in plans.values() for part in getattr(p, field)):
+            if any(getattr(p, field).get(part) for p in plans.values()):
+                row(f"  {part}", lambda p, part=part: _number(getattr(p, field).get(part, 0) / unit))
 
     row("TP x PP x CP x DP", lambda p: f"{p.run.parallel.tp} x {p.run.parallel.pp} x {p.run.parallel.cp} x {p.dp}")
     row("memory.checkpoint", lambda p: p.choice.checkpoint)
     row("memory.offload", lambda p: p.choice.offload)
-    block("GB a GPU", "memory", GB)
-    row(f"  all (of {machine.assumed.gpu_memory * machine.gpu.memory / GB:.1f})", lambda p: f"{plan.total(p.memory) / GB:,.2f}")
+    block("GB a GPU, fullest stage", "memory", GB)
+    row(f"  all (of {machine.assumed.gpu_memory * machine.gpu.memory / GB:.1f})", lambda p: _number(plan.total(p.memory) / GB))
     if any(p.host for p in plans.values()):
         block("GB of host memory a node", "host", GB)
-        row(f"  all (of {machine.assumed.host_memory * machine.host_memory / GB:,.0f})", lambda p: f"{plan.total(p.host) / GB:,.2f}")
+        row(f"  all (of {machine.assumed.host_memory * machine.host_memory / GB:,.0f})", lambda p: _number(plan.total(p.host) / GB))
     rows.append(("work of a GPU an iteration", [""] * len(plans)))
     for part in [part for part in next(iter(plans.values())).work if any(p.work[part] for p in plans.values())]:
         unit, name = (1e15, "PFLOP") if part.endswith("FLOPs") else (GB, "GB")
         label = part.replace("FLOPs", name).replace("bytes", name)
-        row(f"  {label}", lambda p, part=part, unit=unit: f"{p.work[part] / unit:,.1f}")
+        row(f"  {label}", lambda p, part=part, unit=unit: _number(p.work[part] / unit))
     block("seconds an iteration, estimated", "time", 1.0)
-    row("  all", lambda p: f"{p.seconds:,.2f}")
+    row("  all", lambda p: _number(p.seconds))
     if any(p.host for p in plans.values()):
-        row("host copies, both ways, s", lambda p: f"{p.work['host bytes, both ways'] / (machine.gpu.pcie * machine.assumed.links):,.2f}")
-        row("computation they hide behind, s", lambda p: f"{sum(p.time[part] for part in ('attention', 'other matrix products', 'recompute')):,.2f}")
+        row("host copies, both ways, s", lambda p: _number(p.work["host bytes, both ways"] / (machine.gpu.pcie * machine.assumed.links)))
+        row("computation they hide behind, s", lambda p: _number(sum(p.time[part] for part in ("attention", "other matrix products", "recompute"))))
     row("tokens/s/GPU, estimated", lambda p: f"{p.tokens_per_second:,.0f}")
     row("causal MFU, estimated", lambda p: f"{p.mfu:.1%}")
     row("fits", lambda p: "yes" if p.problem is None else "no")
     first = max(len(name) for name, _ in rows)
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(plans))]
     return "\n".join("  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths))]).rstrip() for name, cells in rows)
+
+
+def _number(value: float) -> str:
+    """Two decimals, or two digits of what is small."""
+    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def as_json(new: Plan, settings: list[str]) -> dict[str, Any]:

@@ -93,19 +93,17 @@ def search(run: Run, model: Model, machine: Machine, modes: Iterable[Choice], fi
 
 
 def modes_of(run: Run, fixed: dict[str, Any]) -> list[Choice]:
-    """Memory modes to search for `run`: those in config.py, or those with the `fixed` values (checkpoint, offload, layer_chunk).
+    """Memory modes to search for `run`: those with the `fixed` values (checkpoint, offload, layer_chunk) that config.py has.
 
-    UserError where no mode has them.
+    Where it lacks one of these values, all that have them: they were asked for. UserError for values that are wrong or exclude each other.
     """
+    Choice(**{"checkpoint": "attention", **fixed})
     layer_chunk = fixed.get("layer_chunk", Choice.of(run).layer_chunk)
     words = {name: value for name, value in fixed.items() if name != "layer_chunk"}
-    Choice(**{"checkpoint": "attention", **fixed})  # refuses a wrong value
     modes = [replace(choice, layer_chunk=layer_chunk) for choice in plan.choices()
              if all(getattr(choice, name) == value for name, value in words.items())]
-    known = [choice for choice in modes if choice.in_config or not _is_known(words)]
-    if not known:
-        Choice(**words)  # says which two exclude each other
-    return known
+    all_known = all(plan.config_has(name, value) for name, value in words.items())
+    return [choice for choice in modes if choice.in_config] if all_known else modes
 
 
 def mode_settings(settings: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -168,10 +166,6 @@ def _any_fits(run: Run, model: Model, machine: Machine, modes: list[Choice], fix
         return search(run, model, machine, modes, fixed).fitting > 0
     except UserError:
         return False
-
-
-def _is_known(words: dict[str, Any]) -> bool:
-    return all(plan.config_has(name, value) for name, value in words.items())
 
 
 def _with_mode(run: Run, mode: Choice) -> Run:

@@ -113,6 +113,7 @@ def test_work_by_hand():
     alone = plan.work(replace(RUN, parallel=Parallel()), SMALL, Choice())
     assert (alone.ring_forward, alone.ring_backward, alone.merge_backward, alone.hops_forward, alone.tensor) == (0, 0, 0, 0, 0)
     assert plan.work(replace(RUN, parallel=Parallel(pp=2)), SMALL, Choice()).pipeline == 2 * 64 * 8 * 2
+    assert plan.work(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL, Choice()).pipeline == 2 * 2 * 64 * 8 * 2
 
 
 def test_time_by_hand():
@@ -331,6 +332,7 @@ def test_modes_that_no_run_can_have_yet_are_said_to_be(monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"model": "lama-3.1-8b", "seq_length": "1M"}, "--model lama-3.1-8b: no such directory, and no known name; did you mean llama-3.1-8b?"),
+    ({}, "say what to plan: --model with --seq-length, or --recipe"),
     ({"model": "llama-3.1-8b"}, "needs --seq-length"),
     ({"model": "llama-3.1-8b", "seq_length": "long"}, "--seq-length=long: expected a whole number"),
     ({"model": "llama-3.1-8b", "seq_length": "0"}, "train.seq_length=0 must be at least 1"),
