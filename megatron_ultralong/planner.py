@@ -77,8 +77,8 @@ def estimate(run: Run, model: Model, machine: Machine, choice: Choice | None = N
 def search(run: Run, model: Model, machine: Machine, modes: Iterable[Choice], fixed: Collection[str] = ()) -> Search:
     """Every layout of `machine` with each of `modes`; the dimensions in `fixed` stay as `run` has them. UserError where none divides."""
     modes = list(modes)
-    plans = [estimate(_with_mode(candidate, mode), model, machine, mode)
-             for candidate, mode in itertools.product(plan.layouts(run, model, machine.gpus, fixed), modes)]
+    plans = [estimate(candidate, model, machine, mode) for layout, mode in itertools.product(plan.layouts(run, model, machine.gpus, fixed), modes)
+             if (candidate := _with_mode(layout, mode)) is not None]
     if not plans:
         raise UserError(_no_layout(run, model, machine.gpus, fixed))
     # The same time: rather what takes less of the host, then of the GPU.
@@ -168,11 +168,14 @@ def _any_fits(run: Run, model: Model, machine: Machine, modes: list[Choice], fix
         return False
 
 
-def _with_mode(run: Run, mode: Choice) -> Run:
-    """`run` with the settings of `mode` that config.py has."""
+def _with_mode(run: Run, mode: Choice) -> Run | None:
+    """`run` with the settings of `mode`, as far as config.py has them; None where they do not go with its layout."""
     if not mode.in_config:
         return run
-    return replace(override(run, [f"{key}={value}" for key, value in mode.settings().items()]), notes=run.notes)
+    try:
+        return replace(override(run, [f"{key}={value}" for key, value in mode.settings().items()]), notes=run.notes)
+    except UserError:
+        return None
 
 
 def _work(run: Run, model: Model, choice: Choice, dp: int) -> dict[str, float]:
