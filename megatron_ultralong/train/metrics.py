@@ -9,7 +9,8 @@ from megatron_ultralong.config import Model
 FORMULA = "causal training FLOPs per token = 6 x (weights of all matrix products) + 6 x layers x heads x head_dim x S; no recompute counted"
 
 # Dense bf16 peak of the whole GPU, FLOP/s (vendor data sheets, without sparsity), by a part of the name torch reports.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12,
+         "GB200": 2500e12, "B200": 2250e12}
 
 
 def flops_per_token(model: Model, seq_length: int) -> float:

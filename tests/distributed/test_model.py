@@ -6,11 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_ultralong import plan
 from megatron_ultralong.checkpoint import mapping
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from tests.spawn import leave_groups, run_ranks
@@ -83,6 +85,9 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
 
     where = f"{parallel} {memory}"
     chunks = llama.build(model, ROPE, ranks, parallel, memory, "fp32")
+    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == plan.stage_parameters(model, parallel.tp, parallel.pp, ranks.pp_rank), where
+    if parallel.pp == 1:
+        _check_planned_checkpoints(model, ranks, parallel, rows)
     whole = dict(reference.named_parameters())
     for chunk in chunks:
         for name, parameter in llama.named_parameters(chunk).items():
@@ -146,6 +151,42 @@ def _counted_kernels() -> Iterator[Counter[str]]:
         for name in ("forward", "backward"):
             patch.setattr(kernels, name, counted(name, getattr(kernels, name)))
         yield calls
+
+
+def _check_planned_checkpoints(model: Model, ranks: Any, parallel: Parallel, rows: dict[str, torch.Tensor]) -> None:
+    """What autograd keeps of two more layers is what `plan` says."""
+    for mode in ("full", "attention", "none"):
+        kept, planned = [], []
+        for layers in (2, 4):
+            run = Run(name="test", parallel=parallel, memory=Memory(checkpoint=mode), train=Train(
+                seq_length=S, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"))
+            kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))
+            planned.append(plan.memory(run, replace(model, layers=layers), ranks.world)["layer checkpoints"])
+        # On the CPU a norm without weights is an operation of its own: its output, float32 as all is here, and a scalar a token are kept too.
+        norms = 2 * 2 * (S // parallel.cp // parallel.tp) * (model.hidden_size + 1) * 4 if mode == "none" else 0
+        assert kept[1] - kept[0] == planned[1] - planned[0] + norms, (parallel, mode)
+
+
+def _kept_bytes(model: Model, ranks: Any, run: Run, rows: dict[str, torch.Tensor]) -> int:
+    """Bytes that a forward pass of one row leaves for its backward, each storage once, weights apart."""
+    from megatron_ultralong.context_parallel import layout
+    from megatron_ultralong.model import llama
+
+    [chunk] = llama.build(model, ROPE, ranks, run.parallel, run.memory, "fp32")
+    for parameter in chunk.parameters():
+        parameter.data.fill_(0.01)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held on to, so that no address comes twice
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    row = {name: layout.shard(x[:1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        chunk(**row)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[torch.Tensor]:

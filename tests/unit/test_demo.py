@@ -31,7 +31,7 @@ def test_keys_are_answered_as_they_were_told() -> None:
 
     writer = corpus.Writer(AutoTokenizer.from_pretrained(BASE), seed=5)
     for _ in range(20):
-        text = writer.keys(600, 8)
+        text = writer.keys(600, 1, 8)
         told: dict[str, str] = {}
         for sentence in text.split(". "):
             before, found, value = sentence.partition(" is ")
