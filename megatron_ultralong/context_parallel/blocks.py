@@ -16,22 +16,20 @@ from torch import Tensor
 from megatron_ultralong.config import UserError
 from megatron_ultralong.context_parallel import kernels
 from megatron_ultralong.context_parallel.kernels import Backend, Gradients
-from megatron_ultralong.context_parallel.layout import Part, Starts
+from megatron_ultralong.context_parallel.layout import Part, Starts, document_starts
 from megatron_ultralong.context_parallel.merge import merge_
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, halves: bool) -> int:
-    """s, or ValueError where the shapes do not fit (the kernels check the rest); UserError for several packed rows.
-
-    halves: the tokens are two zigzag pieces, so s must be even.
-    """
-    if q.dim() != 4 or (halves and q.shape[2] % 2) or k.shape != v.shape or k.dtype != v.dtype or k.shape[2:] != q.shape[2:]:
+def check(q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, ranks: int) -> tuple[int, tuple[int, ...]]:
+    """(s, document starts in plain numbers) of what one of `ranks` was given, or ValueError where the shapes do not fit (the kernels
+    check the rest) and UserError where the starts do not, or there are several packed rows."""
+    if q.dim() != 4 or (ranks > 1 and q.shape[2] % 2) or k.shape != v.shape or k.dtype != v.dtype or k.shape[2:] != q.shape[2:]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        even = "s even and " if halves else ""
+        even = "s even and " if ranks > 1 else ""
         raise ValueError(f"{shapes} are not [b, h, s, d] and [b, g, s, d] twice, with {even}k, v of one dtype")
     if starts is not None and q.shape[0] != 1:
         raise UserError(f"attention inside documents takes one packed row at a time, not {q.shape[0]}: set train.micro_batch to 1")
-    return q.shape[2]
+    return q.shape[2], document_starts(starts, q.shape[2] * ranks)
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -39,12 +37,12 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def backend(q: Tensor, starts: Starts | None) -> Backend | None:
+def backend(q: Tensor, starts: tuple[int, ...]) -> Backend | None:
     """The backend for parts of these tokens; None = the kernel's own choice.
 
     cuDNN builds a plan for every new shape, and the parts of packed rows never stop having new ones: FlashAttention there.
     """
-    if starts is not None and kernels.choose(q.device, q.dtype, q.shape[3]) == "cudnn":
+    if len(starts) > 1 and kernels.choose(q.device, q.dtype, q.shape[3]) == "cudnn":
         return "flash"
     return None
 

@@ -27,13 +27,14 @@ from megatron_ultralong.context_parallel.layout import Starts
 def gather_forward(q: Tensor, k: Tensor, v: Tensor, group: PeerGroup, *, scale: float | None = None,
                    starts: Starts | None = None) -> tuple[Tensor, Tensor]:
     """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32); arguments and what is raised as for `ring_forward`."""
-    peers, backend = as_peers(group), blocks.backend(q, starts)
-    s = blocks.check(q, k, v, starts, halves=peers is not None)
+    peers = as_peers(group)
+    s, documents = blocks.check(q, k, v, starts, 1 if peers is None else peers.size)
+    backend = blocks.backend(q, documents)
     if peers is None:
-        return blocks.forward_own(q, k, v, layout.parts(0, 0, s, 1, starts), scale, backend)
-    before = layout.parts_before(peers.rank, s, peers.size, starts)
+        return blocks.forward_own(q, k, v, layout.parts(0, 0, s, 1, documents), scale, backend)
+    before = layout.parts_before(peers.rank, s, peers.size, documents)
     heads = _whole_heads(k, v, peers)
-    own, lse = blocks.forward_own(q, k, v, layout.parts_within(peers.rank, s, peers.size, starts), scale, backend)
+    own, lse = blocks.forward_own(q, k, v, layout.parts_within(peers.rank, s, peers.size, documents), scale, backend)
     out = own.to(blocks.wide(q))
     for rows, (k_all, v_all) in zip(_query_heads(q, k), heads, strict=True):
         for part in before:
@@ -44,13 +45,14 @@ def gather_forward(q: Tensor, k: Tensor, v: Tensor, group: PeerGroup, *, scale: 
 def gather_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: PeerGroup, *,
                     scale: float | None = None, starts: Starts | None = None) -> Gradients:
     """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `gather_forward` gave them."""
-    peers, backend = as_peers(group), blocks.backend(q, starts)
-    s = blocks.check(q, k, v, starts, halves=peers is not None)
+    peers = as_peers(group)
+    s, documents = blocks.check(q, k, v, starts, 1 if peers is None else peers.size)
+    backend = blocks.backend(q, documents)
     if peers is None:
-        return blocks.backward_own(dout, q, k, v, out, lse, layout.parts(0, 0, s, 1, starts), scale, backend)
-    before = layout.parts_before(peers.rank, s, peers.size, starts)
+        return blocks.backward_own(dout, q, k, v, out, lse, layout.parts(0, 0, s, 1, documents), scale, backend)
+    before = layout.parts_before(peers.rank, s, peers.size, documents)
     heads = _whole_heads(k, v, peers)
-    own = blocks.backward_own(dout, q, k, v, out, lse, layout.parts_within(peers.rank, s, peers.size, starts), scale, backend)
+    own = blocks.backward_own(dout, q, k, v, out, lse, layout.parts_within(peers.rank, s, peers.size, documents), scale, backend)
     dq, dk, dv = (x.to(blocks.wide(x)) for x in own)
     dkv_all: Tensor | None = None
     returning: tuple[Transfer, Tensor, Tensor] | None = None

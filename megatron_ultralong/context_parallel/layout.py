@@ -90,43 +90,44 @@ def part(rank: int, source: int, s: int) -> Part:
     return Part(slice(s // 2, s), slice(0, s), False)
 
 
-def parts(rank: int, source: int, s: int, cp: int, starts: Starts | None = None) -> list[Part]:
-    """As `part`, where attention stays inside documents: what is left of the part, in ascending order.
+def parts(rank: int, source: int, s: int, cp: int, starts: Sequence[int] = (0,)) -> list[Part]:
+    """As `part`, where attention stays inside documents (`starts` as `document_starts` gives them): what is left of the part.
 
     Between other ranks at most one part is left: keys that all lie before the queries share no more than one document
-    with them. Of our own keys there is a causal part for every document of which we hold something; these cover all
-    queries without a gap.
+    with them. Of our own keys there is a causal part for every document of which we hold something, in ascending order;
+    these cover all queries without a gap.
     """
+    if source == rank:
+        return [Part(slice(a, b), slice(a, b), True) for a, b in itertools.pairwise(_bounds(starts, s, rank, cp))]
     all_seen = part(rank, source, s)
-    if starts is None:
-        return [all_seen]
-    ours, theirs = _runs(starts, s, rank, cp), _runs(starts, s, source, cp)
-    cut = [Part(_common(q, all_seen.queries), _common(k, all_seen.keys), all_seen.causal) for q, k in zip(ours, theirs, strict=True)]
-    return [p for p in cut if p.queries.start < p.queries.stop and p.keys.start < p.keys.stop]
+    in_piece, length = all_seen.keys.stop - 1, s // 2
+    last_key = pieces(source, cp)[in_piece // length] * length + in_piece % length
+    document = _document(starts, last_key, s * cp)
+    queries = _common(_run(document, s, rank, cp), all_seen.queries)
+    keys = _common(_run(document, s, source, cp), all_seen.keys)
+    return [Part(queries, keys, False)] if queries.start < queries.stop else []
 
 
-def parts_within(rank: int, s: int, cp: int, starts: Starts | None = None) -> list[Part]:
-    """What each piece of `rank` sees of itself: causal parts that cover all queries without a gap."""
+def parts_within(rank: int, s: int, cp: int, starts: Sequence[int] = (0,)) -> list[Part]:
+    """What each piece of `rank` sees of itself: causal parts in ascending order that cover all queries without a gap."""
     length = s // len(pieces(rank, cp))
-    runs = [slice(0, s)] if starts is None else _runs(starts, s, rank, cp)
-    cut = [_common(run, slice(first, first + length)) for first in range(0, s, length) for run in runs]
-    return [Part(run, run, True) for run in cut if run.start < run.stop]
+    bounds = sorted({*_bounds(starts, s, rank, cp), length})
+    return [Part(slice(a, b), slice(a, b), True) for a, b in itertools.pairwise(bounds)]
 
 
-def parts_before(rank: int, s: int, cp: int, starts: Starts | None = None) -> list[Part]:
-    """What each piece of `rank` sees of the keys before it, by their positions in the whole sequence; none is causal.
+def parts_before(rank: int, s: int, cp: int, starts: Sequence[int] = (0,)) -> list[Part]:
+    """What each piece of `rank` sees of the keys before it, by their positions in the whole sequence: at most one part a piece.
 
     With `parts_within` this is all that the queries of `rank` see.
     """
     length = s // len(pieces(rank, cp))
-    begins = [0] if starts is None else document_starts(starts, s * cp)
     found = []
     for local, piece in enumerate(pieces(rank, cp)):
         first = piece * length
-        after = bisect.bisect_right(begins, first)  # the document of the first token of the piece, and the start of the next
-        end = min(begins[after] if after < len(begins) else s * cp, first + length)
-        if begins[after - 1] < first:
-            found.append(Part(slice(local * length, local * length + end - first), slice(begins[after - 1], first), False))
+        document = _document(starts, first, s * cp)
+        if document.start < first:
+            queries = min(document.stop - first, length)
+            found.append(Part(slice(local * length, local * length + queries), slice(document.start, first), False))
     return found
 
 
@@ -137,9 +138,11 @@ def document_positions(starts: Starts, seq_length: int, rank: int, cp: int, devi
     return held - begins[torch.bucketize(held, begins, right=True) - 1]
 
 
-def document_starts(starts: Starts, seq_length: int) -> list[int]:
-    """`starts` as plain numbers; UserError where they are not 0 and then ascending positions of the row."""
-    found = [int(start) for start in (starts.tolist() if isinstance(starts, Tensor) else starts)]
+def document_starts(starts: Starts | None, seq_length: int) -> tuple[int, ...]:
+    """`starts` as plain numbers, (0,) for None: one document; UserError where they are not 0 and then ascending positions of the row."""
+    if starts is None:
+        return (0,)
+    found = tuple(int(start) for start in (starts.tolist() if isinstance(starts, Tensor) else starts))
     if not found or found[0] != 0 or found[-1] >= seq_length or any(a >= b for a, b in itertools.pairwise(found)):
         shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
         raise UserError(f"document starts [{shown}] are not 0 and then ascending positions below the sequence length {seq_length}; "
@@ -159,12 +162,33 @@ def ring_ranks(cp: int, ulysses: int) -> list[list[int]]:
     return [list(range(first, cp, ulysses)) for first in range(ulysses)]
 
 
-def _runs(starts: Starts, s: int, rank: int, cp: int) -> list[slice]:
-    """Where among the local tokens of `rank` each document lies; empty ones too."""
+def _document(starts: Sequence[int], position: int, seq_length: int) -> slice:
+    """The positions of the document that holds `position`."""
+    after = bisect.bisect_right(starts, position)
+    return slice(starts[after - 1], starts[after] if after < len(starts) else seq_length)
+
+
+def _run(document: slice, s: int, rank: int, cp: int) -> slice:
+    """Where among the local tokens of `rank` a document lies, given by its positions; may be empty."""
     length = s // len(pieces(rank, cp))
-    first = [piece * length for piece in pieces(rank, cp)]
-    bounds = [sum(min(max(start - at, 0), length) for at in first) for start in document_starts(starts, s * cp)]
-    return [slice(a, b) for a, b in itertools.pairwise([*bounds, s])]
+
+    def held_before(position: int) -> int:
+        return sum(min(max(position - piece * length, 0), length) for piece in pieces(rank, cp))
+    return slice(held_before(document.start), held_before(document.stop))
+
+
+def _bounds(starts: Sequence[int], s: int, rank: int, cp: int) -> list[int]:
+    """Where among the local tokens of `rank` one document ends and another begins, from 0 to s, both included."""
+    length = s // len(pieces(rank, cp))
+    bounds, begun = [], 0  # documents that begin before the current token
+    for local, piece in enumerate(pieces(rank, cp)):
+        first = piece * length
+        low, high = bisect.bisect_right(starts, first), bisect.bisect_left(starts, first + length)
+        if low > begun:
+            bounds.append(local * length)
+        bounds += [start - first + local * length for start in starts[low:high]]
+        begun = max(low, high)
+    return [*bounds, s]
 
 
 def _common(a: slice, b: slice) -> slice:

@@ -44,15 +44,16 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float 
 
     With them, `ring_backward` needs no second forward.
     """
-    ring, backend = as_ring(group), blocks.backend(q, starts)
-    s = blocks.check(q, k, v, starts, halves=ring is not None)
+    ring = as_ring(group)
+    s, documents = blocks.check(q, k, v, starts, 1 if ring is None else ring.size)
+    backend = blocks.backend(q, documents)
     if ring is None:
-        return blocks.forward_own(q, k, v, layout.parts(0, 0, s, 1, starts), scale, backend)
+        return blocks.forward_own(q, k, v, layout.parts(0, 0, s, 1, documents), scale, backend)
     here, spare = _pack(k, v)  # KV of `source`, and of the rank before it once it has arrived
     out = torch.empty_like(q, dtype=blocks.wide(q))  # the layout of q, so that the backward need not copy
     for hop in range(ring.size):
         transfer = ring.start(here, spare) if hop < ring.size - 1 else None
-        parts = layout.parts(ring.rank, (ring.rank - hop) % ring.size, s, ring.size, starts)
+        parts = layout.parts(ring.rank, (ring.rank - hop) % ring.size, s, ring.size, documents)
         k_here, v_here = here
         if hop == 0:
             own, lse = blocks.forward_own(q, k_here, v_here, parts, scale, backend)
@@ -69,17 +70,18 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float 
 def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: Group, *,
                   scale: float | None = None, starts: Starts | None = None) -> Gradients:
     """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `ring_forward` gave them."""
-    ring, backend = as_ring(group), blocks.backend(q, starts)
-    s = blocks.check(q, k, v, starts, halves=ring is not None)
+    ring = as_ring(group)
+    s, documents = blocks.check(q, k, v, starts, 1 if ring is None else ring.size)
+    backend = blocks.backend(q, documents)
     if ring is None:
-        return blocks.backward_own(dout, q, k, v, out, lse, layout.parts(0, 0, s, 1, starts), scale, backend)
+        return blocks.backward_own(dout, q, k, v, out, lse, layout.parts(0, 0, s, 1, documents), scale, backend)
     here, spare = _pack(k, v)
     # dKV visits the ranks as KV does, one hop behind: each adds its share and passes it on; CP hops bring it home.
     dkv_here, dkv_spare = (torch.zeros_like(here, dtype=blocks.wide(k)) for _ in range(2))
     dkv_transfer: Transfer | None = None
     for hop in range(ring.size):
         transfer = ring.start(here, spare) if hop < ring.size - 1 else None
-        parts = layout.parts(ring.rank, (ring.rank - hop) % ring.size, s, ring.size, starts)
+        parts = layout.parts(ring.rank, (ring.rank - hop) % ring.size, s, ring.size, documents)
         k_here, v_here = here
         if hop == 0:
             dq_own, *dkv_own = blocks.backward_own(dout, q, k_here, v_here, out, lse, parts, scale, backend)
