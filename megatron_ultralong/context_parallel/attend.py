@@ -53,7 +53,9 @@ class ContextGroups:
 def split(group: PeerGroup, ulysses: int = 1, way: Way = "ring") -> ContextGroups:
     """The groups of a context-parallel group in which `ulysses` adjacent ranks exchange heads.
 
-    A collective call of all ranks of `group` (of no others), once at start. UserError where CP is no multiple of `ulysses`.
+    A collective call of all ranks of `group` (of no others), once at start. UserError where CP is no multiple of `ulysses`;
+    ValueError where torch.distributed was started with a `device_id`: NCCL then splits communicators, in which all ranks of
+    the world would have to take part. Make the groups of `layout.ring_ranks` and `layout.ulysses_ranks` yourself there.
     """
     cp, rank = _size(group), _rank(group)
     ours = [next(ranks for ranks in groups if rank in ranks)
@@ -102,5 +104,7 @@ def _rank(group: PeerGroup) -> int:
 
 def _subgroup(group: Any, ranks: list[int]) -> PeerGroup:
     if isinstance(group, dist.ProcessGroup):
+        if dist.group.WORLD.bound_device_id is not None:
+            raise ValueError("groups of some ranks cannot be made on their own where torch.distributed was started with a device_id")
         return dist.new_group([dist.get_global_rank(group, rank) for rank in ranks], use_local_synchronization=True)
     return group.subgroup(ranks)

@@ -123,9 +123,10 @@ def varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 
 def _bounds(parts: Sequence[Part], device: torch.device) -> tuple[Tensor, int]:
-    """(where documents begin and the last ends: int32 [documents + 1], tokens of the longest)."""
+    """(where documents begin and the last ends: int32 [documents + 1], tokens of the longest, or more)."""
     bounds = [part.queries.start for part in parts] + [parts[-1].queries.stop]
-    return torch.tensor(bounds, dtype=torch.int32, device=device), max(b - a for a, b in pairwise(bounds))
+    # At least 2: for single queries FlashAttention has a path of its own, meant for decoding.
+    return torch.tensor(bounds, dtype=torch.int32, device=device), max(2, *(b - a for a, b in pairwise(bounds)))
 
 
 def _tokens_first(x: Tensor) -> Tensor:

@@ -54,19 +54,25 @@ def gather_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     heads = _whole_heads(k, v, peers)
     own = blocks.backward_own(dout, q, k, v, out, lse, layout.parts_within(peers.rank, s, peers.size, documents), scale, backend)
     dq, dk, dv = (x.to(blocks.wide(x)) for x in own)
-    dkv_all: Tensor | None = None
-    returning: tuple[Transfer, Tensor, Tensor] | None = None
+    shape = (2, k.shape[0], 1, s, k.shape[3])
+    dkv_all = dk.new_empty((*shape[:3], s * peers.size, shape[4]))  # of one head, in order of position
+    leaving, home = dk.new_empty((peers.size, *shape)), dk.new_empty(shape)  # the same by rank; the sum of what all have of our tokens
+    transfer: Transfer | None = None
     for head, (rows, (k_all, v_all)) in enumerate(zip(_query_heads(q, k), heads, strict=True)):
-        dkv_all = k_all.new_zeros((2, *k_all.shape), dtype=blocks.wide(k)) if dkv_all is None else dkv_all.zero_()
+        dkv_all.zero_()
         for part in before:
             dq_share, *dkv_share = blocks.part_gradients(dout[:, rows], q[:, rows], k_all, v_all, out[:, rows], lse[:, rows], part, scale,
                                                          backend)
             dq[:, rows, part.queries] += dq_share
             for whole, share in zip(dkv_all, dkv_share, strict=True):
                 whole[:, :, part.keys] += share
-        _add(dk, dv, head - 1, returning)
-        returning = _send_home(dkv_all, peers)
-    _add(dk, dv, k.shape[1] - 1, returning)
+        if transfer is not None:
+            _add_head(dk, dv, head - 1, transfer, home)
+        for rank, to in enumerate(leaving):
+            to.copy_(layout.shard(dkv_all, rank, peers.size, 3))
+        transfer = peers.reduce_scatter(leaving, home)
+    assert transfer is not None
+    _add_head(dk, dv, k.shape[1] - 1, transfer, home)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -99,16 +105,7 @@ def _whole_heads(k: Tensor, v: Tensor, peers: Peers) -> Iterator[Tensor]:
     return arrive(fetch(0))
 
 
-def _send_home(dkv: Tensor, peers: Peers) -> tuple[Transfer, Tensor, Tensor]:
-    """dKV [2, b, 1, S, d] of one head, summed over ranks, each rank's tokens to that rank: (transfer, sent, received [2, b, 1, s, d])."""
-    send = torch.stack([layout.shard(dkv, rank, peers.size, 3) for rank in range(peers.size)])
-    received = torch.empty_like(send[0])
-    return peers.reduce_scatter(send, received), send, received
-
-
-def _add(dk: Tensor, dv: Tensor, head: int, returning: tuple[Transfer, Tensor, Tensor] | None) -> None:
-    if returning is not None:
-        transfer, _, received = returning
-        transfer.wait()
-        for whole, share in zip((dk, dv), received, strict=True):
-            whole[:, head:head + 1] += share
+def _add_head(dk: Tensor, dv: Tensor, head: int, transfer: Transfer, home: Tensor) -> None:
+    transfer.wait()
+    for whole, share in zip((dk, dv), home, strict=True):
+        whole[:, head:head + 1] += share

@@ -83,7 +83,7 @@ def _to_heads(tensors: Sequence[Tensor], peers: Peers) -> tuple[Tensor, ...]:
     size = peers.size
     counts = [max(x.shape[1] // size, 1) for x in tensors]
     b, _, s, d = tensors[0].shape
-    send = torch.empty(size, b, sum(counts), s, d, dtype=tensors[0].dtype, device=tensors[0].device)
+    send = tensors[0].new_empty((size, b, sum(counts), s, d))
     for rank in range(size):
         for place, x, count in zip(send[rank].split(counts, dim=1), tensors, counts, strict=True):
             place.copy_(x.narrow(1, rank * x.shape[1] // size, count))  # with fewer heads than ranks: the one it shares
@@ -94,7 +94,12 @@ def _to_heads(tensors: Sequence[Tensor], peers: Peers) -> tuple[Tensor, ...]:
 
 def _to_sequence(tensors: Sequence[Tensor], peers: Peers) -> tuple[Transfer, Tensor, Tensor]:
     """[b, n, U s, d] each -> [U, b, n of all, s, d]: what each rank's heads have for our tokens. One message, under way."""
-    send = torch.stack([layout.shard(torch.cat(tuple(tensors), 1), rank, peers.size, 2) for rank in range(peers.size)])
+    counts = [x.shape[1] for x in tensors]
+    b, _, tokens, d = tensors[0].shape
+    send = tensors[0].new_empty((peers.size, b, sum(counts), tokens // peers.size, d))
+    for rank in range(peers.size):
+        for place, x in zip(send[rank].split(counts, dim=1), tensors, strict=True):
+            place.copy_(layout.shard(x, rank, peers.size, 2))
     receive = torch.empty_like(send)
     return peers.all_to_all(send, receive), send, receive
 

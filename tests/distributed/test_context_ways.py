@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +44,10 @@ def _over_gloo(rank: int, world_size: int) -> None:
                 y = layout.shard(y, groups.rank, cp, 2)
                 assert x.dtype == torch.bfloat16 and (x.double() - y).norm() / y.norm() < 0.03, (way, cp, ulysses)
             _layers(groups)
+    dist.group.WORLD.bound_device_id = torch.device("cpu", 0)  # as init_process_group(device_id=...) leaves it
+    with pytest.raises(ValueError, match="started with a device_id"):
+        split(dist.group.WORLD, 2)
+    dist.group.WORLD.bound_device_id = None
 
 
 def _collectives(group: dist.ProcessGroup, rank: int, size: int) -> None:

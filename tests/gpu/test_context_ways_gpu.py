@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, starts: list[int] | 
     """([out, dq, dk, dv], lse) in float64, document by document."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     bounds = [*(starts or [0]), q.shape[2]]
-    parts = [reference(*(x[:, :, a:b] for x in leaves), True, q.shape[3] ** -0.5) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [reference(*(x[:, :, a:b] for x in leaves), True, q.shape[3] ** -0.5) for a, b in itertools.pairwise(bounds)]
     out = torch.cat([part[0] for part in parts], 2)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())], torch.cat([part[1] for part in parts], 2).detach()
 
@@ -31,15 +33,18 @@ def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, starts: list[int] | 
 @pytest.mark.parametrize("layout_", ["bhsd", "sbhd", "strided rows"])
 @pytest.mark.parametrize(("h", "g"), [(8, 8), (9, 3), (5, 1)])
 def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
-    for d in (64, 128):
+    for d, starts in itertools.product((64, 128), (STARTS, list(range(768)))):
         q, k, v, dout = tensors(1, h, g, 768, 768, d, torch.bfloat16, layout_, "cuda")
-        parts = layout.parts(0, 0, 768, 1, STARTS)
+        parts = layout.parts(0, 0, 768, 1, starts)
         out, lse = blocks.varlen_forward(q, k, v, parts)
-        want, want_lse = expected(q, k, v, dout, STARTS)
+        want, want_lse = expected(q, k, v, dout, starts)
         assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
         assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
         for x, y in zip([out, *blocks.varlen_backward(dout, q, k, v, out, lse, parts)], want, strict=True):
-            near(x, y, 2e-2, (h, g, d))
+            if y.abs().max() > 1e-9:  # dq and dk of one-token documents are zero
+                near(x, y, 2e-2, (h, g, d, len(starts)))
+            else:
+                assert x.abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["not packed", "packed"])
