@@ -281,7 +281,7 @@ def test_varlen_call(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = whole((1, 6, 2, 7, 8), 2, seed=3)
     for way, name in itertools.product(WAYS, ("any", "one-token documents")):
         starts = documents(2, 7)[name]
-        for rank, got in enumerate(run_virtual(lambda r, w=way: compute(inputs, split(r, 1, w), starts), 2)):
+        for rank, got in enumerate(run_virtual(lambda r, w=way, t=starts: compute(inputs, split(r, 1, w), t), 2)):
             check(got, expected(inputs, starts), rank, 2, what=(way, name))
     assert max(calls) > 2
 
