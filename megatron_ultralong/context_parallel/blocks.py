@@ -98,6 +98,11 @@ def _rows(tokens: slice) -> tuple[slice, slice, slice]:
 
 # ---- many documents in one call of FlashAttention, on CUDA -------------------------------------------------------
 
+PADDING = 128
+"""Rows by which the backward's float32 workspace grows with each document of a call. So a call takes at most one document for
+as many tokens: the workspace is then no more than twice that of one long document."""
+
+
 def _in_one_call(q: Tensor, parts: Sequence[Part], backend: Backend | None) -> bool:
     chosen = backend or kernels.choose(q.device, q.dtype, q.shape[3])
     return len(parts) > 2 and q.shape[0] == 1 and chosen in ("flash", "cudnn")
@@ -113,18 +118,26 @@ def varlen_forward(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], scale
 
 def varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, parts: Sequence[Part],
                     scale: float | None = None) -> Gradients:
-    """As `backward_own`, under the conditions of `varlen_forward`."""
-    bounds, longest = _bounds(parts, q.device)
+    """As `backward_own`, under the conditions of `varlen_forward`; in several calls where there are very many documents."""
+    most = max(q.shape[2] // PADDING, 1)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout that there is not
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        *(_tokens_first(x) for x in (dout, q, k, v, out)), lse.squeeze(0).contiguous(), bounds, bounds, longest, longest, 0.0, True,
-        unused, unused[0], scale=scale)
-    return _heads_first(dq), _heads_first(dk), _heads_first(dv)
+    for first in range(0, len(parts), most):
+        some = parts[first:first + most]
+        bounds, longest = _bounds(some, q.device)
+        rows = _rows(slice(some[0].queries.start, some[-1].queries.stop))
+        shares = torch.ops.aten._flash_attention_backward(
+            *(_tokens_first(x[rows]) for x in (dout, q, k, v, out)), lse[rows].squeeze(0).contiguous(), bounds, bounds, longest, longest,
+            0.0, True, unused, unused[0], scale=scale)
+        for gradient, share in zip((dq, dk, dv), shares, strict=True):
+            gradient[rows] = _heads_first(share)
+    return dq, dk, dv
 
 
 def _bounds(parts: Sequence[Part], device: torch.device) -> tuple[Tensor, int]:
-    """(where documents begin and the last ends: int32 [documents + 1], tokens of the longest, or more)."""
-    bounds = [part.queries.start for part in parts] + [parts[-1].queries.stop]
+    """(where documents begin and the last ends, from 0: int32 [documents + 1], tokens of the longest, or more)."""
+    begin = parts[0].queries.start
+    bounds = [part.queries.start - begin for part in parts] + [parts[-1].queries.stop - begin]
     # At least 2: for single queries FlashAttention has a path of its own, meant for decoding.
     return torch.tensor(bounds, dtype=torch.int32, device=device), max(2, *(b - a for a, b in pairwise(bounds)))
 

@@ -266,7 +266,8 @@ def test_varlen_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int,
                  max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *, scale: float | None) -> tuple[Tensor, ...]:
-        assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous()
+        assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and cum_q[0] == 0 and cum_q[-1] == q.shape[0]
+        documents_a_call.append(len(cum_q) - 1)
         gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for rows in slices(cum_q):
             shares = kernels.backward(*(heads_first(x, rows) for x in (dout, q, k, v, out)), lse[None, :, rows], True, scale)
@@ -276,14 +277,17 @@ def test_varlen_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
-    calls: list[int] = []
-    monkeypatch.setattr(blocks, "_in_one_call", lambda q, parts, backend: (calls.append(len(parts)), len(parts) > 2)[1])
+    monkeypatch.setattr(blocks, "_in_one_call", lambda q, parts, backend: len(parts) > 2)
+    documents_a_call: list[int] = []
     inputs = whole((1, 6, 2, 7, 8), 2, seed=3)
-    for way, name in itertools.product(WAYS, ("any", "one-token documents")):
-        starts = documents(2, 7)[name]
-        for rank, got in enumerate(run_virtual(lambda r, w=way, t=starts: compute(inputs, split(r, 1, w), t), 2)):
-            check(got, expected(inputs, starts), rank, 2, what=(way, name))
-    assert max(calls) > 2
+    for padding, most in ((1, 14), (4, 3), (128, 1)):
+        monkeypatch.setattr(blocks, "PADDING", padding)
+        documents_a_call.clear()
+        for way, name in itertools.product(WAYS, ("any", "one-token documents")):
+            starts = documents(2, 7)[name]
+            for rank, got in enumerate(run_virtual(lambda r, w=way, t=starts: compute(inputs, split(r, 1, w), t), 2)):
+                check(got, expected(inputs, starts), rank, 2, what=(way, name, padding))
+        assert max(documents_a_call) == most
 
 
 def test_varlen_arguments_are_what_pytorch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
