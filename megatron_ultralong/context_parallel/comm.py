@@ -1,6 +1,7 @@
-"""How ring attention passes buffers from rank to rank.
+"""How context parallelism passes buffers from rank to rank.
 
-The ring needs little: who am I, how many are we, and "send this to the next rank while the previous one fills that".
+The ring needs little: who am I, how many are we, and "send this to the next rank while the previous one fills that". The
+other ways need three collectives. Both come over a torch ProcessGroup, or over threads (virtual.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from typing import Any, Protocol, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
+
+# Older versions of PyTorch only know the longer names, newer ones warn of them.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Transfer(Protocol):
@@ -32,8 +37,26 @@ class Ring(Protocol):
         """
 
 
+class Peers(Ring, Protocol):
+    """One rank among others with which it also runs collectives.
+
+    None of them blocks; the rules of `Ring.start` hold for their buffers.
+    """
+
+    def all_to_all(self, send: Tensor, receive: Tensor) -> Transfer:
+        """send[j] goes to rank j, receive[j] comes from rank j; both [size, ...]."""
+
+    def all_gather(self, send: Tensor, receive: Tensor) -> Transfer:
+        """receive [size, ...] becomes `send` [...] of every rank."""
+
+    def reduce_scatter(self, send: Tensor, receive: Tensor) -> Transfer:
+        """receive [...] becomes the sum of send[this rank] over all ranks; send [size, ...]."""
+
+
 Group: TypeAlias = "Ring | dist.ProcessGroup | None"
-"""What attention takes as its group; None = one rank."""
+"""What the ring takes as its group; None = one rank."""
+PeerGroup: TypeAlias = "Peers | dist.ProcessGroup | None"
+"""What the other ways take as theirs."""
 
 
 def as_ring(group: Group) -> Ring | None:
@@ -42,8 +65,14 @@ def as_ring(group: Group) -> Ring | None:
     return ring if ring is not None and ring.size > 1 else None
 
 
+def as_peers(group: PeerGroup) -> Peers | None:
+    """As `as_ring`, with collectives."""
+    peers: Peers | None = GroupRing(group) if isinstance(group, dist.ProcessGroup) else group
+    return peers if peers is not None and peers.size > 1 else None
+
+
 class GroupRing:
-    """A ring over the ranks of a torch ProcessGroup, in group order, by batched point-to-point operations (NCCL, gloo)."""
+    """`Peers` over the ranks of a torch ProcessGroup, in group order; hops are batched point-to-point operations (NCCL, gloo)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -58,6 +87,15 @@ class GroupRing:
         self._started += 1
         return _Works(dist.batch_isend_irecv([dist.P2POp(dist.isend, send, self._next, self.group, tag),
                                               dist.P2POp(dist.irecv, receive, self._previous, self.group, tag)]))
+
+    def all_to_all(self, send: Tensor, receive: Tensor) -> _Works:
+        return _Works([dist.all_to_all_single(receive, send, group=self.group, async_op=True)])
+
+    def all_gather(self, send: Tensor, receive: Tensor) -> _Works:
+        return _Works([_ALL_GATHER(receive.view(-1), send.view(-1), group=self.group, async_op=True)])
+
+    def reduce_scatter(self, send: Tensor, receive: Tensor) -> _Works:
+        return _Works([_REDUCE_SCATTER(receive.view(-1), send.view(-1), group=self.group, async_op=True)])
 
 
 class _Works:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ultralong.context_parallel import kernels, layout, ring
+from megatron_ultralong.context_parallel import kernels, layout
 from megatron_ultralong.context_parallel.comm import GroupRing, Ring
 from megatron_ultralong.context_parallel.ring import ring_attention, ring_backward, ring_forward
 from megatron_ultralong.context_parallel.virtual import run_virtual
@@ -217,13 +217,13 @@ def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = threading.local()
 
     def watched(run: Callable[..., Any]) -> Callable[..., Any]:
-        def kernel(*arguments: Any) -> Any:
+        def kernel(*arguments: Any, **settings: Any) -> Any:
             mine.events.append(("kernel",))
-            return run(*arguments)
+            return run(*arguments, **settings)
         return kernel
 
-    monkeypatch.setattr(ring.kernels, "forward", watched(kernels.forward))
-    monkeypatch.setattr(ring.kernels, "backward", watched(kernels.backward))
+    monkeypatch.setattr(kernels, "forward", watched(kernels.forward))
+    monkeypatch.setattr(kernels, "backward", watched(kernels.backward))
 
     def run(r: Ring) -> None:
         mine.events = events[r.rank]

@@ -70,6 +70,111 @@ def test_parts_are_exactly_the_causal_mask(cp: int, piece: int) -> None:
         assert cp == 1 or abs(work - length * (length + 1) / 2 / cp) <= s / 2  # the same work on every rank
 
 
+# ---- groups inside the group -------------------------------------------------------------------------------------
+
+def test_groups_are_these() -> None:
+    assert layout.ulysses_ranks(8, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.ring_ranks(8, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert layout.ulysses_ranks(4, 4) == [[0, 1, 2, 3]] and layout.ring_ranks(4, 4) == [[0], [1], [2], [3]]
+    assert layout.ulysses_ranks(4, 1) == [[0], [1], [2], [3]] and layout.ring_ranks(4, 1) == [[0, 1, 2, 3]]
+    for groups in (layout.ulysses_ranks, layout.ring_ranks):
+        with pytest.raises(UserError, match=r"6 context parallel ranks are not divisible by 4 ranks of all-to-all: set parallel\.ulysses"):
+            groups(6, 4)
+
+
+def test_what_two_adjacent_ranks_of_four_hold_is_what_one_of_two_holds() -> None:
+    shares = [torch.tensor(held) for held in HELD[4]]
+    assert layout.unshard(shares[:2], 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert layout.unshard(shares[2:], 0).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("cp", HELD)
+def test_the_order_nests(cp: int) -> None:
+    for ulysses in (u for u in (1, 2, 4, 8) if cp % u == 0):
+        for ring_rank, ranks in enumerate(layout.ulysses_ranks(cp, ulysses)):
+            union = layout.unshard([torch.tensor(HELD[cp][rank]) for rank in ranks], 0)
+            assert union.tolist() == HELD[cp // ulysses][ring_rank]
+            for place, rank in enumerate(ranks):  # and back
+                assert layout.shard(union, place, ulysses, 0).tolist() == HELD[cp][rank]
+
+
+# ---- documents in packed rows ------------------------------------------------------------------------------------
+
+def test_parts_of_documents_are_these() -> None:
+    """Rank 0 of two holds 0 1 2 3 12 13 14 15, rank 1 holds 4 .. 11; documents 0-1, 2-12, 13, 14-15."""
+    starts = (0, 2, 13, 14)
+
+    def runs(rank: int, source: int) -> list[tuple[int, ...]]:
+        return [(p.queries.start, p.queries.stop, p.keys.start, p.keys.stop, p.causal) for p in layout.parts(rank, source, 8, 2, starts)]
+    assert runs(0, 0) == [(0, 2, 0, 2, True), (2, 5, 2, 5, True), (5, 6, 5, 6, True), (6, 8, 6, 8, True)]
+    assert runs(1, 1) == [(0, 8, 0, 8, True)]
+    assert runs(0, 1) == [(4, 5, 0, 8, False)]  # 12 sees 4 .. 11
+    assert runs(1, 0) == [(0, 8, 2, 4, False)]  # all see 2 and 3
+    assert [p.queries for p in layout.parts_within(0, 8, 2, starts)] == [slice(*x) for x in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8))]
+    assert layout.parts_before(0, 8, 2, starts) == [layout.Part(slice(4, 5), slice(2, 12), False)]
+
+
+def packings(length: int, piece: int) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(length)
+    some = [(torch.rand(length, generator=generator) < share).nonzero().flatten().tolist() for share in (0.05, 0.1, 0.2, 0.5)]
+    return [(0,), tuple(range(length)), tuple(range(0, length, piece)), tuple(sorted({0, length - 1})), *(tuple(sorted({0, *x})) for x in some)]
+
+
+@pytest.mark.parametrize(("cp", "piece"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (4, 5), (8, 3)])
+def test_parts_of_documents_are_exactly_their_causal_mask(cp: int, piece: int) -> None:
+    length = piece * 2 * cp if cp > 1 else piece
+    s = length // cp
+    for starts in packings(length, piece):
+        document = torch.bucketize(torch.arange(length), torch.tensor(starts), right=True)
+        for rank in range(cp):
+            queries = layout.positions(length, rank, cp)
+
+            def mask(parts: list[layout.Part], keys: torch.Tensor, queries: torch.Tensor = queries) -> torch.Tensor:
+                seen = torch.zeros(len(queries), len(keys), dtype=torch.int64)
+                for part in parts:
+                    block = torch.ones_like(seen[part.queries, part.keys])
+                    assert block.numel()  # no kernel for nothing
+                    seen[part.queries, part.keys] += block.tril() if part.causal else block
+                return seen
+
+            def want(keys: torch.Tensor, queries: torch.Tensor = queries, document: torch.Tensor = document) -> torch.Tensor:
+                return ((queries[:, None] >= keys) & (document[queries][:, None] == document[keys])).long()
+
+            for source in range(cp):
+                keys = layout.positions(length, source, cp)
+                parts = layout.parts(rank, source, s, cp, starts)
+                assert torch.equal(mask(parts, keys), want(keys))
+                assert source == rank or len(parts) <= 1
+            whole = mask(layout.parts_before(rank, s, cp, starts), torch.arange(length))
+            within = layout.parts_within(rank, s, cp, starts)
+            whole[:, queries] += mask(within, queries)
+            assert torch.equal(whole, want(torch.arange(length)))
+            for parts in (within, layout.parts(rank, rank, s, cp, starts)):
+                assert [p.queries.start for p in parts] == [0, *(p.queries.stop for p in parts[:-1])] and parts[-1].queries.stop == s
+                assert all(p.causal and p.queries == p.keys for p in parts)
+
+
+def test_positions_inside_documents() -> None:
+    starts = [0, 2, 13, 14]
+    assert layout.document_positions(starts, 16, 0, 2).tolist() == [0, 1, 0, 1, 10, 0, 0, 1]
+    assert layout.document_positions(torch.tensor(starts, dtype=torch.int32), 16, 1, 2).tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert layout.document_positions([0], 16, 1, 2).tolist() == layout.positions(16, 1, 2).tolist()
+    assert layout.document_positions([0, 6], 7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 0]
+    assert layout.document_positions(range(16), 16, 3, 4).tolist() == [0, 0, 0, 0]
+    far = layout.document_positions([0, 1], 4_194_304, 0, 16)
+    assert far.dtype == torch.int64 and far[-1] == 4_194_302
+
+
+def test_document_starts() -> None:
+    assert layout.document_starts(None, 9) == (0,)
+    assert layout.document_starts(torch.tensor([0, 3, 8], dtype=torch.int32), 9) == (0, 3, 8)
+    for wrong in ([], [1, 2], [0, 2, 2], [0, 9], [0, 5, 3]):
+        with pytest.raises(UserError, match="are not 0 and then ascending positions below the sequence length 9"):
+            layout.document_starts(wrong, 9)
+    with pytest.raises(UserError, match=r"starts \[0, 1, 2, 3, 4, \.\.\.\] are not"):
+        layout.document_starts(range(10), 9)
+
+
 def test_a_sequence_that_does_not_divide_is_refused_in_one_line() -> None:
     for call in (lambda: layout.positions(30, 0, 4), lambda: layout.shard(torch.zeros(2, 30), 3, 4, 1)):
         with pytest.raises(UserError) as error:
