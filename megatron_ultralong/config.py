@@ -100,12 +100,18 @@ class Parallel:
     """Model chunks a pipeline rank (interleaved 1F1B when above 1)."""
     cp: int = 1
     """Context parallel ranks: each holds two zigzag pieces of every sequence."""
+    ulysses: int = 1
+    """Of the context parallel ranks, adjacent ones that exchange heads for tokens (all-to-all); cp/ulysses such groups form the ring."""
+    cp_way: Literal["ring", "gather"] = "ring"
+    """Between those groups: ring = keys and values go round; gather = every rank gathers them, a head at a time."""
     dp: int | None = None
     """Data parallel ranks; None = what is left of the world size."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp"):
+        for name in ("tp", "pp", "vpp", "cp", "ulysses"):
             _positive(f"parallel.{name}", getattr(self, name))
+        if self.cp % self.ulysses:
+            raise UserError(f"parallel.cp={self.cp} is not divisible by parallel.ulysses={self.ulysses}")
         if self.dp is not None:
             _positive("parallel.dp", self.dp)
         if self.vpp > 1 and self.pp == 1:
@@ -154,6 +160,14 @@ class Data:
     """Shuffle the rows of each epoch by the run's seed; held-out rows are never shuffled."""
     workers: int = 0
     """Data loader processes a rank."""
+    documents: Literal["joined", "masked"] = "joined"
+    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each."""
+    positions: Literal["row", "document"] = "row"
+    """With documents=masked: RoPE positions count from the start of the row, or anew in each document."""
+
+    def __post_init__(self) -> None:
+        if self.positions == "document" and self.documents != "masked":
+            raise UserError("data.positions=document needs data.documents=masked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +274,8 @@ class Run:
                             f"(sequence parallelism); the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}")
         if self.train.global_batch % self.train.micro_batch:
             raise UserError(f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch={self.train.micro_batch}")
+        if self.data.documents == "masked" and self.train.micro_batch != 1:
+            raise UserError(f"data.documents=masked takes one row at a time: set train.micro_batch=1, not {self.train.micro_batch}")
         if p.dp is not None:
             self.micro_batches(p.dp)
         if self.model is not None:

@@ -1,4 +1,4 @@
-"""Core attention: RoPE for this rank's own positions, then the context-parallel ring.
+"""Core attention: RoPE for this rank's own positions, then attention over the context-parallel ranks.
 
 Shapes: s tokens of this context-parallel rank (S/CP), b sequences, h query heads and g KV heads of this tensor-parallel
 rank, d head dimension.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.config import Rope
-from megatron_ultralong.context_parallel import layout
-from megatron_ultralong.context_parallel.ring import ring_attention, ring_backward, ring_forward
+from megatron_ultralong.context_parallel import attend, layout
+from megatron_ultralong.context_parallel.attend import ContextGroups
+from megatron_ultralong.context_parallel.layout import Starts
 from megatron_ultralong.model.rope import apply_rope, cos_sin, inverse_frequencies
 
 
@@ -23,16 +24,20 @@ class RotaryTable:
     Kept for the last sequence length only: 8 bytes a token and frequency (128 MiB at 256K tokens a rank and head_dim 128).
     """
 
-    def __init__(self, rope: Rope, head_dim: int) -> None:
+    def __init__(self, rope: Rope, head_dim: int, by_document: bool = False) -> None:
+        """by_document: positions count anew in each document of a packed row."""
+        self.by_document = by_document
         self.inverse_frequencies, self.attention_factor = inverse_frequencies(rope, head_dim)
         self._key: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, seq_length: int, cp_rank: int, cp: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each float32 [S/CP, d/2], of the zigzag positions of `cp_rank`."""
-        key = (seq_length, cp_rank, cp, device)
+    def __call__(self, seq_length: int, cp_rank: int, cp: int, device: torch.device, starts: Starts | None = None) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each float32 [S/CP, d/2], of the zigzag positions of `cp_rank`. starts: of the row's documents."""
+        starts = starts if self.by_document else None
+        key = (seq_length, cp_rank, cp, device, starts)
         if key != self._key or self._tables is None:
-            positions = layout.positions(seq_length, cp_rank, cp, device=device)
+            positions = (layout.positions(seq_length, cp_rank, cp, device=device) if starts is None else
+                         layout.document_positions(starts, seq_length, cp_rank, cp, device=device))
             self._tables = cos_sin(positions, self.inverse_frequencies.to(device), self.attention_factor)
             self._key = key
         return self._tables
@@ -41,31 +46,33 @@ class RotaryTable:
 class CoreAttention(torch.nn.Module):
     """Causal attention over the whole sequence, of which each context-parallel rank holds two zigzag pieces.
 
-    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `rotate`; out [b, h, s, d], lse float32 [b, h, s].
+    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `rotate`; out [b, h, s, d], lse float32 [b, h, s]. starts: where
+    documents start in the row, where attention is to stay inside them; None = one document.
     """
 
-    def __init__(self, *, config: Any, rotary: RotaryTable, pg_collection: Any, softmax_scale: float | None = None, **unused: Any) -> None:
+    def __init__(self, *, config: Any, rotary: RotaryTable, groups: ContextGroups, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
         self.rotary = rotary
-        self.group = pg_collection.cp
+        self.groups = groups
         self.scale = softmax_scale
 
-    def rotate(self, q: Tensor, k: Tensor, rows: slice, whole: int, parts: int) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, rows: slice, whole: int, parts: int, starts: Starts | None = None) -> tuple[Tensor, Tensor]:
         """RoPE of q [b, h, c, d] and k [b, g, c, d], which hold `rows` of each of `parts` equal stretches of this rank's s tokens,
         `whole` tokens each."""
-        cp = self.group.size()
-        angles = self.rotary(whole * parts * cp, self.group.rank(), cp, q.device)
+        cp = self.groups.size
+        angles = self.rotary(whole * parts * cp, self.groups.rank, cp, q.device, starts)
         cos, sin = (x.unflatten(0, (parts, whole))[:, rows].flatten(0, 1) for x in angles)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Starts | None = None) -> Tensor:
         """out, differentiable."""
-        return ring_attention(q, k, v, self.group, scale=self.scale)
+        return attend.attention(q, k, v, self.groups, scale=self.scale, starts=starts)
 
-    def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor, starts: Starts | None = None) -> tuple[Tensor, Tensor]:
         """(out, lse), outside autograd; with them `backward` needs no second forward."""
-        return ring_forward(q, k, v, self.group, scale=self.scale)
+        return attend.attention_forward(q, k, v, self.groups, scale=self.scale, starts=starts)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 starts: Starts | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv)."""
-        return ring_backward(dout, q, k, v, out, lse, self.group, scale=self.scale)
+        return attend.attention_backward(dout, q, k, v, out, lse, self.groups, scale=self.scale, starts=starts)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.config import Memory
+from megatron_ultralong.context_parallel.layout import Starts
 from megatron_ultralong.model.offload import HostStore
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -33,22 +34,22 @@ class Layer(TransformerLayer):
         self.memory, self.store = memory, store
         self.parts = self.tp_group.size() if self.config.sequence_parallel else 1
 
-    def forward(self, hidden_states: Tensor, *args: Any, **unused: Any) -> tuple[Tensor, None]:
-        """hidden_states [t, b, H] -> ([t, b, H], None)."""
-        x = hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, packed_seq_params: Starts | None = None, **unused: Any) -> tuple[Tensor, None]:
+        """hidden_states [t, b, H] -> ([t, b, H], None). packed_seq_params: where the row's documents start (Megatron's block hands it on)."""
+        x, starts = hidden_states, packed_seq_params
         if not torch.is_grad_enabled() or not x.requires_grad:
-            return self._chunked(x)[0], None
+            return self._chunked(x, starts)[0], None
         if self.memory.checkpoint == "attention":
-            return _KeptAttention.apply(x, self), None
-        return self.after(x, self.self_attention.core_attention(*self.before(x, slice(0, len(x)), len(x)))), None
+            return _KeptAttention.apply(x, self, starts), None
+        return self.after(x, self.self_attention.core_attention(*self.before(x, slice(0, len(x)), len(x), starts), starts)), None
 
     # ---- the layer's two halves around attention, for any rows of it ----------------------------------------------
 
-    def before(self, x: Tensor, rows: slice, t: int) -> QKV:
+    def before(self, x: Tensor, rows: slice, t: int, starts: Starts | None) -> QKV:
         """Norm, projection and RoPE of `rows` of t, whose hidden states are x [c, b, H] -> q [b, h, c TP, d], k and v [b, g, c TP, d]."""
         qkv = self.self_attention.get_query_key_value_tensors(self.input_layernorm(x), None)
         q, k, v = (part.permute(1, 2, 0, 3) for part in qkv)
-        return self.self_attention.core_attention.rotate(q, k, rows, t, self.parts) + (v,)
+        return self.self_attention.core_attention.rotate(q, k, rows, t, self.parts, starts) + (v,)
 
     def after(self, x: Tensor, out: Tensor) -> Tensor:
         """Output projection and MLP with their residuals: x [c, b, H] and the attention of its rows [b, h, c TP, d] -> [c, b, H]."""
@@ -67,11 +68,11 @@ class Layer(TransformerLayer):
         """The view [b, h, TP, c, d] of x [b, h, s, d] that holds what a linear gathers for `rows`."""
         return x.unflatten(2, (self.parts, -1))[:, :, :, rows]
 
-    def project(self, x: Tensor) -> QKV:
+    def project(self, x: Tensor, starts: Starts | None) -> QKV:
         """`before` of all rows, chunk by chunk, into whole q, k and v."""
         whole: list[Tensor] = []
         for rows in self.chunks(x):
-            part = self.before(x[rows], rows, len(x))
+            part = self.before(x[rows], rows, len(x), starts)
             if rows.stop - rows.start == len(x):
                 return part
             # [s, b, h, d] in memory, as the projection lays them out
@@ -81,9 +82,9 @@ class Layer(TransformerLayer):
         q, k, v = whole
         return q, k, v
 
-    def _chunked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _chunked(self, x: Tensor, starts: Starts | None) -> tuple[Tensor, Tensor, Tensor]:
         """Without a graph: (hidden states, attention output [b, h, s, d], logsumexp [b, h, s])."""
-        out, lse = self.self_attention.core_attention.forward_with_lse(*self.project(x))
+        out, lse = self.self_attention.core_attention.forward_with_lse(*self.project(x, starts), starts)
         y = torch.empty_like(x)
         for rows in self.chunks(x):
             y[rows] = self.after(x[rows], self.select(out, rows).flatten(2, 3))
@@ -94,9 +95,9 @@ class _KeptAttention(torch.autograd.Function):
     """The layer as one step of autograd. Only activations pass through it: parameters get their gradients by hand."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer) -> Tensor:
-        y, out, lse = layer._chunked(x)
-        ctx.layer, ctx.kept = layer, None
+    def forward(ctx: Any, x: Tensor, layer: Layer, starts: Starts | None) -> Tensor:
+        y, out, lse = layer._chunked(x, starts)
+        ctx.layer, ctx.starts, ctx.kept = layer, starts, None
         away = {"off": [], "checkpoints": [x], "attention": [x, out, lse]}[layer.memory.offload]
         if away:
             ctx.kept = layer.store.keep(away)
@@ -105,8 +106,8 @@ class _KeptAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        layer = ctx.layer
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        layer, starts = ctx.layer, ctx.starts
         kept: list[Tensor] = [*(ctx.kept.get() if ctx.kept else []), *ctx.saved_tensors]
         x, out, lse = kept
         del kept
@@ -120,15 +121,15 @@ class _KeptAttention(torch.autograd.Function):
                 y = layer.after(x_c, out_c)
             dx[rows], dout_c = gradients.of([y], [x_c, out_c], [dy[rows]])
             layer.select(dout, rows).copy_(layer.select(dout_c, slice(None)))
-        dqkv = attention.backward(dout, *layer.project(x), out, lse)
+        dqkv = attention.backward(dout, *layer.project(x, starts), out, lse, starts)
         del out, dout
         for rows in layer.chunks(x):
             with torch.enable_grad():
                 x_c = _leaf(x[rows])
-                qkv = layer.before(x_c, rows, len(x))
+                qkv = layer.before(x_c, rows, len(x), starts)
             dx[rows] += gradients.of(list(qkv), [x_c], [layer.select(grad, rows).flatten(2, 3) for grad in dqkv])[0]
         gradients.hand_over()
-        return dx, None
+        return dx, None, None
 
 
 class _Gradients:

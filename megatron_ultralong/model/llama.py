@@ -20,6 +20,9 @@ from torch import Tensor
 
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
+from megatron_ultralong.context_parallel import attend
+from megatron_ultralong.context_parallel.attend import ContextGroups
+from megatron_ultralong.context_parallel.ulysses import check_heads
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.loss import sharded_token_loss
@@ -30,7 +33,8 @@ from megatron_ultralong.runtime.launch import Ranks
 class Llama(LanguageModule):
     """One pipeline stage (or model chunk) of a Llama model."""
 
-    def __init__(self, config: TransformerConfig, model: Model, rope: Rope, groups: Any, *, pre_process: bool, post_process: bool,
+    def __init__(self, config: TransformerConfig, model: Model, rotary: RotaryTable, groups: Any, context: ContextGroups, *,
+                 pre_process: bool, post_process: bool,
                  vp_stage: int | None, transformer_engine: bool, memory: Memory, store: HostStore) -> None:
         super().__init__(config=config, pg_collection=groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -43,7 +47,7 @@ class Llama(LanguageModule):
             self.embedding = LanguageModelEmbedding(config, vocab_size=padded, max_sequence_length=0, position_embedding_type="none",
                                                     tp_group=groups.tp)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
-        block = spec.block_spec(RotaryTable(rope, model.head_dim), layers, memory, store, transformer_engine)
+        block = spec.block_spec(rotary, context, layers, memory, store, transformer_engine)
         self.decoder = TransformerBlock(config, block, pre_process=pre_process, post_process=post_process, pg_collection=groups,
                                         vp_stage=vp_stage)
         if post_process:
@@ -57,15 +61,17 @@ class Llama(LanguageModule):
         """Hand over the hidden states of the stage before (Megatron's pipeline schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share.
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, z_loss: float = 0.0,
+                starts: Tensor | None = None) -> Tensor:
+        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share. starts: where in the whole row (b = 1)
+        documents start, where attention is to stay inside them; on the CPU.
 
         Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's tokens (float32 scalar), else the
         logits [b, s, v] with the padded rows at -inf. Other stages: hidden states [s (/TP), b, H].
         """
         self.store.begin()
         hidden = self.embedding(tokens, None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=None if starts is None else tuple(starts.tolist()))
         if not self.post_process:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
@@ -109,7 +115,7 @@ def transformer_config(model: Model, parallel: Parallel, memory: Memory, precisi
 
 
 def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Memory, precision: str, *, deterministic: bool = False,
-          transformer_engine: bool | None = None) -> list[torch.nn.Module]:
+          positions_by_document: bool = False, transformer_engine: bool | None = None) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
 
     Raises UserError where the model cannot be split as `parallel` says.
@@ -117,12 +123,15 @@ def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Me
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic)
     use_te = spec.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
+    check_heads(model.heads // parallel.tp, model.kv_heads // parallel.tp, parallel.ulysses)
+    context = attend.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way)
+    rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []
     for stage in range(parallel.vpp):
         first = ranks.pp_rank == 0 and stage == 0
         last = ranks.pp_rank == ranks.pp - 1 and stage == parallel.vpp - 1
-        chunk = Llama(config, model, rope, ranks.groups, pre_process=first, post_process=last,
+        chunk = Llama(config, model, rotary, ranks.groups, context, pre_process=first, post_process=last,
                       vp_stage=stage if parallel.vpp > 1 else None, transformer_engine=use_te, memory=memory, store=store)
         _mark_tensor_parallel(chunk)
         chunk = chunk.to(ranks.device)

@@ -10,6 +10,7 @@ import importlib.util
 from typing import Any
 
 from megatron_ultralong.config import Memory
+from megatron_ultralong.context_parallel.attend import ContextGroups
 from megatron_ultralong.model.attention import CoreAttention, RotaryTable
 from megatron_ultralong.model.norm import RMSNorm
 from megatron_ultralong.model.offload import HostStore
@@ -19,7 +20,7 @@ def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(rotary: RotaryTable, layers: int, memory: Memory, store: HostStore, transformer_engine: bool) -> Any:
+def block_spec(rotary: RotaryTable, groups: ContextGroups, layers: int, memory: Memory, store: HostStore, transformer_engine: bool) -> Any:
     """Megatron's TransformerBlockSubmodules for `layers` layers of one pipeline stage."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -52,7 +53,7 @@ def block_spec(rotary: RotaryTable, layers: int, memory: Memory, store: HostStor
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=qkv,
-                    core_attention=_with_rotary(rotary),
+                    core_attention=_core_attention(rotary, groups),
                     linear_proj=row,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
@@ -68,8 +69,8 @@ def block_spec(rotary: RotaryTable, layers: int, memory: Memory, store: HostStor
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
 
 
-def _with_rotary(rotary: RotaryTable) -> Any:
-    def build(*args: Any, **kwargs: Any) -> CoreAttention:
-        return CoreAttention(*args, rotary=rotary, **kwargs)
+def _core_attention(rotary: RotaryTable, groups: ContextGroups) -> Any:
+    def build(*args: Any, pg_collection: Any = None, **kwargs: Any) -> CoreAttention:
+        return CoreAttention(*args, rotary=rotary, groups=groups, **kwargs)
 
     return build

@@ -125,12 +125,14 @@ def evaluate(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], valid: Calla
 
 def _forward_step(device: torch.device, z_loss: float) -> Callable[..., Any]:
     def forward_step(batches: Batches, model: torch.nn.Module) -> Any:
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-        output = model(batch["tokens"], batch["labels"], batch["loss_mask"], z_loss)
+        batch = next(batches)
+        starts = batch.get("starts")  # numbers for the host
+        tokens, labels, loss_mask = (batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask"))
+        output = model(tokens, labels, loss_mask, z_loss, starts)
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-            tokens = batch["loss_mask"].sum().to(torch.int)
-            return output, tokens, (output.detach(), tokens)
+            count = loss_mask.sum().to(torch.int)
+            return output, count, (output.detach(), count)
 
         return output, loss
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.config import Run, check_model_layout
@@ -40,14 +41,15 @@ def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Ro
     progress = start.with_run(source.progress, run, rows)
     log = Log(run, ranks, progress.model, save, progress.iteration, rows)
     chunks = llama.build(source.progress.model, source.progress.rope, ranks, run.parallel, run.memory, run.train.precision,
-                         deterministic=run.train.deterministic)
+                         deterministic=run.train.deterministic, positions_by_document=run.data.positions == "document")
     start.load_weights(chunks, run, source, ranks)
     chunks = optim.data_parallel(chunks, ranks)
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
         sharded.load(source.resume, chunks, optimizer)
-    share = {"seed": run.train.seed, "dp_rank": ranks.dp_rank, "dp": ranks.dp, "cp_rank": ranks.cp_rank, "cp": ranks.cp,
-             "micro_batch": run.train.micro_batch}
+    share: dict[str, Any] = {
+        "seed": run.train.seed, "dp_rank": ranks.dp_rank, "dp": ranks.dp, "cp_rank": ranks.cp_rank, "cp": ranks.cp,
+        "micro_batch": run.train.micro_batch, "masked": run.data.documents == "masked"}
 
     try:
         log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")

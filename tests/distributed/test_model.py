@@ -52,9 +52,37 @@ def _layouts(rank: int, world: int) -> None:
                 parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp)
                 ranks = launch.start(Runtime(device="cpu"), parallel)
                 # The default everywhere, beside it one of the others.
+                if pp == 1:
+                    _check_planned_checkpoints(model, ranks, parallel, rows)
                 for memory in (MEMORY[0], MEMORY[1 + (tp + pp + vpp) % 3]):
                     _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
                 leave_groups()
+
+
+# Layouts with each way of context parallelism, and how positions are counted; all rows are packed documents.
+PACKED = (
+    (Parallel(cp=2), "row"), (Parallel(cp=2), "document"), (Parallel(cp=4, ulysses=2), "document"), (Parallel(cp=2, ulysses=2), "row"),
+    (Parallel(pp=2, cp=2, cp_way="gather"), "document"), (Parallel(tp=2, cp=2, cp_way="gather"), "row"), (Parallel(tp=2), "document"),
+)
+# Documents of one token, across every border between ranks, a whole row.
+STARTS = ([0, 1, 2, 31, 33], [0], [0, 16, 48], [0, 5, 6, 7, 63], [0, 40], [0, 15, 17, 47, 49], list(range(64)), [0, 32])
+
+
+def test_packed_documents_and_all_ways() -> None:
+    run_ranks(_packed, 4)
+
+
+def _packed(rank: int, world: int) -> None:
+    from megatron_ultralong.runtime import launch
+
+    reference = hf_model(UNTIED, LLAMA3)
+    rows = _rows(UNTIED)
+    found = {positions: _reference(reference, rows, STARTS, positions) for positions in ("row", "document")}
+    for i, (parallel, positions) in enumerate(PACKED):
+        ranks = launch.start(Runtime(device="cpu"), parallel)
+        for memory in (MEMORY[0], MEMORY[1 + i % 3]):
+            _check_layout(UNTIED, reference, ranks, parallel, memory, rows, *found[positions], starts=STARTS, positions=positions)
+        leave_groups()
 
 
 def _rows(model: Model) -> dict[str, torch.Tensor]:
@@ -68,8 +96,14 @@ def _rows(model: Model) -> dict[str, torch.Tensor]:
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
 
 
-def _reference(reference: Any, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    logits = reference(rows["tokens"]).logits
+def _reference(reference: Any, rows: dict[str, torch.Tensor], starts: Any = ((0,),) * ROWS,
+               positions: str = "row") -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
+    """Each document on its own. Its positions count from the start of the row or of the document."""
+    reference.zero_grad()
+    logits = torch.cat([
+        torch.cat([reference(row[None, a:b], position_ids=torch.arange(a, b)[None] - (a if positions == "document" else 0)).logits
+                   for a, b in itertools.pairwise([*begins, S])], dim=1)
+        for row, begins in zip(rows["tokens"], starts, strict=True)])
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows["labels"].flatten(), reduction="none")
     loss = (losses * rows["loss_mask"].flatten()).sum() / rows["loss_mask"].sum()
     loss.backward()
@@ -77,17 +111,15 @@ def _reference(reference: Any, rows: dict[str, torch.Tensor]) -> tuple[torch.Ten
 
 
 def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, memory: Memory, rows: dict[str, torch.Tensor],
-                  logits: torch.Tensor, loss: float, grads: dict[str, torch.Tensor]) -> None:
+                  logits: torch.Tensor, loss: float, grads: dict[str, torch.Tensor], *, starts: Any = None, positions: str = "row") -> None:
     from megatron_ultralong.context_parallel import layout
     from megatron_ultralong.model import llama
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
 
     where = f"{parallel} {memory}"
-    chunks = llama.build(model, ROPE, ranks, parallel, memory, "fp32")
+    chunks = llama.build(model, ROPE, ranks, parallel, memory, "fp32", positions_by_document=positions == "document")
     assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == plan.stage_parameters(model, parallel.tp, parallel.pp, ranks.pp_rank), where
-    if parallel.pp == 1:
-        _check_planned_checkpoints(model, ranks, parallel, rows)
     whole = dict(reference.named_parameters())
     for chunk in chunks:
         for name, parameter in llama.named_parameters(chunk).items():
@@ -95,7 +127,8 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
 
     def batches() -> Any:
         for row in range(ranks.dp_rank, ROWS, ranks.dp):
-            yield {name: layout.shard(x[row: row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
+            batch = {name: layout.shard(x[row: row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
+            yield batch if starts is None else batch | {"starts": torch.tensor(starts[row])}
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
     mine = _logits(chunks, [batches() for _ in chunks], ROWS // ranks.dp)
@@ -116,7 +149,8 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
         total, tokens = loop.step(run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True)
     # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second time.
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
-    assert calls == {"forward": once * (2 if memory.checkpoint == "full" else 1), "backward": once}, where
+    if starts is None:
+        assert calls == {"forward": once * (2 if memory.checkpoint == "full" else 1), "backward": once}, where
     mean, count = loop._mean_loss(total, tokens, ranks)
     assert count == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
@@ -194,7 +228,8 @@ def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[t
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(batches: Any, chunk: Any) -> Any:
-        return chunk(next(batches)["tokens"]), lambda logits, non_loss_data: logits.contiguous()
+        batch = next(batches)
+        return chunk(batch["tokens"], starts=batch.get("starts")), lambda logits, non_loss_data: logits.contiguous()
 
     many = len(chunks) > 1
     with torch.no_grad():
