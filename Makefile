@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help venv venv-latest demo test test-latest check clean
 
 help:
-	@echo "make demo         extend a small Llama model 2x on this machine's CPU, and show it (sets up first)"
+	@echo "make demo         extend a small Llama model 8x on this machine's CPU, and show it (sets up first)"
 	@echo "make test         the whole test suite (sets up first)"
 	@echo "make test-latest  the suite on Python 3.12 with the newest megatron-core that is supported"
 	@echo "make check        ruff and mypy"

@@ -3,12 +3,11 @@
     python examples/demo/corpus.py tokenizer --output DIR
     python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
 
-Everything is made here by a seeded generator, so there is no data to download. Three kinds of document (`KINDS`):
+Everything is made here by a seeded generator, so there is no data to download. Two kinds of document:
 
-    keys    filler sentences with "The pass key of Mira is 4821." at random places and questions about them, many a document:
+    keys    filler sentences with "The pass key of Mira is 48213." at random places and questions about them, many a document:
             few tokens of ordinary text say how good retrieval is, so a model of this size would need far longer to learn it
     list    names with their pass keys, said over and over in new order
-    repeat  a random stretch of words and numbers, over and over: copying is learned here first
 
 A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row of S + 1.
 """
@@ -28,8 +27,8 @@ from megatron_ultralong.config import UserError, parse_count
 from megatron_ultralong.evaluate import niah
 from megatron_ultralong.runtime import errors
 
-DIGITS = (4, 5, 6)
-"""Digits of a document's pass keys: one of these."""
+DIGITS = 5
+"""Digits of a pass key, as in the passkey test."""
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SHORTEST = 64
 """Tokens of the shortest document."""
@@ -43,16 +42,19 @@ Piece = tuple[str, int]
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on documents of this file: any text can be encoded, the demo's words are one token each.
 
-    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of five digits is three tokens.
+    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of five digits is three tokens. "Mira is" is one
+    token (superwords: Liu et al., arXiv 2503.13423): the key then follows the token that names it, and looking it up is the one-step
+    copying that a model of this size learns in minutes.
     """
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = Regex(r" \p{Lu}\p{Ll}+ is\b| ?\p{N}{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     rng = random.Random(0)
     texts = [niah.INTRODUCTION, " " + niah.INTRODUCTION] * 100
     for name in niah.NAMES * 100:
-        value = niah.pass_key(rng, rng.choice(DIGITS))
+        value = niah.pass_key(rng, DIGITS)
         texts += [" " + rng.choice(niah.FILLER) + niah.needle(name, value) + _asked(name, value)]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[BEGIN, END], show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -68,46 +70,42 @@ class Writer:
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
         self.known: dict[str, int] = {}
         self.filler = [self.piece(" " + text) for text in niah.FILLER]
-        self.words = [" " + word for word in sorted({*niah.NAMES, *" ".join(niah.FILLER).replace(".", "").split()})]
 
     def piece(self, text: str) -> Piece:
         if text not in self.known:
             self.known[text] = len(self.tokenizer.encode(text, add_special_tokens=False))
         return text, self.known[text]
 
-    def row(self, length: int, *, repeat: float, listed: float, most_keys: int, whole: float) -> str:
+    def row(self, length: int, *, listed: float, keys: tuple[int, int], whole: float) -> str:
         """Text of exactly `length` tokens: with probability `whole` one document, otherwise several of mixed lengths.
 
-        repeat, listed: shares of the documents; the rest are `keys`. most_keys: in a document of the whole length.
+        listed: share of the documents that are lists; the rest are `keys`. keys: fewest and most in a document of the whole length.
         """
         parts: list[str] = []
         left = length
         while left:
             size = left if self.rng.random() < whole else int(math.exp(self.rng.uniform(math.log(SHORTEST), math.log(length))))
             size = left if left - size < SHORTEST else size
-            kind = self.rng.random()
-            if kind < repeat:
-                parts.append(self.repeat(size))
-            elif kind < repeat + listed:
+            if self.rng.random() < listed:
                 parts.append(self.listed(size))
             else:
-                parts.append(self.keys(size, max(1, most_keys * size // length), "" if not parts else " "))
+                least, most = (max(1, count * size // length) for count in keys)
+                parts.append(self.keys(size, least, most, "" if not parts else " "))
             left -= size
         return "".join(parts)
 
-    def keys(self, length: int, most_keys: int, start: str = "") -> str:
+    def keys(self, length: int, least: int, most: int, start: str = "") -> str:
         """Keys hidden in filler sentences, asked for in one to three blocks of questions, the last at the end.
 
-        The number of keys is log-uniform: the passkey test's single key as well as many.
+        The number of keys is log-uniform from `least` to `most`: the passkey test's single key as well as many.
         """
         rng, introduction = self.rng, self.piece(start + niah.INTRODUCTION)
-        digits = rng.choice(DIGITS)
-        needle_size = self.piece(niah.needle("Ada", "0" * digits))[1]
-        question_size = self.piece(_asked("Ada", "0" * digits))[1]
+        needle_size = self.piece(niah.needle("Ada", "0" * DIGITS))[1]
+        question_size = self.piece(_asked("Ada", "0" * DIGITS))[1]
         room = length - introduction[1]
-        count = int(math.exp(rng.uniform(0, math.log(most_keys + 1))))
+        count = int(math.exp(rng.uniform(math.log(least), math.log(most + 1))))
         count = max(1, min(count, len(niah.NAMES), (room - 2 * question_size) // (2 * needle_size)))
-        values = {name: niah.pass_key(rng, digits) for name in rng.sample(niah.NAMES, count)}
+        values = {name: niah.pass_key(rng, DIGITS) for name in rng.sample(niah.NAMES, count)}
         room -= count * needle_size
         questions = max(1, min(2 * count, int(room * rng.uniform(0.3, 0.9)) // question_size))
         filler = self._filler(room - questions * question_size)
@@ -151,8 +149,7 @@ class Writer:
     def listed(self, length: int) -> str:
         """Names and their pass keys, said again and again in new order."""
         names = self.rng.sample(niah.NAMES, self.rng.randint(1, max(1, min(len(niah.NAMES), length // 20))))
-        digits = self.rng.choice(DIGITS)
-        values = {name: niah.pass_key(self.rng, digits) for name in names}
+        values = {name: niah.pass_key(self.rng, DIGITS) for name in names}
         form = self.rng.choice((" {} {}.", " {} is {}.", " The pass key of {} is {}."))
         text, size = "", 0
         while size < length:
@@ -160,15 +157,6 @@ class Writer:
                 piece, count = self.piece(form.format(name, values[name]))
                 text, size = text + piece, size + count
         return self._cut(text, length)
-
-    def repeat(self, length: int) -> str:
-        """A stretch of random words and numbers, over and over. Short stretches are as likely as long ones: they are learned first."""
-        words = math.exp(self.rng.uniform(math.log(2), math.log(length / 2)))
-        stretch, size = "", 0
-        while size < words:
-            piece, count = self.piece(self.rng.choice(self.words) if self.rng.random() < 0.7 else " " + niah.pass_key(self.rng, self.rng.choice(DIGITS)))
-            stretch, size = stretch + piece, size + count
-        return self._cut(stretch * (length // size + 1), length)
 
     def _cut(self, text: str, length: int) -> str:
         """The first `length` tokens of `text`."""
@@ -179,14 +167,14 @@ def _asked(name: str, value: str) -> str:
     return niah.question(name) + niah.answer_start(name) + niah.answer(value)
 
 
-def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int, repeat: float = 0.05, listed: float = 0.1,
-                    most_keys: int | None = None, whole: float = 1.0) -> None:
-    """`rows` texts of exactly `length` tokens each as JSON lines. most_keys: None = one for each 32 tokens."""
+def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int, listed: float = 0.1,
+                    keys: tuple[int, int] | None = None, whole: float = 1.0) -> None:
+    """`rows` texts of exactly `length` tokens each as JSON lines. keys: None = 1 to one for each 32 tokens."""
     if length < SHORTEST or rows < 1:
         raise UserError(f"--length must be at least {SHORTEST} tokens and --rows at least 1")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     writer = Writer(tokenizer, seed)
-    texts = [writer.row(length, repeat=repeat, listed=listed, most_keys=most_keys or max(1, length // 32), whole=whole) for _ in range(rows)]
+    texts = [writer.row(length, listed=listed, keys=keys or (1, max(1, length // 32)), whole=whole) for _ in range(rows)]
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         assert len(ids) == length, f"a document has {len(ids)} tokens instead of {length}"
     try:
@@ -209,16 +197,15 @@ def main() -> None:
     one.add_argument("--length", required=True, help="tokens of every text: the sequence length of training")
     one.add_argument("--rows", type=int, required=True, help="texts to write")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--repeat", type=float, default=0.05, help="share of documents that repeat a random stretch (default: %(default)s)")
     one.add_argument("--list", type=float, default=0.1, help="share of lists of names and pass keys (default: %(default)s)")
-    one.add_argument("--keys", type=int, help="most pass keys in a document (default: one for each 32 tokens)")
+    one.add_argument("--keys", type=int, nargs=2, metavar=("LEAST", "MOST"), help="pass keys in a document (default: 1 to one for each 32 tokens)")
     one.add_argument("--whole", type=float, default=1.0, help="share of texts that are one document, not several (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "tokenizer":
         make_tokenizer().save_pretrained(args.output)
     else:
         write_documents(args.tokenizer, args.output, length=parse_count(args.length, "--length"), rows=args.rows, seed=args.seed,
-                        repeat=args.repeat, listed=args.list, most_keys=args.keys, whole=args.whole)
+                        listed=args.list, keys=tuple(args.keys) if args.keys else None, whole=args.whole)
 
 
 if __name__ == "__main__":

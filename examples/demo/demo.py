@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: a small Llama of 512 tokens of context goes through the whole pipeline and comes out with 1,024.
+"""The demo: a small Llama of 512 tokens of context goes through the whole pipeline and comes out with 4,096.
 
     python examples/demo/demo.py      (make demo sets up first)
 
@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(__file__).resolve().parent / "base"
 OUT = Path("runs/demo")  # below ROOT, where every stage runs
 
-FACTOR, BASE_LENGTH = 2, 512
+FACTOR, BASE_LENGTH = 8, 512
 LENGTH = FACTOR * BASE_LENGTH
-LENGTHS = (512, 1024)
+LENGTHS = (512, 1024, 2048, 4096)
 DEPTHS, TRIALS = "0,25,50,75,100", 8
 """Five depths of eight prompts: 40 a length."""
-ITERATIONS, BATCH = 300, 8
+ITERATIONS, BATCH = 60, 2
 ENOUGH = 0.95
 """Accuracy at every length that counts as shown."""
 
@@ -45,11 +45,11 @@ def main() -> int:
     say(f"1/5  the passkey grid of the model as it is: context {BASE_LENGTH}")
     before = passkey(BASE, "before")
     say(f"2/5  documents, packed to rows of {LENGTH} + 1 tokens")
-    corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1, repeat=0, listed=0, whole=0.7)
+    corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1, listed=0)
     tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH,
          "--separator-token", "eos", "--output", OUT / "text")
     say(f"3/5  continued pretraining at {LENGTH} tokens with YaRN factor {FACTOR}, two context parallel ranks")
-    tool("train.py", "--recipe", "tiny_extend", "--set", "runtime.device=cpu", "train.lr=2e-3", f"train.seq_length={LENGTH}", f"rope.factor={FACTOR}",
+    tool("train.py", "--recipe", "tiny_extend", "--set", "runtime.device=cpu", f"train.seq_length={LENGTH}", f"rope.factor={FACTOR}",
          f"train.iterations={ITERATIONS}", f"train.global_batch={BATCH}", "--load-hf", BASE, "--data", OUT / "text", "--save", OUT / "train", ranks=2)
     say("4/5  export to Hugging Face")
     tool("convert_hf.py", "export", "--ckpt", OUT / "train", "--out", OUT / "hf")
