@@ -13,6 +13,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+OFFLOADED_LAYERS_ON_GPU = 2
+"""Layers whose offloaded tensors are on the GPU at a time: one being copied while the next is computed."""
+
 
 class UserError(ValueError):
     """A mistake of the user's: one clear line that says what to change."""
@@ -136,9 +139,9 @@ class Memory:
     checkpoint: Literal["none", "full", "attention"] = "attention"
     """none = keep every activation; full = keep each layer's input and recompute the layer; attention = keep the attention output
     and its logsumexp too, and recompute all but attention."""
-    offload: Literal["off", "checkpoints", "attention"] = "off"
+    offload: Literal["off", "checkpoints", "attention", "auto"] = "auto"
     """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input; the attention output and
-    logsumexp as well."""
+    logsumexp as well; auto = settled at start, the first of these that fits the GPU (off with another checkpoint, or on a CPU)."""
     layer_chunk: int = 16384
     """Tokens of norms, projections and MLP alive at a time on a rank (all but with checkpoint=none); 0 = all at once."""
     loss_chunk: int = 4096
@@ -148,7 +151,7 @@ class Memory:
         for name in ("layer_chunk", "loss_chunk"):
             if getattr(self, name) < 0:
                 raise UserError(f"memory.{name}={getattr(self, name)} must be 0 or more")
-        if self.offload != "off" and self.checkpoint != "attention":
+        if self.offload in ("checkpoints", "attention") and self.checkpoint != "attention":
             raise UserError(f"memory.offload={self.offload} needs memory.checkpoint=attention, not {self.checkpoint}")
 
 

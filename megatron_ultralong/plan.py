@@ -1,4 +1,4 @@
-"""Memory and time of a run before it is launched, part by part, from formulas; and the layouts and modes there are to choose from.
+"""Memory and time of a run before it is launched, part by part, from formulas; and the layouts and memory modes there are to choose from.
 
 Memory is plain sums of what the run's tensors must hold; the allocator's fragmentation and NCCL's buffers come on top, for which a
 tenth of the GPU stays free. Time is FLOPs and bytes over data-sheet peaks times assumed shares of them (hardware.py): an
@@ -10,103 +10,40 @@ g KV heads, d head dimension, e bytes of a bf16 or float32 element.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
-from megatron_ultralong.config import Memory, Model, Parallel, Run, UserError, check_model_layout
+from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, Model, Parallel, Run, UserError, check_model_layout
 from megatron_ultralong.hardware import Machine
 from megatron_ultralong.train.metrics import flops_per_token
 
 BACKWARD = 2.5
 """Attention FLOPs of the backward over the forward's: five products of scores, keys and values against two."""
 
-LAYERS_ON_GPU = 2
-"""Layers whose offloaded tensors are on the GPU at a time: one in use, one on its way."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What is kept for the backward, and where: the settings of `memory` that a plan looks at, also those config.py does not have (yet)."""
-
-    checkpoint: Literal["none", "full", "attention"] = "full"
-    """none = every activation; full = each layer's input; attention = also the attention's output and logsumexp, so that the
-    backward recomputes all of the layer but attention, in chunks."""
-    offload: Literal["off", "checkpoints", "attention"] = "off"
-    """To pinned host memory: off = nothing; checkpoints = the layers' inputs; attention = outputs and logsumexps too."""
-    layer_chunk: int = 16384
-    """checkpoint=attention only: tokens that go through QKV projection and MLP at a time; 0 = all at once."""
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint", "offload"):
-            known = typing.get_args(typing.get_type_hints(Choice)[name])
-            if getattr(self, name) not in known:
-                raise UserError(f"memory.{name}={getattr(self, name)}: choose one of {', '.join(known)}")
-        if self.layer_chunk < 0:
-            raise UserError(f"memory.layer_chunk={self.layer_chunk} must be 0 or more")
-        if self.offload == "attention" and self.checkpoint != "attention":
-            raise UserError(f"memory.offload=attention needs memory.checkpoint=attention, not {self.checkpoint}")
-        if self.offload == "checkpoints" and self.checkpoint == "none":
-            raise UserError("memory.offload=checkpoints needs memory.checkpoint=full or attention, not none")
-
-    @classmethod
-    def of(cls, run: Run) -> Choice:
-        """The run's own settings, as far as config.py has them."""
-        known: dict[str, typing.Any] = dataclasses.asdict(run.memory)
-        return cls(**{field.name: known[field.name] for field in dataclasses.fields(cls) if field.name in known})
-
-    def settings(self) -> dict[str, str]:
-        """`memory.*` settings that stand for it; those that config.py lacks only where they are not its way anyway."""
-        values: dict[str, str] = {"checkpoint": self.checkpoint}
-        if self.offload != "off" or config_has("offload", "off"):
-            values["offload"] = self.offload
-        if self.checkpoint == "attention":
-            values["layer_chunk"] = str(self.layer_chunk)
-        return {f"memory.{name}": value for name, value in values.items()}
-
-    @property
-    def in_config(self) -> bool:
-        """Whether config.py of this version has these settings, so that a run can be started with them."""
-        return (config_has("checkpoint", self.checkpoint) and (self.offload == "off" or config_has("offload", self.offload))
-                and (self.checkpoint != "attention" or config_has("layer_chunk")))
-
-
-def choices() -> list[Choice]:
-    """Every combination of what is kept and where, also those that config.py lacks."""
-    kept, places = (typing.get_args(typing.get_type_hints(Choice)[name]) for name in ("checkpoint", "offload"))
-    return [Choice(checkpoint=checkpoint, offload=offload) for checkpoint, offload in itertools.product(kept, places)
-            if not (offload == "attention" and checkpoint != "attention") and not (offload == "checkpoints" and checkpoint == "none")]
-
-
-def config_has(name: str, word: str | None = None) -> bool:
-    """Whether config.py's Memory has a setting `name`, and where that takes one of several words, `word` among them."""
-    hints = typing.get_type_hints(Memory)
-    words = typing.get_args(hints[name]) if typing.get_origin(hints.get(name)) is Literal else None
-    return name in hints and (word is None or words is None or word in words)
+MODES = (Memory(checkpoint="none", offload="off"), Memory(checkpoint="full", offload="off"), Memory(checkpoint="attention", offload="off"),
+         Memory(checkpoint="attention", offload="checkpoints"), Memory(checkpoint="attention", offload="attention"))
+"""What can be kept for the backward, and where; of one checkpoint, each keeps less on the GPU than the one before."""
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
 
-def memory(run: Run, model: Model, world_size: int, choice: Choice | None = None) -> dict[str, int]:
+def memory(run: Run, model: Model, world_size: int) -> dict[str, int]:
     """Bytes by part on a GPU of the fullest pipeline stage, of `run` with `model`'s shape on `world_size` ranks.
 
-    `choice` stands in for the run's own. Raises UserError where model, batch or ranks cannot be split as `run.parallel` says.
+    `memory.offload` is settled, here and below. Raises UserError where model, batch or ranks cannot be split as `run.parallel` says.
     """
     dp, micro_batches = _split(run, model, world_size)
-    stages = [_stage(run, model, dp, micro_batches, stage, choice) for stage in sorted({0, run.parallel.pp - 1})]
+    stages = [_stage(run, model, dp, micro_batches, stage) for stage in sorted({0, run.parallel.pp - 1})]
     return max(stages, key=total)
 
 
-def host_memory(run: Run, model: Model, world_size: int, choice: Choice | None = None) -> dict[str, int]:
+def host_memory(run: Run, model: Model, world_size: int) -> dict[str, int]:
     """Bytes of pinned host memory by part that one GPU of the fullest pipeline stage, the first, fills. Raises as `memory`."""
-    choice = choice or Choice.of(run)
     dp, micro_batches = _split(run, model, world_size)
     layers = _layers_alive(run, model, micro_batches, 0)
-    return {name: layers * size for name, size in _kept(run, model, choice).items() if name in _offloaded(choice)}
+    return {name: layers * size for name, size in _kept(run, model).items() if name in _offloaded(run.memory)}
 
 
 def total(parts: dict[str, int]) -> int:
@@ -142,9 +79,8 @@ def _sizes(run: Run) -> tuple[int, int]:
     return run.train.micro_batch * run.train.seq_length // run.parallel.cp, 2 if run.train.precision == "bf16" else 4
 
 
-def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int, choice: Choice | None = None) -> dict[str, int]:
-    p, choice = run.parallel, choice or Choice.of(run)
-    tokens, e = _sizes(run)
+def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int) -> dict[str, int]:
+    p, (tokens, e) = run.parallel, _sizes(run)
     parameters = stage_parameters(model, p.tp, p.pp, stage)
     parts = {
         "weights": parameters * e,
@@ -152,15 +88,15 @@ def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int, choi
         # AdamW's two moments, and in bf16 runs the fp32 master weights, spread over data and context parallel ranks.
         "optimizer (fp32)": parameters * (12 if e == 2 else 8) // (dp * p.cp),
         "layer checkpoints": 0,
-        "one layer at work": total(_layer(model, p.tp, p.cp, tokens, e, choice)),
+        "one layer at work": total(_layer(model, p.tp, p.cp, tokens, e, run.memory)),
         "RoPE tables": tokens // run.train.micro_batch * model.head_dim * 4,  # cos and sin, float32 [s, d/2] each
     }
     alive = _layers_alive(run, model, micro_batches, stage)
-    for name, size in _kept(run, model, choice).items():
-        if name in _offloaded(choice):
-            parts["layer checkpoints"] += size * min(alive, LAYERS_ON_GPU)
+    for name, size in _kept(run, model).items():
+        if name in _offloaded(run.memory):
+            parts["layer checkpoints"] += size * min(alive, OFFLOADED_LAYERS_ON_GPU)
         else:  # without checkpoints the layer at work holds its own
-            parts["layer checkpoints"] += size * (alive - 1 if choice.checkpoint == "none" else alive)
+            parts["layer checkpoints"] += size * (alive - 1 if run.memory.checkpoint == "none" else alive)
     if stage == p.pp - 1:
         rows = padded_vocab_size(model.vocab_size, p.tp) // p.tp
         chunk = min(run.memory.loss_chunk or tokens, tokens)
@@ -169,26 +105,27 @@ def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int, choi
     return parts
 
 
-def _kept(run: Run, model: Model, choice: Choice) -> dict[str, int]:
+def _kept(run: Run, model: Model) -> dict[str, int]:
     """Bytes kept for the backward of one layer and micro-batch, by part."""
     tp, (tokens, e) = run.parallel.tp, _sizes(run)
     h, q, kv = model.hidden_size, model.heads * model.head_dim, model.kv_heads * model.head_dim
     kept = {"layer inputs": h * e}
-    if choice.checkpoint == "attention":
+    if run.memory.checkpoint == "attention":
         kept["attention outputs"] = q * e + model.heads * 4  # and logsumexps, float32
-    if choice.checkpoint == "none":
+    if run.memory.checkpoint == "none":
         # Out of both norms, and the second norm's input; q and k rotated, the projection they came out of, which v is a view of, the
         # output and its logsumexp; the MLP's gate and up, silu of the gate, a copy of up, their product.
         kept["activations"] = 3 * h * e + (q + kv + q + 2 * kv + q) * e + model.heads * 4 + 5 * model.ffn_size * e
     return {name: size * tokens // tp for name, size in kept.items()}
 
 
-def _offloaded(choice: Choice) -> tuple[str, ...]:
+def _offloaded(memory: Memory) -> tuple[str, ...]:
     """Parts of what is kept that go to host memory."""
-    return {"off": (), "checkpoints": ("layer inputs",), "attention": ("layer inputs", "attention outputs")}[choice.offload]
+    assert memory.offload != "auto", "settle_offload comes first"
+    return {"off": (), "checkpoints": ("layer inputs",), "attention": ("layer inputs", "attention outputs")}[memory.offload]
 
 
-def _layer(model: Model, tp: int, cp: int, tokens: int, e: int, choice: Choice) -> dict[str, int]:
+def _layer(model: Model, tp: int, cp: int, tokens: int, e: int, memory: Memory) -> dict[str, int]:
     """Bytes that recompute and backward of one layer hold at once, for `tokens` tokens of a context parallel rank."""
     q, kv = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp  # elements a token
     attention = (q + 2 * kv) * e           # q, k, v out of the projection
@@ -199,7 +136,7 @@ def _layer(model: Model, tp: int, cp: int, tokens: int, e: int, choice: Choice) 
     # With sequence parallelism a linear's input is gathered over TP, and so is its gradient before it is scattered.
     gathered = 2 * model.hidden_size * e if tp > 1 else 0
     residual = 4 * model.hidden_size // tp * e  # the layer's input, both norms' outputs, the gradient
-    chunk = min(choice.layer_chunk or tokens, tokens) if choice.checkpoint == "attention" else tokens
+    chunk = min(memory.layer_chunk or tokens, tokens) if memory.checkpoint == "attention" else tokens
     return {"attention": attention * tokens, "ring": ring * tokens, "mlp": mlp * chunk, "gathered": gathered * chunk, "residual": residual * tokens}
 
 
@@ -249,22 +186,21 @@ class Work:
     """Bytes to host memory; as many come back."""
 
 
-def work(run: Run, model: Model, choice: Choice | None = None, *, last: bool = True) -> Work:
+def work(run: Run, model: Model, *, last: bool = True) -> Work:
     """FLOPs and bytes of a micro-batch on a GPU of the last (else of another) pipeline stage."""
-    p, choice = run.parallel, choice or Choice.of(run)
-    tokens, e = _sizes(run)
+    p, (tokens, e) = run.parallel, _sizes(run)
     layers, s = model.layers // p.pp, run.train.seq_length
     # Per token and layer, forward and backward, by the formula that MFU is counted by.
     one, two = (flops_per_token(replace(model, layers=n), 0) for n in (1, 2))
     products, output = two - one, 2 * one - two
     attention = (flops_per_token(model, s) - flops_per_token(model, 0)) / model.layers
     here = tokens / p.tp
-    again = {"none": (0, 0), "full": (1, 1), "attention": (0, 1)}[choice.checkpoint]
+    again = {"none": (0, 0), "full": (1, 1), "attention": (0, 1)}[run.memory.checkpoint]
     kv = 2 * tokens * model.kv_heads * model.head_dim / p.tp  # elements of a rank's keys and values
     hidden = tokens * model.hidden_size * e
     # All-gather or reduce-scatter of the hidden states: 4 a layer forward, 6 backward (inputs are gathered again), 4 in a recompute; 2 at the loss.
     collectives = layers * (10 + 4 * again[1]) + 2 * last
-    kept = _kept(run, model, choice)
+    kept = _kept(run, model)
     q, hops = tokens * model.heads * model.head_dim / p.tp, p.cp if p.cp > 1 else 0
     # Each hop but the first sees all queries and half of the keys, or half of the queries and all keys: three quarters of the rows on average.
     rows = layers * max(0, hops - 1) * 0.75
@@ -277,19 +213,18 @@ def work(run: Run, model: Model, choice: Choice | None = None, *, last: bool = T
         merge_forward=rows * q * (e + 16), merge_backward=rows * (q + kv) * (e + 8),
         hops_forward=layers * hops, hops_backward=layers * hops,
         tensor=collectives * hidden * (p.tp - 1) / p.tp, pipeline=2 * p.vpp * hidden / p.tp if p.pp > 1 else 0.0,
-        host=float(layers * sum(kept[name] for name in _offloaded(choice))))
+        host=float(layers * sum(kept[name] for name in _offloaded(run.memory))))
 
 
-def time(run: Run, model: Model, machine: Machine, choice: Choice | None = None) -> dict[str, float]:
+def time(run: Run, model: Model, machine: Machine) -> dict[str, float]:
     """Seconds of an iteration by part, estimated. Raises as `memory`.
 
     The ring hides behind attention and host copies behind all computation, up to its length; nothing else overlaps, as in
     training. 1F1B takes one micro-batch through all stages and the others at the slowest stage's pace.
     """
-    choice = choice or Choice.of(run)
     dp, micro_batches = _split(run, model, machine.gpus)
-    slowest = _stage_time(run, work(run, model, choice), machine)
-    other = _stage_time(run, work(run, model, choice, last=False), machine)
+    slowest = _stage_time(run, work(run, model), machine)
+    other = _stage_time(run, work(run, model, last=False), machine)
     p, e = run.parallel, _sizes(run)[1]
     parts = {name: micro_batches * seconds for name, seconds in slowest.items()}
     parts["pipeline bubble"] = (p.pp - 1) * sum(other.values()) / p.vpp
@@ -334,29 +269,49 @@ def _stage_time(run: Run, todo: Work, machine: Machine) -> dict[str, float]:
     }
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------------
+# ---- layouts and memory modes ----------------------------------------------------------------------------------
 
 LARGEST_TP = 8
 
-DIMENSIONS = ("tp", "pp", "cp", "dp")
+SEARCHED = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.dp", "memory.checkpoint", "memory.offload")
+"""Settings that a search varies."""
 
 
 def layouts(run: Run, model: Model, gpus: int, fixed: Collection[str] = ()) -> Iterator[Run]:
-    """`run` under every layout of `gpus` GPUs that model, sequence and batch divide by; the dimensions in `fixed` as the run has them.
+    """`run` under every layout of `gpus` GPUs that model, sequence and batch divide by; the settings in `fixed` as the run has them.
 
     TP up to 8, so that it stays in a node; DP is what TP, PP and CP leave. Interleaving (vpp) stays as the run has it where PP > 1.
     """
     old = run.parallel
 
     def sizes(name: str, largest: int) -> list[int]:
-        return [getattr(old, name)] if name in fixed else [n for n in range(1, largest + 1) if gpus % n == 0]
+        return [getattr(old, name)] if f"parallel.{name}" in fixed else [n for n in range(1, largest + 1) if gpus % n == 0]
 
     for tp, pp in itertools.product(sizes("tp", LARGEST_TP), sizes("pp", min(gpus, model.layers))):
         for cp in sizes("cp", gpus // (tp * pp)):
-            parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=old.vpp if pp > 1 else 1, dp=old.dp if "dp" in fixed else None)
+            parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=old.vpp if pp > 1 else 1, dp=old.dp if "parallel.dp" in fixed else None)
             try:
                 candidate = replace(run, parallel=parallel)
                 _split(candidate, model, gpus)
             except UserError:
                 continue
             yield candidate
+
+
+def modes(run: Run, fixed: Collection[str] = ()) -> list[Run]:
+    """`run` in each of `MODES`; the settings in `fixed` as the run has them, but memory.offload=auto is no choice of one."""
+    old = run.memory
+    return [replace(run, memory=replace(old, checkpoint=mode.checkpoint, offload=mode.offload)) for mode in MODES
+            if ("memory.checkpoint" not in fixed or mode.checkpoint == old.checkpoint)
+            and ("memory.offload" not in fixed or old.offload in ("auto", mode.offload))]
+
+
+def settle_offload(run: Run, model: Model, world_size: int, gpu_bytes: int | None) -> Run:
+    """`run` with memory.offload=auto settled: the first of off, checkpoints, attention that fits a GPU of `gpu_bytes`; attention where
+    none does; off on a CPU (None), or where memory.checkpoint leaves no choice. Raises as `memory`."""
+    if run.memory.offload != "auto":
+        return run
+    choices = modes(run, ["memory.checkpoint"])
+    if gpu_bytes is None:
+        return choices[0]
+    return next((choice for choice in choices if fits(memory(choice, model, world_size), gpu_bytes)), choices[-1])

@@ -41,8 +41,8 @@ def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: st
     machine = _machine(gpus, gpu, host_memory, list(assumptions))
     if show < 1:
         raise UserError(f"--show {show}: must be at least 1")
-    given, mode = planner.mode_settings(list(settings))
-    given = [f"{key}={value}" for key, value in (("train.seq_length", seq_length), ("train.global_batch", global_batch)) if value is not None] + given
+    given = [f"{key}={value}" for key, value in (("train.seq_length", seq_length), ("train.global_batch", global_batch)) if value is not None]
+    given += settings
     if model is None and recipe is None:
         raise UserError("say what to plan: --model with --seq-length, or --recipe")
     start = recipes.get(recipe) if recipe else _new_run(model, seq_length, settings)
@@ -50,10 +50,9 @@ def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: st
     run = override(dataclasses.replace(start, parallel=Parallel()), given)
     shape = _shape(run, model)
     keys = {setting.partition("=")[0].strip() for setting in given}
-    fixed = [name for name in plan.DIMENSIONS if f"parallel.{name}" in keys and getattr(run.parallel, name) is not None]
-    modes = planner.modes_of(run, mode)
+    fixed = [key for key in plan.SEARCHED if key in keys and (key != "parallel.dp" or run.parallel.dp is not None)]
 
-    found = planner.search(run, shape, machine, modes, fixed)
+    found = planner.search(run, shape, machine, fixed)
     shown = {"best" if number == 1 else f"no. {number}": new for number, new in enumerate(found.best[:show], 1)}
     notes = [f"{found.fitting:,} of {found.tried:,} plans fit ({len(found.best):,} layouts)"]
     if found.faster is not None:
@@ -61,18 +60,16 @@ def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: st
     if not found.best:
         assert found.closest is not None
         shown["closest"] = found.closest
-        more, length = planner.more_gpus(run, shape, machine, modes, fixed), planner.shorter(run, shape, machine, modes, fixed)
+        more, length = planner.more_gpus(run, shape, machine, fixed), planner.shorter(run, shape, machine, fixed)
         notes += [f"nothing fits; the closest, {_name(found.closest)}, {found.closest.problem}",
                   (f"something fits on {more:,} GPUs" if more else f"nothing fits on up to {64 * gpus:,} GPUs") + "; "
                   + (f"{gpus:,} take {length:,} tokens a sequence" if length else "no shorter sequence fits here")]
     if recipe:
-        own = _own(start, given, mode, shape, machine)
+        own = _own(start, given, shape, machine)
         if isinstance(own, Plan):
             shown["recipe's"] = own
         if isinstance(own, str) or own.problem is not None:
             notes.append(f"the recipe's own layout: {own if isinstance(own, str) else own.problem}")
-    if unknown := [name for name, new in shown.items() if not new.choice.in_config]:
-        notes.append(f"config.py of this version lacks the memory mode of: {', '.join(unknown)}; it can be planned, not trained")
 
     lines = {name: planner.as_settings(new, start, given, whole=not recipe) for name, new in shown.items() if new.problem is None}
     text = [heading(recipe or str(model), run, machine), "", table(shown, machine), ""]
@@ -135,18 +132,18 @@ def _shape(run: Run, name: str | None) -> Model:
     return known[name.lower()]
 
 
-def _own(recipe: Run, given: list[str], mode: dict[str, Any], shape: Model, machine: Machine) -> Plan | str:
-    """The recipe's own layout and mode with the settings given; or why it cannot be."""
+def _own(recipe: Run, given: list[str], shape: Model, machine: Machine) -> Plan | str:
+    """The recipe's own layout and mode with the settings given, memory.offload as training would settle it; or why it cannot be."""
     try:
-        run = override(recipe, given)
-        return planner.estimate(run, shape, machine, dataclasses.replace(plan.Choice.of(run), **mode))
+        run = plan.settle_offload(override(recipe, given), shape, machine.gpus, machine.gpu.memory)
+        return planner.estimate(run, shape, machine)
     except UserError as error:
         return str(error)
 
 
 def _name(new: Plan) -> str:
-    p = new.run.parallel
-    return f"TP {p.tp} x PP {p.pp} x CP {p.cp} x DP {new.dp} with checkpoint={new.choice.checkpoint}, offload={new.choice.offload}"
+    p, memory = new.run.parallel, new.run.memory
+    return f"TP {p.tp} x PP {p.pp} x CP {p.cp} x DP {new.dp} with checkpoint={memory.checkpoint}, offload={memory.offload}"
 
 
 # ---- table and JSON --------------------------------------------------------------------------------------------
@@ -180,8 +177,8 @@ def table(plans: dict[str, Plan], machine: Machine) -> str:
                 row(f"  {part}", lambda p, part=part: _number(getattr(p, field).get(part, 0) / unit))
 
     row("TP x PP x CP x DP", lambda p: f"{p.run.parallel.tp} x {p.run.parallel.pp} x {p.run.parallel.cp} x {p.dp}")
-    row("memory.checkpoint", lambda p: p.choice.checkpoint)
-    row("memory.offload", lambda p: p.choice.offload)
+    row("memory.checkpoint", lambda p: p.run.memory.checkpoint)
+    row("memory.offload", lambda p: p.run.memory.offload)
     block("GB a GPU, fullest stage", "memory", GB)
     row(f"  all (of {machine.assumed.gpu_memory * machine.gpu.memory / GB:.1f})", lambda p: _number(plan.total(p.memory) / GB))
     if any(p.host for p in plans.values()):
@@ -214,8 +211,8 @@ def as_json(new: Plan, settings: list[str]) -> dict[str, Any]:
     """A plan as plain values: bytes, FLOPs, seconds."""
     p = new.run.parallel
     return {
-        "layout": {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": new.dp}, "mode": dataclasses.asdict(new.choice),
-        "mode_in_this_version": new.choice.in_config, "set": settings, "fits": new.problem is None, "problem": new.problem,
+        "layout": {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": new.dp}, "memory": dataclasses.asdict(new.run.memory),
+        "set": settings, "fits": new.problem is None, "problem": new.problem,
         "memory_bytes_a_gpu": {**new.memory, "all": plan.total(new.memory)}, "host_bytes_a_node": {**new.host, "all": plan.total(new.host)},
         "work_a_gpu_and_iteration": new.work, "seconds_an_iteration": {**new.time, "all": new.seconds},
         "tokens_per_second_per_gpu": new.tokens_per_second, "causal_mfu": new.mfu,

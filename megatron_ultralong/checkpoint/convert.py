@@ -196,7 +196,7 @@ def _build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, dtype: to
     from megatron_ultralong.model import llama
 
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    return llama.build(model, rope, ranks, parallel, Memory(), precision, transformer_engine=False)[0]
+    return llama.build(model, rope, ranks, parallel, Memory(offload="off"), precision, transformer_engine=False)[0]
 
 
 def _parameters(chunk: torch.nn.Module) -> dict[str, Tensor]:

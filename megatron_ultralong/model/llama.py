@@ -118,8 +118,9 @@ def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Me
           positions_by_document: bool = False, transformer_engine: bool | None = None) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
 
-    Raises UserError where the model cannot be split as `parallel` says.
+    `memory.offload` is settled. Raises UserError where the model cannot be split as `parallel` says.
     """
+    assert memory.offload != "auto", "plan.settle_offload comes first"
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic)
     use_te = spec.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine

@@ -1,7 +1,7 @@
 """What layers keep for their backward, in host memory: copied out behind the forward, back in before the backward needs it.
 
-On a GPU the copies run on streams of their own between pinned host memory and the device. The last `ON_DEVICE` layers' tensors
-stay there, so that device memory for checkpoints is bounded whatever the number of layers. Host memory is what is kept at one
+On a GPU the copies run on streams of their own between pinned host memory and the device. The last `OFFLOADED_LAYERS_ON_GPU` layers'
+tensors stay there, so that device memory for checkpoints is bounded whatever the number of layers. Host memory is what is kept at one
 time: buffers are used again and again. On a CPU the same code copies between two places in host memory, without streams.
 """
 
@@ -15,10 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import UserError
+from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, UserError
 
-ON_DEVICE = 2
-"""Layers whose tensors are on the device at a time: one being copied out while the next is computed."""
 RESERVE = 0.05
 """Share of the machine's memory that is never taken."""
 
@@ -42,7 +40,7 @@ class HostStore:
 
     def keep(self, tensors: Sequence[Tensor]) -> Kept:
         """Start copying `tensors` out; they must not be written to any more. UserError where the machine's memory is used up."""
-        while len(self._leaving) >= ON_DEVICE:
+        while len(self._leaving) >= OFFLOADED_LAYERS_ON_GPU:
             self._leaving.popleft().leave()
         kept = Kept(self, tensors, self._last)
         self._leaving.append(kept)

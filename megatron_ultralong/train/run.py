@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_ultralong import plan
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import dataset, loader
@@ -29,6 +32,8 @@ def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path,
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
     start.check_same(source, save)
+    gpu_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
+    run = plan.settle_offload(run, source.progress.model, ranks.world, gpu_bytes)
     print_run(run, ranks)
     progress = _train(run, ranks, source, rows, held_out, save)
     launch.stop()  # not after a failure: other ranks may still be in a collective, and leaving the groups would wait for them

@@ -128,7 +128,7 @@ def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
     rope = dataclasses.replace(BASE_ROPE, type="yarn", factor=32.0)  # which config.json says as llama3
     progress = sharded.Progress(model=UNTIED, rope=rope, iteration=7, consumed=28, tokens=28 * 1024, run=config.to_dict(run),
                                 base="base")
-    chunks = llama.build(UNTIED, progress.rope, ranks, parallel, Memory(), "bf16")
+    chunks = llama.build(UNTIED, progress.rope, ranks, parallel, Memory(offload="off"), "bf16")
     sharded.load(sharded.resolve(folder / "ckpt"), chunks)
     sharded.save(folder / "trained", progress, chunks, None, folder / "ckpt" / "iter_0000000" / "hf", ranks)
 

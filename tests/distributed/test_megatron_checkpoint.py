@@ -124,7 +124,7 @@ class _Layout:
 def _ours(model: Model, ranks: Any) -> Any:
     from megatron_ultralong.model import llama
 
-    return llama.build(model, ROPE, ranks, Parallel(tp=ranks.tp), Memory(), "fp32")[0]
+    return llama.build(model, ROPE, ranks, Parallel(tp=ranks.tp), Memory(offload="off"), "fp32")[0]
 
 
 def _gpt(model: Model, ranks: Any, vocabulary: int) -> Any:

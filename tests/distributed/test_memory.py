@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,11 +42,13 @@ def _one_rank(rank: int, world: int) -> None:
     from megatron_ultralong.runtime import launch
 
     ranks = launch.start(Runtime(device="cpu"), Parallel())
+    with pytest.raises(AssertionError, match="settle_offload comes first"):
+        llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), Memory(), "fp32")
     tokens = torch.randint(0, MODEL.vocab_size, (1, S + 1), generator=torch.Generator().manual_seed(0))
     largest, kept, grads = {}, {}, {}
     for name, memory in {
-        "none": Memory(checkpoint="none", loss_chunk=0),
-        "attention": Memory(checkpoint="attention", layer_chunk=CHUNK, loss_chunk=CHUNK),
+        "none": Memory(checkpoint="none", offload="off", loss_chunk=0),
+        "attention": Memory(checkpoint="attention", offload="off", layer_chunk=CHUNK, loss_chunk=CHUNK),
         "offloaded": Memory(checkpoint="attention", offload="attention", layer_chunk=CHUNK, loss_chunk=CHUNK),
     }.items():
         (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")

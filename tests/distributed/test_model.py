@@ -26,7 +26,7 @@ TIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_di
 # Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
 MEMORY = (Memory(checkpoint="attention", offload="checkpoints", layer_chunk=10, loss_chunk=12),
           Memory(checkpoint="attention", offload="attention", layer_chunk=0, loss_chunk=12),
-          Memory(checkpoint="full", layer_chunk=10, loss_chunk=12), Memory(checkpoint="none", loss_chunk=0))
+          Memory(checkpoint="full", offload="off", layer_chunk=10, loss_chunk=12), Memory(checkpoint="none", offload="off", loss_chunk=0))
 
 
 def test_every_layout_equals_transformers() -> None:
@@ -192,7 +192,7 @@ def _check_planned_checkpoints(model: Model, ranks: Any, parallel: Parallel, row
     for mode in ("full", "attention", "none"):
         kept, planned = [], []
         for layers in (2, 4):
-            run = Run(name="test", parallel=parallel, memory=Memory(checkpoint=mode), train=Train(
+            run = Run(name="test", parallel=parallel, memory=Memory(checkpoint=mode, offload="off"), train=Train(
                 seq_length=S, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"))
             kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))
             planned.append(plan.memory(run, replace(model, layers=layers), ranks.world)["layer checkpoints"])

@@ -63,7 +63,7 @@ def _refused(rank: int, world: int, folder: str) -> None:
 
     ranks = launch.start(Runtime(device="cpu"), Parallel(tp=2))
     for vocab_size, fits in ((61, True), (60, False), (64, False), (30, False)):
-        chunks = llama.build(replace(MODEL, vocab_size=vocab_size), ROPE, ranks, Parallel(tp=2), Memory(), "fp32")
+        chunks = llama.build(replace(MODEL, vocab_size=vocab_size), ROPE, ranks, Parallel(tp=2), Memory(offload="off"), "fp32")
         if fits:
             sharded.load(save / "iter_0000001", chunks)
             continue
@@ -103,7 +103,7 @@ def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iter
 
     train = Train(seq_length=S, global_batch=BATCH, iterations=iterations, lr=1e-2, warmup=min(2, iterations - 1), precision=precision,
                   save_every=save_every, keep=0)
-    run = Run(name="test", model=model, rope=ROPE, parallel=parallel, memory=Memory(loss_chunk=24), optim=Optim(clip=clip), train=train)
+    run = Run(name="test", model=model, rope=ROPE, parallel=parallel, memory=Memory(offload="off", loss_chunk=24), optim=Optim(clip=clip), train=train)
     ranks = launch.start(Runtime(device="cpu"), parallel)
     try:
         chunks = llama.build(model, ROPE, ranks, parallel, run.memory, precision)

@@ -141,21 +141,25 @@ def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
 
 def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    settings = ("train.save_every=0", "train.eval_every=3")
+    settings = ("train.save_every=0", "train.eval_every=3", "memory.checkpoint=attention")
     valid = ("--valid", str(inputs / "valid"))
 
-    # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number.
+    # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number, with other memory settings.
     with Tool(inputs, save, "train.iterations=100000", *settings, more=valid, ranks=2) as tool:
         tool.wait_for("iteration      4/100000")
         tool.send(signal.SIGTERM)  # to torchrun, which hands it on
         tool.finish()
         stopped = _saved(save)[-1]
         assert f"stop requested: saved iteration {stopped}; start the same command again to go on" in tool.lines
+        assert sum('"offload": "off"' in line for line in tool.lines) == 1, "auto is settled before it is printed"
+        stored = sharded.stored_run(sharded.progress_of(sharded.whole(save)[-1]))
+        assert stored is not None and stored.memory.offload == "off"
         assert "SIGKILL" not in tool.errors() and "Traceback" not in tool.errors().split("Sending process")[0]
     seen, held_out = tool.iterations(), tool.held_out()
     end = stopped + 4
 
-    with Tool(inputs, save, f"train.iterations={end}", *settings, "parallel.pp=2", "parallel.vpp=2", more=valid, ranks=2) as tool:
+    others = ("parallel.pp=2", "parallel.vpp=2", "memory.offload=attention")
+    with Tool(inputs, save, f"train.iterations={end}", *settings, *others, more=valid, ranks=2) as tool:
         assert tool.finish() == 0, tool.errors()
     assert len([line for line in tool.lines if "causal training FLOPs" in line]) == 1, "rank 0 alone prints"
     assert _saved(save)[-1] == end

@@ -74,7 +74,7 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
     ranks = launch.start(Runtime(device="cuda"), Parallel())
     try:
         found = hf.read_config(base)
-        built = {te: llama.build(found.model, found.rope, ranks, Parallel(), Memory(checkpoint="none"), "bf16", transformer_engine=te)
+        built = {te: llama.build(found.model, found.rope, ranks, Parallel(), Memory(checkpoint="none", offload="off"), "bf16", transformer_engine=te)
                  for te in (True, False)}
         for chunks in built.values():
             hf.load_parameters(base, found.model, llama.named_parameters(chunks[0]), 0, 1)
@@ -102,8 +102,8 @@ def test_memory_settings_give_the_same_gradients(base: Path) -> None:
         found = hf.read_config(base)
         tokens = torch.randint(0, MODEL.vocab_size, (2, 4 * S + 1), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
         grads: dict[str, dict[str, torch.Tensor]] = {}
-        for name, memory in {"none": Memory(checkpoint="none"), "kept": Memory(layer_chunk=300), "offloaded": Memory(offload="attention", layer_chunk=300),
-                             "inputs offloaded": Memory(offload="checkpoints")}.items():
+        for name, memory in {"none": Memory(checkpoint="none", offload="off"), "kept": Memory(offload="off", layer_chunk=300),
+                             "offloaded": Memory(offload="attention", layer_chunk=300), "inputs offloaded": Memory(offload="checkpoints")}.items():
             (chunk,) = llama.build(found.model, found.rope, ranks, Parallel(), memory, "bf16", transformer_engine=False)
             hf.load_parameters(base, found.model, llama.named_parameters(chunk), 0, 1)
             for _ in range(3):

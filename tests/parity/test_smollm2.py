@@ -41,7 +41,7 @@ def tokens_of_text(tokens: int) -> list[int]:
 
 def settled(*settings: str) -> Run:
     """The recipe as it runs here."""
-    return override(recipes.smollm2_135m(), ["rope.factor=8", "train.precision=fp32", "runtime.device=cpu", *settings])
+    return override(recipes.smollm2_135m(), ["rope.factor=8", "train.precision=fp32", "memory.offload=off", "runtime.device=cpu", *settings])
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ ALLOWED = {
     "planner": {"config", "plan", "hardware", "train.metrics"},
     "plan_report": {"config", "recipes", "checkpoint", "plan", "planner", "hardware", "train.metrics"},
     # Training calls evaluation through a callback it is given; evaluation knows nothing of training.
-    "train": BELOW_TRAIN,
+    "train": BELOW_TRAIN | {"plan"},
     "evaluate": BELOW_TRAIN,
 }
 

@@ -37,6 +37,9 @@ MODEL = {"hidden_size": 32, "ffn_size": 48, "layers": 4, "heads": 4, "kv_heads":
     (["parallel.dp=3"], "train.global_batch=8 is not a multiple of train.micro_batch=1 x 3 data parallel ranks"),
     (["train.micro_batch=3"], "train.global_batch=8 is not a multiple of train.micro_batch=3"),
     (["parallel.pp=2", "parallel.vpp=2", "parallel.dp=8"], "1 micro-batches are not a multiple of parallel.pp=2"),
+    # Memory.
+    (["memory.offload=on"], "--set memory.offload=on: choose one of off, checkpoints, attention, auto"),
+    (["memory.checkpoint=none", "memory.offload=attention"], "memory.offload=attention needs memory.checkpoint=attention, not none"),
     # Schedule.
     (["train.iterations=0"], "train.iterations=0 must be at least 1"),
     (["train.warmup=10"], "train.warmup=10 must be below train.iterations=10"),
@@ -106,6 +109,11 @@ def test_values():
     assert config.parse_count("128k", "x") == 131072
     with pytest.raises(UserError, match="x=K: expected a whole number"):
         config.parse_count("K", "x")
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full", "attention"])
+def test_offload_is_settled_later_unless_given(checkpoint):
+    assert override(RUN, [f"memory.checkpoint={checkpoint}"]).memory.offload == "auto"
 
 
 def test_settings_of_a_shape():

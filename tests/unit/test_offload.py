@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_ultralong.config import Memory, UserError
-from megatron_ultralong.model.offload import ON_DEVICE, HostStore
+from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, UserError
+from megatron_ultralong.model.offload import HostStore
 
 
 def tensors(layer: int) -> list[torch.Tensor]:
@@ -24,12 +24,12 @@ def test_everything_comes_back_and_host_memory_is_used_again() -> None:
     for step in range(3):
         store.begin()
         kept = [store.keep(tensors(10 * step + layer)) for layer in range(5)]
-        assert sum(k._device is not None for k in kept) == ON_DEVICE
+        assert sum(k._device is not None for k in kept) == OFFLOADED_LAYERS_ON_GPU
         for layer in reversed(range(5)):
             got = kept[layer].get()
             if layer:
                 assert kept[layer - 1]._device is not None, "the layer before was not fetched ahead"
-            assert sum(k._device is not None for k in kept) <= ON_DEVICE
+            assert sum(k._device is not None for k in kept) <= OFFLOADED_LAYERS_ON_GPU
             for x, y in zip(got, tensors(10 * step + layer), strict=True):
                 assert x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
         assert store.bytes == 5 * (15 * 4 + 24 * 2), "host memory grew with the steps"
@@ -41,7 +41,7 @@ def test_a_graph_dropped_without_backward_gives_its_memory_back() -> None:
         store.begin()
         kept = [store.keep(tensors(layer)) for layer in range(3)]
         del kept
-    assert store.bytes <= (3 + ON_DEVICE) * (15 * 4 + 24 * 2)
+    assert store.bytes <= (3 + OFFLOADED_LAYERS_ON_GPU) * (15 * 4 + 24 * 2)
 
 
 def test_micro_batches_that_overlap() -> None:

@@ -8,7 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,21 @@ from megatron_ultralong import plan, plan_report, planner, recipes
 from megatron_ultralong.checkpoint import mapping
 from megatron_ultralong.config import Memory, Model, Parallel, Run, Train, UserError, override
 from megatron_ultralong.hardware import GPUS, Assumed, Gpu, Machine
-from megatron_ultralong.plan import Choice
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
 from megatron_ultralong.train.metrics import flops_per_token
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_dim=2, vocab_size=10)
 # TP 2 x CP 2: 32 tokens a rank, two micro-batches.
-RUN = Run(name="x", parallel=Parallel(tp=2, cp=2), memory=Memory(checkpoint="full"),
+RUN = Run(name="x", parallel=Parallel(tp=2, cp=2), memory=Memory(checkpoint="full", offload="off"),
           train=Train(seq_length=64, global_batch=2, iterations=1, lr=1.0))
 IDEAL = Assumed(attention_forward=1.0, attention_backward=1.0, products=1.0, links=1.0, gpu_memory=1.0, host_memory=1.0, hop_microseconds=0.0)
 SLOW = Gpu(name="slow", memory=10**5, bf16=1000.0, fp32=500.0, hbm=1000.0, nvlink=100.0, infiniband=10.0, pcie=50.0)
-MODES = plan.choices()
+
+
+def kept(run: Run, checkpoint: Any, offload: Any = "off", **more: Any) -> Run:
+    """`run` with what is kept for the backward, and where."""
+    return replace(run, memory=Memory(checkpoint=checkpoint, offload=offload, **more))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ MODES = plan.choices()
 def test_memory_by_hand():
     # A rank: 4 layers of (192 + 384) / 2 weights and two norms of 8, two embeddings of 5 x 8, the last norm.
     parameters = 4 * (288 + 16) + 2 * 40 + 8
-    assert plan.memory(RUN, SMALL, 4, Choice()) == {
+    assert plan.memory(RUN, SMALL, 4) == {
         "weights": parameters * 2, "gradients (fp32)": parameters * 4, "optimizer (fp32)": parameters * 12 // 2,
         "layer checkpoints": 4 * 256,  # 32 tokens x 8 x 2 bytes / TP
         "one layer at work": 32 * (76 + 48 + 80 + 32 + 32),
@@ -49,41 +52,40 @@ def test_memory_by_hand():
     assert plan.memory(fp32, SMALL, 4)["layer checkpoints"] == 4 * 512
 
 
-@pytest.mark.parametrize(("choice", "on_gpu", "on_host"), [
-    (Choice(checkpoint="none"), 3 * (256 + 4736), {}),  # all layers but the one at work
-    (Choice(checkpoint="full"), 4 * 256, {}),
-    (Choice(checkpoint="attention"), 4 * (256 + 512), {}),  # the output 32 x 8 x 2 / TP, logsumexps 32 x 4 x 4 / TP
-    (Choice(checkpoint="full", offload="checkpoints"), 2 * 256, {"layer inputs": 4 * 256}),
-    (Choice(checkpoint="attention", offload="checkpoints"), 2 * 256 + 4 * 512, {"layer inputs": 4 * 256}),
-    (Choice(checkpoint="attention", offload="attention"), 2 * (256 + 512), {"layer inputs": 4 * 256, "attention outputs": 4 * 512}),
+@pytest.mark.parametrize(("mode", "on_gpu", "on_host"), [
+    (("none",), 3 * (256 + 4736), {}),  # all layers but the one at work
+    (("full",), 4 * 256, {}),
+    (("attention",), 4 * (256 + 512), {}),  # the output 32 x 8 x 2 / TP, logsumexps 32 x 4 x 4 / TP
+    (("attention", "checkpoints"), 2 * 256 + 4 * 512, {"layer inputs": 4 * 256}),
+    (("attention", "attention"), 2 * (256 + 512), {"layer inputs": 4 * 256, "attention outputs": 4 * 512}),
 ])
-def test_what_is_kept_by_hand(choice, on_gpu, on_host):
-    assert plan.memory(RUN, SMALL, 4, choice)["layer checkpoints"] == on_gpu
-    assert plan.host_memory(RUN, SMALL, 4, choice) == on_host
+def test_what_is_kept_by_hand(mode, on_gpu, on_host):
+    assert plan.memory(kept(RUN, *mode), SMALL, 4)["layer checkpoints"] == on_gpu
+    assert plan.host_memory(kept(RUN, *mode), SMALL, 4) == on_host
 
 
 def test_published_sizes_of_llama():
     """A token and layer: 2 H bytes of input; 2 H + 2 h d + 4 h with the attention's output and logsumexps; MLP 5 F e in chunks."""
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
     tokens = 1024**2
-    parts = {mode: plan._stage(run, LLAMA_3_1_8B, 1, 8, 0, Choice(checkpoint=mode)) for mode in ("full", "attention")}
+    parts = {mode: plan._stage(kept(run, mode), LLAMA_3_1_8B, 1, 8, 0) for mode in ("full", "attention")}
     assert parts["full"]["layer checkpoints"] == 32 * tokens * 2 * 4096
     assert parts["attention"]["layer checkpoints"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
     assert parts["full"]["one layer at work"] - parts["attention"]["one layer at work"] == (tokens - 16384) * 5 * 14336 * 2
-    smaller = plan._stage(run, LLAMA_3_1_8B, 1, 8, 0, Choice(checkpoint="attention", layer_chunk=8192))
+    smaller = plan._stage(kept(run, "attention", layer_chunk=8192), LLAMA_3_1_8B, 1, 8, 0)
     assert parts["attention"]["one layer at work"] - smaller["one layer at work"] == 8192 * 5 * 14336 * 2
-    whole = plan._stage(run, LLAMA_3_1_8B, 1, 8, 0, Choice(checkpoint="attention", layer_chunk=0))
+    whole = plan._stage(kept(run, "attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
     assert whole["one layer at work"] == parts["full"]["one layer at work"]
 
 
 def test_pipelines_keep_what_is_in_flight():
     run = replace(RUN, parallel=Parallel(pp=2, cp=2), train=replace(RUN.train, global_batch=8))
-    offload = Choice(checkpoint="full", offload="checkpoints")
+    offloaded = kept(run, "attention", "attention")
     # The first stage: two layers, two micro-batches in flight, all of them in host memory but two.
-    assert plan.host_memory(run, SMALL, 4, offload) == {"layer inputs": 2 * 2 * 512}
-    assert plan._stage(run, SMALL, 1, 8, 0, offload)["layer checkpoints"] == 2 * 512
-    assert plan._stage(run, SMALL, 1, 8, 0, Choice())["layer checkpoints"] == 4 * 512
-    assert plan._stage(run, SMALL, 1, 8, 1, Choice())["layer checkpoints"] == 2 * 512
+    assert plan.host_memory(offloaded, SMALL, 4) == {"layer inputs": 2 * 2 * 512, "attention outputs": 2 * 2 * 1024}
+    assert plan._stage(offloaded, SMALL, 1, 8, 0)["layer checkpoints"] == 2 * (512 + 1024)
+    assert plan._stage(run, SMALL, 1, 8, 0)["layer checkpoints"] == 4 * 512
+    assert plan._stage(run, SMALL, 1, 8, 1)["layer checkpoints"] == 2 * 512
 
 
 @pytest.mark.parametrize("model", [SMALL, LLAMA_3_1_8B, SMOLLM2_135M], ids=["small", "llama", "smollm2"])
@@ -98,7 +100,7 @@ def test_parameters_are_those_of_the_name_table(model):
 # ---- time ------------------------------------------------------------------------------------------------------
 
 def test_work_by_hand():
-    full = plan.work(RUN, SMALL, Choice())
+    full = plan.work(RUN, SMALL)
     assert full == plan.Work(
         attention=4 * 16 * 1024,  # 16 = 32 tokens / TP; 2 x 4 heads x 2 dims x 64 tokens, the lower triangle of two products
         products=4 * 16 * 2 * 576, output=16 * 6 * 80,
@@ -107,53 +109,53 @@ def test_work_by_hand():
         ring_backward=4 * (128 * 2 + 2 * 128 * 4), merge_forward=4 * 0.75 * 128 * 18, merge_backward=4 * 0.75 * 256 * 10,
         hops_forward=8, hops_backward=8,
         tensor=(4 * 14 + 2) * 512 / 2, pipeline=0.0, host=0.0)
-    kept = plan.work(RUN, SMALL, Choice(checkpoint="attention", offload="attention"))
-    assert (kept.recompute_attention, kept.recompute_products, kept.host) == (0, full.recompute_products, 4 * (256 + 512))
-    none = plan.work(RUN, SMALL, Choice(checkpoint="none"))
+    away = plan.work(kept(RUN, "attention", "attention"), SMALL)
+    assert (away.recompute_attention, away.recompute_products, away.host) == (0, full.recompute_products, 4 * (256 + 512))
+    none = plan.work(kept(RUN, "none"), SMALL)
     assert (none.recompute_products, none.tensor) == (0, (4 * 10 + 2) * 512 / 2)
-    alone = plan.work(replace(RUN, parallel=Parallel()), SMALL, Choice())
+    alone = plan.work(replace(RUN, parallel=Parallel()), SMALL)
     assert (alone.ring_forward, alone.ring_backward, alone.merge_backward, alone.hops_forward, alone.tensor) == (0, 0, 0, 0, 0)
-    assert plan.work(replace(RUN, parallel=Parallel(pp=2)), SMALL, Choice()).pipeline == 2 * 64 * 8 * 2
-    assert plan.work(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL, Choice()).pipeline == 2 * 2 * 64 * 8 * 2
+    assert plan.work(replace(RUN, parallel=Parallel(pp=2)), SMALL).pipeline == 2 * 64 * 8 * 2
+    assert plan.work(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL).pipeline == 2 * 2 * 64 * 8 * 2
 
 
 def test_time_by_hand():
-    assert plan.time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL), Choice()) == pytest.approx({
+    assert plan.time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL)) == pytest.approx({
         "attention": 2 * 65.536 * 3.5, "other matrix products": 2 * (3 * 73.728 + 7.68), "recompute": 2 * (65.536 + 73.728),
         "CP ring, merges and hops": 2 * (2 * 6.912 + 7.68), "CP ring, not hidden": 0.0, "TP collectives": 2 * 148.48,
         "pipeline transfers": 0.0, "host copies, not hidden": 0.0, "pipeline bubble": 0.0,
         "DP gradients, weights": 1304 * 6 / 2 / 100})
     # Assumptions divide: half of the peak takes twice as long; hops cost what they are said to.
     half = replace(IDEAL, attention_forward=0.5, attention_backward=0.5, hop_microseconds=1e6)
-    parts = plan.time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=half), Choice())
+    parts = plan.time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=half))
     assert parts["attention"] == pytest.approx(2 * 2 * 65.536 * 3.5)
     assert parts["CP ring, merges and hops"] == pytest.approx(2 * (2 * 6.912 + 7.68) + 2 * 24)
     # In float32 the other peak.
     fp32 = replace(RUN, train=replace(RUN.train, precision="fp32"))
-    assert plan.time(fp32, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL), Choice())["attention"] == pytest.approx(2 * 2 * 65.536 * 3.5)
+    assert plan.time(fp32, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL))["attention"] == pytest.approx(2 * 2 * 65.536 * 3.5)
 
 
 def test_transfers_hide_up_to_their_length():
     # 1024 bytes forward and 5120 backward, twice; attention beside them takes 65.536 and 163.84 s.
     machine = Machine(gpu=replace(SLOW, nvlink=10.0), gpus=4, assumed=IDEAL)
-    assert plan.time(RUN, SMALL, machine, Choice(checkpoint="none"))["CP ring, not hidden"] == pytest.approx(2 * (102.4 - 65.536 + 512 - 163.84))
-    assert plan.time(RUN, SMALL, machine, Choice())["CP ring, not hidden"] == pytest.approx(2 * (2 * (102.4 - 65.536) + 512 - 163.84))
+    assert plan.time(kept(RUN, "none"), SMALL, machine)["CP ring, not hidden"] == pytest.approx(2 * (102.4 - 65.536 + 512 - 163.84))
+    assert plan.time(RUN, SMALL, machine)["CP ring, not hidden"] == pytest.approx(2 * (2 * (102.4 - 65.536) + 512 - 163.84))
     # 3072 bytes each way; the forward takes 65.536 + 73.728 + 7.68 s, the backward 163.84 + 147.456 + 73.728.
     machine = Machine(gpu=replace(SLOW, pcie=4.0), gpus=4, assumed=IDEAL)
-    exposed = plan.time(RUN, SMALL, machine, Choice(checkpoint="attention", offload="attention"))["host copies, not hidden"]
+    exposed = plan.time(kept(RUN, "attention", "attention"), SMALL, machine)["host copies, not hidden"]
     assert exposed == pytest.approx(2 * (768 - 146.944 + 768 - 385.024))
 
 
 def test_bubble():
-    run = replace(RUN, parallel=Parallel(pp=4), train=replace(RUN.train, global_batch=8))
+    run = replace(kept(RUN, "none"), parallel=Parallel(pp=4), train=replace(RUN.train, global_batch=8))
     machine = Machine(gpu=replace(SLOW, nvlink=1e9), gpus=4, assumed=IDEAL)
-    parts = plan.time(run, SMALL, machine, Choice(checkpoint="none"))
+    parts = plan.time(run, SMALL, machine)
     # A layer a stage; the last has the output layer, whose time is no bubble of the first micro-batch's way through the other three.
     layer = (1024 * 64 * 3.5 + 3 * 2 * 576 * 64) / 1000
     assert parts["pipeline bubble"] == pytest.approx(3 * layer, rel=1e-4)
     assert parts["attention"] == pytest.approx(8 * 1024 * 64 * 3.5 / 1000)
     halved = replace(run, parallel=Parallel(pp=2, vpp=2))
-    assert plan.time(halved, SMALL, replace(machine, gpus=2), Choice(checkpoint="none"))["pipeline bubble"] == pytest.approx(layer, rel=1e-4)
+    assert plan.time(halved, SMALL, replace(machine, gpus=2))["pipeline bubble"] == pytest.approx(layer, rel=1e-4)
 
 
 def test_links_follow_the_ranks_places():
@@ -166,26 +168,26 @@ def test_links_follow_the_ranks_places():
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2, cp=2), Parallel(pp=4), Parallel(tp=2, pp=2, cp=4)])
 def test_work_is_that_of_the_mfu_formula(parallel):
     """Over all ranks, without recompute and with the backward twice the forward: the FLOPs that MFU counts."""
-    run = replace(RUN, parallel=parallel)
-    todo = [plan.work(run, SMALL, Choice(checkpoint="none"), last=stage == parallel.pp - 1) for stage in range(parallel.pp)]
+    run = replace(kept(RUN, "none"), parallel=parallel)
+    todo = [plan.work(run, SMALL, last=stage == parallel.pp - 1) for stage in range(parallel.pp)]
     here = parallel.tp * parallel.cp * sum(3 * w.attention + 3 * w.products + w.output for w in todo)
     assert here == pytest.approx(64 * flops_per_token(SMALL, 64))
 
 
-@pytest.mark.parametrize("choice", MODES, ids=lambda c: f"{c.checkpoint}-{c.offload}")
-def test_longer_takes_more(choice):
-    run, machine = replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), Machine(gpu=GPUS["h100"], gpus=256)
-    plans = [planner.estimate(replace(run, train=replace(run.train, seq_length=s * 1024)), LLAMA_3_1_8B, machine, choice)
+@pytest.mark.parametrize("mode", plan.MODES, ids=lambda m: f"{m.checkpoint}-{m.offload}")
+def test_longer_takes_more(mode):
+    run, machine = replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4), memory=mode), Machine(gpu=GPUS["h100"], gpus=256)
+    plans = [planner.estimate(replace(run, train=replace(run.train, seq_length=s * 1024)), LLAMA_3_1_8B, machine)
              for s in (128, 256, 512, 1024, 2048, 4096)]
     for short, long in itertools.pairwise(plans):
         assert plan.total(short.memory) < plan.total(long.memory)
-        assert plan.total(short.host) < plan.total(long.host) or choice.offload == "off"
+        assert plan.total(short.host) < plan.total(long.host) or mode.offload == "off"
         assert 2 * short.seconds < long.seconds + 1.0, "attention grows faster than the tokens do"
         assert short.tokens_per_second > long.tokens_per_second
         assert all(short.time[part] <= long.time[part] for part in short.time if part != "host copies, not hidden")
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------------
+# ---- layouts and memory modes ----------------------------------------------------------------------------------
 
 def shapes(runs) -> list[tuple[int, int, int]]:
     return [(r.parallel.tp, r.parallel.pp, r.parallel.cp) for r in runs]
@@ -195,9 +197,9 @@ def test_layouts():
     base = replace(RUN, parallel=Parallel())
     # DP 4 does not divide the batch of 2, TP 4 not the two KV heads.
     assert shapes(plan.layouts(base, SMALL, 4)) == [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1)]
-    assert shapes(plan.layouts(replace(base, parallel=Parallel(tp=2)), SMALL, 4, fixed=("tp",))) == [(2, 1, 1), (2, 1, 2), (2, 2, 1)]
-    assert shapes(plan.layouts(replace(base, parallel=Parallel(dp=2)), SMALL, 4, fixed=("dp",))) == [(1, 1, 2), (1, 2, 1), (2, 1, 1)]
-    assert shapes(plan.layouts(replace(base, parallel=Parallel(cp=8)), SMALL, 4, fixed=("cp",))) == []
+    assert shapes(plan.layouts(replace(base, parallel=Parallel(tp=2)), SMALL, 4, fixed=("parallel.tp",))) == [(2, 1, 1), (2, 1, 2), (2, 2, 1)]
+    assert shapes(plan.layouts(replace(base, parallel=Parallel(dp=2)), SMALL, 4, fixed=("parallel.dp",))) == [(1, 1, 2), (1, 2, 1), (2, 1, 1)]
+    assert shapes(plan.layouts(replace(base, parallel=Parallel(cp=8)), SMALL, 4, fixed=("parallel.cp",))) == []
     # A ring of 64 would need 128 pieces; TP stays within 8.
     wide = replace(SMALL, heads=64, kv_heads=64, ffn_size=64)
     assert max(shapes(plan.layouts(base, wide, 64)), key=lambda s: s[2]) == (1, 1, 32)
@@ -206,25 +208,39 @@ def test_layouts():
     assert {(r.parallel.pp, r.parallel.vpp) for r in plan.layouts(interleaved, SMALL, 4)} == {(1, 1), (2, 2)}  # PP 4 has no 8 layers to interleave
 
 
+def words(runs) -> list[tuple[str, str]]:
+    return [(r.memory.checkpoint, r.memory.offload) for r in runs]
+
+
 def test_modes():
-    assert [(c.checkpoint, c.offload) for c in MODES] == [
-        ("none", "off"), ("full", "off"), ("full", "checkpoints"), ("attention", "off"), ("attention", "checkpoints"), ("attention", "attention")]
-    run = recipes.get("ultralong_1m")
-    assert Choice.of(run) == replace(Choice(), **{f.name: getattr(run.memory, f.name) for f in fields(Choice) if hasattr(run.memory, f.name)})
-    assert all(c.in_config for c in planner.modes_of(run, {})), "what is searched by itself can be trained"
-    assert {c.checkpoint for c in planner.modes_of(run, {"checkpoint": "attention", "layer_chunk": 4096})} == {"attention"}
-    assert [c.layer_chunk for c in planner.modes_of(run, {"checkpoint": "attention", "layer_chunk": 4096})] == [4096] * 3
-    for wrong in ({"checkpoint": "some"}, {"offload": "attention", "checkpoint": "full"}, {"offload": "checkpoints", "checkpoint": "none"},
-                  {"layer_chunk": -1}):
-        with pytest.raises(UserError, match="memory."):
-            planner.modes_of(run, wrong)
-        with pytest.raises(UserError, match="memory."):
-            Choice(**wrong)
+    attention = [("attention", "off"), ("attention", "checkpoints"), ("attention", "attention")]
+    run = replace(RUN, memory=Memory(layer_chunk=4096))
+    assert words(plan.modes(run)) == [("none", "off"), ("full", "off"), *attention]
+    assert words(plan.modes(run, ["memory.checkpoint", "memory.offload"])) == attention, "auto is all three"
+    assert words(plan.modes(kept(run, "full"), ["memory.checkpoint"])) == [("full", "off")]
+    assert words(plan.modes(kept(run, "attention", "checkpoints"), ["memory.offload"])) == [("attention", "checkpoints")]
+    assert {r.memory.layer_chunk for r in plan.modes(run)} == {4096}
+
+
+def test_auto_is_the_first_that_fits():
+    run = replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4), memory=Memory(layer_chunk=8192))
+    sizes = [plan.total(plan.memory(mode, LLAMA_3_1_8B, 32)) for mode in plan.modes(run, ["memory.checkpoint"])]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    for size, before, at_most in zip(sizes, ("checkpoints", "attention", "attention"), ("off", "checkpoints", "attention"), strict=True):
+        for gpu_bytes, settled in ((int(size / 0.9) + 1, at_most), (int(size / 0.9) - 1, before)):
+            assert plan.settle_offload(run, LLAMA_3_1_8B, 32, gpu_bytes) == replace(run, memory=replace(run.memory, offload=settled))
+    assert plan.settle_offload(run, LLAMA_3_1_8B, 32, None).memory.offload == "off", "a CPU"
+    for checkpoint in ("none", "full"):
+        assert words([plan.settle_offload(kept(run, checkpoint, "auto"), LLAMA_3_1_8B, 32, 1)]) == [(checkpoint, "off")]
+    asked = kept(run, "attention", "checkpoints")
+    assert plan.settle_offload(asked, LLAMA_3_1_8B, 32, 10**15) is asked and plan.settle_offload(asked, LLAMA_3_1_8B, 32, None) is asked
+    with pytest.raises(AssertionError, match="settle_offload comes first"):
+        plan.memory(run, LLAMA_3_1_8B, 32)
 
 
 def test_search_ranks_by_time_and_keeps_one_plan_a_layout():
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
-    found = planner.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32), MODES)
+    found = planner.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32))
     assert found.best and found.fitting > len(found.best)
     assert [p.seconds for p in found.best] == sorted(p.seconds for p in found.best)
     assert len({p.run.parallel for p in found.best}) == len(found.best)
@@ -255,14 +271,14 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
 
 
 @pytest.mark.parametrize(("settings", "part", "help_"), [
-    (["memory.checkpoint=none"], "layer checkpoints", "memory.checkpoint=full"),
-    (["memory.checkpoint=full", "parallel.pp=1"], "one layer at work", "more parallel.cp"),
+    (["memory.checkpoint=none"], "layer checkpoints", "memory.checkpoint=attention with memory.offload=auto"),
+    (["memory.offload=off"], "layer checkpoints", "memory.offload=attention"),
+    (["memory.checkpoint=full", "parallel.pp=1"], "one layer at work", "memory.checkpoint=attention with memory.offload=auto, more parallel.cp"),
     (["memory.checkpoint=full", "memory.loss_chunk=0", "parallel.cp=8", "parallel.tp=1"], "loss", "a smaller memory.loss_chunk (now all at once)"),
 ])
 def test_why_it_does_not_fit(settings, part, help_):
     run = override(replace(recipes.get("ultralong_1m"), parallel=Parallel()), settings)
-    found = planner.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=8), [Choice(checkpoint=run.memory.checkpoint)],
-                           [name for name in ("tp", "pp", "cp") if any(name in s for s in settings)])
+    found = planner.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=8), [s.partition("=")[0] for s in settings])
     assert found.best == [] and found.closest is not None
     assert f"the largest part is {part} with " in str(found.closest.problem) and help_ in str(found.closest.problem)
 
@@ -270,14 +286,13 @@ def test_why_it_does_not_fit(settings, part, help_):
 def test_weights_optimizer_and_host_memory_as_reasons():
     machine = Machine(gpu=GPUS["h100"], gpus=1)
     big = replace(LLAMA_3_1_8B, layers=320)
-    run = Run(name="x", train=Train(seq_length=8192, global_batch=8, iterations=1, lr=1.0))
+    run = Run(name="x", memory=Memory(offload="off"), train=Train(seq_length=8192, global_batch=8, iterations=1, lr=1.0))
     assert "optimizer (fp32)" in str(planner.estimate(run, big, machine).problem) and "more GPUs" in str(planner.estimate(run, big, machine).problem)
     wide = replace(run, parallel=Parallel(), train=replace(run.train, global_batch=64))
     assert "more parallel.tp or parallel.pp" in str(planner.estimate(wide, big, replace(machine, gpus=64)).problem)
-    long = replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4))
-    choice = Choice(checkpoint="attention", offload="attention")
-    assert planner.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32), choice).problem is None
-    short = planner.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32, host_memory=64 * 1024**3), choice)
+    long = kept(replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "attention", "attention")
+    assert planner.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32)).problem is None
+    short = planner.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32, host_memory=64 * 1024**3))
     assert plan.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8
     assert "of host memory a node, 62 are there" in str(short.problem) and "memory.offload=checkpoints" in str(short.problem)
 
@@ -290,7 +305,7 @@ def test_every_recipe_can_be_planned(name):
     run = recipes.get(name)
     model = run.model or MODELS.get(name) or recipes.SHAPES.get(run.base, LLAMA_3_1_8B)
     ranks = run.parallel.tp * run.parallel.pp * run.parallel.cp
-    own = planner.estimate(run, model, Machine(gpu=GPUS["h100"], gpus=ranks))
+    own = planner.estimate(plan.settle_offload(run, model, ranks, GPUS["h100"].memory), model, Machine(gpu=GPUS["h100"], gpus=ranks))
     assert own.problem is None and own.seconds > 0 and own.dp == 1 and 0 < own.mfu < 1
     assert sum(own.time.values()) == own.seconds
     if run.base or run.model:
@@ -309,7 +324,7 @@ def test_the_line_to_paste_gives_the_plan():
             assert run.train.global_batch == 16
             p = run.parallel
             assert {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": p.data_parallel(gpus)} == new["layout"]
-            assert run.memory.checkpoint == new["mode"]["checkpoint"]
+            assert asdict(run.memory) == new["memory"]
             again = planner.estimate(run, recipes.SHAPES[base.base], Machine(gpu=GPUS["h100"], gpus=gpus))
             assert plan.total(again.memory) == new["memory_bytes_a_gpu"]["all"] and again.seconds == new["seconds_an_iteration"]["all"]
     # Without a recipe it holds length and batch as well, for any.
@@ -318,15 +333,14 @@ def test_the_line_to_paste_gives_the_plan():
     assert (run.train.seq_length, run.train.global_batch) == (512 * 1024, 16)
 
 
-def test_modes_that_no_run_can_have_yet_are_said_to_be(monkeypatch):
-    settings = ["memory.checkpoint=attention", "memory.offload=attention", "memory.layer_chunk=8K"]
-    monkeypatch.setattr(plan, "config_has", lambda name, word=None: name in ("checkpoint", "loss_chunk") and word in (None, "none", "full"))
+def test_memory_settings_given_stay():
+    settings = ["memory.offload=attention", "memory.layer_chunk=8K"]
     said = plan_report.report(recipe="ultralong_1m", gpus=32, settings=settings)
-    assert said.fits and {p["mode"]["layer_chunk"] for p in said.values["plans"].values()} == {8192}
-    assert all((p["mode"]["checkpoint"], p["mode"]["offload"], p["mode_in_this_version"]) == ("attention", "attention", False)
-               for p in said.values["plans"].values())
-    assert "config.py of this version lacks the memory mode of: best" in said.text and "GB of host memory a node" in said.text
-    assert "memory.layer_chunk=8192" in said.text
+    assert said.fits and all(p["memory"] == asdict(Memory(offload="attention", layer_chunk=8192)) for p in said.values["plans"].values())
+    assert "GB of host memory a node" in said.text and "memory.layer_chunk=8K" in said.text
+    auto = plan_report.report(recipe="ultralong_1m", gpus=32, settings=["memory.checkpoint=attention", "memory.offload=auto"])
+    free = plan_report.report(recipe="ultralong_1m", gpus=32, settings=["memory.checkpoint=attention"])
+    assert auto.text == free.text and "offload=auto" not in auto.text
 
 
 # ---- the tool --------------------------------------------------------------------------------------------------
@@ -393,9 +407,3 @@ def test_tool_ends_with_one_line():
     done = subprocess.run([sys.executable, str(TOOL), "--recipe", "ultralong_1m", "--gpus", "7"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no layout of 7 GPUs") and done.stderr.count("\n") == 1
-
-
-def test_memory_settings_of_this_version():
-    """Whatever config.py's Memory is, its own values can be planned."""
-    assert Choice.of(replace(RUN, memory=Memory())).in_config
-    assert plan.config_has("checkpoint", "full") and not plan.config_has("checkpoint", "some") and not plan.config_has("nothing")

@@ -94,7 +94,7 @@ def test_parameters_of_known_models():
 
 @pytest.mark.parametrize("name", [figures[0] for figures in PAPER])
 def test_paper_layouts_fit(name):
-    run = recipes.get(name)
+    run = override(recipes.get(name), ["memory.offload=off"])
     parts = plan.memory(run, LLAMA_3_1_8B, 256)
     s = run.train.seq_length // run.parallel.cp
     assert plan.fits(parts, H100)
@@ -110,18 +110,19 @@ def test_paper_layouts_fit(name):
 
 
 def test_without_context_parallelism_1m_does_not_fit():
-    run = override(recipes.get("ultralong_1m"), ["parallel.cp=1"])
+    run = override(recipes.get("ultralong_1m"), ["memory.offload=off", "parallel.cp=1"])
     assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 8), H100)
-    run = override(recipes.get("ultralong_1m"), ["memory.checkpoint=none"])
+    run = override(recipes.get("ultralong_1m"), ["memory.checkpoint=none", "memory.offload=off"])
     assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 256), H100)
-    run = override(recipes.get("ultralong_1m"), ["memory.loss_chunk=0", "parallel.tp=1", "parallel.cp=32"])
+    run = override(recipes.get("ultralong_1m"), ["memory.loss_chunk=0", "memory.offload=off", "parallel.tp=1", "parallel.cp=32"])
     whole, chunked = (plan.memory(r, LLAMA_3_1_8B, 256)["loss"] for r in (run, override(run, ["memory.loss_chunk=4096"])))
     assert whole - chunked == (32768 - 4096) * 128256 * 8  # logits, their float32 form and their gradient
 
 
 def test_memory_of_pipelines():
     model = Model(hidden_size=8, ffn_size=16, layers=8, heads=2, kv_heads=1, head_dim=4, vocab_size=10)
-    run = Run(name="x", parallel=Parallel(pp=4), memory=Memory(checkpoint="full"), train=Train(seq_length=32, global_batch=8, iterations=1, lr=1.0))
+    run = Run(name="x", parallel=Parallel(pp=4), memory=Memory(checkpoint="full", offload="off"),
+              train=Train(seq_length=32, global_batch=8, iterations=1, lr=1.0))
     # The first of four stages holds four micro-batches of two layers' inputs: 1F1B.
     assert plan._stage(run, model, 1, 8, 0)["layer checkpoints"] == 4 * 2 * 32 * 8 * 2
     assert plan._stage(run, model, 1, 8, 3)["layer checkpoints"] == 1 * 2 * 32 * 8 * 2  # the last hands each straight back
