@@ -142,6 +142,9 @@ class Memory:
     offload: Literal["off", "checkpoints", "attention", "auto"] = "auto"
     """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input; the attention output and
     logsumexp as well; auto = settled at start, the first of these that fits the GPU (off with another checkpoint, or on a CPU)."""
+    query_chunks: bool = False
+    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole. For the
+    longest sequences; keys go round the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
     """Tokens of norms, projections and MLP alive at a time on a rank (all but with checkpoint=none); 0 = all at once."""
     loss_chunk: int = 4096
@@ -153,6 +156,8 @@ class Memory:
                 raise UserError(f"memory.{name}={getattr(self, name)} must be 0 or more")
         if self.offload in ("checkpoints", "attention") and self.checkpoint != "attention":
             raise UserError(f"memory.offload={self.offload} needs memory.checkpoint=attention, not {self.checkpoint}")
+        if self.query_chunks and self.checkpoint != "attention":
+            raise UserError(f"memory.query_chunks=true needs memory.checkpoint=attention, not {self.checkpoint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +274,8 @@ class Run:
 
     def __post_init__(self) -> None:
         s, p = self.train.seq_length, self.parallel
+        if self.memory.query_chunks and (p.ulysses > 1 or p.cp_way != "ring"):
+            raise UserError("memory.query_chunks=true needs parallel.ulysses=1 and parallel.cp_way=ring")
         if p.cp > 1 and s % (2 * p.cp):
             raise UserError(f"train.seq_length={s} is not divisible by 2 x parallel.cp = {2 * p.cp}; "
                             f"the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}")

@@ -76,17 +76,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *, scale: 
                           partial(attention_backward, groups=groups, scale=scale, starts=starts))
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *, scale: float | None = None,
-                      starts: Starts | None = None) -> tuple[Tensor, Tensor]:
-    """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `attention`, outside autograd."""
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *, scale: float | None = None, starts: Starts | None = None,
+                      rows: slice | None = None) -> tuple[Tensor, Tensor]:
+    """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `attention`, outside autograd.
+
+    rows: q holds these of the s local tokens only, and so do out and lse; the ring alone can do that.
+    """
+    if rows is not None:
+        assert groups.way == "ring" and _size(groups.ulysses) == 1
+        return ring_forward(q, k, v, groups.ring, scale=scale, starts=starts, rows=rows)
     way = {"ring": ring_forward, "gather": gather_forward}[groups.way]
     attend: Forward = partial(way, group=groups.ring, scale=scale, starts=starts)
     return ulysses_forward(q, k, v, groups.ulysses, attend)
 
 
 def attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: ContextGroups, *,
-                       scale: float | None = None, starts: Starts | None = None) -> Gradients:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `attention_forward` gave them."""
+                       scale: float | None = None, starts: Starts | None = None, rows: slice | None = None) -> Gradients:
+    """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `attention_forward` gave them.
+
+    rows: as there; dk and dv are then these rows' shares, in float32, to be added up.
+    """
+    if rows is not None:
+        assert groups.way == "ring" and _size(groups.ulysses) == 1
+        return ring_backward(dout, q, k, v, out, lse, groups.ring, scale=scale, starts=starts, rows=rows)
     way = {"ring": ring_backward, "gather": gather_backward}[groups.way]
     attend: Backward = partial(way, group=groups.ring, scale=scale, starts=starts)
     return ulysses_backward(dout, q, k, v, out, lse, groups.ulysses, attend)

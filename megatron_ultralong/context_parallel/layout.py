@@ -108,6 +108,27 @@ def parts(rank: int, source: int, s: int, cp: int, starts: Sequence[int] = (0,))
     return [Part(queries, keys, False)] if queries.start < queries.stop else []
 
 
+def rows_of(parts: Sequence[Part], rows: slice) -> tuple[list[Part], list[Part]]:
+    """What `rows` of the local queries see of `parts`, the queries counted from the first of them.
+
+    (causal parts over the rows' own keys, which cover them where `parts` are our own; all others, none of them causal).
+    """
+    causal, others = [], []
+    for part in parts:
+        seen = _common(part.queries, rows)
+        if seen.start >= seen.stop:
+            continue
+        queries = slice(seen.start - rows.start, seen.stop - rows.start)
+        if not part.causal:
+            others.append(Part(queries, part.keys, False))
+            continue
+        first = part.keys.start + seen.start - part.queries.start
+        causal.append(Part(queries, slice(first, first + seen.stop - seen.start), True))
+        if part.keys.start < first:
+            others.append(Part(queries, slice(part.keys.start, first), False))
+    return causal, others
+
+
 def parts_within(rank: int, s: int, cp: int, starts: Sequence[int] = (0,)) -> list[Part]:
     """What each piece of `rank` sees of itself: causal parts in ascending order that cover all queries without a gap."""
     length = s // len(pieces(rank, cp))

@@ -38,74 +38,80 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: floa
                           partial(ring_backward, group=ring, scale=scale, starts=starts))
 
 
-def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float | None = None,
-                 starts: Starts | None = None) -> tuple[Tensor, Tensor]:
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float | None = None, starts: Starts | None = None,
+                 rows: slice | None = None) -> tuple[Tensor, Tensor]:
     """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `ring_attention`, outside autograd.
 
-    With them, `ring_backward` needs no second forward.
+    With them, `ring_backward` needs no second forward. rows: q holds these of the s local tokens only, and so do out and lse.
     """
     ring = as_ring(group)
-    s, documents = blocks.check(q, k, v, starts, 1 if ring is None else ring.size)
-    backend = blocks.backend(q, documents)
-    if ring is None:
-        return blocks.forward_own(q, k, v, layout.parts(0, 0, s, 1, documents), scale, backend)
-    here, spare = _pack(k, v)  # KV of `source`, and of the rank before it once it has arrived
-    out = torch.empty_like(q, dtype=blocks.wide(q))  # the layout of q, so that the backward need not copy
-    for hop in range(ring.size):
-        transfer = ring.start(here, spare) if hop < ring.size - 1 else None
-        parts = layout.parts(ring.rank, (ring.rank - hop) % ring.size, s, ring.size, documents)
+    rank, size = (0, 1) if ring is None else (ring.rank, ring.size)
+    s, documents = blocks.check(q, k, v, starts, size, rows)
+    rows, backend = rows or slice(0, s), blocks.backend(q, documents)
+    here, spare = ((k, v), None) if ring is None else _pack(k, v)  # KV of `source`, and of the rank before it once it has arrived
+    for hop in range(size):
+        transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
+        causal, others = layout.rows_of(layout.parts(rank, (rank - hop) % size, s, size, documents), rows)
         k_here, v_here = here
         if hop == 0:
-            own, lse = blocks.forward_own(q, k_here, v_here, parts, scale, backend)
-            out.copy_(own)
-        else:
-            for part in parts:
-                blocks.merge_part(out, lse, q, k_here, v_here, part, scale, backend)
+            out, lse = blocks.forward_own(q, k_here[:, :, rows], v_here[:, :, rows], causal, scale, backend)
+            if size > 1 or others:
+                out = torch.empty_like(q, dtype=blocks.wide(q)).copy_(out)  # the layout of q, so that the backward need not copy
+        for part in others:
+            blocks.merge_part(out, lse, q, k_here, v_here, part, scale, backend)
         if transfer is not None:
             transfer.wait()
             here, spare = spare, here
     return out.to(q.dtype), lse
 
 
-def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: Group, *,
-                  scale: float | None = None, starts: Starts | None = None) -> Gradients:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `ring_forward` gave them."""
+def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: Group, *, scale: float | None = None,
+                  starts: Starts | None = None, rows: slice | None = None) -> Gradients:
+    """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `ring_forward` gave them.
+
+    rows: as there; dk and dv are then these rows' shares, in float32, to be added up.
+    """
     ring = as_ring(group)
-    s, documents = blocks.check(q, k, v, starts, 1 if ring is None else ring.size)
+    rank, size = (0, 1) if ring is None else (ring.rank, ring.size)
+    s, documents = blocks.check(q, k, v, starts, size, rows)
     backend = blocks.backend(q, documents)
-    if ring is None:
+    if ring is None and rows is None:
         return blocks.backward_own(dout, q, k, v, out, lse, layout.parts(0, 0, s, 1, documents), scale, backend)
-    here, spare = _pack(k, v)
+    kv_dtype = k.dtype if rows is None else blocks.wide(k)
+    rows = rows or slice(0, s)
+    here, spare = ((k, v), None) if ring is None else _pack(k, v)
     # dKV visits the ranks as KV does, one hop behind: each adds its share and passes it on; CP hops bring it home.
-    dkv_here, dkv_spare = (torch.zeros_like(here, dtype=blocks.wide(k)) for _ in range(2))
+    dkv_here = torch.zeros((2, *k.shape), dtype=blocks.wide(k), device=k.device)
+    dkv_spare = dkv_here if ring is None else torch.zeros_like(dkv_here)
     dkv_transfer: Transfer | None = None
-    for hop in range(ring.size):
-        transfer = ring.start(here, spare) if hop < ring.size - 1 else None
-        parts = layout.parts(ring.rank, (ring.rank - hop) % ring.size, s, ring.size, documents)
+    for hop in range(size):
+        transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
+        causal, others = layout.rows_of(layout.parts(rank, (rank - hop) % size, s, size, documents), rows)
         k_here, v_here = here
+        shares = []
         if hop == 0:
-            dq_own, *dkv_own = blocks.backward_own(dout, q, k_here, v_here, out, lse, parts, scale, backend)
-            dq, shares = dq_own.to(blocks.wide(q)), [(slice(0, s), dkv_own)]
-        else:
-            shares = []
-            for part in parts:
-                dq_share, *dkv_share = blocks.part_gradients(dout, q, k_here, v_here, out, lse, part, scale, backend)
-                dq[:, :, part.queries] += dq_share
-                shares.append((part.keys, dkv_share))
+            dq_own, *dkv_own = blocks.backward_own(dout, q, k_here[:, :, rows], v_here[:, :, rows], out, lse, causal, scale, backend)
+            dq = dq_own.to(blocks.wide(q))
+            shares.append((rows, dkv_own))
+        for part in others:
+            dq_share, *dkv_share = blocks.part_gradients(dout, q, k_here, v_here, out, lse, part, scale, backend)
+            dq[:, :, part.queries] += dq_share
+            shares.append((part.keys, dkv_share))
         if dkv_transfer is not None:
             dkv_transfer.wait()
             dkv_here, dkv_spare = dkv_spare, dkv_here
         for keys, dkv_share in shares:
             for whole, share in zip(dkv_here, dkv_share, strict=True):
                 whole[:, :, keys] += share
-        dkv_transfer = ring.start(dkv_here, dkv_spare)
+        if ring is not None:
+            dkv_transfer = ring.start(dkv_here, dkv_spare)
         if transfer is not None:
             transfer.wait()
             here, spare = spare, here
-    assert dkv_transfer is not None
-    dkv_transfer.wait()
+    if dkv_transfer is not None:
+        dkv_transfer.wait()
     dk, dv = dkv_spare
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype)
 
 
 def _pack(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel.layout import Starts
+from megatron_ultralong.model import query_chunks
+from megatron_ultralong.model.gradients import Gradients, leaf
 from megatron_ultralong.model.offload import HostStore
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -38,9 +40,10 @@ class Layer(TransformerLayer):
         """hidden_states [t, b, H] -> ([t, b, H], None). packed_seq_params: where the row's documents start (Megatron's block hands it on)."""
         x, starts = hidden_states, packed_seq_params
         if not torch.is_grad_enabled() or not x.requires_grad:
-            return self._chunked(x, starts)[0], None
+            return query_chunks.forward(self, x, starts) if self.memory.query_chunks else self._chunked(x, starts)[0], None
         if self.memory.checkpoint == "attention":
-            return _KeptAttention.apply(x, self, starts), None
+            kind = query_chunks.QueryChunked if self.memory.query_chunks else _KeptAttention
+            return kind.apply(x, self, starts), None
         return self.after(x, self.self_attention.core_attention(*self.before(x, slice(0, len(x)), len(x), starts), starts)), None
 
     # ---- the layer's two halves around attention, for any rows of it ----------------------------------------------
@@ -68,11 +71,13 @@ class Layer(TransformerLayer):
         """The view [b, h, TP, c, d] of x [b, h, s, d] that holds what a linear gathers for `rows`."""
         return x.unflatten(2, (self.parts, -1))[:, :, :, rows]
 
-    def project(self, x: Tensor, starts: Starts | None) -> QKV:
-        """`before` of all rows, chunk by chunk, into whole q, k and v."""
+    def project(self, x: Tensor, starts: Starts | None, queries: bool = True) -> QKV:
+        """`before` of all rows, chunk by chunk, into whole q, k and v; without `queries` q is empty."""
         whole: list[Tensor] = []
         for rows in self.chunks(x):
             part = self.before(x[rows], rows, len(x), starts)
+            if not queries:
+                part = (part[0][:, :0], *part[1:])
             if rows.stop - rows.start == len(x):
                 return part
             # [s, b, h, d] in memory, as the projection lays them out
@@ -114,10 +119,10 @@ class _KeptAttention(torch.autograd.Function):
         ctx.kept = None
         attention = layer.self_attention.core_attention
         dx, dout = torch.empty_like(x), torch.empty_like(out)
-        gradients = _Gradients(list(layer.parameters()))
+        gradients = Gradients(list(layer.parameters()))
         for rows in layer.chunks(x):
             with torch.enable_grad():
-                x_c, out_c = _leaf(x[rows]), _leaf(layer.select(out, rows).flatten(2, 3))
+                x_c, out_c = leaf(x[rows]), leaf(layer.select(out, rows).flatten(2, 3))
                 y = layer.after(x_c, out_c)
             dx[rows], dout_c = gradients.of([y], [x_c, out_c], [dy[rows]])
             layer.select(dout, rows).copy_(layer.select(dout_c, slice(None)))
@@ -125,46 +130,8 @@ class _KeptAttention(torch.autograd.Function):
         del out, dout
         for rows in layer.chunks(x):
             with torch.enable_grad():
-                x_c = _leaf(x[rows])
+                x_c = leaf(x[rows])
                 qkv = layer.before(x_c, rows, len(x), starts)
             dx[rows] += gradients.of(list(qkv), [x_c], [layer.select(grad, rows).flatten(2, 3) for grad in dqkv])[0]
         gradients.hand_over()
         return dx, None, None
-
-
-class _Gradients:
-    """Gradients of parameters, summed over chunks in float32 and handed over once, as if there had been no chunks.
-
-    Once, because Megatron's data parallel wrapper expects one gradient of a parameter in a backward pass.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.sums: list[Tensor | None] = [None] * len(self.parameters)
-
-    def of(self, outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Gradients of `inputs`, from `grads` of `outputs`; those of the parameters are kept."""
-        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)
-        for i, grad in enumerate(found[len(inputs):]):
-            if grad is None:
-                continue
-            total = self.sums[i]
-            if total is None:
-                self.sums[i] = grad
-            elif total.dtype == torch.float32:
-                total += grad
-            else:
-                self.sums[i] = total.float() + grad
-        return list(found[: len(inputs)])  # type: ignore[arg-type]
-
-    def hand_over(self) -> None:
-        """Give each parameter its sum by way of autograd, so that hooks on it run."""
-        with torch.enable_grad():
-            given = [(parameter.view_as(parameter), total.to(parameter.dtype))
-                     for parameter, total in zip(self.parameters, self.sums, strict=True) if total is not None]
-            torch.autograd.backward([alias for alias, _ in given], [total for _, total in given])
-        self.sums.clear()
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()

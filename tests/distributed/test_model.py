@@ -24,9 +24,9 @@ S, ROWS = 64, 8
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
 TIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97, tied_embeddings=True)
 # Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
-MEMORY = (Memory(checkpoint="attention", offload="checkpoints", layer_chunk=10, loss_chunk=12),
-          Memory(checkpoint="attention", offload="attention", layer_chunk=0, loss_chunk=12),
-          Memory(checkpoint="full", offload="off", layer_chunk=10, loss_chunk=12), Memory(checkpoint="none", offload="off", loss_chunk=0))
+MEMORY = (Memory(offload="checkpoints", layer_chunk=10, loss_chunk=12), Memory(offload="attention", layer_chunk=0, loss_chunk=12),
+          Memory(checkpoint="full", offload="off", layer_chunk=10, loss_chunk=12), Memory(checkpoint="none", offload="off", loss_chunk=0),
+          Memory(query_chunks=True, offload="attention", layer_chunk=10), Memory(query_chunks=True, offload="off", layer_chunk=0))
 
 
 def test_every_layout_equals_transformers() -> None:
@@ -54,7 +54,7 @@ def _layouts(rank: int, world: int) -> None:
                 # The default everywhere, beside it one of the others.
                 if pp == 1:
                     _check_planned_checkpoints(model, ranks, parallel, rows)
-                for memory in (MEMORY[0], MEMORY[1 + (tp + pp + vpp) % 3]):
+                for memory in (MEMORY[0], MEMORY[1 + (3 * tp + 2 * pp + vpp + cp) % 5]):
                     _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
                 leave_groups()
 
@@ -80,7 +80,7 @@ def _packed(rank: int, world: int) -> None:
     found = {positions: _reference(reference, rows, STARTS, positions) for positions in ("row", "document")}
     for i, (parallel, positions) in enumerate(PACKED):
         ranks = launch.start(Runtime(device="cpu"), parallel)
-        for memory in (MEMORY[0], MEMORY[1 + i % 3]):
+        for memory in (MEMORY[1 + i % 5] if parallel.ulysses == 1 and parallel.cp_way == "ring" else MEMORY[i % 4], MEMORY[0]):
             _check_layout(UNTIED, reference, ranks, parallel, memory, rows, *found[positions], starts=STARTS, positions=positions)
         leave_groups()
 
@@ -149,7 +149,7 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
         total, tokens = loop.step(run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True)
     # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second time.
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
-    if starts is None:
+    if starts is None and not memory.query_chunks:
         assert calls == {"forward": once * (2 if memory.checkpoint == "full" else 1), "backward": once}, where
     mean, count = loop._mean_loss(total, tokens, ranks)
     assert count == int(rows["loss_mask"].sum()), where
