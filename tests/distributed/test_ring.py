@@ -177,17 +177,17 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_error_does_not_grow_with_ranks_in_bf16() -> None:
-    """Accumulated in float32: eight ranks are as exact as one kernel over the whole sequence."""
+    """Accumulated in float32: 32 ranks stay within 15% of one kernel over the whole sequence, and within 8% of two ranks."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, heads, 512, 16, generator=generator).bfloat16().double() for heads in (4, 2, 2, 4)]
+    inputs = [torch.randn(1, heads, 4096, 64, generator=generator).bfloat16().double() for heads in (2, 1, 1, 2)]
     want = expected(inputs)
     errors = {}
-    for cp in (1, 2, 8):
+    for cp in (1, 2, 32):
         shards = run_virtual(lambda r, n=cp: compute(inputs, r.rank, n, r, torch.bfloat16), cp)
         got = [layout.unshard(list(x), 2).double() for x in zip(*shards, strict=True)]
         errors[cp] = [(x - y).norm() / y.norm() for x, y in zip(got, want, strict=True)]
-    for name, one, two, eight in zip(("out", "dq", "dk", "dv"), *errors.values(), strict=True):
-        assert eight < 1.08 * two and eight < (1.15 if name == "out" else 1.2) * one, f"{name}: {one:.2e} {two:.2e} {eight:.2e}"
+    for name, one, two, many in zip(("out", "dq", "dk", "dv"), *errors.values(), strict=True):
+        assert many < 1.08 * two and many < 1.15 * one, f"{name}: {one:.2e} {two:.2e} {many:.2e}"
 
 
 class Recorded:
