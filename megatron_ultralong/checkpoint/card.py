@@ -90,7 +90,7 @@ def model_card(name: str, *, base: str, license: License, run: Run | None, model
     parts += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     if run is not None:
         parts += [f"Every setting of the run is in `training_run.json`. {run.notes}".rstrip(), ""]
-    parts += ["## Licence", "", _license_text(license), ""]
+    parts += ["## Licence", "", _license_text(license, base), ""]
     return "\n".join(parts)
 
 
@@ -105,8 +105,10 @@ def rope_text(rope: Rope) -> str:
     return text
 
 
-def _license_text(license: License) -> str:
+def _license_text(license: License, base: str) -> str:
     files = ", ".join(f"`{name}`" for name in license.files)
+    if not base and license == License():
+        return "No base model is recorded. Where there is one, its licence holds; a model from scratch has the licence that its makers give it."
     if not license.llama:
         return "This model comes under the licence of its base model" + (f": see {files}." if files else
                                                                          "; its directory held no licence file to carry along.")

@@ -278,8 +278,9 @@ def _small_files(writer: hf_writer.HFWriter, assets: Path, config: dict[str, Any
     run = sharded.stored_run(progress)
     base = progress.base or (run.base if run else "")
     licence = card.base_license(assets, base)
+    out = writer.out_dir.resolve()
     readme = card.model_card(
-        writer.out_dir.name, base=base, license=licence, run=run, model=progress.model, rope=progress.rope,
+        out.parent.name if out.name == "hf" else out.name, base=base, license=licence, run=run, model=progress.model, rope=progress.rope,
         max_position=config["max_position_embeddings"], iterations=progress.iteration, tokens=progress.tokens, dtype=dtype)
     extra = {"README.md": readme, **card.notice(licence)}
     if run is not None:

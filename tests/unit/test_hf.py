@@ -385,5 +385,8 @@ def test_card_of_another_llama_shaped_model(tmp_path):
     assert "Built with Llama" not in text and "base_model:" not in text
     assert "license: apache-2.0" in text and "`LICENSE.txt`" in text
     assert "| base model | not recorded |" in text and "| recipe | none (converted, not trained) |" in text
+    text = card.model_card("small", base="", license=card.License(), run=None, model=MODEL, rope=Rope(), max_position=512, iterations=0, tokens=0,
+                           dtype=torch.float32)
+    assert "# small\n" in text and "No base model is recorded." in text
     assert card.base_license(None).files == () and card.base_license(None, "meta-llama/Llama-3.2-1B").llama == "3.2"
     assert card.base_license(tmp_path / "none", "meta-llama/Meta-Llama-3-8B").llama == "3"
