@@ -146,7 +146,7 @@ class Memory:
     """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole. For the
     longest sequences; keys go round the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
-    """Tokens of norms, projections and MLP alive at a time on a rank (all but with checkpoint=none); 0 = all at once."""
+    """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP alive at a time on a rank; 0 = all."""
     loss_chunk: int = 4096
     """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
 
@@ -313,6 +313,22 @@ def check_model_layout(model: Model, parallel: Parallel) -> None:
         raise UserError(f"model.ffn_size={model.ffn_size} is not divisible by parallel.tp={parallel.tp}")
     if model.layers % (parallel.pp * parallel.vpp):
         raise UserError(f"model.layers={model.layers} is not divisible by parallel.pp x vpp = {parallel.pp * parallel.vpp}")
+    check_heads(model.heads // parallel.tp, model.kv_heads // parallel.tp, parallel.ulysses)
+
+
+def check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
+    """UserError unless heads and kv_heads (of one tensor parallel rank) can be divided over `ulysses` ranks.
+
+    `ulysses` must divide heads, and divide kv_heads or be a multiple of them.
+    """
+    if not _fits(heads, kv_heads, ulysses):
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if _fits(heads, kv_heads, size))
+        raise UserError(f"{heads} query heads and {kv_heads} KV heads of a tensor parallel rank cannot be divided over {ulysses} ranks of "
+                        f"all-to-all: set parallel.ulysses to one of {sizes}")
+
+
+def _fits(heads: int, kv_heads: int, ulysses: int) -> bool:
+    return ulysses > 0 and heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 
 # ---- settings from the command line --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
-from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, Model, Parallel, Run, UserError, check_model_layout
+from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, Model, Run, UserError, check_model_layout
 from megatron_ultralong.hardware import Machine
 from megatron_ultralong.train.metrics import flops_per_token
 
@@ -289,8 +289,8 @@ def layouts(run: Run, model: Model, gpus: int, fixed: Collection[str] = ()) -> I
 
     for tp, pp in itertools.product(sizes("tp", LARGEST_TP), sizes("pp", min(gpus, model.layers))):
         for cp in sizes("cp", gpus // (tp * pp)):
-            parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=old.vpp if pp > 1 else 1, dp=old.dp if "parallel.dp" in fixed else None)
-            try:
+            try:  # ulysses and cp_way stay, where they can
+                parallel = replace(old, tp=tp, pp=pp, cp=cp, vpp=old.vpp if pp > 1 else 1, dp=old.dp if "parallel.dp" in fixed else None)
                 candidate = replace(run, parallel=parallel)
                 _split(candidate, model, gpus)
             except UserError:
@@ -302,7 +302,8 @@ def modes(run: Run, fixed: Collection[str] = ()) -> list[Run]:
     """`run` in each of `MODES`; the settings in `fixed` as the run has them, but memory.offload=auto is no choice of one."""
     old = run.memory
     return [replace(run, memory=replace(old, checkpoint=mode.checkpoint, offload=mode.offload)) for mode in MODES
-            if ("memory.checkpoint" not in fixed or mode.checkpoint == old.checkpoint)
+            if (mode.checkpoint == "attention" or not old.query_chunks)
+            and ("memory.checkpoint" not in fixed or mode.checkpoint == old.checkpoint)
             and ("memory.offload" not in fixed or old.offload in ("auto", mode.offload))]
 
 

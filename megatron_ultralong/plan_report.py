@@ -46,8 +46,11 @@ def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: st
     if model is None and recipe is None:
         raise UserError("say what to plan: --model with --seq-length, or --recipe")
     start = recipes.get(recipe) if recipe else _new_run(model, seq_length, settings)
-    # The search starts from one rank, so that a length or layout is not refused for the recipe's own sake.
-    run = override(dataclasses.replace(start, parallel=Parallel()), given)
+    # The search starts from as few ranks as it can, so that a length or layout is not refused for the recipe's own sake.
+    inside = next((value for key, _, value in (setting.partition("=") for setting in reversed(given)) if key.strip() == "parallel.ulysses"), "")
+    ulysses = int(inside) if inside.isdigit() and int(inside) else start.parallel.ulysses
+    fewest = Parallel(cp=ulysses, ulysses=ulysses, cp_way=start.parallel.cp_way)
+    run = override(dataclasses.replace(start, parallel=fewest), given)
     shape = _shape(run, model)
     keys = {setting.partition("=")[0].strip() for setting in given}
     fixed = [key for key in plan.SEARCHED if key in keys and (key != "parallel.dp" or run.parallel.dp is not None)]

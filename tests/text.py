@@ -73,11 +73,11 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def write_rows(prefix: Path, rows: list[list[int]], masks: list[list[int]] | None = None, dtype: Any = numpy.int32,
-               **manifest: Any) -> str:
+               starts: list[list[int]] | None = None, **manifest: Any) -> str:
     """Packed rows by Megatron's own builder, not by the code under test."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    for suffix, lines, kind in (("", rows, dtype), (".mask", masks, numpy.uint8)):
+    for suffix, lines, kind in (("", rows, dtype), (".mask", masks, numpy.uint8), (".docs", starts, numpy.int32)):
         if lines is None:
             continue
         builder = IndexedDatasetBuilder(f"{prefix}{suffix}.bin", dtype=kind)
@@ -85,6 +85,7 @@ def write_rows(prefix: Path, rows: list[list[int]], masks: list[list[int]] | Non
             builder.add_document(torch.tensor(line), [len(line)])
         builder.finalize(f"{prefix}{suffix}.idx")
     largest = max((max(row) for row in rows), default=0)
-    values = {"format": 1, "max_token_id": largest, "mask": masks is not None, "tokenizer": {"name": "by-hand"}, **manifest}
+    values = {"format": 1, "max_token_id": largest, "mask": masks is not None, "document_starts": starts is not None,
+              "tokenizer": {"name": "by-hand"}, **manifest}
     Path(f"{prefix}.json").write_text(json.dumps(values), encoding="utf-8")
     return str(prefix)

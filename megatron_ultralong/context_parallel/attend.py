@@ -9,7 +9,9 @@ Shapes: S tokens of the whole sequence, s = S/CP of this rank, b sequences, h qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -50,17 +52,18 @@ class ContextGroups:
         return _rank(self.ring) * _size(self.ulysses) + _rank(self.ulysses)
 
 
-def split(group: PeerGroup, ulysses: int = 1, way: Way = "ring") -> ContextGroups:
+def split(group: PeerGroup, ulysses: int = 1, way: Way = "ring", timeout: timedelta | None = None) -> ContextGroups:
     """The groups of a context-parallel group in which `ulysses` adjacent ranks exchange heads.
 
-    A collective call of all ranks of `group` (of no others), once at start. UserError where CP is no multiple of `ulysses`;
-    ValueError where torch.distributed was started with a `device_id`: NCCL then splits communicators, in which all ranks of
-    the world would have to take part. Make the groups of `layout.ring_ranks` and `layout.ulysses_ranks` yourself there.
+    A collective call of all ranks of `group` (of no others), once at start. timeout: of the new groups; None = torch's own.
+    UserError where CP is no multiple of `ulysses`; ValueError where torch.distributed was started with a `device_id`: NCCL then
+    splits communicators, in which all ranks of the world would have to take part. Make the groups of `layout.ring_ranks` and
+    `layout.ulysses_ranks` yourself there.
     """
     cp, rank = _size(group), _rank(group)
     ours = [next(ranks for ranks in groups if rank in ranks)
             for groups in (layout.ring_ranks(cp, ulysses), layout.ulysses_ranks(cp, ulysses))]
-    ring, inside = (None if len(ranks) == 1 else group if len(ranks) == cp else _subgroup(group, ranks) for ranks in ours)
+    ring, inside = (None if len(ranks) == 1 else group if len(ranks) == cp else _subgroup(group, ranks, timeout) for ranks in ours)
     return ContextGroups(ring=ring, ulysses=inside, way=way)
 
 
@@ -77,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *, scale: 
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *, scale: float | None = None, starts: Starts | None = None,
-                      rows: slice | None = None) -> tuple[Tensor, Tensor]:
+                      rows: Sequence[slice] | None = None) -> tuple[Tensor, Tensor]:
     """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `attention`, outside autograd.
 
     rows: q holds these of the s local tokens only, and so do out and lse; the ring alone can do that.
@@ -91,7 +94,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *,
 
 
 def attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: ContextGroups, *,
-                       scale: float | None = None, starts: Starts | None = None, rows: slice | None = None) -> Gradients:
+                       scale: float | None = None, starts: Starts | None = None, rows: Sequence[slice] | None = None) -> Gradients:
     """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `attention_forward` gave them.
 
     rows: as there; dk and dv are then these rows' shares, in float32, to be added up.
@@ -114,9 +117,9 @@ def _rank(group: PeerGroup) -> int:
     return 0 if peers is None else peers.rank
 
 
-def _subgroup(group: Any, ranks: list[int]) -> PeerGroup:
+def _subgroup(group: Any, ranks: list[int], timeout: timedelta | None) -> PeerGroup:
     if isinstance(group, dist.ProcessGroup):
         if dist.group.WORLD.bound_device_id is not None:
             raise ValueError("groups of some ranks cannot be made on their own where torch.distributed was started with a device_id")
-        return dist.new_group([dist.get_global_rank(group, rank) for rank in ranks], use_local_synchronization=True)
+        return dist.new_group([dist.get_global_rank(group, rank) for rank in ranks], timeout=timeout, use_local_synchronization=True)
     return group.subgroup(ranks)

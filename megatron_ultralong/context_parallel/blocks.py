@@ -20,13 +20,14 @@ from megatron_ultralong.context_parallel.layout import Part, Starts, document_st
 from megatron_ultralong.context_parallel.merge import merge_
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, ranks: int, rows: slice | None = None) -> tuple[int, tuple[int, ...]]:
+def check(q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, ranks: int, rows: Sequence[slice] | None = None) -> tuple[int, tuple[int, ...]]:
     """(s, document starts in plain numbers) of what one of `ranks` was given, or ValueError where the shapes do not fit (the kernels
     check the rest) and UserError where the starts do not, or there are several packed rows. rows: those of s that q holds."""
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and k.dtype == v.dtype and k.shape[3] == q.shape[3]
     s = k.shape[2] if fits else 0
-    held = slice(0, s) if rows is None else rows
-    if not fits or (ranks > 1 and s % 2) or not 0 <= held.start <= held.stop <= s or q.shape[2] != held.stop - held.start:
+    held = [slice(0, s)] if rows is None else rows
+    fits = fits and all(0 <= run.start <= run.stop <= s for run in held) and q.shape[2] == sum(run.stop - run.start for run in held)
+    if not fits or (ranks > 1 and s % 2):
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         even = "s even and " if ranks > 1 else ""
         raise ValueError(f"{shapes} are not [b, h, s, d] and [b, g, s, d] twice, with {even}k, v of one dtype")

@@ -108,17 +108,18 @@ def parts(rank: int, source: int, s: int, cp: int, starts: Sequence[int] = (0,))
     return [Part(queries, keys, False)] if queries.start < queries.stop else []
 
 
-def rows_of(parts: Sequence[Part], rows: slice) -> tuple[list[Part], list[Part]]:
-    """What `rows` of the local queries see of `parts`, the queries counted from the first of them.
+def rows_of(parts: Sequence[Part], rows: Sequence[slice]) -> tuple[list[Part], list[Part]]:
+    """What `rows` of the local queries, put one after the other, see of `parts`; the queries are counted among them.
 
     (causal parts over the rows' own keys, which cover them where `parts` are our own; all others, none of them causal).
     """
     causal, others = [], []
-    for part in parts:
-        seen = _common(part.queries, rows)
+    offsets = itertools.accumulate((run.stop - run.start for run in rows), initial=0)
+    for (run, offset), part in itertools.product(zip(rows, offsets, strict=False), parts):
+        seen = _common(part.queries, run)
         if seen.start >= seen.stop:
             continue
-        queries = slice(seen.start - rows.start, seen.stop - rows.start)
+        queries = slice(seen.start - run.start + offset, seen.stop - run.start + offset)
         if not part.causal:
             others.append(Part(queries, part.keys, False))
             continue

@@ -13,6 +13,7 @@ buffers and CP float32 dKV buffers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -39,22 +40,23 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: floa
 
 
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float | None = None, starts: Starts | None = None,
-                 rows: slice | None = None) -> tuple[Tensor, Tensor]:
+                 rows: Sequence[slice] | None = None) -> tuple[Tensor, Tensor]:
     """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `ring_attention`, outside autograd.
 
-    With them, `ring_backward` needs no second forward. rows: q holds these of the s local tokens only, and so do out and lse.
+    With them, `ring_backward` needs no second forward. rows: q holds these of the s local tokens
+    only, one after the other, and so do out and lse.
     """
     ring = as_ring(group)
     rank, size = (0, 1) if ring is None else (ring.rank, ring.size)
     s, documents = blocks.check(q, k, v, starts, size, rows)
-    rows, backend = rows or slice(0, s), blocks.backend(q, documents)
+    rows, backend = rows or [slice(0, s)], blocks.backend(q, documents)
     here, spare = ((k, v), None) if ring is None else _pack(k, v)  # KV of `source`, and of the rank before it once it has arrived
     for hop in range(size):
         transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
         causal, others = layout.rows_of(layout.parts(rank, (rank - hop) % size, s, size, documents), rows)
         k_here, v_here = here
         if hop == 0:
-            out, lse = blocks.forward_own(q, k_here[:, :, rows], v_here[:, :, rows], causal, scale, backend)
+            out, lse = blocks.forward_own(q, _pick(k_here, rows), _pick(v_here, rows), causal, scale, backend)
             if size > 1 or others:
                 out = torch.empty_like(q, dtype=blocks.wide(q)).copy_(out)  # the layout of q, so that the backward need not copy
         for part in others:
@@ -66,7 +68,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float 
 
 
 def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: Group, *, scale: float | None = None,
-                  starts: Starts | None = None, rows: slice | None = None) -> Gradients:
+                  starts: Starts | None = None, rows: Sequence[slice] | None = None) -> Gradients:
     """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `ring_forward` gave them.
 
     rows: as there; dk and dv are then these rows' shares, in float32, to be added up.
@@ -78,7 +80,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     if ring is None and rows is None:
         return blocks.backward_own(dout, q, k, v, out, lse, layout.parts(0, 0, s, 1, documents), scale, backend)
     kv_dtype = k.dtype if rows is None else blocks.wide(k)
-    rows = rows or slice(0, s)
+    rows = rows or [slice(0, s)]
     here, spare = ((k, v), None) if ring is None else _pack(k, v)
     # dKV visits the ranks as KV does, one hop behind: each adds its share and passes it on; CP hops bring it home.
     dkv_here = torch.zeros((2, *k.shape), dtype=blocks.wide(k), device=k.device)
@@ -88,15 +90,16 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
         transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
         causal, others = layout.rows_of(layout.parts(rank, (rank - hop) % size, s, size, documents), rows)
         k_here, v_here = here
-        shares = []
+        shares: list[tuple[slice, Sequence[Tensor]]] = []
         if hop == 0:
-            dq_own, *dkv_own = blocks.backward_own(dout, q, k_here[:, :, rows], v_here[:, :, rows], out, lse, causal, scale, backend)
+            dq_own, *dkv_own = blocks.backward_own(dout, q, _pick(k_here, rows), _pick(v_here, rows), out, lse, causal, scale, backend)
             dq = dq_own.to(blocks.wide(q))
-            shares.append((rows, dkv_own))
+            sizes = [run.stop - run.start for run in rows]
+            shares += zip(rows, zip(*(share.split(sizes, dim=2) for share in dkv_own), strict=True), strict=True)
         for part in others:
-            dq_share, *dkv_share = blocks.part_gradients(dout, q, k_here, v_here, out, lse, part, scale, backend)
+            dq_share, dk_share, dv_share = blocks.part_gradients(dout, q, k_here, v_here, out, lse, part, scale, backend)
             dq[:, :, part.queries] += dq_share
-            shares.append((part.keys, dkv_share))
+            shares.append((part.keys, (dk_share, dv_share)))
         if dkv_transfer is not None:
             dkv_transfer.wait()
             dkv_here, dkv_spare = dkv_spare, dkv_here
@@ -112,6 +115,11 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
         dkv_transfer.wait()
     dk, dv = dkv_spare
     return dq.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype)
+
+
+def _pick(x: Tensor, rows: Sequence[slice]) -> Tensor:
+    """`rows` of x [b, g, s, d], one after the other; a view where it is one run."""
+    return x[:, :, rows[0]] if len(rows) == 1 else torch.cat([x[:, :, run] for run in rows], dim=2)
 
 
 def _pack(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

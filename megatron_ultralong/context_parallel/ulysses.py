@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import UserError
+from megatron_ultralong.config import check_heads
 from megatron_ultralong.context_parallel import layout
 from megatron_ultralong.context_parallel.comm import PeerGroup, Peers, Transfer, as_peers
 from megatron_ultralong.context_parallel.function import Backward, Forward
@@ -54,21 +54,6 @@ def ulysses_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     received = _wait(*_to_sequence(gradients, peers)).split([x.shape[1] for x in gradients], dim=2)
     dq, dk, dv = (_collect(x, like.shape[1]) for x, like in zip(received, (q, k, v), strict=True))
     return dq, dk, dv
-
-
-def check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
-    """UserError unless heads and kv_heads (of one tensor parallel rank) can be divided over `ulysses` ranks.
-
-    `ulysses` must divide heads, and divide kv_heads or be a multiple of them.
-    """
-    if not _fits(heads, kv_heads, ulysses):
-        sizes = ", ".join(str(size) for size in range(1, heads + 1) if _fits(heads, kv_heads, size))
-        raise UserError(f"{heads} query heads and {kv_heads} KV heads of a tensor parallel rank cannot be divided over {ulysses} ranks of "
-                        f"all-to-all: set parallel.ulysses to one of {sizes}")
-
-
-def _fits(heads: int, kv_heads: int, ulysses: int) -> bool:
-    return ulysses > 0 and heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, ulysses: int) -> None:

@@ -137,12 +137,15 @@ class Rows:
         raise AssertionError("the last set takes all that is left")
 
 
-def open_blend(arguments: list[str], seq_length: int, vocab_size: int) -> Rows:
-    """The rows that `--data` or `--valid` name. UserError where they do not fit the sequence length or the vocabulary."""
+def open_blend(arguments: list[str], seq_length: int, vocab_size: int, masked: bool = False) -> Rows:
+    """The rows that `--data` or `--valid` name. UserError where they do not fit the sequence length or the vocabulary, or do not say
+    where documents start though attention is to be `masked`."""
     named = parse_data_arguments(arguments)
     sets = [PackedRows(prefix, seq_length) for _, prefix in named]
     for rows in sets:
         rows.check_vocabulary(vocab_size)
+        if masked:
+            rows.starts(0)
     return Rows(sets, [weight for weight, _ in named])
 
 

@@ -68,11 +68,11 @@ class CoreAttention(torch.nn.Module):
         """out, differentiable."""
         return attend.attention(q, k, v, self.groups, scale=self.scale, starts=starts)
 
-    def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, rows: list[slice] | None = None) -> tuple[Tensor, Tensor]:
         """(out, lse), outside autograd; with them `backward` needs no second forward. rows: the local tokens that q holds; None = all."""
         return attend.attention_forward(q, k, v, self.groups, scale=self.scale, starts=starts, rows=rows)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Starts | None,
-                 rows: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                 rows: list[slice] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv); with rows dk and dv are their shares, in float32."""
         return attend.attention_backward(dout, q, k, v, out, lse, self.groups, scale=self.scale, starts=starts, rows=rows)

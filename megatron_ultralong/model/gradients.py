@@ -34,10 +34,10 @@ class Gradients:
     def hand_over(self) -> None:
         """Give each parameter its sum by way of autograd, so that hooks on it run."""
         with torch.enable_grad():
-            given = [(parameter.view_as(parameter), total.to(parameter.dtype))
-                     for parameter, total in zip(self.parameters, self.sums, strict=True) if total is not None]
-            torch.autograd.backward([alias for alias, _ in given], [total for _, total in given])
-        self.sums.clear()
+            for i, parameter in enumerate(self.parameters):
+                total, self.sums[i] = self.sums[i], None
+                if total is not None:
+                    torch.autograd.backward([parameter.view_as(parameter)], [total.to(parameter.dtype)])
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Layer(TransformerLayer):
     def forward(self, hidden_states: Tensor, *args: Any, packed_seq_params: Starts | None = None, **unused: Any) -> tuple[Tensor, None]:
         """hidden_states [t, b, H] -> ([t, b, H], None). packed_seq_params: where the row's documents start (Megatron's block hands it on)."""
         x, starts = hidden_states, packed_seq_params
-        if not torch.is_grad_enabled() or not x.requires_grad:
+        if not torch.is_grad_enabled():
             return query_chunks.forward(self, x, starts) if self.memory.query_chunks else self._chunked(x, starts)[0], None
         if self.memory.checkpoint == "attention":
             kind = query_chunks.QueryChunked if self.memory.query_chunks else _KeptAttention

@@ -16,13 +16,13 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import WrappedTensor
 from torch import Tensor
 
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
 from megatron_ultralong.context_parallel import attend
 from megatron_ultralong.context_parallel.attend import ContextGroups
-from megatron_ultralong.context_parallel.ulysses import check_heads
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.loss import sharded_token_loss
@@ -71,7 +71,11 @@ class Llama(LanguageModule):
         """
         self.store.begin()
         hidden = self.embedding(tokens, None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=None if starts is None else tuple(starts.tolist()))
+        if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # a frozen embedding: the layers' checkpoints hang on their input's gradient
+        # Wrapped, so that nothing here holds on to the embeddings while the layers run.
+        states, hidden = None if hidden is None else WrappedTensor(hidden), None
+        hidden = self.decoder(hidden_states=states, attention_mask=None, packed_seq_params=None if starts is None else tuple(starts.tolist()))
         if not self.post_process:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
@@ -110,6 +114,8 @@ def transformer_config(model: Model, parallel: Parallel, memory: Memory, precisi
         recompute_num_layers=1 if memory.checkpoint == "full" else None,
         deterministic_mode=deterministic, variable_seq_lengths=False,
         # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's tensor to the other.
+        # Interleaved, outputs are sent behind the next computation, and gloo would send what was freed.
+        deallocate_pipeline_outputs=parallel.vpp == 1,
         batch_p2p_comm=parallel.vpp == 1, overlap_p2p_comm=parallel.vpp > 1,
     )
 
@@ -124,8 +130,7 @@ def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Me
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic)
     use_te = spec.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
-    check_heads(model.heads // parallel.tp, model.kv_heads // parallel.tp, parallel.ulysses)
-    context = attend.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way)
+    context = attend.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way, ranks.timeout)
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []

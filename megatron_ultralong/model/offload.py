@@ -7,9 +7,12 @@ time: buffers are used again and again. On a CPU the same code copies between tw
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -28,7 +31,8 @@ class HostStore:
         self.cuda = device.type == "cuda"
         self.bytes = 0
         """Host memory taken so far."""
-        self._free: dict[Any, list[_Buffer]] = defaultdict(list)
+        self._free: dict[int, list[_Buffer]] = defaultdict(list)
+        self.passes = 0
         self._leaving: deque[Kept] = deque()
         self._last: Kept | None = None
         if self.cuda:
@@ -37,6 +41,7 @@ class HostStore:
     def begin(self) -> None:
         """A forward pass through a model chunk begins: what is kept from now on comes back in the opposite order."""
         self._last = None
+        self.passes += 1
 
     def keep(self, tensors: Sequence[Tensor]) -> Kept:
         """Start copying `tensors` out; they must not be written to any more. UserError where the machine's memory is used up."""
@@ -47,23 +52,28 @@ class HostStore:
         self._last = kept
         return kept
 
+    def leave(self, but: int) -> None:
+        """Let everything leave the device but what pass number `but` kept: other micro-batches come back much later."""
+        for kept in self._leaving:
+            if kept.number != but:
+                kept.leave()
+
     def take(self, like: Tensor) -> _Buffer:
-        """A host buffer of the shape, strides and dtype of `like`."""
-        key = (like.shape, like.stride(), like.dtype)
-        if self._free[key]:
-            return self._free[key].pop()
+        """A host buffer of the size of `like`."""
         size = like.numel() * like.element_size()
-        memory = psutil.virtual_memory()
-        if size > memory.available - RESERVE * memory.total:
-            raise UserError(f"memory.offload: {memory.available / 2**30:.1f} GiB of host memory are left after {self.bytes / 2**30:.1f} GiB of "
+        if self._free[size]:
+            return self._free[size].pop()
+        available = _available()
+        if size > available:
+            raise UserError(f"memory.offload: {available / 2**30:.1f} GiB of host memory are left after {self.bytes / 2**30:.1f} GiB of "
                             f"offloaded tensors on this rank, and a layer needs {size / 2**30:.1f} GiB more; raise parallel.cp, tp or pp, or "
                             "use memory.offload=checkpoints")
         self.bytes += size
-        return _Buffer(like, key, pinned=self.cuda)
+        return _Buffer(size, pinned=self.cuda)
 
     def give_back(self, buffers: list[_Buffer]) -> None:
         for buffer in buffers:
-            self._free[buffer.key].append(buffer)
+            self._free[buffer.size].append(buffer)
 
 
 class Kept:
@@ -72,18 +82,19 @@ class Kept:
     def __init__(self, store: HostStore, tensors: Sequence[Tensor], before: Kept | None) -> None:
         self._store, self._before = store, before
         self._device: list[Tensor] | None = list(tensors)
-        self._places = [x.device for x in tensors]
+        self.number = store.passes
+        self._forms = [_Form.of(x) for x in tensors]
         self._buffers = [store.take(x) for x in tensors]
         self._arrival: Any = None
         if store.cuda:
             store.outward.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(store.outward):
-                for buffer, x in zip(self._buffers, tensors, strict=True):
-                    buffer.fill(x)
+                for buffer, form, x in zip(self._buffers, self._forms, tensors, strict=True):
+                    buffer.fill(form, x)
             self._left = store.outward.record_event()
         else:
-            for buffer, x in zip(self._buffers, tensors, strict=True):
-                buffer.fill(x)
+            for buffer, form, x in zip(self._buffers, self._forms, tensors, strict=True):
+                buffer.fill(form, x)
 
     def leave(self) -> None:
         """Let go of the tensors on the device. What the device does from now on waits for the copy, so their memory may be used
@@ -98,22 +109,24 @@ class Kept:
         if self._device is not None or not self._buffers:
             return
         store = self._store
-        self._device = [torch.empty_like(buffer.host, device=place) for buffer, place in zip(self._buffers, self._places, strict=True)]
+        self._device = [torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=form.device) for form in self._forms]
+        copies = [(x, buffer.read(form)) for x, buffer, form in zip(self._device, self._buffers, self._forms, strict=True)]
         if store.cuda:
             store.inward.wait_stream(torch.cuda.current_stream())  # whoever had the new tensors' memory before is done with it
             store.inward.wait_event(self._left)
             with torch.cuda.stream(store.inward):
-                for x, buffer in zip(self._device, self._buffers, strict=True):
-                    x.copy_(buffer.host, non_blocking=True)
+                for x, host in copies:
+                    x.copy_(host, non_blocking=True)
             self._arrival = store.inward.record_event()
             for buffer in self._buffers:
                 buffer.last_use = self._arrival
         else:
-            for x, buffer in zip(self._device, self._buffers, strict=True):
-                x.copy_(buffer.host)
+            for x, host in copies:
+                x.copy_(host)
 
     def get(self) -> list[Tensor]:
         """The tensors on the device, where the layer before starts to come as well. The host memory is free again."""
+        self._store.leave(but=self.number)
         self.fetch()
         if self._before is not None:
             self._before.fetch()
@@ -132,23 +145,61 @@ class Kept:
         self._store.give_back(buffers)
 
 
+class _Form(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Form:
+        """That of x, packed in its own order of dimensions: copies between different orders would go through one more buffer on a GPU."""
+        return cls(x.shape, torch.empty_like(x, device="meta").stride(), x.dtype, x.device)
+
+
 class _Buffer:
-    """Host memory of one tensor, page-locked where a GPU copies. `last_use`: the copy out of it that must end first."""
+    """Host memory of one tensor, page-locked where a GPU copies; any tensor of its size fits. `last_use`: the copy out of it that must
+    end before it is filled again."""
 
-    def __init__(self, like: Tensor, key: Any, pinned: bool) -> None:
-        # In the order of `like` in memory: copies between different orders would go through one more buffer on the device.
-        self.host = torch.empty_like(like, device="cpu")
-        self.key = key
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.size = size
         self.last_use: Any = None
-        if pinned:
-            # Registered, not taken from torch's pinned allocator: that rounds every size up to a power of two.
-            error = torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), self.host.numel() * self.host.element_size(), 0)
-            if int(error) != 0:
-                raise UserError(f"memory.offload: {self.host.numel() * self.host.element_size() / 2**30:.1f} GiB of host memory cannot be "
-                                f"page-locked (CUDA error {int(error)}); raise the container's locked-memory limit (ulimit -l unlimited)")
+        if not pinned or not size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+            return
+        # Pages of its own, locked one by one: torch's pinned allocator rounds every size up to a power of two.
+        self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        error = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
+        if error != 0:
+            raise UserError(f"memory.offload: {size / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error {error}); raise the "
+                            "container's locked-memory limit (ulimit -l unlimited)")
+        weakref.finalize(self, _unlock, self.bytes).atexit = False
 
-    def fill(self, x: Tensor) -> None:
+    def fill(self, form: _Form, x: Tensor) -> None:
         if self.last_use is not None:
             torch.cuda.current_stream().wait_event(self.last_use)
             self.last_use = None
-        self.host.copy_(x, non_blocking=True)
+        self.read(form).copy_(x, non_blocking=True)
+
+    def read(self, form: _Form) -> Tensor:
+        """The tensor in it."""
+        return self.bytes.view(form.dtype).as_strided(form.shape, form.stride)
+
+
+def _unlock(memory: Tensor) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _available() -> int:
+    """Bytes of host memory that may be taken: of the machine, less a reserve, and of the container where it has a limit."""
+    memory = psutil.virtual_memory()
+    found = int(memory.available - RESERVE * memory.total)
+    group = Path("/sys/fs/cgroup")
+    try:
+        cached = sum(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.split()[0] == "inactive_file")
+        return min(found, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached)
+    except (OSError, ValueError):  # no cgroup v2 here, or "max"
+        return found

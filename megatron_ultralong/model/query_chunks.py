@@ -30,9 +30,7 @@ def forward(layer: Layer, x: Tensor, starts: Starts | None, keep: list[Any] | No
     y = torch.empty_like(x)
     for rows in layer.chunks(x):
         q = layer.before(x[rows], rows, len(x), starts)[0]
-        found = [layer.self_attention.core_attention.forward_with_lse(q_part, k, v, starts, local)
-                 for q_part, local in zip(q.chunk(layer.parts, dim=2), _local(layer, rows, len(x)), strict=True)]
-        out, lse = (torch.cat(part, dim=2) if layer.parts > 1 else part[0] for part in zip(*found, strict=True))
+        out, lse = layer.self_attention.core_attention.forward_with_lse(q, k, v, starts, _local(layer, rows, len(x)))
         if keep is not None:
             keep.append(layer.store.keep([out, lse]) if layer.memory.offload == "attention" else (out, lse))
         y[rows] = layer.after(x[rows], out)
@@ -74,15 +72,10 @@ class QueryChunked(torch.autograd.Function):
             with torch.enable_grad():
                 x_c = leaf(x[rows])
                 q = layer.before(x_c, rows, len(x), starts)[0]
-            dq = []
-            split = (y.chunk(layer.parts, dim=2) for y in (dout, q.detach(), out, lse))
-            for *parts, local in zip(*split, _local(layer, rows, len(x)), strict=True):
-                dout_part, q_part, out_part, lse_part = parts
-                dq_part, dk_share, dv_share = attention.backward(dout_part, q_part, k, v, out_part, lse_part, starts, local)
-                dq.append(dq_part)
-                dk += dk_share
-                dv += dv_share
-            dx[rows] += gradients.of([q], [x_c], [torch.cat(dq, dim=2)])[0]
+            dq, dk_share, dv_share = attention.backward(dout, q.detach(), k, v, out, lse, starts, _local(layer, rows, len(x)))
+            dk += dk_share
+            dv += dv_share
+            dx[rows] += gradients.of([q], [x_c], [dq])[0]
         dk, dv = dk.to(k.dtype), dv.to(v.dtype)
         for rows in layer.chunks(x):
             with torch.enable_grad():

@@ -32,6 +32,8 @@ class Ranks:
     dp: int
     groups: Any
     """Megatron's ProcessGroupCollection."""
+    timeout: timedelta | None = None
+    """Longest wait for another rank, for groups made later."""
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +83,8 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Ranks(
         rank=torch.distributed.get_rank(), world=world, device=device, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=dp,
-        tp_rank=groups.tp.rank(), pp_rank=groups.pp.rank(), cp_rank=groups.cp.rank(), dp_rank=groups.dp.rank(), groups=groups)
+        tp_rank=groups.tp.rank(), pp_rank=groups.pp.rank(), cp_rank=groups.cp.rank(), dp_rank=groups.dp.rank(), groups=groups,
+        timeout=timedelta(minutes=runtime.timeout_minutes))
 
 
 def world_size() -> int:

@@ -28,7 +28,8 @@ class Log:
 
     def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: Rows) -> None:
         self.run, self.ranks, self.rows = run, ranks, rows
-        self.flops = metrics.flops_per_token(model, run.train.seq_length)
+        masked = run.data.documents == "masked"
+        self.flops = metrics.flops_per_token(model, 0 if masked else run.train.seq_length)
         self.peak = metrics.peak_flops(ranks.device)
         self.bar = None
         self.board: Any = None
@@ -37,7 +38,8 @@ class Log:
         if not ranks.is_main:
             return
         self.bar = tqdm(total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1)
-        self.note(metrics.FORMULA + (f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU" if self.peak else "; no peak known here, so no MFU"))
+        without = "; without attention, whose size differs from row to row with data.documents=masked" if masked else ""
+        self.note(metrics.FORMULA + without + (f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU" if self.peak else "; no peak known here, so no MFU"))
 
     def _open(self, save_dir: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -128,7 +128,7 @@ def _forward_step(device: torch.device, z_loss: float) -> Callable[..., Any]:
         batch = next(batches)
         starts = batch.get("starts")  # numbers for the host
         tokens, labels, loss_mask = (batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask"))
-        output = model(tokens, labels, loss_mask, z_loss, starts)
+        output = model(tokens, labels, loss_mask=loss_mask, z_loss=z_loss, starts=starts)  # by name: Float16Module makes the others bf16
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
             count = loss_mask.sum().to(torch.int)

@@ -26,8 +26,9 @@ def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path,
     run.parallel.data_parallel(launch.world_size())
     run, source = start.find(run, save, load, load_hf, tokenizer)
     check_model_layout(source.progress.model, run.parallel)
-    rows = dataset.open_blend(data, run.train.seq_length, source.progress.model.vocab_size)
-    held_out = dataset.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size) if valid else None
+    masked = run.data.documents == "masked"
+    rows = dataset.open_blend(data, run.train.seq_length, source.progress.model.vocab_size, masked)
+    held_out = dataset.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size, masked) if valid else None
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)

@@ -80,7 +80,8 @@ def _packed(rank: int, world: int) -> None:
     found = {positions: _reference(reference, rows, STARTS, positions) for positions in ("row", "document")}
     for i, (parallel, positions) in enumerate(PACKED):
         ranks = launch.start(Runtime(device="cpu"), parallel)
-        for memory in (MEMORY[1 + i % 5] if parallel.ulysses == 1 and parallel.cp_way == "ring" else MEMORY[i % 4], MEMORY[0]):
+        ring = parallel.ulysses == 1 and parallel.cp_way == "ring"
+        for memory in (MEMORY[4 + i % 2] if ring else MEMORY[1 + i % 3], MEMORY[0]):
             _check_layout(UNTIED, reference, ranks, parallel, memory, rows, *found[positions], starts=STARTS, positions=positions)
         leave_groups()
 

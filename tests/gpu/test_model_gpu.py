@@ -92,8 +92,11 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
         launch.stop()
 
 
-def test_memory_settings_give_the_same_gradients(base: Path) -> None:
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_memory_settings_give_the_same_gradients(base: Path, transformer_engine: bool) -> None:
     """The layer checkpoint in chunks, and what it keeps on its way to host memory and back, over several steps and micro-batches."""
+    if transformer_engine:
+        pytest.importorskip("transformer_engine")
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
 
@@ -102,9 +105,12 @@ def test_memory_settings_give_the_same_gradients(base: Path) -> None:
         found = hf.read_config(base)
         tokens = torch.randint(0, MODEL.vocab_size, (2, 4 * S + 1), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
         grads: dict[str, dict[str, torch.Tensor]] = {}
-        for name, memory in {"none": Memory(checkpoint="none", offload="off"), "kept": Memory(offload="off", layer_chunk=300),
-                             "offloaded": Memory(offload="attention", layer_chunk=300), "inputs offloaded": Memory(offload="checkpoints")}.items():
-            (chunk,) = llama.build(found.model, found.rope, ranks, Parallel(), memory, "bf16", transformer_engine=False)
+        settings = {
+            "none": Memory(checkpoint="none", offload="off"), "kept": Memory(offload="off", layer_chunk=300),
+            "offloaded": Memory(offload="attention", layer_chunk=300), "inputs offloaded": Memory(offload="checkpoints"),
+            "query chunks": Memory(offload="attention", query_chunks=True, layer_chunk=300)}
+        for name, memory in settings.items():
+            (chunk,) = llama.build(found.model, found.rope, ranks, Parallel(), memory, "bf16", transformer_engine=transformer_engine)
             hf.load_parameters(base, found.model, llama.named_parameters(chunk), 0, 1)
             for _ in range(3):
                 losses = [chunk(tokens[i:i + 1, :-1], tokens[i:i + 1, 1:], torch.ones(1, 4 * S, device="cuda")) for i in range(2)]

@@ -134,3 +134,18 @@ def test_leaving_the_iterator_ends_its_thread(rows):
     assert threading.active_count() == before + 1
     batches.close()
     assert threading.active_count() == before
+
+
+def test_document_starts_come_with_the_rows(tmp_path):
+    begins = [[0, 5, 6], [0], [0, 1, S]]  # S is the last token, a label only
+    prefix = write_rows(tmp_path / "docs", [[100 * i + j for j in range(S + 1)] for i in range(3)], starts=begins)
+    rows = Rows([PackedRows(prefix, S)])
+    found = take(rows, 3, shuffle=False, global_batch=1, masked=True)
+    assert [batch["starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
+    shares = [take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)]
+    assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), "starts are those of the whole row on every rank"
+    [places], count = loader.held_out(rows, 3, micro_batch=1, dp=2, masked=True)
+    assert count == 2 and [batch["starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
+    [padding], _ = loader.held_out(rows, 3, micro_batch=1, dp=2, dp_rank=1, masked=True)
+    assert [batch["starts"].tolist() for batch in padding] == [[0], [0]]
+    assert "starts" not in take(rows, 1, global_batch=1)[0]

@@ -54,6 +54,7 @@ def test_micro_batches_that_overlap() -> None:
         if micro_batch:
             for layer in reversed(range(4)):
                 got = passes[micro_batch - 1][layer].get()
+                assert sum(k._device is not None for kept in passes for k in kept) <= 1, "more on the device than what comes next"
                 assert torch.equal(got[0], tensors(10 * (micro_batch - 1) + layer)[0])
     assert store.bytes == 2 * 4 * (15 * 4 + 24 * 2)
 

@@ -407,3 +407,16 @@ def test_tool_ends_with_one_line():
     done = subprocess.run([sys.executable, str(TOOL), "--recipe", "ultralong_1m", "--gpus", "7"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no layout of 7 GPUs") and done.stderr.count("\n") == 1
+
+
+def search(*settings):
+    return plan_report.report(gpus=256, recipe="ultralong_1m", settings=settings).values["plans"]
+
+
+def test_settings_that_are_not_searched_stay():
+    for new in search("memory.query_chunks=true").values():
+        assert new["memory"]["checkpoint"] == "attention"
+    for new in search("parallel.ulysses=4").values():
+        assert new["layout"]["cp"] % 4 == 0
+    # 32 query heads: what all-to-all over 8 ranks leaves for TP.
+    assert all(new["layout"]["tp"] <= 4 for name, new in search("parallel.ulysses=8", "parallel.cp_way=gather").items() if name != "recipe's")

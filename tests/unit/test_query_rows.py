@@ -16,8 +16,9 @@ PIECE = 12
 
 @pytest.mark.parametrize("cp", [1, 2, 4])
 @pytest.mark.parametrize("chunk", [1, 5, 12, 24])
+@pytest.mark.parametrize("stretches", [1, 3])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, packed: bool) -> None:
+def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int, packed: bool) -> None:
     length = PIECE * 2 * cp
     generator = torch.Generator().manual_seed(cp)
     q, k, v, dout = (torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
@@ -28,9 +29,11 @@ def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, packed: bool) 
         out, lse = ring_forward(q_, k_, v_, ring, starts=starts)
         want = ring_backward(dout_, q_, k_, v_, out, lse, ring, starts=starts)
         dk, dv = torch.zeros_like(k_), torch.zeros_like(v_)
-        for first in range(0, 2 * PIECE, chunk):
-            rows = slice(first, min(first + chunk, 2 * PIECE))
-            here = (slice(None), slice(None), rows)
+        # A chunk is the same rows of each of `stretches` equal parts, as tensor parallel ranks gather them.
+        t = 2 * PIECE // stretches
+        for first in range(0, t, chunk):
+            rows = [slice(part * t + first, part * t + min(first + chunk, t)) for part in range(stretches)]
+            here = (slice(None), slice(None), [i for run in rows for i in range(run.start, run.stop)])
             out_c, lse_c = ring_forward(q_[here], k_, v_, ring, starts=starts, rows=rows)
             torch.testing.assert_close(out_c, out[here])
             torch.testing.assert_close(lse_c, lse[here])
@@ -46,6 +49,6 @@ def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, packed: bool) 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 12, 8)
-    for rows in (None, slice(0, 3), slice(10, 14)):
+    for rows in (None, [slice(0, 3)], [slice(10, 14)], [slice(0, 4), slice(4, 5)]):
         with pytest.raises(ValueError, match="are not"):
             ring_forward(q, k, k, None, rows=rows)
