@@ -65,6 +65,17 @@ class HostStore:
         for buffer in buffers:
             self._free[buffer.key].append(buffer)
 
+    def close(self) -> None:
+        """Give the host memory back, once nothing that was kept is needed any more."""
+        self._leaving.clear()
+        self._last = None
+        if self.cuda:
+            torch.cuda.synchronize()
+        for buffer in [buffer for buffers in self._free.values() for buffer in buffers]:
+            self.bytes -= buffer.host.numel() * buffer.host.element_size()
+            buffer.unpin()
+        self._free.clear()
+
 
 class Kept:
     """Tensors of one layer in host memory. `get` once."""
@@ -140,6 +151,7 @@ class _Buffer:
         self.host = torch.empty_like(like, device="cpu")
         self.key = key
         self.last_use: Any = None
+        self._pinned = pinned
         if pinned:
             # Registered, not taken from torch's pinned allocator: that rounds every size up to a power of two.
             error = torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), self.host.numel() * self.host.element_size(), 0)
@@ -152,3 +164,8 @@ class _Buffer:
             torch.cuda.current_stream().wait_event(self.last_use)
             self.last_use = None
         self.host.copy_(x, non_blocking=True)
+
+    def unpin(self) -> None:
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr())
+            self._pinned = False
