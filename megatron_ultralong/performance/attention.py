@@ -33,7 +33,7 @@ COLUMNS = (
     Column(key="both_ms", title="both ms", show=reports.milliseconds),
     Column(key="share_of_ideal", title="of ideal", show=reports.share,
            meaning="time of one kernel on the whole sequence over this row's, forward and backward; for rows with documents, of the kernel "
-                   "inside documents"),
+                   "inside documents. On a CPU it says little: ranks are threads on all cores"),
     Column(key="workspace_bytes", title="workspace", show=reports.bytes_,
            meaning="peak memory of all ranks together above inputs, output and gradients"),
     Column(key="sent_forward", title="sent fwd B/token", show=reports.number, meaning="bytes that a rank sends in one layer, over S"),

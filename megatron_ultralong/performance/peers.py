@@ -2,6 +2,7 @@
 
 PyTorch's own ring (torch.distributed.tensor.experimental, a private interface: checked with torch 2.13) runs on threads too, which
 share a process group that PyTorch's tests use. The kernels it is handed are ours, so that only the schedules differ.
+ring-flash-attn is in peers_flash.py; yunchang is only named.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ultralong.context_parallel import kernels
+from megatron_ultralong.performance import peers_flash
 from megatron_ultralong.performance.virtual_run import Inside, Method
+
+TIMEOUT = 600.0
+"""Seconds after which a rank of another package counts as hung."""
 
 
 def methods(cp: int) -> Iterator[tuple[str, Method]]:
@@ -29,10 +34,12 @@ def methods(cp: int) -> Iterator[tuple[str, Method]]:
         name = f"PyTorch's context parallel ({rotate}), CP {cp}"
         make = None if missing else partial(_torch_ring, rotate)
         yield "torch", Method(name=name, cp=cp, make=make, ours=False, note=missing, runner=ThreadedGroup)
-    for package, module in (("ring-flash-attn", "ring_flash_attn"), ("yunchang", "yunchang")):
-        there = importlib.util.find_spec(module) is not None
-        note = "installed, but no comparison with it is written yet" if there else f"not installed: pip install {package}"
-        yield package, Method(name=f"{package}, CP {cp}", cp=cp, make=None, ours=False, note=note)
+    missing = peers_flash.missing()
+    name = f"ring-flash-attn, zigzag, CP {cp}"
+    yield "ring-flash-attn", Method(name=name, cp=cp, make=None if missing else peers_flash.zigzag, ours=False,
+                                    note=missing or peers_flash.note())
+    note = "not measured: no comparison is written yet" if importlib.util.find_spec("yunchang") else "not installed: pip install yunchang"
+    yield "yunchang", Method(name=f"yunchang, CP {cp}", cp=cp, make=None, ours=False, note=note)
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------
@@ -100,7 +107,7 @@ class ThreadedGroup:
             todo.put((function, inside))
         results: list[Any] = [None] * self.cp
         for _ in range(self.cp):
-            rank, result, failure = self._done.get()
+            rank, result, failure = self._done.get(timeout=TIMEOUT)
             if failure is not None:
                 # The others may wait in a collective for this rank, for ever: end them.
                 self._module.ProcessLocalGroup.exception_handle(failure)

@@ -131,65 +131,67 @@ def _row(title: str, name: str) -> dict[str, Any]:
 
 def _try(name: str, length: int, settings: Settings, ranks: Any, repeats: int) -> tuple[dict[str, Any] | None, str]:
     """(figures, "") of one setting and length, or (None, why there are none)."""
-    measure.release()
-    note = ""
+    stores: list[Any] = []
+    row, note = None, ""
     try:
-        return _measured(name, length, settings, ranks, repeats), ""
+        row = _measured(name, length, settings, ranks, repeats, stores)
     except UserError as error:  # the host's memory
         note = str(error)
     except RuntimeError as error:
         if not measure.is_out_of_memory(error):
             raise
         note = "out of memory"
-    return None, note
+    measure.release()  # the graph of a step that failed lets go of what it kept
+    for store in stores:
+        store.close()
+    return row, note
 
 
-def _measured(name: str, length: int, settings: Settings, ranks: Any, repeats: int) -> dict[str, Any]:
+def _measured(name: str, length: int, settings: Settings, ranks: Any, repeats: int, stores: list[Any]) -> dict[str, Any]:
+    """`stores` is given the host's buffers, to be closed by the caller."""
     from megatron_ultralong.model import llama
 
     model, device = settings.model, ranks.device
     memory = replace(SETTINGS[name], layer_chunk=settings.layer_chunk, loss_chunk=settings.loss_chunk)
     (chunk,) = llama.build(model, Rope(), ranks, Parallel(), memory, settings.precision)
     store = llama.unwrap(chunk).store
-    try:
-        parameters = list(chunk.parameters())
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, model.init_std)
-        away = name == "save-on-cpu"
+    stores.append(store)
+    parameters = list(chunk.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, model.init_std)
+    away = name == "save-on-cpu"
 
-        def step(tokens: int = length) -> None:
-            row = torch.randint(model.vocab_size, (1, tokens + 1), device=device)
-            with torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if away else contextlib.nullcontext():
-                loss = chunk(row[:, :-1], row[:, 1:], torch.ones(1, tokens, device=device))
-            loss.backward()
+    def step(tokens: int = length) -> None:
+        row = torch.randint(model.vocab_size, (1, tokens + 1), device=device)
+        with torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if away else contextlib.nullcontext():
+            loss = chunk(row[:, :-1], row[:, 1:], torch.ones(1, tokens, device=device))
+        loss.backward()
 
-        step(min(WARM_UP, length))  # now every weight has its gradient
-        store.close()  # its host memory is not of this length
-        static = measure.size(*parameters, *(x.grad for x in parameters if x.grad is not None))
-        if device.type == "cuda":
-            with measure.peak(device) as peak:
-                seconds = _seconds(step, device, repeats, lambda: store.bytes)
-            host = store.bytes
-        else:
+    step(min(WARM_UP, length))  # now every weight has its gradient
+    store.close()  # its host memory is not of this length
+    static = measure.size(*parameters, *(x.grad for x in parameters if x.grad is not None))
+    if device.type == "cuda":
+        with measure.peak(device) as peak:
             seconds = _seconds(step, device, repeats, lambda: store.bytes)
-            host = store.bytes  # filled already, so no part of the peak
-            step(max(1, length // 2))  # another table of RoPE, so that this length's is
-            with measure.peak(device) as peak:
-                step()
-            if settings.limit is not None and static + peak.bytes > settings.limit:
-                raise torch.OutOfMemoryError("beyond --limit")
-        found: dict[str, Any] = {"seconds": seconds, "tokens_per_second": length / seconds, "peak_bytes": static + peak.bytes,
-                 "bytes_per_token": peak.bytes / length, "host_bytes": None if away else host}
-        peak_rate = peak_flops(device)
-        if peak_rate is not None:
-            found["mfu"] = flops_per_token(model, length) * length / seconds / peak_rate
-        if not away:
-            found["planned_bytes"] = planned(model, memory, length, settings.precision)
-            found["measured_over_planned"] = peak.bytes / found["planned_bytes"]
-        return found
-    finally:
-        store.close()
+        host = store.bytes
+    else:
+        seconds = _seconds(step, device, repeats, lambda: store.bytes)
+        host = store.bytes  # filled already, so no part of the peak
+        step(max(1, length // 2))  # another table of RoPE, so that this length's is
+        with measure.peak(device) as peak:
+            step()
+        if settings.limit is not None and static + peak.bytes > settings.limit:
+            raise torch.OutOfMemoryError("beyond --limit")
+    found: dict[str, Any] = {"seconds": seconds, "tokens_per_second": length / seconds, "peak_bytes": static + peak.bytes,
+                             "bytes_per_token": peak.bytes / length, "host_bytes": None if away else host}
+    peak_rate = peak_flops(device)
+    if peak_rate is not None:
+        found["mfu"] = flops_per_token(model, length) * length / seconds / peak_rate
+    if not away:
+        found["planned_bytes"] = planned(model, memory, length, settings.precision)
+        found["measured_over_planned"] = peak.bytes / found["planned_bytes"]
+    return found
 
 
 def _seconds(step: Callable[[], None], device: torch.device, repeats: int, host: Callable[[], int]) -> float:
