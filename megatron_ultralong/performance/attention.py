@@ -149,7 +149,7 @@ def _methods(settings: Settings, packed: bool, chosen: str) -> Iterator[Method]:
             yield Method(name=f"TE-style schedule (written here), CP {cp}", cp=cp, make=baselines.te_style, ours=False)
         if "naive" in have:
             yield Method(name=f"naive ring, sums in {str(settings.dtype).removeprefix('torch.')}, CP {cp}", cp=cp, make=baselines.naive, ours=False)
-        yield from (method for key, method in peers.methods(cp) if key in have)
+        yield from (method for key, method in peers.methods(cp, settings.dtype) if key in have)
 
 
 def _ours(ulysses: int, way: attend.Way) -> Make:

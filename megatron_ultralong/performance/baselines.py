@@ -2,7 +2,8 @@
 
 `te_style` keeps to the schedule of TransformerEngine's ring, as far as it is known from outside: every hop's output stays, in the
 dtype of q, until the last hop, and all are weighted by their logsumexps at the end; every hop has its own KV buffer; gradients are
-summed in the dtype of q. `naive` merges each hop into an output of the dtype of q. Neither is that library's code.
+summed in the dtype of q. `naive` merges each hop into an output of the dtype of q. Neither is that library's code: what it fuses into
+kernels are single torch operations here, so of these rows errors and memory say more than times.
 
 Shapes: s tokens of this rank, h query heads, g KV heads, d head dimension.
 """

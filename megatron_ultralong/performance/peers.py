@@ -27,14 +27,15 @@ TIMEOUT = 600.0
 """Seconds after which a rank of another package counts as hung."""
 
 
-def methods(cp: int) -> Iterator[tuple[str, Method]]:
+def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, Method]]:
     """(name in --methods, row) of each package; a row without `make` says why it cannot be run here."""
     missing = _no_torch_ring()
     for rotate in ("allgather", "alltoall"):
         name = f"PyTorch's context parallel ({rotate}), CP {cp}"
         make = None if missing else partial(_torch_ring, rotate)
         yield "torch", Method(name=name, cp=cp, make=make, ours=False, note=missing, runner=ThreadedGroup)
-    missing = peers_flash.missing()
+    # In float32 its buffers would be its sums as well, and its gradients wrong: flash_attn has no such kernels.
+    missing = peers_flash.missing() or ("needs --dtype bf16, as flash_attn does" if dtype == torch.float32 else "")
     name = f"ring-flash-attn, zigzag, CP {cp}"
     yield "ring-flash-attn", Method(name=name, cp=cp, make=None if missing else peers_flash.zigzag, ours=False,
                                     note=missing or peers_flash.note())

@@ -188,6 +188,8 @@ def _measured(name: str, length: int, settings: Settings, ranks: Any, repeats: i
     peak_rate = peak_flops(device)
     if peak_rate is not None:
         found["mfu"] = flops_per_token(model, length) * length / seconds / peak_rate
+    if away and device.type == "cpu":
+        found["note"] = "on a CPU nothing moves"
     if not away:
         found["planned_bytes"] = planned(model, memory, length, settings.precision)
         found["measured_over_planned"] = peak.bytes / found["planned_bytes"]

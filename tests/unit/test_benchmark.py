@@ -92,10 +92,10 @@ def test_flash_attns_interface_over_our_kernels() -> None:
 def test_ring_flash_attn_is_measured() -> None:
     if peers_flash.missing():
         pytest.skip(peers_flash.missing())
-    settings = attention.Settings(length=64, cp=[4], ulysses=[], heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, documents=None,
+    settings = attention.Settings(length=64, cp=[4], ulysses=[], heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, documents=None,
                                   error_length=64, methods=["ring", "ring-flash-attn"], repeats=1)
     _, ours, theirs = attention.run(settings, torch.device("cpu"), "test").rows
-    assert theirs["error_out"] < 1e-6 and theirs["error_gradients"] < 1e-6, theirs
+    assert theirs["error_out"] < 1e-2 and theirs["error_gradients"] < 1e-2, theirs
     assert theirs["sent_forward"] == ours["sent_forward"]
 
 
