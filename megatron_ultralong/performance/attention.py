@@ -9,9 +9,8 @@ Shapes: S tokens of the whole sequence, h query heads, g KV heads, d head dimens
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.context_parallel import attend, eager, kernels, layout
+from megatron_ultralong.context_parallel import attend, kernels, layout
 from megatron_ultralong.context_parallel.ulysses import check_heads
-from megatron_ultralong.performance import baselines, measure, peers
+from megatron_ultralong.performance import baselines, measure, peers, problems
 from megatron_ultralong.performance import report as reports
+from megatron_ultralong.performance.problems import Problem
 from megatron_ultralong.performance.report import Column, Report
 from megatron_ultralong.performance.virtual_run import Make, Method, Runner, VirtualRunner
 
@@ -85,21 +85,6 @@ class Settings:
             raise UserError(f"--methods {unknown[0]}: choose from {', '.join(METHODS)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One whole sequence."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    starts: list[int] | None
-
-    def shards(self, cp: int) -> list[tuple[Tensor, ...]]:
-        """(dout, q, k, v) of every rank."""
-        return [tuple(layout.shard(x, rank, cp, 2).contiguous() for x in (self.dout, self.q, self.k, self.v)) for rank in range(cp)]
-
-
 def run(settings: Settings, device: torch.device, command: str, progress: Callable[[str], None] = lambda line: None) -> Report:
     """Measure all rows; `progress` is told each before it starts. UserError where the kernel is not there."""
     with _kernel(settings, device) as chosen:
@@ -110,9 +95,10 @@ def run(settings: Settings, device: torch.device, command: str, progress: Callab
             error_length=settings.error_length, documents=settings.documents, repeats=settings.repeats,
             memory=measure.CPU_MEMORY if device.type == "cpu" else "torch's allocator"))
         for packed in (False, True) if settings.documents is not None else (False,):
-            problem = _problem(settings, settings.length, device, packed)
-            small = _problem(settings, settings.error_length, device, packed)
-            want = _reference(small)
+            problem, small = (problems.draw(length, settings.heads, settings.kv_heads, settings.head_dim, settings.dtype, device,
+                                            documents=settings.documents if packed else None, seed=settings.seed)
+                              for length in (settings.length, settings.error_length))
+            want = problems.reference(small)
             ideal: dict[str, Any] | None = None
             for method in _methods(settings, packed, chosen):
                 name = f"{method.name}, {settings.documents} documents" if packed else method.name
@@ -228,33 +214,6 @@ def _errors(method: Method, runner: Runner, small: Problem, want: list[Tensor]) 
     found = [layout.unshard(list(parts), 2) for parts in zip(*runner.run(both), strict=True)]
     errors = [measure.error(x, y) for x, y in zip(found, want, strict=True)]
     return {"error_out": errors[0], "error_gradients": max(errors[1:])}
-
-
-# ---- problems --------------------------------------------------------------------------------------------------
-
-def _problem(settings: Settings, length: int, device: torch.device, packed: bool) -> Problem:
-    generator = torch.Generator(device).manual_seed(settings.seed)
-
-    def draw(heads: int) -> Tensor:
-        return torch.randn(1, heads, length, settings.head_dim, generator=generator, device=device, dtype=settings.dtype)
-    starts = None
-    if packed:
-        assert settings.documents is not None
-        cuts = torch.randperm(length - 1, generator=torch.Generator().manual_seed(settings.seed))[:settings.documents - 1] + 1
-        starts = [0, *sorted(cuts.tolist())]
-    return Problem(q=draw(settings.heads), k=draw(settings.kv_heads), v=draw(settings.kv_heads), dout=draw(settings.heads), starts=starts)
-
-
-def _reference(small: Problem) -> list[Tensor]:
-    """[out, dq, dk, dv] in float64, document by document."""
-    wide = replace(small, **{name: getattr(small, name).double() for name in ("q", "k", "v", "dout")})
-    found = [torch.empty_like(x) for x in (wide.q, wide.q, wide.k, wide.v)]
-    for a, b in itertools.pairwise([*(small.starts or [0]), small.q.shape[2]]):
-        dout, q, k, v = (x[:, :, a:b] for x in (wide.dout, wide.q, wide.k, wide.v))
-        out, lse = eager.forward(q, k, v, True, q.shape[3] ** -0.5)
-        for whole, part in zip(found, (out, *eager.backward(dout, q, k, v, out, lse, True, q.shape[3] ** -0.5)), strict=True):
-            whole[:, :, a:b] = part
-    return found
 
 
 @contextlib.contextmanager
