@@ -75,6 +75,13 @@ class HostStore:
         for buffer in buffers:
             self._free[buffer.size].append(buffer)
 
+    def close(self) -> None:
+        """Give the host memory back, once nothing that was kept is needed any more."""
+        self._leaving.clear()
+        self._last = None
+        self.bytes -= sum(size * len(buffers) for size, buffers in self._free.items())
+        self._free.clear()
+
 
 class Kept:
     """Tensors of one layer in host memory. `get` once."""

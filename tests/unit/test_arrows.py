@@ -38,6 +38,8 @@ ALLOWED = {
     # Training calls evaluation through a callback it is given; evaluation knows nothing of training.
     "train": BELOW_TRAIN | {"plan"},
     "evaluate": BELOW_TRAIN,
+    # Measures what the others do; only its tool imports it.
+    "performance": {"config", "runtime", "context_parallel", "model", "plan", "train.metrics"},
 }
 
 NO_MEGATRON = ["config.py", "recipes.py", "hardware.py", "plan.py", "planner.py", "plan_report.py", "checkpoint/mapping.py", "model/rope.py",

@@ -1,0 +1,73 @@
+"""tools/benchmark.py step, and its search for the longest sequence: a process of its own, for Megatron's groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from megatron_ultralong.config import Memory, Model
+
+MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=96)
+S = 256
+
+
+def test_step(tmp_path: Path) -> None:
+    mp.start_processes(_one_process, (tmp_path,), nprocs=1, start_method="spawn")  # it starts and ends its own process group
+
+
+def _one_process(index: int, folder: Path) -> None:
+    from megatron_ultralong.performance import report, step
+
+    def settings(names: list[str], **more: object) -> step.Settings:
+        return step.Settings(model=MODEL, settings=names, precision="fp32", layer_chunk=64, loss_chunk=64, repeats=1, **more)  # type: ignore[arg-type]
+
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    found = step.run(settings(list(step.SETTINGS), lengths=[S]), cpu, "the command")
+    report.write_json(found, folder / "step.json")
+    report.plot(found, folder / "step.png")
+    values = json.loads((folder / "step.json").read_text())
+    assert values["about"]["command"] == "the command" and "4 layers" in values["about"]["shape"] and (folder / "step.png").exists()
+    rows = {row["setting"]: row for row in values["rows"]}
+    assert list(rows) == list(step.SETTINGS)
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["tokens_per_second"] > 0 and "mfu" not in row and ("note" in row) == (row["setting"] == "save-on-cpu")
+        assert row["peak_bytes"] > row["bytes_per_token"] * S, "weights and gradients come on top"
+    token = {name: row["bytes_per_token"] for name, row in rows.items()}
+    assert token["none"] > token["full"] > token["attention"] > token["offload-checkpoints"] > token["offload-attention"]
+    # Offloading two layers' worth of four: input, and output with logsumexp, a token.
+    assert token["attention"] - token["offload-checkpoints"] == pytest.approx(2 * MODEL.hidden_size * 4, rel=0.1)
+    for name in ("none", "full", "attention"):
+        assert rows[name]["host_bytes"] == 0 and 0.3 < rows[name]["measured_over_planned"] < 2
+    layer = S * MODEL.hidden_size * 4
+    assert rows["offload-checkpoints"]["host_bytes"] == MODEL.layers * layer
+    assert rows["offload-attention"]["host_bytes"] == MODEL.layers * (2 * layer + S * MODEL.heads * 4)
+    assert "planned_bytes" not in rows["save-on-cpu"]
+
+    limit = int(rows["attention"]["peak_bytes"])
+    longest = step.run(settings(["none", "attention", "offload-attention"], lengths=[S // 4], longest=True, granularity=32, limit=limit), cpu, "x").rows
+    tokens = [row["tokens"] for row in longest]
+    assert tokens[0] < S and tokens[1] == S and tokens[2] > S and all(n % 32 == 0 for n in tokens)
+    for row in longest:
+        assert 0 < row["fails_at"] - row["tokens"] <= 32 and "out of memory" in row["note"] and row["peak_bytes"] <= limit
+    nothing = step.run(settings(["none"], lengths=[S], limit=1000), cpu, "x").rows
+    assert nothing[0]["note"] == "out of memory" and "seconds" not in nothing[0]
+
+    _a_store_gives_its_memory_back()
+
+
+def _a_store_gives_its_memory_back() -> None:
+    from megatron_ultralong.model.offload import HostStore
+
+    assert Memory().offload == "auto"
+    store = HostStore(torch.device("cpu"))
+    kept = [store.keep([torch.full((10,), float(i))]) for i in range(4)]
+    assert store.bytes == 160
+    assert [float(k.get()[0][0]) for k in reversed(kept)] == [3, 2, 1, 0]
+    store.close()
+    assert store.bytes == 0
+    assert float(store.keep([torch.ones(10)]).get()[0][0]) == 1 and store.bytes == 40
