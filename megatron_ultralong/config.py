@@ -16,6 +16,9 @@ from typing import Any, Literal
 OFFLOADED_LAYERS_ON_GPU = 2
 """Layers whose offloaded tensors are on the GPU at a time: one being copied while the next is computed."""
 
+LOSS_BLOCK = 2**25
+"""Logits that the loss holds in float32 at a time (128 MiB), whatever the chunk."""
+
 
 class UserError(ValueError):
     """A mistake of the user's: one clear line that says what to change."""
@@ -147,7 +150,7 @@ class Memory:
     longest sequences; keys go round the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
     """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP alive at a time on a rank; 0 = all."""
-    loss_chunk: int = 4096
+    loss_chunk: int = 8192
     """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
 
     def __post_init__(self) -> None:

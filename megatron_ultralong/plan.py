@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
-from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, Model, Run, UserError, check_model_layout
+from megatron_ultralong.config import LOSS_BLOCK, OFFLOADED_LAYERS_ON_GPU, Memory, Model, Run, UserError, check_model_layout
 from megatron_ultralong.hardware import Machine
 from megatron_ultralong.train.metrics import flops_per_token
 
@@ -100,8 +100,10 @@ def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int) -> d
     if stage == p.pp - 1:
         rows = padded_vocab_size(model.vocab_size, p.tp) // p.tp
         chunk = min(run.memory.loss_chunk or tokens, tokens)
-        # Logits in e and in float32 and their gradient in e; the output weight's gradient in float32; the hidden states' gradient.
-        parts["loss"] = chunk * rows * (2 * e + 4) + rows * model.hidden_size * 4 + tokens // p.tp * model.hidden_size * e
+        # Logits in e, whose place their gradient takes, two float32 forms of a block of them; the output weight's gradient in float32
+        # and its share of a chunk in e; the hidden states' gradient.
+        parts["loss"] = (chunk * rows * e + 8 * min(LOSS_BLOCK, chunk * rows) + rows * model.hidden_size * (4 + e)
+                         + tokens // p.tp * model.hidden_size * e)
     return parts
 
 

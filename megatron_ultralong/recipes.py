@@ -105,7 +105,7 @@ def _ultralong(size: str, *, seq_length: int, factor: int, cp: int, iterations: 
         base="meta-llama/Llama-3.1-8B-Instruct",
         rope=_yarn(factor, theta=500000.0, original_length=8192),
         parallel=Parallel(tp=8, cp=cp),
-        memory=Memory(checkpoint="attention", loss_chunk=4096),
+        memory=Memory(checkpoint="attention"),
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(seq_length=seq_length, global_batch=global_batch, iterations=iterations, lr=3e-5, min_lr=3e-6, warmup=5, save_every=25),
         runtime=Runtime(device="cuda"))
@@ -118,7 +118,7 @@ def _ultralong_sft(size: str) -> Run:
         notes="arXiv 2504.06214: learning rate 5e-6, global batch 128 and 100K examples under 8K tokens are published; one epoch of them, one "
               "example a row (782 iterations), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and seed are this project's own.",
         parallel=Parallel(tp=8),
-        memory=Memory(checkpoint="attention", loss_chunk=4096),
+        memory=Memory(checkpoint="attention"),
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(seq_length=8192, global_batch=128, iterations=782, lr=5e-6, warmup=24, save_every=200),
         runtime=Runtime(device="cuda"))

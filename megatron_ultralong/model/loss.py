@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ultralong.config import LOSS_BLOCK
+
 
 def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int, *,
                        sequence_parallel: bool, chunk: int, z_loss: float = 0.0) -> Tensor:
@@ -49,12 +51,11 @@ class _ShardedTokenLoss(torch.autograd.Function):
             take = torch.cat([torch.arange(part * t + start, part * t + stop) for part in range(parts)]).to(labels.device)
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
-            logits = torch.matmul(x, weight.t()).float()  # [c, v]
+            logits = torch.matmul(x, weight.t())  # [c, v]
             loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight)
             total += loss
             if grad is None:
                 continue
-            grad = grad.to(weight.dtype)
             if grad_weight is not None:
                 grad_weight += torch.matmul(grad.t(), x)
             if grad_hidden is not None:
@@ -76,29 +77,38 @@ class _ShardedTokenLoss(torch.autograd.Function):
 
 def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, rank: int, vocab_size: int,
                    z_loss: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """(masked sum, its gradient by the logits [c, v]); overwrites `logits`, float32 [c, v]."""
+    """(masked sum, its gradient by the logits [c, v]). logits [c, v] in the weight's dtype; the gradient takes their place.
+
+    Computed in float32, a block of rows at a time: no float32 copy of all of them exists.
+    """
     v = logits.shape[1]
     first = rank * v
     if first + v > vocab_size:
         logits[:, max(0, vocab_size - first):] = float("-inf")
-    peak = logits.max(dim=1).values
-    _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
-    logits -= peak[:, None]
+    blocks = logits.split(max(1, LOSS_BLOCK // v))
     local = target - first
     inside = (local >= 0) & (local < v)
     local = local.clamp(0, v - 1)
-    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1), 0.0)
-    exponent = logits.exp_()
-    sums = torch.stack([exponent.sum(dim=1), picked])  # [2, c]
-    _all_reduce(sums, group, torch.distributed.ReduceOp.SUM)
-    total, picked = sums
-    lse = total.log() + peak
-    loss = torch.where(mask > 0, mask * (total.log() - picked + z_loss * lse.square()), 0.0).sum()
+    peak = torch.cat([block.max(dim=1).values.float() for block in blocks])
+    _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
+    sums = torch.cat([(block.float() - p[:, None]).exp_().sum(dim=1) for block, p in zip(blocks, peak.split(len(blocks[0])), strict=True)])
+    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
+    both = torch.stack([sums, picked])  # [2, c]
+    _all_reduce(both, group, torch.distributed.ReduceOp.SUM)
+    log_sum, picked = both[0].log(), both[1]  # less the peak, both: their difference stays exact for large logits
+    lse = log_sum + peak
+    loss = torch.where(mask > 0, mask * (log_sum - picked + z_loss * lse.square()), 0.0).sum()
     if not need_grad:
         return loss, None
-    grad = exponent.mul_(((1 + 2 * z_loss * lse) / total)[:, None])
-    grad[torch.arange(len(local), device=local.device), local] -= inside.to(grad.dtype)
-    return loss, grad.mul_(mask[:, None])
+    scale = mask * (1 + 2 * z_loss * lse)
+    start = 0
+    for block in blocks:
+        rows = slice(start, start + len(block))
+        start += len(block)
+        grad = (block.float() - lse[rows, None]).exp_().mul_(scale[rows, None])
+        grad[torch.arange(len(block), device=grad.device), local[rows]] -= inside[rows] * mask[rows]
+        block.copy_(grad)
+    return loss, logits
 
 
 def _all_reduce(x: Tensor, group: Any, op: Any) -> None:

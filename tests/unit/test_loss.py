@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ultralong.model import loss
 from megatron_ultralong.model.loss import sharded_token_loss
 
 S, B, H, V, PADDED = 13, 2, 8, 29, 32
@@ -31,13 +32,15 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, z_loss: float) -> torch.Tensor:
     logits = (hidden.float() @ weight[:V].float().t()).transpose(0, 1)  # [b, s, V]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
-    return ((loss + z_loss * logits.logsumexp(-1) ** 2) * weights).sum()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
+    return ((nll + z_loss * logits.logsumexp(-1) ** 2) * weights).sum()
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 5, 8, 1000])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_value_and_gradients(chunk: int, z_loss: float) -> None:
+@pytest.mark.parametrize("block", [1, 3 * PADDED, loss.LOSS_BLOCK])
+def test_value_and_gradients(chunk: int, z_loss: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "LOSS_BLOCK", block)
     hidden, weight, labels, weights = inputs(torch.float32)
     want = reference(hidden, weight, labels, weights, z_loss)
     want_grads = torch.autograd.grad(want, (hidden, weight))

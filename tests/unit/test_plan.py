@@ -45,7 +45,7 @@ def test_memory_by_hand():
         "layer checkpoints": 4 * 256,  # 32 tokens x 8 x 2 bytes / TP
         "one layer at work": 32 * (76 + 48 + 80 + 32 + 32),
         "RoPE tables": 32 * 2 * 4,
-        "loss": 32 * 5 * 8 + 5 * 8 * 4 + 16 * 8 * 2,
+        "loss": 32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 16 * 8 * 2,
     }
     fp32 = replace(RUN, train=replace(RUN.train, precision="fp32"))
     assert plan.memory(fp32, SMALL, 4)["optimizer (fp32)"] == parameters * 8 // 2
