@@ -2,13 +2,12 @@
 
 PyTorch's own ring (torch.distributed.tensor.experimental, a private interface: checked with torch 2.13) runs on threads too, which
 share a process group that PyTorch's tests use. The kernels it is handed are ours, so that only the schedules differ.
-ring-flash-attn is in peers_flash.py; yunchang is only named.
+ring-flash-attn and yunchang are in peers_flash.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +34,10 @@ def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, Method]]:
         make = None if missing else partial(_torch_ring, rotate)
         yield "torch", Method(name=name, cp=cp, make=make, ours=False, note=missing, runner=ThreadedGroup)
     # In float32 its buffers would be its sums as well, and its gradients wrong: flash_attn has no such kernels.
-    missing = peers_flash.missing() or ("needs --dtype bf16, as flash_attn does" if dtype == torch.float32 else "")
-    name = f"ring-flash-attn, zigzag, CP {cp}"
-    yield "ring-flash-attn", Method(name=name, cp=cp, make=None if missing else peers_flash.zigzag, ours=False,
-                                    note=missing or peers_flash.note())
-    note = "not measured: no comparison is written yet" if importlib.util.find_spec("yunchang") else "not installed: pip install yunchang"
-    yield "yunchang", Method(name=f"yunchang, CP {cp}", cp=cp, make=None, ours=False, note=note)
+    for package in peers_flash.PACKAGES:
+        missing = peers_flash.missing(package) or ("needs --dtype bf16, as flash_attn does" if dtype == torch.float32 else "")
+        yield package, Method(name=f"{package}, zigzag, CP {cp}", cp=cp, make=None if missing else partial(peers_flash.zigzag, package), ours=False,
+                              note=missing or peers_flash.note(package))
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------
