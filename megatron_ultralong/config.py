@@ -172,7 +172,7 @@ class Data:
     workers: int = 0
     """Data loader processes a rank."""
     documents: Literal["joined", "masked"] = "joined"
-    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each."""
+    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each, and the first token of one is no target."""
     positions: Literal["row", "document"] = "row"
     """With documents=masked: RoPE positions count from the start of the row, or anew in each document."""
 

@@ -54,11 +54,11 @@ class PackedRows:
         return self._tokens[row], None if self._mask is None else self._mask[row]
 
     def starts(self, row: int) -> list[int]:
-        """Where documents start among the first S tokens of a row, 0 first. UserError where the set does not say."""
+        """Where documents start among the S + 1 tokens of a row, 0 first. UserError where the set does not say."""
         if self._starts is None:
             raise UserError(f"{self.prefix} does not say where its documents start, which data.documents=masked needs; prepare it with "
                             "--document-starts")
-        return [start for start in self._starts[row].tolist() if start < self.seq_length]
+        return [int(start) for start in self._starts[row]]
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """UserError where a row holds an id that a model with `vocab_size` embeddings does not have."""

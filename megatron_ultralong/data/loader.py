@@ -94,6 +94,7 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
     """This rank's share of the rows at `places` (set, row); None = any row, fully masked."""
     tokens = numpy.zeros((len(places), rows.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
     targets = numpy.zeros(tokens.shape, dtype=numpy.float32)
+    starts = [0]
     for i, place in enumerate(places):
         if place is None:
             continue
@@ -101,11 +102,13 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         ids, counts = rows.sets[which][row]
         tokens[i] = ids
         targets[i] = 1.0 if counts is None else counts
+        if masked:
+            starts = rows.sets[which].starts(row)
+            targets[i, starts] = 0.0  # nothing that it may look at foretells a document's first token
     whole = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": targets[:, 1:]}  # shifted first, then shared out
     batch = {name: layout.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()}  # [b, s]
     if masked:
-        [place] = places
-        batch["starts"] = torch.tensor([0] if place is None else rows.sets[place[0]].starts(place[1]))
+        batch["starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
     return batch
 
 

@@ -142,6 +142,7 @@ def test_document_starts_come_with_the_rows(tmp_path):
     rows = Rows([PackedRows(prefix, S)])
     found = take(rows, 3, shuffle=False, global_batch=1, masked=True)
     assert [batch["starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
+    assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [[4, 5], [], [0, S - 1]], "first tokens are no targets"
     shares = [take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)]
     assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), "starts are those of the whole row on every rank"
     [places], count = loader.held_out(rows, 3, micro_batch=1, dp=2, masked=True)

@@ -241,7 +241,7 @@ def test_document_starts(tmp_path, inputs, tokenizer_dir, seq_length):
             at += len(ids)
     rows, length = PackedRows(str(tmp_path / "out"), seq_length), seq_length + 1
     for row in range(len(rows)):
-        inside = {begin - row * length for begin in begins if 0 <= begin - row * length < seq_length}  # the last token is a label only
+        inside = {begin - row * length for begin in begins if 0 <= begin - row * length < length}
         assert rows.starts(row) == sorted({0} | inside)
     pack(inputs, tokenizer_dir, seq_length, tmp_path / "out")
     assert not list(tmp_path.glob("out.docs*")), "left over from the run before"
