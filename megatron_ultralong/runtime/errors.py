@@ -46,7 +46,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
     # The distributed optimizer reads .grad of its shards, which are views.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for name in ("megatron", "torch.distributed", "transformers"):
+    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
