@@ -76,10 +76,10 @@ class Writer:
             self.known[text] = len(self.tokenizer.encode(text, add_special_tokens=False))
         return text, self.known[text]
 
-    def row(self, length: int, *, listed: float, keys: tuple[int, int], whole: float) -> str:
+    def row(self, length: int, *, listed: float, whole: float) -> str:
         """Text of exactly `length` tokens: with probability `whole` one document, otherwise several of mixed lengths.
 
-        listed: share of the documents that are lists; the rest are `keys`. keys: fewest and most in a document of the whole length.
+        listed: share of the documents that are lists; the rest are `keys`.
         """
         parts: list[str] = []
         left = length
@@ -89,21 +89,20 @@ class Writer:
             if self.rng.random() < listed:
                 parts.append(self.listed(size))
             else:
-                least, most = (max(1, count * size // length) for count in keys)
-                parts.append(self.keys(size, least, most, "" if not parts else " "))
+                parts.append(self.keys(size, max(1, length // 32 * size // length), "" if not parts else " "))
             left -= size
         return "".join(parts)
 
-    def keys(self, length: int, least: int, most: int, start: str = "") -> str:
+    def keys(self, length: int, most: int, start: str = "") -> str:
         """Keys hidden in filler sentences, asked for in one to three blocks of questions, the last at the end.
 
-        The number of keys is log-uniform from `least` to `most`: the passkey test's single key as well as many.
+        The number of keys is log-uniform up to `most`: the passkey test's single key as well as many.
         """
         rng, introduction = self.rng, self.piece(start + niah.INTRODUCTION)
         needle_size = self.piece(niah.needle("Ada", "0" * DIGITS))[1]
         question_size = self.piece(_asked("Ada", "0" * DIGITS))[1]
         room = length - introduction[1]
-        count = int(math.exp(rng.uniform(math.log(least), math.log(most + 1))))
+        count = int(math.exp(rng.uniform(0, math.log(most + 1))))
         count = max(1, min(count, len(niah.NAMES), (room - 2 * question_size) // (2 * needle_size)))
         values = {name: niah.pass_key(rng, DIGITS) for name in rng.sample(niah.NAMES, count)}
         room -= count * needle_size
@@ -167,14 +166,13 @@ def _asked(name: str, value: str) -> str:
     return niah.question(name) + niah.answer_start(name) + niah.answer(value)
 
 
-def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int, listed: float = 0.1,
-                    keys: tuple[int, int] | None = None, whole: float = 1.0) -> None:
-    """`rows` texts of exactly `length` tokens each as JSON lines. keys: None = 1 to one for each 32 tokens."""
+def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int, listed: float = 0.1, whole: float = 1.0) -> None:
+    """`rows` texts of exactly `length` tokens each as JSON lines."""
     if length < SHORTEST or rows < 1:
         raise UserError(f"--length must be at least {SHORTEST} tokens and --rows at least 1")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     writer = Writer(tokenizer, seed)
-    texts = [writer.row(length, listed=listed, keys=keys or (1, max(1, length // 32)), whole=whole) for _ in range(rows)]
+    texts = [writer.row(length, listed=listed, whole=whole) for _ in range(rows)]
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         assert len(ids) == length, f"a document has {len(ids)} tokens instead of {length}"
     try:
@@ -198,14 +196,13 @@ def main() -> None:
     one.add_argument("--rows", type=int, required=True, help="texts to write")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--list", type=float, default=0.1, help="share of lists of names and pass keys (default: %(default)s)")
-    one.add_argument("--keys", type=int, nargs=2, metavar=("LEAST", "MOST"), help="pass keys in a document (default: 1 to one for each 32 tokens)")
     one.add_argument("--whole", type=float, default=1.0, help="share of texts that are one document, not several (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "tokenizer":
         make_tokenizer().save_pretrained(args.output)
     else:
         write_documents(args.tokenizer, args.output, length=parse_count(args.length, "--length"), rows=args.rows, seed=args.seed,
-                        listed=args.list, keys=tuple(args.keys) if args.keys else None, whole=args.whole)
+                        listed=args.list, whole=args.whole)
 
 
 if __name__ == "__main__":
