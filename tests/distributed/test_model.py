@@ -51,10 +51,11 @@ def _layouts(rank: int, world: int) -> None:
                     continue  # covered by tp 2: the tied weight's own paths are pipeline and vocabulary splits
                 parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp)
                 ranks = launch.start(Runtime(device="cpu"), parallel)
-                # The default everywhere, beside it one of the others.
                 if pp == 1:
                     _check_planned_checkpoints(model, ranks, parallel, rows)
-                for memory in (MEMORY[0], MEMORY[1 + (3 * tp + 2 * pp + vpp + cp) % 5]):
+                # Beside the default all recomputed or all kept, and the others where a layout is cheap or splits most.
+                more = {(1, 1): 5, (1, 2): 1, (2, 1): 1, (2, 2): 4}[tp, cp] if vpp == 1 and (pp == 1 or tp == cp == 2) else 0
+                for memory in (MEMORY[0], MEMORY[2 if tp == cp else 3], *([MEMORY[more]] if more else [])):
                     _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
                 leave_groups()
 
