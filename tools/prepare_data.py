@@ -24,40 +24,61 @@ def arguments() -> argparse.Namespace:
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=pretrain)
-    parser.add_argument("--input", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
-                        help=".txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row)")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--input", type=Path, nargs="+", action="extend", metavar="PATH",
+                       help=".txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row); .idx (a Megatron "
+                            "corpus); directories and globs of them")
+    given.add_argument("--sources", type=Path, metavar="FILE.yaml",
+                       help="several named inputs with weights, rates or shares by length, and a budget of tokens")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="Hugging Face directory with tokenizer.json")
     parser.add_argument("--seq-length", required=True, metavar="S", help="tokens of a sequence, like 4096 or 128K")
     parser.add_argument("--output", required=True, metavar="PREFIX",
-                        help="writes PREFIX.bin, .idx, .json, and .mask.bin, .mask.idx if a row was padded; replaces old ones")
-    parser.add_argument("--text-key", default="text", metavar="NAME", help="field or column that holds the text (default: text)")
+                        help="writes PREFIX.bin, .idx, .json, .documents.parquet, .lengths.png, and .mask, .docs, .broken.jsonl where there are "
+                             "any; replaces old ones")
+    parser.add_argument("--text-key", metavar="NAME", help="field or column that holds the text (default: text)")
+    parser.add_argument("--id-key", metavar="NAME", help="field or column that names a document in the reports")
     between = parser.add_mutually_exclusive_group()
     between.add_argument("--separator", metavar="TEXT", help="text between documents, encoded alone (default: <s>; '' = nothing)")
     between.add_argument("--separator-id", type=int, nargs="+", metavar="ID", help="token ids between documents instead")
     between.add_argument("--separator-token", choices=("bos", "eos"), help="that special token between documents instead")
+    parser.add_argument("--fit", choices=("cross", "best"), default="cross",
+                        help="documents go on in the next row (default), or are whole in a row where they fit, by best fit, the rest padded")
     parser.add_argument("--last-row", choices=("pad", "drop"), default="pad",
                         help="the last row, not full: pad it and mask the padding's loss (default), or leave its tokens out")
     parser.add_argument("--document-starts", action="store_true",
                         help="also write PREFIX.docs.bin, .idx: where documents start, for training with data.documents=masked")
-    parser.add_argument("--workers", type=int, default=0, metavar="N",
-                        help="processes that encode (default 0: this one, with the tokenizer's threads); the output is the same")
+    parser.add_argument("--broken", choices=("skip", "stop"), default="skip",
+                        help="lines that cannot be read: leave them out, count them and list them in PREFIX.broken.jsonl (default), or stop")
+    parser.add_argument("--empty", choices=("skip", "stop"), default="skip", help="documents without text: leave out and count (default), or stop")
+    parser.add_argument("--duplicates", choices=("keep", "drop", "stop"), default="keep",
+                        help="documents with the same tokens as an earlier one: keep and count (default), leave out and count, or stop")
+    parser.add_argument("--tokens-dir", type=Path, metavar="DIR",
+                        help="keep the documents' tokens there, and use them again for other lengths and mixes of the same inputs")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core); the files are the same whatever their number")
 
 
 def pretrain(args: argparse.Namespace) -> None:
     seq_length = parse_count(args.seq_length, "--seq-length")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must be 0 or more")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if args.sources and (args.text_key or args.id_key):
+        raise UserError("--text-key and --id-key go with --input; a file of sources says them for each source")
 
     # Imported here so that --help and mistakes in the arguments answer at once.
-    from megatron_ultralong.data import packing
+    from megatron_ultralong.data import account, packing, sources
 
     separator = packing.Separator(text=args.separator, special=args.separator_token,
                                   ids=None if args.separator_id is None else tuple(args.separator_id))
-    made = packing.pack(args.input, args.tokenizer, seq_length, args.output, text_key=args.text_key, separator=separator,
-                        last_row=args.last_row, document_starts=args.document_starts, workers=args.workers)
+    how = packing.Packing(seq_length=seq_length, separator=separator, fit=args.fit, last_row=args.last_row, duplicates=args.duplicates,
+                          document_starts=args.document_starts, broken=args.broken, empty=args.empty)
+    wanted = sources.load(args.sources) if args.sources else packing.plain(args.input, args.text_key or "text", args.id_key)
+    made = packing.pack(wanted, args.tokenizer, how, args.output, workers=args.workers, tokens_dir=args.tokens_dir)
+    print(account.table(made))
     print(f"{args.output}: {made['rows']} rows of {seq_length} + 1 tokens from {made['documents']} documents; "
           f"{made['tokens']} tokens, {made['separator_tokens']} of them separators; {made['padding']} padding, "
           f"{made['dropped']} left out; {made['skipped']['empty']} empty documents skipped")
+    for line in account.notes(made, args.output):
+        print(line)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Raw documents as streams: .txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row).
+"""Raw documents as streams: .txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row). A Megatron
+corpus, .bin/.idx, is a kind too, but holds tokens: tokens.py reads it.
 
-Whatever is wrong with a file ends in one line that names the file and the line or row.
+Whatever is wrong with a document is one line that names the file and the line or row; what is wrong with a file stops.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -21,44 +23,103 @@ import zstandard
 
 from megatron_ultralong.config import UserError
 
-KINDS = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", ".jsonl", ".parquet", ".idx")
 COMPRESSIONS = (".gz", ".zst")
 PIECE = 1 << 20
 """Bytes of a .txt file read at a time."""
 _LARGEST_WINDOW = 1 << 31  # bytes a zstd decoder may look back: what `zstd --long=31` writes
 
 
+class BrokenDocument(UserError):
+    """One document that cannot be used, in a file whose others may be."""
+
+    def __init__(self, part: Part, number: int, reason: str) -> None:
+        self.number, self.reason = number, reason
+        super().__init__(f"{place(part, number)}: {reason}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or a range of it, read as one."""
+
+    path: Path
+    begin: int = 0
+    """First byte of a .jsonl (lines that begin from there on), first row group of a .parquet."""
+    end: int | None = None
+    """As begin, exclusive; None = to the end of the file."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One document, to be read before the next is asked for."""
 
-    place: str
-    """Where it stands, for messages: file, and line or row."""
+    number: int
+    """Its line or row within the part, from 1 on; of a .parquet within the file."""
     pieces: Iterable[str]
-    """Its text, in pieces that join without anything between."""
+    """Its text, in pieces that join without anything between. BrokenDocument while they are read where it is no text."""
+    id: str | None = None
+
+
+def kind(path: Path) -> tuple[str, str]:
+    """(kind, compression) by the end of the file's name; UserError where it is none of the known."""
+    name = path.name.lower()
+    compression = next((end for end in COMPRESSIONS if name.endswith(end)), "")
+    found = next((end for end in KINDS if name.removesuffix(compression).endswith(end)), None)
+    if found is None or (found in (".parquet", ".idx") and compression):
+        known = ", ".join([*KINDS, *(kind + end for end in COMPRESSIONS for kind in KINDS[:2])])
+        raise UserError(f"{path}: kind of file not known by its name; known are {known}")
+    return found, compression
 
 
 def check(paths: Iterable[Path]) -> int:
     """Total size of the files, bytes. UserError for the first that is missing, not a file, unreadable or of no known kind."""
     total = 0
     for path in paths:
-        _kind(path)
+        kind(path)
         if path.is_dir():
             raise UserError(f"{path} is a directory; name the files in it, like {path}/*.jsonl")
-        with _opened(path) as file:
+        with opened(path) as file:
             total += os.fstat(file.fileno()).st_size
     return total
 
 
-def read(path: Path, text_key: str = "text", progress: Callable[[int], Any] = lambda n: None) -> Iterator[Document]:
-    """The documents of one file, in order. `text_key`: field of a .jsonl line or column of a .parquet file that holds the text.
+def split(path: Path, size: int) -> list[Part]:
+    """The file in parts of about `size` bytes that can be read apart; compressed files and .txt are one. Their order is the file's."""
+    found, compression = kind(path)
+    with opened(path) as file:
+        total = os.fstat(file.fileno()).st_size
+        if total <= size or compression or found == ".txt":
+            return [Part(path)]
+        if found == ".jsonl":
+            borders = [*range(0, total, size), total]
+        else:
+            import pyarrow
+            import pyarrow.parquet
 
-    progress: called with the number of bytes of the file read since the last call. Memory: one document of .jsonl, some rows of
-    .parquet, one piece of .txt. UserError where the file cannot be read or a document is not text.
+            try:
+                table = pyarrow.parquet.ParquetFile(file).metadata
+            except pyarrow.ArrowException as error:
+                raise UserError(f"{path}: cannot be read as parquet: {_one_line(error)}") from None
+            borders, filled = [0], 0
+            for group in range(table.num_row_groups):
+                filled += table.row_group(group).total_byte_size
+                if filled >= size or group == table.num_row_groups - 1:
+                    borders.append(group + 1)
+                    filled = 0
+    return [Part(path, begin, end) for begin, end in itertools.pairwise(borders)]
+
+
+def read(part: Part, text_key: str = "text", id_key: str | None = None, progress: Callable[[int], Any] = lambda n: None,
+         on_broken: Callable[[BrokenDocument], Any] | None = None, on_end: Callable[[int], Any] = lambda n: None) -> Iterator[Document]:
+    """The documents of one part of a file, in order. `text_key`, `id_key`: fields of a .jsonl line or columns of a .parquet file.
+
+    progress: called with the number of bytes of the file read since the last call. on_broken: told of each document that is no text
+    (None = it is raised). on_end: told the part's number of lines or rows. Memory: one document of .jsonl, some rows of .parquet, one
+    piece of .txt. UserError where the file cannot be read.
     """
-    kind, compression = _kind(path)
-    with _opened(path) as file:
-        done = 0
+    found, compression = kind(part.path)
+    with opened(part.path) as file:
+        done = part.begin if found == ".jsonl" else 0
 
         def advance() -> None:
             nonlocal done
@@ -66,78 +127,133 @@ def read(path: Path, text_key: str = "text", progress: Callable[[int], Any] = la
             progress(at - done)
             done = at
 
-        if kind == ".parquet":
-            yield from _parquet(path, file, text_key, progress)
+        if found == ".parquet":
+            yield from _parquet(part, file, text_key, id_key, progress, on_broken, on_end)
             return
-        with readable(path):
+        with readable(part.path):
             stream = _decompressed(file, compression)
-            for document in _txt(path, stream, advance) if kind == ".txt" else _jsonl(path, stream, text_key):
+            documents = _txt(part, stream, advance) if found == ".txt" else _jsonl(part, stream, text_key, id_key, on_broken, on_end)
+            for document in documents:
                 yield document
                 advance()
             advance()
 
 
-def _txt(path: Path, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[Document]:
+def place(part: Part, number: int) -> str:
+    """Where a document stands, for people: file, and line or row. Counts the lines before a part in the middle of a file."""
+    found, _ = kind(part.path)
+    if found == ".txt":
+        return str(part.path)
+    if found == ".jsonl" and part.begin:
+        with part.path.open("rb") as file:
+            # Lines that begin before the part: the first, and one behind each line end that is not the byte just before it.
+            number += 1 + sum(block.count(b"\n") for block in _blocks(file, part.begin - 1))
+    return f"{part.path}, {'row' if found == '.parquet' else 'line'} {number}"
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size and (block := file.read(min(size, PIECE))):
+        size -= len(block)
+        yield block
+
+
+def _txt(part: Part, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[Document]:
     def pieces() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        with readable(path):
-            while block := stream.read(PIECE):
-                yield decoder.decode(block)
-                advance()
-            yield decoder.decode(b"", True)
+        with readable(part.path):
+            try:
+                while block := stream.read(PIECE):
+                    yield decoder.decode(block)
+                    advance()
+                yield decoder.decode(b"", True)
+            except UnicodeDecodeError as error:
+                raise BrokenDocument(part, 1, f"not UTF-8 text ({error.reason}); convert it to UTF-8") from None
 
-    yield Document(str(path), pieces())
+    yield Document(1, pieces(), str(part.path))
 
 
-def _jsonl(path: Path, stream: BinaryIO, text_key: str) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
+def _jsonl(part: Part, stream: BinaryIO, text_key: str, id_key: str | None, on_broken: Callable[[BrokenDocument], Any] | None,
+           on_end: Callable[[int], Any]) -> Iterator[Document]:
+    at = part.begin
+    if part.begin:  # the line that is cut by the part's begin belongs to the part before
+        stream.seek(part.begin - 1)
+        at += len(stream.readline()) - 1
+    number = 0
+    while part.end is None or at < part.end:
+        line = stream.readline()
+        if not line:
+            break
+        at += len(line)
+        number += 1
         if line.isspace():
             continue
-        place = f"{path}, line {number}"
         try:
-            record = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a JSON object is needed, like {{\"{text_key}\": \"...\"}}")
-        if text_key not in record:
-            raise UserError(f"{place}: no key {text_key!r} among {_listed(record)}; choose one with --text-key")
-        yield Document(place, (_text(record[text_key], place, text_key),))
+            yield _record(part, number, line.removeprefix(b"\xef\xbb\xbf") if at == len(line) else line, text_key, id_key)
+        except BrokenDocument as broken:
+            if on_broken is None:
+                raise
+            on_broken(broken)
+    on_end(number)
 
 
-def _parquet(path: Path, file: BinaryIO, text_key: str, progress: Callable[[int], Any]) -> Iterator[Document]:
+def _record(part: Part, number: int, line: bytes, text_key: str, id_key: str | None) -> Document:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BrokenDocument(part, number, f"not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BrokenDocument(part, number, f"not JSON ({error}); mend or remove the line") from None
+    if not isinstance(record, dict):
+        raise BrokenDocument(part, number, f"a JSON object is needed, like {{\"{text_key}\": \"...\"}}")
+    if text_key not in record:
+        raise BrokenDocument(part, number, f"no key {text_key!r} among {_listed(record)}; choose one with --text-key")
+    if id_key is not None and id_key not in record:
+        raise BrokenDocument(part, number, f"no key {id_key!r} among {_listed(record)}; choose one with --id-key")
+    return Document(number, (_text(record[text_key], part, number, text_key),), None if id_key is None else str(record[id_key]))
+
+
+def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, progress: Callable[[int], Any],
+             on_broken: Callable[[BrokenDocument], Any] | None, on_end: Callable[[int], Any]) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
-    size, done, number = os.fstat(file.fileno()).st_size, 0, 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            names = _listed(table.schema_arrow.names)
-            raise UserError(f"{path}: no column {text_key!r} among {names}; choose one with --text-key")
-        rows = table.metadata.num_rows
-        for batch in table.iter_batches(batch_size=64, columns=[text_key]):
-            for value in batch.column(0):
+        columns = [text_key] if id_key is None else [text_key, id_key]
+        for name, flag in zip(columns, ("--text-key", "--id-key"), strict=False):
+            if name not in table.schema_arrow.names:
+                raise UserError(f"{part.path}: no column {name!r} among {_listed(table.schema_arrow.names)}; choose one with {flag}")
+        groups = range(table.metadata.num_row_groups)[part.begin:part.end]
+        number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
+        rows = sum(table.metadata.row_group(group).num_rows for group in groups)
+        share = len(groups) / max(table.metadata.num_row_groups, 1)
+        size, done, first = int(os.fstat(file.fileno()).st_size * share), 0, number
+        for batch in table.iter_batches(batch_size=64, columns=columns, row_groups=list(groups)):
+            for value, name in zip(batch.column(text_key), batch.column(id_key or text_key), strict=True):
                 number += 1
-                place = f"{path}, row {number}"
-                yield Document(place, (_text(value.as_py(), place, text_key),))
-            progress(size * number // rows - done)
-            done = size * number // rows
+                try:
+                    text = _text(value.as_py(), part, number, text_key)
+                    yield Document(number, (text,), None if id_key is None else str(name.as_py()))
+                except BrokenDocument as broken:
+                    if on_broken is None:
+                        raise
+                    on_broken(broken)
+            progress(size * (number - first) // rows - done)
+            done = size * (number - first) // rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: cannot be read as parquet: {_one_line(error)}") from None
+        raise UserError(f"{part.path}: cannot be read as parquet: {_one_line(error)}") from None
     progress(size - done)
+    on_end(rows)
 
 
-def _text(value: Any, place: str, text_key: str) -> str:
+def _text(value: Any, part: Part, number: int, text_key: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{place}: {text_key!r} holds {type(value).__name__ if value is not None else 'nothing'}, not text; "
-                        "mend or remove it, or choose another with --text-key")
+        raise BrokenDocument(part, number, f"{text_key!r} holds {type(value).__name__ if value is not None else 'nothing'}, not text; "
+                             "mend or remove it, or choose another with --text-key")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError:  # JSON can say "\ud800", which no tokenizer takes
-        raise UserError(f"{place}: {text_key!r} holds half of a surrogate pair, which is not text; mend or remove it") from None
+        raise BrokenDocument(part, number, f"{text_key!r} holds half of a surrogate pair, which is not text; mend or remove it") from None
     return value
 
 
@@ -186,18 +302,8 @@ class _Zstd(io.RawIOBase):
         return count
 
 
-def _kind(path: Path) -> tuple[str, str]:
-    """(kind, compression) by the end of the file's name."""
-    name = path.name.lower()
-    compression = next((end for end in COMPRESSIONS if name.endswith(end)), "")
-    kind = next((end for end in KINDS if name.removesuffix(compression).endswith(end)), None)
-    if kind is None or (kind == ".parquet" and compression):
-        known = ", ".join([*KINDS, *(kind + end for end in COMPRESSIONS for kind in KINDS[:2])])
-        raise UserError(f"{path}: kind of file not known by its name; known are {known}")
-    return kind, compression
-
-
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """The file, for reading; UserError where it cannot be."""
     try:
         return path.open("rb")
     except OSError as error:

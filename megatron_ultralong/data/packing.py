@@ -1,39 +1,40 @@
-"""Documents, tokenised and joined by a separator, to rows of exactly S + 1 tokens in Megatron's .bin/.idx.
+"""Documents to rows of exactly S + 1 tokens in Megatron's .bin/.idx: tokenised by all cores, chosen by length, joined, accounted for.
 
-    PREFIX.bin, .idx        the rows, disjoint: row k holds tokens k (S + 1) to (k + 1)(S + 1) - 1 of the joined documents
-    PREFIX.mask.bin, .idx   uint8 a token: 1 where it counts as a target of the loss; only where some do not (padding)
-    PREFIX.docs.bin, .idx   int32 a document: where in the row documents start, 0 first; only where asked for
-    PREFIX.json             manifest: where each token came from
+    PREFIX.bin, .idx, .mask, .docs, .json     rows, masks, document starts and manifest, as rows.py says
+    PREFIX.documents.parquet                  a line for each document of the inputs: its place, id, tokens, and how often it was used
+    PREFIX.lengths.png                        tokens by length of document, before and after
+    PREFIX.broken.jsonl                       documents that could not be read: file, line, reason; only where there are any
 
-Everything is written in a hidden folder beside and renamed at the end, the manifest last: without it nothing counts as whole.
+Work goes on in the hidden folder .PREFIX.work beside the output: a run that was stopped finds there what was done.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import documents, tokenise
+from megatron_ultralong.data import account, indexed, pool, resample, rows, token_store, tokenise
 from megatron_ultralong.data.dataset import FORMAT
-from megatron_ultralong.data.tokenise import Ids, Tokenizer
+from megatron_ultralong.data.placement import SEPARATOR, BestFit, Crossing, Placement
+from megatron_ultralong.data.sources import Source, Sources
+from megatron_ultralong.data.token_store import Store, Strictness
+from megatron_ultralong.data.tokenise import Tokenizer
 
-SUFFIXES = (".bin", ".idx", ".mask.bin", ".mask.idx", ".docs.bin", ".docs.idx")
-"""What may lie beside a manifest."""
+WORTH_KEEPING = 64 << 20
+"""Bytes of work below which a run that fails leaves nothing: making it again takes seconds."""
+_BLOCK = 32 << 20  # bytes of rows written at a time
+_SYNC = 1 << 30  # bytes of rows after which the disk is waited for and the place is noted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,188 +64,232 @@ class Separator:
         return text, ids
 
 
-def pack(inputs: list[Path], tokenizer_dir: Path, seq_length: int, output: str, *, text_key: str = "text",
-         separator: Separator = Separator(), last_row: Literal["pad", "drop"] = "pad", document_starts: bool = False,
-         workers: int = 0, show_progress: bool = True) -> dict[str, Any]:
-    """Write `output`.bin, .idx, .json (and .mask) from raw documents; returns the manifest.
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How documents become rows."""
 
-    document_starts: write .docs too, for attention inside documents; a separator ends the document before it. last_row: pad =
-    fill it up and mask the padding's loss; drop = leave its tokens out. workers: processes that encode, 0 = this one. Files of an
-    earlier run with the same prefix are replaced, at the end. UserError for what a user can mend; then nothing is written.
+    seq_length: int
+    """S; a row has S + 1 tokens."""
+    separator: Separator = Separator()
+    fit: Literal["cross", "best"] = "cross"
+    """cross: documents go on in the next row; best: whole in a row where they fit, by best fit decreasing."""
+    last_row: Literal["pad", "drop"] = "pad"
+    """Of documents that cross: the last row, not full, is filled up with masked padding, or left out."""
+    document_starts: bool = False
+    """Write where documents start, for attention inside documents; a separator ends the document before it."""
+    duplicates: Literal["keep", "drop", "stop"] = "keep"
+    """Documents with the same tokens as one before them, in any source."""
+    broken: Literal["skip", "stop"] = "skip"
+    """Documents that cannot be read: left out and counted, or refused."""
+    empty: Literal["skip", "stop"] = "skip"
+    """The same of documents without text."""
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise UserError(f"--seq-length {self.seq_length}: must be at least 1")
+        if self.fit == "best" and self.last_row == "drop":
+            raise UserError("--last-row drop goes with --fit cross; with --fit best any row may have padding")
+
+
+def pack(wanted: Sources, tokenizer_dir: Path, packing: Packing, output: str, *, workers: int | None = None, tokens_dir: Path | None = None,
+         show_progress: bool = True) -> dict[str, Any]:
+    """Write `output`.bin, .idx, .json and what else belongs to them; returns the manifest.
+
+    workers: processes (None = a core each); the files are the same whatever their number. tokens_dir: where tokens of the documents are
+    kept for other sequence lengths and mixes. Files of an earlier run with the same prefix are replaced, at the end. UserError for what
+    a user can mend; then the output is as before.
     """
-    if seq_length < 1:
-        raise UserError(f"--seq-length {seq_length}: must be at least 1")
-    size = documents.check(inputs)
     tokenizer = tokenise.load(tokenizer_dir)
-    text, separator_ids = separator.resolve(tokenizer)
-    with _staged(output) as stage:
-        rows = Rows(stage, seq_length + 1, tokenizer.vocab_size, separator_ids, document_starts)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="packing", disable=not show_progress) as bar:
-            sources = _pack_all(inputs, text_key, tokenizer, workers, rows, bar)
-        if not rows.documents:
-            more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
-            raise UserError(f"no text in {inputs[0]}{more}; nothing to pack")
-        pad = next((i for i in (tokenizer.special["pad"], tokenizer.special["eos"]) if i is not None), 0)
-        padding, dropped = rows.finish(pad if last_row == "pad" else None)
-        if not rows.rows:
-            raise UserError(f"the input makes {dropped} tokens, less than one row of {seq_length} + 1; "
-                            "use --last-row pad, a shorter --seq-length or more text")
-        manifest = {
-            "format": FORMAT, "kind": "pretrain", "seq_length": seq_length, "rows": rows.rows, "documents": rows.documents,
-            "tokens": rows.tokens - dropped, "separator_tokens": rows.separators, "padding": padding, "dropped": dropped,
-            "skipped": {"empty": sum(source["skipped"]["empty"] for source in sources)}, "max_token_id": rows.largest,
-            "dtype": numpy.dtype(rows.dtype).name, "mask": bool(padding), "document_starts": document_starts, "last_row": last_row,
-            "separator": {"text": text, "ids": separator_ids},
-            "tokenizer": {"name": tokenizer.path.resolve().name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-            "sources": sources}
-        assert sum(s["tokens"] for s in sources) + rows.separators == rows.tokens == rows.rows * rows.length - padding + dropped
-        (stage / "manifest").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text, separator = packing.separator.resolve(tokenizer)
+    prefix = rows.check_output(output)
+    work = prefix.parent / f".{prefix.name}.work"
+    tokens = tokens_dir or work / "tokens"
+    try:
+        with token_store.locked(work), token_store.locked(tokens):
+            size = sum(token_store.data(path).stat().st_size for source in wanted.sources for path in source.files)
+            with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=not show_progress) as bar:
+                strictness = Strictness(broken=packing.broken, empty=packing.empty)
+                store = token_store.make(tokens, wanted.sources, tokenizer, strictness=strictness, workers=workers or pool.cores(),
+                                         keep=tokens_dir is not None, advance=bar.update, note=bar.write)
+            times, duplicate = _choose(store, wanted, packing)
+            order = resample.order(times, wanted.shuffle, wanted.seed)
+            pad = next((i for i in (tokenizer.special["pad"], tokenizer.special["eos"]) if i is not None), 0)
+            placement = _place(store.lengths[order], len(separator), packing)
+            stage = work / "rows"
+            _write_rows(work, stage, store, order, placement, packing, separator, pad, tokenizer, show_progress)
+            manifest = _manifest(store, wanted, packing, tokenizer, times, duplicate, placement, (text, separator), pad)
+            account.write(stage, store, wanted, times, duplicate, manifest)
+            rows.write_manifest(stage, manifest)
+            rows.publish(stage, output)
+            shutil.rmtree(work)
+    except BaseException as error:
+        kept = _keep_or_remove(work)
+        if isinstance(error, OSError):
+            raise UserError(f"--output {output}: cannot be written: {error.strerror or error}{kept}") from None
+        if isinstance(error, UserError | KeyboardInterrupt) and kept:
+            raise type(error)(f"{error}{kept}") from None
+        raise
     return manifest
 
 
-def _pack_all(inputs: list[Path], text_key: str, tokenizer: Tokenizer, workers: int, rows: Rows,
-              bar: Any) -> list[dict[str, Any]]:
-    """Pack every document of every file; what the manifest says of each file. Its tokens are without separators."""
-    sources: list[dict[str, Any]] = []
-    owners: deque[dict[str, Any]] = deque()
-    """The file of each document that is being encoded, in order."""
-
-    def texts() -> Iterator[Iterable[str]]:
-        for path in inputs:
-            with documents.readable(path), path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                sources.append({"path": str(path), "sha256": sha256, "bytes": file.tell(), "documents": 0, "tokens": 0,
-                                "skipped": {"empty": 0}})
-            for document in documents.read(path, text_key, progress=bar.update):
-                owners.append(sources[-1])
-                yield document.pieces
-
-    length = 0
-    for ids, ends in tokenise.tokenise(texts(), tokenizer, workers):
-        rows.add(ids)
-        length += len(ids)
-        if ends:
-            rows.end_document()
-            source = owners.popleft()
-            source["tokens"] += length
-            source["documents"] += length > 0
-            source["skipped"]["empty"] += length == 0
-            length = 0
-            bar.set_postfix(rows=rows.rows, refresh=False)
-    return sources
+def _keep_or_remove(work: Path) -> str:
+    """What an error says of the work that is kept; nothing where it is too little and was removed."""
+    size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file() and path.suffix != ".partial") if work.exists() else 0
+    if size >= WORTH_KEEPING:
+        return f" (finished parts are kept in {work}; the same command goes on with them)"
+    shutil.rmtree(work, ignore_errors=True)
+    return ""
 
 
-class Rows:
-    """Writes a stream of token ids as rows of `length`; memory is one row."""
-
-    def __init__(self, stage: Path, length: int, vocab_size: int, separator: list[int], document_starts: bool = False) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self.stage, self.length = stage, length
-        self.dtype = DType.optimal_dtype(vocab_size)
-        """uint16 where every id fits, else int32."""
-        self.separator = numpy.array(separator, dtype=numpy.int32)
-        self.rows, self.documents, self.tokens, self.separators, self.largest = 0, 0, 0, 0, 0
-        self._builder = IndexedDatasetBuilder(str(stage / ".bin"), dtype=self.dtype)
-        self._row: NDArray[Any] = numpy.empty(length, dtype=self.dtype)
-        self._filled = 0
-        self._in_document = False
-        self._starts = IndexedDatasetBuilder(str(stage / ".docs.bin"), dtype=numpy.int32) if document_starts else None
-        self._row_starts = [0]
-
-    def add(self, ids: Ids) -> None:
-        """The next tokens of the document; before its first ones comes the separator, unless it is the first document."""
-        if not len(ids):
-            return
-        if not self._in_document and self.documents:
-            self._put(self.separator)
-            self.separators += len(self.separator)
-            if self._filled:  # a document at the start of a row, or that goes on there, is there already
-                self._row_starts.append(self._filled)
-        self._in_document = True
-        self._put(ids)
-
-    def end_document(self) -> None:
-        """The document is over; one without tokens leaves no trace."""
-        self.documents += self._in_document
-        self._in_document = False
-
-    def finish(self, pad: int | None) -> tuple[int, int]:
-        """Fill the last row up with `pad`, or leave it out (None), and write index and mask. Returns (padding, dropped)."""
-        padding, dropped = 0, 0
-        if self._filled and pad is None:
-            dropped = self._filled
-        elif self._filled and pad is not None:
-            padding = self.length - self._filled
-            self._row[self._filled:] = pad
-            self.largest = max(self.largest, pad)
-            self._write()
-        self._builder.finalize(str(self.stage / ".idx"))
-        if self._starts is not None:
-            self._starts.finalize(str(self.stage / ".docs.idx"))
-        if padding:
-            self._write_mask(padding)
-        return padding, dropped
-
-    def _put(self, ids: Ids) -> None:
-        self.tokens += len(ids)
-        self.largest = max(self.largest, int(ids.max(initial=0)))
-        while len(ids):
-            part = ids[:self.length - self._filled]
-            self._row[self._filled:self._filled + len(part)] = part
-            self._filled += len(part)
-            ids = ids[len(part):]
-            if self._filled == self.length:
-                self._write()
-
-    def _write(self) -> None:
-        self._builder.add_item(torch.from_numpy(self._row))
-        self._builder.end_document()
-        if self._starts is not None:
-            self._starts.add_item(torch.tensor(self._row_starts, dtype=torch.int32))
-            self._starts.end_document()
-        self.rows += 1
-        self._filled, self._row_starts = 0, [0]
-
-    def _write_mask(self, padding: int) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        builder = IndexedDatasetBuilder(str(self.stage / ".mask.bin"), dtype=numpy.uint8)
-        mask = torch.ones(self.length, dtype=torch.uint8)
-        for row in range(self.rows):
-            if row == self.rows - 1:
-                mask[self.length - padding:] = 0
-            builder.add_item(mask)
-            builder.end_document()
-        builder.finalize(str(self.stage / ".mask.idx"))
+def _choose(store: Store, wanted: Sources, packing: Packing) -> tuple[NDArray[numpy.int32], NDArray[numpy.bool_]]:
+    """(times each document is used, whether it has the same tokens as one before)."""
+    source_of = numpy.array([unit.source for unit in store.units], numpy.int32)[store.unit_of]
+    status, low, high = store.column("status", "hash_low", "hash_high")
+    good = status == token_store.OK
+    duplicate = ~resample.first_of_equal(low[good], high[good])
+    if packing.duplicates == "stop" and duplicate.any():
+        place, earlier = account.equal_pair(store, low[good], high[good], int(numpy.argmax(duplicate)))
+        raise UserError(f"{place}: has the same tokens as {earlier}; remove it, or use --duplicates keep or drop")
+    usable = ~duplicate if packing.duplicates == "drop" else numpy.ones(len(duplicate), numpy.bool_)
+    if not usable.any():
+        files = [path for source in wanted.sources for path in source.files]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise UserError(f"no text in {files[0]}{more}; nothing to pack")
+    return resample.copies(store.lengths, source_of, usable, wanted), duplicate
 
 
-@contextlib.contextmanager
-def _staged(output: str) -> Iterator[Path]:
-    """A hidden folder beside `output`; when all went well its files (named by suffix, and `manifest`) get the prefix `output`."""
-    prefix = Path(output)
-    if output.endswith(os.sep) or prefix.is_dir() or not prefix.name:
-        raise UserError(f"--output {output}: is a directory; give the first part of the files' names, like {prefix / 'text'}")
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.partial-", dir=prefix.parent))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
-    try:
-        yield stage
-        manifest = Path(f"{output}.json")
-        for path in stage.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        manifest.unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            new, old = stage / suffix, Path(output + suffix)
-            if new.exists():
-                os.replace(new, old)
-            else:
-                old.unlink(missing_ok=True)
-        os.replace(stage / "manifest", manifest)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
-    finally:
+def _place(lengths: NDArray[numpy.int64], separator: int, packing: Packing) -> Placement:
+    row = packing.seq_length + 1
+    placement: Placement = (BestFit(lengths, separator, row) if packing.fit == "best" else
+                            Crossing(lengths, separator, row, packing.last_row == "pad"))
+    if not placement.rows:
+        raise UserError(f"the input makes {placement.dropped} tokens, less than one row of {packing.seq_length} + 1; "
+                        "use --last-row pad, a shorter --seq-length or more text")
+    return placement
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+def _write_rows(work: Path, stage: Path, store: Store, order: NDArray[numpy.int64], placement: Placement, packing: Packing,
+                separator: list[int], pad: int, tokenizer: Tokenizer, show_progress: bool) -> None:
+    """All rows into `stage`, from the last one on that an earlier run of the same is known to have written."""
+    length, dtype = packing.seq_length + 1, numpy.dtype(indexed.token_dtype(tokenizer.vocab_size))
+    identity = hashlib.sha256(json.dumps([(store.folder / "plan.json").read_text(encoding="utf-8"), asdict(packing), separator, pad]).encode()
+                              + order.tobytes()).hexdigest()
+    progress = work / "progress.json"
+    done = _resumed(progress, stage, identity)
+    if done is None:
         shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        done = {"rows": 0, "": 0, ".mask": 0, ".docs": 0}
+    names = ["", *([".mask"] if placement.padding else []), *([".docs"] if packing.document_starts else [])]
+    files = {name: (stage / f"{name}.bin").open("ab") for name in names}
+    for name, file in files.items():
+        file.truncate(done[name])
+        file.seek(done[name])
+    between = numpy.array(separator, dtype)
+    reader = _Reader(store)
+    many = max(1, _BLOCK // (length * dtype.itemsize))
+    unsynced = 0
+    with tqdm(total=placement.rows, initial=done["rows"], unit="row", desc="packing", disable=not show_progress) as bar:
+        for first in range(done["rows"], placement.rows, many):
+            count = min(many, placement.rows - first)
+            block = numpy.full((count, length), pad, dtype)
+            filled = numpy.empty(count, numpy.int64)
+            for k in range(count):
+                for piece in placement.pieces(first + k):
+                    part = block[k, piece.at:piece.at + piece.length]
+                    if piece.document == SEPARATOR:
+                        part[:] = between[piece.begin:piece.begin + piece.length]
+                    else:
+                        reader.into(part, int(order[piece.document]), piece.begin)
+                filled[k] = piece.at + piece.length
+                if ".docs" in files:
+                    files[".docs"].write(numpy.array(placement.starts(first + k), numpy.int32).tobytes())
+            files[""].write(block.data)
+            if ".mask" in files:
+                files[".mask"].write((numpy.arange(length) < filled[:, None]).astype(numpy.uint8).data)
+            bar.update(count)
+            unsynced += block.nbytes
+            if unsynced >= _SYNC:
+                unsynced = 0
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                at = {name: file.tell() for name, file in files.items()}
+                progress.write_text(json.dumps({"identity": identity, "rows": first + count, "": 0, ".mask": 0, ".docs": 0} | at))
+    for name, file in files.items():
+        file.close()
+        starts = (len(placement.starts(row)) for row in range(placement.rows))
+        sizes = numpy.fromiter(starts, numpy.int32) if name == ".docs" else numpy.full(placement.rows, length, numpy.int32)
+        indexed.write_index(stage / f"{name}.idx", {"": dtype, ".mask": numpy.uint8, ".docs": numpy.int32}[name], sizes)
+    progress.unlink(missing_ok=True)
+
+
+def _resumed(progress: Path, stage: Path, identity: str) -> dict[str, int] | None:
+    """Rows and bytes that are on the disk for sure; None = nothing of this run is."""
+    try:
+        done = json.loads(progress.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    sizes = {name: (stage / f"{name}.bin").stat().st_size if (stage / f"{name}.bin").exists() else 0 for name in ("", ".mask", ".docs")}
+    return done if done.pop("identity") == identity and all(sizes[name] >= done[name] for name in sizes) else None
+
+
+class _Reader:
+    """Tokens of documents out of a store; the files used last stay open."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: OrderedDict[int, tuple[Any, numpy.dtype[Any]]] = OrderedDict()
+
+    def into(self, part: NDArray[Any], document: int, begin: int) -> None:
+        """Fill `part` with a document's tokens from `begin` on."""
+        unit = int(self._store.unit_of[document])
+        if unit not in self._open:
+            if len(self._open) >= 256:
+                self._open.popitem(last=False)[1][0].close()
+            path, dtype = self._store.bin(unit)
+            self._open[unit] = (path.open("rb", buffering=0), dtype)
+        self._open.move_to_end(unit)
+        file, dtype = self._open[unit]
+        file.seek((int(self._store.begins[document]) + begin) * dtype.itemsize)
+        if dtype == part.dtype:
+            view, got = memoryview(part.view(numpy.uint8)), 0  # type: ignore[arg-type]
+            while got < len(view):
+                count = file.readinto(view[got:])
+                if not count:
+                    raise UserError(f"{file.name}: ended early; was it changed meanwhile?")
+                got += count
+        else:
+            part[:] = numpy.frombuffer(token_store.read_exactly(file, len(part) * dtype.itemsize), dtype)
+
+
+# ---- manifest ----------------------------------------------------------------------------------------------------
+
+def _manifest(store: Store, wanted: Sources, packing: Packing, tokenizer: Tokenizer, times: NDArray[numpy.int32],
+              duplicate: NDArray[numpy.bool_], placement: Placement, separator: tuple[str | None, list[int]], pad: int) -> dict[str, Any]:
+    sources = account.sources(store, wanted, times, duplicate, dropped=packing.duplicates == "drop")
+    packed = sum(source["packed"]["tokens"] for source in sources)
+    largest = max([*(totals["largest"] for totals in store.totals), *separator[1], *([pad] if placement.padding else [])])
+    length = packing.seq_length + 1
+    assert packed + placement.separators == placement.rows * length - placement.padding + placement.dropped
+    return {
+        "format": FORMAT, "kind": "pretrain", "seq_length": packing.seq_length, "rows": placement.rows, "documents": int(times.sum()),
+        "tokens": packed + placement.separators - placement.dropped, "separator_tokens": placement.separators, "padding": placement.padding,
+        "dropped": placement.dropped,
+        "skipped": {key: sum(source["skipped"][key] for source in sources) for key in ("empty", "broken", "duplicate")},
+        "first_broken": next((counts["first_broken"] for counts in store.counts_by_file() if counts["first_broken"]), None),
+        "duplicates": int(duplicate.sum()), "max_token_id": largest, "dtype": numpy.dtype(indexed.token_dtype(tokenizer.vocab_size)).name,
+        "mask": bool(placement.padding), "document_starts": packing.document_starts, "fit": packing.fit, "last_row": packing.last_row,
+        "separator": {"text": separator[0], "ids": separator[1]},
+        "tokenizer": {"name": tokenizer.path.resolve().name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "seed": wanted.seed, "shuffle": wanted.shuffle, "tokens_wanted": wanted.tokens, "max_repeats": wanted.max_repeats,
+        "sources": sources}
+
+
+def plain(inputs: list[Path], text_key: str = "text", id_key: str | None = None) -> Sources:
+    """Files as one source, every document once, in order."""
+    from megatron_ultralong.data import sources
+
+    return Sources(sources=(Source(name="input", files=sources.expand(inputs), text_key=text_key, id_key=id_key),))

@@ -1,4 +1,4 @@
-"""Documents to token ids, in order, in flat memory, with as many processes as asked for; the same ids whatever their number.
+"""Documents to token ids, in order, in flat memory.
 
 A long document is cut into windows of characters that overlap. Each window is encoded alone, and two neighbours are joined at a
 character in the middle of their overlap where both have a token border and the same tokens around it. What comes out is what
@@ -9,16 +9,8 @@ encoding the whole document gives; where neighbours find no such place (a kiloby
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +84,12 @@ def load(path: Path) -> Tokenizer:
     return Tokenizer(path, backend, len(found), special, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-def tokenise(documents: Iterable[Iterable[str]], tokenizer: Tokenizer, workers: int = 0) -> Iterator[tuple[Ids, bool]]:
+def tokenise(documents: Iterable[Iterable[str]], backend: Any) -> Iterator[tuple[Ids, bool]]:
     """(ids, whether the document ends with them) for each document, given as pieces of text; a long one comes in several parts.
 
-    workers: processes that encode; 0 = this one, with the tokenizer's own threads.
+    backend: a tokenizers.Tokenizer, which uses its own threads.
     """
-    here = partial(encode, tokenizer.backend)
-    encoded = _in_processes(documents, tokenizer, workers) if workers else map(here, _batches(documents))
-    return _joined((window for batch in encoded for window in batch), tokenizer)
+    return _joined((window for batch in _batches(documents) for window in encode(backend, batch)), backend)
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------
@@ -146,7 +136,7 @@ def _batches(documents: Iterable[Iterable[str]]) -> Iterator[list[Window]]:
         yield batch
 
 
-def _joined(encoded: Iterable[Window], tokenizer: Tokenizer) -> Iterator[tuple[Ids, bool]]:
+def _joined(encoded: Iterable[Window], backend: Any) -> Iterator[tuple[Ids, bool]]:
     """Each document's tokens exactly once, without the ones that overlapping windows both have."""
     held: Window | None = None
     """The window not yet given out; without ids where it has grown since it was encoded."""
@@ -161,7 +151,7 @@ def _joined(encoded: Iterable[Window], tokenizer: Tokenizer) -> Iterator[tuple[I
                 held = window
             continue
         if held.ids is None and len(held.text) >= wanted:
-            _encode_parts(tokenizer.backend, [held])
+            _encode_parts(backend, [held])
         cut = _joint(held, window)
         if cut is not None:
             yield _tokens(held, held.begin, cut), False
@@ -173,7 +163,7 @@ def _joined(encoded: Iterable[Window], tokenizer: Tokenizer) -> Iterator[tuple[I
             held = Window(held.text + window.text[OVERLAP:], held.first, window.last, begin=held.begin)
         if held.last:
             if held.ids is None:
-                _encode_parts(tokenizer.backend, [held])
+                _encode_parts(backend, [held])
             yield _tokens(held, held.begin, None), True
             held = None
 
@@ -205,49 +195,3 @@ def _tokens(window: Window, begin: int, end: int | None) -> Ids:
     assert window.ids is not None and window.starts is not None
     first = 0 if begin == 0 else numpy.searchsorted(window.starts, begin)
     return window.ids[first:None if end is None else numpy.searchsorted(window.starts, end)]
-
-
-# ---- processes -------------------------------------------------------------------------------------------------
-
-def _in_processes(documents: Iterable[Iterable[str]], tokenizer: Tokenizer, workers: int) -> Iterator[list[Window]]:
-    """`encode` of each batch in one of `workers` processes, in order, with few batches on their way at a time."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.backend.to_str(),))
-    waiting: deque[Any] = deque()
-    try:
-        for batch in _batches(documents):
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a tokenizer process ended suddenly (out of memory?); try again with fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: Callable[[list[Window]], list[Window]] | None = None
-"""A worker process's own tokenizer."""
-
-
-def _start_worker(tokenizer: str) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
-
-    import tokenizers
-
-    _worker = partial(encode, tokenizers.Tokenizer.from_str(tokenizer))
-    main = parent_process()
-    assert main is not None
-
-    def end_with_main() -> None:  # a killed main process would leave its workers waiting forever
-        connection.wait([main.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_main, daemon=True).start()
-
-
-def _work(batch: list[Window]) -> list[Window]:
-    assert _worker is not None
-    return _worker(batch)

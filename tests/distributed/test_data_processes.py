@@ -1,4 +1,4 @@
-"""Data with more than one process: the same bytes whatever their number; a tool that is stopped leaves nothing behind."""
+"""Data with more than one process: the same bytes whatever their number, and after any number of kills; nothing left behind."""
 
 from __future__ import annotations
 
@@ -13,62 +13,90 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_ultralong.data import loader, packing
+from megatron_ultralong.data import loader
 from megatron_ultralong.data.dataset import PackedRows, Rows
 from tests import text as made
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder: Path, output: str, *inputs: Path, workers: int) -> subprocess.Popen[str]:
-    words = [ROOT / "tools" / "prepare_data.py", "pretrain", "--input", *inputs, "--tokenizer", folder / "tokenizer",
+SMALL_UNITS = ("import runpy, sys; from megatron_ultralong.data import token_store; token_store.UNIT = 60_000; "
+               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> subprocess.Popen[str]:
+    """The tool, with units of 60 KB, so that a small input keeps several processes busy."""
+    words = [ROOT / "tools" / "prepare_data.py", "pretrain", *inputs, "--tokenizer", folder / "tokenizer",
              "--seq-length", "500", "--output", folder / output, "--workers", workers]
-    return subprocess.Popen([sys.executable, *map(str, words)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+    return subprocess.Popen([sys.executable, "-c", SMALL_UNITS, *map(str, words)], env=os.environ | {"PYTHONPATH": str(ROOT)},
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def test_tokenizer_processes(tmp_path):
-    tokenizer = made.save_tokenizer(tmp_path / "tokenizer")
-    lines = made.write_jsonl(tmp_path / "lines.jsonl", [made.text(i, 1 + 37 * i % 300) for i in range(400)])
-    whole = tmp_path / "whole.txt"
-    whole.write_text(made.text(1, 60_000), encoding="utf-8")
-    two = start(tmp_path, "two/text", lines, whole, workers=2)
-    packing.pack([lines, whole], tokenizer, 500, str(tmp_path / "none" / "text"), show_progress=False)
-    assert two.wait(timeout=120) == 0
-    names = sorted(path.name for path in (tmp_path / "none").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and "text.json" in names
-    assert all((tmp_path / "none" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    # A mistake in a document: one line, exit code 2, no trace.
-    with lines.open("a") as file:
+
+def mix(folder: Path) -> tuple[str, Path]:
+    """A file of two sources, resampled by length; as arguments."""
+    made.save_tokenizer(folder / "tokenizer")
+    made.write_jsonl(folder / "lines.jsonl", [made.text(i, 1 + 37 * i % 300) for i in range(600)])
+    (folder / "whole.txt").write_text(made.text(1, 60_000), encoding="utf-8")
+    (folder / "mix.yaml").write_text("{rates: {<100: 0.5, 100-400: 1, '>=400': 2}, seed: 5, sources: {a: {input: lines.jsonl, id_key: id}, "
+                                     "b: {input: whole.txt}}}")
+    return "--sources", folder / "mix.yaml"
+
+
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
+    arguments = mix(tmp_path)
+    one, four = start(tmp_path, "one/text", *arguments, workers=1), start(tmp_path, "four/text", *arguments, workers=4)
+    assert one.wait(timeout=120) == 0 and four.wait(timeout=120) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "four") and "text.documents.parquet" in files(tmp_path / "one")
+
+    # A mistake in a document, told to stop at it: one line, exit code 2, no trace.
+    with (tmp_path / "lines.jsonl").open("a") as file:
         file.write("nonsense\n")
-    failed = start(tmp_path, "failed/text", whole, lines, workers=1)
+    failed = start(tmp_path, "failed/text", *arguments, "--broken", "stop", workers=2)
     error = failed.communicate(timeout=120)[1]
     assert failed.returncode == 2 and "Traceback" not in error
-    assert error.splitlines()[-1].startswith(f"error: {lines}, line 401: not JSON")
+    assert error.splitlines()[-1].startswith(f"error: {tmp_path / 'lines.jsonl'}, line 601: not JSON")
     assert not list((tmp_path / "failed").iterdir())
 
 
-def test_a_stopped_tool_leaves_nothing_that_looks_whole(tmp_path):
-    """SIGTERM tidies up. SIGKILL cannot, but the workers end too, and what lies there is hidden and without manifest."""
-    made.save_tokenizer(tmp_path / "tokenizer")
-    big = made.write_jsonl(tmp_path / "big.jsonl", [made.text(i, 20_000) for i in range(10)] * 100)
-    tools = {stop: start(tmp_path, f"{stop.name}/text", big, workers=1) for stop in (signal.SIGTERM, signal.SIGKILL)}
-    try:
-        for stop, tool in tools.items():
-            while not any(path.stat().st_size > 100_000 for path in (tmp_path / stop.name).glob(".text.partial-*/.bin")):
-                assert tool.poll() is None, "it ended before it could be stopped"
-                time.sleep(0.05)
-            workers = psutil.Process(tool.pid).children(recursive=True)
-            tool.send_signal(stop)
-            error = tool.communicate(timeout=60)[1]
-            assert workers and not psutil.wait_procs(workers, timeout=20)[1], "a worker outlived the tool"
-            left = [path.name.startswith(".text.partial-") for path in (tmp_path / stop.name).iterdir()]
-            assert (tool.returncode, left) == ((130, []) if stop == signal.SIGTERM else (-signal.SIGKILL, [True]))
-            assert "Traceback" not in error
-    finally:
-        for tool in tools.values():
-            tool.kill()
+def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_path):
+    arguments = mix(tmp_path)
+    assert start(tmp_path, "whole/text", *arguments, workers=2).wait(timeout=120) == 0
+    want, kills, units = files(tmp_path / "whole"), 0, set()
+    while True:
+        tool = start(tmp_path, "killed/text", *arguments, workers=2)
+        work = tmp_path / "killed" / ".text.work" / "tokens"
+        before = len(list(work.glob("0*.json")))
+        while tool.poll() is None and (len(list(work.glob("0*.json"))) < before + 2 or kills > 5):
+            time.sleep(0.01)
+        if tool.poll() is not None:
+            break
+        units.add(len(list(work.glob("0*.json"))))
+        workers = psutil.Process(tool.pid).children(recursive=True)
+        tool.send_signal(signal.SIGKILL)
+        tool.communicate()
+        assert not psutil.wait_procs(workers, timeout=20)[1], "a worker outlived the tool"
+        assert not (tmp_path / "killed" / "text.json").exists()
+        kills += 1
+    assert tool.returncode == 0 and kills > 1 and sorted(units) == list(dict.fromkeys(sorted(units))) and max(units) > min(units)
+    assert files(tmp_path / "killed") == want
+
+
+def test_a_tool_told_to_stop_leaves_nothing_of_a_small_input(tmp_path):
+    arguments = mix(tmp_path)
+    made.write_jsonl(tmp_path / "lines.jsonl", [made.text(i, 20_000) for i in range(10)] * 50)
+    tool = start(tmp_path, "out/text", *arguments, workers=2)
+    while not list((tmp_path / "out").glob(".text.work/tokens/0*.json")):
+        assert tool.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.05)
+    workers = psutil.Process(tool.pid).children(recursive=True)
+    tool.send_signal(signal.SIGTERM)
+    error = tool.communicate(timeout=60)[1]
+    assert workers and not psutil.wait_procs(workers, timeout=20)[1], "a worker outlived the tool"
+    assert tool.returncode == 130 and "Traceback" not in error and not list((tmp_path / "out").iterdir())
 
 
 def test_loader_processes(tmp_path):

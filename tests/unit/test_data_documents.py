@@ -18,7 +18,7 @@ TEXTS = ["first", "zwei\r\nLinien\u2028", "", "北京 😀 \u0000", "x" * 300_00
 
 
 def read(path: Path, **settings) -> list[str]:
-    return ["".join(document.pieces) for document in documents.read(path, **settings)]
+    return ["".join(document.pieces) for document in documents.read(documents.Part(path), **settings)]
 
 
 def lines(texts: list[str], key: str = "text") -> bytes:
@@ -104,7 +104,7 @@ def test_a_compressed_file_cut_short_is_refused(tmp_path, name):
 def test_bad_files_are_refused_before_anything_is_read(tmp_path):
     good = make(tmp_path, "a.jsonl", lines(["a"]))
     for path, message in ((tmp_path / "none.jsonl", "cannot be read: No such file"), (tmp_path, "kind of file not known"),
-                          (make(tmp_path, "a.json", b"{}"), "known are .txt, .jsonl, .parquet, .txt.gz"),
+                          (make(tmp_path, "a.json", b"{}"), "known are .txt, .jsonl, .parquet, .idx, .txt.gz"),
                           (make(tmp_path, "a.parquet.gz", b""), "kind of file not known")):
         with pytest.raises(UserError, match=message):
             documents.check([good, path])

@@ -12,8 +12,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import packing, tokenise
-from megatron_ultralong.data.packing import Separator
+from megatron_ultralong.data import indexed, packing, tokenise
+from megatron_ultralong.data import rows as rows_module
+from megatron_ultralong.data.packing import Packing, Separator
+from megatron_ultralong.data.rows import RowWriter
 from tests import text as made
 
 TEXTS = ["", made.text(1, 3), made.text(2, 40), "", made.text(3, 1), made.text(4, 400), made.text(5, 17), ""]
@@ -31,8 +33,9 @@ def inputs(tmp_path) -> list[Path]:
     return [made.write_jsonl(tmp_path / "a.jsonl", TEXTS[:4]), whole, made.write_jsonl(tmp_path / "b.jsonl", TEXTS[4:])]
 
 
-def pack(inputs, tokenizer_dir, seq_length, output, **settings) -> dict:
-    return packing.pack(inputs, tokenizer_dir, seq_length, str(output), show_progress=False, **settings)
+def pack(inputs, tokenizer_dir, seq_length, output, text_key="text", workers=1, **settings) -> dict:
+    return packing.pack(packing.plain(inputs, text_key), tokenizer_dir, Packing(seq_length=seq_length, **settings), str(output), workers=workers,
+                        show_progress=False)
 
 
 def joined(tokenizer_dir: Path, separator: list[int]) -> list[int]:
@@ -79,7 +82,7 @@ def test_rows_without_padding_are_the_documents_joined(tmp_path, inputs, tokeniz
         assert mask.index.dtype == numpy.uint8 and len(mask) == len(rows)
         assert numpy.concatenate([mask[i] for i in range(len(mask))]).tolist() == [1] * len(want) + [0] * padding
         assert set(got[len(want):]) == {AutoTokenizer.from_pretrained(tokenizer_dir).eos_token_id}
-    names = {"out.bin", "out.idx", "out.json"} | ({"out.mask.bin", "out.mask.idx"} if padding else set())
+    names = {"out.bin", "out.idx", "out.json", "out.documents.parquet", "out.lengths.png"} | ({"out.mask.bin", "out.mask.idx"} if padding else set())
     assert {path.name for path in (tmp_path / "sub").iterdir()} == names
 
 
@@ -91,12 +94,13 @@ def test_the_manifest_says_where_each_token_came_from(tmp_path, inputs, tokenize
     assert manifest["tokenizer"] == {"name": "small", "vocab_size": len(tokenizer),
                                      "sha256": hashlib.sha256((tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()}
     assert manifest["separator"] == {"text": "<s>", "ids": tokenizer.encode("<s>", add_special_tokens=False)}
-    for source, path, texts in zip(manifest["sources"], inputs, (TEXTS[:4], [made.text(6, 300)], TEXTS[4:])):
+    (source,) = manifest["sources"]
+    for file, path, texts in zip(source["files"], inputs, (TEXTS[:4], [made.text(6, 300)], TEXTS[4:]), strict=True):
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        assert source == {
+        assert file == {
             "path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size,
-            "documents": sum(map(bool, ids)), "tokens": sum(map(len, ids)), "skipped": {"empty": ids.count([])}}
-    assert manifest["skipped"] == {"empty": 3}
+            "documents": sum(map(bool, ids)), "tokens": sum(map(len, ids)), "empty": ids.count([]), "broken": 0}
+    assert manifest["skipped"] == {"empty": 3, "broken": 0, "duplicate": 0} and manifest["duplicates"] == 0
     assert manifest["tokens"] == sum(s["tokens"] for s in manifest["sources"]) + manifest["separator_tokens"]
     assert manifest["rows"] * 51 == manifest["tokens"] + manifest["padding"]
 
@@ -130,14 +134,12 @@ def test_separators_the_tokenizer_does_not_have(tmp_path, inputs, tokenizer_dir)
 
 @pytest.mark.parametrize("vocab_size, name", [(65_499, "uint16"), (65_500, "int32"), (128_256, "int32")])
 def test_the_number_type_follows_the_vocabulary(tmp_path, vocab_size, name):
-    (tmp_path / "stage").mkdir()
-    rows = packing.Rows(tmp_path / "stage", 4, vocab_size, [vocab_size - 1])
-    for document in ([1, 2], [vocab_size - 1]):
-        rows.add(numpy.array(document, dtype=numpy.int32))
-        rows.end_document()
-    assert rows.finish(None) == (0, 0) and rows.largest == vocab_size - 1
-    read = IndexedDataset(str(tmp_path / "stage") + "/")
+    rows = RowWriter(tmp_path, 4, indexed.token_dtype(vocab_size), masked=False, starts=False)
+    rows.add(numpy.array([1, 2, vocab_size - 1, vocab_size - 1]))
+    rows.finish()
+    read = IndexedDataset(f"{tmp_path}/")
     assert numpy.dtype(read.index.dtype).name == name and read[0].tolist() == [1, 2, vocab_size - 1, vocab_size - 1]
+    assert rows.largest == vocab_size - 1
 
 
 @pytest.mark.parametrize("line", ["not json", '{"other": 1}'])
@@ -147,13 +149,13 @@ def test_a_failed_run_leaves_the_earlier_files_and_nothing_else(tmp_path, inputs
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "good"}\n' * 50 + line + "\n")
     with pytest.raises(UserError, match=r"bad.jsonl, line 51: "):
-        pack([*inputs, bad], tokenizer_dir, 9, tmp_path / "out" / "a")
+        pack([*inputs, bad], tokenizer_dir, 9, tmp_path / "out" / "a", broken="stop")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing.Rows, "finish", interrupted)
+    monkeypatch.setattr(packing.account, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(inputs, tokenizer_dir, 9, tmp_path / "out" / "a")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -163,7 +165,7 @@ def test_a_crash_at_any_moment_leaves_no_manifest_beside_other_rows(tmp_path, in
     """The files are put in place one by one: cut off after each step, either all is the old run or there is no manifest."""
     pack(inputs, tokenizer_dir, 20, tmp_path / "out" / "a")
     old = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    replace, allowed = packing.os.replace, 0
+    replace, allowed = rows_module.os.replace, 0
 
     class Crash(BaseException):
         pass
@@ -175,8 +177,8 @@ def test_a_crash_at_any_moment_leaves_no_manifest_beside_other_rows(tmp_path, in
             raise Crash
         replace(source, target)
 
-    monkeypatch.setattr(packing.os, "replace", crashing)
-    for allowed in range(6):
+    monkeypatch.setattr(rows_module.os, "replace", crashing)
+    for allowed in range(8):
         left = allowed
         try:
             pack(inputs, tokenizer_dir, 9, tmp_path / "out" / "a")
@@ -184,7 +186,7 @@ def test_a_crash_at_any_moment_leaves_no_manifest_beside_other_rows(tmp_path, in
         except Crash:
             now = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
             assert now == old or "a.json" not in now
-    assert allowed == 5 and json.loads((tmp_path / "out" / "a.json").read_text())["seq_length"] == 9
+    assert allowed == 7 and json.loads((tmp_path / "out" / "a.json").read_text())["seq_length"] == 9
 
 
 def test_files_of_an_earlier_run_do_not_linger(tmp_path, inputs, tokenizer_dir):
@@ -192,7 +194,7 @@ def test_files_of_an_earlier_run_do_not_linger(tmp_path, inputs, tokenizer_dir):
     for suffix in (".docs.bin", ".docs.idx"):
         (tmp_path / f"out{suffix}").touch()
     pack(inputs, tokenizer_dir, 20, tmp_path / "out", last_row="drop")
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.documents.parquet", "out.idx", "out.json", "out.lengths.png"]
 
 
 def test_nothing_to_pack_and_nowhere_to_write(tmp_path, inputs, tokenizer_dir):
@@ -214,10 +216,10 @@ def test_nothing_to_pack_and_nowhere_to_write(tmp_path, inputs, tokenizer_dir):
 
 
 def test_a_full_disk_is_told(tmp_path, inputs, tokenizer_dir, monkeypatch):
-    def full(self, pad):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing.Rows, "finish", full)
+    monkeypatch.setattr(packing.account, "write", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         pack(inputs, tokenizer_dir, 9, tmp_path / "out")
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
@@ -242,7 +244,8 @@ def test_document_starts(tmp_path, inputs, tokenizer_dir, seq_length):
     rows, length = PackedRows(str(tmp_path / "out"), seq_length), seq_length + 1
     for row in range(len(rows)):
         inside = {begin - row * length for begin in begins if 0 <= begin - row * length < length}
-        assert rows.starts(row) == sorted({0} | inside)
+        padding = {length - manifest["padding"]} if manifest["padding"] and row == len(rows) - 1 else set()
+        assert rows.starts(row) == sorted({0} | inside | padding)
     pack(inputs, tokenizer_dir, seq_length, tmp_path / "out")
     assert not list(tmp_path.glob("out.docs*")), "left over from the run before"
     with pytest.raises(UserError, match="--document-starts"):

@@ -19,7 +19,7 @@ def tokenizer(request, tmp_path_factory) -> tokenise.Tokenizer:
 
 def tokens(documents: list[list[str]], tokenizer: tokenise.Tokenizer) -> list[list[int]]:
     found: list[list[int]] = [[]]
-    for ids, ends in tokenise.tokenise(documents, tokenizer):
+    for ids, ends in tokenise.tokenise(documents, tokenizer.backend):
         assert ids.dtype == numpy.int32
         found[-1] += ids.tolist()
         if ends:

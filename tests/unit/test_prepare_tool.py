@@ -55,7 +55,7 @@ def test_from_documents_to_what_the_trainer_opens(tmp_path, tokenizer_dir, monke
 @pytest.mark.parametrize("words, message", [
     (["--seq-length", "1G"], "--seq-length=1G: expected a whole number, like 4096 or 128K"),
     (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
-    (["--workers", "-1"], "--workers -1: must be 0 or more"),
+    (["--workers", "-1"], "--workers -1: must be at least 1"),
     (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
     (["--text-key", "body"], "line 1: no key 'body' among id, text"),
     (["--tokenizer", "none"], "tokenizer none: no such directory"),
