@@ -77,6 +77,17 @@ def read(path: Path, text_key: str = "text", progress: Callable[[int], Any] = la
             advance()
 
 
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a .jsonl file (also .gz, .zst) that are not blank, each with its number, from 1. UserError where it cannot be read."""
+    kind, compression = _kind(path)
+    if kind != ".jsonl":
+        raise UserError(f"{path}: a .jsonl file is needed here, also as .gz or .zst")
+    with _opened(path) as file, readable(path):
+        for number, line in enumerate(_decompressed(file, compression), 1):
+            if not line.isspace():
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
 def _txt(path: Path, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[Document]:
     def pieces() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
