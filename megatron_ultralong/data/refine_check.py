@@ -107,16 +107,15 @@ def same_answer(a: str, b: str) -> bool:
 
 def _plain(answer: str) -> str:
     """Without dollars, spacing, \\left and \\right, \\text{...} around words, thousands' commas, a full stop."""
-    answer = re.sub(r"\\(?:left|right|displaystyle|[,;!: ])|[$*]|\\[()\[\]]", "", answer)
+    answer = re.sub(r"\\(?:left|right|displaystyle|[,;!: ])|\\?\$|\*\*|\\[()\[\]]", "", answer)
     answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
     answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace(r"\%", "%")
-    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
-    return " ".join(answer.split()).rstrip(".").strip()
+    answer = " ".join(answer.split()).rstrip(".").strip()
+    return re.sub(r"^[-+]?\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), answer)
 
 
 def _number(answer: str) -> Fraction | None:
     """A plain answer as a number: 3, -2.50, 3/4, \\frac{3}{4}; a unit or % after it does not count."""
-    answer = answer.removeprefix(r"\$").strip()
     answer = re.sub(r"^([-+]?)\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"\1\2/\3", answer)
     found = re.fullmatch(rf"({_NUMBER})(?:\s*/\s*({_NUMBER}))?(?:\s*%|\s+[A-Za-z][A-Za-z .]*)?", answer)
     if not found or (found[2] and not float(found[2])):
