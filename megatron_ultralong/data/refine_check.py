@@ -9,12 +9,15 @@ SHORTEST = 0.2
 """Least characters of a new answer, as a share of the original's."""
 
 _REFUSALS = re.compile(
-    r"(?:i(?:'m| am) (?:very |so |really )?sorry,? but|sorry,? but i|i(?:'m| am) (?:afraid|unable|not able)|unfortunately,? i (?:can't|cannot|am|'m)|"
-    r"i (?:apologi[sz]e,? but|can(?:'t|not| not) (?:help|assist|do|provide|answer|comply|fulfil|continue|create|write|rewrite|process|complete)|"
+    r"(?:i(?:'m| am) (?:very |so |really )?sorry,? but|sorry,? but i|i(?:'m| am) (?:afraid (?:i|that)\b|unable to|not able to)|"
+    r"unfortunately,? i (?:can't|cannot|am|'m)|"
+    r"i (?:apologi[sz]e,? but|can(?:'t|not| not) (?:help(?! but)|assist|do|provide|answer|comply|fulfil|continue|create|write|rewrite|process|complete)|"
     r"won't (?:help|be able)|must decline|have to decline|will not (?:help|assist))|"
     r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b)")
-_SPEAKS_OF_DRAFT = re.compile(
-    r"\b(?:rewritten|revised|refined|improved|edited|polished) (?:version|message|answer|response|reply)\b|\bthe (?:original )?draft(?:'s)?\b")
+_SPEAKS_OF_DRAFT = re.compile(  # not "an improved version" or "the draft of your letter", which users ask for
+    r"\b(?:rewritten|revised|refined|improved) (?:answer|response|reply)\b|\b(?:in|of|from) the (?:original |given )?draft\b(?! of| for)|"
+    r"\bthe (?:original |given )?draft(?:'s| (?:is|was|has|says|contains|makes|gives|answer|message|response))\b|"
+    r"\bthe (?:original|given) (?:answer|response)\b")
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 
 

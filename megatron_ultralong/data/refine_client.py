@@ -122,10 +122,14 @@ def key(key_env: str, base_url: str) -> str:
 
 def checked_url(url: str) -> str:
     """--base-url without a last slash. UserError for one that cannot be used, or that holds a secret, which reports would show."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--base-url {url}: expected something like http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise UserError("--base-url: expected something like http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError("--base-url: give scheme, host, port and path only; a key belongs into the variable that --key-env names")
     return url.rstrip("/")
 

@@ -173,20 +173,34 @@ def test_what_may_pass_is_tried_again(server, tmp_path):
              "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}}, "down": {"status": 500, "raw": "oops"}, "odd": {"raw": "not JSON"},
              "page": {"raw": "<html>", "headers": {"Content-Type": "text/html"}}, "none": {"raw": '{"choices": []}'}, "list": {"raw": "[1]"},
              "null": {"raw": '{"choices": [{"message": null}]}'}, "half": {"text": "\ud83d"}, "number": {"text": 7},
-             "late": {"text": "too late", "sleep": 0.7}, "cut": {"hang_up": True}}
+             "cut": {"hang_up": True}}
     server.script = lambda draft, nth: f"Better: {draft}" if nth else first[draft]
-    report = run(server, write(tmp_path / "in.jsonl", [example("q", name) for name in first]), tmp_path / "out.jsonl", timeout=0.5)
+    report = run(server, write(tmp_path / "in.jsonl", [example("q", name) for name in first]), tmp_path / "out.jsonl")
     assert answers(tmp_path / "out.jsonl") == [f"Better: {name}" for name in first]
     assert server.asked == Counter(dict.fromkeys(first, 2)) and report["refined"] == len(first)
     assert server.times["busy"][1] - server.times["busy"][0] >= 0.4
 
 
+def test_equal_examples_are_asked_for_once(server, tmp_path):
+    server.delay = 0.02
+    server.script = lambda draft, nth: f"Better: {draft}" if nth == 2 else ""
+    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")] * 12), tmp_path / "out.jsonl", attempts=3, concurrency=6)
+    assert server.asked == {"a": 3} and answers(tmp_path / "out.jsonl") == ["Better: a"] * 12
+    assert report["refined"] == 12 and report["tokens_in"] == 300
+
+
+def test_openai_takes_another_name_for_the_limit(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(refine_client, "OPENAI", server.url)
+    run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
+    assert server.bodies[0]["max_completion_tokens"] == 4096 and "max_tokens" not in server.bodies[0]
+
+
 def test_a_slow_drip_is_a_timeout(server, tmp_path):
     """The HTTP client's own limit is one between two bytes."""
-    server.script = lambda draft, nth: {"text": "x", "drip": 0.05}
+    server.script = lambda draft, nth: {"text": "x", "drip": 0.1} if nth == 0 else {"text": "x", "sleep": 5}
     start = time.monotonic()
-    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl", timeout=0.3, retries=0)
-    assert report["turns"] == {"failed: timeout": 1} and time.monotonic() - start < 1.5
+    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl", timeout=0.3, retries=1)
+    assert report["turns"] == {"failed: timeout": 1} and server.asked == {"a": 2} and time.monotonic() - start < 4
 
 
 def test_failures_are_kept_and_asked_again_only_on_demand(server, tmp_path):
@@ -211,6 +225,8 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
     assert 20 <= server.asked.total() <= 23 and not (tmp_path / "out.jsonl").exists()
     server.script = lambda draft, nth: f"Better: {draft}"
     assert run(server, source, tmp_path / "out.jsonl", retry_failed=True)["refined"] == 100
+    server.script = lambda draft, nth: f"Better: {draft}" if draft.endswith("9") else {"status": 502, "raw": "bad gateway"}
+    assert run(server, source, tmp_path / "other.jsonl", concurrency=1, retries=0)["refined"] == 10  # nine in a row are not many
 
 
 @pytest.mark.parametrize("reply, message", [
@@ -278,7 +294,11 @@ def against(answer: str, original: str = "An answer.", domain: str = "general", 
 
 
 @pytest.mark.parametrize("answer, reason", [
-    ("A good answer.", None), ("I can't stress enough how good it is.", None), ("Sorry to hear that! Try this.", None), ("", "empty"),
+    ("A good answer.", None), ("I can't stress enough how good it is.", None), ("Sorry to hear that! Try this.", None),
+    ("I can't help but smile.", None), ("I'm afraid of spiders too.", None), ("I'm afraid I have to say no.", "refusal"),
+    ("Here is an improved version of your essay.", None), ("Here is the draft of your letter.", None),
+    ("The error in the draft is", "speaks of the rewriting"),
+    ("", "empty"),
     ("As an AI language model, I have no body.", "refusal"), ("Sorry, but I cannot do this.", "refusal"), ("I am unable to help.", "refusal"),
     ("**I cannot assist** with that", "refusal"), ("<draft>\nAn answer", "echoes the request"), ("Text </conversation>", "echoes the request"),
     ("Here is the rewritten answer: 4", "speaks of the rewriting"), ("The draft's result is wrong.", "speaks of the rewriting"),
@@ -419,7 +439,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
     server.script = lambda draft, nth: "" if draft.endswith("7") else f"Better: {draft}"
     run(server, source, tmp_path / "whole.jsonl")
     server.asked.clear()
-    server.delay = 0.05
+    server.delay = 0.1
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.journal.jsonl"
     process = start(server, source, output)
     wait_for(lambda: server.asked.total() >= 16)
@@ -446,7 +466,7 @@ def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
     process = start(server, source, output)
     wait_for(lambda: server.asked.total() >= 8)
     process.send_signal(name)
-    printed = process.communicate(timeout=10)
+    printed = process.communicate(timeout=60)
     last = printed[1].strip().splitlines()[-1]
     assert process.returncode == 130 and "Traceback" not in printed[1] and not output.exists()
     assert last.endswith("out.journal.jsonl holds every answer so far; run the same command again to go on from it") and "interrupted: " in last
@@ -458,14 +478,18 @@ def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
 
 def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
     monkeypatch.setattr(refine_ask, "GRACE", 0.1)
-    server.script = lambda draft, nth: {"text": "late", "sleep": 2}
-    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    server.script = lambda draft, nth: {"text": "late", "sleep": 5}
     before = signal.getsignal(signal.SIGTERM)
-    timer.start()
+
+    def stop() -> None:  # not before the run has its own answer to the signal
+        wait_for(lambda: server.asked)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
-    assert time.monotonic() - begin < 1.5 and signal.getsignal(signal.SIGTERM) is before
+    assert time.monotonic() - begin < 4 and signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "out.journal.jsonl").exists()  # nothing stood in it
 
 
@@ -532,7 +556,8 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     (["--budget", 3], "--budget: needs --price-in and --price-out"), (["--price-in", 3], "--price-in and --price-out: give both"),
     (["--output", "out.json"], "--output out.json: the name must end in .jsonl"), (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
     (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"), (["--input", "a.txt"], "a.txt: a .jsonl file is needed here"),
-    (["--base-url", "localhost:8000"], "--base-url localhost:8000: expected something like http"),
+    (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
+    (["--base-url", "http://[::1"], "--base-url: expected something like http"), (["--base-url", "http://h:99999/v1"], "--base-url: expected"),
     (["--base-url", "http://me:pass@host/v1"], "--base-url: give scheme, host, port and path only"),
     (["--output", "/dev/null/x.jsonl"], "cannot be written"),
     (["--input", "empty.jsonl", "--limit", "1"], None), (["--prompts", "none.yaml"], "--prompts none.yaml: cannot be read"),
