@@ -205,10 +205,11 @@ def test_a_slow_drip_is_a_timeout(server, tmp_path):
 
 def test_failures_are_kept_and_asked_again_only_on_demand(server, tmp_path):
     good = False
-    server.script = lambda draft, nth: f"Better: {draft}" if good or draft == "b" else {"status": 503, "raw": "busy"}
+    server.script = lambda draft, nth: f"Better: {draft}" if good or draft == "b" else error_of(503, f"busy {KEY}")
     source, output = write(tmp_path / "in.jsonl", [example("q", "a"), example("q", "b")]), tmp_path / "out.jsonl"
     report = run(server, source, output)
     assert server.asked == Counter(a=3, b=1) and report["turns"] == {"failed: HTTP 503": 1, "refined": 1}
+    assert "busy ***" in (tmp_path / "out.journal.jsonl").read_text() and KEY not in (tmp_path / "out.journal.jsonl").read_text()
     a, b = read(output)
     assert not a["refined"] and a["messages"][-1]["content"] == "a" and a["refine"]["reason"] == "failed: HTTP 503" and b["refined"]
     good = True
