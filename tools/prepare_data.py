@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Prepare: raw documents to packed rows that tools/train.py reads.
+"""Prepare: raw documents to packed rows that tools/train.py reads; instruction data to better answers.
 
     python tools/prepare_data.py pretrain --input *.jsonl --tokenizer Llama-3.1-8B-Instruct --seq-length 1M --output runs/1m/text
+    python tools/prepare_data.py refine --input chat/*.jsonl --model gpt-4o-mini --output runs/sft/refined.jsonl
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     text = "documents joined by a separator, in rows of S + 1 tokens (Megatron's .bin/.idx)"
     add_pretrain(commands.add_parser("pretrain", help=text, description=text))
+    text = "answers of instruction data rewritten by a model behind an OpenAI-compatible endpoint; goes on where it was stopped"
+    add_refine(commands.add_parser("refine", help=text, description=text))
     return parser.parse_args()
 
 
@@ -79,6 +82,58 @@ def pretrain(args: argparse.Namespace) -> None:
           f"{made['dropped']} left out; {made['skipped']['empty']} empty documents skipped")
     for line in account.notes(made, args.output):
         print(line)
+
+
+def add_refine(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=refine)
+    parser.add_argument("--input", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
+                        help=".jsonl, also as .gz and .zst: one {\"messages\": [{\"role\": ..., \"content\": ...}, ...]} a line, with "
+                             "\"id\" and \"domain\" where known; other keys are kept")
+    parser.add_argument("--output", type=Path, required=True, metavar="NAME.jsonl",
+                        help="writes it whole or not at all, with NAME.json (report) and NAME.journal.jsonl (every answer, to go on from)")
+    parser.add_argument("--model", required=True, metavar="NAME", help="as the endpoint calls it")
+    parser.add_argument("--base-url", metavar="URL", help="OpenAI-compatible endpoint, like http://localhost:8000/v1 (default: OpenAI's)")
+    parser.add_argument("--key-env", default="OPENAI_API_KEY", metavar="VARIABLE",
+                        help="environment variable that holds the key (default: OPENAI_API_KEY); it may be unset for local servers")
+    parser.add_argument("--domain", choices=("general", "math", "code"), default="general",
+                        help="which prompt and checks lines without \"domain\" get (default: general)")
+    parser.add_argument("--turns", choices=("last", "all"), default="last",
+                        help="rewrite each conversation's last assistant message (default), or all, later ones seeing the new ones before")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.yaml",
+                        help="other prompts: any of system, general, math, code; the last three with the places {conversation} and {answer}")
+    parser.add_argument("--temperature", type=float, metavar="T", help="(default: the endpoint's own)")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="longest answer, thinking included (default: 4096)")
+    parser.add_argument("--attempts", type=int, default=2, metavar="N",
+                        help="answers asked for until one passes the checks; then the original is kept (default: 2)")
+    parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests on their way at a time (default: 16)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
+    parser.add_argument("--retries", type=int, default=6, metavar="N",
+                        help="tries after the first where the endpoint is busy, broken or silent, after growing waits (default: 6)")
+    parser.add_argument("--retry-failed", action="store_true", help="ask again for what failed in earlier runs, after all retries")
+    parser.add_argument("--price-in", type=float, metavar="USD", help="price of a million tokens sent, to show the cost")
+    parser.add_argument("--price-out", type=float, metavar="USD", help="price of a million tokens answered")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
+    parser.add_argument("--budget", type=float, metavar="USD",
+                        help="stop asking once the journal's answers, of earlier runs too, have cost this much; those on their way still count")
+
+
+def refine(args: argparse.Namespace) -> None:
+    from megatron_ultralong.data import refine, refine_client, refine_prompts, refine_walk
+
+    names = ("model", "key_env", "domain", "turns", "temperature", "max_tokens", "attempts", "concurrency", "timeout", "retries", "retry_failed",
+             "price_in", "price_out", "limit", "budget")
+    settings = refine_walk.Settings(base_url=args.base_url or refine_client.OPENAI, **{name: getattr(args, name) for name in names})
+    prompts = refine_prompts.load(args.prompts) if args.prompts else refine_prompts.Prompts()
+    made = refine.refine(args.input, args.output, settings, prompts)
+    kept = ", ".join(f"{count} {reason}" for reason, count in made["turns"].items() if reason != "refined")
+    cost = "" if made["cost_usd"] is None else f", {made['cost_usd']:.2f} USD"
+    print(f"{args.output}: {made['refined']} of {made['examples']} conversations refined; answers kept as they were: {kept or 'none'}; "
+          f"{len(made['broken_lines'])} broken lines left out; {made['tokens_in']} tokens in, {made['tokens_out']} out{cost}")
+    for line in made["broken_lines"][:3]:
+        print(f"broken: {line['place']}: {line['reason']}")
+    if made["not_asked"]:
+        print(f"the budget of {args.budget:g} USD is used up: {made['not_asked']} conversations are not asked for and not in {args.output}; "
+              "the same command with a larger --budget goes on")
 
 
 def main() -> None:

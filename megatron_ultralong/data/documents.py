@@ -157,6 +157,17 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield block
 
 
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a .jsonl file (also .gz, .zst) that are not blank, each with its number, from 1. UserError where it cannot be read."""
+    found, compression = kind(path)
+    if found != ".jsonl":
+        raise UserError(f"{path}: a .jsonl file is needed here, also as .gz or .zst")
+    with opened(path) as file, readable(path):
+        for number, line in enumerate(_decompressed(file, compression), 1):
+            if not line.isspace():
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
 def _txt(part: Part, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[Document]:
     def pieces() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()

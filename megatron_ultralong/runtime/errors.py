@@ -30,8 +30,8 @@ def main(function: Callable[[], int | None]) -> None:
         if _first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         _leave(130)
     except Exception:
         traceback.print_exc()
