@@ -1,9 +1,11 @@
-"""Speed and memory of attention over context-parallel ranks, of the loss and of a whole step, on this machine's one GPU or its CPU.
+"""Speed and memory of attention over context-parallel ranks, of the loss and of a whole step, on this machine's one GPU or its CPU; of
+preparing data on its CPU.
 
     python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
     python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
     python tools/benchmark.py step --lengths 64K,128K --settings none,full,attention,offload-attention --out runs/benchmark
     python tools/benchmark.py step --longest --settings attention,offload-attention
+    python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
 
 Each prints a table; --json, --plot and --out keep it, with device, versions, date and command. Defaults are smaller on a CPU.
 """
@@ -58,13 +60,22 @@ def arguments() -> argparse.Namespace:
     step.add_argument("--granularity", metavar="N", help="tokens up to which --longest is exact (default: 4K on a GPU, 32 on a CPU)")
     step.add_argument("--limit", metavar="BYTES", help="use no more of the device's memory, like 60G (1024-based); --longest on a CPU needs it")
     _common(step)
+
+    data = commands.add_parser("data", help="documents to tokens on disk, beside Megatron-Core's builder and datatrove")
+    data.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json")
+    data.add_argument("--input", type=Path, nargs="+", metavar="FILE", help=".jsonl files with `text` (default: made of Python's own source files)")
+    data.add_argument("--megabytes", metavar="N", default="100", help="of the made input, in all (default: 100)")
+    data.add_argument("--workers", metavar="N", help="processes (default: one a core)")
+    data.add_argument("--made", type=Path, metavar="DIR", default=Path("runs/benchmark/data"), help="where the made input is kept (default: %(default)s)")
+    _common(data, repeats="3")
     return parser.parse_args()
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, repeats: str = "10") -> None:
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="(default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="(default: bf16 on a GPU, fp32 on a CPU)")
-    parser.add_argument("--repeats", metavar="N", default="10", help="timed runs, of which the median counts; one where it takes over 20 s (default: 10)")
+    parser.add_argument("--repeats", metavar="N", default=repeats,
+                        help="timed runs, of which the median counts; on a GPU one where it takes over 20 s (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them as PNG")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write both here, as NAME.json and NAME.png")
@@ -90,6 +101,10 @@ def main() -> int:
         from megatron_ultralong.performance import loss
 
         run, settings = loss.run, _loss(args, device.type == "cuda")
+    elif args.benchmark == "data":
+        from megatron_ultralong.performance import data
+
+        run, settings = data.run, _data(args)
     else:
         from megatron_ultralong.performance import step
 
@@ -136,6 +151,16 @@ def _step(args: argparse.Namespace, gpu: bool) -> Any:
         layer_chunk=_count(args, "layer_chunk", "16K" if gpu else "128"), loss_chunk=_count(args, "loss_chunk", "4K" if gpu else "128"),
         repeats=_count(args, "repeats"), longest=args.longest, granularity=_count(args, "granularity", "4K" if gpu else "32"),
         limit=None if args.limit is None else _bytes(args.limit))
+
+
+def _data(args: argparse.Namespace) -> Any:
+    import os
+
+    from megatron_ultralong.performance import data
+
+    workers = _count(args, "workers", str(len(os.sched_getaffinity(0))))
+    files = args.input or data.made_input(args.made, 4 * workers, _count(args, "megabytes"))
+    return data.Settings(inputs=tuple(files), tokenizer=args.tokenizer, workers=workers, repeats=_count(args, "repeats"))
 
 
 def _count(args: argparse.Namespace, name: str, default: str = "") -> int:

@@ -1,6 +1,6 @@
 """A folder of tokenised documents, made by all cores, that an interrupted run goes on with.
 
-The inputs are cut into units of about 128 MiB, the same whatever the number of processes. Each unit leaves
+The inputs are cut into units of 8 to 128 MiB, the same whatever the number of processes. Each unit leaves
 
     000012.bin, .idx     tokens of its documents: a Megatron corpus (not for a unit that is a Megatron corpus already)
     000012.parquet       a row a document: number (line or row), id, status, reason, tokens, begin (first token in the .bin), hash
@@ -34,8 +34,9 @@ from megatron_ultralong.data.sources import Source
 from megatron_ultralong.data.tokenise import Tokenizer
 
 FORMAT = 1
-UNIT = 128 << 20
-"""Bytes of input of a unit."""
+UNITS = (8 << 20, 128 << 20)
+"""Bytes of input of a unit: at least, and at most."""
+_FEW = 256  # units that an input has before they get larger
 OK, EMPTY, BROKEN = 0, 1, 2
 """Status of a document."""
 _GROUP = 1 << 16  # documents of a row group of a unit's table
@@ -110,15 +111,17 @@ def plan(sources: tuple[Source, ...]) -> list[Unit]:
     """The units of the sources' files, in order."""
     units: list[Unit] = []
     number = 0
+    total = sum(data(path).stat().st_size for source in sources for path in source.files)
+    most = min(max(total // _FEW, UNITS[0]), UNITS[1])
     for which, source in enumerate(sources):
         groups: list[list[tuple[int, Part]]] = []
-        filled = UNIT
+        filled = most
         for path in source.files:
             corpus = documents.kind(path)[0] == ".idx"
-            for part in [Part(path)] if corpus else documents.split(path, UNIT):
+            for part in [Part(path)] if corpus else documents.split(path, most):
                 # Small files share a unit; a part of a large one is a unit of its own.
-                size = UNIT if corpus or part.end is not None else max(path.stat().st_size, 1)
-                if filled + size > UNIT:
+                size = most if corpus or part.end is not None else max(path.stat().st_size, 1)
+                if filled + size > most:
                     groups.append([])
                     filled = 0
                 groups[-1].append((number, part))

@@ -20,7 +20,7 @@ from tests import text as made
 ROOT = Path(__file__).parents[2]
 
 
-SMALL_UNITS = ("import runpy, sys; from megatron_ultralong.data import token_store; token_store.UNIT = 60_000; "
+SMALL_UNITS = ("import runpy, sys; from megatron_ultralong.data import token_store; token_store.UNITS = (60_000, 60_000); "
                "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
 
 

@@ -39,7 +39,7 @@ ALLOWED = {
     "train": BELOW_TRAIN | {"plan"},
     "evaluate": BELOW_TRAIN,
     # Measures what the others do; only its tool imports it.
-    "performance": {"config", "runtime", "context_parallel", "model", "plan", "train.metrics"},
+    "performance": {"config", "runtime", "context_parallel", "model", "plan", "train.metrics", "data"},
 }
 
 NO_MEGATRON = ["config.py", "recipes.py", "hardware.py", "plan.py", "planner.py", "plan_report.py", "checkpoint/mapping.py", "model/rope.py",

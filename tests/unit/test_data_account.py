@@ -53,7 +53,7 @@ def pieces(prefix: Path, separator: list[int], fit: str) -> list[tuple[int, ...]
 
 @pytest.mark.parametrize("seed, fit, last_row", [(0, "cross", "pad"), (1, "cross", "drop"), (2, "best", "pad"), (3, "best", "pad"), (4, "cross", "pad")])
 def test_every_token_is_in_the_rows_as_often_as_told(tmp_path, tokenizer_dir, seed, fit, last_row, monkeypatch):
-    monkeypatch.setattr(token_store, "UNIT", 3000)  # files are cut, and small ones share a unit
+    monkeypatch.setattr(token_store, "UNITS", (3000, 3000))  # files are cut, and small ones share a unit
     rng = random.Random(seed)
     tokenizer = tokenise.load(tokenizer_dir)
     texts = {name: [made.text(rng.randrange(10**6), rng.choice((0, 1, 3, 20, 60))) for _ in range(60)] for name in ("a", "b", "c")}
@@ -122,7 +122,7 @@ sources:
 
 
 def test_broken_lines_are_counted_listed_and_the_rest_is_packed(tmp_path, tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(token_store, "UNIT", 300)
+    monkeypatch.setattr(token_store, "UNITS", (300, 300))
     lines = [json.dumps({"text": f"some words {i}"}) for i in range(40)]
     for at, line in ((0, "{"), (13, '{"txt": "x"}'), (39, '{"text": 3}')):
         lines[at] = line
