@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from megatron_ultralong.data.words import Ids, Normalise, Vocabulary
 
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)
-_LENGTH = numpy.uint64(0xD1B54A32D192ED03)
-_SLOTS = 16  # places of the first, coarse table for each n-gram
-_STRIDE = 1 << 16  # words looked at in one go: what this takes fits a core's cache
+_LENGTH = 0xD1B54A32D192ED03
+_SLOTS = 16  # places of a coarse table for each n-gram, at least
+_STRIDE = 1 << 15  # words looked at in one go: what this takes fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,9 @@ class Index:
     """Of each benchmark: examples, texts, too_short, unsearchable examples, ngrams, common, and examples of each task."""
 
     def __post_init__(self) -> None:
-        self._shift = numpy.uint64(64 - max(int(len(self.hashes) * _SLOTS).bit_length(), 10))
-        self._slots = numpy.zeros(1 << (64 - int(self._shift)), dtype=bool)
-        self._slots[self.hashes >> self._shift] = True
         self._codes = codes(len(self.vocabulary))
-        self._sizes = sorted({int(length) for length in numpy.unique(self.lengths)})
+        self._sizes = numpy.unique(self.lengths).tolist()
+        self._coarse = {size: _coarse(self.hashes[self.lengths == size]) for size in self._sizes}
 
     def words(self) -> Vocabulary:
         """What turns text into the ids that `find` takes."""
@@ -78,8 +76,8 @@ class Index:
         for begin in range(0, max(len(ids) - self._sizes[0] + 1, 0), _STRIDE):
             part = ids[begin:begin + _STRIDE + overlap]
             for length, hashes in rolling(self._codes[part], self._sizes):
-                hashes = hashes[:_STRIDE]
-                places = numpy.flatnonzero(self._slots[hashes >> self._shift])
+                hashes, (slots, shift) = hashes[:_STRIDE], self._coarse[length]
+                places = numpy.flatnonzero(slots[hashes >> shift])
                 if len(places):
                     for place, entry in self._compared(part, hashes[places], places, length):
                         yield Hit(begin + place, length, int(self.texts[entry]))
@@ -128,6 +126,15 @@ def codes(words: int) -> NDArray[numpy.uint64]:
     return code ^ (code >> numpy.uint64(31))
 
 
+def _coarse(hashes: NDArray[numpy.uint64]) -> tuple[NDArray[numpy.bool_], numpy.uint64]:
+    """(slots, shift): slots[h >> shift] is set for each h of `hashes`, and for few other numbers. Most places of a text end here."""
+    bits = max((len(hashes) * _SLOTS).bit_length(), 10)
+    shift = numpy.uint64(64 - bits)
+    slots = numpy.zeros(1 << bits, dtype=bool)
+    slots[hashes >> shift] = True
+    return slots, shift
+
+
 def rolling(codes: NDArray[numpy.uint64], sizes: list[int]) -> Iterator[tuple[int, NDArray[numpy.uint64]]]:
     """(L, hashes of the L words from each place on) for each L of `sizes`, which rise."""
     hashes = codes.copy()
@@ -139,7 +146,7 @@ def rolling(codes: NDArray[numpy.uint64], sizes: list[int]) -> Iterator[tuple[in
             hashes *= _BASE
             hashes += codes[length - 1:]
         if length in sizes:
-            mixed = hashes + numpy.uint64(length) * _LENGTH
+            mixed = hashes + numpy.uint64(length * _LENGTH % 2**64)
             mixed ^= mixed >> numpy.uint64(32)  # the coarse table goes by the upper bits
             mixed *= _BASE
             yield length, mixed
