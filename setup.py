@@ -32,6 +32,8 @@ setup(
         "safetensors>=0.4.3",           # Hugging Face weights, read and written slice by slice
         "pyarrow",                      # raw documents in parquet
         "zstandard",                    # raw documents in .jsonl.zst
+        "regex",                        # Unicode scripts and marks, for the words that decontamination compares
+        "huggingface_hub>=0.34",        # benchmarks' files from the hub
         "matplotlib",                   # heat maps
         "tensorboard",                  # training curves
         "tqdm",                         # progress bars
