@@ -57,18 +57,20 @@ def mmlu_pro(folder: Path) -> Path:
     return folder
 
 
+_MATH = {"problem": "What is $1+1$ (test)?", "level": "Level 1", "type": "Number Theory", "solution": "It is $\\boxed{2}$."}
+
+
 def math(folder: Path) -> Path:
     """MATH.tar's json files."""
     for split in ("test", "train"):
         path = folder / "MATH" / split / "number_theory" / "12.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"problem": f"What is $1+1$ ({split})?", "level": "Level 1", "type": "Number Theory", "solution": "It is $\\boxed{2}$."}))
+        path.write_text(json.dumps({**_MATH, "problem": f"What is $1+1$ ({split})?"}))
     return folder
 
 
 def math_hub(folder: Path) -> Path:
-    row = {"problem": "What is $1+1$ (test)?", "level": "Level 1", "type": "Number Theory", "solution": "It is $\\boxed{2}$."}
-    parquet(folder / "number_theory" / "test-00000-of-00001.parquet", [row])
+    parquet(folder / "number_theory" / "test-00000-of-00001.parquet", [_MATH])
     return folder
 
 
@@ -119,7 +121,8 @@ def ruler(folder: Path) -> Path:
 def lveval(folder: Path, zipped: bool = False) -> Path:
     record = {"input": "Who keeps the light?", "context": "Mira keeps the light.", "answers": ["Mira", "She"], "length": 4,
               "dataset": "hotpotwikiqa_mixup", "language": "en", "answer_keywords": "Mira", "confusing_facts": "Mora"}
-    zh = {name: value for name, value in record.items() if name not in ("answer_keywords", "confusing_facts")} | {"input": "谁看守灯塔？", "language": "zh"}
+    zh = {**record, "input": "谁看守灯塔？", "dataset": "dureader_mixup", "language": "zh"}
+    del zh["answer_keywords"], zh["confusing_facts"]
     paths = [jsonl(folder / f"hotpotwikiqa_mixup_{level}.jsonl", [record, record | {"input": "And who else?"}]) for level in ("16k", "128k")]
     paths.append(jsonl(folder / "dureader_mixup_256k.jsonl", [zh]))
     if zipped:

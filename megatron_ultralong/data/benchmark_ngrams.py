@@ -72,7 +72,7 @@ def build(examples: Iterable[Example], rules: Rules, normalise: Normalise) -> In
     kept = _own(entries, numpy.array(numbers, dtype=numpy.int64), numpy.array(benchmarks, dtype=numpy.int64), rules.common,
                 list(statistics.values()))
     hashes, positions, lengths, owner = (column[kept] for column in entries)
-    return Index(normalise, known, flat, owners, hashes, positions, lengths, owner, statistics)
+    return Index(normalise, known, flat, owners, hashes, positions, lengths.astype(numpy.uint16), owner.astype(numpy.int32), statistics)
 
 
 def texts(example: Example, contexts: bool = False) -> Iterator[tuple[str, str]]:

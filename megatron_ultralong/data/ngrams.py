@@ -52,9 +52,9 @@ class Index:
     hashes: NDArray[numpy.uint64]
     positions: NDArray[numpy.int64]
     """Where in `flat` the n-gram starts."""
-    lengths: NDArray[numpy.uint8 | numpy.int64]
+    lengths: NDArray[numpy.uint16]
     """Its words."""
-    texts: NDArray[numpy.int64]
+    texts: NDArray[numpy.int32]
     """Number of its text."""
     statistics: dict[str, dict[str, Any]]
     """Of each benchmark: examples, texts, too_short, unsearchable examples, ngrams, common, and examples of each task."""

@@ -68,7 +68,8 @@ def test_lveval_alone_and_zipped(tmp_path):
     plain, zipped = read("lveval", made.lveval(tmp_path / "a")), read("lveval", made.lveval(tmp_path / "b", zipped=True))
     assert [(e.task, e.id, e.question, e.answers, e.context, e.meta) for e in plain] == \
         [(e.task, e.id, e.question, e.answers, e.context, e.meta) for e in zipped]
-    assert [(e.task, e.id) for e in plain] == [("dureader_mixup", "256k/0"), *(("hotpotwikiqa_mixup", f"{k}/{i}") for k in ("128k", "16k") for i in (0, 1))]
+    assert [(e.task, e.id) for e in plain] == [
+        ("dureader_mixup", "256k/0"), *(("hotpotwikiqa_mixup", f"{level}/{i}") for level in ("128k", "16k") for i in (0, 1))]
     assert plain[1].answers == ("Mira", "She") and plain[1].meta["level"] == "128k" and plain[1].meta["answer_keywords"] == "Mira"
     assert "answer_keywords" not in plain[0].meta
     made.lveval(tmp_path / "b")  # unpacked beside the .zip: read once
@@ -100,7 +101,8 @@ def test_own_strings(tmp_path):
     ("infinitebench", {"id": 1, "context": "c", "input": "x", "answer": "a", "options": ["a", "b"]}, "line 2: field 'options' holds 2 choices"),
 ])
 def test_missing_fields_are_one_line(tmp_path, name, record, message):
-    file = {"gsm8k": "test.jsonl", "humaneval": "HumanEval.jsonl", "ruler": "vt.jsonl", "lveval": "lic_mixup_16k.jsonl", "infinitebench": "code_debug.jsonl"}
+    file = {"gsm8k": "test.jsonl", "humaneval": "HumanEval.jsonl", "ruler": "vt.jsonl", "lveval": "lic_mixup_16k.jsonl",
+            "infinitebench": "code_debug.jsonl"}
     path = tmp_path / file[name]
     path.write_text("\n" + json.dumps(record) + "\n")
     with pytest.raises(UserError) as error:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -44,9 +45,7 @@ def words_of(text: str) -> list[str]:
     for character in unicodedata.normalize("NFKC", text).casefold() + " ":
         han = "CJK UNIFIED" in unicodedata.name(character, "")
         mark = unicodedata.category(character)[0] == "M"
-        if unicodedata.category(character)[0] in "LN" and not han:
-            word += character
-        elif mark and word:
+        if (unicodedata.category(character)[0] in "LN" and not han) or (mark and word):
             word += character
         else:
             found += [word] if word else []
@@ -70,7 +69,10 @@ def by_sets(texts: list[str], documents: list[str], ngram: int, least: int) -> l
     return found
 
 
-def scan(examples, documents, treatment=Treatment(action="report"), **rules):
+REPORT = Treatment(action="report")
+
+
+def scan(examples, documents, treatment=REPORT, **rules):
     """What a scanner says of .jsonl lines with those texts."""
     index = benchmark_ngrams.build(examples, Rules(**rules), Normalise())
     lines = [json.dumps({"text": document}).encode() + b"\n" for document in documents]
@@ -110,7 +112,7 @@ def test_words_and_their_places_agree_on_random_text():
         text = "".join(rng.choice("aBß ,-é\u0301\u0308漢ｶﾞ\u1112\u1161ﬁİไ\u0e31\u3000\x1c½¨²_\u200b") for _ in range(rng.randint(0, 20)))
         words, spans = [word for part in text.split() for word in normalise.words(part)], normalise.spans(text)
         assert len(words) == len(spans) == len(normalise.words(text)) == len(Vocabulary(normalise, {}).ids(text))
-        assert all(a <= c and b <= d for (a, b), (c, d) in zip(spans, spans[1:])), "in order"
+        assert all(a <= c and b <= d for (a, b), (c, d) in pairwise(spans)), "in order"
 
 
 # ---- the search ------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
              b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]}\n',
              json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": SOLUTION}]}).encode() + b"\n",
              b'{"messages": [{"role": "user"}]}\n', b'{"text": "last, without a line end"}']
-    clean, cut = [lines[i] for i in (0, 1, 9, 12)], '{"id": 2, "text": "see: !", "more": [1]}\n'.encode()
+    clean, cut = [lines[i] for i in (0, 1, 9, 12)], b'{"id": 2, "text": "see: !", "more": [1]}\n'
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines)))
@@ -286,7 +288,8 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
         assert pyarrow.parquet.read_metadata(folder / "d.parquet").row_group(0).column(0).compression == "ZSTD"
     assert (tmp_path / "cut" / "bad.txt").read_bytes() == b"It was so: . Yes.\r\n"
     split = run([tmp_path / "a.jsonl", tmp_path / "d.parquet"], [bench], tmp_path / "split", action="cut", pieces="split")
-    assert split["totals"]["cut"] == 2 and pyarrow.parquet.read_table(tmp_path / "split" / "d.parquet").column("text").to_pylist() == ["clean", "see ", " end"]
+    assert split["totals"]["cut"] == 2
+    assert pyarrow.parquet.read_table(tmp_path / "split" / "d.parquet").column("text").to_pylist() == ["clean", "see ", " end"]
     piece = b'{"id": 2, "text": "see: ", "more": [1]}\n'  # the other is "!": no word, no document
     assert (tmp_path / "split" / "a.jsonl").read_bytes() == b"".join([*clean[:2], piece, *clean[2:]])
 
@@ -305,7 +308,8 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
     of = reports["report"]["benchmarks"]["text"]
     assert (of["examples"], of["found"], of["matches"], of["documents"], len(of["samples"])) == (2, 2, 8, 8, contamination_report.SAMPLES)
     text = contamination_report.table(reports["drop"])
-    assert "19 documents, 8 contaminated: 8 left out, 0 cut" in text and f"22 lines could not be read and are not in the output: {inputs[0]}, line 4" in text
+    assert "19 documents, 8 contaminated: 8 left out, 0 cut" in text
+    assert f"22 lines could not be read and are not in the output: {inputs[0]}, line 4" in text
 
 
 def training_text(path: Path, documents: int, seed: int = 5) -> Path:
