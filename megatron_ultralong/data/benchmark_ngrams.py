@@ -30,8 +30,8 @@ class Rules:
     """Search for the long contexts too, not only questions, choices and answers."""
 
     def __post_init__(self) -> None:
-        if self.ngram < 2:
-            raise UserError(f"--ngram {self.ngram}: must be at least 2")
+        if not 2 <= self.ngram <= 1000:
+            raise UserError(f"--ngram {self.ngram}: must be from 2 to 1000")
         if not 1 <= self.min_words <= self.ngram:
             raise UserError(f"--min-words {self.min_words}: must be from 1 to --ngram, {self.ngram}")
         if self.common < 1:
@@ -83,8 +83,8 @@ def texts(example: Example, contexts: bool = False) -> Iterator[tuple[str, str]]
     answers = " ".join(example.answers)
     if example.choices:
         lettered = " ".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(example.choices))
-        yield "question, lettered choices, answer", f"{example.question} {lettered} {answers}"
-    yield "question, choices, answer", " ".join([example.question, *example.choices, answers])
+        yield "together, lettered", f"{example.question} {lettered} {answers}"
+    yield "together", " ".join([example.question, *example.choices, answers])
     if contexts and example.context:
         yield "context", example.context
 

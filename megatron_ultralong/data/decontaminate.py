@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ def run(inputs: Sequence[Path], benchmarks: Sequence[str], output: Path, *, rule
     settings = {"format": FORMAT, "rules": asdict(rules), "normalise": list(normalise.steps), "treatment": asdict(treatment),
                 "text_key": text_key, "benchmarks": index.digest()}
     work = output / ".decontaminate"
+    statistics = index.statistics
     with _workplace(output, work, settings):
         index.save(work / "partial" / "index")
+        del index  # from here on each process has its own, on that file
         with tqdm(total=size, unit="B", unit_scale=True, desc="searching", disable=not show_progress) as bar, \
                 Workers(workers, Scanner.open, (work / "partial" / "index", treatment, text_key)) as pool:
             for path in inputs:
@@ -60,9 +63,9 @@ def run(inputs: Sequence[Path], benchmarks: Sequence[str], output: Path, *, rule
                     _search(path, output, work, treatment, text_key, pool, bar)
                 else:
                     bar.update(path.stat().st_size)
-        made = contamination_report.make(settings, {name: [str(path) for path in paths] for name, paths in sources}, index.statistics,
-                                         [_done(path, output, work) for path in inputs], _all(inputs, work, "matches"),
-                                         _all(inputs, work, "broken"))
+        done = [_done(path, output, work) for path in inputs]
+        made = contamination_report.make(settings, {name: [str(path) for path in paths] for name, paths in sources.items()}, statistics,
+                                         done, _all(inputs, work, "matches"), _all(inputs, work, "broken"))
         for name in LISTS:
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in _all(inputs, work, name))
             _write(output / f"{name}.jsonl", lines, work)
@@ -86,24 +89,24 @@ def _check(inputs: Sequence[Path], output: Path, treatment: Treatment) -> None:
             raise UserError(f"--output {output}: holds the input {path.name}, which would be replaced; choose another directory")
 
 
-def _sources(benchmarks: Sequence[str]) -> list[tuple[str, list[Path]]]:
-    """(name, files) of each NAME=WHERE."""
-    sources = []
+def _sources(benchmarks: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of each benchmark, from NAME=WHERE."""
+    sources: dict[str, list[Path]] = {}
     for benchmark in benchmarks:
         name, equals, where = benchmark.partition("=")
         if not equals or not where:
             raise UserError(f"--benchmark {benchmark}: give NAME=PATH or NAME=hub, with NAME of {', '.join(files.BENCHMARKS)}, or text=FILE.jsonl")
         if name == "text" and not Path(where).is_file():
             raise UserError(f"--benchmark {benchmark}: no such file")
-        sources.append((name, [Path(where)] if name == "text" else files.find(name, where)))
+        sources.setdefault(name, []).extend([Path(where)] if name == "text" else files.find(name, where))
     return sources
 
 
-def _examples(sources: list[tuple[str, list[Path]]]) -> Iterator[Example]:
-    for name, paths in sources:
-        for path in paths if name == "text" else ():
-            yield from files.read_own(path)
-        if name != "text":
+def _examples(sources: dict[str, list[Path]]) -> Iterator[Example]:
+    for name, paths in sources.items():
+        if name == "text":
+            yield from chain.from_iterable(map(files.read_own, paths))
+        else:
             yield from files.read(name, paths)
 
 

@@ -20,7 +20,7 @@ from megatron_ultralong.data import documents
 KINDS = (".jsonl", ".txt", ".parquet")
 BATCH = 1 << 21
 """Bytes of lines together in a batch; a line of more is one alone."""
-_ROWS = 256  # rows of a .parquet in a batch
+_ROWS = 64  # rows of a .parquet read at a time
 _GROUP = 1 << 26  # bytes of a row group that is written
 
 
@@ -78,7 +78,12 @@ def _rows(path: Path, file: BinaryIO, text_key: str, progress: Callable[[int], A
             raise UserError(f"{path}: no column {text_key!r} among {', '.join(table.schema_arrow.names[:8])}; choose one with --text-key")
         size, rows, done, number = path.stat().st_size, table.metadata.num_rows, 0, 0
         for batch in table.iter_batches(batch_size=_ROWS):
-            yield Batch(str(path), ".parquet", number + 1, batch.column(text_key).to_pylist()), batch
+            texts, begin, length = batch.column(text_key).to_pylist(), 0, 0
+            for i, text in enumerate(texts, 1):
+                length += len(text or "")
+                if length >= BATCH or i == len(texts):
+                    yield Batch(str(path), ".parquet", number + begin + 1, texts[begin:i]), batch.slice(begin, i - begin)
+                    begin, length = i, 0
             number += batch.num_rows
             progress(size * number // rows - done)
             done = size * number // rows

@@ -25,7 +25,7 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _BLOCK = 1 << 20
 """Characters split into parts at a time: their list takes some fifty times that, in bytes."""
 _LONG = 48  # characters; a part of more is unlikely to come again, and is not remembered
-_MOST = 1 << 20  # parts remembered at a time
+_MOST = 1 << 18  # parts remembered at a time: some 40 MB
 
 _SPACE = regex.compile(r"[\s\x1c-\x1f]")  # what str.split() splits at
 _PART = regex.compile(r"[^\s\x1c-\x1f]+")

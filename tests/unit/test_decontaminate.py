@@ -14,6 +14,7 @@ import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -328,11 +329,14 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_and_four_workers_write_the_same_bytes(tmp_path, bench):
-    inputs = [training_text(tmp_path / "a.jsonl", 700), training_text(tmp_path / "b.jsonl.gz", 50, seed=6)]
+    inputs = [training_text(tmp_path / "a.jsonl", 700), training_text(tmp_path / "b.jsonl.gz", 50, seed=6), tmp_path / "c.parquet"]
+    made.parquet(inputs[2], [json.loads(line) for line in inputs[0].read_bytes().splitlines()])
     for workers in (1, 4):
         run(inputs, [bench], tmp_path / str(workers), action="cut", workers=workers)
     one, four = results(tmp_path / "1"), results(tmp_path / "4")
-    assert one == four and one["matches.jsonl"].count(b"\n") == 107
+    assert one == four and one["matches.jsonl"].count(b"\n") == 100 + 7 + 100
+    table = pyarrow.parquet.read_table(tmp_path / "4" / "c.parquet")
+    assert table.to_pylist() == [json.loads(line) for line in one["a.jsonl"].splitlines()]
     assert not (tmp_path / "4" / ".decontaminate" / "partial").exists()
 
 
@@ -341,14 +345,16 @@ def test_a_killed_run_goes_on(tmp_path, bench):
     inputs = [training_text(tmp_path / f"{i}.jsonl", count, seed=i) for i, count in enumerate((40, 900, 40))]
     run(inputs, [bench], tmp_path / "whole", action="cut")
     words = [sys.executable, ROOT / "tools" / "prepare_data.py", "decontaminate", "--input", *inputs, "--benchmark", bench, "--output", tmp_path / "out",
-             "--action", "cut", "--workers", "1"]
+             "--action", "cut", "--workers", "2"]
     tool = subprocess.Popen(list(map(str, words)), env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = tmp_path / "out" / ".decontaminate" / "partial" / "1.jsonl"
     while not (partial.exists() and partial.stat().st_size):
         assert tool.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
+    workers = psutil.Process(tool.pid).children(recursive=True)
     tool.send_signal(signal.SIGKILL)
     tool.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=20)[1], "a worker outlived the tool"
     assert set(results(tmp_path / "out")) == {"0.jsonl"}
     before = (tmp_path / "out" / "0.jsonl").stat().st_mtime_ns
     run(inputs, [bench], tmp_path / "out", action="cut")
@@ -407,7 +413,7 @@ def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
     ({"benchmarks": ["mmlu"]}, "--benchmark mmlu: give NAME=PATH or NAME=hub"),
     ({"benchmarks": ["text=none"]}, "--benchmark text=none: no such file"),
     ({"benchmarks": ["squad=x"]}, "benchmark 'squad': known are"),
-    ({"ngram": 1}, "--ngram 1: must be at least 2"),
+    ({"ngram": 1}, "--ngram 1: must be from 2 to 1000"),
     ({"min_words": 14}, "--min-words 14: must be from 1 to --ngram, 13"),
     ({"common": 0}, "--common 0: must be at least 1"),
     ({"margin": 3}, "--margin, --pieces and --min-piece are for --action cut, not drop"),
