@@ -80,7 +80,7 @@ def _rows(path: Path, file: BinaryIO, text_key: str, progress: Callable[[int], A
         for batch in table.iter_batches(batch_size=_ROWS):
             texts, begin, length = batch.column(text_key).to_pylist(), 0, 0
             for i, text in enumerate(texts, 1):
-                length += len(text or "")
+                length += len(text) if isinstance(text, str) else 0
                 if length >= BATCH or i == len(texts):
                     yield Batch(str(path), ".parquet", number + begin + 1, texts[begin:i]), batch.slice(begin, i - begin)
                     begin, length = i, 0

@@ -158,7 +158,7 @@ def test_long_texts_are_searched_across_strides_and_blocks():
         words = filler.split(" ")
         words[at:at] = QUESTION.split()
         outcome, _ = scan([example(QUESTION)], [" ".join(words)])
-        assert [(match["words"], match["line"]) for match in outcome.matches] == [(18, 1)]
+        assert [(match["words"], match["text"]) for match in outcome.matches] == [(18, QUESTION.lower())]
 
 
 def test_same_hash_is_not_the_same_words(monkeypatch):
@@ -311,6 +311,12 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
     text = contamination_report.table(reports["drop"])
     assert "19 documents, 8 contaminated: 8 left out, 0 cut" in text
     assert f"22 lines could not be read and are not in the output: {inputs[0]}, line 4" in text
+
+
+def test_a_column_without_text_is_all_broken(tmp_path, bench):
+    path = made.parquet(tmp_path / "n.parquet", [{"text": i} for i in range(100)])
+    totals = run([path], [bench], tmp_path / "out")["totals"]
+    assert (totals["documents"], totals["broken"]) == (0, 100) and pyarrow.parquet.read_table(tmp_path / "out" / "n.parquet").num_rows == 0
 
 
 def training_text(path: Path, documents: int, seed: int = 5) -> Path:
