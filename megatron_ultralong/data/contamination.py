@@ -121,7 +121,7 @@ class Scanner:
         if self.text_key in record:
             return _Document(i, [_text(record[self.text_key], self.text_key)], record)
         if isinstance(record.get("messages"), list):
-            return _Document(i, [text for message in record["messages"] for text in _contents(message)], record, conversation=True)
+            return _Document(i, [_content(message) for message in record["messages"]], record, conversation=True)
         raise ValueError(f"no key {self.text_key!r} or 'messages' among {', '.join(list(record)[:8]) or 'none'}")
 
     # ---- treatment ---------------------------------------------------------------------------------------------
@@ -178,8 +178,12 @@ class Scanner:
         if batch.kind == ".txt":
             return [text.encode() for text in left]
         ending = b"\n" if batch.items[document.item].endswith(b"\n") else b""
-        lines = [json.dumps({**(document.record or {}), self.text_key: text}, ensure_ascii=False).encode() for text in left]
-        return [b"\n".join(lines) + ending]
+        return [b"\n".join(to_json({**(document.record or {}), self.text_key: text}) for text in left) + ending]
+
+
+def to_json(value: Any) -> bytes:
+    """As JSON in one line. Half of a surrogate pair, which JSON can say and UTF-8 cannot, stays an escape."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def _ranges(hits: list[Hit], margin: int, words: int) -> Iterator[tuple[int, int]]:
@@ -195,15 +199,13 @@ def _ranges(hits: list[Hit], margin: int, words: int) -> Iterator[tuple[int, int
     yield first, last
 
 
-def _contents(message: Any) -> Iterator[str]:
-    """The texts of a message: its content, or the text parts of it."""
+def _content(message: Any) -> str:
+    """The text of a message: its content, or the text parts of it."""
     if not isinstance(message, dict) or "content" not in message:
         raise ValueError("a message without 'content'")
     content = message["content"]
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if text is not None:  # a call of a tool, a picture
-            yield _text(text, "content")
+    parts = [part.get("text") if isinstance(part, dict) else part for part in (content if isinstance(content, list) else [content])]
+    return "\n".join(_text(part, "content") for part in parts if part is not None)  # None: a call of a tool, a picture
 
 
 def _text(value: Any, name: str) -> str:

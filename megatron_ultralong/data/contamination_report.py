@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 SAMPLES = 5
@@ -35,9 +36,8 @@ def make(settings: Mapping[str, Any], sources: Mapping[str, list[str]], statisti
             counts["documents"] += last.get(key) != place
             last[key] = place
             counts["found"] = len(found[key])
-    listed = list(broken)
     return {"settings": dict(settings), "benchmark_files": dict(sources), "totals": dict(totals), "benchmarks": benchmarks,
-            "broken": listed[:SAMPLES], "files": [{**made, "counts": dict(made["counts"])} for made in files]}
+            "broken": list(islice(broken, SAMPLES)), "files": [{**made, "counts": dict(made["counts"])} for made in files]}
 
 
 def _zero() -> dict[str, int]:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_ultralong.benchmarks.records import Example
 from megatron_ultralong.config import UserError
 from megatron_ultralong.data import benchmark_ngrams, contamination_report, documents, rewrite
 from megatron_ultralong.data.benchmark_ngrams import Rules
-from megatron_ultralong.data.contamination import Scanner, Treatment
+from megatron_ultralong.data.contamination import Outcome, Scanner, Treatment, to_json
 from megatron_ultralong.data.processes import Workers
 from megatron_ultralong.data.words import Normalise
 
@@ -67,9 +67,8 @@ def run(inputs: Sequence[Path], benchmarks: Sequence[str], output: Path, *, rule
         made = contamination_report.make(settings, {name: [str(path) for path in paths] for name, paths in sources.items()}, statistics,
                                          done, _all(inputs, work, "matches"), _all(inputs, work, "broken"))
         for name in LISTS:
-            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in _all(inputs, work, name))
-            _write(output / f"{name}.jsonl", lines, work)
-        _write(output / "report.json", [json.dumps(made, indent=1, ensure_ascii=False) + "\n"], work)
+            _write(output / f"{name}.jsonl", (to_json(item) + b"\n" for item in _all(inputs, work, name)), work)
+        _write(output / "report.json", [json.dumps(made, indent=1, ensure_ascii=False).encode(errors="backslashreplace")], work)
     return made
 
 
@@ -124,7 +123,7 @@ def _workplace(output: Path, work: Path, settings: dict[str, Any]) -> Iterator[N
             raise UserError(f"--output {output}: is not empty; choose another directory")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(state, [json.dumps(settings, indent=1)], work)
+        _write(state, [json.dumps(settings, indent=1).encode()], work)
         yield
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
@@ -136,17 +135,17 @@ def _search(path: Path, output: Path, work: Path, treatment: Treatment, text_key
     """One file, from its first line to the renaming of what came of it."""
     partial, before = work / "partial", _state(path)
     made: dict[str, Any] = {"file": str(path), **before, "written": treatment.action != "report"}
-    counts: dict[str, int] = {}
+    counts = Outcome().counts
     target = rewrite.writer(path, partial / path.name, text_key) if made["written"] else None
     with contextlib.ExitStack() as stack:
-        lists = {name: stack.enter_context((partial / f"{path.name}.{name}").open("w", encoding="utf-8")) for name in LISTS}
+        lists = {name: stack.enter_context((partial / f"{path.name}.{name}").open("wb")) for name in LISTS}
         if target is not None:
             stack.callback(target.close)
         for batch, rest, outcome in pool.map(rewrite.batches(path, text_key, bar.update)):
             for name in LISTS:
-                lists[name].writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in getattr(outcome, name))
+                lists[name].writelines(to_json(item) + b"\n" for item in getattr(outcome, name))
             for name, count in outcome.counts.items():
-                counts[name] = counts.get(name, 0) + count
+                counts[name] += count
             if target is not None:
                 target.write(batch, rest, outcome.edits)
     if _state(path) != before:
@@ -157,7 +156,7 @@ def _search(path: Path, output: Path, work: Path, treatment: Treatment, text_key
         _publish(partial / f"{path.name}.{name}", work / f"{path.name}.{name}")
     if made["written"]:
         _publish(partial / path.name, output / path.name)
-    _write(work / f"{path.name}.json", [json.dumps(made | {"counts": counts})], work)
+    _write(work / f"{path.name}.json", [json.dumps(made | {"counts": counts}).encode()], work)
 
 
 def _state(path: Path) -> dict[str, int]:
@@ -179,14 +178,14 @@ def _done(path: Path, output: Path, work: Path) -> dict[str, Any] | None:
 def _all(inputs: Sequence[Path], work: Path, name: str) -> Iterator[dict[str, Any]]:
     """The items of a list of every file, in order."""
     for path in inputs:
-        with (work / f"{path.name}.{name}").open(encoding="utf-8") as file:
+        with (work / f"{path.name}.{name}").open("rb") as file:
             yield from map(json.loads, file)
 
 
-def _write(path: Path, lines: Iterator[str] | list[str], work: Path) -> None:
+def _write(path: Path, lines: Iterable[bytes], work: Path) -> None:
     """A whole file or none."""
     partial = work / "partial" / "writing"
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("wb") as file:
         file.writelines(lines)
     _publish(partial, path)
 

@@ -94,7 +94,7 @@ class Index:
 
     def digest(self) -> str:
         """Changes with whatever is searched for."""
-        made = hashlib.sha256(json.dumps([self.normalise.steps, list(self.vocabulary), self.owners], ensure_ascii=False).encode())
+        made = hashlib.sha256(json.dumps([self.normalise.steps, list(self.vocabulary), self.owners]).encode())
         for array in (self.flat, self.hashes, self.positions, self.lengths, self.texts):
             made.update(numpy.ascontiguousarray(array).tobytes())
         return made.hexdigest()
@@ -104,7 +104,7 @@ class Index:
         for name in _ARRAYS:
             numpy.save(folder / f"{name}.npy", getattr(self, name))
         rest = {"steps": self.normalise.steps, "words": list(self.vocabulary), "owners": self.owners, "statistics": self.statistics}
-        (folder / "rest.json").write_text(json.dumps(rest, ensure_ascii=False), encoding="utf-8")
+        (folder / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
 
     @staticmethod
     def load(folder: Path) -> Index:

@@ -313,6 +313,24 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
     assert f"22 lines could not be read and are not in the output: {inputs[0]}, line 4" in text
 
 
+def test_empty_files_and_halves_of_surrogate_pairs(tmp_path):
+    """JSON can hold what UTF-8 cannot: in an id, in a benchmark. Files without any document stay files."""
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"text": QUESTION + " \ud800", "id": "\udfff"}) + "\n")
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"id": "\ud801", "text": f"see {QUESTION}"}) + "\n")
+    for name in ("empty.jsonl", "empty.txt", "empty.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    inputs = [path, *sorted(tmp_path.glob("empty*"))]
+    for action in ("cut", "drop"):
+        report = run(inputs, [f"text={own}"], tmp_path / action, action=action, workers=0)
+        assert report["totals"]["contaminated"] == 1 and report["totals"]["documents"] == 2
+        assert {path.name for path in inputs} < set(results(tmp_path / action))
+    match = json.loads((tmp_path / "cut" / "matches.jsonl").read_bytes())
+    assert (match["id"], match["example"]) == ("\ud801", "\udfff")
+    assert json.loads((tmp_path / "cut" / "a.jsonl").read_bytes()) == {"id": "\ud801", "text": "see "}
+
+
 def test_a_column_without_text_is_all_broken(tmp_path, bench):
     path = made.parquet(tmp_path / "n.parquet", [{"text": i} for i in range(100)])
     totals = run([path], [bench], tmp_path / "out")["totals"]
