@@ -35,6 +35,8 @@ setup(
         "openai>=1.40",                 # client of OpenAI-compatible endpoints, which refine answers
         "tenacity>=8.3",                # waits and tries again where such an endpoint is busy
         "pyyaml",                       # files of sources; prompts of one's own
+        "regex",                        # Unicode scripts and marks, for the words that decontamination compares
+        "huggingface_hub>=0.34",        # benchmarks' files from the hub
         "matplotlib",                   # heat maps
         "tensorboard",                  # training curves
         "tqdm",                         # progress bars

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Prepare: raw documents to packed rows that tools/train.py reads; instruction data to better answers.
+"""Prepare: documents and conversations to packed rows that tools/train.py reads; before that, answers refined, benchmarks taken out.
 
+    python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub gsm8k=data/gsm8k --output clean
     python tools/prepare_data.py pretrain --input *.jsonl --tokenizer Llama-3.1-8B-Instruct --seq-length 1M --output runs/1m/text
     python tools/prepare_data.py refine --input chat/*.jsonl --model gpt-4o-mini --output runs/sft/refined.jsonl
 """
@@ -8,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from pathlib import Path
 
@@ -22,6 +24,8 @@ def arguments() -> argparse.Namespace:
     add_pretrain(commands.add_parser("pretrain", help=text, description=text))
     text = "answers of instruction data rewritten by a model behind an OpenAI-compatible endpoint; goes on where it was stopped"
     add_refine(commands.add_parser("refine", help=text, description=text))
+    text = "documents that share n-grams with benchmarks, reported, left out or cut"
+    add_decontaminate(commands.add_parser("decontaminate", help=text, description=text))
     return parser.parse_args()
 
 
@@ -134,6 +138,54 @@ def refine(args: argparse.Namespace) -> None:
     if made["not_asked"]:
         print(f"the budget of {args.budget:g} USD is used up: {made['not_asked']} conversations are not asked for and not in {args.output}; "
               "the same command with a larger --budget goes on")
+
+
+def add_decontaminate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=decontaminate)
+    parser.add_argument("--input", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
+                        help=".txt (one document a file), .jsonl (one a line, or a conversation in `messages`), both also as .gz and .zst; "
+                             ".parquet (one a row)")
+    parser.add_argument("--benchmark", nargs="+", action="extend", required=True, metavar="NAME=WHERE",
+                        help="what to search for: NAME of mmlu, mmlu_pro, math, gsm8k, humaneval, ruler, lveval, infinitebench, in WHERE = its "
+                             "folder, a file of it, or `hub`; or text=FILE.jsonl, own strings")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                        help="gets a file for each of the input, report.json, matches.jsonl, broken.jsonl; a stopped run goes on there")
+    parser.add_argument("--action", choices=("report", "drop", "cut"), default="drop",
+                        help="a contaminated document is only reported, left out (default), or what was found is cut out of it; a "
+                             "conversation is left out either way")
+    parser.add_argument("--text-key", default="text", metavar="NAME", help="field or column that holds the text (default: text)")
+    parser.add_argument("--ngram", type=int, default=13, metavar="N", help="words in a row that make a match (default: 13)")
+    parser.add_argument("--min-words", type=int, default=8, metavar="N",
+                        help="a shorter text of a benchmark is searched for whole from so many words on (default: 8)")
+    parser.add_argument("--common", type=int, default=10, metavar="K",
+                        help="n-grams that more than K examples of a benchmark share are its template's, and ignored (default: 10)")
+    parser.add_argument("--contexts", action="store_true",
+                        help="search for the long contexts (RULER, LV-Eval, InfiniteBench) too, not only questions, choices and answers")
+    parser.add_argument("--normalise", default="words", metavar="HOW",
+                        help="words (default: Unicode forms, case and punctuation do not count, a Chinese or Japanese character is a word), "
+                             "exact (what stands between white space), or some of nfkc,lower,punctuation,cjk")
+    parser.add_argument("--margin", type=int, default=0, metavar="N", help="--action cut: words cut before and after a match too (default: 0)")
+    parser.add_argument("--pieces", choices=("join", "split"), default="join",
+                        help="--action cut: what is left stays one document (default), or each piece becomes one")
+    parser.add_argument("--min-piece", type=int, default=0, metavar="N", help="--action cut: pieces of fewer characters go too (default: 0)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that search (default: one a core); the output is the same")
+
+
+def decontaminate(args: argparse.Namespace) -> None:
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must be 0 or more")
+
+    # Imported here so that --help and mistakes in the arguments answer at once.
+    from megatron_ultralong.data import contamination, contamination_report, words
+    from megatron_ultralong.data import decontaminate as decontamination
+
+    rules = decontamination.Rules(ngram=args.ngram, min_words=args.min_words, common=args.common, contexts=args.contexts)
+    treatment = contamination.Treatment(action=args.action, margin=args.margin, pieces=args.pieces, min_piece=args.min_piece)
+    report = decontamination.run(args.input, args.benchmark, args.output, rules=rules, normalise=words.Normalise.parse(args.normalise),
+                                 treatment=treatment, text_key=args.text_key,
+                                 workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers)
+    print(contamination_report.table(report))
+    print(f"{args.output / 'report.json'}: the same with samples; matches.jsonl has every match")
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def read(part: Part, text_key: str = "text", id_key: str | None = None, progress
             yield from _parquet(part, file, text_key, id_key, progress, on_broken, on_end)
             return
         with readable(part.path):
-            stream = _decompressed(file, compression)
+            stream = decompressed(file, compression)
             documents = _txt(part, stream, advance) if found == ".txt" else _jsonl(part, stream, text_key, id_key, on_broken, on_end)
             for document in documents:
                 yield document
@@ -163,7 +163,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     if found != ".jsonl":
         raise UserError(f"{path}: a .jsonl file is needed here, also as .gz or .zst")
     with opened(path) as file, readable(path):
-        for number, line in enumerate(_decompressed(file, compression), 1):
+        for number, line in enumerate(decompressed(file, compression), 1):
             if not line.isspace():
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
@@ -321,7 +321,8 @@ def opened(path: Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _decompressed(file: BinaryIO, compression: str) -> BinaryIO:
+def decompressed(file: BinaryIO, compression: str) -> BinaryIO:
+    """The bytes of an open file whose name ends in `compression`, one of COMPRESSIONS or nothing."""
     if compression == ".gz":
         return gzip.open(file)  # type: ignore[return-value]
     if compression == ".zst":

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -71,16 +72,8 @@ def _start(function: Callable[..., Any], shared: tuple[Any, ...], counter: Any, 
     global _function, _shared, _counter
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    _follow_main()
     _function, _shared, _counter = function, shared, counter
-    main = parent_process()
-    assert main is not None
-
-    def end_with_main() -> None:  # a killed main process would leave its workers waiting forever
-        connection.wait([main.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_main, daemon=True).start()
 
 
 def _work(task: tuple[Any, ...]) -> Any:
@@ -91,3 +84,68 @@ def _work(task: tuple[Any, ...]) -> Any:
 def _advance(count: int) -> None:
     with _counter.get_lock():
         _counter.value += count
+
+
+class Workers:
+    """`workers` processes that hold what `make(*arguments)` returns, a function; 0 or 1 = this process does the work itself."""
+
+    def __init__(self, workers: int, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+        self._here = make(*arguments) if workers <= 1 else None
+        self._pool = None
+        if workers > 1:
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_made, initargs=(make, arguments))
+        self._most = 2 * workers
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, items: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, Any]]:
+        """(item, rest, result) of each (item, rest), in order; `rest` stays in this process. Few items are on their way at a time."""
+        if self._pool is None:
+            assert self._here is not None
+            for item, rest in items:
+                yield item, rest, self._here(item)
+            return
+        waiting: deque[tuple[Any, Any, Future[Any]]] = deque()
+        try:
+            for item, rest in items:
+                waiting.append((item, rest, self._pool.submit(_work_item, item)))
+                if len(waiting) > self._most:
+                    item, rest, future = waiting.popleft()
+                    yield item, rest, future.result()
+            while waiting:
+                item, rest, future = waiting.popleft()
+                yield item, rest, future.result()
+        except BrokenProcessPool:
+            raise UserError("a worker process ended suddenly (out of memory?); try again with fewer --workers") from None
+
+
+_made: Callable[[Any], Any] | None = None
+
+
+def _start_made(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    global _made
+    _follow_main()
+    _made = make(*arguments)
+
+
+def _work_item(item: Any) -> Any:
+    assert _made is not None
+    return _made(item)
+
+
+def _follow_main() -> None:
+    """A worker ends with the main process: a killed one would leave it waiting forever. Ctrl-C is the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = parent_process()
+    assert main is not None
+
+    def end_with_main() -> None:
+        connection.wait([main.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_main, daemon=True).start()
