@@ -19,16 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_ultralong.config import KEY_BLOCK
 from megatron_ultralong.context_parallel import blocks, layout
 from megatron_ultralong.context_parallel.comm import Group, Transfer, as_ring
 from megatron_ultralong.context_parallel.function import differentiable
 from megatron_ultralong.context_parallel.kernels import Gradients
 from megatron_ultralong.context_parallel.layout import Starts
-
-
-KEY_BLOCK = 65536
-"""Keys at most, of those before some rows, whose gradients the kernels give at a time where the sums are added up elsewhere: a kernel makes
-them in its own dtype first, and FlashAttention-2 one for each query head."""
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float | None = None, starts: Starts | None = None) -> Tensor:

@@ -81,10 +81,10 @@ class _ShardedTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = hand_down(ctx, grad_hidden * grad_total.to(grad_hidden.dtype))
+            grad_hidden = hand_down(ctx, grad_hidden.mul_(grad_total.to(grad_hidden.dtype)))  # in place, so once: a second backward is refused
             ctx.norm_gradients.hand_over(grad_total)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 9
 
 
