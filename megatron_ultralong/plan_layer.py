@@ -67,16 +67,18 @@ def phases(run: Run, model: Model) -> dict[str, int]:
     mlp = x.chunk * (7 * x.mlp + 6 * x.hidden + (2 * model.hidden_size if p.tp > 1 else 0)) * x.e
     if run.memory.query_chunks:
         kv = x.tokens * 2 * x.kv
-        travelling = kv * 2 * x.e if x.ring > 1 else 0  # two buffers of keys and values
-        away = run.memory.offload != "off"
-        # A chunk's input, queries, output, its gradient and float32 form, the queries' gradient in e and float32; what comes and goes
-        # between host and device.
-        rows = x.chunk * (4 * x.hidden * x.e + 5 * x.q * x.e + 8 * x.q)
+        # Two buffers of keys and values go round, and a second one of the sums of their gradients.
+        ring = kv * 2 * x.e if x.ring > 1 else 0
+        forward = kv * x.e + hidden * (1 if run.memory.offload == "off" else 2)
+        backward = kv * (x.e + 4) + gradients
+        # A chunk's queries and what came with them, output, its gradient, the queries' gradient twice in e and in float32; its input, and
+        # what comes from the host or goes there.
+        rows = x.chunk * (3 * x.hidden * x.e + (5 * x.q + 2 * x.kv) * x.e + 4 * x.q)
         shares = 2 * x.kv * (x.tokens if x.ring > 1 else min(KEY_BLOCK, x.tokens)) * x.e
-        # Each chunk gives its own keys' gradients, adds the others', and the sums go round in a second buffer.
-        sums = kv * 4 * (2 if x.ring > 1 else 1)
-        return {"forward": kv * x.e + travelling + hidden * (2 if away else 1) + rows + mlp // 2,
-                "backward": kv * x.e + travelling + sums + shares + gradients + rows + max(mlp, _kernel(x, x.chunk))}
+        beside = x.chunk * (2 * x.hidden + x.q) * x.e
+        return {"forward, attention": forward + ring + rows, "forward, MLP": forward + beside + mlp // 2,
+                "backward, MLP": backward + beside + mlp,
+                "backward, attention": backward + rows + shares + ring + (kv * 4 if ring else 0) + _kernel(x, x.chunk)}
     # Going forward, this layer's own input, output and logsumexp, where the two layers that "layer checkpoints" has are others.
     own = {"off": 0, "checkpoints": hidden, "attention": hidden + x.tokens * (x.q * x.e + 4 * x.heads)}[run.memory.offload]
     out = x.tokens * x.q * x.e
@@ -116,8 +118,8 @@ def _attention_backward(run: Run, model: Model, x: Shape) -> int:
         # Of the own part first in e, then summed in float32.
         wide = x.tokens * (x.q + 2 * x.kv_inside) * 4
         if run.parallel.cp_way == "gather":  # keys and values of a head twice, their float32 gradients twice, and a part's in e
-            most = max(gradients + wide, wide + x.tokens * x.q // (x.kv_inside // model.head_dim) * x.e
-                       + 3 * _head(run, model, x.e) + 2 * _head(run, model, 4))
+            most = wide + max(gradients + 2 * _head(run, model, 4), gradients + 2 * _head(run, model, x.e),
+                              x.tokens * x.q // (x.kv_inside // model.head_dim) * x.e + 3 * _head(run, model, x.e) + 2 * _head(run, model, 4))
         else:  # two buffers of keys and values, a second of their gradients, and a hop's shares
             most = gradients + wide + x.tokens * (4 * x.kv_inside * x.e + 2 * x.kv_inside * 4)
     most += _kernel(x, x.tokens)

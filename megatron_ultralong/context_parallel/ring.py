@@ -100,7 +100,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
             dq = dq_own.to(blocks.wide(q))
             sizes = [run.stop - run.start for run in rows]
             shares += zip(rows, zip(*(share.split(sizes, dim=2) for share in dkv_own), strict=True), strict=True)
-            del dkv_own
+            del dq_own, dkv_own
         for part in others:
             if dkv_transfer is None:
                 _add(dkv_here, shares)  # none waits for the sums to arrive

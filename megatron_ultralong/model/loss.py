@@ -63,6 +63,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
             logits = torch.matmul(x, weight.t())  # [c, v]
             loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight)
+            del logits  # the gradient has its place
             total += loss
             if grad is None:
                 continue
@@ -72,6 +73,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
                 grad_x = torch.matmul(grad, weight).view_as(x_cbH)
                 share = _reduce(grad_x, group, parts)
                 grad_hidden[start:stop] = share if norm is None else norm_gradients.of([after], [before], [share])[0]
+            del grad  # before the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.norm_gradients = norm_gradients
         ctx.weight_dtype = weight.dtype
@@ -121,6 +123,7 @@ def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, ran
         grad = (block.float() - lse[rows, None]).exp_().mul_(scale[rows, None])
         grad[torch.arange(len(block), device=grad.device), local[rows]] -= inside[rows] * mask[rows]
         block.copy_(grad)
+        del grad
     return loss, logits
 
 
