@@ -5,7 +5,8 @@
     python tools/plan.py --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
 
 With --set, dimensions (parallel.tp, pp, cp, dp) and memory modes (memory.checkpoint, memory.offload) that are given stay; the
-others, and memory.offload=auto, are searched; parallel.ulysses and, where nothing else fits, memory.query_chunks as well. Each plan ends in a line of settings for tools/train.py. Exit code 1 where nothing fits.
+others, and memory.offload=auto, are searched; parallel.ulysses and, where nothing else fits, memory.query_chunks as well. Each plan ends in
+a line of settings for tools/train.py. Exit code 1 where nothing fits.
 """
 
 from __future__ import annotations

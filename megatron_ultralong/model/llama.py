@@ -33,6 +33,8 @@ from megatron_ultralong.runtime.launch import Ranks
 class _Layers(TransformerBlock):
     """Megatron's layers of a stage. The last norm has its place and its name here, but whoever takes the layers' output applies it."""
 
+    final_layernorm: Any
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         norm, self.final_layernorm = self.final_layernorm, None
         try:

@@ -167,7 +167,9 @@ class Rows:
 
     def __init__(self, store: HostStore, shape: torch.Size) -> None:
         self.shape = shape
-        self._store, self._parts, self._last = store, {}, None  # type: ignore[var-annotated]
+        self._store = store
+        self._parts: dict[int, Kept] = {}
+        self._last: Kept | None = None
 
     def keep(self, rows: slice, x: Tensor) -> None:
         """`rows` are x, which must not be written to any more. Errors as of `HostStore.keep`."""
