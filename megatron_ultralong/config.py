@@ -150,8 +150,8 @@ class Memory:
     """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input; the attention output and
     logsumexp as well; auto = settled at start, the first of these that fits the GPU (off with another checkpoint, or on a CPU)."""
     query_chunks: bool = False
-    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole. For the
-    longest sequences; keys go round the ring once for each chunk, and are projected twice."""
+    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole, and
+    what is offloaded comes back by chunk. For the longest sequences; keys go round the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
     """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP alive at a time on a rank; 0 = all."""
     loss_chunk: int = 8192

@@ -89,7 +89,7 @@ def phases(run: Run, model: Model) -> dict[str, int]:
 
 
 def _kernel(x: Shape, rows: int) -> int:
-    """Inside a backward kernel of `rows` queries: their gradient in float32. An estimate: nothing here is seen by counting tensors."""
+    """Inside a backward kernel of `rows` queries: their gradient in float32. An estimate: what is inside kernels is not seen by counting tensors."""
     return rows * x.q * 4
 
 

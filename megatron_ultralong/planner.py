@@ -83,7 +83,7 @@ def search(run: Run, model: Model, machine: Machine, fixed: Collection[str] = ()
     fitting = sorted((p for p in plans if p.problem is None), key=lambda p: (p.seconds, plan.total(p.host), plan.total(p.memory)))
     best: dict[Any, Plan] = {}
     for p in fitting:
-        best.setdefault(p.run.parallel, p)
+        best.setdefault(replace(p.run.parallel, ulysses=1), p)
     others = [p for p in plans if p.problem is not None]
     closest = min(others, key=lambda p: (plan.total(p.memory), plan.total(p.host)), default=None)
     faster = min((p for p in others if fitting and p.seconds < fitting[0].seconds), key=lambda p: plan.total(p.memory), default=None)

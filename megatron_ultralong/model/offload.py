@@ -61,6 +61,8 @@ class HostStore:
         for kept in self._leaving:
             if kept.number != but:
                 kept.leave()
+        if but is None:
+            self._leaving.clear()
 
     def take(self, like: Tensor) -> _Buffer:
         """A host buffer of the size of `like`."""
@@ -139,6 +141,8 @@ class Kept:
         """The tensors on the device, where those kept before start to come as well. The host memory is free again, unless they are to be
         asked for `again`."""
         self._store.leave(but=self.number)
+        if again:
+            self.leave()  # whoever gets tensors lets go of them without waiting for the copy out, which is to be read once more
         self.fetch()
         if self._before is not None:
             self._before.fetch()
