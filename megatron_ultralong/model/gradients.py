@@ -48,7 +48,7 @@ def place_for(ctx: Any, dy: Tensor) -> Tensor:
 
     Autograd hands one gradient to several steps (an addition, say), so dy may be written to only where `hand_down` said so.
     """
-    return dy if ctx.metadata.get(_HANDED) == dy.data_ptr() else torch.empty_like(dy)
+    return dy if ctx.metadata.pop(_HANDED, None) == dy.data_ptr() else torch.empty_like(dy)
 
 
 def hand_down(ctx: Any, dx: Tensor) -> Tensor:
