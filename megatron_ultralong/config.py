@@ -16,6 +16,10 @@ from typing import Any, Literal
 OFFLOADED_LAYERS_ON_GPU = 2
 """Layers whose offloaded tensors are on the GPU at a time: one being copied while the next is computed."""
 
+KEY_BLOCK = 65536
+"""Keys at most, of those before a chunk of queries, whose gradients the kernels give at a time where the sums are added up elsewhere: a
+kernel makes them in its own dtype first, and FlashAttention-2 one for each query head."""
+
 LOSS_BLOCK = 2**25
 """Logits that the loss holds in float32 at a time (128 MiB), whatever the chunk."""
 
@@ -146,8 +150,8 @@ class Memory:
     """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input; the attention output and
     logsumexp as well; auto = settled at start, the first of these that fits the GPU (off with another checkpoint, or on a CPU)."""
     query_chunks: bool = False
-    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole. For the
-    longest sequences; keys go round the ring once for each chunk, and are projected twice."""
+    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole, and
+    what is offloaded comes back by chunk. For the longest sequences; keys go round the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
     """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP alive at a time on a rank; 0 = all."""
     loss_chunk: int = 8192
@@ -324,13 +328,14 @@ def check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
 
     `ulysses` must divide heads, and divide kv_heads or be a multiple of them.
     """
-    if not _fits(heads, kv_heads, ulysses):
-        sizes = ", ".join(str(size) for size in range(1, heads + 1) if _fits(heads, kv_heads, size))
+    if not divides_heads(heads, kv_heads, ulysses):
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if divides_heads(heads, kv_heads, size))
         raise UserError(f"{heads} query heads and {kv_heads} KV heads of a tensor parallel rank cannot be divided over {ulysses} ranks of "
                         f"all-to-all: set parallel.ulysses to one of {sizes}")
 
 
-def _fits(heads: int, kv_heads: int, ulysses: int) -> bool:
+def divides_heads(heads: int, kv_heads: int, ulysses: int) -> bool:
+    """What `check_heads` asks for."""
     return ulysses > 0 and heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 

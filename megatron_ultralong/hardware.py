@@ -83,8 +83,12 @@ class Machine:
     host_memory: int = 2 * 1024**4
     """Bytes a node; an assumption like the others."""
     assumed: Assumed = dataclasses.field(default_factory=Assumed)
+    document_length: int | None = None
+    """Mean tokens of a document, where attention stays inside documents; None = that of the row."""
 
     def __post_init__(self) -> None:
+        if self.document_length is not None and self.document_length < 1:
+            raise UserError(f"--document-length {self.document_length}: must be at least 1")
         if self.gpus < 1:
             raise UserError(f"--gpus {self.gpus}: must be at least 1")
         if self.host_memory < 1:

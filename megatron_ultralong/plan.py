@@ -14,9 +14,10 @@ import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from megatron_ultralong import plan_layer
 from megatron_ultralong.checkpoint.mapping import padded_vocab_size
-from megatron_ultralong.config import LOSS_BLOCK, OFFLOADED_LAYERS_ON_GPU, Memory, Model, Run, UserError, check_model_layout
-from megatron_ultralong.hardware import Machine
+from megatron_ultralong.config import LOSS_BLOCK, OFFLOADED_LAYERS_ON_GPU, Memory, Model, Run, UserError, check_model_layout, divides_heads
+from megatron_ultralong.hardware import GPUS_PER_NODE, Machine
 from megatron_ultralong.train.metrics import flops_per_token
 
 BACKWARD = 2.5
@@ -88,22 +89,23 @@ def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int) -> d
         # AdamW's two moments, and in bf16 runs the fp32 master weights, spread over data and context parallel ranks.
         "optimizer (fp32)": parameters * (12 if e == 2 else 8) // (dp * p.cp),
         "layer checkpoints": 0,
-        "one layer at work": total(_layer(model, p.tp, p.cp, tokens, e, run.memory)),
+        "one layer at work": plan_layer.at_work(run, model),
         "RoPE tables": tokens // run.train.micro_batch * model.head_dim * 4,  # cos and sin, float32 [s, d/2] each
     }
     alive = _layers_alive(run, model, micro_batches, stage)
     for name, size in _kept(run, model).items():
-        if name in _offloaded(run.memory):
-            parts["layer checkpoints"] += size * min(alive, OFFLOADED_LAYERS_ON_GPU)
+        if name in _offloaded(run.memory):  # with query chunks no more than chunks, which the layer at work holds
+            parts["layer checkpoints"] += 0 if run.memory.query_chunks else size * min(alive, OFFLOADED_LAYERS_ON_GPU)
         else:  # without checkpoints the layer at work holds its own
             parts["layer checkpoints"] += size * (alive - 1 if run.memory.checkpoint == "none" else alive)
     if stage == p.pp - 1:
         rows = padded_vocab_size(model.vocab_size, p.tp) // p.tp
         chunk = min(run.memory.loss_chunk or tokens, tokens)
         # Logits in e, whose place their gradient takes, two float32 forms of a block of them; the output weight's gradient in float32
-        # and its share of a chunk in e; the hidden states' gradient.
+        # and its share of a chunk in e; the hidden states and their gradient.
         parts["loss"] = (chunk * rows * e + 8 * min(LOSS_BLOCK, chunk * rows) + rows * model.hidden_size * (4 + e)
-                         + tokens // p.tp * model.hidden_size * e)
+                         + 2 * (tokens // p.tp) * model.hidden_size * e)
+        parts["layer and loss take turns"] = -min(parts["one layer at work"], parts["loss"])
     return parts
 
 
@@ -125,21 +127,6 @@ def _offloaded(memory: Memory) -> tuple[str, ...]:
     """Parts of what is kept that go to host memory."""
     assert memory.offload != "auto", "settle_offload comes first"
     return {"off": (), "checkpoints": ("layer inputs",), "attention": ("layer inputs", "attention outputs")}[memory.offload]
-
-
-def _layer(model: Model, tp: int, cp: int, tokens: int, e: int, memory: Memory) -> dict[str, int]:
-    """Bytes that recompute and backward of one layer hold at once, for `tokens` tokens of a context parallel rank."""
-    q, kv = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp  # elements a token
-    attention = (q + 2 * kv) * e           # q, k, v out of the projection
-    attention += (q + kv) * e + 2 * q * e  # q and k rotated; the output and its gradient
-    attention += (q + 2 * kv) * 4          # dq, dk, dv, float32
-    ring = 2 * 2 * kv * (e + 4) if cp > 1 else 0  # two buffers each of k, v in e and of dk, dv in float32
-    mlp = 5 * model.ffn_size // tp * e  # gate, up and their product; the gradients of gate and up
-    # With sequence parallelism a linear's input is gathered over TP, and so is its gradient before it is scattered.
-    gathered = 2 * model.hidden_size * e if tp > 1 else 0
-    residual = 4 * model.hidden_size // tp * e  # the layer's input, both norms' outputs, the gradient
-    chunk = min(memory.layer_chunk or tokens, tokens) if memory.checkpoint == "attention" else tokens
-    return {"attention": attention * tokens, "ring": ring * tokens, "mlp": mlp * chunk, "gathered": gathered * chunk, "residual": residual * tokens}
 
 
 def _layers_alive(run: Run, model: Model, micro_batches: int, stage: int) -> int:
@@ -186,34 +173,47 @@ class Work:
     """Bytes of hidden states to the next stage, from each model chunk, and of their gradient back."""
     host: float
     """Bytes to host memory; as many come back."""
+    host_again: float = 0.0
+    """Bytes that come back once more."""
+    exchange_forward: float = 0.0
+    """Bytes of all-to-all, each time that attention goes forward."""
+    exchange_backward: float = 0.0
 
 
-def work(run: Run, model: Model, *, last: bool = True) -> Work:
-    """FLOPs and bytes of a micro-batch on a GPU of the last (else of another) pipeline stage."""
+def attended(run: Run, document_length: int | None = None) -> int:
+    """Tokens of the stretch inside which attention stays: the row, or where documents are masked their mean length (default: the row)."""
+    s = run.train.seq_length
+    return min(document_length or s, s) if run.data.documents == "masked" else s
+
+
+def work(run: Run, model: Model, *, last: bool = True, document_length: int | None = None) -> Work:
+    """FLOPs and bytes of a micro-batch on a GPU of the last (else of another) pipeline stage; document_length as of `attended`."""
     p, (tokens, e) = run.parallel, _sizes(run)
-    layers, s = model.layers // p.pp, run.train.seq_length
+    layers, s = model.layers // p.pp, attended(run, document_length)
     # Per token and layer, forward and backward, by the formula that MFU is counted by.
     one, two = (flops_per_token(replace(model, layers=n), 0) for n in (1, 2))
     products, output = two - one, 2 * one - two
     attention = (flops_per_token(model, s) - flops_per_token(model, 0)) / model.layers
     here = tokens / p.tp
     again = {"none": (0, 0), "full": (1, 1), "attention": (0, 1)}[run.memory.checkpoint]
-    kv = 2 * tokens * model.kv_heads * model.head_dim / p.tp  # elements of a rank's keys and values
     hidden = tokens * model.hidden_size * e
     # All-gather or reduce-scatter of the hidden states: 4 a layer forward, 6 backward (inputs are gathered again), 4 in a recompute; 2 at the loss.
     collectives = layers * (10 + 4 * again[1]) + 2 * last
     kept = _kept(run, model)
-    q, hops = tokens * model.heads * model.head_dim / p.tp, p.cp if p.cp > 1 else 0
-    # Each hop but the first sees all queries and half of the keys, or half of the queries and all keys: three quarters of the rows on average.
-    rows = layers * max(0, hops - 1) * 0.75
+    forward, backward = plan_layer.sent(run, model)
+    more, host_again = 0.0, 0.0
+    if run.memory.query_chunks:
+        # Keys and values first, by the same projection as the queries: once more forward, twice more recomputed; its backward, of
+        # queries and of keys and values apart, once more. The input comes back for each of the three passes over it.
+        more = layers * 2 * model.hidden_size * model.head_dim * (model.heads + 2 * model.kv_heads) * here
+        collectives += 4 * layers
+        host_again = 2.0 * layers * kept["layer inputs"] * (run.memory.offload != "off")
     return Work(
         attention=layers * attention / 3 * here, products=layers * products / 3 * here, output=last * output * here,
-        recompute_attention=again[0] * layers * attention / 3 * here, recompute_products=again[1] * layers * products / 3 * here,
-        ring_forward=layers * (p.cp - 1) * kv * e,
-        ring_backward=layers * ((p.cp - 1) * kv * e + (p.cp * kv * 4 if p.cp > 1 else 0)),
-        # A partial output is cast to float32 and interpolated with the sum; a partial gradient is added to the sum.
-        merge_forward=rows * q * (e + 16), merge_backward=rows * (q + kv) * (e + 8),
-        hops_forward=layers * hops, hops_backward=layers * hops,
+        recompute_attention=again[0] * layers * attention / 3 * here, recompute_products=again[1] * layers * products / 3 * here + 5 * more,
+        ring_forward=layers * forward.ring, ring_backward=layers * backward.ring, merge_forward=layers * forward.merge,
+        merge_backward=layers * backward.merge, hops_forward=layers * forward.hops, hops_backward=layers * backward.hops,
+        exchange_forward=layers * forward.exchange, exchange_backward=layers * backward.exchange, host_again=host_again,
         tensor=collectives * hidden * (p.tp - 1) / p.tp, pipeline=2 * p.vpp * hidden / p.tp if p.pp > 1 else 0.0,
         host=float(layers * sum(kept[name] for name in _offloaded(run.memory))))
 
@@ -225,8 +225,7 @@ def time(run: Run, model: Model, machine: Machine) -> dict[str, float]:
     training. 1F1B takes one micro-batch through all stages and the others at the slowest stage's pace.
     """
     dp, micro_batches = _split(run, model, machine.gpus)
-    slowest = _stage_time(run, work(run, model), machine)
-    other = _stage_time(run, work(run, model, last=False), machine)
+    slowest, other = (_stage_time(run, work(run, model, last=last, document_length=machine.document_length), machine) for last in (True, False))
     p, e = run.parallel, _sizes(run)[1]
     parts = {name: micro_batches * seconds for name, seconds in slowest.items()}
     parts["pipeline bubble"] = (p.pp - 1) * sum(other.values()) / p.vpp
@@ -256,7 +255,7 @@ def _stage_time(run: Run, todo: Work, machine: Machine) -> dict[str, float]:
     rings = [(todo.ring_forward, attention_forward)] * times + [(todo.ring_backward, attention_backward)]
     merges = (times * todo.merge_forward + todo.merge_backward) / (gpu.hbm * assumed.links)
     hops = (times * todo.hops_forward + todo.hops_backward) * assumed.hop_microseconds * 1e-6
-    copies = todo.host / (gpu.pcie * assumed.links)
+    out, back = (size / (gpu.pcie * assumed.links) for size in (todo.host, todo.host + todo.host_again))
     compute_forward = attention_forward + todo.products / products + todo.output / products
     compute_backward = attention_backward + 2 * todo.products / products + recompute
     return {
@@ -265,9 +264,10 @@ def _stage_time(run: Run, todo: Work, machine: Machine) -> dict[str, float]:
         "recompute": recompute,
         "CP ring, merges and hops": merges + hops,
         "CP ring, not hidden": sum(max(0.0, sent / ring - hidden_by) for sent, hidden_by in rings),
+        **({"CP all-to-all": (times * todo.exchange_forward + todo.exchange_backward) / machine.link(p.tp * p.ulysses)} if p.ulysses > 1 else {}),
         "TP collectives": todo.tensor / machine.link(p.tp),
         "pipeline transfers": todo.pipeline / machine.link(machine.gpus),
-        "host copies, not hidden": max(0.0, copies - compute_forward) + max(0.0, copies - compute_backward),
+        "host copies, not hidden": max(0.0, out - compute_forward) + max(0.0, back - compute_backward),
     }
 
 
@@ -275,8 +275,9 @@ def _stage_time(run: Run, todo: Work, machine: Machine) -> dict[str, float]:
 
 LARGEST_TP = 8
 
-SEARCHED = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.dp", "memory.checkpoint", "memory.offload")
-"""Settings that a search varies."""
+SEARCHED = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.dp", "memory.checkpoint", "memory.offload", "parallel.ulysses", "parallel.cp_way",
+            "memory.query_chunks")
+"""Settings that a search varies, or settles where they are not given."""
 
 
 def layouts(run: Run, model: Model, gpus: int, fixed: Collection[str] = ()) -> Iterator[Run]:
@@ -298,6 +299,26 @@ def layouts(run: Run, model: Model, gpus: int, fixed: Collection[str] = ()) -> I
             except UserError:
                 continue
             yield candidate
+
+
+def ways(run: Run, model: Model, fixed: Collection[str] = ()) -> list[Run]:
+    """`run`, and with as many ranks exchanging heads as divide CP, the heads of a rank, and with TP a node of eight; or `run` alone, where
+    parallel.ulysses is in `fixed`, it has such groups or query chunks already, or gathers."""
+    p = run.parallel
+    if "parallel.ulysses" in fixed or p.ulysses > 1 or p.cp_way != "ring" or run.memory.query_chunks:
+        return [run]
+    sizes = [u for u in range(1, p.cp + 1) if p.cp % u == 0 and (u == 1 or (GPUS_PER_NODE % (p.tp * u) == 0))
+             and divides_heads(model.heads // p.tp, model.kv_heads // p.tp, u)]
+    return [replace(run, parallel=replace(p, ulysses=u)) for u in sizes]
+
+
+def in_query_chunks(run: Run, fixed: Collection[str] = ()) -> Run | None:
+    """`run` with memory.query_chunks, for where nothing else fits; None where the settings in `fixed` rule it out."""
+    m, p = run.memory, run.parallel
+    if "memory.query_chunks" in fixed or m.query_chunks or p.ulysses > 1 or p.cp_way != "ring" or (
+            "memory.checkpoint" in fixed and m.checkpoint != "attention"):
+        return None
+    return replace(run, memory=replace(m, checkpoint="attention", query_chunks=True))
 
 
 def modes(run: Run, fixed: Collection[str] = ()) -> list[Run]:

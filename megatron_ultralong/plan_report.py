@@ -36,9 +36,9 @@ class Report:
 
 def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: str | None = None, settings: Sequence[str] = (),
            seq_length: str | None = None, global_batch: int | None = None, host_memory: str = "2T", assumptions: Sequence[str] = (),
-           show: int = 4) -> Report:
+           document_length: str | None = None, show: int = 4) -> Report:
     """Search and say; the arguments are those of tools/plan.py. UserError for what a user can mend."""
-    machine = _machine(gpus, gpu, host_memory, list(assumptions))
+    machine = _machine(gpus, gpu, host_memory, list(assumptions), document_length)
     if show < 1:
         raise UserError(f"--show {show}: must be at least 1")
     given = [f"{key}={value}" for key, value in (("train.seq_length", seq_length), ("train.global_batch", global_batch)) if value is not None]
@@ -51,6 +51,8 @@ def report(*, gpus: int, gpu: str = "h100", model: str | None = None, recipe: st
     ulysses = int(inside) if inside.isdigit() and int(inside) else start.parallel.ulysses
     fewest = Parallel(cp=ulysses, ulysses=ulysses, cp_way=start.parallel.cp_way)
     run = override(dataclasses.replace(start, parallel=fewest), given)
+    if document_length is not None and run.data.documents != "masked":
+        raise UserError("--document-length counts where attention stays inside documents: add --set data.documents=masked, or leave it out")
     shape = _shape(run, model)
     keys = {setting.partition("=")[0].strip() for setting in given}
     fixed = [key for key in plan.SEARCHED if key in keys and (key != "parallel.dp" or run.parallel.dp is not None)]
@@ -93,7 +95,7 @@ def write(file: Path, values: dict[str, Any]) -> None:
 
 # ---- what was asked for ----------------------------------------------------------------------------------------
 
-def _machine(gpus: int, kind: str, host_memory: str, assumptions: list[str]) -> Machine:
+def _machine(gpus: int, kind: str, host_memory: str, assumptions: list[str], document_length: str | None) -> Machine:
     if kind.lower() not in GPUS:
         raise UserError(f"--gpu {kind}: not known; choose one of {', '.join(GPUS)}")
     scale = {"G": 1024**3, "T": 1024**4}.get(host_memory[-1:].upper(), 1)
@@ -102,7 +104,8 @@ def _machine(gpus: int, kind: str, host_memory: str, assumptions: list[str]) -> 
         size = int(float(digits) * scale)
     except (ValueError, OverflowError):
         raise UserError(f"--host-memory {host_memory}: expected bytes, like 2T or 1500G") from None
-    return Machine(gpu=GPUS[kind.lower()], gpus=gpus, host_memory=size, assumed=assume(assumptions))
+    return Machine(gpu=GPUS[kind.lower()], gpus=gpus, host_memory=size, assumed=assume(assumptions),
+                   document_length=None if document_length is None else parse_count(document_length, "--document-length"))
 
 
 def _new_run(model: str | None, seq_length: str | None, settings: Sequence[str]) -> Run:
@@ -146,7 +149,8 @@ def _own(recipe: Run, given: list[str], shape: Model, machine: Machine) -> Plan 
 
 def _name(new: Plan) -> str:
     p, memory = new.run.parallel, new.run.memory
-    return f"TP {p.tp} x PP {p.pp} x CP {p.cp} x DP {new.dp} with checkpoint={memory.checkpoint}, offload={memory.offload}"
+    more = (f" of {p.ulysses} x {p.cp // p.ulysses}" if p.ulysses > 1 else "", ", query_chunks=true" if memory.query_chunks else "")
+    return f"TP {p.tp} x PP {p.pp} x CP {p.cp}{more[0]} x DP {new.dp} with checkpoint={memory.checkpoint}, offload={memory.offload}{more[1]}"
 
 
 # ---- table and JSON --------------------------------------------------------------------------------------------
@@ -154,6 +158,7 @@ def _name(new: Plan) -> str:
 def heading(title: str, run: Run, machine: Machine) -> str:
     """What was planned for which machine; which figures are data sheets' and which are assumed."""
     gpu, t = machine.gpu, run.train
+    t_masked, attended = run.data.documents == "masked", plan.attended(run, machine.document_length)
     assumed = ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(machine.assumed).items())
     return "\n".join([
         f"{title}: {t.seq_length:,} tokens a sequence, global batch {t.global_batch}, {t.precision}, on {machine.gpus:,} {gpu.name}",
@@ -161,6 +166,7 @@ def heading(title: str, run: Run, machine: Machine) -> str:
         f"one way NVLink {gpu.nvlink / GB:.0f}, InfiniBand {gpu.infiniband / GB:.0f}, PCIe {gpu.pcie / GB:.0f} GB/s",
         f"assumed, not measured: {assumed} (--assume)",
         f"assumed, not measured: {machine.host_memory / GB:,.0f} GB host memory a node (--host-memory)",
+        *([f"attention inside documents, of {attended:,} tokens on average (--document-length)"] if t_masked else []),
         "estimated from these, not measured: all figures below. MFU by",
         f"  {FORMULA}",
     ])
@@ -180,8 +186,13 @@ def table(plans: dict[str, Plan], machine: Machine) -> str:
                 row(f"  {part}", lambda p, part=part: _number(getattr(p, field).get(part, 0) / unit))
 
     row("TP x PP x CP x DP", lambda p: f"{p.run.parallel.tp} x {p.run.parallel.pp} x {p.run.parallel.cp} x {p.dp}")
+    if any(p.run.parallel.cp > 1 for p in plans.values()):
+        row("CP: all-to-all x ring or gather", lambda p: f"{p.run.parallel.ulysses} x {p.run.parallel.cp // p.run.parallel.ulysses}"
+            + (" gather" if p.run.parallel.cp_way == "gather" else ""))
     row("memory.checkpoint", lambda p: p.run.memory.checkpoint)
     row("memory.offload", lambda p: p.run.memory.offload)
+    if any(p.run.memory.query_chunks for p in plans.values()):
+        row("memory.query_chunks", lambda p: str(p.run.memory.query_chunks).lower())
     block("GB a GPU, fullest stage", "memory", GB)
     row(f"  all (of {machine.assumed.gpu_memory * machine.gpu.memory / GB:.1f})", lambda p: _number(plan.total(p.memory) / GB))
     if any(p.host for p in plans.values()):
@@ -214,7 +225,8 @@ def as_json(new: Plan, settings: list[str]) -> dict[str, Any]:
     """A plan as plain values: bytes, FLOPs, seconds."""
     p = new.run.parallel
     return {
-        "layout": {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": new.dp}, "memory": dataclasses.asdict(new.run.memory),
+        "layout": {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": new.dp},
+        "context": {"ulysses": p.ulysses, "cp_way": p.cp_way}, "memory": dataclasses.asdict(new.run.memory),
         "set": settings, "fits": new.problem is None, "problem": new.problem,
         "memory_bytes_a_gpu": {**new.memory, "all": plan.total(new.memory)}, "host_bytes_a_node": {**new.host, "all": plan.total(new.host)},
         "work_a_gpu_and_iteration": new.work, "seconds_an_iteration": {**new.time, "all": new.seconds},

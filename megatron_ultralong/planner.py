@@ -32,7 +32,7 @@ class Plan:
     tokens_per_second: float
     """A GPU."""
     mfu: float
-    """Causal, of the bf16 peak, by the formula of train/metrics.py."""
+    """Causal, of the bf16 peak, by the formula of train/metrics.py; of the length that attention spans where documents are masked."""
     problem: str | None
     """What does not fit, why, and what would help; None where all fits."""
 
@@ -64,21 +64,26 @@ def estimate(run: Run, model: Model, machine: Machine) -> Plan:
     host = {name: machine.gpus_a_node * size for name, size in plan.host_memory(run, model, machine.gpus).items()}
     time = plan.time(run, model, machine)
     tokens_per_second = run.train.global_batch * run.train.seq_length / sum(time.values()) / machine.gpus
-    return Plan(run=run, dp=dp, memory=memory, host=host, work=_work(run, model, dp), time=time,
-                tokens_per_second=tokens_per_second, mfu=tokens_per_second * flops_per_token(model, run.train.seq_length) / machine.gpu.bf16,
+    return Plan(run=run, dp=dp, memory=memory, host=host, work=_work(run, model, dp, machine.document_length), time=time,
+                tokens_per_second=tokens_per_second,
+                mfu=tokens_per_second * flops_per_token(model, plan.attended(run, machine.document_length)) / machine.gpu.bf16,
                 problem=_problem(memory, host, run, machine))
 
 
 def search(run: Run, model: Model, machine: Machine, fixed: Collection[str] = ()) -> Search:
     """Every layout of `machine` in every memory mode; the settings in `fixed` stay as `run` has them. UserError where none divides."""
-    plans = [estimate(candidate, model, machine) for layout in plan.layouts(run, model, machine.gpus, fixed) for candidate in plan.modes(layout, fixed)]
+    plans: list[Plan] = []
+    for layout in plan.layouts(run, model, machine.gpus, fixed):
+        tried = [estimate(mode, model, machine) for way in plan.ways(layout, model, fixed) for mode in plan.modes(way, fixed)]
+        chunked = plan.in_query_chunks(layout, fixed) if all(p.problem is not None for p in tried) else None
+        plans += tried + ([] if chunked is None else [estimate(mode, model, machine) for mode in plan.modes(chunked, fixed)])
     if not plans:
         raise UserError(_no_layout(run, model, machine.gpus, fixed))
     # The same time: rather what takes less of the host, then of the GPU.
     fitting = sorted((p for p in plans if p.problem is None), key=lambda p: (p.seconds, plan.total(p.host), plan.total(p.memory)))
     best: dict[Any, Plan] = {}
     for p in fitting:
-        best.setdefault(p.run.parallel, p)
+        best.setdefault(replace(p.run.parallel, ulysses=1), p)
     others = [p for p in plans if p.problem is not None]
     closest = min(others, key=lambda p: (plan.total(p.memory), plan.total(p.host)), default=None)
     faster = min((p for p in others if fitting and p.seconds < fitting[0].seconds), key=lambda p: plan.total(p.memory), default=None)
@@ -92,6 +97,12 @@ def as_settings(new: Plan, base: Run, given: list[str], *, whole: bool) -> list[
                               "memory.checkpoint": new.run.memory.checkpoint, "memory.offload": new.run.memory.offload}
     if p.vpp != 1 or base.parallel.vpp != 1:
         values["parallel.vpp"] = p.vpp
+    if p.ulysses != 1 or base.parallel.ulysses != 1:
+        values["parallel.ulysses"] = p.ulysses
+    if p.cp_way != base.parallel.cp_way:
+        values["parallel.cp_way"] = p.cp_way
+    if new.run.memory.query_chunks != base.memory.query_chunks:
+        values["memory.query_chunks"] = str(new.run.memory.query_chunks).lower()
     if base.parallel.dp is not None:
         values["parallel.dp"] = new.dp
     if whole:
@@ -133,19 +144,20 @@ def _any_fits(run: Run, model: Model, machine: Machine, fixed: Collection[str]) 
         return False
 
 
-def _work(run: Run, model: Model, dp: int) -> dict[str, float]:
+def _work(run: Run, model: Model, dp: int, document_length: int | None) -> dict[str, float]:
     """FLOPs and bytes by part that a GPU of the slowest stage works off in an iteration."""
-    one, n = plan.work(run, model), run.micro_batches(dp)
+    one, n = plan.work(run, model, document_length=document_length), run.micro_batches(dp)
     rings = 2 if one.recompute_attention else 1
     return {
         "attention FLOPs": n * (1 + plan.BACKWARD) * one.attention,
         "other FLOPs": n * (3 * one.products + one.output),
         "recompute FLOPs": n * (one.recompute_attention + one.recompute_products),
         "CP ring bytes": n * (rings * one.ring_forward + one.ring_backward),
+        "CP all-to-all bytes": n * (rings * one.exchange_forward + one.exchange_backward),
         "TP bytes": n * one.tensor,
         "pipeline bytes": n * one.pipeline,
         "DP bytes": plan.gradient_bytes(run, model, dp, 2 if run.train.precision == "bf16" else 4),
-        "host bytes, both ways": n * 2 * one.host,
+        "host bytes, both ways": n * (2 * one.host + one.host_again),
     }
 
 

@@ -6,6 +6,7 @@ preparing data on its CPU.
     python tools/benchmark.py step --lengths 64K,128K --settings none,full,attention,offload-attention --out runs/benchmark
     python tools/benchmark.py step --longest --settings attention,offload-attention
     python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
+    python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
 
 Each prints a table; --json, --plot and --out keep it, with device, versions, date and command. Defaults are smaller on a CPU.
 """
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     loss.add_argument("--error-tokens", metavar="N", help="tokens of the comparison with float64 (default: 512 on a GPU, 128 on a CPU)")
     _common(loss)
 
-    step = commands.add_parser("step", help="forward and backward of a slice of a Llama under every memory setting")
+    step = commands.add_parser("step", help="forward and backward, or a whole training step, of a slice of a Llama under every memory setting")
     step.add_argument("--lengths", metavar="S,S", help="tokens of the sequence (default: 32K,128K on a GPU, 256,512 on a CPU)")
     step.add_argument("--settings", metavar="A,B", help="only these of: none, full, attention, offload-checkpoints, offload-attention, query-chunks, "
                                                         "query-chunks-offload, save-on-cpu (default: all)")
@@ -56,6 +57,8 @@ def arguments() -> argparse.Namespace:
                                                     "on the device, so it shows from 3 on (default: 4)")
     step.add_argument("--layer-chunk", metavar="N", help="memory.layer_chunk, tokens (default: 16K on a GPU, 128 on a CPU)")
     step.add_argument("--loss-chunk", metavar="N", help="memory.loss_chunk, tokens (default: 4K on a GPU, 128 on a CPU)")
+    step.add_argument("--optimizer", action="store_true", help="a whole training step: AdamW after each backward, its float32 weights and moments in "
+                                                               "host memory (12 bytes a weight, and 2 pinned)")
     step.add_argument("--longest", action="store_true", help="look for the longest sequence of which one step completes, from the first of --lengths on")
     step.add_argument("--granularity", metavar="N", help="tokens up to which --longest is exact (default: 4K on a GPU, 32 on a CPU)")
     step.add_argument("--limit", metavar="BYTES", help="use no more of the device's memory, like 60G (1024-based); --longest on a CPU needs it")
@@ -149,7 +152,7 @@ def _step(args: argparse.Namespace, gpu: bool) -> Any:
         model=step.slice_of(_count(args, "layers", "4"), gpu), lengths=_counts(args, "lengths", "32K,128K" if gpu else "256,512"),
         settings=args.settings.split(",") if args.settings else list(step.SETTINGS), precision=args.dtype or ("bf16" if gpu else "fp32"),
         layer_chunk=_count(args, "layer_chunk", "16K" if gpu else "128"), loss_chunk=_count(args, "loss_chunk", "4K" if gpu else "128"),
-        repeats=_count(args, "repeats"), longest=args.longest, granularity=_count(args, "granularity", "4K" if gpu else "32"),
+        repeats=_count(args, "repeats"), optimizer=args.optimizer, longest=args.longest, granularity=_count(args, "granularity", "4K" if gpu else "32"),
         limit=None if args.limit is None else _bytes(args.limit))
 
 

@@ -5,7 +5,8 @@
     python tools/plan.py --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
 
 With --set, dimensions (parallel.tp, pp, cp, dp) and memory modes (memory.checkpoint, memory.offload) that are given stay; the
-others, and memory.offload=auto, are searched. Each plan ends in a line of settings for tools/train.py. Exit code 1 where nothing fits.
+others, and memory.offload=auto, are searched; parallel.ulysses and, where nothing else fits, memory.query_chunks as well. Each plan ends in
+a line of settings for tools/train.py. Exit code 1 where nothing fits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings to change and to hold, as in tools/train.py")
     parser.add_argument("--seq-length", metavar="S", help="tokens of a sequence, like 128K or 1M (default: the recipe's)")
     parser.add_argument("--global-batch", type=int, metavar="N", help="sequences an iteration (default: the recipe's, or as many as make 8M tokens)")
+    parser.add_argument("--document-length", metavar="N", help="with data.documents=masked: mean tokens of a document, like 8K, inside which "
+                                                               "attention stays (default: the whole row)")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of all nodes together, eight a node")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100 (80 GB), h200 (141), a100 (80) or b200 (180); data-sheet figures "
                                                                       "(default: h100)")
@@ -45,7 +48,8 @@ def main() -> int:
 
     report = plan_report.report(
         model=args.model, recipe=args.recipe, settings=args.set, seq_length=args.seq_length, global_batch=args.global_batch, gpus=args.gpus,
-        gpu=args.gpu, host_memory=args.host_memory, assumptions=args.assume, show=args.show)
+        gpu=args.gpu, host_memory=args.host_memory, assumptions=args.assume,
+        document_length=args.document_length, show=args.show)
     print(report.text)
     if args.json is not None:
         plan_report.write(args.json, report.values)

@@ -94,14 +94,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, *,
 
 
 def attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: ContextGroups, *,
-                       scale: float | None = None, starts: Starts | None = None, rows: Sequence[slice] | None = None) -> Gradients:
+                       scale: float | None = None, starts: Starts | None = None, rows: Sequence[slice] | None = None,
+                       sums: Tensor | None = None) -> Gradients:
     """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `attention_forward` gave them.
 
-    rows: as there; dk and dv are then these rows' shares, in float32, to be added up.
+    rows: as there; dk and dv are then these rows' shares, in float32, to be added up. sums [2, b, g, s, d], float32: to which they are
+    added instead.
     """
     if rows is not None:
         assert groups.way == "ring" and _size(groups.ulysses) == 1
-        return ring_backward(dout, q, k, v, out, lse, groups.ring, scale=scale, starts=starts, rows=rows)
+        return ring_backward(dout, q, k, v, out, lse, groups.ring, scale=scale, starts=starts, rows=rows, sums=sums)
     way = {"ring": ring_backward, "gather": gather_backward}[groups.way]
     attend: Backward = partial(way, group=groups.ring, scale=scale, starts=starts)
     return ulysses_backward(dout, q, k, v, out, lse, groups.ulysses, attend)

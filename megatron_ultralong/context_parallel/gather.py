@@ -36,6 +36,7 @@ def gather_forward(q: Tensor, k: Tensor, v: Tensor, group: PeerGroup, *, scale: 
     heads = _whole_heads(k, v, peers)
     own, lse = blocks.forward_own(q, k, v, layout.parts_within(peers.rank, s, peers.size, documents), scale, backend)
     out = own.to(blocks.wide(q))
+    del own
     for rows, (k_all, v_all) in zip(_query_heads(q, k), heads, strict=True):
         for part in before:
             blocks.merge_part(out[:, rows], lse[:, rows], q[:, rows], k_all, v_all, part, scale, backend)
@@ -54,6 +55,7 @@ def gather_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     heads = _whole_heads(k, v, peers)
     own = blocks.backward_own(dout, q, k, v, out, lse, layout.parts_within(peers.rank, s, peers.size, documents), scale, backend)
     dq, dk, dv = (x.to(blocks.wide(x)) for x in own)
+    del own
     shape = (2, k.shape[0], 1, s, k.shape[3])
     dkv_all = dk.new_empty((*shape[:3], s * peers.size, shape[4]))  # of one head, in order of position
     leaving, home = dk.new_empty((peers.size, *shape)), dk.new_empty(shape)  # the same by rank; the sum of what all have of our tokens

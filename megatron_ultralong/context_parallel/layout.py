@@ -130,6 +130,12 @@ def rows_of(parts: Sequence[Part], rows: Sequence[slice]) -> tuple[list[Part], l
     return causal, others
 
 
+def key_blocks(parts: Sequence[Part], most: int) -> list[Part]:
+    """`parts`, none of them causal, with no more than `most` keys each."""
+    return [Part(part.queries, slice(first, min(first + most, part.keys.stop)), False)
+            for part in parts for first in range(part.keys.start, part.keys.stop, most)]
+
+
 def parts_within(rank: int, s: int, cp: int, starts: Sequence[int] = (0,)) -> list[Part]:
     """What each piece of `rank` sees of itself: causal parts in ascending order that cover all queries without a gap."""
     length = s // len(pieces(rank, cp))

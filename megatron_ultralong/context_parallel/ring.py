@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_ultralong.config import KEY_BLOCK
 from megatron_ultralong.context_parallel import blocks, layout
 from megatron_ultralong.context_parallel.comm import Group, Transfer, as_ring
 from megatron_ultralong.context_parallel.function import differentiable
@@ -68,10 +69,11 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float 
 
 
 def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: Group, *, scale: float | None = None,
-                  starts: Starts | None = None, rows: Sequence[slice] | None = None) -> Gradients:
+                  starts: Starts | None = None, rows: Sequence[slice] | None = None, sums: Tensor | None = None) -> Gradients:
     """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `ring_forward` gave them.
 
-    rows: as there; dk and dv are then these rows' shares, in float32, to be added up.
+    rows: as there; dk and dv are then these rows' shares, in float32, to be added up. sums [2, b, g, s, d]: those of the rows before, to
+    which these are added; dk and dv are then its halves.
     """
     ring = as_ring(group)
     rank, size = (0, 1) if ring is None else (ring.rank, ring.size)
@@ -83,12 +85,14 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     rows = rows or [slice(0, s)]
     here, spare = ((k, v), None) if ring is None else _pack(k, v)
     # dKV visits the ranks as KV does, one hop behind: each adds its share and passes it on; CP hops bring it home.
-    dkv_here = torch.zeros((2, *k.shape), dtype=blocks.wide(k), device=k.device)
-    dkv_spare = dkv_here if ring is None else torch.zeros_like(dkv_here)
+    dkv_here = torch.zeros((2, *k.shape), dtype=blocks.wide(k), device=k.device) if sums is None else sums
+    dkv_spare = dkv_here if ring is None else torch.empty_like(dkv_here)
     dkv_transfer: Transfer | None = None
     for hop in range(size):
         transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
         causal, others = layout.rows_of(layout.parts(rank, (rank - hop) % size, s, size, documents), rows)
+        if sums is not None:
+            others = layout.key_blocks(others, KEY_BLOCK)
         k_here, v_here = here
         shares: list[tuple[slice, Sequence[Tensor]]] = []
         if hop == 0:
@@ -96,16 +100,17 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
             dq = dq_own.to(blocks.wide(q))
             sizes = [run.stop - run.start for run in rows]
             shares += zip(rows, zip(*(share.split(sizes, dim=2) for share in dkv_own), strict=True), strict=True)
+            del dq_own, dkv_own
         for part in others:
+            if dkv_transfer is None:
+                _add(dkv_here, shares)  # none waits for the sums to arrive
             dq_share, dk_share, dv_share = blocks.part_gradients(dout, q, k_here, v_here, out, lse, part, scale, backend)
             dq[:, :, part.queries] += dq_share
             shares.append((part.keys, (dk_share, dv_share)))
         if dkv_transfer is not None:
             dkv_transfer.wait()
             dkv_here, dkv_spare = dkv_spare, dkv_here
-        for keys, dkv_share in shares:
-            for whole, share in zip(dkv_here, dkv_share, strict=True):
-                whole[:, :, keys] += share
+        _add(dkv_here, shares)
         if ring is not None:
             dkv_transfer = ring.start(dkv_here, dkv_spare)
         if transfer is not None:
@@ -113,8 +118,16 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
             here, spare = spare, here
     if dkv_transfer is not None:
         dkv_transfer.wait()
-    dk, dv = dkv_spare
+    dk, dv = dkv_spare if sums is None or sums is dkv_spare else sums.copy_(dkv_spare)
     return dq.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype)
+
+
+def _add(sums: Tensor, shares: list[tuple[slice, Sequence[Tensor]]]) -> None:
+    """Empties `shares` of the gradients of some keys and values into the whole [2, b, g, s, d]."""
+    while shares:
+        keys, dkv_share = shares.pop(0)
+        for whole, share in zip(sums, dkv_share, strict=True):
+            whole[:, :, keys] += share
 
 
 def _pick(x: Tensor, rows: Sequence[slice]) -> Tensor:

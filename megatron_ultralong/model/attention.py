@@ -73,6 +73,6 @@ class CoreAttention(torch.nn.Module):
         return attend.attention_forward(q, k, v, self.groups, scale=self.scale, starts=starts, rows=rows)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Starts | None,
-                 rows: list[slice] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv); with rows dk and dv are their shares, in float32."""
-        return attend.attention_backward(dout, q, k, v, out, lse, self.groups, scale=self.scale, starts=starts, rows=rows)
+                 rows: list[slice] | None = None, sums: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv); with rows dk and dv are their shares, in float32, added to the two halves of `sums` where it is given."""
+        return attend.attention_backward(dout, q, k, v, out, lse, self.groups, scale=self.scale, starts=starts, rows=rows, sums=sums)

@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel.layout import Starts
 from megatron_ultralong.model import query_chunks
-from megatron_ultralong.model.gradients import Gradients, leaf
-from megatron_ultralong.model.offload import HostStore
+from megatron_ultralong.model.gradients import Gradients, hand_down, leaf, place_for
+from megatron_ultralong.model.offload import HostStore, Rows
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -62,7 +62,7 @@ class Layer(TransformerLayer):
 
     # ---- chunks ---------------------------------------------------------------------------------------------------
 
-    def chunks(self, x: Tensor) -> Iterator[slice]:
+    def chunks(self, x: Tensor | Rows) -> Iterator[slice]:
         """The rows of x [t, b, H], at most `memory.layer_chunk` tokens (of all tensor-parallel ranks) at a time."""
         size = max(1, self.memory.layer_chunk // (x.shape[1] * self.parts)) if self.memory.layer_chunk else max(1, len(x))
         return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
@@ -71,10 +71,10 @@ class Layer(TransformerLayer):
         """The view [b, h, TP, c, d] of x [b, h, s, d] that holds what a linear gathers for `rows`."""
         return x.unflatten(2, (self.parts, -1))[:, :, :, rows]
 
-    def project(self, x: Tensor, starts: Starts | None, queries: bool = True) -> QKV:
+    def project(self, x: Tensor | Rows, starts: Starts | None, queries: bool = True) -> QKV:
         """`before` of all rows, chunk by chunk, into whole q, k and v; without `queries` q is empty."""
         whole: list[Tensor] = []
-        for rows in self.chunks(x):
+        for rows in reversed(list(self.chunks(x))):  # as `Rows` come fastest
             part = self.before(x[rows], rows, len(x), starts)
             if not queries:
                 part = (part[0][:, :0], *part[1:])
@@ -118,7 +118,7 @@ class _KeptAttention(torch.autograd.Function):
         del kept
         ctx.kept = None
         attention = layer.self_attention.core_attention
-        dx, dout = torch.empty_like(x), torch.empty_like(out)
+        dx, dout = place_for(ctx, dy), torch.empty_like(out)
         gradients = Gradients(list(layer.parameters()))
         for rows in layer.chunks(x):
             with torch.enable_grad():
@@ -134,4 +134,4 @@ class _KeptAttention(torch.autograd.Function):
                 qkv = layer.before(x_c, rows, len(x), starts)
             dx[rows] += gradients.of(list(qkv), [x_c], [layer.select(grad, rows).flatten(2, 3) for grad in dqkv])[0]
         gradients.hand_over()
-        return dx, None, None
+        return hand_down(ctx, dx), None, None

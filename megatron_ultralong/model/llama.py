@@ -30,6 +30,19 @@ from megatron_ultralong.model.offload import HostStore
 from megatron_ultralong.runtime.launch import Ranks
 
 
+class _Layers(TransformerBlock):
+    """Megatron's layers of a stage. The last norm has its place and its name here, but whoever takes the layers' output applies it."""
+
+    final_layernorm: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        norm, self.final_layernorm = self.final_layernorm, None
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.final_layernorm = norm
+
+
 class Llama(LanguageModule):
     """One pipeline stage (or model chunk) of a Llama model."""
 
@@ -48,8 +61,7 @@ class Llama(LanguageModule):
                                                     tp_group=groups.tp)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         block = spec.block_spec(rotary, context, layers, memory, store, transformer_engine)
-        self.decoder = TransformerBlock(config, block, pre_process=pre_process, post_process=post_process, pg_collection=groups,
-                                        vp_stage=vp_stage)
+        self.decoder = _Layers(config, block, pre_process=pre_process, post_process=post_process, pg_collection=groups, vp_stage=vp_stage)
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size, padded, config=config, init_method=config.init_method, bias=False, skip_bias_add=False,
@@ -80,12 +92,13 @@ class Llama(LanguageModule):
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         if labels is None:
-            logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
+            logits, _ = self.output_layer(self.decoder.final_layernorm(hidden), weight=weight)  # [s, b, v]
             first = self.tp_group.rank() * logits.shape[-1]
             rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
             return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
         return sharded_token_loss(hidden, weight, labels, loss_mask, self.tp_group, self.vocab_size,
-                                  sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk, z_loss=z_loss)
+                                  sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk, z_loss=z_loss,
+                                  norm=self.decoder.final_layernorm)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there does not expect."""

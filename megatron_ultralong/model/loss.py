@@ -1,7 +1,8 @@
-"""Output layer and vocabulary-parallel cross entropy over chunks of the sequence: whole logits never exist.
+"""Last norm, output layer and vocabulary-parallel cross entropy over chunks of the sequence: whole logits never exist.
 
 The gradient of a chunk is formed in the forward pass, while its logits are there, and scaled in the backward pass: logits are
-computed once and at most `chunk` tokens of them are alive. The weight's gradient leaves once a micro-batch.
+computed once and at most `chunk` tokens of them are alive. The weights' gradients leave once a micro-batch. Whole are the hidden states
+and their gradient.
 
 Shapes: s tokens of this context-parallel rank, b sequences, H hidden size, v = V/TP rows of the padded vocabulary, t = s/TP
 with sequence parallelism (else s), c tokens of a chunk.
@@ -15,26 +16,29 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.config import LOSS_BLOCK
+from megatron_ultralong.model.gradients import Gradients, hand_down, leaf
 
 
 def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int, *,
-                       sequence_parallel: bool, chunk: int, z_loss: float = 0.0) -> Tensor:
+                       sequence_parallel: bool, chunk: int, z_loss: float = 0.0, norm: torch.nn.Module | None = None) -> Tensor:
     """Sum of loss_mask x cross entropy, float32 scalar, equal on every tensor-parallel rank.
 
     z_loss adds z_loss x logsumexp(logits)^2 to each token's cross entropy (PaLM, arXiv 2204.02311, section 5).
+
+    norm is what hidden goes through first, a chunk at a time; its parameters get their gradients by hand.
 
     hidden [t, b, H]; weight [v, H], rows of the vocabulary from rank x v on; labels int64 [b, s]; loss_mask float [b, s].
     Rows from `vocab_size` on are padding and take no part in the softmax. `chunk` is in tokens of the whole s x b (0 = all).
     """
     # Inside forward gradients always look switched off, and needs_input_grad does not know of no_grad.
-    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk, z_loss,
+    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk, z_loss, norm,
                                    torch.is_grad_enabled())
 
 
 class _ShardedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int,
-                sequence_parallel: bool, chunk: int, z_loss: float, grad_enabled: bool) -> Tensor:
+                sequence_parallel: bool, chunk: int, z_loss: float, norm: torch.nn.Module | None, grad_enabled: bool) -> Tensor:
         t, b, _ = hidden.shape
         tp, rank = group.size(), group.rank()
         parts = tp if sequence_parallel else 1
@@ -44,15 +48,22 @@ class _ShardedTokenLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        norm_gradients = Gradients(list(norm.parameters()) if norm is not None else [])
         for start in range(0, t, rows):
             stop = min(start + rows, t)
-            x_cbH = _gather(hidden[start:stop], group, parts)
+            before = after = hidden[start:stop]
+            if norm is not None:
+                with torch.set_grad_enabled(need_hidden):
+                    before = leaf(before)
+                    after = norm(before)
+            x_cbH = _gather(after.detach(), group, parts)
             # A gathered chunk holds the same local rows of every rank's stretch of the sequence, so its labels do too.
             take = torch.cat([torch.arange(part * t + start, part * t + stop) for part in range(parts)]).to(labels.device)
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
             logits = torch.matmul(x, weight.t())  # [c, v]
             loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight)
+            del logits  # the gradient has its place
             total += loss
             if grad is None:
                 continue
@@ -60,8 +71,11 @@ class _ShardedTokenLoss(torch.autograd.Function):
                 grad_weight += torch.matmul(grad.t(), x)
             if grad_hidden is not None:
                 grad_x = torch.matmul(grad, weight).view_as(x_cbH)
-                grad_hidden[start:stop] = _reduce(grad_x, group, parts)
+                share = _reduce(grad_x, group, parts)
+                grad_hidden[start:stop] = share if norm is None else norm_gradients.of([after], [before], [share])[0]
+            del grad  # before the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.norm_gradients = norm_gradients
         ctx.weight_dtype = weight.dtype
         return total
 
@@ -69,10 +83,11 @@ class _ShardedTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden = hand_down(ctx, grad_hidden.mul_(grad_total.to(grad_hidden.dtype)))  # in place, so once: a second backward is refused
+            ctx.norm_gradients.hand_over(grad_total)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, rank: int, vocab_size: int,
@@ -108,6 +123,7 @@ def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, ran
         grad = (block.float() - lse[rows, None]).exp_().mul_(scale[rows, None])
         grad[torch.arange(len(block), device=grad.device), local[rows]] -= inside[rows] * mask[rows]
         block.copy_(grad)
+        del grad
     return loss, logits
 
 

@@ -45,18 +45,24 @@ class HostStore:
 
     def keep(self, tensors: Sequence[Tensor]) -> Kept:
         """Start copying `tensors` out; they must not be written to any more. UserError where the machine's memory is used up."""
+        self._last = self.keep_after(self._last, tensors)
+        return self._last
+
+    def keep_after(self, before: Kept | None, tensors: Sequence[Tensor]) -> Kept:
+        """`keep` of one of several series, each of which comes back in the opposite order: this after `before`."""
         while len(self._leaving) >= OFFLOADED_LAYERS_ON_GPU:
             self._leaving.popleft().leave()
-        kept = Kept(self, tensors, self._last)
+        kept = Kept(self, tensors, before)
         self._leaving.append(kept)
-        self._last = kept
         return kept
 
-    def leave(self, but: int) -> None:
-        """Let everything leave the device but what pass number `but` kept: other micro-batches come back much later."""
+    def leave(self, but: int | None = None) -> None:
+        """Let everything leave the device, but what pass number `but` kept: other micro-batches come back much later."""
         for kept in self._leaving:
             if kept.number != but:
                 kept.leave()
+        if but is None:
+            self._leaving.clear()
 
     def take(self, like: Tensor) -> _Buffer:
         """A host buffer of the size of `like`."""
@@ -84,7 +90,7 @@ class HostStore:
 
 
 class Kept:
-    """Tensors of one layer in host memory. `get` once."""
+    """Tensors of one layer, or of a chunk of it, in host memory. `get` once, or any number of times with `again`."""
 
     def __init__(self, store: HostStore, tensors: Sequence[Tensor], before: Kept | None) -> None:
         self._store, self._before = store, before
@@ -131,17 +137,22 @@ class Kept:
             for x, host in copies:
                 x.copy_(host)
 
-    def get(self) -> list[Tensor]:
-        """The tensors on the device, where the layer before starts to come as well. The host memory is free again."""
+    def get(self, again: bool = False) -> list[Tensor]:
+        """The tensors on the device, where those kept before start to come as well. The host memory is free again, unless they are to be
+        asked for `again`."""
         self._store.leave(but=self.number)
+        if again:
+            self.leave()  # whoever gets tensors lets go of them without waiting for the copy out, which is to be read once more
         self.fetch()
         if self._before is not None:
             self._before.fetch()
         assert self._device is not None, "a layer's kept tensors were asked for twice"
         if self._arrival is not None:
             torch.cuda.current_stream().wait_event(self._arrival)
-        tensors, self._device, self._before = self._device, None, None
-        self._release()
+        tensors, self._device, self._arrival = self._device, None, None
+        if not again:
+            self._before = None
+            self._release()
         return tensors
 
     def __del__(self) -> None:  # a graph that is dropped without a backward
@@ -150,6 +161,29 @@ class Kept:
     def _release(self) -> None:
         buffers, self._buffers = getattr(self, "_buffers", []), []
         self._store.give_back(buffers)
+
+
+class Rows:
+    """A tensor [t, ...] in host memory, of which the device has no more than the rows that were asked for.
+
+    They come, and are kept, by the same slices each time: fastest in descending order, the next under way while one is used.
+    """
+
+    def __init__(self, store: HostStore, shape: torch.Size) -> None:
+        self.shape = shape
+        self._store = store
+        self._parts: dict[int, Kept] = {}
+        self._last: Kept | None = None
+
+    def keep(self, rows: slice, x: Tensor) -> None:
+        """`rows` are x, which must not be written to any more. Errors as of `HostStore.keep`."""
+        self._last = self._parts[rows.start] = self._store.keep_after(self._last, [x])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._parts[rows.start].get(again=True)[0]
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 class _Form(NamedTuple):

@@ -1,12 +1,15 @@
 """Forward and backward of a slice of a Llama on one device under every memory setting, beside what plan.py says it holds.
 
-One rank, one sequence of S tokens, embedding and loss included, no optimizer: weights and their gradients in the precision of the run.
+One rank, one sequence of S tokens, embedding and loss included: weights and their gradients in the precision of the run. Where asked for,
+an optimizer step follows whose state lies in host memory: then it is a whole training step.
 What is measured is time, and the memory beyond weights and gradients, which is what sets the longest sequence.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,14 +42,15 @@ WARM_UP = 256
 
 COLUMNS = (
     Column(key="tokens", title="tokens", show=reports.tokens),
-    Column(key="seconds", title="s/step", show=reports.milliseconds, meaning="forward and backward, no optimizer"),
+    Column(key="seconds", title="s/step", show=reports.milliseconds, meaning="forward and backward, and the optimizer where it is asked for"),
+    Column(key="optimizer_seconds", title="of which optimizer", show=reports.milliseconds, meaning="AdamW on the host, copies included"),
     Column(key="tokens_per_second", title="tokens/s", show=reports.number),
     Column(key="mfu", title="causal MFU", show=reports.share, meaning=FORMULA),
     Column(key="peak_bytes", title="peak", show=reports.bytes_, meaning="weights, gradients and all else on the device"),
     Column(key="bytes_per_token", title="B/token", show=reports.number, meaning="peak beyond weights and gradients, over the tokens"),
     Column(key="host_bytes", title="host", show=reports.bytes_, meaning="memory of the host that offloading took"),
     Column(key="planned_bytes", title="planned", show=reports.bytes_,
-           meaning="plan.py's sum of all but weights, gradients and optimizer; it does not know query chunks"),
+           meaning="plan.py's sum of all but weights, gradients and optimizer"),
     Column(key="measured_over_planned", title="measured/planned", show=reports.ratio),
 )
 
@@ -64,6 +68,8 @@ class Settings:
     layer_chunk: int
     loss_chunk: int
     repeats: int = 10
+    optimizer: bool = False
+    """An AdamW step after each backward, its float32 weights and moments in host memory."""
     longest: bool = False
     """Look for the longest sequence of which one step completes."""
     granularity: int = 4096
@@ -162,11 +168,15 @@ def _measured(name: str, length: int, settings: Settings, ranks: Any, repeats: i
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, model.init_std)
     away = name == "save-on-cpu"
 
-    def step(tokens: int = length) -> None:
+    adam = _HostAdam(parameters, device) if settings.optimizer else None
+
+    def step(tokens: int = length, update: bool = True) -> None:
         row = torch.randint(model.vocab_size, (1, tokens + 1), device=device)
         with torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if away else contextlib.nullcontext():
             loss = chunk(row[:, :-1], row[:, 1:], torch.ones(1, tokens, device=device))
         loss.backward()
+        if adam is not None and update:
+            adam.step()
 
     step(min(WARM_UP, length))  # now every weight has its gradient
     store.close()  # its host memory is not of this length
@@ -180,11 +190,13 @@ def _measured(name: str, length: int, settings: Settings, ranks: Any, repeats: i
         host = store.bytes  # filled already, so no part of the peak
         step(max(1, length // 2))  # another table of RoPE, so that this length's is
         with measure.peak(device) as peak:
-            step()
+            step(update=False)  # its tensors are the host's, and that is the device here
         if settings.limit is not None and static + peak.bytes > settings.limit:
             raise torch.OutOfMemoryError("beyond --limit")
     found: dict[str, Any] = {"seconds": seconds, "tokens_per_second": length / seconds, "peak_bytes": static + peak.bytes,
                              "bytes_per_token": peak.bytes / length, "host_bytes": None if away else host}
+    if adam is not None:
+        found["optimizer_seconds"] = statistics.median(adam.seconds[1:])  # the first makes the moments
     peak_rate = peak_flops(device)
     if peak_rate is not None:
         found["mfu"] = flops_per_token(model, length) * length / seconds / peak_rate
@@ -194,6 +206,37 @@ def _measured(name: str, length: int, settings: Settings, ranks: Any, repeats: i
         found["planned_bytes"] = planned(model, memory, length, settings.precision)
         found["measured_over_planned"] = peak.bytes / found["planned_bytes"]
     return found
+
+
+class _HostAdam:
+    """AdamW of weights on a device: gradients are copied to pinned host memory, float32 weights and both moments live there, and the
+    new weights are copied back. `seconds` of each step."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> None:
+        self.device, self.seconds = device, list[float]()
+        self._weights = list(parameters)
+        self._pinned = [torch.empty(p.shape, dtype=p.dtype, pin_memory=device.type == "cuda") for p in parameters]
+        # One optimizer a weight: of gradients in float32 there is then never more than one weight's.
+        self._masters = [p.detach().float().cpu().clone().requires_grad_() for p in parameters]
+        self._adams = [torch.optim.AdamW([master], lr=1e-5, fused=True) for master in self._masters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all weights and set their gradients to zero."""
+        measure.synchronize(self.device)
+        start = time.perf_counter()
+        for weight, pinned in zip(self._weights, self._pinned, strict=True):
+            assert weight.grad is not None
+            pinned.copy_(weight.grad, non_blocking=True)
+            weight.grad.zero_()
+        measure.synchronize(self.device)
+        for weight, pinned, master, adam in zip(self._weights, self._pinned, self._masters, self._adams, strict=True):
+            master.grad = pinned.float()
+            adam.step()
+            master.grad = None
+            weight.copy_(pinned.copy_(master), non_blocking=True)
+        measure.synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
 
 
 def _seconds(step: Callable[[], None], device: torch.device, repeats: int, host: Callable[[], int]) -> float:

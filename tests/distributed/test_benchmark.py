@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def _one_process(index: int, folder: Path) -> None:
     assert rows["offload-attention"]["host_bytes"] == MODEL.layers * (2 * layer + S * MODEL.heads * 4)
     assert "planned_bytes" not in rows["save-on-cpu"]
 
+    # A whole step takes the same memory; its optimizer is AdamW.
+    whole = step.run(settings(["attention", "query-chunks-offload"], lengths=[S], optimizer=True), cpu, "x").rows
+    for row in whole:
+        assert 0 < row["optimizer_seconds"] < row["seconds"]
+        assert row["bytes_per_token"] == token[row["setting"]]
+    assert "optimizer_seconds" not in rows["attention"]
+    _host_adam_is_adam(step)
+
     limit = int(rows["attention"]["peak_bytes"])
     longest = step.run(settings(["none", "attention", "offload-attention"], lengths=[S // 4], longest=True, granularity=32, limit=limit), cpu, "x").rows
     tokens = [row["tokens"] for row in longest]
@@ -58,6 +67,23 @@ def _one_process(index: int, folder: Path) -> None:
     assert nothing[0]["note"] == "out of memory" and "seconds" not in nothing[0]
 
     _a_store_gives_its_memory_back()
+
+
+def _host_adam_is_adam(step: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(5, 3, generator=generator)), torch.nn.Parameter(torch.randn(7, generator=generator))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    host, adam = step._HostAdam(ours, torch.device("cpu")), torch.optim.AdamW(theirs, lr=1e-5)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn(p.shape, generator=generator)
+            p.grad = q.grad.clone()
+        host.step()
+        adam.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert not p.grad.any()
+    assert len(host.seconds) == 3
 
 
 def _a_store_gives_its_memory_back() -> None:

@@ -76,3 +76,75 @@ def _one_rank(rank: int, world: int) -> None:
     for other in ("attention", "offloaded"):
         for name, grad in grads["none"].items():
             assert (grads[other][name] - grad).norm() <= 1e-5 * grad.norm(), (other, name)
+
+
+# Layers `call(i, x)` whose outputs and inputs others use as well; w is the caller's own, and stays.
+
+def _chain(call: Any, x: torch.Tensor, bias: torch.Tensor, w: torch.Tensor) -> None:
+    (call(2, call(1, call(0, x * 1))) * w).sum().backward()
+
+
+def _one_gradient_for_two(call: Any, x: torch.Tensor, bias: torch.Tensor, w: torch.Tensor) -> None:
+    (call(2, call(1, call(0, x) + bias)) * w).sum().backward()
+
+
+def _outputs_used_twice(call: Any, x: torch.Tensor, bias: torch.Tensor, w: torch.Tensor) -> None:
+    y = call(0, x)
+    z = call(1, y)
+    ((call(2, z) * w).sum() + (y * bias).sum() + (z + y).sum() + (z * w).sum()).backward()
+
+
+def _two_layers_on_one(call: Any, x: torch.Tensor, bias: torch.Tensor, w: torch.Tensor) -> None:
+    y = call(0, x)
+    ((call(1, y) + call(2, y) + y + bias) * w).sum().backward()
+
+
+def _gradients_given(call: Any, x: torch.Tensor, bias: torch.Tensor, w: torch.Tensor) -> None:
+    torch.autograd.backward([call(1, call(0, x)), call(2, x) + bias], [w, w])
+
+
+def test_gradients_are_overwritten_only_where_nobody_else_holds_them() -> None:
+    run_ranks(_shared_gradients, 1)
+
+
+def _shared_gradients(rank: int, world: int) -> None:
+    """Against layers that autograd goes through."""
+    from megatron_ultralong.model import gradients, llama
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cpu"), Parallel())
+    generator = torch.Generator().manual_seed(1)
+    x0, bias0, w = (torch.randn(S, 1, MODEL.hidden_size, generator=generator) for _ in range(3))
+    given = w.clone()
+    place_for = gradients.place_for
+    in_place: list[bool] = []
+
+    def counting(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        place = place_for(ctx, dy)
+        in_place.append(place is dy)
+        return place
+
+    want: dict[str, list[torch.Tensor]] = {}
+    for memory in (Memory(checkpoint="none", offload="off"), Memory(offload="off", layer_chunk=100), Memory(offload="attention", layer_chunk=100),
+                   *(Memory(offload=where, layer_chunk=100, query_chunks=True) for where in ("off", "checkpoints", "attention"))):
+        (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
+        init.initialise(llama.named_parameters(chunk), MODEL, 1, 0, 1)
+        layers = list(llama.unwrap(chunk).decoder.layers)
+
+        def call(i: int, x: torch.Tensor, layers: Any = layers) -> torch.Tensor:
+            return layers[i](hidden_states=x, attention_mask=None)[0]
+
+        for case in (_chain, _one_gradient_for_two, _outputs_used_twice, _two_layers_on_one, _gradients_given):
+            x, bias = x0.clone().requires_grad_(), bias0.clone().requires_grad_()
+            chunk.zero_grad()
+            in_place.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                for module in ("layer", "query_chunks"):
+                    patch.setattr(f"megatron_ultralong.model.{module}.place_for", counting)
+                case(call, x, bias, w)
+            assert torch.equal(w, given), (memory, case.__name__)
+            found = [x.grad, *([] if bias.grad is None else [bias.grad]), *(p.grad for layer in layers for p in layer.parameters())]
+            for got, expected in zip(found, want.setdefault(case.__name__, found), strict=True):
+                assert (got - expected).norm() <= 1e-5 * expected.norm(), (memory, case.__name__)
+            if case is _chain and memory.checkpoint == "attention":
+                assert in_place == [False, True, True], "the last layer's gradient came from elsewhere"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, UserError
-from megatron_ultralong.model.offload import HostStore
+from megatron_ultralong.model.offload import HostStore, Rows
 
 
 def tensors(layer: int) -> list[torch.Tensor]:
@@ -57,6 +57,27 @@ def test_micro_batches_that_overlap() -> None:
                 assert sum(k._device is not None for kept in passes for k in kept) <= 1, "more on the device than what comes next"
                 assert torch.equal(got[0], tensors(10 * (micro_batch - 1) + layer)[0])
     assert store.bytes == 2 * 4 * (15 * 4 + 24 * 2)
+
+
+def test_rows_come_back_any_number_of_times() -> None:
+    store = HostStore(torch.device("cpu"))
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    chunks = [slice(0, 4), slice(4, 8), slice(8, 10)]
+    for _ in range(2):
+        store.begin()
+        rows = Rows(store, x.shape)
+        for chunk in chunks:
+            rows.keep(chunk, x[chunk])
+        store.leave()
+        assert len(rows) == 10 and rows.shape == x.shape
+        kept = list(rows._parts.values())
+        assert not any(k._device is not None for k in kept)
+        for _ in range(3):
+            for i in (2, 1, 0):
+                assert torch.equal(rows[chunks[i]], x[chunks[i]])
+                assert [k._device is not None for k in kept] == [j == i - 1 for j in range(3)], "the next is under way, and nothing else is there"
+        del rows, kept
+    assert store.bytes == 10 * 3 * 4
 
 
 def test_a_machine_without_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

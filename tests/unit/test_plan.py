@@ -16,7 +16,7 @@ import pytest
 
 from megatron_ultralong import plan, plan_report, planner, recipes
 from megatron_ultralong.checkpoint import mapping
-from megatron_ultralong.config import Memory, Model, Parallel, Run, Train, UserError, override
+from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train, UserError, override
 from megatron_ultralong.hardware import GPUS, Assumed, Gpu, Machine
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
 from megatron_ultralong.train.metrics import flops_per_token
@@ -45,7 +45,8 @@ def test_memory_by_hand():
         "layer checkpoints": 4 * 256,  # 32 tokens x 8 x 2 bytes / TP
         "one layer at work": 32 * (76 + 48 + 80 + 32 + 32),
         "RoPE tables": 32 * 2 * 4,
-        "loss": 32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 16 * 8 * 2,
+        "loss": 32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2,
+        "layer and loss take turns": -(32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2),
     }
     fp32 = replace(RUN, train=replace(RUN.train, precision="fp32"))
     assert plan.memory(fp32, SMALL, 4)["optimizer (fp32)"] == parameters * 8 // 2
@@ -71,11 +72,18 @@ def test_published_sizes_of_llama():
     parts = {mode: plan._stage(kept(run, mode), LLAMA_3_1_8B, 1, 8, 0) for mode in ("full", "attention")}
     assert parts["full"]["layer checkpoints"] == 32 * tokens * 2 * 4096
     assert parts["attention"]["layer checkpoints"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
-    assert parts["full"]["one layer at work"] - parts["attention"]["one layer at work"] == (tokens - 16384) * 5 * 14336 * 2
-    smaller = plan._stage(kept(run, "attention", layer_chunk=8192), LLAMA_3_1_8B, 1, 8, 0)
-    assert parts["attention"]["one layer at work"] - smaller["one layer at work"] == 8192 * 5 * 14336 * 2
+    # All at once, through autograd: attention, RoPE and their gradients 62 KiB, residuals 32, MLP 140.
+    assert parts["full"]["one layer at work"] == tokens * (62 + 32 + 140) * 1024
+    # The gradient, that of the attention output, q, k, v and their gradients, in kernels a float32 gradient of q; a layer's weight gradients twice.
+    weights = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336)
+    assert parts["attention"]["one layer at work"] == tokens * (8 + 8 + 12 + 12 + 16) * 1024 + weights * 6
+    # Where the MLP is most: 7 F and 6 H in bf16.
     whole = plan._stage(kept(run, "attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
-    assert whole["one layer at work"] == parts["full"]["one layer at work"]
+    assert whole["one layer at work"] == tokens * (8 + 8 + 7 * 28 + 6 * 8) * 1024 + weights * 2
+    # In query chunks: keys, values and their float32 gradients, one gradient; of a chunk the MLP, its input twice and attention's output.
+    chunked = plan._stage(kept(run, "attention", "attention", query_chunks=True), LLAMA_3_1_8B, 1, 8, 0)
+    assert chunked["one layer at work"] == tokens * (4 + 8 + 8) * 1024 + 16384 * (7 * 28 + 6 * 8 + 3 * 8) * 1024 + weights * 6
+    assert chunked["layer checkpoints"] == 0
 
 
 def test_pipelines_keep_what_is_in_flight():
@@ -117,6 +125,72 @@ def test_work_by_hand():
     assert (alone.ring_forward, alone.ring_backward, alone.merge_backward, alone.hops_forward, alone.tensor) == (0, 0, 0, 0, 0)
     assert plan.work(replace(RUN, parallel=Parallel(pp=2)), SMALL).pipeline == 2 * 64 * 8 * 2
     assert plan.work(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL).pipeline == 2 * 2 * 64 * 8 * 2
+
+
+def test_work_of_each_way_by_hand():
+    """Of a rank and layer, by the table of docs/context_parallel.md; attention and products are those of the ring."""
+    wide = replace(SMALL, heads=8, kv_heads=4)
+    base = replace(kept(RUN, "attention"), parallel=Parallel(cp=4), train=replace(RUN.train, seq_length=128))
+    ring = plan.work(base, wide)
+    kv, q = 2 * 32 * 4 * 2, 32 * 8 * 2  # elements of 32 tokens
+    assert (ring.ring_forward, ring.ring_backward, ring.hops_forward) == (4 * 3 * kv * 2, 4 * (3 * kv * 2 + 4 * kv * 4), 16)
+    gather = plan.work(replace(base, parallel=Parallel(cp=4, cp_way="gather")), wide)
+    assert (gather.ring_forward, gather.ring_backward) == (4 * 3 * kv * 2, 4 * (3 * kv * 2 + 3 * kv * 4))
+    assert (gather.hops_forward, gather.hops_backward) == (4 * 4, 4 * 8), "a message a KV head"
+    all_to_all = plan.work(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide)
+    # (U - 1) s (d e (2 h/U + 2 n) + 4 h/U) and (U - 1) s (d e (4 h/U + 4 n) + 4 h/U), n = 1
+    assert (all_to_all.exchange_forward, all_to_all.exchange_backward) == (4 * 3 * 32 * (4 * (4 + 2) + 8), 4 * 3 * 32 * (4 * (8 + 4) + 8))
+    assert (all_to_all.ring_forward, all_to_all.hops_backward, all_to_all.merge_backward) == (0, 0, 0)
+    both = plan.work(replace(base, parallel=Parallel(cp=4, ulysses=2)), wide)
+    assert (both.ring_forward, both.hops_forward) == (4 * kv * 2, 4 * 2)
+    twice = plan.work(replace(base, parallel=Parallel(cp=8, ulysses=8), train=replace(RUN.train, seq_length=256)), wide)
+    assert twice.exchange_forward == 4 * 7 * 32 * (4 * (2 + 2) + 4), "each KV head to two ranks"
+    # Two chunks of queries: keys go round twice; the projection of q, k and v five times more, as FLOPs of one going forward.
+    chunked = plan.work(kept(base, "attention", "attention", query_chunks=True, layer_chunk=16), wide)
+    assert (chunked.ring_forward, chunked.ring_backward, chunked.hops_forward) == (2 * ring.ring_forward, 2 * ring.ring_backward, 32)
+    assert chunked.recompute_products - ring.recompute_products == 5 * 4 * 32 * 2 * 8 * 2 * (8 + 2 * 4)
+    assert chunked.host_again == 2 * 4 * 32 * 8 * 2, "the input comes back three times"
+    machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
+    assert plan.time(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide, machine)["CP all-to-all"] == pytest.approx(
+        2 * (all_to_all.exchange_forward + all_to_all.exchange_backward) / 100)
+    assert q == 2 * kv / 2
+
+
+def test_documents_are_attended_to_alone():
+    masked = replace(RUN, data=Data(documents="masked"))
+    machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
+    joined = plan.work(RUN, SMALL).attention
+    assert plan.work(masked, SMALL).attention == joined, "documents as long as the row unless said otherwise"
+    assert plan.work(masked, SMALL, document_length=16).attention == joined / 4
+    assert plan.work(masked, SMALL, document_length=1000).attention == plan.work(RUN, SMALL, document_length=16).attention == joined
+    short = plan.time(masked, SMALL, replace(machine, document_length=16))
+    assert short["attention"] == pytest.approx(plan.time(RUN, SMALL, machine)["attention"] / 4)
+    said = plan_report.report(recipe="ultralong_1m", gpus=64, settings=["data.documents=masked"], document_length="8K")
+    assert "attention inside documents, of 8,192 tokens on average" in said.text
+    whole = plan_report.report(recipe="ultralong_1m", gpus=64)
+    assert said.values["plans"]["best"]["seconds_an_iteration"]["all"] < whole.values["plans"]["best"]["seconds_an_iteration"]["all"]
+    assert said.values["plans"]["best"]["causal_mfu"] < 1
+
+
+def test_all_to_all_is_searched_inside_a_node():
+    base = replace(kept(RUN, "attention"), parallel=Parallel(tp=2, cp=16), train=replace(RUN.train, seq_length=1024, global_batch=8))
+    wide = replace(SMALL, heads=32, kv_heads=8, ffn_size=64)
+    assert [r.parallel.ulysses for r in plan.ways(base, wide)] == [1, 2, 4], "TP 2 x 4 is a node; 8 would be two"
+    assert [r.parallel.ulysses for r in plan.ways(base, replace(wide, kv_heads=6, heads=18))] == [1], "three KV heads a rank, nine queries"
+    assert [r.parallel.ulysses for r in plan.ways(base, wide, ["parallel.ulysses"])] == [1]
+    for other in (replace(base, parallel=Parallel(cp=16, cp_way="gather")), kept(base, "attention", query_chunks=True)):
+        assert plan.ways(other, wide) == [other]
+
+
+def test_query_chunks_are_for_what_does_not_fit_otherwise():
+    said = plan_report.report(model="llama-3.1-8b", seq_length="4M", gpus=8, host_memory="4T")
+    longer = plan_report.report(model="llama-3.1-8b", seq_length="128K", gpus=64)
+    assert any(p["memory"]["query_chunks"] for p in said.values["plans"].values())
+    assert not any(p["memory"]["query_chunks"] for p in longer.values["plans"].values())
+    held = plan_report.report(model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.query_chunks=false"])
+    assert not any(p["memory"]["query_chunks"] for p in held.values["plans"].values())
+    assert plan.in_query_chunks(kept(RUN, "full"), ["memory.checkpoint"]) is None
+    assert plan.in_query_chunks(replace(kept(RUN, "attention"), parallel=Parallel(cp=2, ulysses=2))) is None
 
 
 def test_time_by_hand():
@@ -366,6 +440,8 @@ def test_memory_settings_given_stay():
     ({"recipe": "ultralong_1m", "global_batch": 0}, "train.global_batch=0 must be at least 1"),
     ({"recipe": "ultralong_1m", "host_memory": "much"}, "--host-memory much: expected bytes"),
     ({"recipe": "ultralong_1m", "host_memory": "0T"}, "--host-memory 0: must be above 0"),
+    ({"recipe": "ultralong_1m", "document_length": "8K"}, "--document-length counts where attention stays inside documents"),
+    ({"recipe": "ultralong_1m", "document_length": "0", "settings": ["data.documents=masked"]}, "--document-length 0: must be at least 1"),
     ({"recipe": "ultralong_1m", "assumptions": ["speed=1"]}, "--assume speed=1: expected NAME=NUMBER"),
     ({"recipe": "ultralong_1m", "assumptions": ["products=2"]}, "--assume products=2.0: a share must be above 0 and at most 1"),
     ({"recipe": "ultralong_1m", "assumptions": ["products=nan"]}, "a share must be above 0"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_ultralong.context_parallel import layout
+from megatron_ultralong.context_parallel import ring as ring_module
 from megatron_ultralong.context_parallel.ring import ring_backward, ring_forward
 from megatron_ultralong.context_parallel.virtual import run_virtual
 
@@ -18,7 +19,8 @@ PIECE = 12
 @pytest.mark.parametrize("chunk", [1, 5, 12, 24])
 @pytest.mark.parametrize("stretches", [1, 3])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int, packed: bool) -> None:
+def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_module, "KEY_BLOCK", 5)
     length = PIECE * 2 * cp
     generator = torch.Generator().manual_seed(cp)
     q, k, v, dout = (torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
@@ -29,6 +31,7 @@ def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int
         out, lse = ring_forward(q_, k_, v_, ring, starts=starts)
         want = ring_backward(dout_, q_, k_, v_, out, lse, ring, starts=starts)
         dk, dv = torch.zeros_like(k_), torch.zeros_like(v_)
+        sums = torch.zeros(2, *k_.shape, dtype=k_.dtype)
         # A chunk is the same rows of each of `stretches` equal parts, as tensor parallel ranks gather them.
         t = 2 * PIECE // stretches
         for first in range(0, t, chunk):
@@ -41,8 +44,12 @@ def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int
             torch.testing.assert_close(dq, want[0][here])
             dk += dk_share
             dv += dv_share
+            dq, dk_sum, dv_sum = ring_backward(dout_[here], q_[here], k_, v_, out_c, lse_c, ring, starts=starts, rows=rows, sums=sums)
+            torch.testing.assert_close(dq, want[0][here])
+            assert dk_sum.data_ptr() == sums[0].data_ptr() and dv_sum.data_ptr() == sums[1].data_ptr()
         torch.testing.assert_close(dk, want[1])
         torch.testing.assert_close(dv, want[2])
+        torch.testing.assert_close(sums, torch.stack(want[1:]))
 
     run_virtual(rank, cp)
 

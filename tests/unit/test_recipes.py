@@ -126,8 +126,10 @@ def test_memory_of_pipelines():
     # The first of four stages holds four micro-batches of two layers' inputs: 1F1B.
     assert plan._stage(run, model, 1, 8, 0)["layer checkpoints"] == 4 * 2 * 32 * 8 * 2
     assert plan._stage(run, model, 1, 8, 3)["layer checkpoints"] == 1 * 2 * 32 * 8 * 2  # the last hands each straight back
-    # The fullest stage is reported: here the last, which holds the loss.
-    assert plan.memory(run, model, 4) == plan._stage(run, model, 1, 8, 3)
+    # The fullest stage is reported: here the first, whose layer at work is more than the last's loss; with a large vocabulary the last.
+    assert plan.memory(run, model, 4) == plan._stage(run, model, 1, 8, 0)
+    large = replace(model, vocab_size=1000)
+    assert plan.memory(run, large, 4) == plan._stage(run, large, 1, 8, 3)
     # With fewer micro-batches than stages, no more than there are.
     few = replace(run, train=replace(run.train, global_batch=2))
     assert plan._stage(few, model, 1, 2, 0)["layer checkpoints"] == 2 * 2 * 32 * 8 * 2

@@ -1,0 +1,150 @@
+"""Bytes that a step of two layers of Llama-3.1-8B with embedding and loss holds, counted, against plan.py's sums and a bound.
+
+Counted at the real shape and without its work: tensors are fake (they have shapes and storages, no data), so only what kernels hold
+inside is not seen. Other context parallel ranks are fake as well: what is sent to them goes nowhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from megatron_ultralong import plan, plan_layer, recipes
+from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from tests.spawn import run_ranks
+
+K = 1024
+LLAMA_3_1_8B = replace(recipes.LLAMA_3_1_8B, layers=2)
+# The loss of a small vocabulary is no more than the layers, so that both are seen.
+LAYERS, MORE = replace(LLAMA_3_1_8B, vocab_size=4 * K), replace(LLAMA_3_1_8B, vocab_size=4 * K, layers=4)
+KEPT = Memory(checkpoint="attention", offload="off", layer_chunk=8 * K, loss_chunk=4 * K)
+CHUNKED = replace(KEPT, offload="attention", query_chunks=True)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made, at most at one time; without those of bytes, which are the host's memory here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if not isinstance(x, torch.Tensor) or x.dtype == torch.uint8:
+                continue
+            storage = x.untyped_storage()
+            if storage._cdata not in given | self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+class Peers:
+    """One of `size` ranks whose transfers are over at once."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = size - 1, size
+
+    def start(self, send: torch.Tensor, receive: torch.Tensor) -> Any:
+        return self
+
+    all_to_all = all_gather = reduce_scatter = start
+
+    def wait(self) -> None:
+        pass
+
+
+def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Parallel | None = None) -> int:
+    """Peak bytes of a step on `tokens` of a rank's tokens, beyond weights and their gradients."""
+    from megatron_ultralong.context_parallel import attend
+    from megatron_ultralong.model import llama
+
+    p = parallel or Parallel()
+    groups = attend.ContextGroups(ring=Peers(p.cp // p.ulysses), ulysses=Peers(p.ulysses), way=p.cp_way)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attend, "split", lambda *args, **kwargs: groups)
+        [chunk] = llama.build(model, Rope(), ranks, Parallel(), memory, "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        for module in chunk.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(fake.from_tensor(parameter.data))
+                    module._parameters[name].grad = torch.zeros_like(module._parameters[name])
+        row, mask = torch.zeros(1, tokens + 1, dtype=torch.int64), torch.ones(1, tokens)
+        with Alive() as alive:
+            chunk(row[:, :-1], row[:, 1:], mask).backward()
+    return alive.most
+
+
+def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None = None) -> int:
+    """The same by plan.py, without what it adds for the inside of kernels."""
+    p = parallel or Parallel()
+    run = Run(name="x", memory=memory, parallel=p, train=Train(seq_length=tokens * p.cp, global_batch=1, iterations=1, lr=1.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_layer, "_kernel", lambda shape, rows: 0)
+        parts = plan.memory(run, model, p.cp)
+    return plan.total({part: size for part, size in parts.items() if part not in ("weights", "gradients (fp32)", "optimizer (fp32)")})
+
+
+CASES: dict[str, tuple[Memory, Model, Parallel]] = {
+    "loss": (KEPT, LLAMA_3_1_8B, Parallel()),
+    "default": (KEPT, LAYERS, Parallel()),
+    "offloaded": (replace(KEPT, offload="attention"), MORE, Parallel()),
+    "inputs offloaded": (replace(KEPT, offload="checkpoints"), MORE, Parallel()),
+    "query chunks": (replace(CHUNKED, offload="off"), LAYERS, Parallel()),
+    "query chunks, offloaded": (CHUNKED, LAYERS, Parallel()),
+    "query chunks in a ring": (replace(CHUNKED, layer_chunk=2 * K), LAYERS, Parallel(cp=4)),
+    "ring": (KEPT, LAYERS, Parallel(cp=4)),
+    "gather": (KEPT, LAYERS, Parallel(cp=4, cp_way="gather")),
+    "all-to-all": (KEPT, LAYERS, Parallel(cp=4, ulysses=4)),
+    "all-to-all, KV heads twice": (KEPT, LAYERS, Parallel(cp=16, ulysses=16)),
+    "all-to-all and ring": (KEPT, LAYERS, Parallel(cp=8, ulysses=4)),
+    "all-to-all and gather": (KEPT, LAYERS, Parallel(cp=8, ulysses=4, cp_way="gather")),
+}
+
+
+def test_plans_are_what_is_counted() -> None:
+    run_ranks(_plans, 1)
+
+
+def _plans(rank: int, world: int) -> None:
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cpu"), Parallel())
+    tokens, found = 64 * K, {}
+    for name, (memory, model, parallel) in CASES.items():
+        found[name] = counted(ranks, memory, model, tokens, parallel), planned(memory, model, tokens, parallel)
+        have, want = (size / tokens / K for size in found[name])
+        print(f"{name}: counted {have:.2f} KiB a token, planned {want:.2f}: {have / want:.3f}", flush=True)
+    off = {name: f"{have / want:.3f}" for name, (have, want) in found.items() if not 0.9 <= have / want <= 1.1}
+    assert not off, off
+
+
+def test_longest_sequences_take_24_kib_a_token() -> None:
+    """All that a step holds, with what does not grow with the sequence: weight gradients of a layer, a chunk's MLP, of logits."""
+    run_ranks(_longest, 1)
+
+
+def _longest(rank: int, world: int) -> None:
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cpu"), Parallel())
+    have = counted(ranks, CHUNKED, LLAMA_3_1_8B, 1024 * K)
+    print(f"counted {have / 1024 / K / K:.2f} KiB a token, planned {planned(CHUNKED, LLAMA_3_1_8B, 1024 * K) / 1024 / K / K:.2f}", flush=True)
+    assert have <= 24 * K * 1024 * K, have
