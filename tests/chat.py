@@ -8,11 +8,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+import numpy
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_ultralong.data import chat, chat_tokens, tokenise
+from megatron_ultralong.data.conversations import Message
 from tests import text
 
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -31,9 +35,9 @@ CHATML = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' ~ m.cont
 CHATML_MARKED = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' -}}
 {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content ~ '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}
 {%- else -%}{{- m.content ~ '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"""
-# Strips what an assistant thought from all turns but the last.
-THINKING = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])").replace(
-    "'<|im_end|>\\n' -}}{%- endfor", "('' if loop.last else ' ') ~ '<|im_end|>\\n' -}}{%- endfor")
+# Strips what an assistant thought from all turns but the last; and one that always writes a thought into the last.
+STRIPPING = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+THINKING = CHATML.replace("m.content", "('<think></think>' if loop.last and m.role == 'assistant' else '') ~ m.content")
 
 
 def save_tokenizer(folder: Path, template: str | None = LLAMA, tokens: list[str] = LLAMA_TOKENS, **settings: Any) -> Path:
@@ -58,6 +62,59 @@ def asked(seed: int, turns: int = 1, words: int = 20) -> dict[str, Any]:
         messages += [{"role": "user", "content": f"question {seed} {turn}: {text.text(2 * seed + turn, 5)}"},
                      {"role": "assistant", "content": text.text(1000 + 7 * seed + turn, words) + "."}]
     return {"id": f"example-{seed}", "messages": messages}
+
+
+# ---- against transformers ----------------------------------------------------------------------------------------
+
+def talk(*contents: str, system: str | None = None) -> list[Message]:
+    said = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    return said if system is None else [Message("system", system), *said]
+
+
+TALKS = [
+    talk("What is 2 + 2?", "It is 4."),
+    talk("  spaces\n", "\n\n and lines \t\n", system="Be brief.\n"),
+    talk("one", "two", "three", "four", "five", " six", system="  "),
+    talk("Łódź 北京 😀👍🏽", "def f():\n\n    return '''x'''\n\n\n", "\x1c\u2028again\u3000", "don't 12345678 ...\n"),
+    talk("<|not_special|> <s> [INST]", "</s> <|im_ start|>"),
+]
+
+
+def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def encoded(folder: Path, template: chat.Template, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    (ids, trained), = chat_tokens.encode(tokenise.load(folder).backend, [template.render(messages)])
+    assert ids.dtype == numpy.int32 and trained.dtype == numpy.uint8
+    return ids.tolist(), trained.tolist()
+
+
+def by_transformers(tokenizer: Any, messages: Sequence[Message], **settings: Any) -> list[int]:
+    return tokenizer.apply_chat_template(plain(messages), tokenize=True, return_dict=False, **settings)
+
+
+def trained_by_growing(tokenizer: Any, messages: Sequence[Message], end: int, **settings: Any) -> list[int]:
+    """What is trained on, by apply_chat_template's own tokens alone: from each prompt to the token that ends the answer."""
+    whole = by_transformers(tokenizer, messages, **settings)
+    trained = [0] * len(whole)
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            begin = len(by_transformers(tokenizer, messages[:i], add_generation_prompt=True, **settings))
+            stop = whole.index(end, begin) + 1
+            trained[begin:stop] = [1] * (stop - begin)
+    return trained
+
+
+def same_as_transformers(folder: Path, date: str) -> None:
+    template = chat.choose(folder, date=date)
+    assert (template.name, template.spans) == ("llama3.1", "segments")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for messages in TALKS:
+        ids, trained = encoded(folder, template, messages)
+        assert ids == by_transformers(tokenizer, messages, date_string=date)
+        assert trained == trained_by_growing(tokenizer, messages, tokenizer.convert_tokens_to_ids("<|eot_id|>"), date_string=date)
+        assert 0 < sum(trained) < len(ids)
 
 
 # ---- Llama-3.1's own tokenizer and template, where they can be had -------------------------------------------------

@@ -144,13 +144,13 @@ def _messages(record: dict[str, Any], form: str) -> tuple[tuple[Message, ...], i
 def _turn(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise _Refused(f"a turn is {_kind(turn)}, not an object with a role and its content")
-    name = turn.get("from", turn.get("role"))
+    name = turn.get("from") or turn.get("role")  # in parquet a turn has every column, some of them empty
     if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
         raise _Refused(f"uses tools ({name})", "unsupported")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise _Refused(f"role {name!r} is not known")
-    return Message(role, _text(turn.get("value", turn.get("content")), role))
+    return Message(role, _text(turn.get("content") if turn.get("value") is None else turn["value"], role))
 
 
 def _pair(record: dict[str, Any], form: str) -> list[Message]:
