@@ -96,6 +96,8 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
 def sft(args: argparse.Namespace) -> None:
     if args.output is None and args.show is None:
         raise UserError("--output PREFIX is needed; or --show N to look at conversations first")
+    if args.show is not None and args.show < 1:
+        raise UserError(f"--show {args.show}: must be at least 1")
     if args.sources and (args.domain or args.form != "auto"):
         raise UserError("--domain and --form go with --input; in --sources they stand in the file")
 

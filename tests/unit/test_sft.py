@@ -9,13 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import yaml
@@ -23,7 +21,7 @@ from transformers import AutoTokenizer
 
 from megatron_ultralong.config import UserError
 from megatron_ultralong.context_parallel import layout
-from megatron_ultralong.data import chat, dataset, loader, mix, sft
+from megatron_ultralong.data import dataset, loader, mix, sft
 from tests import chat as made
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +64,7 @@ def expected(tokenizer_dir: Path, record: dict[str, Any]) -> tuple[list[int], li
 
 @pytest.mark.parametrize("cp", [1, 2])
 def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, cp):
-    records = [made.asked(seed, turns=1 + seed % 3, words=5 + seed) for seed in range(20)]
+    records = [made.asked(seed, turns=1 + seed % 2, words=3 + seed // 2) for seed in range(20)]
     manifest = prepared(tmp_path, tokenizer_dir, records, cp=cp)
     assert manifest["documents"] == 20
     by_ids = {tuple(ids): trained for ids, trained in (expected(tokenizer_dir, record) for record in records)}
@@ -83,8 +81,10 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
         counted += int(sum(share["loss_mask"].sum() for share in shares))
         row = torch.cat([whole["tokens"], whole["labels"][-1:]])
         marks = torch.cat([torch.zeros(1), whole["loss_mask"]])
-        starts = [*shares[0]["starts"].tolist(), S + 1]
-        for begin, end in zip(starts, starts[1:]):
+        which, place = rows.locate(number, 3)
+        starts = [*rows.sets[which].starts(place), S + 1]
+        assert all(share["starts"].tolist() == [start for start in starts if start < S] for share in shares)
+        for begin, end in pairwise(starts):
             ids = row[begin:end].tolist()
             if set(ids) == {manifest["pad_id"]}:
                 assert end == S + 1 and not marks[begin:end].any(), "padding is a document of its own, and masked"
@@ -109,16 +109,11 @@ def test_padding_is_not_the_token_that_ends_a_turn(tmp_path, tokenizer_dir):
 
 
 def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
-    record = made.asked(0, turns=2)
-    length = len(expected(tokenizer_dir, record)[0])
-    for seq_length in (length - 1, length - 2):
-        if seq_length % 2 == 0:
-            break
-    else:
-        raise AssertionError
-    manifest = prepared(tmp_path, tokenizer_dir, [record], seq_length=seq_length, long="cut")
-    rows = dataset.PackedRows(str(tmp_path / "out"), seq_length)
-    assert rows.starts(0) == ([0] if seq_length == length - 1 else rows.starts(0)) and manifest["rows"] == 1
+    record, length = next((record, length) for record in map(made.asked, range(20))
+                          if (length := len(expected(tokenizer_dir, record)[0])) % 2)
+    manifest = prepared(tmp_path, tokenizer_dir, [record], seq_length=length - 1)
+    rows = dataset.PackedRows(str(tmp_path / "out"), length - 1)
+    assert (manifest["rows"], manifest["padding"], rows.starts(0)) == (1, 0, [0]) and rows[0][0].tolist() == expected(tokenizer_dir, record)[0]
 
 
 # ---- which examples --------------------------------------------------------------------------------------------
@@ -145,7 +140,8 @@ def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
     ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:4]})
     if len(ids) > S + 1:
         ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:2]})
-    row, _ = dataset.PackedRows(str(tmp_path / "cut"), S)[0]
+    rows = dataset.PackedRows(str(tmp_path / "cut"), S)
+    row, _ = rows[0]
     assert cut["sources"][0]["cut_to_length"] == 1 and row[:len(ids)].tolist() == ids and cut["tokens"] == len(ids)
     assert not (tmp_path / "cut.broken.jsonl").exists()
     with pytest.raises(UserError, match="of 1 records none is a conversation of up to 257 tokens; 1 too long"):
@@ -264,6 +260,7 @@ def test_show_prints_tokens_and_marks_and_writes_nothing(tmp_path, tokenizer_dir
 
 @pytest.mark.parametrize("words, message", [
     (["--seq-length", "255"], "--seq-length 255: must divide by 2 x CP = 2; use 254"),
+    (["--seq-length", "128", "--max-tokens", "130"], "--max-tokens 130: a row holds 128 + 1 tokens"),
     (["--cp", "3"], "--seq-length 256: must divide by 2 x CP = 6; use 252"),
     (["--max-tokens", "300"], "--max-tokens 300: a row holds 256 + 1 tokens"),
     (["--mix", "math=1"], "--mix: say how many with --examples"),
@@ -298,8 +295,3 @@ def test_a_mistake_in_the_file_of_sources(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         mix.load(tmp_path / "s.yaml")
     assert "\n" not in str(error.value)
-
-
-def test_the_recipes_and_the_docs_fit(tokenizer_dir):
-    assert sft.Settings().longest == sft.MAX_TOKENS == 8192 and sft.Settings(seq_length=128).longest == 129
-    assert Counter(chat.TEMPLATES) == Counter(["auto", "llama3.1", "tokenizer"]) and numpy.dtype(numpy.uint8).itemsize == 1
