@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.4.3",           # Hugging Face weights, read and written slice by slice
         "pyarrow",                      # raw documents in parquet
         "zstandard",                    # raw documents in .jsonl.zst
+        "PyYAML>=6",                    # files of sources, in data preparation
         "matplotlib",                   # heat maps
         "tensorboard",                  # training curves
         "tqdm",                         # progress bars

@@ -33,7 +33,8 @@ def report(manifest: dict[str, Any], broken: Path) -> list[str]:
             told = [json.loads(line) for line in islice(file, MOST)]
         lines += [f"not used: {one['place']}: {one['reason']}" for one in told]
         lines += [f"not used: all of them, with file and line, in {broken}"]
-    return [*lines, f"{manifest['rows']:,} rows of {manifest['seq_length']:,} + 1 tokens, {manifest['documents']:,} conversations; "
+    return [*lines, f"{manifest['rows']:,} rows of {manifest['seq_length']:,} + 1 tokens, {manifest['documents']:,} conversations, "
+            f"{manifest['documents'] / manifest['rows']:.1f} a row; "
             f"{manifest['trained_tokens']:,} of {manifest['tokens']:,} tokens trained on; {manifest['padding'] / room:.2%} padding; "
             f"{cut['turns_cut']:,} turns cut off before the first question or after the last answer, {cut['cut_to_length']:,} conversations "
             "cut to length"]
