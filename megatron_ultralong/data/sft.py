@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -222,7 +223,7 @@ def _alone(stage: Path, output: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # some network disks have no locks: then nobody's folder looks dead
             fcntl.flock(own, fcntl.LOCK_EX)
         (stage / "new lock").rename(name)
-        for path in name.parent.parent.glob(f".{Path(output).name}.partial-*/lock"):
+        for path in name.parent.parent.glob(f".{glob.escape(Path(output).name)}.partial-*/lock"):
             if path == name:
                 continue
             with contextlib.suppress(OSError), path.open("r+") as other:
