@@ -4,12 +4,12 @@
     python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub gsm8k=data/gsm8k --output clean
     python tools/prepare_data.py pretrain --input *.jsonl --tokenizer Llama-3.1-8B-Instruct --seq-length 1M --output runs/1m/text
     python tools/prepare_data.py refine --input chat/*.jsonl --model gpt-4o-mini --output runs/sft/refined.jsonl
+    python tools/prepare_data.py sft --sources chat.yaml --tokenizer Llama-3.1-8B-Instruct --examples 100000 --output runs/1m/chat
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 from pathlib import Path
 
@@ -26,6 +26,8 @@ def arguments() -> argparse.Namespace:
     add_refine(commands.add_parser("refine", help=text, description=text))
     text = "documents that share n-grams with benchmarks, reported, left out or cut"
     add_decontaminate(commands.add_parser("decontaminate", help=text, description=text))
+    text = "conversations in rows of S + 1 tokens with loss masks and document starts; only answers are trained on"
+    add_sft(commands.add_parser("sft", help=text, description=text))
     return parser.parse_args()
 
 
@@ -66,8 +68,6 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def pretrain(args: argparse.Namespace) -> None:
     seq_length = parse_count(args.seq_length, "--seq-length")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
     if args.sources and (args.text_key or args.id_key):
         raise UserError("--text-key and --id-key go with --input; a file of sources says them for each source")
 
@@ -79,7 +79,7 @@ def pretrain(args: argparse.Namespace) -> None:
     how = packing.Packing(seq_length=seq_length, separator=separator, fit=args.fit, last_row=args.last_row, duplicates=args.duplicates,
                           document_starts=args.document_starts, broken=args.broken, empty=args.empty)
     wanted = sources.load(args.sources) if args.sources else packing.plain(args.input, args.text_key or "text", args.id_key)
-    made = packing.pack(wanted, args.tokenizer, how, args.output, workers=args.workers, tokens_dir=args.tokens_dir)
+    made = packing.pack(wanted, args.tokenizer, how, args.output, workers=_workers(args), tokens_dir=args.tokens_dir)
     print(account.table(made))
     print(f"{args.output}: {made['rows']} rows of {seq_length} + 1 tokens from {made['documents']} documents; "
           f"{made['tokens']} tokens, {made['separator_tokens']} of them separators; {made['padding']} padding, "
@@ -172,8 +172,6 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
 
 
 def decontaminate(args: argparse.Namespace) -> None:
-    if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must be 0 or more")
 
     # Imported here so that --help and mistakes in the arguments answer at once.
     from megatron_ultralong.data import contamination, contamination_report, words
@@ -183,9 +181,74 @@ def decontaminate(args: argparse.Namespace) -> None:
     treatment = contamination.Treatment(action=args.action, margin=args.margin, pieces=args.pieces, min_piece=args.min_piece)
     report = decontamination.run(args.input, args.benchmark, args.output, rules=rules, normalise=words.Normalise.parse(args.normalise),
                                  treatment=treatment, text_key=args.text_key,
-                                 workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers)
+                                 workers=_workers(args))
     print(contamination_report.table(report))
     print(f"{args.output / 'report.json'}: the same with samples; matches.jsonl has every match")
+
+
+def add_sft(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=sft)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--sources", type=Path, metavar="FILE",
+                       help="YAML file with `sources:`, a name each with input, domain and form; paths in it are relative to it")
+    given.add_argument("--input", nargs="+", action="extend", metavar="FILE",
+                       help=".jsonl (also .gz, .zst), .json (one list) or .parquet; directories and globs of them; one source, named input")
+    parser.add_argument("--domain", choices=("general", "math", "code"), help="with --input: what all of it is (default: as each record's own "
+                        "`domain` says, general where it says none)")
+    parser.add_argument("--form", default="auto", help="with --input: auto (default: found out record by record), sharegpt, messages, alpaca, or "
+                        "two columns like question/answer")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="Hugging Face directory with tokenizer.json")
+    parser.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin, .idx, .mask.bin, .mask.idx, .docs.bin, .docs.idx, .json, and "
+                        ".broken.jsonl if records could not be used; replaces old ones")
+    parser.add_argument("--seq-length", default="8K", metavar="S", help="tokens of a sequence (default: 8K); must divide by 2 x CP")
+    parser.add_argument("--cp", type=int, default=1, metavar="N", help="context parallel ranks it is for (default: 1)")
+    parser.add_argument("--max-tokens", metavar="N", help="longest example (default: 8K, or S + 1 where that is less)")
+    parser.add_argument("--long", choices=("drop", "cut"), default="drop",
+                        help="longer ones: leave them out (default), or cut them after the last answer that fits")
+    parser.add_argument("--examples", type=int, metavar="N", help="examples in all, the same from each source of a domain as far as it has them "
+                        "(default: all)")
+    parser.add_argument("--mix", metavar="SHARES", help="with --examples: like general=0.5,math=0.25,code=0.25 (default: as there are)")
+    parser.add_argument("--template", choices=("auto", "llama3.1", "tokenizer"), default="auto",
+                        help="chat template: Llama-3.1's, the tokenizer's own, or (auto, default) the former where both are the same")
+    parser.add_argument("--date", default="26 Jul 2024", help="'Today Date' in Llama-3.1's system header (default: 26 Jul 2024, its own)")
+    parser.add_argument("--seed", type=int, default=0, help="of which examples are taken and of the order of rows (default: 0)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that encode (default: one a core); the output is the same")
+    parser.add_argument("--show", type=int, metavar="N", help="print the first N conversations token by token, trained ones marked; write nothing")
+
+
+def sft(args: argparse.Namespace) -> None:
+    if args.output is None and args.show is None:
+        raise UserError("--output PREFIX is needed; or --show N to look at conversations first")
+    if args.show is not None and args.show < 1:
+        raise UserError(f"--show {args.show}: must be at least 1")
+    if args.sources and (args.domain or args.form != "auto"):
+        raise UserError("--domain and --form go with --input; in --sources they stand in the file")
+
+    # Imported here so that --help answers at once.
+    from megatron_ultralong.data import conversations, mix, sft_report
+    from megatron_ultralong.data import sft as prepare_sft
+
+    settings = prepare_sft.Settings(
+        seq_length=parse_count(args.seq_length, "--seq-length"), cp=args.cp, long=args.long, examples=args.examples,
+        max_tokens=None if args.max_tokens is None else parse_count(args.max_tokens, "--max-tokens"),
+        mix=None if args.mix is None else mix.parse(args.mix), template=args.template, date=args.date, seed=args.seed,
+        workers=_workers(args))
+    sources = mix.load(args.sources) if args.sources else [
+        mix.Source(name="input", files=tuple(conversations.files(args.input)), domain=args.domain, form=args.form)]
+    if args.show is not None:
+        for line in sft_report.show(sources, args.tokenizer, args.template, args.date, args.show):
+            print(line)
+        return
+    made = prepare_sft.prepare(sources, args.tokenizer, args.output, settings)
+    print("\n".join([f"{args.output}:", *sft_report.report(made, Path(f"{args.output}.broken.jsonl"))]))
+
+
+def _workers(args: argparse.Namespace) -> int:
+    from megatron_ultralong.data import pool
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    return args.workers or pool.cores()
 
 
 def main() -> None:

@@ -129,6 +129,7 @@ _made: Callable[[Any], Any] | None = None
 
 def _start_made(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _made
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     _follow_main()
     _made = make(*arguments)
 

@@ -1,0 +1,263 @@
+"""Conversations from files in the forms that instruction data is published in, as one form: `Conversation`.
+
+    sharegpt       conversations: [{from: human|gpt|system, value}]        ShareGPT, SlimOrca, WizardLM's Evol-Instruct V2
+    messages       messages: [{role: user|assistant|system, content}]      what refining writes
+    alpaca         instruction, input (may be empty or missing), output    Alpaca-GPT4, MathInstruct; with `response`: GPTeacher
+    QUESTION/ANSWER two columns by their names: question/answer            OrcaMath, Glaive; query/response MetaMath; problem/solution Magicoder
+
+A form is found out record by record unless it is named. A record that cannot be used is told with file and line; nothing is guessed:
+only turns before the first question and after the last answer are cut off.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.data import documents
+
+KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+DOMAINS = ("general", "math", "code")
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
+"""Names in use for the three roles; ShareGPT's files name the assistant after who answered."""
+TOOL_ROLES = ("tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_response", "observation", "ipython")
+LISTS = ("conversations", "messages", "conversation")
+"""Columns that hold a list of turns."""
+PAIRS = (("instruction", "output"), ("instruction", "response"), ("instruction", "completion"), ("prompt", "response"), ("prompt", "completion"),
+         ("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"), ("problem", "solution"),
+         ("input", "output"))
+"""Columns of a question and its answer, the first pair that a record has counts."""
+SYSTEM_KEYS = ("system", "system_prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """At most one system message, then user and assistant in turn; the last one is the assistant's. No content is blank."""
+
+    messages: tuple[Message, ...]
+    id: str
+    """The record's own, or file and line."""
+    place: str
+    """File and line, for messages."""
+    domain: str
+    source: str
+    turns_cut: int = 0
+    """Turns left out before the first question and after the last answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A record that gives no conversation."""
+
+    place: str
+    kind: Literal["broken", "unsupported"]
+    """unsupported = in order, but of a kind that is not trained on: tools, pictures."""
+    reason: str
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, kind: Literal["broken", "unsupported"] = "broken") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def files(inputs: Iterable[str]) -> list[Path]:
+    """The files that paths, directories (all of known kinds below, sorted) and globs name. UserError for what names none."""
+    found: list[Path] = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            some = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(KINDS) and not p.name.startswith("."))
+        elif not path.exists() and glob.has_magic(text):
+            some = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+        else:
+            some = [path]
+        if not some:
+            raise UserError(f"{text}: no file of a known kind there ({', '.join(KINDS)})")
+        found += some
+    for path in found:
+        if not path.name.lower().endswith(KINDS):
+            raise UserError(f"{path}: kind of file not known by its name; known are {', '.join(KINDS)}")
+        with documents.readable(path), path.open("rb"):
+            pass
+    return list(dict.fromkeys(found))
+
+
+def read(path: Path, *, source: str, domain: str | None = None, form: str = "auto",
+         progress: Callable[[int], Any] = lambda n: None) -> Iterator[Conversation | Unusable]:
+    """What each record of a file gives, in order. domain: None = the record's own `domain`, "general" where it names none.
+
+    progress: called with the bytes of the file read since the last call. Memory: a record of .jsonl, some rows of .parquet, a whole
+    .json. UserError where the file cannot be read.
+    """
+    check_form(form)
+    for place, record in _records(path, progress):
+        try:
+            if isinstance(record, _Refused):
+                raise record
+            if not isinstance(record, dict):
+                raise _Refused(f"holds {_kind(record)}, where an object with columns is needed")
+            messages, cut = _messages(record, form)
+            name = next((str(record[key]) for key in ("id", "idx", "conversation_id") if record.get(key) not in (None, "")), place)
+            own = record.get("domain")
+            yield Conversation(messages, name, place, domain or (own if own in DOMAINS else "general"), source, cut)
+        except _Refused as refused:
+            yield Unusable(place, refused.kind, str(refused))
+
+
+def check_form(form: str) -> None:
+    """UserError where `form` is none."""
+    if form not in ("auto", "sharegpt", "messages", "alpaca") and len(form.split("/")) != 2:
+        raise UserError(f"form {form}: must be auto, sharegpt, messages, alpaca, or two columns like question/answer")
+
+
+# ---- a record's turns ------------------------------------------------------------------------------------------
+
+def _messages(record: dict[str, Any], form: str) -> tuple[tuple[Message, ...], int]:
+    """(messages, turns cut off). _Refused where there is no question with an answer."""
+    column = next((name for name in LISTS if isinstance(record.get(name), list)), None)
+    if form in ("sharegpt", "messages") and column is None:
+        raise _Refused(f"no list of turns under {' or '.join(LISTS)}")
+    if column is not None and form in ("auto", "sharegpt", "messages"):
+        turns = [_turn(turn) for turn in record[column]]
+        if not turns or turns[0].role != "system":
+            turns = _system(record) + turns
+    else:
+        turns = _pair(record, form)
+    return _in_turn(turns)
+
+
+def _turn(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise _Refused(f"a turn is {_kind(turn)}, not an object with a role and its content")
+    name = turn.get("from") or turn.get("role")  # in parquet a turn has every column, some of them empty
+    if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        raise _Refused(f"uses tools ({name})", "unsupported")
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise _Refused(f"role {name!r} is not known")
+    return Message(role, _text(turn.get("content") if turn.get("value") is None else turn["value"], role))
+
+
+def _pair(record: dict[str, Any], form: str) -> list[Message]:
+    pairs: Iterable[tuple[str, ...]] = PAIRS
+    if "/" in form:
+        pairs = [tuple(form.split("/"))]
+    elif form == "alpaca":
+        pairs = PAIRS[:3]
+    pair = next((pair for pair in pairs if all(name in record for name in pair)), None)
+    if pair is None:
+        wanted = "" if form == "auto" else f" for form {form}"
+        raise _Refused(f"no known columns{wanted} among {', '.join(list(record)[:8]) or 'none'}")
+    question, answer = (_text(record[name], name) for name in pair)
+    if pair[0] == "instruction" and record.get("input"):
+        question += "\n\n" + _text(record["input"], "input")
+    return [*_system(record), Message("user", question), Message("assistant", answer)]
+
+
+def _system(record: dict[str, Any]) -> list[Message]:
+    return [Message("system", _text(record[key], key)) for key in SYSTEM_KEYS if isinstance(record.get(key), str)][:1]
+
+
+def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
+    """As a Conversation wants them, and how many were cut off."""
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    rest = turns[len(system):]
+    first = next((i for i, turn in enumerate(rest) if turn.role == "user"), len(rest))
+    last = next((i for i in range(len(rest), 0, -1) if rest[i - 1].role == "assistant"), 0)
+    if last <= first:
+        raise _Refused("no question with an answer after it")
+    kept = rest[first:last]
+    for i, turn in enumerate(kept):
+        wanted = ("user", "assistant")[i % 2]
+        if turn.role != wanted:
+            raise _Refused("a system message in the middle" if turn.role == "system" else f"two turns of the {turn.role} in a row")
+        if not turn.content.strip():
+            raise _Refused(f"turn {first + i + 1} ({turn.role}) is empty")
+    return tuple([turn for turn in system if turn.content.strip()] + kept), len(rest) - len(kept)
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, list):
+        parts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise _Refused(f"{name} holds parts that are not text", "unsupported")
+        value = "".join(str(part) for part in parts)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _Refused(f"{name} holds {_kind(value)}, not text")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:  # JSON can say "\ud800", which no tokenizer takes
+        raise _Refused(f"{name} holds half of a surrogate pair, which is not text") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+def _records(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[str, Any]]:
+    """(place, record, or what is wrong with it)."""
+    name = path.name.lower()
+    with documents.readable(path), path.open("rb") as file:
+        if name.endswith(".parquet"):
+            yield from _parquet(path, file)
+        elif name.endswith(".json"):
+            try:
+                found = json.load(file)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: not JSON ({error}); mend it, or name it .jsonl if each line is a record") from None
+            if not isinstance(found, list):
+                raise UserError(f"{path}: a list of records is needed; name it .jsonl if each line is one")
+            yield from ((f"{path}, item {number}", record) for number, record in enumerate(found, 1))
+        else:
+            done = 0
+            compression = next((end for end in (".gz", ".zst") if name.endswith(end)), "")
+            for number, line in enumerate(documents.decompressed(file, compression), 1):
+                if not line.isspace():
+                    yield f"{path}, line {number}", _parsed(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                progress(file.tell() - done)
+                done = file.tell()
+            return
+        progress(file.seek(0, 2))
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return _Refused(f"not UTF-8 text ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        return _Refused(f"not JSON ({error})")
+
+
+def _parquet(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", record
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None
