@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from megatron_ultralong.config import Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError
+from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError
 
 LLAMA_3_1_8B = Model(hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256)
 SMOLLM2_135M = Model(hidden_size=576, ffn_size=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab_size=49152, tied_embeddings=True)
@@ -116,9 +116,11 @@ def _ultralong_sft(size: str) -> Run:
     return Run(
         name=f"ultralong_{size}_sft",
         notes="arXiv 2504.06214: learning rate 5e-6, global batch 128 and 100K examples under 8K tokens are published; one epoch of them, one "
-              "example a row (782 iterations), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and seed are this project's own.",
+              "example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and "
+              "seed are this project's own. Attention stays inside documents, so packed rows work too, with fewer rows a step and iterations.",
         parallel=Parallel(tp=8),
         memory=Memory(checkpoint="attention"),
+        data=Data(documents="masked"),
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(seq_length=8192, global_batch=128, iterations=782, lr=5e-6, warmup=24, save_every=200),
         runtime=Runtime(device="cuda"))

@@ -208,6 +208,8 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, metavar="N", help="examples in all, the same from each source of a domain as far as it has them "
                         "(default: all)")
     parser.add_argument("--mix", metavar="SHARES", help="with --examples: like general=0.5,math=0.25,code=0.25 (default: as there are)")
+    parser.add_argument("--fit", choices=("best", "single"), default="best",
+                        help="whole conversations together in rows, by best fit (default), or each in a row of its own, the rest padded")
     parser.add_argument("--template", choices=("auto", "llama3.1", "tokenizer"), default="auto",
                         help="chat template: Llama-3.1's, the tokenizer's own, or (auto, default) the former where both are the same")
     parser.add_argument("--date", default="26 Jul 2024", help="'Today Date' in Llama-3.1's system header (default: 26 Jul 2024, its own)")
@@ -231,7 +233,7 @@ def sft(args: argparse.Namespace) -> None:
     settings = prepare_sft.Settings(
         seq_length=parse_count(args.seq_length, "--seq-length"), cp=args.cp, long=args.long, examples=args.examples,
         max_tokens=None if args.max_tokens is None else parse_count(args.max_tokens, "--max-tokens"),
-        mix=None if args.mix is None else mix.parse(args.mix), template=args.template, date=args.date, seed=args.seed,
+        mix=None if args.mix is None else mix.parse(args.mix), fit=args.fit, template=args.template, date=args.date, seed=args.seed,
         workers=_workers(args))
     sources = mix.load(args.sources) if args.sources else [
         mix.Source(name="input", files=tuple(conversations.files(args.input)), domain=args.domain, form=args.form)]

@@ -51,6 +51,8 @@ class Settings:
     """Examples in all; None = all there are."""
     mix: dict[str, Fraction] | None = None
     """Share of each domain; None = as there are."""
+    fit: Literal["best", "single"] = "best"
+    """Whole conversations together in rows, by best fit; or each in a row of its own, the rest padded."""
     template: str = "auto"
     date: str = chat.DATE
     seed: int = 0
@@ -99,7 +101,7 @@ def prepare(sources: Sequence[Source], tokenizer_dir: Path, output: str, setting
             raise UserError(f"nothing to train on: of {sum(t['read'] for t in told)} records none is a conversation of up to "
                             f"{settings.longest} tokens{_why(told)}")
         writer = rows.RowWriter(stage, settings.seq_length + 1, indexed.token_dtype(tokenizer.vocab_size), masked=True, starts=True)
-        _pack(writer, spill, chosen, lengths, pad, settings.seed, show_progress)
+        _pack(writer, spill, chosen, lengths, pad, settings, show_progress)
         writer.finish()
         spill.remove()
 
@@ -115,7 +117,7 @@ def prepare(sources: Sequence[Source], tokenizer_dir: Path, output: str, setting
             "dtype": numpy.dtype(writer.dtype).name, "mask": True, "document_starts": True, "pad_id": pad,
             "max_tokens": settings.longest, "long": settings.long, "examples": settings.examples,
             "mix": None if settings.mix is None else {name: float(share) for name, share in settings.mix.items()}, "seed": settings.seed,
-            "template": {"name": template.name, "spans": template.spans, "date": settings.date},
+            "fit": settings.fit, "template": {"name": template.name, "spans": template.spans, "date": settings.date},
             "tokenizer": {"name": tokenizer.path.resolve().name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "domains": {name: {"usable": available[name], "wanted": wanted.get(name, 0), **totals(domain == DOMAINS.index(name))}
                         for name in available},
@@ -199,12 +201,12 @@ def _why(told: list[dict[str, Any]]) -> str:
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
-def _pack(writer: rows.RowWriter, spill: Spill, chosen: NDArray[numpy.int64], lengths: NDArray[numpy.int64], pad: int, seed: int,
-          show_progress: bool) -> None:
+def _pack(writer: rows.RowWriter, spill: Spill, chosen: NDArray[numpy.int64], lengths: NDArray[numpy.int64], pad: int,
+          settings: Settings, show_progress: bool) -> None:
     """The chosen conversations as rows, in random order."""
     ends, ids, trained = spill.read()
-    bins = contents(best_fit(lengths[chosen], writer.length))
-    for which in tqdm(mix.shuffled(len(bins), seed), unit="row", desc="packing", disable=not show_progress):
+    bins = contents(best_fit(lengths[chosen], writer.length) if settings.fit == "best" else numpy.arange(len(chosen)))
+    for which in tqdm(mix.shuffled(len(bins), settings.seed), unit="row", desc="packing", disable=not show_progress):
         row, mask, starts, at = numpy.full(writer.length, pad, numpy.int32), numpy.zeros(writer.length, numpy.uint8), [], 0
         for example in chosen[bins[which]]:
             length, end = lengths[example], ends[example]

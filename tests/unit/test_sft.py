@@ -116,6 +116,15 @@ def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
     assert (manifest["rows"], manifest["padding"], rows.starts(0)) == (1, 0, [0]) and rows[0][0].tolist() == expected(tokenizer_dir, record)[0]
 
 
+def test_one_conversation_a_row(tmp_path, tokenizer_dir):
+    records = [made.asked(i) for i in range(5)]
+    manifest = prepared(tmp_path, tokenizer_dir, records, fit="single")
+    rows = dataset.PackedRows(str(tmp_path / "out"), S)
+    want = sorted(expected(tokenizer_dir, record)[0] for record in records)
+    assert manifest["rows"] == 5 and manifest["tokens"] == sum(map(len, want)) == 5 * (S + 1) - manifest["padding"]
+    assert sorted(rows[i][0][:rows.starts(i)[1]].tolist() for i in range(5)) == want and all(len(rows.starts(i)) == 2 for i in range(5))
+
+
 # ---- which examples --------------------------------------------------------------------------------------------
 
 def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
