@@ -68,6 +68,7 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json")
     data.add_argument("--input", type=Path, nargs="+", metavar="FILE", help=".jsonl files with `text` (default: made of Python's own source files)")
     data.add_argument("--megabytes", metavar="N", default="100", help="of the made input, in all (default: 100)")
+    data.add_argument("--methods", metavar="A,B", help="only these of: ours, megatron, datatrove (default: all)")
     data.add_argument("--workers", metavar="N", help="processes (default: one a core)")
     data.add_argument("--made", type=Path, metavar="DIR", default=Path("runs/benchmark/data"), help="where the made input is kept (default: %(default)s)")
     _common(data, repeats="3")
@@ -163,7 +164,8 @@ def _data(args: argparse.Namespace) -> Any:
 
     workers = _count(args, "workers", str(len(os.sched_getaffinity(0))))
     files = args.input or data.made_input(args.made, 4 * workers, _count(args, "megabytes"))
-    return data.Settings(inputs=tuple(files), tokenizer=args.tokenizer, workers=workers, repeats=_count(args, "repeats"))
+    return data.Settings(inputs=tuple(files), tokenizer=args.tokenizer, workers=workers, repeats=_count(args, "repeats"),
+                         methods=tuple(args.methods.split(",")) if args.methods else ())
 
 
 def _count(args: argparse.Namespace, name: str, default: str = "") -> int:

@@ -34,6 +34,8 @@ class Settings:
     tokenizer: Path
     workers: int
     repeats: int
+    methods: tuple[str, ...] = ()
+    """Only these; empty = all."""
     seq_length: int = 1 << 17
 
     def __post_init__(self) -> None:
@@ -41,6 +43,9 @@ class Settings:
             raise UserError("--input: give .jsonl files that exist")
         if not (self.tokenizer / "tokenizer.json").is_file():
             raise UserError(f"--tokenizer {self.tokenizer}: no tokenizer.json in it")
+        for name in self.methods:
+            if name not in METHODS:
+                raise UserError(f"--methods {name}: known are {', '.join(METHODS)}")
 
 
 def run(settings: Settings, device: Any, command: str, say: Callable[[str], Any] = lambda name: None) -> Report:
@@ -54,16 +59,17 @@ def run(settings: Settings, device: Any, command: str, say: Callable[[str], Any]
         Column(key="tokens", title="tokens", show=lambda v: f"{v:,}", meaning="of the documents, separators not counted"),
         Column(key="peak_bytes", title="peak MB", show=lambda v: f"{v / 1e6:.0f}", meaning="largest resident size of one of its processes")],
         about=about(device, command, workers=settings.workers, input_bytes=size, files=len(settings.inputs)))
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    methods = settings.methods or tuple(METHODS)
+    times: dict[str, list[float]] = {name: [] for name in methods}
     last: dict[str, dict[str, Any]] = {}
     for turn in range(settings.repeats):
-        for name in METHODS:
+        for name in methods:
             say(f"{name}, {turn + 1} of {settings.repeats}")
             last[name] = _apart(name, settings)
             if "note" not in last[name]:
                 times[name].append(last[name]["seconds"])
-    for name in METHODS:
-        row: dict[str, Any] = {"name": name, "ours": name == "megatron_ultralong"}
+    for name in methods:
+        row: dict[str, Any] = {"name": name, "ours": name == "ours"}
         if times[name]:
             seconds = statistics.median(times[name])
             row |= last[name] | {"seconds": seconds, "tokens_per_second": last[name]["tokens"] / seconds, "megabytes_per_second": size / seconds / 1e6}
@@ -168,7 +174,7 @@ def _datatrove(settings: Settings, folder: Path) -> int:
     return sum(sizes)
 
 
-METHODS: dict[str, Callable[[Settings, Path], int]] = {"megatron_ultralong": _ours, "Megatron IndexedDatasetBuilder": _megatron, "datatrove": _datatrove}
+METHODS: dict[str, Callable[[Settings, Path], int]] = {"ours": _ours, "megatron": _megatron, "datatrove": _datatrove}
 
 
 def made_input(folder: Path, files: int, megabytes: int, seed: int = 0) -> tuple[Path, ...]:

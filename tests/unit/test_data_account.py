@@ -185,3 +185,46 @@ def test_a_corpus_of_another_tokenizer_and_a_damaged_one(tmp_path, tokenizer_dir
     (tmp_path / "ids.bin").write_bytes((tmp_path / "ids.bin").read_bytes()[:-4])
     with pytest.raises(UserError, match=r"ids.bin: is not what ids.idx says \(24 bytes, expected 28\)"):
         pack(packing.plain([path]), tokenizer_dir, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fit", ["cross", "best"])
+def test_rows_go_on_where_they_are_on_the_disk(tmp_path, tokenizer_dir, fit, monkeypatch):
+    """Cut off while rows are written: the next run keeps those that the disk was waited for, and the files are the same."""
+    path = made.write_jsonl(tmp_path / "a.jsonl", [made.text(i, 40) for i in range(80)])
+    whole = pack(packing.plain([path]), tokenizer_dir, tmp_path / "whole", fit=fit, document_starts=True)
+    want = {p.name.removeprefix("whole"): p.read_bytes() for p in tmp_path.glob("whole*")}
+    monkeypatch.setattr(packing, "_BLOCK", 400)
+    monkeypatch.setattr(packing, "_SYNC", 2000)
+    monkeypatch.setattr(packing, "WORTH_KEEPING", 0)
+    read, calls, most = packing._Reader.into, 0, 0
+
+    def until(self, part, document, begin):
+        nonlocal calls
+        calls += 1
+        if calls == most:
+            raise MemoryError
+        read(self, part, document, begin)
+
+    monkeypatch.setattr(packing._Reader, "into", until)
+    counts = []
+    for most in (40, 50, 0):  # two runs that end, one that does not; each reads less than is missing in all
+        calls = 0
+        if most:
+            with pytest.raises(MemoryError):
+                pack(packing.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, document_starts=True)
+            work = json.loads((tmp_path / ".cut.work" / "progress.json").read_text())
+            counts.append(work["rows"])
+            with (tmp_path / ".cut.work" / "rows" / ".bin").open("ab") as file:
+                file.write(b"half a row")
+        else:
+            assert pack(packing.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, document_starts=True) == whole
+    assert 0 < counts[0] < counts[1] < whole["rows"]
+    assert {p.name.removeprefix("cut"): p.read_bytes() for p in tmp_path.glob("cut*")} == want and not list(tmp_path.glob(".cut*"))
+
+    # Other settings do not go on with what was for these.
+    most, calls = 40, 0
+    with pytest.raises(MemoryError):
+        pack(packing.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit)
+    most = 0
+    other = pack(packing.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, seq_length=31)
+    assert other["seq_length"] == 31 and IndexedDataset(str(tmp_path / "cut")).sequence_lengths.max() == 32
