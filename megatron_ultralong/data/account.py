@@ -95,6 +95,9 @@ def notes(manifest: dict[str, Any], output: str) -> list[str]:
     if copies:
         found.append(f"{copies} documents have the same tokens as an earlier one: {'left out' if dropped else 'kept (--duplicates drop leaves them out)'}")
     for source in manifest["sources"]:
+        none = [row["bucket"] for row in source["lengths"] if row.get("rate", row.get("share")) and not row["packed_documents"]]
+        if none:
+            found.append(f"{source['name']}: nothing of {', '.join(none)} was taken: what is wanted of it is less than half a document")
         if source["ends_with"] is not None:
             found.append(f"{source['name']}: every document ends with token {source['ends_with']}, kept before the separator; "
                          f"strip_id: {source['ends_with']} in a file of sources takes it off")
@@ -113,7 +116,7 @@ def write(stage: Path, store: Store, wanted: Sources, times: NDArray[numpy.int32
                              ("tokens", pyarrow.int64()), ("used", pyarrow.int32()), ("what", pyarrow.string()), ("reason", pyarrow.string())])
     lines_before = numpy.zeros(len(files), numpy.int64)
     at = 0
-    with pyarrow.parquet.ParquetWriter(stage / ".documents.parquet", schema) as writer, (stage / ".broken.jsonl").open("w") as broken:
+    with pyarrow.parquet.ParquetWriter(stage / ".documents.parquet", schema) as writer, (stage / ".broken.jsonl").open("w", encoding="utf-8") as broken:
         for k, unit in enumerate(store.units):
             part, number, ids, status, reason, tokens = store.column("part", "number", "id", "status", "reason", "tokens", unit=k)
             good = status == token_store.OK

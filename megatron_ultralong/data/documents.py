@@ -1,5 +1,5 @@
 """Raw documents as streams: .txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row). A Megatron
-corpus, .bin/.idx, is a kind too, but holds tokens: tokens.py reads it.
+corpus, .bin/.idx, is a kind too, but holds tokens: token_store.py reads it.
 
 Whatever is wrong with a document is one line that names the file and the line or row; what is wrong with a file stops.
 """
@@ -34,8 +34,11 @@ class BrokenDocument(UserError):
     """One document that cannot be used, in a file whose others may be."""
 
     def __init__(self, part: Part, number: int, reason: str) -> None:
-        self.number, self.reason = number, reason
-        super().__init__(f"{place(part, number)}: {reason}")
+        self.part, self.number, self.reason = part, number, printable(reason)
+        super().__init__()
+
+    def __str__(self) -> str:  # made when it is asked for: to find the line in the file may mean reading all before it
+        return f"{place(self.part, self.number)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,21 @@ def read(part: Part, text_key: str = "text", id_key: str | None = None, progress
             progress(at - done)
             done = at
 
-        if found == ".parquet":
-            yield from _parquet(part, file, text_key, id_key, progress, on_broken, on_end)
-            return
         with readable(part.path):
+            if found == ".parquet":
+                yield from _parquet(part, file, text_key, id_key, progress, on_broken, on_end)
+                return
             stream = decompressed(file, compression)
             documents = _txt(part, stream, advance) if found == ".txt" else _jsonl(part, stream, text_key, id_key, on_broken, on_end)
             for document in documents:
                 yield document
                 advance()
             advance()
+
+
+def printable(text: str) -> str:
+    """The text as UTF-8 can say it: of a lone half of a surrogate pair, its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def place(part: Part, number: int) -> str:
@@ -220,7 +228,7 @@ def _record(part: Part, number: int, line: bytes, text_key: str, id_key: str | N
         raise BrokenDocument(part, number, f"no key {text_key!r} among {_listed(record)}; choose one with --text-key")
     if id_key is not None and id_key not in record:
         raise BrokenDocument(part, number, f"no key {id_key!r} among {_listed(record)}; choose one with --id-key")
-    return Document(number, (_text(record[text_key], part, number, text_key),), None if id_key is None else str(record[id_key]))
+    return Document(number, (_text(record[text_key], part, number, text_key),), None if id_key is None else printable(str(record[id_key])))
 
 
 def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, progress: Callable[[int], Any],
@@ -243,7 +251,11 @@ def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, prog
             for value, name in zip(batch.column(text_key), batch.column(id_key or text_key), strict=True):
                 number += 1
                 try:
-                    text = _text(value.as_py(), part, number, text_key)
+                    try:
+                        found = value.as_py()
+                    except UnicodeDecodeError as error:
+                        raise BrokenDocument(part, number, f"{text_key!r} is not UTF-8 text ({error.reason}); mend or remove it") from None
+                    text = _text(found, part, number, text_key)
                     yield Document(number, (text,), None if id_key is None else str(name.as_py()))
                 except BrokenDocument as broken:
                     if on_broken is None:

@@ -104,8 +104,9 @@ def pack(wanted: Sources, tokenizer_dir: Path, packing: Packing, output: str, *,
     prefix = rows.check_output(output)
     work = prefix.parent / f".{prefix.name}.work"
     tokens = tokens_dir or work / "tokens"
-    try:
-        with token_store.locked(work), token_store.locked(tokens):
+    _check_places(wanted, output, work, tokens_dir)
+    with token_store.locked(work), token_store.locked(tokens):
+        try:
             size = sum(token_store.data(path).stat().st_size for source in wanted.sources for path in source.files)
             with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=not show_progress) as bar:
                 strictness = Strictness(broken=packing.broken, empty=packing.empty)
@@ -122,20 +123,39 @@ def pack(wanted: Sources, tokenizer_dir: Path, packing: Packing, output: str, *,
             rows.write_manifest(stage, manifest)
             rows.publish(stage, output)
             shutil.rmtree(work)
-    except BaseException as error:
-        kept = _keep_or_remove(work)
-        if isinstance(error, OSError):
-            raise UserError(f"--output {output}: cannot be written: {error.strerror or error}{kept}") from None
-        if isinstance(error, UserError | KeyboardInterrupt) and kept:
-            raise type(error)(f"{error}{kept}") from None
-        raise
+        except BaseException as error:
+            kept = _keep_or_remove(work, output)
+            if isinstance(error, OSError):
+                raise UserError(f"{error.filename or f'--output {output}'}: cannot be written: {error.strerror or error}{kept}") from None
+            if isinstance(error, UserError | KeyboardInterrupt) and kept:
+                raise type(error)(f"{error}{kept}") from None
+            raise
     return manifest
 
 
-def _keep_or_remove(work: Path) -> str:
+def _check_places(wanted: Sources, output: str, work: Path, tokens_dir: Path | None) -> None:
+    """UserError where the output would take the place of an input or of somebody else's files, or be taken for an input."""
+    prefix = Path(output).resolve()
+    written = {Path(f"{prefix}{suffix}") for suffix in (*rows.SUFFIXES, *rows.EXTRAS, ".json")}
+    for source in wanted.sources:
+        for path in source.files:
+            if written & {path.resolve(), token_store.data(path).resolve()}:
+                raise UserError(f"--output {output}: would take the place of the input {path}; choose another")
+        for folder in source.folders:
+            if folder.resolve() in prefix.parents:
+                raise UserError(f"--output {output}: lies in the input directory {folder}; choose a place outside")
+    manifest = Path(f"{output}.json")
+    if (manifest.exists() and not rows.is_manifest(manifest)) or (Path(f"{output}.idx").exists() and not manifest.exists() and not work.exists()):
+        raise UserError(f"--output {output}: files of that name are there which no earlier run made; choose another, or move them away")
+    if tokens_dir is not None:
+        token_store.check_folder(tokens_dir)
+
+
+def _keep_or_remove(work: Path, output: str) -> str:
     """What an error says of the work that is kept; nothing where it is too little and was removed."""
     size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file() and path.suffix != ".partial") if work.exists() else 0
-    if size >= WORTH_KEEPING:
+    half_published = Path(f"{output}.idx").exists() and not Path(f"{output}.json").exists()
+    if size >= WORTH_KEEPING or half_published:
         return f" (finished parts are kept in {work}; the same command goes on with them)"
     shutil.rmtree(work, ignore_errors=True)
     return ""
@@ -155,7 +175,10 @@ def _choose(store: Store, wanted: Sources, packing: Packing) -> tuple[NDArray[nu
         files = [path for source in wanted.sources for path in source.files]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise UserError(f"no text in {files[0]}{more}; nothing to pack")
-    return resample.copies(store.lengths, source_of, usable, wanted), duplicate
+    times = resample.copies(store.lengths, source_of, usable, wanted)
+    if not times.any():
+        raise UserError("of no source so many tokens are wanted that one document is worth taking; ask for more tokens, or raise the rates")
+    return times, duplicate
 
 
 def _place(lengths: NDArray[numpy.int64], separator: int, packing: Packing) -> Placement:
@@ -218,12 +241,16 @@ def _write_rows(work: Path, stage: Path, store: Store, order: NDArray[numpy.int6
                     os.fsync(file.fileno())
                 at = {name: file.tell() for name, file in files.items()}
                 progress.write_text(json.dumps({"identity": identity, "rows": first + count, "": 0, ".mask": 0, ".docs": 0} | at))
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    at = {name: file.tell() for name, file in files.items()}
+    progress.write_text(json.dumps({"identity": identity, "rows": placement.rows, "": 0, ".mask": 0, ".docs": 0} | at))
     for name, file in files.items():
         file.close()
         starts = (len(placement.starts(row)) for row in range(placement.rows))
         sizes = numpy.fromiter(starts, numpy.int32) if name == ".docs" else numpy.full(placement.rows, length, numpy.int32)
         indexed.write_index(stage / f"{name}.idx", {"": dtype, ".mask": numpy.uint8, ".docs": numpy.int32}[name], sizes)
-    progress.unlink(missing_ok=True)
 
 
 def _resumed(progress: Path, stage: Path, identity: str) -> dict[str, int] | None:
@@ -262,7 +289,10 @@ class _Reader:
                     raise UserError(f"{file.name}: ended early; was it changed meanwhile?")
                 got += count
         else:
-            part[:] = numpy.frombuffer(token_store.read_exactly(file, len(part) * dtype.itemsize), dtype)
+            found = numpy.frombuffer(token_store.read_exactly(file, len(part) * dtype.itemsize), dtype)
+            if found.min(initial=0) < 0 or found.max(initial=0) > numpy.iinfo(part.dtype).max:
+                raise UserError(f"{file.name}: holds other tokens than before; was it changed meanwhile?")
+            part[:] = found
 
 
 # ---- manifest ----------------------------------------------------------------------------------------------------
@@ -292,4 +322,5 @@ def plain(inputs: list[Path], text_key: str = "text", id_key: str | None = None)
     """Files as one source, every document once, in order."""
     from megatron_ultralong.data import sources
 
-    return Sources(sources=(Source(name="input", files=sources.expand(inputs), text_key=text_key, id_key=id_key),))
+    folders = tuple(path for path in inputs if path.is_dir())
+    return Sources(sources=(Source(name="input", files=sources.expand(inputs), text_key=text_key, id_key=id_key, folders=folders),))

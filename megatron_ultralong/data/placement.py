@@ -95,25 +95,34 @@ class BestFit:
         full, rest = numpy.divmod(lengths, row)
         items = numpy.flatnonzero(rest)
         # A row of n pieces has n - 1 separators: each piece counts with one, and a row holds one more.
-        bins = best_fit.contents(best_fit.best_fit(rest[items] + separator, row + separator))
+        bins = best_fit.best_fit(rest[items] + separator, row + separator)
         own = numpy.repeat(numpy.arange(len(lengths)), full)  # documents that fill rows alone
         within = numpy.arange(len(own)) - numpy.repeat(numpy.cumsum(full) - full, full)
-        contents = [[(int(d), int(k) * row, row)] for d, k in zip(own, within, strict=True)]
-        contents += [[(d, int(lengths[d] - rest[d]), int(rest[d])) for d in items[members].tolist()] for members in bins]
-        contents.sort(key=lambda pieces: pieces[0][:2])  # rows stand in the order of their first documents
-        self._contents = contents
-        self.rows, self.dropped = len(contents), 0
-        self.separators = separator * sum(len(pieces) - 1 for pieces in contents)
+        document = numpy.concatenate([own, items])
+        begin = numpy.concatenate([within, full[items]]) * row
+        count = numpy.concatenate([numpy.full(len(own), row), rest[items]])
+        where = numpy.concatenate([numpy.arange(len(own)), len(own) + bins])  # row of each piece, by any number
+        # Rows stand in the order of their first documents, and documents in a row in their own.
+        pieces = numpy.lexsort((begin, document))
+        _, first = numpy.unique(where[pieces], return_index=True)
+        place = numpy.empty(len(first), numpy.int64)
+        place[numpy.argsort(first)] = numpy.arange(len(first))
+        pieces = pieces[numpy.argsort(place[where[pieces]], kind="stable")]
+        self._document, self._begin, self._count = document[pieces], begin[pieces], count[pieces]
+        self._ends = numpy.cumsum(numpy.bincount(place[where], minlength=len(first)))
+        """Of each row, the number of pieces up to its last."""
+        self.rows, self.dropped = len(first), 0
+        self.separators = separator * (len(pieces) - self.rows)
         self.padding = self.rows * row - int(lengths.sum()) - self.separators
 
     def pieces(self, row: int) -> list[Piece]:
         found, at = [], 0
-        for document, begin, length in self._contents[row]:
+        for k in range(int(self._ends[row - 1]) if row else 0, int(self._ends[row])):
             if at and self.separator:
                 found.append(Piece(at, SEPARATOR, 0, self.separator))
                 at += self.separator
-            found.append(Piece(at, document, begin, length))
-            at += length
+            found.append(Piece(at, int(self._document[k]), int(self._begin[k]), int(self._count[k])))
+            at += int(self._count[k])
         return found
 
     def starts(self, row: int) -> list[int]:

@@ -101,6 +101,16 @@ def check_output(output: str) -> Path:
     return prefix
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether it is what `write_manifest` wrote, by how it begins."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            begin = file.read(400)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return '"format": ' in begin and '"kind": ' in begin and '"seq_length": ' in begin
+
+
 def write_manifest(stage: Path, values: dict[str, Any]) -> None:
     (stage / "manifest").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import documents
+from megatron_ultralong.data import documents, rows
 
 EDGES = tuple(1024 << k for k in range(11))
 """Where length buckets part in reports, tokens: 1K, 2K ... 1M."""
@@ -61,6 +62,8 @@ class Source:
     """Share of the tokens, relative to the other sources'; None = what its documents and rates give."""
     lengths: Lengths | None = None
     """None = every document once."""
+    folders: tuple[Path, ...] = ()
+    """Directories that were searched for the files."""
     strip_id: int | None = None
     """Token taken off the end of a Megatron corpus's documents, such as its end of document."""
 
@@ -87,7 +90,7 @@ def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path) and _known(p))
+            inside = _below(path)
             if not inside:
                 raise UserError(f"{what} {path}: no file of a known kind in it; known are .txt, .jsonl (also .gz, .zst), .parquet, .idx")
             found += inside
@@ -99,6 +102,10 @@ def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
         else:
             found.append(path.with_suffix(".idx") if path.suffix == ".bin" else path)
     for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what} {documents.printable(str(path))}: the file's name is not UTF-8; rename it") from None
         if documents.kind(path)[0] == ".idx":
             _not_packed(path)
     documents.check(found)
@@ -115,7 +122,7 @@ def load(path: Path) -> Sources:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sources {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -126,6 +133,8 @@ def load(path: Path) -> Sources:
     entries = values.get("sources")
     if not isinstance(entries, dict) or not entries:
         raise reader.wrong("sources", "must hold at least one name with its input")
+    if len({str(name) for name in entries}) < len(entries):
+        raise reader.wrong("sources", "names two sources alike")
     sources = tuple(reader.source(str(name), entry, everyones) for name, entry in entries.items())
     if len({s.weight is None for s in sources}) > 1:
         without = next(s.name for s in sources if s.weight is None)
@@ -164,7 +173,7 @@ class _Reader:
         return value
 
     def tokens(self, value: Any) -> int | None:
-        """1000000, 500M, 1B; None = nothing wanted."""
+        """1000000 or 1B; None = nothing wanted."""
         if value is None:
             return None
         try:
@@ -179,16 +188,25 @@ class _Reader:
         inputs = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) for text in inputs):
             raise self.wrong(f"{what}.input", "must be a file, directory or glob, or a list of them")
-        files = expand([self.path.parent / Path(text).expanduser() for text in inputs], f"--sources {self.path}: {what}.input")
-        weight = values.get("weight")
-        if weight is not None and (not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf):
+        paths = [self._beside(text) for text in inputs]
+        files = expand(paths, f"--sources {self.path}: {what}.input")
+        weight = None if values.get("weight") is None else _number(values["weight"])
+        if weight is not None and not 0 < weight < 1e12:
             raise self.wrong(f"{what}.weight", "must be a number above 0; leave the source out instead of weight 0")
         for key in ("text_key", "id_key"):
             if not isinstance(values.get(key, ""), str):
                 raise self.wrong(f"{what}.{key}", "must be a name")
         return Source(name=name, files=files, text_key=values.get("text_key", "text"), id_key=values.get("id_key"),
                       weight=None if weight is None else Fraction(str(weight)), lengths=self.lengths(values, f"{what}.") or everyones,
+                      folders=tuple(path for path in paths if path.is_dir()),
                       strip_id=self.whole(values, "strip_id", 0, 0) if "strip_id" in values else None)
+
+    def _beside(self, text: str) -> Path:
+        """A path or glob of the file, relative to its folder, whose own name is no glob."""
+        path = Path(text).expanduser()
+        if path.is_absolute() or not glob.has_magic(text):
+            return self.path.parent / path
+        return Path(glob.escape(str(self.path.parent))) / path
 
     def lengths(self, values: dict[str, Any], what: str) -> Lengths | None:
         given = [key for key in ("rates", "shares") if key in values]
@@ -202,9 +220,9 @@ class _Reader:
             raise self.wrong(f"{what}{key}", 'must be like {<4K: 0.25, 4K-8K: 1, ">=8K": 3}')
         found = []
         for name, value in buckets.items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            if not 0 <= _number(value) < 1e12:
                 raise self.wrong(f"{what}{key}, {name}:", "must be a number from 0 on")
-            found.append((*self._bucket(str(name), f"{what}{key}"), float(value)))
+            found.append((*self._bucket(str(name), f"{what}{key}"), _number(value)))
         found.sort()
         borders = [0.0, *(last for _, last, _ in found)]
         if borders[-1] != math.inf or any(first != border for (first, _, _), border in zip(found, borders, strict=False)):
@@ -249,10 +267,40 @@ def _known(path: Path) -> bool:
     return found != ".idx" or not path.name.endswith((".mask.idx", ".docs.idx"))
 
 
-def _hidden(path: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(below).parts)
+def _below(folder: Path) -> list[Path]:
+    """Files of known kinds in a directory and those below it, links followed; hidden ones are not looked at."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [] if os.path.realpath(place) in seen else sorted(name for name in folders if not name.startswith("."))
+        seen.add(os.path.realpath(place))
+        found += [Path(place, name) for name in names if not name.startswith(".") and _known(Path(name))]
+    return sorted(set(found))
+
+
+def _number(value: Any) -> float:
+    """NaN where it is none; YAML takes 1e-3 for text."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _loader() -> Any:
+    """YAML's safe loader, which refuses a key that stands twice: the first one would be lost without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            again = next((key for k, key in enumerate(keys) if key in keys[:k]), None)
+            if again is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {again} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _not_packed(path: Path) -> None:
-    if path.with_suffix(".json").is_file() and '"seq_length"' in path.with_suffix(".json").read_text(encoding="utf-8", errors="replace"):
+    if rows.is_manifest(path.with_suffix(".json")):
         raise UserError(f"{path}: holds packed rows, not documents; give the documents they were made from")

@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,11 +89,16 @@ class Store:
 
     def counts_by_file(self) -> list[dict[str, Any]]:
         """Of each input file its lines or rows, documents, tokens, empty and broken ones, and the first of these."""
-        found: list[dict[str, Any]] = [{"lines": 0, "documents": 0, "empty": 0, "broken": 0, "tokens": 0, "first_broken": ""} for _ in self.hashes]
+        found: list[dict[str, Any]] = [_no_counts() for _ in self.hashes]
         for unit, totals in zip(self.units, self.totals, strict=True):
-            for number, counts in zip(unit.files, totals["parts"], strict=True):
-                found[number] = {key: found[number][key] + value if key != "first_broken" else found[number][key] or value
-                                 for key, value in counts.items()}
+            for part, number, counts in zip(unit.parts, unit.files, totals["parts"], strict=True):
+                own = found[number]
+                if counts["first_broken"] and not own["first_broken"]:
+                    line, reason = counts["first_broken"]
+                    before = own["lines"] if part.begin and documents.kind(part.path)[0] == ".jsonl" else 0
+                    own["first_broken"] = f"{documents.place(Part(part.path), line + before)}: {reason}"
+                for key in ("lines", "documents", "empty", "broken", "tokens"):
+                    own[key] += counts[key]
         return found
 
     def column(self, *names: str, unit: int | None = None) -> list[Any]:
@@ -137,11 +142,21 @@ def data(path: Path) -> Path:
     return path.with_suffix(".bin") if path.suffix == ".idx" else path
 
 
+def check_folder(folder: Path) -> None:
+    """UserError where a user's folder for tokens holds something else: nothing of it may be removed."""
+    if folder.is_dir() and any(path.name != "lock" for path in folder.iterdir()) and not (folder / "plan.json").is_file():
+        raise UserError(f"--tokens-dir {folder}: holds other files; name a new folder, or one that an earlier run made")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder is this process's alone; UserError where another one works in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -161,9 +176,8 @@ def make(folder: Path, sources: tuple[Source, ...], tokenizer: Tokenizer, *, str
     _claim(folder, _identity(files, units, tokenizer, strictness), keep, note)
     sizes = [data(path).stat().st_size for path in files]
     todo: list[tuple[str, int]] = []
-    for kind, count in (("unit", len(units)), ("file", len(files))):
-        todo += [(kind, k) for k in range(count) if not _done(folder, kind, k).exists()]
-    # A file's bytes count twice in the progress if they are not all of one unit; that is cheap beside the tokens, so it is not counted.
+    for kind, numbers in (("unit", range(len(units))), ("file", sorted(_apart(units)))):
+        todo += [(kind, k) for k in numbers if not _done(folder, kind, k).exists()]
     unfinished = {number for kind, k in todo if kind == "unit" for number in units[k].files}
     advance(sum(size for number, size in enumerate(sizes) if number not in unfinished))
     shared = (folder, units, files, tokenizer.backend.to_str() if any(kind == "unit" for kind, _ in todo) else "",
@@ -174,7 +188,8 @@ def make(folder: Path, sources: tuple[Source, ...], tokenizer: Tokenizer, *, str
 
 
 def _identity(files: list[Path], units: list[Unit], tokenizer: Tokenizer, strictness: Strictness) -> dict[str, Any]:
-    stats = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
+    stats = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for one in files for path in {one, data(one)} for stat in [path.stat()]]
+    stats.sort()
     return {"format": FORMAT, "files": [list(stat) for stat in stats], "tokenizer": tokenizer.sha256, "broken": strictness.broken,
             "empty": strictness.empty,
             "units": [[u.source, list(u.files), [[p.begin, p.end] for p in u.parts], u.text_key, u.id_key, u.strip_id] for u in units]}
@@ -183,7 +198,12 @@ def _identity(files: list[Path], units: list[Unit], tokenizer: Tokenizer, strict
 def _claim(folder: Path, identity: dict[str, Any], keep: bool, note: Callable[[str], Any]) -> None:
     """Make the folder this identity's; what an unfinished unit left is removed."""
     path = folder / "plan.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = None
+    except ValueError:
+        found = {}
     if found is not None and found != identity:
         what = next(key for key in identity if found.get(key) != identity[key])
         if keep:
@@ -191,11 +211,16 @@ def _claim(folder: Path, identity: dict[str, Any], keep: bool, note: Callable[[s
         note(f"tokens of an earlier run are made anew ({what} differ)")
     if found != identity:
         for old in folder.iterdir():
-            if old.name != "lock":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if re.fullmatch(r"(\d{6}|file-\d{6}|plan)\.\w+(\.partial)?", old.name):
+                old.unlink()
         _write(path, identity)
     for old in folder.glob("*.partial"):
         old.unlink()
+
+
+def _apart(units: list[Unit]) -> set[int]:
+    """Files that are read in several parts, and hashed apart."""
+    return {number for unit in units for number, part in zip(unit.files, unit.parts, strict=True) if part.end is not None}
 
 
 def _done(folder: Path, kind: str, number: int) -> Path:
@@ -208,7 +233,12 @@ def _open(folder: Path, units: list[Unit], files: list[Path], tokenizer: Tokeniz
         if told["largest"] >= tokenizer.vocab_size:
             raise UserError(f"{units[unit].parts[0].path}: holds token id {told['largest']}, but the tokenizer has {tokenizer.vocab_size}: "
                             "it was made with another one")
-    hashes = [json.loads(_done(folder, "file", k).read_text(encoding="utf-8"))["sha256"] for k in range(len(files))]
+    hashes = ["" for _ in files]
+    for one, told in zip(units, totals, strict=True):
+        for number, sha256 in zip(one.files, told["sha256"], strict=True):
+            hashes[number] = sha256 or hashes[number]
+    for number in _apart(units):
+        hashes[number] = json.loads(_done(folder, "file", number).read_text(encoding="utf-8"))["sha256"]
     store = Store(folder, units, totals, hashes, *(numpy.empty(0, numpy.int64),) * 2, numpy.empty(0, numpy.int32))
     for path, counts in zip(files, store.counts_by_file(), strict=True):
         # Not one line of it: no damage, but the wrong key or kind of file.
@@ -235,8 +265,7 @@ def _task(folder: Path, units: list[Unit], files: list[Path], tokenizer: str, dt
           advance: Advance) -> None:
     if kind == "file":
         path = data(files[number])
-        with documents.readable(path), path.open("rb") as file:
-            _write(_done(folder, "file", number), {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        _write(_done(folder, "file", number), {"path": str(path), "sha256": _sha256(path)})
         return
     unit = units[number]
     with _Table(folder / f"{number:06d}.parquet", unit, strictness) as table:
@@ -245,7 +274,17 @@ def _task(folder: Path, units: list[Unit], files: list[Path], tokenizer: str, dt
         else:
             totals = _tokenise_unit(folder / f"{number:06d}", unit, _backend(tokenizer), dtype, table, advance)
     indexed.sync(table.path)
+    totals["sha256"] = [_sha256(data(part.path)) if part.end is None else None for part in unit.parts]
     _write(_done(folder, "unit", number), totals | table.totals())
+
+
+def _sha256(path: Path) -> str:
+    with documents.readable(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _no_counts() -> dict[str, Any]:
+    return {"lines": 0, "documents": 0, "empty": 0, "broken": 0, "tokens": 0, "first_broken": None}
 
 
 def _tokenise_unit(prefix: Path, unit: Unit, backend: Any, dtype: Any, table: _Table, advance: Advance) -> dict[str, Any]:
@@ -310,7 +349,8 @@ def _scan_corpus(unit: Unit, table: _Table, advance: Advance) -> dict[str, Any]:
                 table.largest = max(table.largest, int(ids.max()))
                 hasher.update((ids[:-1] if ends and last == unit.strip_id else ids).astype(numpy.int32).tobytes())
             table.add(_Row(0, number, None), length - (last == unit.strip_id and length > 0), begin, hasher.digest())
-            table.last_ids.add(last)
+            if length:
+                table.last_ids.add(last)
             begin += length
     return {"bin": str(path.with_suffix(".bin").resolve()), "dtype": index.dtype.name}
 
@@ -369,8 +409,7 @@ class _Table:
             ("hash_high", pyarrow.uint64())])
         self.largest = 0
         self.last_ids: set[int] = set()
-        self.parts: list[dict[str, Any]] = [{"lines": 0, "documents": 0, "empty": 0, "broken": 0, "tokens": 0, "first_broken": ""}
-                                            for _ in unit.parts]
+        self.parts = [_no_counts() for _ in unit.parts]
         self._lengths: list[NDArray[numpy.int32]] = []
         self._rows: list[tuple[Any, ...]] = []
 
@@ -388,11 +427,13 @@ class _Table:
         status = BROKEN if row.reason else OK if tokens else EMPTY
         counts = self.parts[row.part]
         if status == BROKEN and not counts["first_broken"]:
-            counts["first_broken"] = f"{documents.place(self.unit.parts[row.part], row.number)}: {row.reason}"
+            counts["first_broken"] = (row.number, row.reason)
             if self.strictness.broken == "stop":
-                raise UserError(counts["first_broken"])
+                raise UserError(f"{documents.place(self.unit.parts[row.part], row.number)}: {row.reason}")
         if status == EMPTY and self.strictness.empty == "stop":
             raise UserError(f"{documents.place(self.unit.parts[row.part], row.number)}: has no text; fill or remove it, or use --empty skip")
+        if tokens >= 1 << 31:
+            raise UserError(f"{documents.place(self.unit.parts[row.part], row.number)}: has {tokens} tokens, more than Megatron's index can say; cut it")
         counts[("documents", "empty", "broken")[status]] += 1
         counts["tokens"] += tokens
         low, high = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")) if status == OK else (0, 0)

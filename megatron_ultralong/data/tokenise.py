@@ -3,7 +3,7 @@
 A long document is cut into windows of characters that overlap. Each window is encoded alone, and two neighbours are joined at a
 character in the middle of their overlap where both have a token border and the same tokens around it. What comes out is what
 encoding the whole document gives; where neighbours find no such place (a kilobyte of digits, say) they are encoded again as one.
-(Only a Unigram tokenizer, in long runs of one character, may settle on another split of the same score.)
+(In runs of thousands of one character, or of digits, a tokenizer may settle on another split of the same characters.)
 """
 
 from __future__ import annotations

@@ -228,3 +228,56 @@ def test_rows_go_on_where_they_are_on_the_disk(tmp_path, tokenizer_dir, fit, mon
     most = 0
     other = pack(packing.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, seq_length=31)
     assert other["seq_length"] == 31 and IndexedDataset(str(tmp_path / "cut")).sequence_lengths.max() == 32
+
+
+def test_nothing_of_others_is_lost(tmp_path, tokenizer_dir):
+    """Folders and files that this tool did not make are refused, not replaced; a second run at a time leaves the first alone."""
+    (tmp_path / "in").mkdir()
+    path = made.write_jsonl(tmp_path / "in" / "a.jsonl", ["some words", "more words"])
+    arguments = (packing.plain([path]), tokenizer_dir, Packing(seq_length=7))
+    with pytest.raises(UserError, match=r"--tokens-dir .*in: holds other files; name a new folder"):
+        packing.pack(*arguments, str(tmp_path / "out"), tokens_dir=tmp_path / "in", workers=1, show_progress=False)
+    own = corpus(tmp_path / "own", [[5, 6, 7], [8]])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for mix, output, message in ((packing.plain([own]), "own", "would take the place of the input .*own.idx"),
+                                 (packing.plain([path]), "own", "files of that name are there which no earlier run made"),
+                                 (packing.plain([tmp_path / "in"]), "in/b", "lies in the input directory .*in; choose a place outside")):
+        with pytest.raises(UserError, match=message):
+            pack(mix, tokenizer_dir, tmp_path / output)
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(UserError, match="files of that name are there"):
+        pack(packing.plain([path]), tokenizer_dir, tmp_path / "c")
+    (tmp_path / "c.json").unlink()
+    with token_store.locked(tmp_path / ".out.work"):
+        (tmp_path / ".out.work" / "kept").touch()
+        with pytest.raises(UserError, match=r".out.work: another process is preparing data there"):
+            pack(packing.plain([path]), tokenizer_dir, tmp_path / "out")
+        assert (tmp_path / ".out.work" / "kept").exists()
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_corpus_changed_in_place_is_read_anew(tmp_path, tokenizer_dir):
+    path = corpus(tmp_path / "ids", [[5, 6, 7, 2], [9, 3, 2]])
+    arguments = {"tokens_dir": tmp_path / "tokens", "workers": 1, "show_progress": False}
+    packing.pack(packing.plain([path]), tokenizer_dir, Packing(seq_length=7), str(tmp_path / "out"), **arguments)
+    numpy.full(7, 123_456, numpy.int32).tofile(tmp_path / "ids.bin")
+    with pytest.raises(UserError, match=r"holds tokens made from others \(files differ\)"):
+        packing.pack(packing.plain([path]), tokenizer_dir, Packing(seq_length=7), str(tmp_path / "out"), **arguments)
+
+
+def test_text_that_utf8_cannot_say(tmp_path, tokenizer_dir):
+    (tmp_path / "a.jsonl").write_text('{"id": "\\ud800", "text": "abc"}\n{"id": 1, "\\ud801": "abc"}\n{"id": 2, "text": "x"}\n')
+    manifest = pack(packing.plain([tmp_path / "a.jsonl"], id_key="id"), tokenizer_dir, tmp_path / "out")
+    table = pyarrow.parquet.read_table(tmp_path / "out.documents.parquet").to_pylist()
+    assert [row["id"] for row in table] == ["\\ud800", None, "2"] and manifest["skipped"]["broken"] == 1
+    column = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "b.parquet")
+    manifest = pack(packing.plain([tmp_path / "b.parquet"]), tokenizer_dir, tmp_path / "out")
+    assert manifest["documents"] == 1 and "row 2: 'text' is not UTF-8" in manifest["first_broken"]
+
+
+def test_nothing_worth_taking(tmp_path, tokenizer_dir):
+    made.write_jsonl(tmp_path / "a.jsonl", [made.text(1, 50), made.text(2, 60)])
+    (tmp_path / "mix.yaml").write_text("{tokens: 3, sources: {a: {input: a.jsonl}}}")
+    with pytest.raises(UserError, match="one document is worth taking"):
+        pack(tmp_path / "mix.yaml", tokenizer_dir, tmp_path / "out")

@@ -86,6 +86,21 @@ def test_directories_globs_and_packed_rows(folder, monkeypatch):
     (folder / "bare").mkdir()
     with pytest.raises(UserError, match="--input bare: no file of a known kind in it"):
         sources.expand([Path("bare")])
-    made.write_rows(folder / "rows", [[1, 2, 3]], seq_length=2)
+    made.write_rows(folder / "rows", [[1, 2, 3]], seq_length=2, kind="pretrain")
     with pytest.raises(UserError, match="rows.idx: holds packed rows, not documents"):
         sources.expand([Path("rows.bin")])
+
+
+def test_keys_that_stand_twice_and_links(folder, monkeypatch):
+    for text in ("{sources: {a: {input: code.jsonl}, a: {input: books}}}", "{sources: {1: {input: code.jsonl}, '1': {input: books}}}"):
+        with pytest.raises(UserError, match=r"the key a stands twice|names two sources alike"):
+            load(folder, text)
+    (folder / "linked").mkdir()
+    (folder / "linked" / "to").symlink_to(folder / "books")
+    (folder / "linked" / "round").symlink_to(folder / "linked")
+    monkeypatch.chdir(folder)
+    assert len(sources.expand([Path("linked")])) == 3
+    (folder / "linked" / "gone.jsonl").symlink_to(folder / "none.jsonl")
+    with pytest.raises(UserError, match=r"gone.jsonl: cannot be read: No such file"):
+        sources.expand([Path("linked")])
+    assert load(folder, "{sources: {a: {input: code.jsonl, weight: 1e-3}}}").sources[0].weight == Fraction("0.001")
