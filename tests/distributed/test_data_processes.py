@@ -70,7 +70,7 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_pat
         tool = start(tmp_path, "killed/text", *arguments, workers=2)
         work = tmp_path / "killed" / ".text.work" / "tokens"
         before = len(list(work.glob("0*.json")))
-        while tool.poll() is None and (len(list(work.glob("0*.json"))) < before + 2 or kills > 5):
+        while tool.poll() is None and (len(list(work.glob("0*.json"))) < before + 2 or kills > 2):
             time.sleep(0.01)
         if tool.poll() is not None:
             break
