@@ -20,9 +20,9 @@ from megatron_ultralong.evaluate.scores_words import chinese, common, english, f
 
 COMMON_EN = frozenset("about and are as at be because being but by does for from had has have he her his in is it of on or she that their they "
                       "this to was were what when which who with".split())
-COMMON_ZH = frozenset("的 地 了 也 由 到 从 以 为 是 有 在 和 与 至 于 对 而 但 或 或者 以及 并 等 所 让 使 给 将 用 要 会 能 可以 不 无 中 上 后 时 首先 然后 已经 才 来 "
-                      "其他 一种 一定 主要 通过 根据 基于 进行 使用 用于 具有 包括 位于 变得 因素 方面 受 带 指 法 类 形 度 号 条 片 个 小 你 丁 年 月 日 亩 元 万元 亿元 "
-                      "c × ‰".split())
+COMMON_ZH = frozenset("的 地 了 也 由 到 从 以 为 是 有 在 和 与 至 于 对 而 但 或 或者 以及 并 等 所 让 使 给 将 用 要 会 能 可以 不 无 中 上 后 时 首先 "
+                      "然后 已经 才 来 其他 一种 一定 主要 通过 根据 基于 进行 使用 用于 具有 包括 位于 变得 因素 方面 受 带 指 法 类 形 度 号 条 片 "
+                      "个 小 你 丁 年 月 日 亩 元 万元 亿元 c × ‰".split())
 ENOUGH_EN, ENOUGH_ZH = 0.2, 0.4
 """Share of the keywords that an answer needs."""
 
