@@ -6,7 +6,6 @@ again, which may be more of them; here the tokens stay, and prompt and answer to
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,10 +51,14 @@ class Fitter:
             raise UserError(f"--max-length {self.max_length}: {what} may write {tokens:,} tokens, which leaves none for the prompt; raise it, or leave "
                             f"{what} out")
 
-    def prompt(self, id: str, text: str, tokens: int) -> Prompt:
-        """The prompt `text`, with room for `tokens` to be written. In a chat the words that begin the answer ("The pass key is") go where the
-        answer stands."""
-        prefix = answer_start(text) if self.chat else ""
+    def prompt(self, id: str, text: str, tokens: int, start: str = "") -> Prompt:
+        """The prompt `text`, with room for `tokens` to be written.
+
+        start: what of the end of `text` begins the answer ("The pass key is"); in a chat it goes where the answer stands. UserError where
+        not even the two ends of the text have room.
+        """
+        assert text.endswith(start)
+        prefix = start if self.chat else ""
         message = text[:len(text) - len(prefix)].rstrip() if prefix else text
         prefix = prefix.rstrip()
         ids, end = self._encode(message), [*self.tail, *(self._encode(prefix) if prefix else [])]
@@ -84,9 +87,3 @@ class Fitter:
             raise UserError("--chat: the chat template does not carry the user's text once and unchanged; use --chat no")
         head, tail = text.split(_MARK)
         return self._encode(head), self._encode(tail)
-
-
-def answer_start(text: str) -> str:
-    """The last sentence of the last line, where it is left open for the answer to end it ("The pass key is", "Summary:"); else nothing."""
-    last = re.split(r"(?<=[.?!。？！])\s+(?=\S)|\n", text)[-1]
-    return "" if re.search(r"[.?!。？！\"']\s*$", last) or not last.strip() else last

@@ -88,11 +88,18 @@ def _items(paths: Iterable[Path], choice: Choice, templates: dict[str, str], fin
         if taken[example.task] == choice.limit:
             continue
         taken[example.task] += 1
-        yield staged.Item(id=f"{example.task}/{example.id}", task=example.task, tokens=ANSWER_TOKENS[example.task],
-                          text=official_prompts.fill(templates[example.task], _fields(example, find)), gold={"answer": _gold(example)})
+        text = official_prompts.fill(templates[example.task], _fields(example, find))
+        yield staged.Item(id=f"{example.task}/{example.id}", task=example.task, text=text, start=answer_start(text),
+                          tokens=ANSWER_TOKENS[example.task], gold={"answer": _gold(example)})
     missing = [task for task in choice.tasks if not taken[task]]
     if missing and choice.tasks != TASKS:  # where nothing is asked for, whatever there is will do
         raise UserError(f"--data holds no {', '.join(missing)}; download it, or leave it out with --tasks")
+
+
+def answer_start(text: str) -> str:
+    """The last sentence of the last line, where it is left open for the answer to end it ("The pass key is", "Summary:"); else nothing."""
+    last = re.split(r"(?<=[.?!。？！])\s+(?=\S)|\n", text)[-1]
+    return "" if re.search(r"[.?!。？！\"']\s*$", last) or not last.strip() else last
 
 
 def _fields(example: Example, find: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The three stages of a benchmark whose questions come from files; each reads files and writes files, and can be run again alone.
 
-    prepare   NAME.prompts.jsonl       {"id", "task", "text", "tokens"}: what is asked, and tokens to write at most
+    prepare   NAME.prompts.jsonl       {"id", "text", "start", "tokens"}: what is asked, and tokens to write at most
               NAME.answers.jsonl       {"id", ...}: what the scorer needs
     predict   NAME.journal.jsonl       answers as they come: a run that was stopped, however, asks for none of them again
               NAME.predictions.jsonl   {"id", "prediction", "prompt_tokens", "cut"}, once all are there
@@ -36,8 +36,11 @@ class Item:
     id: str
     """Of its own in the benchmark."""
     task: str
+    """Its set or task."""
     text: str
     """The whole prompt, without a chat template."""
+    start: str = ""
+    """What of its end begins the answer: in a chat it goes where the answer stands."""
     tokens: int
     """To write at most."""
     gold: dict[str, Any]
@@ -67,7 +70,7 @@ def prepare(out: Path, name: str, of: dict[str, Any], items: Iterable[Item], pro
                 raise UserError(f"--data: two files hold {item.id}; keep one of them")
             golds[item.id] = {"task": item.task, **item.gold}
             tokens[item.task] = max(item.tokens, tokens.get(item.task, 0))
-            write({"id": item.id, "text": item.text, "tokens": item.tokens})
+            write({"id": item.id, "text": item.text, "start": item.start, "tokens": item.tokens})
             progress(1)
         if not golds:
             raise UserError("--data: the files hold no question of those asked for")
@@ -106,7 +109,7 @@ def predict(backend: Any, out: Path, name: str, *, max_length: int | None = None
 
     def prompts() -> Iterator[Prompt]:
         for line in lines.read(out / f"{name}.prompts.jsonl"):
-            asked.append(fitter.prompt(line["id"], line["text"], line["tokens"]))
+            asked.append(fitter.prompt(line["id"], line["text"], line["tokens"], line["start"]))
             yield asked[-1]
 
     for text in _answers(backend, prompts(), out / f"{name}.journal.jsonl", batch=batch, progress=progress):

@@ -130,6 +130,13 @@ def test_official_words_are_read(tmp_path):
         infinitebench.prepare(tmp_path, tmp_path / "data", choice)
 
 
+@pytest.mark.parametrize("text, start", [
+    ("A key.\n\nThe pass key is", "The pass key is"), ("Work out f(2). The value of f(2) is", "The value of f(2) is"), ("Who? \"Me\"", ""),
+    ("Be concise.", ""), ("问题：谁？\n答案：", "答案："), ("The value is: ", "The value is: "), ("What now?\n", ""), ("", "")])
+def test_the_start_of_an_answer(text, start):
+    assert infinitebench.answer_start(text) == start
+
+
 # ---- stages ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -156,7 +163,7 @@ def test_wrong_answers_score_nothing_and_rambling_little(prepared):
     result = infinitebench.results(prepared)
     cells = {cell["task"]: cell["score"] for cell in result["cells"]}
     assert cells["passkey"] == cells["code_debug"] == cells["math_find"] == 0, "no room for it, or not as the rule wants it"
-    assert cells["kv_retrieval"] == 100 and 0 < cells["longbook_qa_eng"] < 30
+    assert cells["kv_retrieval"] == 100 and 0 < cells["longbook_qa_eng"] < 40
 
 
 def test_cut_in_the_middle_and_never_over_the_limit(tmp_path):

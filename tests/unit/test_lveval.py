@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ultralong.benchmarks.lveval import LEVELS, SETS
 from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import fit, lveval, official_prompts, staged
+from megatron_ultralong.evaluate import fit, infinitebench, lveval, official_prompts, staged
 from megatron_ultralong.evaluate.scores_lveval import score
 from tests import benchmark_files as made
 from tests.answering import Answering, byte_tokenizer
@@ -88,9 +88,9 @@ def test_fields_are_filled_once():
 @pytest.mark.parametrize("limit", [60, 61, 200, 1000, None])
 @pytest.mark.parametrize("text", ["begin " + "é" * 300 + " end. Open the", "字" * 120 + "。问题\n答案：", "short one."])
 def test_prompt_and_answer_are_never_over_the_limit(chat, limit, text):
-    tokenizer = byte_tokenizer(chat)
-    prompt = fit.Fitter(tokenizer, chat="auto", max_length=limit).prompt("x", text, 16)
-    whole = fit.Fitter(tokenizer, chat="auto", max_length=None).prompt("x", text, 16)
+    tokenizer, start = byte_tokenizer(chat), infinitebench.answer_start(text)
+    prompt = fit.Fitter(tokenizer, chat="auto", max_length=limit).prompt("x", text, 16, start)
+    whole = fit.Fitter(tokenizer, chat="auto", max_length=None).prompt("x", text, 16, start)
     assert whole.cut == 0 and len(prompt.ids) + prompt.cut == len(whole.ids)
     if limit is not None:
         assert len(prompt.ids) + 16 <= limit
@@ -112,13 +112,6 @@ def test_limits_that_leave_nothing(tmp_path):
     with pytest.raises(UserError, match="--chat yes: this model's tokenizer has no chat template"):
         fit.Fitter(byte_tokenizer(), chat="yes", max_length=None)
     assert fit.Fitter(byte_tokenizer(), chat="no", max_length=67).prompt("x", "abcde", 64).ids == byte_tokenizer().encode("ae")
-
-
-@pytest.mark.parametrize("text, start", [
-    ("A key.\n\nThe pass key is", "The pass key is"), ("Work out f(2). The value of f(2) is", "The value of f(2) is"), ("Who? \"Me\"", ""),
-    ("Be concise.", ""), ("问题：谁？\n答案：", "答案："), ("The value is: ", "The value is: "), ("What now?\n", ""), ("", "")])
-def test_the_start_of_an_answer(text, start):
-    assert fit.answer_start(text) == start
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------
