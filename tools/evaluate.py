@@ -109,15 +109,17 @@ def _run_staged(args: argparse.Namespace, name: str, choice: Any, benchmark: Any
 
     max_length = parse_count(args.max_length, "--max-length") if args.max_length else None
     results.make_writable(args.out)
-    if args.stage in ("all", "prepare"):
+    prepares = args.stage in ("all", "prepare")
+    if prepares:
         if args.data is None:
             raise UserError("--data DIR is needed, or --stage predict or score to go on from what is in --out")
+        benchmark.find_files(args.data, choice)  # a wrong folder is told before a model is loaded
+    backend = _backend(args) if args.stage in ("all", "predict") else None
+    if prepares:
         with tqdm(desc=f"{name}: prepare", unit="prompt", disable=None) as bar:
             benchmark.prepare(args.out, args.data, choice, bar.update)
-    if args.stage in ("all", "predict"):
-        total = staged.count(args.out, name)
-        backend = _backend(args)
-        with tqdm(total=total, desc=f"{name}: predict", unit="prompt", disable=None) as bar:
+    if backend is not None:
+        with tqdm(total=staged.count(args.out, name), desc=f"{name}: predict", unit="prompt", disable=None) as bar:
             staged.predict(backend, args.out, name, max_length=max_length, chat=args.chat, batch=args.batch, progress=bar.update)
     if args.stage in ("all", "score"):
         result = benchmark.results(args.out)

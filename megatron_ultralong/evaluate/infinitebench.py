@@ -8,6 +8,7 @@ middle, scorers (src/compute_scores.py). Its wording is read from a checkout (`o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -67,11 +68,19 @@ class Choice:
         staged.check_limit(self.limit)
 
 
+def find_files(data: str | Path, choice: Choice) -> list[Path]:
+    """The official files in `data`, or of the hub, that hold what is asked for; UserError where there are none, or one of them twice."""
+    paths = files.find("infinitebench", data, names=choice.tasks)
+    for one, other in itertools.combinations(paths, 2):
+        if one.stem == other.stem:
+            raise UserError(f"--data: {one} and {other} are the same task; keep one of them")
+    return paths
+
+
 def prepare(out: Path, data: str | Path, choice: Choice, progress: Any = lambda n: None) -> int:
     """The first stage (staged.py) of the official files in `data`, or on the hub; returns the number of questions. UserError where a task
     that was asked for is not among them."""
-    paths = [path for path in files.find("infinitebench", data) if path.stem in choice.tasks]
-    templates, find = OWN, OWN_FIND
+    paths, templates, find = find_files(data, choice), OWN, OWN_FIND
     if choice.official is not None:
         source = choice.official / "src"
         fields = {name: set(re.findall(r"\{(\w+)\}", template)) for name, template in OWN.items()}
@@ -87,9 +96,10 @@ def _items(paths: Iterable[Path], choice: Choice, templates: dict[str, str], fin
     for example in files.read("infinitebench", paths):
         if taken[example.task] == choice.limit:
             continue
+        number = taken[example.task]  # as the official code numbers them
         taken[example.task] += 1
         text = official_prompts.fill(templates[example.task], _fields(example, find))
-        yield staged.Item(id=f"{example.task}/{example.id}", task=example.task, text=text, start=answer_start(text),
+        yield staged.Item(id=f"{example.task}/{number}", task=example.task, text=text, start=answer_start(text),
                           tokens=ANSWER_TOKENS[example.task], gold={"answer": _gold(example)})
     missing = [task for task in choice.tasks if not taken[task]]
     if missing and choice.tasks != TASKS:  # where nothing is asked for, whatever there is will do
@@ -98,7 +108,7 @@ def _items(paths: Iterable[Path], choice: Choice, templates: dict[str, str], fin
 
 def answer_start(text: str) -> str:
     """The last sentence of the last line, where it is left open for the answer to end it ("The pass key is", "Summary:"); else nothing."""
-    last = re.split(r"(?<=[.?!。？！])\s+(?=\S)|\n", text)[-1]
+    last = re.split(r"(?<=[.?!。？！])\s+(?=\S)", text.rpartition("\n")[2])[-1]
     return "" if re.search(r"[.?!。？！\"']\s*$", last) or not last.strip() else last
 
 

@@ -18,7 +18,7 @@ FORMAT = 1
 @contextlib.contextmanager
 def writer(path: Path, first: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Writes lines of JSON, `first` first; the file is there whole at the end, or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.part")  # one name: what a killed run leaves, the next writes over
     try:
         with staged.open("w", encoding="utf-8", newline="\n") as file:
             def write(line: dict[str, Any]) -> None:

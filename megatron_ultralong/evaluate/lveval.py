@@ -61,12 +61,15 @@ def answer_tokens(name: str) -> int:
     return 16 if name.startswith("factrecall") else 64
 
 
+def find_files(data: str | Path, choice: Choice) -> list[Path]:
+    """The official files in `data`, or of the hub, that hold what is asked for; UserError where there are none."""
+    return files.find("lveval", data, names=[*choice.sets, *(f"{name}_{level}" for name in choice.sets for level in choice.levels)])
+
+
 def prepare(out: Path, data: str | Path, choice: Choice, progress: Any = lambda n: None) -> int:
     """The first stage (staged.py) of the official files in `data`, or on the hub; returns the number of questions. UserError where a set or
     length that was asked for is not among them."""
-    wanted = {*choice.sets, *(f"{name}_{level}" for name in choice.sets for level in choice.levels)}  # SET.zip, SET_LEVEL.jsonl
-    paths = [path for path in files.find("lveval", data) if path.stem in wanted]
-    templates = OWN
+    paths, templates = find_files(data, choice), OWN
     if choice.official is not None:
         templates = official_prompts.read(choice.official / "config.py", "DATASET_PROMPT", {name: {"context", "input"} for name in SETS})
     of = {"wording": "own" if choice.official is None else "official", "sets": choice.sets, "lengths": choice.levels, "limit": choice.limit,
@@ -99,7 +102,9 @@ def results(out: Path) -> dict[str, Any]:
     cells = [{"set": name, "length": level, **staged.mean(group)} for (name, level), group in sorted(groups.items(), key=_order)]
     averages = {label: staged.average([cell["score"] for cell in cells if cell["length"] in levels], len(SETS) * len(levels))
                 for label, levels in AVERAGES.items()}
-    return {"format": lines.FORMAT, "task": "lveval", "wording": head["of"]["wording"], **head, "averages": averages, "cells": cells}
+    by_length = {level: staged.average([cell["score"] for cell in cells if cell["length"] == level], len(SETS)) for level in LEVELS}
+    return {"format": lines.FORMAT, "task": "lveval", "wording": head["of"]["wording"], **head, "averages": averages, "by_length": by_length,
+            "cells": cells}
 
 
 def _order(item: tuple[tuple[str, str], Any]) -> tuple[int, int]:
@@ -114,6 +119,7 @@ def table(result: dict[str, Any]) -> str:
     rows = [f"{'':24}" + "".join(level.rjust(9) for level in levels)]
     for name in names:
         rows.append(f"{name:24}" + "".join(_cell(cells.get((name, level))) for level in levels))
+    rows.append(f"{'mean':24}" + "".join(f"{result['by_length'][level]['score']:8.2f} " for level in levels))
     return "\n".join([*rows, *staged.notes(result)])
 
 

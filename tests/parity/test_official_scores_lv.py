@@ -1,4 +1,4 @@
-"""Scorers of LV-Eval and InfiniteBench against what the official ones gave (tests/golden/README.md)."""
+"""Scorers of LV-Eval and InfiniteBench against what the official ones gave (tests/golden: README.md and own_scores.md)."""
 
 from __future__ import annotations
 

@@ -137,6 +137,13 @@ def test_the_start_of_an_answer(text, start):
     assert infinitebench.answer_start(text) == start
 
 
+def test_a_task_twice_is_refused(tmp_path):
+    data(tmp_path / "data", ("passkey",))
+    data(tmp_path / "data" / "copy", ("passkey", "code_run"))
+    with pytest.raises(UserError, match="are the same task; keep one of them"):
+        infinitebench.prepare(tmp_path, tmp_path / "data", infinitebench.Choice())
+
+
 # ---- stages ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("chat", [False, True])
