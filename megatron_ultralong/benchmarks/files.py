@@ -62,7 +62,8 @@ def find(benchmark: str, where: str | Path, splits: Sequence[str] = ("test",), n
     found = sorted(path for path in root.rglob("*") if source.split_of(benchmark, path) in splits and path.is_file()
                    and (names is None or path.stem in names))
     if not found:
-        raise UserError(f"{benchmark}: {root} holds none of its files for {' or '.join(splits)}; {_by_hand(source)}")
+        raise UserError(f"{benchmark}: {root} holds none of its files for {' or '.join(splits)}{' that are asked for' if names else ''}; "
+                        f"{_by_hand(source)}")
     return found
 
 

@@ -132,16 +132,30 @@ def _found(pattern: str, example: Example) -> re.Match[str]:
     return found
 
 
-def _gold(example: Example) -> Any:
-    """The answer as its scorer takes it: as the file has it, but text and letter of a choice."""
-    if example.task not in ("code_debug", "longbook_choice_eng"):
-        return example.meta["answer"]
-    text = example.answers[0] if example.answers else ""
-    if len(example.answers) == 2 and example.answers[1] in tuple("ABCD"):
-        return [text, example.answers[1]]
-    if len(example.answers) != 1 or text not in example.choices:
-        raise UserError(f"{example.place}: field 'answer' holds none of the options")
-    return [text, "ABCD"[example.choices.index(text)]]
+def _gold(example: Example) -> list[Any]:
+    """The answers as the scorer takes them: texts; numbers where it compares numbers; text and letter of a choice."""
+    answers = list(example.answers)
+    if example.task in ("code_run", "math_find", "math_calc"):
+        numbers = _flat(example.meta["answer"])
+        if not numbers or not all(isinstance(number, int | float) for number in numbers):
+            raise UserError(f"{example.place}: field 'answer' holds no numbers; is this the official file?")
+        return numbers
+    if example.task in ("code_debug", "longbook_choice_eng"):
+        if len(answers) == 2 and answers[1] in tuple("ABCD"):
+            return answers
+        if len(answers) != 1 or answers[0] not in example.choices:
+            raise UserError(f"{example.place}: field 'answer' holds none of the options")
+        return [answers[0], "ABCD"[example.choices.index(answers[0])]]
+    if not answers:
+        raise UserError(f"{example.place}: field 'answer' is empty")
+    return answers
+
+
+def _flat(answer: Any) -> list[Any]:
+    """A number, a list of them, or a list in a list, as a list."""
+    while isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], list):
+        answer = answer[0]
+    return answer if isinstance(answer, list) else [answer]
 
 
 def results(out: Path) -> dict[str, Any]:

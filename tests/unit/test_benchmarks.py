@@ -100,6 +100,7 @@ def test_own_strings(tmp_path):
     ("ruler", {"index": 0, "input": "x", "length": 3}, "line 2: no field 'outputs'"),
     ("ruler", {"index": 0, "input": "x", "length": 3, "outputs": [["a"]]}, "line 2: field 'outputs' holds list in its list"),
     ("lveval", {"input": "x", "answers": ["a"], "length": 3}, "line 2: no field 'context'"),
+    ("lveval", {"input": "x", "answers": ["a"], "length": 3, "context": "c", "answer_keywords": ["k"]}, "line 2: field 'answer_keywords' holds list"),
     ("infinitebench", {"id": 1, "context": "c", "input": "x", "options": ["a", "b", "c", "d"]}, "line 2: no field 'answer'"),
     ("infinitebench", {"id": 1, "context": "c", "input": "x", "answer": "a", "options": ["a", "b"]}, "line 2: field 'options' holds 2 choices"),
 ])
@@ -153,7 +154,7 @@ def test_finding(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert [path.name for path in files.find("mmlu", "hub")] == ["test-00000-of-00001.parquet"]
     assert asked == {"repo": "cais/mmlu", "repo_type": "dataset", "patterns": ["all/test-*.parquet"]}
-    with pytest.raises(UserError, match="holds none of its files"):
+    with pytest.raises(UserError, match="holds none of its files for test that are asked for; download"):
         files.find("infinitebench", "hub", names=["passkey", "code_run"])  # the snapshot here is another's
     assert asked["patterns"] == ["code_run.jsonl", "passkey.jsonl"]
 

@@ -97,13 +97,16 @@ def test_prompts_hold_what_the_task_needs(prepared):
     assert "func_7 among" in prompts["code_run/0"]["text"] and prompts["code_run/0"]["text"].endswith("The value that func_7(-2) returns is")
     assert prompts["math_find/0"]["text"].startswith("Look for the largest number in this list.")
     assert "C. merge\n" in prompts["code_debug/0"]["text"] and "C. Ida\n" in prompts["longbook_choice_eng/0"]["text"]
+    numbers = [answers[f"{task}/0"]["answer"] for task in ("math_calc", "code_run", "math_find")]
+    assert numbers == [[1, 3, 6], [-3], [94]] and answers["kv_retrieval/1"]["answer"] == ["71aa-4953"]
     assert answers["longbook_choice_eng/0"]["answer"] == ["Ida", "C"] and answers["code_debug/0"]["answer"] == ["merge", "C"]
-    assert answers["math_calc/0"]["answer"] == [[1, 3, 6]] and answers["code_run/1"]["answer"] == [-3]
 
 
 @pytest.mark.parametrize("task, change, message", [
     ("code_debug", {"answer": "nothing"}, "field 'answer' holds none of the options"), ("code_run", {"input": "f(2)"}, "field 'input' holds nothing like"),
-    ("math_find", {"input": "Find it."}, "field 'input' holds nothing like")])
+    ("math_find", {"input": "Find it."}, "field 'input' holds nothing like"),
+    ("math_find", {"answer": ["94"]}, "field 'answer' holds no numbers; is this the official file"),
+    ("passkey", {"answer": []}, "field 'answer' is empty")])
 def test_what_is_not_official_is_one_line(tmp_path, task, change, message):
     made.jsonl(tmp_path / f"{task}.jsonl", [{"id": 0, **EXAMPLES[task], **change}])
     with pytest.raises(UserError, match=rf"{task}.jsonl, line 1: {message}"):
