@@ -21,7 +21,7 @@ from megatron_ultralong.benchmarks import files
 from megatron_ultralong.benchmarks.infinitebench import TASKS
 from megatron_ultralong.benchmarks.records import Example
 from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import lines, official_prompts, staged
+from megatron_ultralong.evaluate import official_prompts, stage_files, staged
 from megatron_ultralong.evaluate.scores_infinitebench import score
 
 ANSWER_TOKENS = {"passkey": 6, "number_string": 12, "kv_retrieval": 50, "code_run": 5, "code_debug": 5, "math_find": 3, "math_calc": 30_000,
@@ -163,7 +163,7 @@ def results(out: Path) -> dict[str, Any]:
     head, rows = staged.score(out, "infinitebench", lambda gold, text: score(gold["task"], text, gold["answer"]))
     groups = {task: [row for row in rows if row["task"] == task] for task in TASKS}
     cells = [{"task": task, **staged.mean(group)} for task, group in groups.items() if group]
-    return {"format": lines.FORMAT, "wording": head["of"]["wording"], **head, "task": "infinitebench",
+    return {"format": stage_files.FORMAT, "wording": head["of"]["wording"], **head, "task": "infinitebench",
             "averages": {"all tasks": staged.average([cell["score"] for cell in cells], len(TASKS))}, "cells": cells}
 
 

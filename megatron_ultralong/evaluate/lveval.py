@@ -17,7 +17,7 @@ from typing import Any
 from megatron_ultralong.benchmarks import files
 from megatron_ultralong.benchmarks.lveval import LEVELS, SETS
 from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import lines, official_prompts, staged
+from megatron_ultralong.evaluate import official_prompts, stage_files, staged
 from megatron_ultralong.evaluate.scores_lveval import score
 
 AVERAGES = {"<128K": LEVELS[:4], "<256K": LEVELS}
@@ -103,7 +103,7 @@ def results(out: Path) -> dict[str, Any]:
     averages = {label: staged.average([cell["score"] for cell in cells if cell["length"] in levels], len(SETS) * len(levels))
                 for label, levels in AVERAGES.items()}
     by_length = {level: staged.average([cell["score"] for cell in cells if cell["length"] == level], len(SETS)) for level in LEVELS}
-    return {"format": lines.FORMAT, "task": "lveval", "wording": head["of"]["wording"], **head, "averages": averages, "by_length": by_length,
+    return {"format": stage_files.FORMAT, "task": "lveval", "wording": head["of"]["wording"], **head, "averages": averages, "by_length": by_length,
             "cells": cells}
 
 

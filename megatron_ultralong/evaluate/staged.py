@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_ultralong.config import UserError
 from megatron_ultralong.data.journal import Journal
-from megatron_ultralong.evaluate import lines
+from megatron_ultralong.evaluate import stage_files
 from megatron_ultralong.evaluate.fit import Chat, Fitter, Prompt
 
 STAGES = ("prepare", "predict", "score")
@@ -57,14 +57,14 @@ def prepare(out: Path, name: str, of: dict[str, Any], items: Iterable[Item], pro
 
     of: the settings and files they are made from. UserError where there are none, or two with one id.
     """
-    of = json.loads(json.dumps({"benchmark": name, "format": lines.FORMAT, **of}))
+    of = json.loads(json.dumps({"benchmark": name, "format": stage_files.FORMAT, **of}))
     prompts, answers = out / f"{name}.prompts.jsonl", out / f"{name}.answers.jsonl"
-    if (there := lines.head(answers)).get("of") == of == lines.head(prompts).get("of"):
+    if (there := stage_files.head(answers)).get("of") == of == stage_files.head(prompts).get("of"):
         progress(there["items"])
         return there["items"]
     golds: dict[str, dict[str, Any]] = {}
     tokens: dict[str, int] = {}
-    with lines.writer(prompts, {"of": of}) as write:
+    with stage_files.writer(prompts, {"of": of}) as write:
         for item in items:
             if item.id in golds:
                 raise UserError(f"--data: two files hold {item.id}; keep one of them")
@@ -74,7 +74,7 @@ def prepare(out: Path, name: str, of: dict[str, Any], items: Iterable[Item], pro
             progress(1)
         if not golds:
             raise UserError("--data: the files hold no question of those asked for")
-    with lines.writer(answers, {"of": of, "items": len(golds), "tokens": tokens}) as write:
+    with stage_files.writer(answers, {"of": of, "items": len(golds), "tokens": tokens}) as write:
         for id, gold in golds.items():
             write({"id": id, **gold})
     return len(golds)
@@ -82,7 +82,7 @@ def prepare(out: Path, name: str, of: dict[str, Any], items: Iterable[Item], pro
 
 def count(out: Path, name: str) -> int:
     """Questions that were prepared; UserError where none were."""
-    return lines.made(out / f"{name}.answers.jsonl", "prepare")["items"]
+    return stage_files.made(out / f"{name}.answers.jsonl", "prepare")["items"]
 
 
 def predict(backend: Any, out: Path, name: str, *, max_length: int | None = None, chat: Chat = "auto", batch: int | None = None,
@@ -93,8 +93,8 @@ def predict(backend: Any, out: Path, name: str, *, max_length: int | None = None
     together, tokens; None = the positions of the model's config. batch: prompts at a time. progress: called with the number of answers since
     the last call. UserError where nothing is prepared, where a limit leaves no room, or where --out holds answers of another model.
     """
-    prepared, model = lines.made(out / f"{name}.answers.jsonl", "prepare"), backend.describe()
-    if lines.head(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
+    prepared, model = stage_files.made(out / f"{name}.answers.jsonl", "prepare"), backend.describe()
+    if stage_files.head(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
         raise UserError(f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are not of one run; use --stage prepare again")
     max_length = max_length if max_length is not None else model.get("max_position")
     fitter = Fitter(backend.tokenizer, chat=chat, max_length=max_length)
@@ -102,20 +102,20 @@ def predict(backend: Any, out: Path, name: str, *, max_length: int | None = None
         fitter.check(task, tokens)
     head = json.loads(json.dumps({"of": prepared["of"], "model": model, "settings": {"max_length": max_length, "chat": fitter.chat}}))
     path, rows, asked = out / f"{name}.predictions.jsonl", [], deque[Prompt]()
-    there = lines.head(path)
+    there = stage_files.head(path)
     if there.get("of") == head["of"] and there["settings"] == head["settings"] and _identity(there["model"]) == _identity(head["model"]):
         progress(prepared["items"])
         return
 
     def prompts() -> Iterator[Prompt]:
-        for line in lines.read(out / f"{name}.prompts.jsonl"):
+        for line in stage_files.read(out / f"{name}.prompts.jsonl"):
             asked.append(fitter.prompt(line["id"], line["text"], line["tokens"], line["start"]))
             yield asked[-1]
 
     for text in _answers(backend, prompts(), out / f"{name}.journal.jsonl", batch=batch, progress=progress):
         prompt = asked.popleft()
         rows.append({"id": prompt.id, "prediction": text, "prompt_tokens": len(prompt.ids), "cut": prompt.cut})
-    with lines.writer(path, head) as write:
+    with stage_files.writer(path, head) as write:
         for row in rows:
             write(row)
 
@@ -125,16 +125,16 @@ def score(out: Path, name: str, scorer: Callable[[dict[str, Any], str], float]) 
 
     scorer: called with an answers line and a prediction. UserError where a stage before was not run, or was run on something else.
     """
-    prepared, head = lines.made(out / f"{name}.answers.jsonl", "prepare"), lines.made(out / f"{name}.predictions.jsonl", "predict")
+    prepared, head = stage_files.made(out / f"{name}.answers.jsonl", "prepare"), stage_files.made(out / f"{name}.predictions.jsonl", "predict")
     if head["of"] != prepared["of"]:
         raise UserError(f"{out}: the answers there are not to the questions that were prepared last; use --stage predict again")
-    found = {line["id"]: line for line in lines.read(out / f"{name}.predictions.jsonl")}
+    found = {line["id"]: line for line in stage_files.read(out / f"{name}.predictions.jsonl")}
     rows = []
-    for gold in lines.read(out / f"{name}.answers.jsonl"):
+    for gold in stage_files.read(out / f"{name}.answers.jsonl"):
         if gold["id"] not in found:
             raise UserError(f"{out}: {name}.predictions.jsonl has no answer to {gold['id']}; remove it and use --stage predict again")
         rows.append({**gold, **found[gold["id"]], "score": scorer(gold, found[gold["id"]]["prediction"])})
-    with lines.writer(out / f"{name}.scores.jsonl", head) as write:
+    with stage_files.writer(out / f"{name}.scores.jsonl", head) as write:
         for row in rows:
             write({key: row[key] for key in ("id", "score", "prediction", "prompt_tokens", "cut")})
     return head, rows
