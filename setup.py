@@ -37,6 +37,9 @@ setup(
         "pyyaml",                       # files of sources; prompts of one's own
         "regex",                        # Unicode scripts and marks, for the words that decontamination compares
         "huggingface_hub>=0.34",        # benchmarks' files from the hub
+        "jieba>=0.42.1",                # Chinese words, as LV-Eval's scorer has them
+        "rouge>=1.0.1,<2",              # ROUGE-L, as LV-Eval's scorer has it
+        "rouge_score>=0.1.2",           # ROUGE-Lsum, as InfiniteBench's scorer has it
         "matplotlib",                   # heat maps
         "tensorboard",                  # training curves
         "tqdm",                         # progress bars

@@ -2,15 +2,18 @@
 """Evaluate a model. One subcommand a benchmark; results go to --out as JSON, with a plot.
 
     python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
+    python tools/evaluate.py lveval --model DIR --data LVEval --lengths 16k,32k --official checkouts/LVEval --out results/lveval
+    python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import niah, plots, results
+from megatron_ultralong.evaluate import infinitebench, lveval, niah, plots, results, staged
 from megatron_ultralong.runtime import errors
 
 
@@ -38,6 +41,9 @@ def arguments() -> argparse.Namespace:
     task.add_argument("--haystack", type=Path, metavar="FILE", help="text to hide the needle in (default: own filler sentences)")
     task.add_argument("--answer-tokens", type=int, metavar="N", help="tokens to generate (default: what the answer takes; 24 in a chat)")
     task.set_defaults(function=run_niah)
+
+    add_lveval(tasks, shared)
+    add_infinitebench(tasks, shared)
     return parser.parse_args()
 
 
@@ -56,6 +62,70 @@ def run_niah(args: argparse.Namespace) -> None:
     print(results.grid_table(result))
     print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
           f"{result['seconds']:.0f} s")
+
+
+# ---- LV-Eval and InfiniteBench --------------------------------------------------------------------------------
+
+def add_lveval(tasks: Any, shared: argparse.ArgumentParser) -> None:
+    task = tasks.add_parser("lveval", parents=[shared], help="LV-Eval: questions about long mixed passages, 16k to 256k words",
+                            description="LV-Eval, from its official files: 11 sets, 5 lengths, F1 that needs the answer's keywords.")
+    _add_staged(task, "LV-Eval's", "SET_LENGTH.jsonl or SET.zip")
+    task.add_argument("--sets", metavar="SET,SET,...", help=f"of {', '.join(lveval.SETS)} (default: those in --data)")
+    task.add_argument("--lengths", metavar="N,N,...", help=f"of {', '.join(lveval.LEVELS)} (default: those in --data)")
+    task.set_defaults(function=run_lveval)
+
+
+def run_lveval(args: argparse.Namespace) -> None:
+    choice = lveval.Choice(sets=staged.names(args.sets, lveval.SETS), levels=staged.names(args.lengths and args.lengths.lower(), lveval.LEVELS),
+                           limit=args.limit, official=args.official)
+    _run_staged(args, "lveval", choice, lveval)
+
+
+def add_infinitebench(tasks: Any, shared: argparse.ArgumentParser) -> None:
+    task = tasks.add_parser("infinitebench", parents=[shared], help="InfiniteBench: 12 tasks on contexts of 100K tokens and more",
+                            description="InfiniteBench, from its official files: 12 tasks, each with its own rule.")
+    _add_staged(task, "InfiniteBench's", "TASK.jsonl")
+    task.add_argument("--tasks", metavar="TASK,TASK,...", help=f"of {', '.join(infinitebench.TASKS)} (default: those in --data)")
+    task.set_defaults(function=run_infinitebench)
+
+
+def run_infinitebench(args: argparse.Namespace) -> None:
+    choice = infinitebench.Choice(tasks=staged.names(args.tasks, infinitebench.TASKS), limit=args.limit, official=args.official)
+    _run_staged(args, "infinitebench", choice, infinitebench)
+
+
+def _add_staged(task: argparse.ArgumentParser, whose: str, names: str) -> None:
+    task.add_argument("--data", metavar="DIR", help=f"{whose} files ({names}), or hub = download them; needed by the stage prepare")
+    task.add_argument("--official", type=Path, metavar="DIR", help=f"a checkout of {whose} repository: prompts in its words (default: our own words)")
+    task.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each (default: all)")
+    task.add_argument("--max-length", metavar="N", help="tokens of prompt and answer together; of longer prompts the middle is left out "
+                      "(default: the positions of the model's config)")
+    task.add_argument("--stage", default="all", choices=("all", *staged.STAGES), help="write the prompts, answer them, score the answers; each from "
+                      "the files in --out that the one before left (default: all; what is done already is not done again)")
+
+
+def _run_staged(args: argparse.Namespace, name: str, choice: Any, benchmark: Any) -> None:
+    from tqdm import tqdm
+
+    max_length = parse_count(args.max_length, "--max-length") if args.max_length else None
+    results.make_writable(args.out)
+    prepares = args.stage in ("all", "prepare")
+    if prepares:
+        if args.data is None:
+            raise UserError("--data DIR is needed, or --stage predict or score to go on from what is in --out")
+        benchmark.find_files(args.data, choice)  # a wrong folder is told before a model is loaded
+    backend = _backend(args) if args.stage in ("all", "predict") else None
+    if prepares:
+        with tqdm(desc=f"{name}: prepare", unit="prompt", disable=None) as bar:
+            benchmark.prepare(args.out, args.data, choice, bar.update)
+    if backend is not None:
+        with tqdm(total=staged.count(args.out, name), desc=f"{name}: predict", unit="prompt", disable=None) as bar:
+            staged.predict(backend, args.out, name, max_length=max_length, chat=args.chat, batch=args.batch, progress=bar.update)
+    if args.stage in ("all", "score"):
+        result = benchmark.results(args.out)
+        results.write_json(args.out / f"{name}.json", result)
+        print(benchmark.table(result))
+        print(f"{args.out / f'{name}.json'} written")
 
 
 def _backend(args: argparse.Namespace):

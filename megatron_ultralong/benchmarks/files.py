@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,21 +46,24 @@ BENCHMARKS = {
 }
 
 
-def find(benchmark: str, where: str | Path, splits: Sequence[str] = ("test",)) -> list[Path]:
+def find(benchmark: str, where: str | Path, splits: Sequence[str] = ("test",), names: Collection[str] | None = None) -> list[Path]:
     """The benchmark's files, sorted: in a directory, or one file, or `hub` = downloaded from (or found in the cache of) the hub.
 
     splits: of a directory's files, those to take (test, dev, validation, train); a file that is named is taken whatever it holds.
+    names: only files that are called so, their endings aside; the hub is asked for no others. None = all.
     UserError where there are none, with what to download from where.
     """
     source = _source(benchmark)
-    root = _download(benchmark, source, splits) if str(where) == "hub" else Path(where)
+    root = _download(benchmark, source, splits, names) if str(where) == "hub" else Path(where)
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise UserError(f"{benchmark}: {root}: no such file or directory; {_by_hand(source)}")
-    found = sorted(path for path in root.rglob("*") if source.split_of(benchmark, path) in splits and path.is_file())
+    found = sorted(path for path in root.rglob("*") if source.split_of(benchmark, path) in splits and path.is_file()
+                   and (names is None or path.stem in names))
     if not found:
-        raise UserError(f"{benchmark}: {root} holds none of its files for {' or '.join(splits)}; {_by_hand(source)}")
+        raise UserError(f"{benchmark}: {root} holds none of its files for {' or '.join(splits)}{' that are asked for' if names else ''}; "
+                        f"{_by_hand(source)}")
     return found
 
 
@@ -88,13 +91,14 @@ def _by_hand(source: Source) -> str:
     return f"download the data set {source.repo} from the Hugging Face hub, or the files of {source.official}, and give their folder"
 
 
-def _download(benchmark: str, source: Source, splits: Sequence[str]) -> Path:
-    """The hub's files of the splits, in its cache."""
+def _download(benchmark: str, source: Source, splits: Sequence[str], names: Collection[str] | None) -> Path:
+    """The hub's files of the splits and names, in its cache."""
     if not source.repo:
         raise UserError(f"{benchmark}: not on the hub; {_by_hand(source)}")
     import huggingface_hub
 
-    patterns = sorted({pattern.format(split=split) for pattern in source.patterns for split in splits})
+    patterns = sorted({pattern.format(split=split) for pattern in source.patterns for split in splits
+                       if names is None or Path(pattern).stem in names})
     try:
         return Path(huggingface_hub.snapshot_download(source.repo, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # offline, refused, absent: the hub's client raises almost anything

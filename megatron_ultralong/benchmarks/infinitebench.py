@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_ultralong.benchmarks.records import Example, read_jsonl
+from megatron_ultralong.benchmarks.records import Example, Record, read_jsonl
 from megatron_ultralong.config import UserError
 
 TASKS = ("passkey", "number_string", "kv_retrieval", "code_run", "code_debug", "math_find", "math_calc", "longdialogue_qa_eng",
@@ -31,5 +31,12 @@ def read(benchmark: str, paths: Iterable[Path]) -> Iterator[Example]:
             if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
                 raise UserError(f"{record.place}: field 'options' holds {len(choices)} choices, not 4")
             yield Example(benchmark=benchmark, task=path.stem, split="test", id=str(record.get("id", int)), context=record.get("context"),
-                          question=record.get("input"), answers=record.texts("answer"), choices=choices,
+                          question=record.get("input"), answers=_flat(record).texts("answer"), choices=choices,
                           meta=record.rest("id", "context", "input"), place=record.place)
+
+
+def _flat(record: Record) -> Record:
+    """math_calc's numbers may stand in a list in a list."""
+    answer = record.data.get("answer")
+    inner = answer[0] if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], list) else answer
+    return Record({**record.data, "answer": inner}, record.place) if inner is not answer else record

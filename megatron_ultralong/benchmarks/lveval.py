@@ -41,6 +41,8 @@ def _examples(benchmark: str, name: str, path: Path, records: Iterable[Record]) 
         raise UserError(f"{path}: {name}.jsonl is none of LV-Eval's files, which are called like {SETS[0]}_{LEVELS[0]}.jsonl")
     for number, record in enumerate(records):
         record.get("length", int)
+        if record.data.get("answer_keywords") is not None:
+            record.get("answer_keywords")
         yield Example(benchmark=benchmark, task=found[1], split="test", id=f"{found[2]}/{number}", context=record.get("context"),
                       question=record.get("input"), answers=record.texts("answers"), place=record.place,
                       meta={"level": found[2], **record.rest("input", "context", "answers")})

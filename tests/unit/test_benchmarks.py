@@ -74,6 +74,7 @@ def test_lveval_alone_and_zipped(tmp_path):
     assert "answer_keywords" not in plain[0].meta
     made.lveval(tmp_path / "b")  # unpacked beside the .zip: read once
     assert len(read("lveval", tmp_path / "b")) == 5
+    assert [e.id for e in lveval.read("lveval", files.find("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"]))] == ["16k/0", "16k/1"]
     assert len(lveval.SETS) == 11 and len(lveval.LEVELS) == 5
 
 
@@ -82,6 +83,8 @@ def test_infinitebench(tmp_path):
     assert examples["passkey"].answers == ("71432",) and examples["passkey"].choices == () and examples["passkey"].context.startswith("Grass")
     assert examples["code_run"].answers == ("-3",) and examples["code_run"].meta["answer"] == -3
     assert examples["longbook_choice_eng"].choices == ("Al", "Bo", "Ida", "Di") and examples["longbook_choice_eng"].id == "3"
+    nested = made.jsonl(tmp_path / "b" / "math_calc.jsonl", [{"id": 0, "context": "1 + 2", "input": "", "answer": [[1, 3]], "options": ""}])
+    assert next(iter(infinitebench.read("infinitebench", [nested]))).answers == ("1", "3")
     assert examples["math_calc"].answers == ("1", "3", "6") and len(infinitebench.TASKS) == 12
 
 
@@ -97,6 +100,7 @@ def test_own_strings(tmp_path):
     ("ruler", {"index": 0, "input": "x", "length": 3}, "line 2: no field 'outputs'"),
     ("ruler", {"index": 0, "input": "x", "length": 3, "outputs": [["a"]]}, "line 2: field 'outputs' holds list in its list"),
     ("lveval", {"input": "x", "answers": ["a"], "length": 3}, "line 2: no field 'context'"),
+    ("lveval", {"input": "x", "answers": ["a"], "length": 3, "context": "c", "answer_keywords": ["k"]}, "line 2: field 'answer_keywords' holds list"),
     ("infinitebench", {"id": 1, "context": "c", "input": "x", "options": ["a", "b", "c", "d"]}, "line 2: no field 'answer'"),
     ("infinitebench", {"id": 1, "context": "c", "input": "x", "answer": "a", "options": ["a", "b"]}, "line 2: field 'options' holds 2 choices"),
 ])
@@ -150,6 +154,9 @@ def test_finding(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert [path.name for path in files.find("mmlu", "hub")] == ["test-00000-of-00001.parquet"]
     assert asked == {"repo": "cais/mmlu", "repo_type": "dataset", "patterns": ["all/test-*.parquet"]}
+    with pytest.raises(UserError, match="holds none of its files for test that are asked for; download"):
+        files.find("infinitebench", "hub", names=["passkey", "code_run"])  # the snapshot here is another's
+    assert asked["patterns"] == ["code_run.jsonl", "passkey.jsonl"]
 
     def offline(*args, **kwargs):
         raise ConnectionError("no network\nand more")

@@ -1,0 +1,60 @@
+"""What the stages of a benchmark hand on: files of JSON lines, the first of which says what the others were made from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong.config import UserError
+
+FORMAT = 1
+"""Version of these files."""
+
+
+@contextlib.contextmanager
+def writer(path: Path, first: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes lines of JSON, `first` first; the file is there whole at the end, or not at all."""
+    staged = path.with_name(f".{path.name}.part")  # one name: what a killed run leaves, the next writes over
+    try:
+        with staged.open("w", encoding="utf-8", newline="\n") as file:
+            def write(line: dict[str, Any]) -> None:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+            write(first)
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def made(path: Path, stage: str) -> dict[str, Any]:
+    """The first line of a stage's output; UserError where there is none."""
+    first = head(path)
+    if not first:
+        raise UserError(f"{path} is not there, or is none of this version; run --stage {stage} first")
+    return first
+
+
+def head(path: Path) -> dict[str, Any]:
+    """The first line; {} where there is no such file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return first if isinstance(first, dict) and first.get("of", {}).get("format") == FORMAT else {}
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines but the first."""
+    with path.open(encoding="utf-8") as file:
+        next(file)
+        yield from map(json.loads, file)

@@ -1,0 +1,237 @@
+"""The three stages of a benchmark whose questions come from files; each reads files and writes files, and can be run again alone.
+
+    prepare   NAME.prompts.jsonl       {"id", "text", "start", "tokens"}: what is asked, and tokens to write at most
+              NAME.answers.jsonl       {"id", ...}: what the scorer needs
+    predict   NAME.journal.jsonl       answers as they come: a run that was stopped, however, asks for none of them again
+              NAME.predictions.jsonl   {"id", "prediction", "prompt_tokens", "cut"}, once all are there
+    score     NAME.scores.jsonl        {"id", "score", "prediction", ...}; what is made of them goes to NAME.json
+
+Each file's first line says what it was made from. A stage that finds its output made from the same does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.data.journal import Journal
+from megatron_ultralong.evaluate import stage_files
+from megatron_ultralong.evaluate.fit import Chat, Fitter, Prompt
+
+STAGES = ("prepare", "predict", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question."""
+
+    id: str
+    """Of its own in the benchmark."""
+    task: str
+    """Its set or task."""
+    text: str
+    """The whole prompt, without a chat template."""
+    start: str = ""
+    """What of its end begins the answer: in a chat it goes where the answer stands."""
+    tokens: int
+    """To write at most."""
+    gold: dict[str, Any]
+    """What its scorer needs, as JSON has it."""
+
+
+def sources(paths: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of files: whether prompts were made from the same ones."""
+    return [[path.name, (found := path.stat()).st_size, found.st_mtime_ns] for path in paths]
+
+
+def prepare(out: Path, name: str, of: dict[str, Any], items: Iterable[Item], progress: Callable[[int], Any] = lambda n: None) -> int:
+    """Write prompts and answers of `items`, and say how many they are; nothing is done where they are there already, made from the same.
+
+    of: the settings and files they are made from. UserError where there are none, or two with one id.
+    """
+    of = json.loads(json.dumps({"benchmark": name, "format": stage_files.FORMAT, **of}))
+    prompts, answers = out / f"{name}.prompts.jsonl", out / f"{name}.answers.jsonl"
+    if (there := stage_files.head(answers)).get("of") == of == stage_files.head(prompts).get("of"):
+        progress(there["items"])
+        return there["items"]
+    golds: dict[str, dict[str, Any]] = {}
+    tokens: dict[str, int] = {}
+    with stage_files.writer(prompts, {"of": of}) as write:
+        for item in items:
+            if item.id in golds:
+                raise UserError(f"--data: two files hold {item.id}; keep one of them")
+            golds[item.id] = {"task": item.task, **item.gold}
+            tokens[item.task] = max(item.tokens, tokens.get(item.task, 0))
+            write({"id": item.id, "text": item.text, "start": item.start, "tokens": item.tokens})
+            progress(1)
+        if not golds:
+            raise UserError("--data: the files hold no question of those asked for")
+    with stage_files.writer(answers, {"of": of, "items": len(golds), "tokens": tokens}) as write:
+        for id, gold in golds.items():
+            write({"id": id, **gold})
+    return len(golds)
+
+
+def count(out: Path, name: str) -> int:
+    """Questions that were prepared; UserError where none were."""
+    return stage_files.made(out / f"{name}.answers.jsonl", "prepare")["items"]
+
+
+def predict(backend: Any, out: Path, name: str, *, max_length: int | None = None, chat: Chat = "auto", batch: int | None = None,
+            progress: Callable[[int], Any] = lambda n: None) -> None:
+    """Ask `backend` all that was prepared.
+
+    backend: has `tokenizer`, `generate(prompts [b][t], tokens) -> [b][<= tokens]` and `describe() -> dict`. max_length: prompt and answer
+    together, tokens; None = the positions of the model's config. batch: prompts at a time. progress: called with the number of answers since
+    the last call. UserError where nothing is prepared, where a limit leaves no room, or where --out holds answers of another model.
+    """
+    prepared, model = stage_files.made(out / f"{name}.answers.jsonl", "prepare"), backend.describe()
+    if stage_files.head(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
+        raise UserError(f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are not of one run; use --stage prepare again")
+    max_length = max_length if max_length is not None else model.get("max_position")
+    fitter = Fitter(backend.tokenizer, chat=chat, max_length=max_length)
+    for task, tokens in prepared["tokens"].items():
+        fitter.check(task, tokens)
+    head = json.loads(json.dumps({"of": prepared["of"], "model": model, "settings": {"max_length": max_length, "chat": fitter.chat}}))
+    path, rows, asked = out / f"{name}.predictions.jsonl", [], deque[Prompt]()
+    there = stage_files.head(path)
+    if there.get("of") == head["of"] and there["settings"] == head["settings"] and _identity(there["model"]) == _identity(head["model"]):
+        progress(prepared["items"])
+        return
+
+    def prompts() -> Iterator[Prompt]:
+        for line in stage_files.read(out / f"{name}.prompts.jsonl"):
+            asked.append(fitter.prompt(line["id"], line["text"], line["tokens"], line["start"]))
+            yield asked[-1]
+
+    for text in _answers(backend, prompts(), out / f"{name}.journal.jsonl", batch=batch, progress=progress):
+        prompt = asked.popleft()
+        rows.append({"id": prompt.id, "prediction": text, "prompt_tokens": len(prompt.ids), "cut": prompt.cut})
+    with stage_files.writer(path, head) as write:
+        for row in rows:
+            write(row)
+
+
+def score(out: Path, name: str, scorer: Callable[[dict[str, Any], str], float]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what the answers are of, and for each question what it is, its `prediction`, `cut` and `score`); written to NAME.scores.jsonl too.
+
+    scorer: called with an answers line and a prediction. UserError where a stage before was not run, or was run on something else.
+    """
+    prepared, head = stage_files.made(out / f"{name}.answers.jsonl", "prepare"), stage_files.made(out / f"{name}.predictions.jsonl", "predict")
+    if head["of"] != prepared["of"]:
+        raise UserError(f"{out}: the answers there are not to the questions that were prepared last; use --stage predict again")
+    found = {line["id"]: line for line in stage_files.read(out / f"{name}.predictions.jsonl")}
+    rows = []
+    for gold in stage_files.read(out / f"{name}.answers.jsonl"):
+        if gold["id"] not in found:
+            raise UserError(f"{out}: {name}.predictions.jsonl has no answer to {gold['id']}; remove it and use --stage predict again")
+        rows.append({**gold, **found[gold["id"]], "score": scorer(gold, found[gold["id"]]["prediction"])})
+    with stage_files.writer(out / f"{name}.scores.jsonl", head) as write:
+        for row in rows:
+            write({key: row[key] for key in ("id", "score", "prediction", "prompt_tokens", "cut")})
+    return head, rows
+
+
+# ---- what results are made of ---------------------------------------------------------------------------------
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows of one set or task: questions, mean score in percent, prompts that were cut."""
+    return {"questions": len(rows), "score": 100 * sum(row["score"] for row in rows) / len(rows), "cut": sum(row["cut"] > 0 for row in rows)}
+
+
+def average(scores: list[float], of: int) -> dict[str, Any]:
+    """Mean of the scores there are, how many they are, and how many there would be."""
+    return {"score": sum(scores) / len(scores) if scores else None, "cells": len(scores), "of": of}
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What stands below a table: averages, and what the scores are of."""
+    found = []
+    for label, one in result["averages"].items():
+        part = f" over {one['cells']} of {one['of']}" if one["cells"] < one["of"] else ""
+        found.append(f"average {label}: " + (f"{one['score']:.2f}" if one["cells"] else "-") + part)
+    if any(cell["cut"] for cell in result["cells"]):
+        found.append(f"* the middle of some prompts was cut, to {result['settings']['max_length']:,} tokens with the answer")
+    if result["of"]["limit"]:
+        found.append(f"only the first {result['of']['limit']} questions each")
+    return [*found, f"wording: {result['wording']}"]
+
+
+# ---- what is asked for ----------------------------------------------------------------------------------------
+
+def names(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """A list on the command line, "a,b"; all of `known` where there is none."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(","))) if text else known
+
+
+def check_names(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """UserError where a name is not known."""
+    for name in given:
+        if name not in known:
+            raise UserError(f"{flag} {name}: known are {', '.join(known)}")
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError("--limit must be at least 1")
+
+
+# ---- the model ------------------------------------------------------------------------------------------------
+
+def _answers(backend: Any, prompts: Iterable[Prompt], path: Path, *, batch: int | None, progress: Callable[[int], Any]) -> Iterator[str]:
+    """What the model writes to each prompt, in order; the only place that asks it. Those that the journal has are not asked for again."""
+    with contextlib.closing(Journal(path)) as journal:
+        model = _identity(backend.describe())
+        for group in _batches(prompts, batch):
+            known = {prompt.id: _known(journal, prompt, model) for prompt in group}
+            missing = [prompt for prompt in group if known[prompt.id] is None]
+            written = backend.generate([prompt.ids for prompt in missing], missing[0].tokens) if missing else []
+            for prompt, tokens in zip(missing, written, strict=True):
+                known[prompt.id] = backend.tokenizer.decode(tokens, skip_special_tokens=True)
+                journal.add({"key": prompt.id, "asked_sha256": _hash(prompt, model), "prediction": known[prompt.id]})
+            progress(len(group))
+            for text in known.values():
+                assert text is not None
+                yield text
+
+
+def _batches(prompts: Iterable[Prompt], size: int | None) -> Iterator[list[Prompt]]:
+    """Prompts of one length, with answers of one length: no padding is needed. size: None = as many as make 16K tokens."""
+    group: list[Prompt] = []
+    for prompt in prompts:
+        like = group and len(group[0].ids) == len(prompt.ids) and group[0].tokens == prompt.tokens
+        if group and (not like or len(group) >= (size or max(1, 16384 // (len(prompt.ids) + prompt.tokens)))):
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
+
+
+def _known(journal: Journal, prompt: Prompt, model: dict[str, Any]) -> str | None:
+    found = journal.get(prompt.id)
+    if not found:
+        return None
+    if found[-1]["asked_sha256"] != _hash(prompt, model):
+        raise UserError(f"{journal.path} holds an answer of another model, or to another prompt, with the id {prompt.id}; remove it, or choose "
+                        "another --out")
+    return found[-1]["prediction"]
+
+
+def _hash(prompt: Prompt, model: dict[str, Any]) -> str:
+    found = hashlib.sha256(json.dumps([model, prompt.tokens], sort_keys=True).encode())
+    found.update(array("q", prompt.ids).tobytes())
+    return found.hexdigest()
+
+
+def _identity(model: dict[str, Any]) -> dict[str, Any]:
+    """What of `describe` decides the answers: not the machine, nor the layout over it."""
+    return {key: value for key, value in model.items() if key not in ("device", "layout", "parameters", "max_position")}

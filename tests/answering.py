@@ -1,0 +1,44 @@
+"""A tokenizer of bytes and a model that is a function, for benchmarks whose questions come from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+CHAT = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
+SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
+
+
+def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """A token a byte, and four special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
+    made.add_special_tokens(SPECIAL)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|begin|>", eos_token="<|end|>")
+    tokenizer.chat_template = CHAT if chat else None
+    return tokenizer
+
+
+class Answering:
+    """A backend that answers a prompt by `answer`; stops the process after `dies_after` answers as a kill would (KeyboardInterrupt)."""
+
+    def __init__(self, answer: Callable[[str], str], *, chat: bool = False, name: str = "one", max_position: int | None = None,
+                 dies_after: int | None = None) -> None:
+        self.tokenizer, self.answer, self.name, self.max_position, self.dies_after = byte_tokenizer(chat), answer, name, max_position, dies_after
+        self.prompts: list[str] = []
+        self.sizes: list[int] = []
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        assert len({len(prompt) for prompt in prompts}) == 1
+        if self.dies_after is not None and len(self.prompts) >= self.dies_after:
+            raise KeyboardInterrupt
+        self.prompts += [self.tokenizer.decode(prompt) for prompt in prompts]
+        self.sizes += [len(prompt) + tokens for prompt in prompts]
+        return [self.tokenizer.encode(self.answer(self.tokenizer.decode(prompt)))[:tokens] for prompt in prompts]
+
+    def describe(self) -> dict:
+        return {"path": self.name, "max_position": self.max_position}
