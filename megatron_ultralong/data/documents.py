@@ -25,6 +25,8 @@ from megatron_ultralong.config import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".idx")
 COMPRESSIONS = (".gz", ".zst")
+REPORTS = ("report.json", "matches.jsonl", "broken.jsonl")
+"""What decontamination writes beside its output: they quote what was taken out."""
 PIECE = 1 << 20
 """Bytes of a .txt file read at a time."""
 _LARGEST_WINDOW = 1 << 31  # bytes a zstd decoder may look back: what `zstd --long=31` writes
@@ -81,6 +83,12 @@ def check(paths: Iterable[Path]) -> int:
         with opened(path) as file:
             total += os.fstat(file.fileno()).st_size
     return total
+
+
+def below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, but hidden ones and decontamination's reports."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+                  and not (p.name in REPORTS and (p.parent / ".decontaminate").is_dir()))
 
 
 def split(path: Path, size: int) -> list[Part]:
@@ -155,17 +163,6 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
     while size and (block := file.read(min(size, PIECE))):
         size -= len(block)
         yield block
-
-
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a .jsonl file (also .gz, .zst) that are not blank, each with its number, from 1. UserError where it cannot be read."""
-    found, compression = kind(path)
-    if found != ".jsonl":
-        raise UserError(f"{path}: a .jsonl file is needed here, also as .gz or .zst")
-    with opened(path) as file, readable(path):
-        for number, line in enumerate(decompressed(file, compression), 1):
-            if not line.isspace():
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _txt(part: Part, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[Document]:

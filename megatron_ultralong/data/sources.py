@@ -87,7 +87,7 @@ def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path) and _known(p))
+            inside = [p for p in documents.below(path) if _known(p)]
             if not inside:
                 raise UserError(f"{what} {path}: no file of a known kind in it; known are .txt, .jsonl (also .gz, .zst), .parquet, .idx")
             found += inside
@@ -247,10 +247,6 @@ def _known(path: Path) -> bool:
     except UserError:
         return False
     return found != ".idx" or not path.name.endswith((".mask.idx", ".docs.idx"))
-
-
-def _hidden(path: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
 def _not_packed(path: Path) -> None:
