@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -402,6 +404,27 @@ def test_broken_lines_are_reported_with_their_places(server, tmp_path):
             "a message whose content is not text", "no assistant message that answers a user", "domain 'art' is not one of general, math, code",
             "holds half of a surrogate pair, which is not text"]
     assert server.asked.total() == 2
+
+
+def test_every_form_is_read_and_written_as_messages(server, tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "share.json").write_text(json.dumps([{"id": "s", "conversations": turns}, {"id": "t", "conversations": turns[:1]}]))
+    source = write(tmp_path / "a.jsonl", [{"instruction": "do", "input": "this", "output": "c", "domain": "code"},
+                                          example("q", "d", id=5, more=[1]), {"system_prompt": "be kind", "question": "q", "response": "e"}])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "q", "answer": "f", "weight": 1.5}]), tmp_path / "p.parquet")
+    settings = Settings(base_url=server.url, model="m", turns="all", domain="math")
+    report = refine.refine([tmp_path / "share.json", source, tmp_path / "p.parquet"], tmp_path / "out" / "x.jsonl", settings, refine_prompts.Prompts(),
+                           show_progress=False)
+    found = read(tmp_path / "out" / "x.jsonl")
+    assert [(r["id"], r["domain"], [m["content"] for m in r["messages"]], r["original"]) for r in found] == [
+        ("s", "math", ["q", "Better: a", "r", "Better: b"], ["a", "b"]), ("a.jsonl:1", "code", ["do\n\nthis", "Better: c"], ["c"]),
+        (5, "math", ["q", "Better: d"], ["d"]), ("a.jsonl:3", "math", ["be kind", "q", "Better: e"], ["e"]),
+        ("p.parquet:1", "math", ["q", "Better: f"], ["f"])]
+    assert found[2]["more"] == [1] and all("conversations" not in r and "output" not in r for r in found)
+    assert report["form"] == "auto" and report["broken_lines"] == [
+        {"place": f"{tmp_path / 'share.json'}, item 2", "reason": "no question with an answer after it"}]
+    named = refine.refine([source], tmp_path / "out" / "y.jsonl", settings, refine_prompts.Prompts(), form="question/response", show_progress=False)
+    assert named["examples"] == 1 and len(named["broken_lines"]) == 2 and answers(tmp_path / "out" / "y.jsonl") == ["Better: e"]
 
 
 # ---- stopping and going on -------------------------------------------------------------------------------------
