@@ -34,7 +34,8 @@ QUESTION = made.QUESTION  # 18 words
 SOLUTION = "the guild of the harbour built the light at Skarn in the year of the great frost and long before the others"
 
 
-def run(inputs, benchmarks, output, *, action="drop", margin=0, pieces="join", min_piece=0, normalise="words", text_key="text", form=None, workers=1, **rules):
+def run(inputs, benchmarks, output, *, action="drop", margin=0, pieces="join", min_piece=0, normalise="words", text_key="text", form=None, workers=1,
+        **rules):
     return decontaminate.run([Path(path) for path in inputs], benchmarks, Path(output), rules=Rules(**rules), normalise=Normalise.parse(normalise),
                              treatment=Treatment(action=action, margin=margin, pieces=pieces, min_piece=min_piece), text_key=text_key,
                              form=form, workers=workers, show_progress=False)
@@ -463,7 +464,7 @@ def test_conversations_of_every_form(tmp_path, bench):
     assert broken == [("alpaca.jsonl.zst", 4, "no known columns among other"), ("alpaca.jsonl.zst", 5, "turn 2 (assistant) is empty"),
                       ("pairs.parquet", 3, "turn 2 (assistant) is empty")]
     totals = reports[1]["totals"]
-    assert (totals["documents"], totals["dropped"], totals["broken"]) == (7, 3, 3) and totals == reports[2]["totals"]
+    assert (totals["documents"], totals["dropped"], totals["broken"]) == (8, 3, 3) and totals == reports[2]["totals"]
     for name in ("share.jsonl", "alpaca.jsonl.zst", "pairs.jsonl", "matches.jsonl", "broken.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
 
