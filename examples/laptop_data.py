@@ -4,7 +4,7 @@
 
     text/library.jsonl.zst      the standard library's modules, one a document (PSF licence, as all here)
     text/reference.parquet      the language reference, one topic a document
-    text/notes/*.txt            licences and notes that lie beside the library
+    text/packages/*.txt         modules of some of its packages, and its licence, one a file
     chat/modules.json           ShareGPT's form: what is the module for, and which functions does it have
     chat/functions.jsonl        Alpaca's: write the function that does this
     chat/numbers.parquet        question and answer: what does this function of mathematics do
@@ -95,7 +95,7 @@ def write(folder: Path, most: int) -> None:
     """All files. most: bytes of modules."""
     library = Path(sysconfig.get_path("stdlib"))
     sources = list(modules(library, most))
-    for name in ("text/notes", "chat"):
+    for name in ("text/packages", "chat"):
         (folder / name).mkdir(parents=True, exist_ok=True)
 
     documents = [{"id": name, "text": text} for name, text in sources]
@@ -105,8 +105,9 @@ def write(folder: Path, most: int) -> None:
     reference = [{"topic": name, "text": topics[name]} for name in sorted(topics)]
     reference[2]["text"] += f"\n{QUESTIONS[2].upper()}\n"
     parquet(folder / "text" / "reference.parquet", reference)
-    for path in sorted([*library.glob("LICENSE.txt"), *(library / "idlelib").glob("*.txt")]):
-        (folder / "text" / "notes" / path.name).write_text(path.read_text(encoding="utf-8", errors="replace"), encoding="utf-8")
+    for path in sorted([*library.glob("LICENSE.txt"), *(library / "asyncio").glob("*.py"), *(library / "email").glob("*.py")]):
+        target = folder / "text" / "packages" / f"{path.parent.name}.{path.stem}.txt"
+        target.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
 
     asked = list(about_modules(sources))
     asked[0]["conversations"] += [{"from": "human", "value": f"One thing more: {QUESTIONS[4]}"}, {"from": "gpt", "value": "All that are whole."}]

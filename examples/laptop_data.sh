@@ -27,7 +27,7 @@ BENCHMARKS=("text=$RAW/benchmark.jsonl")
 [ -d "$RAW/tokenizer" ] || python examples/laptop_data.py "$RAW" --mib "$MIB"
 
 # 1. Documents, without what they share with the benchmark: cut out of the long ones.
-[ -f "$OUT/text/report.json" ] || python tools/prepare_data.py decontaminate --input "$RAW"/text/*.* "$RAW"/text/notes/*.txt \
+[ -f "$OUT/text/report.json" ] || python tools/prepare_data.py decontaminate --input "$RAW"/text/*.* "$RAW"/text/packages/*.txt \
     --benchmark "${BENCHMARKS[@]}" --action cut --margin 20 --output "$OUT/text"
 
 # 2. Documents to rows: a mix of sources and lengths in which short documents count less and long ones more. In one set documents go
@@ -37,8 +37,8 @@ tokens: $TOKENS
 rates: {<4K: 0.25, 4K-8K: 1, ">=8K": 3}
 sources:
   library:   {input: text/library.jsonl.zst, weight: 0.7, id_key: id}
-  reference: {input: text/reference.parquet, weight: 0.2, id_key: topic}
-  notes:     {input: text/*.txt, weight: 0.1}
+  reference: {input: text/reference.parquet, weight: 0.1, id_key: topic}
+  packages:  {input: text/*.txt, weight: 0.2}
 EOF
 [ -f "$OUT/rows.json" ] || python tools/prepare_data.py pretrain --sources "$OUT/text.yaml" --tokenizer "$TOKENIZER" --seq-length "$SEQ_LENGTH" \
     --duplicates drop --tokens-dir "$OUT/tokens" --output "$OUT/rows"

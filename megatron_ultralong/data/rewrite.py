@@ -97,9 +97,9 @@ def _conversations(path: Path, form: str, progress: Callable[[int], Any]) -> Ite
             found = conversations.as_messages(record, form, f"{path.name}:{number}")
             # Not all that parquet can hold beside the messages has a form in JSON: such values are written as text.
             items.append(json.dumps(found, ensure_ascii=False, default=str).encode(errors="backslashreplace") + b"\n")
-            size += len(items[-1])
         except conversations.Refused as refused:
             items.append(refused)
+        size += len(items[-1]) if isinstance(items[-1], bytes) else 100
     if items:
         yield Batch(str(path), "messages", first, items), None
 
