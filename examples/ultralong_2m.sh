@@ -14,8 +14,9 @@ set -euo pipefail
 
 SIZE=2m                                    # recipes ultralong_$SIZE and ultralong_${SIZE}_sft
 MODEL=models/Llama-3.1-8B-Instruct         # Hugging Face directory, read in place
-TEXT="data/text/*.jsonl.zst"               # raw documents
-SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens a row; empty = no instruction tuning
+TEXT="data/text/*.jsonl.zst"               # raw documents; not read where there are ROWS
+ROWS=                                      # packed rows of 2M + 1 tokens, like data/ultralong/rows_2m of examples/ultralong_data.sh
+SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens a row, like its data/ultralong/sft; empty = no instruction tuning
 RUNS=runs/ultralong_2m
 LENGTHS=32K,128K,255K                      # what plain transformers holds on one GPU
 

@@ -1,6 +1,6 @@
 #!/bin/bash
-# The stages of examples/ultralong_{1m,2m,4m}.sh, which set SIZE, MODEL, TEXT, SFT_ROWS, RUNS and LENGTHS and source this file
-# inside a Slurm job. A stage whose output is there already is not run again; training goes on from its newest checkpoint.
+# The stages of examples/ultralong_{1m,2m,4m}.sh, which set SIZE, MODEL, TEXT, ROWS, SFT_ROWS, RUNS and LENGTHS and source this
+# file inside a Slurm job. A stage whose output is there already is not run again; training goes on from its newest checkpoint.
 set -euo pipefail
 
 export OMP_NUM_THREADS=8
@@ -29,12 +29,15 @@ train() {  # recipe, run directory, more arguments
 }
 mkdir -p "$RUNS"
 
-# 1. Documents to packed rows of S + 1 tokens.
-[ -f "$RUNS/text.json" ] || on_one_node python tools/prepare_data.py pretrain \
-    --input $TEXT --tokenizer "$MODEL" --seq-length "${SIZE^^}" --output "$RUNS/text"
+# 1. Documents to packed rows of S + 1 tokens, where there are none yet.
+if [ -z "$ROWS" ]; then
+    ROWS="$RUNS/text"
+    [ -f "$ROWS.json" ] || on_one_node python tools/prepare_data.py pretrain \
+        --input $TEXT --tokenizer "$MODEL" --seq-length "${SIZE^^}" --output "$ROWS"
+fi
 
 # 2. Continued pretraining, straight to the target length.
-train "ultralong_$SIZE" "$RUNS/pretrain" --load-hf "$MODEL" --data "$RUNS/text"
+train "ultralong_$SIZE" "$RUNS/pretrain" --load-hf "$MODEL" --data "$ROWS"
 FINAL="$RUNS/pretrain"
 
 # 3. Instruction tuning on short examples, if there are any; RoPE stays as it is.

@@ -91,8 +91,10 @@ def pretrain(args: argparse.Namespace) -> None:
 def add_refine(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=refine)
     parser.add_argument("--input", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
-                        help=".jsonl, also as .gz and .zst: one {\"messages\": [{\"role\": ..., \"content\": ...}, ...]} a line, with "
-                             "\"id\" and \"domain\" where known; other keys are kept")
+                        help="conversations: .jsonl (also .gz, .zst), .json (one list) or .parquet, as sft reads them; directories and globs of "
+                             "them. Of {\"messages\": [{\"role\": ..., \"content\": ...}, ...]} other keys than \"id\" and \"domain\" are kept too")
+    parser.add_argument("--form", default="auto", help="auto (default: found out record by record), sharegpt, messages, alpaca, or two columns "
+                        "like question/answer; written as messages")
     parser.add_argument("--output", type=Path, required=True, metavar="NAME.jsonl",
                         help="writes it whole or not at all, with NAME.json (report) and NAME.journal.jsonl (every answer, to go on from)")
     parser.add_argument("--model", required=True, metavar="NAME", help="as the endpoint calls it")
@@ -128,7 +130,7 @@ def refine(args: argparse.Namespace) -> None:
              "price_in", "price_out", "limit", "budget")
     settings = refine_walk.Settings(base_url=args.base_url or refine_client.OPENAI, **{name: getattr(args, name) for name in names})
     prompts = refine_prompts.load(args.prompts) if args.prompts else refine_prompts.Prompts()
-    made = refine.refine(args.input, args.output, settings, prompts)
+    made = refine.refine(args.input, args.output, settings, prompts, form=args.form)
     kept = ", ".join(f"{count} {reason}" for reason, count in made["turns"].items() if reason != "refined")
     cost = "" if made["cost_usd"] is None else f", {made['cost_usd']:.2f} USD"
     print(f"{args.output}: {made['refined']} of {made['examples']} conversations refined; answers kept as they were: {kept or 'none'}; "
@@ -154,6 +156,9 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
                         help="a contaminated document is only reported, left out (default), or what was found is cut out of it; a "
                              "conversation is left out either way")
     parser.add_argument("--text-key", default="text", metavar="NAME", help="field or column that holds the text (default: text)")
+    parser.add_argument("--form", help="the input is conversations, as sft reads them (.json lists, directories and globs too): auto = found out "
+                        "record by record, sharegpt, messages, alpaca, or two columns like question/answer; all messages are searched, and what "
+                        "is left is written as .jsonl with `messages`")
     parser.add_argument("--ngram", type=int, default=13, metavar="N", help="words in a row that make a match (default: 13)")
     parser.add_argument("--min-words", type=int, default=8, metavar="N",
                         help="a shorter text of a benchmark is searched for whole from so many words on (default: 8)")
@@ -172,6 +177,8 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
 
 
 def decontaminate(args: argparse.Namespace) -> None:
+    if args.form and args.text_key != "text":
+        raise UserError("--text-key is for documents, --form for conversations: give one of them")
 
     # Imported here so that --help and mistakes in the arguments answer at once.
     from megatron_ultralong.data import contamination, contamination_report, words
@@ -180,7 +187,7 @@ def decontaminate(args: argparse.Namespace) -> None:
     rules = decontamination.Rules(ngram=args.ngram, min_words=args.min_words, common=args.common, contexts=args.contexts)
     treatment = contamination.Treatment(action=args.action, margin=args.margin, pieces=args.pieces, min_piece=args.min_piece)
     report = decontamination.run(args.input, args.benchmark, args.output, rules=rules, normalise=words.Normalise.parse(args.normalise),
-                                 treatment=treatment, text_key=args.text_key,
+                                 treatment=treatment, text_key=args.text_key, form=args.form,
                                  workers=_workers(args))
     print(contamination_report.table(report))
     print(f"{args.output / 'report.json'}: the same with samples; matches.jsonl has every match")

@@ -83,6 +83,9 @@ def table(manifest: dict[str, Any]) -> str:
             lines.append(line("" if k else source["name"], row["bucket"], (row["documents"], row["tokens"]),
                               (row["packed_documents"], row["packed_tokens"])))
         lines.append(line("", "all", (source["documents"], source["tokens"]), (source["packed"]["documents"], source["packed"]["tokens"])))
+    if len(manifest["sources"]) > 1:
+        lines.append(line("all", "", (sum(source["documents"] for source in manifest["sources"]), everything),
+                          (sum(source["packed"]["documents"] for source in manifest["sources"]), packed)))
     return "\n".join(lines)
 
 
@@ -159,7 +162,8 @@ def plot(manifest: dict[str, Any], path: Path) -> None:
     begins = sorted({row["from"] for source in manifest["sources"] for row in source["lengths"]})
     names = {row["from"]: row["bucket"] for source in manifest["sources"] for row in source["lengths"]}
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)  # shares on one scale, to be compared
+    highest = 0.0
     for axes, key, title in ((left, "tokens", "in the sources"), (right, "packed_tokens", "packed")):
         bottom = numpy.zeros(len(begins))
         total = max(sum(row[key] for source in manifest["sources"] for row in source["lengths"]), 1)
@@ -168,14 +172,19 @@ def plot(manifest: dict[str, Any], path: Path) -> None:
             heights = numpy.array([100 * values.get(begin, 0) / total for begin in begins])
             axes.bar(range(len(begins)), heights, bottom=bottom, label=source["name"], width=0.85)
             bottom += heights
+        highest = max(highest, bottom.max())
         axes.set_title(f"{title}: {total:,} tokens", fontsize=10)
         axes.set_xticks(range(len(begins)), [names[begin] for begin in begins], rotation=45, ha="right", fontsize=8)
-        axes.set_ylabel("share of tokens, %", fontsize=9)
+        axes.set_xlabel("tokens of the document", fontsize=9)
+        axes.tick_params(axis="y", labelsize=8, labelleft=True)
+        axes.grid(axis="y", alpha=0.3, linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    right.set_xlabel("tokens of the document", fontsize=9)
-    left.set_xlabel("tokens of the document", fontsize=9)
+    left.set_ylabel("share of tokens, %", fontsize=9)
+    left.set_ylim(0, 1.05 * highest or 1)
     if len(manifest["sources"]) > 1:
-        left.legend(frameon=False, fontsize=8)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8)  # in the order of the bars
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
 
 

@@ -115,10 +115,12 @@ class Scanner:
             return _Document(i, [item.decode("utf-8-sig")])
         if batch.kind == ".parquet":
             return _Document(i, [_text(item, self.text_key)])
+        if isinstance(item, ValueError):  # of conversations: why it is none
+            raise item
         record = json.loads(item.removeprefix(b"\xef\xbb\xbf"))
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        if self.text_key in record:
+        if self.text_key in record and batch.kind != "messages":
             return _Document(i, [_text(record[self.text_key], self.text_key)], record)
         if isinstance(record.get("messages"), list):
             return _Document(i, [_content(message) for message in record["messages"]], record, conversation=True)

@@ -69,7 +69,9 @@ class Unusable:
     reason: str
 
 
-class _Refused(Exception):
+class Refused(ValueError):
+    """Why a record gives no conversation; kind as in Unusable."""
+
     def __init__(self, reason: str, kind: Literal["broken", "unsupported"] = "broken") -> None:
         super().__init__(reason)
         self.kind = kind
@@ -81,7 +83,7 @@ def files(inputs: Iterable[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            some = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(KINDS) and not p.name.startswith("."))
+            some = [p for p in documents.below(path) if p.name.lower().endswith(KINDS)]
         elif not path.exists() and glob.has_magic(text):
             some = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
         else:
@@ -105,18 +107,14 @@ def read(path: Path, *, source: str, domain: str | None = None, form: str = "aut
     .json. UserError where the file cannot be read.
     """
     check_form(form)
-    for place, record in _records(path, progress):
+    for number, record in records(path, progress):
+        at = place(path, number)
         try:
-            if isinstance(record, _Refused):
-                raise record
-            if not isinstance(record, dict):
-                raise _Refused(f"holds {_kind(record)}, where an object with columns is needed")
-            messages, cut = _messages(record, form)
-            name = next((str(record[key]) for key in ("id", "idx", "conversation_id") if record.get(key) not in (None, "")), place)
+            messages, cut = turns(record, form)
             own = record.get("domain")
-            yield Conversation(messages, name, place, domain or (own if own in DOMAINS else "general"), source, cut)
-        except _Refused as refused:
-            yield Unusable(place, refused.kind, str(refused))
+            yield Conversation(messages, _id(record, at), at, domain or (own if own in DOMAINS else "general"), source, cut)
+        except Refused as refused:
+            yield Unusable(at, refused.kind, str(refused))
 
 
 def check_form(form: str) -> None:
@@ -127,29 +125,49 @@ def check_form(form: str) -> None:
 
 # ---- a record's turns ------------------------------------------------------------------------------------------
 
-def _messages(record: dict[str, Any], form: str) -> tuple[tuple[Message, ...], int]:
-    """(messages, turns cut off). _Refused where there is no question with an answer."""
-    column = next((name for name in LISTS if isinstance(record.get(name), list)), None)
+def turns(record: Any, form: str) -> tuple[tuple[Message, ...], int]:
+    """The messages of a record, as a Conversation has them, and how many turns were cut off. Refused where it gives none."""
+    if isinstance(record, Refused):
+        raise record
+    if not isinstance(record, dict):
+        raise Refused(f"holds {_kind(record)}, where an object with columns is needed")
+    column = list_column(record, form)
     if form in ("sharegpt", "messages") and column is None:
-        raise _Refused(f"no list of turns under {' or '.join(LISTS)}")
-    if column is not None and form in ("auto", "sharegpt", "messages"):
-        turns = [_turn(turn) for turn in record[column]]
-        if not turns or turns[0].role != "system":
-            turns = _system(record) + turns
-    else:
-        turns = _pair(record, form)
-    return _in_turn(turns)
+        raise Refused(f"no list of turns under {' or '.join(LISTS)}")
+    if column is None:
+        return _in_turn(_pair(record, form))
+    found = [_turn(turn) for turn in record[column]]
+    return _in_turn(found if found and found[0].role == "system" else _system(record) + found)
+
+
+def as_messages(record: Any, form: str, name: str) -> dict[str, Any]:
+    """The record in the form `messages`, with its own `id`, or `name`. Refused where it gives no conversation.
+
+    Of records in another form only the domain is kept besides: what is left of one form beside another would be read for it.
+    """
+    messages, _ = turns(record, form)
+    kept = record if list_column(record, form) == "messages" else {key: record[key] for key in ("domain",) if key in record}
+    return {**kept, "id": _id(record, name), "messages": [{"role": message.role, "content": message.content} for message in messages]}
+
+
+def list_column(record: dict[str, Any], form: str) -> str | None:
+    """The column that holds the turns, where the form has one."""
+    return next((name for name in LISTS if isinstance(record.get(name), list)), None) if form in ("auto", "sharegpt", "messages") else None
+
+
+def _id(record: dict[str, Any], name: str) -> str:
+    return next((str(record[key]) for key in ("id", "idx", "conversation_id") if record.get(key) not in (None, "")), name)
 
 
 def _turn(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise _Refused(f"a turn is {_kind(turn)}, not an object with a role and its content")
+        raise Refused(f"a turn is {_kind(turn)}, not an object with a role and its content")
     name = turn.get("from") or turn.get("role")  # in parquet a turn has every column, some of them empty
     if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
-        raise _Refused(f"uses tools ({name})", "unsupported")
+        raise Refused(f"uses tools ({name})", "unsupported")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise _Refused(f"role {name!r} is not known")
+        raise Refused(f"role {name!r} is not known")
     return Message(role, _text(turn.get("content") if turn.get("value") is None else turn["value"], role))
 
 
@@ -162,7 +180,7 @@ def _pair(record: dict[str, Any], form: str) -> list[Message]:
     pair = next((pair for pair in pairs if all(name in record for name in pair)), None)
     if pair is None:
         wanted = "" if form == "auto" else f" for form {form}"
-        raise _Refused(f"no known columns{wanted} among {', '.join(list(record)[:8]) or 'none'}")
+        raise Refused(f"no known columns{wanted} among {', '.join(list(record)[:8]) or 'none'}")
     question, answer = (_text(record[name], name) for name in pair)
     if pair[0] == "instruction" and record.get("input"):
         question += "\n\n" + _text(record["input"], "input")
@@ -180,14 +198,14 @@ def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
     first = next((i for i, turn in enumerate(rest) if turn.role == "user"), len(rest))
     last = next((i for i in range(len(rest), 0, -1) if rest[i - 1].role == "assistant"), 0)
     if last <= first:
-        raise _Refused("no question with an answer after it")
+        raise Refused("no question with an answer after it")
     kept = rest[first:last]
     for i, turn in enumerate(kept):
         wanted = ("user", "assistant")[i % 2]
         if turn.role != wanted:
-            raise _Refused("a system message in the middle" if turn.role == "system" else f"two turns of the {turn.role} in a row")
+            raise Refused("a system message in the middle" if turn.role == "system" else f"two turns of the {turn.role} in a row")
         if not turn.content.strip():
-            raise _Refused(f"turn {first + i + 1} ({turn.role}) is empty")
+            raise Refused(f"turn {first + i + 1} ({turn.role}) is empty")
     return tuple([turn for turn in system if turn.content.strip()] + kept), len(rest) - len(kept)
 
 
@@ -195,16 +213,16 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, list):
         parts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in value]
         if not all(isinstance(part, str) for part in parts):
-            raise _Refused(f"{name} holds parts that are not text", "unsupported")
+            raise Refused(f"{name} holds parts that are not text", "unsupported")
         value = "".join(str(part) for part in parts)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _Refused(f"{name} holds {_kind(value)}, not text")
+        raise Refused(f"{name} holds {_kind(value)}, not text")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError:  # JSON can say "\ud800", which no tokenizer takes
-        raise _Refused(f"{name} holds half of a surrogate pair, which is not text") from None
+        raise Refused(f"{name} holds half of a surrogate pair, which is not text") from None
     return value
 
 
@@ -214,8 +232,14 @@ def _kind(value: Any) -> str:
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
-def _records(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[str, Any]]:
-    """(place, record, or what is wrong with it)."""
+def place(path: Path, number: int) -> str:
+    """Where a record stands, for people."""
+    name = path.name.lower()
+    return f"{path}, {'row' if name.endswith('.parquet') else 'item' if name.endswith('.json') else 'line'} {number}"
+
+
+def records(path: Path, progress: Callable[[int], Any] = lambda n: None) -> Iterator[tuple[int, Any]]:
+    """Number (line, row or item, from 1 on) and record; Refused in its place where a line is no JSON. progress, memory, errors as `read`."""
     name = path.name.lower()
     with documents.readable(path), path.open("rb") as file:
         if name.endswith(".parquet"):
@@ -227,13 +251,13 @@ def _records(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[str, 
                 raise UserError(f"{path}: not JSON ({error}); mend it, or name it .jsonl if each line is a record") from None
             if not isinstance(found, list):
                 raise UserError(f"{path}: a list of records is needed; name it .jsonl if each line is one")
-            yield from ((f"{path}, item {number}", record) for number, record in enumerate(found, 1))
+            yield from enumerate(found, 1)
         else:
             done = 0
             compression = next((end for end in (".gz", ".zst") if name.endswith(end)), "")
             for number, line in enumerate(documents.decompressed(file, compression), 1):
                 if not line.isspace():
-                    yield f"{path}, line {number}", _parsed(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                    yield number, _parsed(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
                 progress(file.tell() - done)
                 done = file.tell()
             return
@@ -244,12 +268,12 @@ def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
-        return _Refused(f"not UTF-8 text ({error.reason})")
+        return Refused(f"not UTF-8 text ({error.reason})")
     except (ValueError, RecursionError) as error:
-        return _Refused(f"not JSON ({error})")
+        return Refused(f"not JSON ({error})")
 
 
-def _parquet(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, file: Any) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -258,6 +282,6 @@ def _parquet(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
             for record in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", record
+                yield number, record
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None

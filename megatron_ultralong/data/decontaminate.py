@@ -1,6 +1,7 @@
 """Training text searched for the words of benchmarks, file by file, by any number of processes; what was done already is not done again.
 
-    OUTPUT/NAME                           each file of the input, with its contaminated documents treated; none where they are only reported
+    OUTPUT/NAME                           each file of the input, with its contaminated documents treated; none where they are only reported;
+                                          NAME.jsonl for a NAME.json or NAME.parquet of conversations
     OUTPUT/report.json                    counts, and some matches of each benchmark
     OUTPUT/{matches,broken}.jsonl         every match; every line that could not be read, which is not in the output
     OUTPUT/.decontaminate/                settings; NAME.json and both lists of each file that is done
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from megatron_ultralong.benchmarks import files
 from megatron_ultralong.benchmarks.records import Example
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import benchmark_ngrams, contamination_report, documents, rewrite
+from megatron_ultralong.data import benchmark_ngrams, contamination_report, conversations, documents, rewrite
 from megatron_ultralong.data.benchmark_ngrams import Rules
 from megatron_ultralong.data.contamination import Outcome, Scanner, Treatment, to_json
 from megatron_ultralong.data.pool import Workers
@@ -37,18 +38,23 @@ LISTS = ("matches", "broken")
 
 
 def run(inputs: Sequence[Path], benchmarks: Sequence[str], output: Path, *, rules: Rules, normalise: Normalise, treatment: Treatment,
-        text_key: str = "text", workers: int = 1, show_progress: bool = True) -> dict[str, Any]:
+        text_key: str = "text", form: str | None = None, workers: int = 1, show_progress: bool = True) -> dict[str, Any]:
     """Search `inputs` for `benchmarks`, each NAME=WHERE (files.py's names, or text=FILE.jsonl), into `output`; the report.
 
-    workers: processes that search; 0 or 1 = this one. The output is the same whatever their number. UserError for what a user can
-    mend; files that were done by then stay, and are passed over the next time.
+    form: `inputs` are files, folders or globs of conversations in that form (conversations.py), written as .jsonl in the form
+    `messages`; None = documents, or `messages` in .jsonl, with their text under `text_key`. workers: processes that search; 0 or 1 =
+    this one. The output is the same whatever their number. UserError for what a user can mend; files that were done by then stay, and
+    are passed over the next time.
     """
-    _check(inputs, output, treatment)
-    size = documents.check(inputs)
+    if form is not None:
+        conversations.check_form(form)
+        inputs = conversations.files(map(str, inputs))
+    _check(inputs, output, treatment, form)
+    size = documents.check(inputs) if form is None else sum(path.stat().st_size for path in inputs)
     sources = _sources(benchmarks)
     index = benchmark_ngrams.build(tqdm(_examples(sources), desc="benchmarks", unit=" examples", disable=not show_progress), rules, normalise)
     settings = {"format": FORMAT, "rules": asdict(rules), "normalise": list(normalise.steps), "treatment": asdict(treatment),
-                "text_key": text_key, "benchmarks": index.digest()}
+                "text_key": text_key, "form": form, "benchmarks": index.digest()}
     work = output / ".decontaminate"
     statistics = index.statistics
     with _workplace(output, work, settings):
@@ -57,13 +63,13 @@ def run(inputs: Sequence[Path], benchmarks: Sequence[str], output: Path, *, rule
         with tqdm(total=size, unit="B", unit_scale=True, desc="searching", disable=not show_progress) as bar, \
                 Workers(workers, Scanner.open, (work / "partial" / "index", treatment, text_key)) as pool:
             for path in inputs:
-                if _done(path, output, work) is None:
+                if _done(path, output, work, form) is None:
                     if (work / f"{path.name}.json").exists():
                         bar.write(f"{path}: has changed, or its output is gone, since it was searched; searched again")
-                    _search(path, output, work, treatment, text_key, pool, bar)
+                    _search(path, output, work, treatment, text_key, form, pool, bar)
                 else:
                     bar.update(path.stat().st_size)
-        done = [_done(path, output, work) for path in inputs]
+        done = [_done(path, output, work, form) for path in inputs]
         made = contamination_report.make(settings, {name: [str(path) for path in paths] for name, paths in sources.items()}, statistics,
                                          done, _all(inputs, work, "matches"), _all(inputs, work, "broken"))
         for name in LISTS:
@@ -72,18 +78,18 @@ def run(inputs: Sequence[Path], benchmarks: Sequence[str], output: Path, *, rule
     return made
 
 
-def _check(inputs: Sequence[Path], output: Path, treatment: Treatment) -> None:
+def _check(inputs: Sequence[Path], output: Path, treatment: Treatment, form: str | None) -> None:
     names: dict[str, Path] = {}
     for path in inputs:
-        kind, _ = rewrite.kind(path)
-        if kind == ".txt" and treatment.pieces == "split":
+        if form is None and rewrite.kind(path)[0] == ".txt" and treatment.pieces == "split":
             raise UserError(f"{path}: a .txt holds one document; use --pieces join, or give .jsonl")
-        if path.name in names:
-            raise UserError(f"{names[path.name]} and {path} have the same name, and both would be written as {output / path.name}; "
+        name = rewrite.output_name(path, form)
+        if name in names:
+            raise UserError(f"{names[name]} and {path} have the same name, and both would be written as {output / name}; "
                             "search them into two directories, or rename one")
-        if path.name in ("report.json", *(f"{name}.jsonl" for name in LISTS)):
-            raise UserError(f"{path}: {path.name} is the name of a result; rename the file")
-        names[path.name] = path
+        if name in documents.REPORTS:
+            raise UserError(f"{path}: {name} is the name of a result; rename the file")
+        names[name] = path
         if path.parent.resolve() == output.resolve():
             raise UserError(f"--output {output}: holds the input {path.name}, which would be replaced; choose another directory")
 
@@ -131,17 +137,17 @@ def _workplace(output: Path, work: Path, settings: dict[str, Any]) -> Iterator[N
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _search(path: Path, output: Path, work: Path, treatment: Treatment, text_key: str, pool: Workers, bar: Any) -> None:
+def _search(path: Path, output: Path, work: Path, treatment: Treatment, text_key: str, form: str | None, pool: Workers, bar: Any) -> None:
     """One file, from its first line to the renaming of what came of it."""
-    partial, before = work / "partial", _state(path)
+    partial, before, name_out = work / "partial", _state(path), rewrite.output_name(path, form)
     made: dict[str, Any] = {"file": str(path), **before, "written": treatment.action != "report"}
     counts = Outcome().counts
-    target = rewrite.writer(path, partial / path.name, text_key) if made["written"] else None
+    target = rewrite.writer(path, partial / name_out, text_key, form) if made["written"] else None
     with contextlib.ExitStack() as stack:
         lists = {name: stack.enter_context((partial / f"{path.name}.{name}").open("wb")) for name in LISTS}
         if target is not None:
             stack.callback(target.close)
-        for batch, rest, outcome in pool.map(rewrite.batches(path, text_key, bar.update)):
+        for batch, rest, outcome in pool.map(rewrite.batches(path, text_key, form, bar.update)):
             for name in LISTS:
                 lists[name].writelines(to_json(item) + b"\n" for item in getattr(outcome, name))
             for name, count in outcome.counts.items():
@@ -150,12 +156,12 @@ def _search(path: Path, output: Path, work: Path, treatment: Treatment, text_key
                 target.write(batch, rest, outcome.edits)
     if _state(path) != before:
         raise UserError(f"{path}: was changed while it was read; search it again")
-    if rewrite.kind(path)[0] == ".txt" and counts["dropped"] + counts["broken"]:
+    if form is None and rewrite.kind(path)[0] == ".txt" and counts["dropped"] + counts["broken"]:
         made["written"] = False  # no document, no file
     for name in LISTS:
         _publish(partial / f"{path.name}.{name}", work / f"{path.name}.{name}")
     if made["written"]:
-        _publish(partial / path.name, output / path.name)
+        _publish(partial / name_out, output / name_out)
     _write(work / f"{path.name}.json", [json.dumps(made | {"counts": counts}).encode()], work)
 
 
@@ -164,14 +170,14 @@ def _state(path: Path) -> dict[str, int]:
     return {"size": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
-def _done(path: Path, output: Path, work: Path) -> dict[str, Any] | None:
+def _done(path: Path, output: Path, work: Path, form: str | None) -> dict[str, Any] | None:
     """What was written about a file that is done and has not changed since."""
     try:
         made = json.loads((work / f"{path.name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     same = made["file"] == str(path) and {name: made[name] for name in ("size", "modified_ns")} == _state(path)
-    there = not made["written"] or (output / path.name).is_file()
+    there = not made["written"] or (output / rewrite.output_name(path, form)).is_file()
     return made if same and there else None
 
 

@@ -25,6 +25,8 @@ from megatron_ultralong.config import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".idx")
 COMPRESSIONS = (".gz", ".zst")
+REPORTS = ("report.json", "matches.jsonl", "broken.jsonl")
+"""What decontamination writes beside its output: they quote what was taken out."""
 PIECE = 1 << 20
 """Bytes of a .txt file read at a time."""
 _LARGEST_WINDOW = 1 << 31  # bytes a zstd decoder may look back: what `zstd --long=31` writes
@@ -84,6 +86,18 @@ def check(paths: Iterable[Path]) -> int:
         with opened(path) as file:
             total += os.fstat(file.fileno()).st_size
     return total
+
+
+def below(folder: Path) -> list[Path]:
+    """All files below a folder, links followed, sorted; but hidden ones and decontamination's reports."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [] if os.path.realpath(place) in seen else [name for name in folders if not name.startswith(".")]
+        seen.add(os.path.realpath(place))
+        reports = REPORTS if Path(place, ".decontaminate").is_dir() else ()
+        found += [Path(place, name) for name in names if not name.startswith(".") and name not in reports]
+    return sorted(set(found))
 
 
 def split(path: Path, size: int) -> list[Part]:
@@ -163,17 +177,6 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
     while size and (block := file.read(min(size, PIECE))):
         size -= len(block)
         yield block
-
-
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a .jsonl file (also .gz, .zst) that are not blank, each with its number, from 1. UserError where it cannot be read."""
-    found, compression = kind(path)
-    if found != ".jsonl":
-        raise UserError(f"{path}: a .jsonl file is needed here, also as .gz or .zst")
-    with opened(path) as file, readable(path):
-        for number, line in enumerate(decompressed(file, compression), 1):
-            if not line.isspace():
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _txt(part: Part, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[Document]:

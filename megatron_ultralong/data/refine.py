@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import documents, refine_client
+from megatron_ultralong.data import conversations, refine_client
 from megatron_ultralong.data.journal import Journal
 from megatron_ultralong.data.refine_ask import ask_all
 from megatron_ultralong.data.refine_input import Input
@@ -28,21 +28,24 @@ FORMAT = 1
 """Of output and report."""
 
 
-def refine(inputs: list[Path], output: Path, settings: Settings, prompts: Prompts, *, show_progress: bool = True) -> dict[str, Any]:
+def refine(inputs: list[Path], output: Path, settings: Settings, prompts: Prompts, *, form: str = "auto",
+           show_progress: bool = True) -> dict[str, Any]:
     """Write `output` (NAME.jsonl) and its report from what the journal holds and what is asked now; returns the report.
 
+    inputs: files, folders or globs of conversations in `form` (conversations.py).
     UserError for what a user can mend, KeyboardInterrupt with a line after a signal: then neither is written, and the journal keeps
     every answer. Memory: one example a request on its way, and some 100 bytes an answer.
     """
     if output.suffix != ".jsonl":
         raise UserError(f"--output {output}: the name must end in .jsonl")
-    documents.check(inputs)
+    conversations.check_form(form)
+    inputs = conversations.files(map(str, inputs))
     journal_path = output.with_suffix(".journal.jsonl")
     for path in inputs:
         if path.resolve() in (output.resolve(), journal_path.resolve()):
             raise UserError(f"--input {path}: is what --output {output} writes; keep the two in different folders")
     refine_client.key(settings.key_env, settings.base_url)  # a missing key is said before anything is made
-    examples = Input(paths=inputs, domain=settings.domain, turns=settings.turns, limit=settings.limit)
+    examples = Input(paths=inputs, domain=settings.domain, turns=settings.turns, limit=settings.limit, form=form)
     count = sum(1 for _ in examples)
     if not count:
         first = f"; the first: {examples.broken[0]['place']}: {examples.broken[0]['reason']}" if examples.broken else ""
@@ -80,7 +83,7 @@ def _write(output: Path, examples: Input, settings: Settings, prompts: Prompts, 
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     report = {
         "format": FORMAT, "kind": "refine", "settings": asdict(settings), "prompt_sha256": {d: prompts.sha256(d) for d in DOMAINS},
-        "inputs": [str(path) for path in examples.paths], "examples": sum(count["examples"] for count in domains.values()),
+        "inputs": [str(path) for path in examples.paths], "form": examples.form, "examples": sum(count["examples"] for count in domains.values()),
         "refined": sum(count["refined"] for count in domains.values()), "not_asked": not_asked, "domains": domains,
         "turns": dict(sorted(outcomes.items())), "tokens_in": journal.tokens_in, "tokens_out": journal.tokens_out,
         "cost_usd": settings.cost(journal.tokens_in, journal.tokens_out), "broken_lines": examples.broken}

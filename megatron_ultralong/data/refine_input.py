@@ -1,4 +1,4 @@
-"""The conversations that refinement reads: JSON lines with `messages`; what cannot be used is kept in mind, with its place."""
+"""The conversations that refinement reads, in the forms of conversations.py; what cannot be used is kept in mind, with its place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_ultralong.data import documents
+from megatron_ultralong.data import conversations
 from megatron_ultralong.data.refine_prompts import DOMAINS
 
 ROLES = ("system", "user", "assistant")
@@ -20,7 +20,7 @@ class Example:
     """A conversation of the input."""
 
     record: dict[str, Any]
-    """Its line, with `id` and `domain` filled in."""
+    """Its line, with `messages`, `id` and `domain` filled in."""
     turns: tuple[int, ...]
     """Which of its messages are to be rewritten; assistant messages that answer a user."""
 
@@ -35,6 +35,7 @@ class Input:
     turns: Literal["last", "all"]
     limit: int | None
     """Examples at most."""
+    form: str = "auto"
     broken: list[dict[str, str]] = field(default_factory=list)
     """Place and reason of the lines that are left out, as of the last time through; with a limit, of the part that was read."""
 
@@ -44,35 +45,45 @@ class Input:
 
     def _all(self) -> Iterator[Example]:
         for path in self.paths:
-            for number, line in documents.lines(path):
+            for number, record in conversations.records(path):
                 try:
-                    record = conversation(line, f"{path.name}:{number}", self.domain)
-                    yield Example(record, _turns(record["messages"], self.turns))
+                    found = conversation(record, f"{path.name}:{number}", self.domain, self.form)
+                    yield Example(found, _turns(found["messages"], self.turns))
                 except ValueError as error:
-                    self.broken.append({"place": f"{path}, line {number}", "reason": str(error)})
+                    self.broken.append({"place": conversations.place(path, number), "reason": str(error)})
 
 
-def conversation(line: bytes, name: str, domain: str) -> dict[str, Any]:
-    """A line's record; `name` and `domain` where it has no `id` and `domain`. ValueError says what is wrong with the line."""
+def conversation(record: Any, name: str, domain: str, form: str) -> dict[str, Any]:
+    """A record with `messages`; `name` and `domain` where it has no `id` and `domain`. ValueError says what is wrong with it.
+
+    What has `messages` already stays as it is, further columns and turns that nobody answers included.
+    """
+    if isinstance(record, dict) and form in ("auto", "messages") and conversations.list_column(record, form) == "messages":
+        _check(record["messages"])
+        name = name if record.get("id") is None else record["id"]
+    else:
+        record = conversations.as_messages(record, form, name)
+        name = record["id"]
+    found = domain if record.get("domain") is None else record["domain"]
+    if found not in DOMAINS:
+        raise ValueError(f"domain {found!r} is not one of {', '.join(DOMAINS)}")
     try:
-        record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is not text") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
+    except TypeError as error:  # parquet can hold more than JSON
+        raise ValueError(f"cannot be written as JSON ({error})") from None
+    return {**record, "id": name, "domain": found}
+
+
+def _check(messages: list[Any]) -> None:
+    if not messages:
         raise ValueError("no list of messages under 'messages'")
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"a message whose role is not {', '.join(ROLES[:-1])} or {ROLES[-1]}")
         if not isinstance(message.get("content"), str):
             raise ValueError("a message whose content is not text")
-    found = domain if record.get("domain") is None else record["domain"]
-    if found not in DOMAINS:
-        raise ValueError(f"domain {found!r} is not one of {', '.join(DOMAINS)}")
-    return {**record, "id": name if record.get("id") is None else record["id"], "domain": found}
 
 
 def _turns(messages: list[dict[str, Any]], which: Literal["last", "all"]) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
 """Files of documents read as batches and written again, with some documents replaced or left out and all else byte for byte the same.
 
-.jsonl and .txt (one document), also as .gz and .zst; .parquet, with all columns and the compression it had.
+.jsonl and .txt (one document), also as .gz and .zst; .parquet, with all columns and the compression it had. Conversations, in any of
+the forms that conversations.py reads, are written as .jsonl in its form `messages`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import documents
+from megatron_ultralong.data import conversations, documents
 
 KINDS = (".jsonl", ".txt", ".parquet")
 BATCH = 1 << 21
@@ -30,10 +32,11 @@ class Batch:
 
     path: str
     kind: str
+    """One of KINDS, or messages."""
     first: int
     """Number of the first one's line or row, from 1."""
     items: list[Any]
-    """bytes of each line (of the whole .txt), or the text of each row."""
+    """bytes of each line (of the whole .txt), or the text of each row; a conversations.Refused for what is no conversation."""
 
 
 def kind(path: Path) -> tuple[str, str]:
@@ -46,8 +49,21 @@ def kind(path: Path) -> tuple[str, str]:
     return found, compression
 
 
-def batches(path: Path, text_key: str, progress: Callable[[int], Any]) -> Iterator[tuple[Batch, Any]]:
-    """The file's batches, each with what `Writer.write` wants back. progress: called with the bytes of the file read since last time."""
+def output_name(path: Path, form: str | None) -> str:
+    """The name of the file that is written for one that is read."""
+    if form is not None and path.suffix.lower() in (".json", ".parquet"):
+        return path.with_suffix(".jsonl").name
+    return path.name
+
+
+def batches(path: Path, text_key: str, form: str | None, progress: Callable[[int], Any]) -> Iterator[tuple[Batch, Any]]:
+    """The file's batches, each with what `Writer.write` wants back. progress: called with the bytes of the file read since last time.
+
+    form: of conversations (conversations.py); None = documents. text_key: of documents.
+    """
+    if form is not None:
+        yield from _conversations(path, form, progress)
+        return
     found, compression = kind(path)
     with documents.readable(path), path.open("rb") as file:
         if found == ".parquet":
@@ -67,6 +83,25 @@ def batches(path: Path, text_key: str, progress: Callable[[int], Any]) -> Iterat
         progress(file.tell() - done)
         if items:
             yield Batch(str(path), found, first, items), None
+
+
+def _conversations(path: Path, form: str, progress: Callable[[int], Any]) -> Iterator[tuple[Batch, Any]]:
+    items: list[Any] = []
+    first, size = 1, 0
+    for number, record in conversations.records(path, progress):
+        if items and (size >= BATCH or number != first + len(items)):  # a blank line between: items count on without a gap
+            yield Batch(str(path), "messages", first, items), None
+            items, size = [], 0
+        first = first if items else number
+        try:
+            found = conversations.as_messages(record, form, f"{path.name}:{number}")
+            # Not all that parquet can hold beside the messages has a form in JSON: such values are written as text.
+            items.append(json.dumps(found, ensure_ascii=False, default=str).encode(errors="backslashreplace") + b"\n")
+        except conversations.Refused as refused:
+            items.append(refused)
+        size += len(items[-1]) if isinstance(items[-1], bytes) else 100
+    if items:
+        yield Batch(str(path), "messages", first, items), None
 
 
 def _rows(path: Path, file: BinaryIO, text_key: str, progress: Callable[[int], Any]) -> Iterator[tuple[Batch, Any]]:
@@ -99,8 +134,10 @@ def _parquet(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None
 
 
-def writer(source: Path, target: Path, text_key: str) -> Lines | Table:
-    """What writes `target` as a file of the kind and compression of `source`."""
+def writer(source: Path, target: Path, text_key: str, form: str | None) -> Lines | Table:
+    """What writes `target` as a file of the kind and compression of `source`; as lines where that holds conversations."""
+    if form is not None:
+        return Lines(target, next((end for end in documents.COMPRESSIONS if target.name.lower().endswith(end)), ""))
     found, compression = kind(source)
     return Table(source, target, text_key) if found == ".parquet" else Lines(target, compression)
 

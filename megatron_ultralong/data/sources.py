@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import glob
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = _below(path)
+            inside = [p for p in documents.below(path) if _known(p)]
             if not inside:
                 raise UserError(f"{what} {path}: no file of a known kind in it; known are .txt, .jsonl (also .gz, .zst), .parquet, .idx")
             found += inside
@@ -265,17 +264,6 @@ def _known(path: Path) -> bool:
     except UserError:
         return False
     return found != ".idx" or not path.name.endswith((".mask.idx", ".docs.idx"))
-
-
-def _below(folder: Path) -> list[Path]:
-    """Files of known kinds in a directory and those below it, links followed; hidden ones are not looked at."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [] if os.path.realpath(place) in seen else sorted(name for name in folders if not name.startswith("."))
-        seen.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if not name.startswith(".") and _known(Path(name))]
-    return sorted(set(found))
 
 
 def _number(value: Any) -> float:

@@ -22,7 +22,7 @@ import zstandard
 
 from megatron_ultralong.benchmarks.records import Example
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import benchmark_ngrams, contamination_report, decontaminate
+from megatron_ultralong.data import benchmark_ngrams, contamination_report, conversations, decontaminate, sources
 from megatron_ultralong.data.benchmark_ngrams import Rules
 from megatron_ultralong.data.contamination import Scanner, Treatment
 from megatron_ultralong.data.rewrite import Batch
@@ -34,10 +34,11 @@ QUESTION = made.QUESTION  # 18 words
 SOLUTION = "the guild of the harbour built the light at Skarn in the year of the great frost and long before the others"
 
 
-def run(inputs, benchmarks, output, *, action="drop", margin=0, pieces="join", min_piece=0, normalise="words", text_key="text", workers=1, **rules):
+def run(inputs, benchmarks, output, *, action="drop", margin=0, pieces="join", min_piece=0, normalise="words", text_key="text", form=None, workers=1,
+        **rules):
     return decontaminate.run([Path(path) for path in inputs], benchmarks, Path(output), rules=Rules(**rules), normalise=Normalise.parse(normalise),
                              treatment=Treatment(action=action, margin=margin, pieces=pieces, min_piece=min_piece), text_key=text_key,
-                             workers=workers, show_progress=False)
+                             form=form, workers=workers, show_progress=False)
 
 
 def words_of(text: str) -> list[str]:
@@ -422,7 +423,73 @@ def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "in.jsonl").read_bytes() == b'{"text": "clean"}\n'
 
 
+def test_conversations_of_every_form(tmp_path, bench):
+    """All messages are searched, whatever columns they stand in; what is left is one form, which the next stages read."""
+    sharegpt = [{"id": "s1", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}, {"from": "human", "value": QUESTION},
+                                               {"from": "gpt", "value": "twelve"}]},
+                {"id": "s2", "conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"},
+                                               {"from": "human", "value": "unanswered"}]}]
+    (tmp_path / "share.json").write_text(json.dumps(sharegpt))
+    lines = [{"instruction": "do", "input": "this", "output": "done", "text": QUESTION}, "", {"instruction": "do", "input": SOLUTION, "output": "x"},
+             {"other": 1}, {"instruction": "do", "input": "", "output": ""}, {"instruction": "a", "output": "b", "domain": "code", "id": 7}]
+    raw = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
+    (tmp_path / "alpaca.jsonl.zst").write_bytes(zstandard.compress(raw))
+    made.parquet(tmp_path / "sub" / "pairs.parquet", [{"question": "q", "answer": "a"}, {"question": f"Now: {QUESTION}", "answer": "b"},
+                                                      {"question": "r", "answer": None}])
+    kept = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "id": "m", "more": [1]}
+    made.jsonl(tmp_path / "sub" / "plain.jsonl", [kept])
+    reports = {workers: run([tmp_path / "share.json", tmp_path / "alpaca.jsonl.zst", tmp_path / "sub"], [bench], tmp_path / f"out{workers}",
+                            form="auto", workers=workers) for workers in (1, 2)}
+    out = tmp_path / "out1"
+    assert {path.name for path in out.iterdir()} == {"share.jsonl", "alpaca.jsonl.zst", "pairs.jsonl", "plain.jsonl", "report.json", "matches.jsonl",
+                                                     "broken.jsonl", ".decontaminate"}
+
+    def said(*texts):
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    def read(path):
+        text = zstandard.open(path, "rb").read().decode() if path.suffix == ".zst" else path.read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    assert read(out / "share.jsonl") == [{"id": "s2", "messages": [{"role": "system", "content": "be kind"}, *said("hi", "ho")]}]
+    # A column that is no message is not searched and not kept: it would be taken for the text of a document.
+    assert read(out / "alpaca.jsonl.zst") == [{"id": "alpaca.jsonl.zst:1", "messages": said("do\n\nthis", "done")},
+                                              {"domain": "code", "id": "7", "messages": said("a", "b")}]
+    assert read(out / "pairs.jsonl") == [{"id": "pairs.parquet:1", "messages": said("q", "a")}]
+    assert read(out / "plain.jsonl") == [kept]
+    matches = read(out / "matches.jsonl")
+    assert [(Path(m["file"]).name, m["line"], m["message"], m["id"]) for m in matches] == [
+        ("share.json", 1, 2, "s1"), ("alpaca.jsonl.zst", 3, 0, "alpaca.jsonl.zst:3"), ("pairs.parquet", 2, 0, "pairs.parquet:2")]
+    broken = [(Path(b["file"]).name, b["line"], b["reason"]) for b in read(out / "broken.jsonl")]
+    assert broken == [("alpaca.jsonl.zst", 4, "no known columns among other"), ("alpaca.jsonl.zst", 5, "turn 2 (assistant) is empty"),
+                      ("pairs.parquet", 3, "turn 2 (assistant) is empty")]
+    totals = reports[1]["totals"]
+    assert (totals["documents"], totals["dropped"], totals["broken"]) == (8, 3, 3) and totals == reports[2]["totals"]
+    for name in ("share.jsonl", "alpaca.jsonl.zst", "pairs.jsonl", "matches.jsonl", "broken.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
+
+    # Done is done; and what is read next is the data, not what was taken out of it.
+    before = (out / "share.jsonl").stat().st_mtime_ns
+    run([tmp_path / "share.json", tmp_path / "alpaca.jsonl.zst", tmp_path / "sub"], [bench], out, form="auto")
+    assert (out / "share.jsonl").stat().st_mtime_ns == before
+    names = ["alpaca.jsonl.zst", "pairs.jsonl", "plain.jsonl", "share.jsonl"]
+    assert [path.name for path in conversations.files([str(out)])] == names == [path.name for path in sources.expand([out])]
+    with pytest.raises(UserError, match="begun with other settings \\(form\\)"):
+        run([tmp_path / "sub" / "plain.jsonl"], [bench], out)
+
+
+def test_a_named_form_is_searched_alone(tmp_path, bench):
+    path = made.jsonl(tmp_path / "a.jsonl", [{"ask": "q", "reply": SOLUTION, "question": "x", "answer": "y"}, {"ask": "q", "reply": "a"}])
+    assert run([path], [bench], tmp_path / "out", form="ask/reply")["totals"]["dropped"] == 1
+    assert json.loads((tmp_path / "out" / "a.jsonl").read_text())["messages"][1]["content"] == "a"
+    assert run([path], [bench], tmp_path / "report", form="ask/reply", action="report")["totals"]["contaminated"] == 1
+
+
 @pytest.mark.parametrize("change, message", [
+    ({"inputs": ["a.jsonl", "a.json"], "form": "auto"}, "a.jsonl and a.json have the same name, and both would be written as"),
+    ({"inputs": ["a.json"], "form": "auto"}, "a.json: not JSON"),
+    ({"inputs": ["a.txt"], "form": "auto"}, "a.txt: kind of file not known by its name"),
+    ({"form": "alpaka"}, "form alpaka: must be auto, sharegpt"),
     ({"inputs": ["a.jsonl", "sub/a.jsonl"]}, "a.jsonl and .*sub/a.jsonl have the same name, and both would be written as"),
     ({"inputs": ["a.json"]}, "a.json: kind of file not known by its name"),
     ({"inputs": ["none.jsonl"]}, "none.jsonl: cannot be read: No such file"),

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -397,10 +399,32 @@ def test_broken_lines_are_reported_with_their_places(server, tmp_path):
         assert [broken["place"] for broken in report["broken_lines"]] == [f"{tmp_path / name}, line {i}" for i in (2, 4, 5, 6, 7, 8, 9, 10)]
         reasons = [broken["reason"] for broken in report["broken_lines"]]
         assert reasons[0].startswith("not JSON (") and reasons[1:] == [
-            "no list of messages under 'messages'", "no list of messages under 'messages'", "a message whose role is not system, user or assistant",
+            "holds a list, where an object with columns is needed", "no list of messages under 'messages'",
+            "a message whose role is not system, user or assistant",
             "a message whose content is not text", "no assistant message that answers a user", "domain 'art' is not one of general, math, code",
             "holds half of a surrogate pair, which is not text"]
     assert server.asked.total() == 2
+
+
+def test_every_form_is_read_and_written_as_messages(server, tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "share.json").write_text(json.dumps([{"id": "s", "conversations": turns}, {"id": "t", "conversations": turns[:1]}]))
+    source = write(tmp_path / "a.jsonl", [{"instruction": "do", "input": "this", "output": "c", "domain": "code"},
+                                          example("q", "d", id=5, more=[1]), {"system_prompt": "be kind", "question": "q", "response": "e"}])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "q", "answer": "f", "weight": 1.5}]), tmp_path / "p.parquet")
+    settings = Settings(base_url=server.url, model="m", turns="all", domain="math")
+    report = refine.refine([tmp_path / "share.json", source, tmp_path / "p.parquet"], tmp_path / "out" / "x.jsonl", settings, refine_prompts.Prompts(),
+                           show_progress=False)
+    found = read(tmp_path / "out" / "x.jsonl")
+    assert [(r["id"], r["domain"], [m["content"] for m in r["messages"]], r["original"]) for r in found] == [
+        ("s", "math", ["q", "Better: a", "r", "Better: b"], ["a", "b"]), ("a.jsonl:1", "code", ["do\n\nthis", "Better: c"], ["c"]),
+        (5, "math", ["q", "Better: d"], ["d"]), ("a.jsonl:3", "math", ["be kind", "q", "Better: e"], ["e"]),
+        ("p.parquet:1", "math", ["q", "Better: f"], ["f"])]
+    assert found[2]["more"] == [1] and all("conversations" not in r and "output" not in r for r in found)
+    assert report["form"] == "auto" and report["broken_lines"] == [
+        {"place": f"{tmp_path / 'share.json'}, item 2", "reason": "no question with an answer after it"}]
+    named = refine.refine([source], tmp_path / "out" / "y.jsonl", settings, refine_prompts.Prompts(), form="question/response", show_progress=False)
+    assert named["examples"] == 1 and len(named["broken_lines"]) == 2 and answers(tmp_path / "out" / "y.jsonl") == ["Better: e"]
 
 
 # ---- stopping and going on -------------------------------------------------------------------------------------
@@ -556,22 +580,23 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     (["--concurrency", 0], "--concurrency 0: must be at least 1"), (["--timeout", "nan"], "--timeout nan: must be more than 0"),
     (["--budget", 3], "--budget: needs --price-in and --price-out"), (["--price-in", 3], "--price-in and --price-out: give both"),
     (["--output", "out.json"], "--output out.json: the name must end in .jsonl"), (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-    (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"), (["--input", "a.txt"], "a.txt: a .jsonl file is needed here"),
+    (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"), (["--input", "a.txt"], "a.txt: kind of file not known by its name"),
     (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
     (["--base-url", "http://[::1"], "--base-url: expected something like http"), (["--base-url", "http://h:99999/v1"], "--base-url: expected"),
     (["--base-url", "http://me:pass@host/v1"], "--base-url: give scheme, host, port and path only"),
     (["--output", "/dev/null/x.jsonl"], "cannot be written"),
-    (["--input", "empty.jsonl", "--limit", "1"], None), (["--prompts", "none.yaml"], "--prompts none.yaml: cannot be read"),
+    (["--input", "empty2.jsonl", "--limit", "1"], None), (["--prompts", "none.yaml"], "--prompts none.yaml: cannot be read"),
 ])
 def test_a_mistake_is_one_line_and_nothing_is_written(server, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     write(Path("in.jsonl"), [example("q", "a")])
     Path("a.txt").write_text("text")
     write(Path("empty.jsonl"), ["{}"])
+    write(Path("empty2.jsonl"), ["{}"])
     before = sorted(tmp_path.rglob("*"))
     first = ["--input", "empty.jsonl"] if message is None else ["--input", "in.jsonl"]
     with pytest.raises(UserError) as error:
         command(monkeypatch, *first, "--output", "out.jsonl", "--model", "m", "--base-url", server.url, *words)
-    wanted = message or "no conversation in empty.jsonl and others, 2 broken lines; the first: empty.jsonl, line 1: no list of messages"
+    wanted = message or "no conversation in empty.jsonl and others, 2 broken lines; the first: empty.jsonl, line 1: no known columns among none"
     assert wanted in str(error.value) and "\n" not in str(error.value) and "pass@" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before and not server.asked
