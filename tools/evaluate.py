@@ -2,6 +2,11 @@
 """Evaluate a model. One subcommand a benchmark; results go to --out as JSON, with a plot.
 
     python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
+    torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --cp 2 --lengths 128K,1M --out results/niah
+    python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR --lengths 128K --out results/niah
+
+The model is a Hugging Face directory in plain transformers, our own model over many ranks (a checkpoint, or a Hugging Face directory read in
+place), or one behind an OpenAI-compatible endpoint. A run that was stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import niah, plots, results
+from megatron_ultralong.evaluate import niah, options, plots, results
 from megatron_ultralong.runtime import errors
 
 
@@ -19,14 +24,9 @@ def arguments() -> argparse.Namespace:
     tasks = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    options.add_model_arguments(shared)
     shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
-    shared.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    shared.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                        help="weights and activations (default: as stored, but fp32 on a CPU)")
-    shared.add_argument("--batch", type=int, metavar="N", help="prompts at a time (default: as many as make 16K tokens)")
-    shared.add_argument("--chat", default="auto", choices=("auto", "yes", "no"), help="use the chat template (default: where there is one)")
-    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--seed", type=int, default=0, help="of prompts, and of sampling (default: %(default)s)")
 
     task = tasks.add_parser("niah", parents=[shared], help="passkey retrieval: a grid of lengths and depths",
                             description="Passkey retrieval: one fact hidden in a long text, at every length and depth.")
@@ -44,28 +44,20 @@ def arguments() -> argparse.Namespace:
 def run_niah(args: argparse.Namespace) -> None:
     grid = niah.Grid(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), depths=_depths(args.depths),
                      trials=args.trials, digits=args.digits, chat=args.chat, seed=args.seed, answer_tokens=args.answer_tokens)
-    backend = _backend(args)
+    results.make_writable(args.out)
 
     from tqdm import tqdm
 
-    with tqdm(total=len(grid.lengths) * len(grid.depths) * grid.trials, desc="niah", unit="prompt", disable=None) as bar:
-        result = niah.run(backend, grid, haystack=args.haystack, batch=args.batch, progress=bar.update)
+    with options.open_backend(args) as backend, tqdm(total=len(grid.lengths) * len(grid.depths) * grid.trials, desc="niah", unit="prompt",
+                                                     disable=None) as bar:
+        result = niah.run(backend, grid, haystack=args.haystack, batch=args.batch or (64 if args.base_url else None),
+                          answers=args.out / "niah.predictions.jsonl", progress=bar.update)
     results.write_json(args.out / "niah.json", result)
     plots.heat_maps([result], [f"{result['model']['path']}, {len(result['trials'])} prompts"], args.out / "niah.png",
-                    trained=[backend.max_position])
+                    trained=[result["model"]["max_position"]])
     print(results.grid_table(result))
     print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
           f"{result['seconds']:.0f} s")
-
-
-def _backend(args: argparse.Namespace):
-    """The model, once the output is known to be writable. Imported here so that --help and mistakes answer at once."""
-    if args.batch is not None and args.batch < 1:
-        raise UserError("--batch must be at least 1")
-    results.make_writable(args.out)
-    from megatron_ultralong.evaluate.backends import HuggingFace
-
-    return HuggingFace(args.model, device=args.device, dtype=args.dtype)
 
 
 def _depths(text: str) -> tuple[float, ...]:

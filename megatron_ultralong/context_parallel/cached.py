@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.context_parallel import kernels
-from megatron_ultralong.context_parallel.comm import Peers, PeerGroup, as_peers
+from megatron_ultralong.context_parallel.comm import PeerGroup, Peers, as_peers
 from megatron_ultralong.context_parallel.merge import merge_, merge_all
 
 Kept = Sequence[tuple[Tensor, Tensor]]

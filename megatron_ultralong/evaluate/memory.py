@@ -7,6 +7,7 @@ chunk of a prompt needs while it passes through a layer.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,9 +65,8 @@ def needed(model: Model, parallel: Parallel, chunk: int, itemsize: int, tokens: 
 
 def refusal(model: Model, parallel: Parallel, *, chunk: int, itemsize: int, tokens: int, have: int) -> str:
     """One line: what is needed, what is there, and the smallest --cp and --tp that would do, all else as it is."""
-    def fits(**change: int) -> bool:
-        other = Parallel(**{"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, **change})
-        return needed(model, other, chunk, itemsize, tokens) <= have
+    def fits(**change: Any) -> bool:
+        return needed(model, replace(parallel, **change), chunk, itemsize, tokens) <= have
     cps = [parallel.cp * 2**i for i in range(1, 12)]
     tps = [tp for tp in range(parallel.tp + 1, model.kv_heads + 1) if model.kv_heads % tp == 0 and model.ffn_size % tp == 0 and tp % parallel.tp == 0]
     ways = [f"--{name} {size}" for name, sizes in (("cp", cps), ("tp", tps)) for size in [next((s for s in sizes if fits(**{name: s})), None)] if size]

@@ -19,10 +19,10 @@ class KVCache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, before: KVCache | None = None, **kind: Any) -> None:
         """capacity: tokens that this rank can keep; more grow it. kind: dtype and device."""
         assert before is None or before.before is None
-        self.before = before
-        self.start = before.end if before else 0
+        self.before: KVCache | None = before
+        self.start: int = before.end if before else 0
         """Position of its first token."""
-        self.end = self.start
+        self.end: int = self.start
         """Position after its last, on whichever rank that is."""
         self.held = 0
         """Tokens that this rank keeps."""

@@ -22,9 +22,10 @@ import pytest
 import zstandard
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import refine, refine_ask, refine_check, refine_client, refine_prompts
+from megatron_ultralong.data import refine, refine_ask, refine_check, refine_prompts
 from megatron_ultralong.data.journal import Journal
 from megatron_ultralong.data.refine_walk import Settings
+from megatron_ultralong.runtime import endpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 KEY = "sk-secret-4711"
@@ -190,7 +191,7 @@ def test_equal_examples_are_asked_for_once(server, tmp_path):
 
 
 def test_openai_takes_another_name_for_the_limit(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_client, "OPENAI", server.url)
+    monkeypatch.setattr(endpoint, "OPENAI", server.url)
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert server.bodies[0]["max_completion_tokens"] == 4096 and "max_tokens" not in server.bodies[0]
 
@@ -262,7 +263,7 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="answers 401: a key is needed; put it into MY_KEY"):
         run(server, source, tmp_path / "other.jsonl", key_env="MY_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        run(server, source, tmp_path / "third.jsonl", base_url=refine_client.OPENAI)
+        run(server, source, tmp_path / "third.jsonl", base_url=endpoint.OPENAI)
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
     with pytest.raises(UserError, match="OPENAI_API_KEY holds signs that no key has") as error:
         run(server, source, tmp_path / "third.jsonl")
