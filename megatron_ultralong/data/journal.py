@@ -106,10 +106,9 @@ class Journal:
         """UserError where it is one, of something else."""
         if any(record[name] != self._header[name] for name in ("journal", "format")):
             return False
-        different = [name for name in {**self._header, **record} if record.get(name) != self._header.get(name)]
-        if different:
-            there, here = (json.dumps(values.get(different[0]), ensure_ascii=False) for values in (record, self._header))
-            raise UserError(f"{self.path} is of {different[0]} {there}, not {here}; remove it, or choose another {self._flag}")
+        if different := _different(record, self._header):
+            name, there, here = different
+            raise UserError(f"{self.path} is of {name} {there}, not {here}; remove it, or choose another {self._flag}")
         return True
 
     def _note(self, record: dict[str, Any], offset: int, length: int) -> None:
@@ -130,6 +129,16 @@ class Journal:
             yield
         except OSError as error:
             raise UserError(f"{self.path}: cannot be used: {error.strerror or error}") from None
+
+
+def _different(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first value in which two headers differ: its name and both values, as JSON."""
+    for name in {**here, **there}:
+        a, b = there.get(name), here.get(name)
+        if a != b:
+            inner = _different(a, b) if isinstance(a, dict) and isinstance(b, dict) else None
+            return (f"{name}.{inner[0]}", *inner[1:]) if inner else (name, json.dumps(a, ensure_ascii=False), json.dumps(b, ensure_ascii=False))
+    return None
 
 
 def _locked(path: Path, flag: str) -> int:

@@ -179,7 +179,7 @@ class HuggingFace:
         def kind(i: int) -> tuple[Any, ...]:
             return len(prompts[i]), requests[i].tokens, requests[i].stop, self.sampling.temperature and prompts[i]
 
-        for (length, tokens, stop, _), group in itertools.groupby(sorted(range(len(requests)), key=kind), key=kind):
+        for (_, tokens, stop, _), group in itertools.groupby(sorted(range(len(requests)), key=kind), key=kind):
             places = list(group)
             for i, written in zip(places, self._write([prompts[i] for i in places], tokens, stop), strict=True):
                 yield i, completion(self.tokenizer, prompts[i], written, requests[i], self.end)

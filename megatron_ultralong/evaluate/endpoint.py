@@ -92,7 +92,7 @@ class Endpoint:
             finally:
                 for task in tasks:
                     task.cancel()
-                runner.run(client.close())
+                runner.run(client.close())  # and with this the cancelled come to their end
         if failures:
             raise UserError(f"{len(failures)} of {len(requests)} requests got no answer from {self.server.base_url}, the last by {failures[-1].kind} "
                             f"({failures[-1]}); what was answered is kept, run the same command again to go on")

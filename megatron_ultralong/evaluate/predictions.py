@@ -42,8 +42,8 @@ def run(backend: Backend, requests: Iterable[Request], path: Path | None, *, bat
     prompt of 4M tokens is a list of tens of megabytes. progress: called with the number of answers since the last call. UserError where
     `path` is of another model or settings or of another prompt with the same id, and where a request got no answer.
     """
-    journal = Journal(path, kind="predictions", of={"model": identity(backend)}, flag="--out") if path else None
-    with contextlib.closing(journal) if journal else contextlib.nullcontext():
+    journal = Journal(path, kind="predictions", of={"model": identity(backend)}, flag="--out") if path is not None else None
+    with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
         asked: set[str] = set()
         for group in _batches(requests, batch):
             found = [_known(journal, request, asked) for request in group]
@@ -53,7 +53,7 @@ def run(backend: Backend, requests: Iterable[Request], path: Path | None, *, bat
             for place, completion in backend.generate([group[i] for i in missing]) if missing else ():
                 i = missing[place]
                 found[i] = Prediction(id=group[i].id, seconds=round(time.monotonic() - began, 3), **vars(completion))
-                if journal:
+                if journal is not None:
                     journal.add(_record(found[i], group[i]))  # type: ignore[arg-type]
                 progress(1)
             for one in found:
@@ -80,7 +80,7 @@ def _known(journal: Journal | None, request: Request, asked: set[str]) -> Predic
     if request.id in asked:
         raise ValueError(f"two requests have the id {request.id!r}")
     asked.add(request.id)
-    lines = journal.get(request.id) if journal else []
+    lines = journal.get(request.id) if journal is not None else []
     if not lines:
         return None
     line = lines[-1]

@@ -92,7 +92,7 @@ class Client:
             raise self._judged(error) from None
         except (openai.APIError, ValueError) as error:
             raise Failure("garbage body", self._safe(str(error))) from None
-        return _reply(found)
+        return _reply(found, chat="messages" in asked)
 
     def _judged(self, error: openai.APIStatusError) -> Failure | UserError:
         status, said = error.status_code, self._safe(error.message)
@@ -142,16 +142,16 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _reply(found: Any) -> Reply:
+def _reply(found: Any, chat: bool) -> Reply:
     """Checked by hand: the client takes any JSON for an answer."""
     try:
-        choice, chat = found.choices[0], hasattr(found.choices[0], "message")
+        choice = found.choices[0]
         message, finish = choice.message if chat else choice, choice.finish_reason
         text, refused = message.content if chat else message.text, bool(getattr(message, "refusal", None))
         text = "" if text is None else text
         text.encode()  # half of a surrogate pair is no text
     except (AttributeError, IndexError, TypeError, UnicodeEncodeError):
-        raise Failure("garbage body", "no choices with a text in the answer") from None
+        raise Failure("garbage body", f"no choices with a {"message" if chat else "text"} in the answer") from None
     if chat:  # Models that think aloud: what counts comes after.
         text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     try:
