@@ -151,7 +151,7 @@ def _reply(found: Any, chat: bool) -> Reply:
         text = "" if text is None else text
         text.encode()  # half of a surrogate pair is no text
     except (AttributeError, IndexError, TypeError, UnicodeEncodeError):
-        raise Failure("garbage body", f"no choices with a {"message" if chat else "text"} in the answer") from None
+        raise Failure("garbage body", f"no choices with a {'message' if chat else 'text'} in the answer") from None
     if chat:  # Models that think aloud: what counts comes after.
         text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     try:
