@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +162,51 @@ def _check_memory(reader: Any) -> None:
             session.generate([ids(30000, 1)], [2], [lambda tokens: False], Sampling())
         assert "\n" not in str(error.value)
     assert len(session.generate([PROMPTS[1]], [2], [lambda tokens: False], Sampling())[0]) == 2
+
+
+# ---- the tool under torchrun -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo" / "base"
+
+
+def tool(name: str, *words: Any, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.run([sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
+    """Plain transformers; our own model over two context parallel ranks, read in place, in bfloat16 too; a checkpoint over two tensor parallel ranks."""
+    assert tool("convert_hf.py", "import", "--hf", DEMO, "--out", tmp_path / "ckpt").returncode == 0
+    grid = ["--lengths", "256,512", "--depths", "0,50,100", "--trials", 2, "--device", "cpu"]
+    answers = {}
+    for name, ranks, words in (("hf", 1, ["--model", DEMO]), ("cp", 2, ["--model", DEMO, "--cp", 2, "--read-chunk", 100]),
+                               ("tp", 2, ["--ckpt", tmp_path / "ckpt", "--tp", 2, "--batch", 5]), ("bf16", 2, ["--model", DEMO, "--dtype", "bf16"])):
+        run = tool("evaluate.py", "niah", *words, *grid, "--out", tmp_path / name, ranks=ranks)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("niah.json and niah.png written") == 1, run.stdout
+        found = json.loads((tmp_path / name / "niah.json").read_text())
+        answers[name] = [trial["prediction"] for trial in found["trials"]]
+        assert found["accuracy"] >= 0.9 and len(answers[name]) == 12
+        if name != "hf":
+            tp, cp = (2, 1) if name == "tp" else (1, 2)
+            assert found["model"]["layout"] == {"tp": tp, "pp": 1, "cp": cp, "chunk": 100 if name == "cp" else 16384}
+            assert found["model"]["dtype"] == ("bfloat16" if name == "bf16" else "float32")
+    assert answers["cp"] == answers["tp"] == answers["hf"]
+
+    # A stopped run goes on, on another layout too; another model is refused, in one line and on all ranks.
+    kept = tmp_path / "cp" / "niah.predictions.jsonl"
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[:6]) + lines[6][:20])
+    run = tool("evaluate.py", "niah", "--model", DEMO, "--engine", "megatron", *grid, "--out", tmp_path / "cp")
+    assert run.returncode == 0 and sorted(json.loads(line).get("key", "") for line in kept.read_bytes().splitlines()) == sorted(
+        json.loads(line).get("key", "") for line in lines)
+    assert [trial["prediction"] for trial in json.loads((tmp_path / "cp" / "niah.json").read_text())["trials"]] == answers["hf"]
+    for words, message in ((["--ckpt", tmp_path / "ckpt", *grid, "--out", tmp_path / "cp"], "niah.predictions.jsonl is of model."),
+                           (["--model", DEMO, "--lengths", "20", "--out", tmp_path / "x", "--device", "cpu"], "--lengths 20: too short"),
+                           (["--model", DEMO, "--tp", 3, "--lengths", "64", "--out", tmp_path / "x", "--device", "cpu"], "ranks, but 2 were started")):
+        run = tool("evaluate.py", "niah", *words, ranks=2)
+        told = [line for line in run.stderr.splitlines() if "error: " in line and "torch" not in line]
+        assert run.returncode and len(told) == 1 and message in told[0], run.stderr
+        assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in run.stderr, run.stderr
