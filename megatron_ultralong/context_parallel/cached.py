@@ -20,6 +20,8 @@ from megatron_ultralong.context_parallel import kernels
 from megatron_ultralong.context_parallel.comm import PeerGroup, Peers, as_peers
 from megatron_ultralong.context_parallel.merge import merge_, merge_all
 
+FEW = 2048
+"""Queries; see `_backend`."""
 Kept = Sequence[tuple[Tensor, Tensor]]
 """Stretches of keys and values, each [1, g, t, d]; t may be 0."""
 
@@ -36,7 +38,7 @@ def chunk(q: Tensor, k: Tensor, v: Tensor, kept: Kept, group: PeerGroup, scale: 
     out = torch.zeros(asked.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     lse = torch.full(asked.shape[:3], -math.inf, dtype=out.dtype, device=q.device)
     own, later = slice(rank * c, (rank + 1) * c), slice((rank + 1) * c, size * c)
-    out[:, :, own], lse[:, :, own] = kernels.forward(q, k, v, True, scale)
+    out[:, :, own], lse[:, :, own] = kernels.forward(q, k, v, True, scale, backend=_backend(q))
     out[:, :, later], lse[:, :, later] = _unmasked(asked[:, :, later], k, v, scale)
     for keys, values in kept:
         if keys.shape[2]:  # so that of two logsumexps that are merged one is finite
@@ -72,8 +74,14 @@ def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Ten
     _, h, n, d = q.shape
     g = k.shape[1]
     folded = q.reshape(1, g, h // g * n, d)
-    out, lse = kernels.forward(folded, k, v, False, scale)
+    out, lse = kernels.forward(folded, k, v, False, scale, backend=_backend(folded))
     return out.reshape(1, h, n, d), lse.reshape(1, h, n)
+
+
+def _backend(q: Tensor) -> kernels.Backend | None:
+    """cuDNN builds a plan for every new shape, and with each token that is kept there is one: not worth it for few queries."""
+    few = q.shape[2] < FEW and kernels.choose(q.device, q.dtype, q.shape[3]) == "cudnn"
+    return "flash" if few else None
 
 
 def _gather(x: Tensor, peers: Peers) -> Tensor:

@@ -151,7 +151,7 @@ class HuggingFace:
         from transformers.utils import logging
 
         config = read_config(path)
-        self.path, self.device, self.chat, self.sampling = path, device, chat, sampling
+        self.path, self.chat, self.sampling = path, chat, sampling
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
@@ -190,7 +190,7 @@ class HuggingFace:
         more: dict[str, Any] = {}
         if sampling.temperature:
             more = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            torch.manual_seed(sampling.seed * 2**32 + zlib.crc32(repr(prompts).encode()))
+            torch.manual_seed(sampling.seed % 2**31 * 2**32 + zlib.crc32(repr(prompts).encode()))
         if stop:
             more |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
         pad = min(self.end, default=0)

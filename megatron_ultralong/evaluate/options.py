@@ -103,14 +103,17 @@ def _megatron(args: argparse.Namespace) -> Backend:
     from megatron_ultralong.evaluate.backends import read_config
     from megatron_ultralong.evaluate.megatron import Megatron
 
-    tp, pp = args.tp or 1, args.pp or 1
+    tp, pp = (1 if size is None else size for size in (args.tp, args.pp))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chunk = parse_count(args.read_chunk, "--read-chunk")
     if chunk < 1:
         raise UserError("--read-chunk must be at least 1")
     if args.model is not None:
         read_config(Path(args.model))
-    parallel = Parallel(tp=tp, pp=pp, cp=args.cp if args.cp is not None else max(1, world // (tp * pp)), dp=1)
+    parallel = Parallel(tp=tp, pp=pp, cp=args.cp if args.cp is not None else max(1, world // max(1, tp * pp)), dp=1)
+    if tp * pp * parallel.cp != world:
+        raise UserError(f"--tp {tp} x --pp {pp} x --cp {parallel.cp} needs {tp * pp * parallel.cp} ranks, but {world} were started; change "
+                        "torchrun's --nproc-per-node or the layout")
     backend = Megatron(path=args.ckpt or Path(args.model), parallel=parallel, tokenizer=args.tokenizer, device=args.device, dtype=args.dtype,
                        chat=args.chat, sampling=_sampling(args), chunk=chunk)
     if not backend.ranks.is_main:

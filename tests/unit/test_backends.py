@@ -246,7 +246,11 @@ def test_options_that_do_not_fit(tmp_path, monkeypatch, words, message):
     assert "\n" not in str(error.value)
 
 
-def test_transformers_are_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--engine hf is one process; start it without torchrun"):
-        command(monkeypatch, "--model", "a", "--engine", "hf", "--lengths", "100", "--out", tmp_path)
+def test_ranks_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for words, message in ((["--engine", "hf"], "--engine hf is one process; start it without torchrun"),
+                           (["--tp", "3"], "--tp 3 x --pp 1 x --cp 1 needs 3 ranks, but 4 were started"),
+                           (["--tp", "2", "--cp", "4"], "--tp 2 x --pp 1 x --cp 4 needs 8 ranks"), (["--pp", "0"], "parallel.pp=0 must be at least 1"),
+                           (["--pp", "2", "--dtype", "fp16"], "--dtype fp16"), (["--pp", "2", "--device", "cuda:1"], "each rank takes its own")):
+        with pytest.raises(UserError, match=message):
+            command(monkeypatch, "--model", ROOT / "examples" / "demo" / "base", *words, "--lengths", "100", "--out", tmp_path)
