@@ -68,13 +68,14 @@ class Endpoint:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """Some at a time, each handed over as it comes; UserError in the end where some got no answer after all tries."""
         failures: list[endpoint.Failure] = []
+        refusal: UserError | None = None
         with asyncio.Runner() as runner:
             client = runner.run(self._client())
             tasks: dict[asyncio.Task[Completion], int] = {}
-            waiting = iter(range(len(requests)))
+            waiting: Iterator[int] = iter(range(len(requests)))
             try:
                 while True:
-                    for i in waiting:
+                    for i in waiting:  # on from where it broke off
                         tasks[runner.get_loop().create_task(self._ask(client, requests[i]))] = i
                         if len(tasks) >= self.server.concurrency:
                             break
@@ -87,12 +88,16 @@ class Endpoint:
                             answer = task.result()
                         except endpoint.Failure as failure:
                             failures.append(failure)
+                        except UserError as error:  # no more are asked, but those on their way may be paid for
+                            refusal, waiting = error, iter(())
                         else:
                             yield i, answer
             finally:
                 for task in tasks:
                     task.cancel()
                 runner.run(client.close())  # and with this the cancelled come to their end
+        if refusal:
+            raise refusal
         if failures:
             raise UserError(f"{len(failures)} of {len(requests)} requests got no answer from {self.server.base_url}, the last by {failures[-1].kind} "
                             f"({failures[-1]}); what was answered is kept, run the same command again to go on")

@@ -36,7 +36,7 @@ class Megatron:
             raise UserError("--dtype fp16: our own model computes in bf16 or fp32")
         place, model, rope, self.max_position, assets = _find(path)
         self.path, self.chat, self.sampling, self._place = path, chat, sampling, place
-        self.tokenizer = load_tokenizer(tokenizer or assets, "--tokenizer" if tokenizer else "no --tokenizer, and --ckpt" if place != assets else "--model")
+        self.tokenizer = load_tokenizer(tokenizer or assets, "--tokenizer" if tokenizer else "--model" if place == assets else "--ckpt")
         self.end = end_tokens(assets, self.tokenizer)
         self.ranks = launch.start(Runtime(device=device), parallel)  # type: ignore[arg-type]
         precision = dtype if dtype != "auto" else "fp32" if self.ranks.device.type == "cpu" else "bf16"

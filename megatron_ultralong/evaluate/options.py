@@ -94,7 +94,7 @@ def _sampling(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def _hugging_face(args: argparse.Namespace) -> Backend:
-    from megatron_ultralong.evaluate.backends import HuggingFace
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
 
     return HuggingFace(Path(args.model), device=args.device, dtype=args.dtype, chat=args.chat, sampling=_sampling(args), tokenizer=args.tokenizer)
 

@@ -78,9 +78,13 @@ def test_what_a_server_will_not_take_is_an_answer(server, folder):
     found = ask(endpoint(server, folder), "long", "bad", "good")
     assert found["long"].finish.startswith("HTTP 400: ") and "maximum context length" in found["long"].finish and found["long"].text == ""
     assert found["bad"].finish == "refused" and found["good"].finish == "stop"
-    server.script = lambda text, nth: {"status": 404, "raw": "{}"}
+    # What no request will get ends the run; answers on their way are kept, and no more are asked.
+    server.script = lambda text, nth: {"status": 404, "raw": "{}"} if text == "x" else {"text": text, "sleep": 0.3}
+    got = []
     with pytest.raises(UserError, match="no model 'm' there"):
-        ask(endpoint(server, folder), "x")
+        for _, one in endpoint(server, folder, concurrency=2).generate([Request(id=t, text=t, tokens=7) for t in ("y", "x", "z")]):
+            got.append(one.text)
+    assert got == ["y"] and "z" not in server.asked
 
 
 def test_answers_come_as_they_are_there_some_at_a_time(server, folder):

@@ -157,7 +157,7 @@ def model_dir(tokenizer, tmp_path_factory) -> Path:
 
 
 def test_hugging_face_backend_is_greedy(model_dir):
-    from megatron_ultralong.evaluate.backends import HuggingFace
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
 
     backend = HuggingFace(model_dir, device="cpu")
     prompts = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
