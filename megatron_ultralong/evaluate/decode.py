@@ -47,7 +47,11 @@ class Sampling:
             raise UserError(f"--top-k {self.top_k}: must be 0 or more")
 
     def generator(self, prompt: Sequence[int]) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed % 2**31 * 2**32 + zlib.crc32(numpy.asarray(prompt, dtype=numpy.int64).tobytes()))
+        return torch.Generator().manual_seed(self.seed_of(prompt))
+
+    def seed_of(self, prompt: Sequence[int]) -> int:
+        """32 bits: of a longer seed torch's generator on the CPU takes no more."""
+        return zlib.crc32(f"{self.seed}/".encode() + numpy.asarray(prompt, dtype=numpy.int64).tobytes())
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
         """A token from float32 logits [V]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ class HuggingFace:
         more: dict[str, Any] = {}
         if sampling.temperature:
             more = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            torch.manual_seed(sampling.seed % 2**31 * 2**32 + zlib.crc32(repr(prompts).encode()))
+            torch.manual_seed(sampling.seed_of(prompts[0]))  # a group of equal prompts
         if stop:
             more |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
         pad = min(self.end, default=0)

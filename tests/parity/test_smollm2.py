@@ -151,6 +151,7 @@ def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
     """What our own model writes, read in chunks that leave a rest; on rank 0."""
     from megatron.core import parallel_state
 
+    from megatron_ultralong.evaluate.backends import Request
     from megatron_ultralong.evaluate.megatron import Megatron
     from megatron_ultralong.runtime import launch
 
@@ -162,6 +163,9 @@ def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
         written = backend._together("generate", [prompt], [WRITTEN], [()])
         [(score, greedy)] = backend.loglikelihood([(prompt, written[0])])
         assert greedy and score < 0
+        whole, stop = (backend.tokenizer.decode(tokens) for tokens in (written[0], written[0][4:6]))
+        [(_, one)] = backend.generate([Request(id="x", ids=prompt, tokens=WRITTEN, stop=(stop,))])
+        assert one.finish == "stop" and one.text == whole[:whole.index(stop)] and one.tokens_in == S and one.tokens_out <= 6
         backend.close()
         return written
 

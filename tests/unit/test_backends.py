@@ -165,8 +165,8 @@ def test_sampling():
     assert drawn(top_p=0.5) == pytest.approx([0, 0.5, 0, 0.5, 0], abs=0.03), "the token that reaches top_p counts"
     assert drawn(top_p=1e-9) == [0, 1, 0, 0, 0] and drawn(top_k=1, seed=3) == [0, 1, 0, 0, 0]
     assert Sampling().choose(logits, Sampling().generator([])) == 1
-    same = [Sampling(temperature=2.0, seed=s).generator(p).initial_seed() for s, p in ((0, [1]), (0, (1,)), (1, [1]), (0, [2]))]
-    assert same[0] == same[1] and len(set(same)) == 3
+    same = [float(torch.rand(1, generator=Sampling(temperature=2.0, seed=s).generator(p))) for s, p in ((0, [1]), (0, (1,)), (1, [1]), (0, [2]))]
+    assert same[0] == same[1] and len(set(same)) == 3, "seed and prompt both count"
     for wrong, words in (({"temperature": -1}, "--temperature"), ({"top_p": 0}, "--top-p"), ({"top_p": 1.1}, "--top-p"), ({"top_k": -1}, "--top-k")):
         with pytest.raises(UserError, match=words):
             Sampling(**wrong)

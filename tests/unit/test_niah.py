@@ -173,6 +173,23 @@ def test_hugging_face_backend_is_greedy(model_dir):
     assert backend.describe()["max_position"] == 128 and backend.describe()["dtype"] == "float32"
 
 
+def test_hugging_face_backend_stops_and_samples(model_dir):
+    from megatron_ultralong.evaluate.decode import Sampling
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
+
+    def asked(backend: HuggingFace, **more) -> dict[int, Completion]:
+        return dict(backend.generate([Request(id=str(n), ids=list(range(5, 5 + n)), tokens=8, **more) for n in (9, 4, 9)]))
+
+    plain = asked(HuggingFace(model_dir, device="cpu"))
+    assert sorted(plain) == [0, 1, 2] and plain[0] == plain[2] and {plain[i].tokens_in for i in (0, 1)} == {9, 4}, "prompts of several sizes in a call"
+    stop = plain[0].text[len(plain[0].text) // 2]
+    for i, one in asked(HuggingFace(model_dir, device="cpu"), stop=(stop,)).items():
+        whole = plain[i].text
+        assert one.text == whole[:whole.index(stop)] if stop in whole else one == plain[i]
+    drawn = [asked(HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed))) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def command(monkeypatch, *words) -> None:
     """Run tools/evaluate.py's main in this process, so that its UserError is seen."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
