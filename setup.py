@@ -32,7 +32,7 @@ setup(
         "safetensors>=0.4.3",           # Hugging Face weights, read and written slice by slice
         "pyarrow",                      # raw documents in parquet
         "zstandard",                    # raw documents in .jsonl.zst
-        "openai>=1.40",                 # client of OpenAI-compatible endpoints, which refine answers
+        "openai>=1.40",                 # client of OpenAI-compatible endpoints, which refine answers and are evaluated
         "tenacity>=8.3",                # waits and tries again where such an endpoint is busy
         "pyyaml",                       # files of sources; prompts of one's own
         "regex",                        # Unicode scripts and marks, for the words that decontamination compares

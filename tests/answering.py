@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from megatron_ultralong.evaluate.backends import Completion, Request
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -32,13 +34,25 @@ class Answering:
         self.prompts: list[str] = []
         self.sizes: list[int] = []
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        assert len({len(prompt) for prompt in prompts}) == 1
-        if self.dies_after is not None and len(self.prompts) >= self.dies_after:
-            raise KeyboardInterrupt
-        self.prompts += [self.tokenizer.decode(prompt) for prompt in prompts]
-        self.sizes += [len(prompt) + tokens for prompt in prompts]
-        return [self.tokenizer.encode(self.answer(self.tokenizer.decode(prompt)))[:tokens] for prompt in prompts]
+    chat = "auto"
+
+    def check(self, length: int, batch: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        for place, request in enumerate(requests):
+            if self.dies_after is not None and len(self.prompts) >= self.dies_after:
+                raise KeyboardInterrupt
+            assert request.ids is not None
+            prompt = self.tokenizer.decode(request.ids)
+            self.prompts.append(prompt)
+            self.sizes.append(len(request.ids) + request.tokens)
+            written = self.tokenizer.encode(self.answer(prompt))[:request.tokens]
+            yield place, Completion(text=self.tokenizer.decode(written, skip_special_tokens=True), tokens_in=len(request.ids),
+                                    tokens_out=len(written), finish="stop")
 
     def describe(self) -> dict:
         return {"path": self.name, "max_position": self.max_position}

@@ -2,18 +2,24 @@
 """Evaluate a model. One subcommand a benchmark; results go to --out as JSON, with a plot.
 
     python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
+    torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --cp 2 --lengths 128K,1M --out results/niah
+    python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR --lengths 128K --out results/niah
     python tools/evaluate.py lveval --model DIR --data LVEval --lengths 16k,32k --official checkouts/LVEval --out results/lveval
     python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench
+
+The model is a Hugging Face directory in plain transformers, our own model over many ranks (a checkpoint, or a Hugging Face directory read in
+place), or one behind an OpenAI-compatible endpoint. A run that was stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import infinitebench, lveval, niah, plots, results, staged
+from megatron_ultralong.evaluate import infinitebench, lveval, niah, options, plots, results, staged
 from megatron_ultralong.runtime import errors
 
 
@@ -22,14 +28,9 @@ def arguments() -> argparse.Namespace:
     tasks = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    options.add_model_arguments(shared)
     shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
-    shared.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    shared.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                        help="weights and activations (default: as stored, but fp32 on a CPU)")
-    shared.add_argument("--batch", type=int, metavar="N", help="prompts at a time (default: as many as make 16K tokens)")
-    shared.add_argument("--chat", default="auto", choices=("auto", "yes", "no"), help="use the chat template (default: where there is one)")
-    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--seed", type=int, default=0, help="of prompts, and of sampling (default: %(default)s)")
 
     task = tasks.add_parser("niah", parents=[shared], help="passkey retrieval: a grid of lengths and depths",
                             description="Passkey retrieval: one fact hidden in a long text, at every length and depth.")
@@ -50,15 +51,17 @@ def arguments() -> argparse.Namespace:
 def run_niah(args: argparse.Namespace) -> None:
     grid = niah.Grid(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), depths=_depths(args.depths),
                      trials=args.trials, digits=args.digits, chat=args.chat, seed=args.seed, answer_tokens=args.answer_tokens)
-    backend = _backend(args)
+    results.make_writable(args.out)
 
     from tqdm import tqdm
 
-    with tqdm(total=len(grid.lengths) * len(grid.depths) * grid.trials, desc="niah", unit="prompt", disable=None) as bar:
-        result = niah.run(backend, grid, haystack=args.haystack, batch=args.batch, progress=bar.update)
+    with options.open_backend(args) as backend, tqdm(total=len(grid.lengths) * len(grid.depths) * grid.trials, desc="niah", unit="prompt",
+                                                     disable=None) as bar:
+        result = niah.run(backend, grid, haystack=args.haystack, batch=args.batch or (64 if args.base_url else None),
+                          answers=args.out / "niah.predictions.jsonl", progress=bar.update)
     results.write_json(args.out / "niah.json", result)
     plots.heat_maps([result], [f"{result['model']['path']}, {len(result['trials'])} prompts"], args.out / "niah.png",
-                    trained=[backend.max_position])
+                    trained=[result["model"]["max_position"]])
     print(results.grid_table(result))
     print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
           f"{result['seconds']:.0f} s")
@@ -114,28 +117,19 @@ def _run_staged(args: argparse.Namespace, name: str, choice: Any, benchmark: Any
         if args.data is None:
             raise UserError("--data DIR is needed, or --stage predict or score to go on from what is in --out")
         benchmark.find_files(args.data, choice)  # a wrong folder is told before a model is loaded
-    backend = _backend(args) if args.stage in ("all", "predict") else None
-    if prepares:
-        with tqdm(desc=f"{name}: prepare", unit="prompt", disable=None) as bar:
-            benchmark.prepare(args.out, args.data, choice, bar.update)
-    if backend is not None:
-        with tqdm(total=staged.count(args.out, name), desc=f"{name}: predict", unit="prompt", disable=None) as bar:
-            staged.predict(backend, args.out, name, max_length=max_length, chat=args.chat, batch=args.batch, progress=bar.update)
+    # With several ranks only the first one comes into the block, and does all that is not the model's work.
+    with options.open_backend(args) if args.stage in ("all", "predict") else contextlib.nullcontext() as backend:
+        if prepares:
+            with tqdm(desc=f"{name}: prepare", unit="prompt", disable=None) as bar:
+                benchmark.prepare(args.out, args.data, choice, bar.update)
+        if backend is not None:
+            with tqdm(total=staged.count(args.out, name), desc=f"{name}: predict", unit="prompt", disable=None) as bar:
+                staged.predict(backend, args.out, name, max_length=max_length, batch=args.batch or (64 if args.base_url else None), progress=bar.update)
     if args.stage in ("all", "score"):
         result = benchmark.results(args.out)
         results.write_json(args.out / f"{name}.json", result)
         print(benchmark.table(result))
         print(f"{args.out / f'{name}.json'} written")
-
-
-def _backend(args: argparse.Namespace):
-    """The model, once the output is known to be writable. Imported here so that --help and mistakes answer at once."""
-    if args.batch is not None and args.batch < 1:
-        raise UserError("--batch must be at least 1")
-    results.make_writable(args.out)
-    from megatron_ultralong.evaluate.backends import HuggingFace
-
-    return HuggingFace(args.model, device=args.device, dtype=args.dtype)
 
 
 def _depths(text: str) -> tuple[float, ...]:

@@ -124,11 +124,12 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
 
 
 def refine(args: argparse.Namespace) -> None:
-    from megatron_ultralong.data import refine, refine_client, refine_prompts, refine_walk
+    from megatron_ultralong.data import refine, refine_prompts, refine_walk
+    from megatron_ultralong.runtime import endpoint
 
     names = ("model", "key_env", "domain", "turns", "temperature", "max_tokens", "attempts", "concurrency", "timeout", "retries", "retry_failed",
              "price_in", "price_out", "limit", "budget")
-    settings = refine_walk.Settings(base_url=args.base_url or refine_client.OPENAI, **{name: getattr(args, name) for name in names})
+    settings = refine_walk.Settings(base_url=args.base_url or endpoint.OPENAI, **{name: getattr(args, name) for name in names})
     prompts = refine_prompts.load(args.prompts) if args.prompts else refine_prompts.Prompts()
     made = refine.refine(args.input, args.output, settings, prompts, form=args.form)
     kept = ", ".join(f"{count} {reason}" for reason, count in made["turns"].items() if reason != "refined")

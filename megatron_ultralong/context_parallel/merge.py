@@ -28,6 +28,20 @@ def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> No
     return None
 
 
+def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge n partial results at once: outs [n, ..., d] and lses [n, ...] -> (out [..., d], lse [...]), float32 or wider.
+
+    A logsumexp of -inf is a part without keys; where all are, out is 0 and lse -inf.
+    """
+    if len(outs) == 1:
+        return outs[0].to(lses.dtype), lses[0]
+    peak = lses.amax(dim=0)
+    weights = torch.exp(lses - torch.where(peak == -torch.inf, 0.0, peak))  # 1 at the peak: nothing overflows
+    total = weights.sum(dim=0)
+    out = torch.einsum("n...d,n...->...d", outs.to(lses.dtype), weights) / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    return out, peak + total.log()
+
+
 @functools.cache
 def _have_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

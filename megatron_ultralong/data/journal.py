@@ -1,6 +1,6 @@
 """A journal of finished requests: JSON lines that are only ever added, so that a run that was killed asks nothing twice.
 
-    {"journal": "refine", "format": 1}                           the first line
+    {"journal": "refine", "format": 1, ...}                      the first line, which may also say what the lines are of
     {"key": "...", ...}                                          one a finished request; several may have the same key
 
 A line reaches the file in one write as soon as it is there, so a killed process leaves at most half a line, which the next run cuts
@@ -22,24 +22,25 @@ from typing import Any
 from megatron_ultralong.config import UserError
 
 FORMAT = 1
-_HEADER = {"journal": "refine", "format": FORMAT}
 _SYNC_EVERY = 1.0  # seconds
 
 
 class Journal:
     """An open journal, locked against other processes. Memory: where each line stands, not what it says."""
 
-    def __init__(self, path: Path, forget: str | None = None) -> None:
-        """Opens or creates it; lines that have the field `forget` are as if they were not there. UserError where another process has
-        it, or where it is no journal or cannot be read or written."""
-        self.path = path
+    def __init__(self, path: Path, forget: str | None = None, kind: str = "refine", of: dict[str, Any] | None = None, flag: str = "--output") -> None:
+        """Opens or creates it; lines that have the field `forget` are as if they were not there. of: plain values that its first line says,
+        and must say. flag: the option that names its place. UserError where another process has it, where it is of something else, or
+        where it is no journal or cannot be read or written."""
+        self.path, self._flag = path, flag
+        self._header = {"journal": kind, "format": FORMAT, **json.loads(json.dumps(of or {}))}
         self.tokens_in, self.tokens_out = 0, 0
         """Of every line, whatever run and settings it is of."""
         self._forget = forget
         self._lines: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         """Offset and length of the lines of a key."""
         with self._errors():
-            self._file = _locked(path)
+            self._file = _locked(path, flag)
             try:
                 self._end = self._load()
             except BaseException:
@@ -59,7 +60,7 @@ class Journal:
         """Append one line; once this returns, no end of this process loses it."""
         with self._errors():
             if not self._end:
-                self._write(_HEADER)
+                self._write(self._header)
             offset = self._end
             self._write(record)
             self._note(record, offset, self._end - offset)
@@ -87,17 +88,28 @@ class Journal:
                     break
                 try:
                     record = json.loads(line)
-                    whole = record == _HEADER if number == 1 else isinstance(record["key"], str)
-                except (ValueError, TypeError, KeyError):
+                    whole = self._is_header(record) if number == 1 else isinstance(record["key"], str)
+                except UserError:
+                    raise
+                except (ValueError, TypeError, KeyError, AttributeError):
                     whole = False
                 if not whole:
                     what = f"is no journal of format {FORMAT}; remove it" if number == 1 else "is broken; remove that line"
-                    raise UserError(f"{self.path}, line {number}: {what}, or choose another --output")
+                    raise UserError(f"{self.path}, line {number}: {what}, or choose another {self._flag}")
                 if number > 1 and self._forget not in record:
                     self._note(record, end, len(line))
                 end += len(line)
         os.ftruncate(self._file, end)
         return end
+
+    def _is_header(self, record: dict[str, Any]) -> bool:
+        """UserError where it is one, of something else."""
+        if any(record[name] != self._header[name] for name in ("journal", "format")):
+            return False
+        if different := _different(record, self._header):
+            name, there, here = different
+            raise UserError(f"{self.path} is of {name} {there}, not {here}; remove it, or choose another {self._flag}")
+        return True
 
     def _note(self, record: dict[str, Any], offset: int, length: int) -> None:
         self._lines[record["key"]].append((offset, length))
@@ -119,7 +131,17 @@ class Journal:
             raise UserError(f"{self.path}: cannot be used: {error.strerror or error}") from None
 
 
-def _locked(path: Path) -> int:
+def _different(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first value in which two headers differ: its name and both values, as JSON."""
+    for name in {**here, **there}:
+        a, b = there.get(name), here.get(name)
+        if a != b:
+            inner = _different(a, b) if isinstance(a, dict) and isinstance(b, dict) else None
+            return (f"{name}.{inner[0]}", *inner[1:]) if inner else (name, json.dumps(a, ensure_ascii=False), json.dumps(b, ensure_ascii=False))
+    return None
+
+
+def _locked(path: Path, flag: str) -> int:
     """A descriptor that has the file alone."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -130,5 +152,5 @@ def _locked(path: Path) -> int:
                 return file
         except BlockingIOError:
             os.close(file)
-            raise UserError(f"{path} is in use by another run; wait for it, or choose another --output") from None
+            raise UserError(f"{path} is in use by another run; wait for it, or choose another {flag}") from None
         os.close(file)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import conversations, refine_client
+from megatron_ultralong.data import conversations
 from megatron_ultralong.data.journal import Journal
 from megatron_ultralong.data.refine_ask import ask_all
 from megatron_ultralong.data.refine_input import Input
 from megatron_ultralong.data.refine_prompts import DOMAINS, Prompts
 from megatron_ultralong.data.refine_walk import Request, Settings, advance
+from megatron_ultralong.runtime import endpoint
 
 FORMAT = 1
 """Of output and report."""
@@ -44,7 +45,7 @@ def refine(inputs: list[Path], output: Path, settings: Settings, prompts: Prompt
     for path in inputs:
         if path.resolve() in (output.resolve(), journal_path.resolve()):
             raise UserError(f"--input {path}: is what --output {output} writes; keep the two in different folders")
-    refine_client.key(settings.key_env, settings.base_url)  # a missing key is said before anything is made
+    endpoint.key(settings.key_env, settings.base_url)  # a missing key is said before anything is made
     examples = Input(paths=inputs, domain=settings.domain, turns=settings.turns, limit=settings.limit, form=form)
     count = sum(1 for _ in examples)
     if not count:

@@ -13,11 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import refine_check, refine_client
+from megatron_ultralong.data import refine_check
 from megatron_ultralong.data.journal import Journal
 from megatron_ultralong.data.refine_input import Example
 from megatron_ultralong.data.refine_prompts import Prompts
 from megatron_ultralong.data.refine_walk import Request, Result, Settings, advance
+from megatron_ultralong.runtime import endpoint
 
 FAILURES_IN_A_ROW = 20
 """Requests that fail one after another before the run gives up."""
@@ -30,7 +31,7 @@ def ask_all(examples: Iterable[Example], count: int, settings: Settings, prompts
     """UserError where asking on has no use. KeyboardInterrupt after Ctrl-C or SIGTERM."""
 
     async def ask() -> bool:
-        client = refine_client.Client(settings.base_url, settings.model, settings.key_env, timeout=settings.timeout,
+        client = endpoint.Client(settings.base_url, settings.model, settings.key_env, timeout=settings.timeout,
                                       retries=settings.retries, max_tokens=settings.max_tokens, backoff=settings.backoff)
         with tqdm(total=count, unit="example", desc="refining", disable=not show_progress) as bar:
             run = _Run(settings, prompts, journal, client, bar)
@@ -66,7 +67,7 @@ def _signals(interrupted: asyncio.Event) -> Iterator[None]:
 class _Run:
     """All requests of one run, some at a time."""
 
-    def __init__(self, settings: Settings, prompts: Prompts, journal: Journal, client: refine_client.Client, bar: Any) -> None:
+    def __init__(self, settings: Settings, prompts: Prompts, journal: Journal, client: endpoint.Client, bar: Any) -> None:
         self.settings, self.prompts, self.journal, self.client, self.bar = settings, prompts, journal, client, bar
         self.interrupted = asyncio.Event()
         self.out_of_budget = self._reached()
@@ -120,7 +121,7 @@ class _Run:
         record: dict[str, Any] = {"key": request.key, "id": request.example.record["id"], "attempt": request.attempt}
         try:
             reply = await self.client.ask(self.prompts.ask(domain, request.before, request.answer), temperature)
-        except refine_client.Failure as failure:
+        except endpoint.Failure as failure:
             self.journal.add({**record, "failed": failure.kind, "detail": str(failure)})
             self._row += failure.again  # what is wrong with one example says nothing of the endpoint
             self._show("failed")

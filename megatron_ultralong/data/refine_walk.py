@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import refine_client
 from megatron_ultralong.data.journal import Journal
 from megatron_ultralong.data.refine_input import Example
 from megatron_ultralong.data.refine_prompts import Prompts
+from megatron_ultralong.runtime import endpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Settings:
     """What is asked of whom. Fields but the last are the tool's flags."""
 
     model: str
-    base_url: str = refine_client.OPENAI
+    base_url: str = endpoint.OPENAI
     key_env: str = "OPENAI_API_KEY"
     """Name of the environment variable with the key."""
     concurrency: int = 16
@@ -65,7 +65,7 @@ class Settings:
             raise UserError("--price-in and --price-out: give both or none")
         if self.budget is not None and self.price_in is None:
             raise UserError("--budget: needs --price-in and --price-out, USD per million tokens")
-        object.__setattr__(self, "base_url", refine_client.checked_url(self.base_url))
+        object.__setattr__(self, "base_url", endpoint.checked_url(self.base_url))
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """USD; None without prices."""

@@ -3,7 +3,7 @@
 A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it. The wording is
 this project's own. Every prompt has an exact size: prompt tokens + tokens left for the answer = length.
 
-Nothing here needs a model: `run` is handed a backend (`backends.HuggingFace`) with a tokenizer and `generate`.
+Nothing here needs a model: `run` is handed a backend (backends.py).
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import predictions
+from megatron_ultralong.evaluate.backends import Backend, Request
 
 FORMAT = 1
 """Version of the results JSON."""
@@ -75,11 +78,19 @@ class Prompt:
     trial: int
     name: str
     answer: str
+    text: str
+    """The user's message."""
+    prefix: str
+    """The answer's first words, given to the model."""
     tokens: list[int]
+    """The whole prompt: message, template and the answer's first words."""
     needle_at: int
     """First token of the needle."""
     answer_tokens: int
     """Tokens to generate; len(tokens) + answer_tokens = length."""
+
+    def request(self) -> Request:
+        return Request(id=f"{self.length}/{self.depth:g}/{self.trial}", text=self.text, prefix=self.prefix, ids=self.tokens, tokens=self.answer_tokens)
 
 
 # ---- wording --------------------------------------------------------------------------------------------------
@@ -140,14 +151,16 @@ class Builder:
         rng = random.Random(f"{self.grid.seed}/{length}/{depth:g}/{trial}")
         name, value = rng.choice(NAMES), pass_key(rng, self.grid.digits)
         hidden = self.encode(needle(name, value))
-        end = [*self.encode(question(name)), *self.tail, *self.encode(answer_start(name) if not self.chat else answer_start(name).strip())]
+        prefix = answer_start(name).strip() if self.chat else answer_start(name)
+        end = [*self.encode(question(name)), *self.tail, *self.encode(prefix)]
         size = self.grid.answer_tokens or (24 if self.chat else len(self.encode(answer(value))))
         room = length - len(self.head) - len(hidden) - len(end) - size
         if room < 0:
             raise UserError(f"--lengths {length}: too short, the prompt without any haystack and its answer are {length - room} tokens")
         before, after = self._haystack(rng, room, depth / 100)
         tokens = [*self.head, *before, *hidden, *after, *end]
-        return Prompt(length=length, depth=depth, trial=trial, name=name, answer=value, tokens=tokens,
+        text = INTRODUCTION + self.tokenizer.decode([*before, *hidden, *after]) + question(name)
+        return Prompt(length=length, depth=depth, trial=trial, name=name, answer=value, text=text, prefix=prefix, tokens=tokens,
                       needle_at=len(self.head) + len(before), answer_tokens=size)
 
     def _haystack(self, rng: random.Random, room: int, depth: float) -> tuple[list[int], list[int]]:
@@ -183,29 +196,33 @@ def is_correct(prediction: str, value: str) -> bool:
     return value in re.findall(r"\d+", prediction)
 
 
-def run(backend: Any, grid: Grid, *, haystack: Path | None = None, batch: int | None = None,
+def run(backend: Backend, grid: Grid, *, haystack: Path | None = None, batch: int | None = None, answers: Path | None = None,
         progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
     """All trials of `grid`, as the results JSON's values.
 
-    backend: has `tokenizer`, `generate(prompts [b][t], tokens) -> [b][<= tokens]` and `describe() -> dict`.
-    batch: prompts at a time; None = as many as make 16K tokens. progress: called with the number of trials done since the last call.
+    batch: prompts at a time; None = as many as make 16K tokens. answers: the file that keeps them, so that none is asked for twice
+    (predictions.py). progress: called with the number of trials done since the last call.
     """
     started = time.time()
     builder = Builder(backend.tokenizer, grid, _read(haystack) if haystack else None)
     for length in grid.lengths:  # Too short a length is told before the first minute is spent.
         builder.prompt(length, grid.depths[0], 0)
+    backend.check(max(grid.lengths), batch or 1)
+    asked: deque[Prompt] = deque()  # a prompt of 4M tokens is a list of tens of megabytes: only those of one batch are there
     trials: list[dict[str, Any]] = []
-    for length in grid.lengths:
-        # One batch at a time: a prompt of 4M tokens is a list of tens of megabytes.
-        prompts = (builder.prompt(length, depth, trial) for depth in grid.depths for trial in range(grid.trials))
-        for group in _batches(prompts, batch or max(1, 16384 // length)):
-            written = backend.generate([prompt.tokens for prompt in group], group[0].answer_tokens)
-            for prompt, tokens in zip(group, written, strict=True):
-                text = backend.tokenizer.decode(tokens, skip_special_tokens=True)
-                trials.append({"length": length, "depth": prompt.depth, "trial": prompt.trial, "name": prompt.name, "answer": prompt.answer,
-                               "prediction": text, "correct": is_correct(text, prompt.answer), "prompt_tokens": len(prompt.tokens),
-                               "needle_at": prompt.needle_at})
-            progress(len(group))
+
+    def requests() -> Iterator[Request]:
+        for length in grid.lengths:
+            for depth in grid.depths:
+                for trial in range(grid.trials):
+                    asked.append(builder.prompt(length, depth, trial))
+                    yield asked[-1].request()
+
+    for found in predictions.run(backend, requests(), answers, batch=batch, progress=progress):
+        prompt = asked.popleft()
+        trials.append({"length": prompt.length, "depth": prompt.depth, "trial": prompt.trial, "name": prompt.name, "answer": prompt.answer,
+                       "prediction": found.text, "correct": is_correct(found.text, prompt.answer), "prompt_tokens": len(prompt.tokens),
+                       "needle_at": prompt.needle_at})
     return {"format": FORMAT, "task": "niah", "mode": "passkey", "prompt": "own wording", "model": backend.describe(),
             "settings": {**asdict(grid), "chat": builder.chat, "haystack": haystack.name if haystack else "own filler sentences"},
             **summarize(trials), "trials": trials, "seconds": round(time.time() - started, 1)}
@@ -222,18 +239,6 @@ def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
             "by_length": {length: _mean(hits) for length, hits in lengths.items()},
             "cells": [{"length": length, "depth": depth, "trials": len(hits), "correct": sum(hits), "accuracy": _mean(hits)}
                       for (length, depth), hits in cells.items()]}
-
-
-def _batches(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Groups of at most `size` prompts of equal token counts, in order: no padding is ever needed."""
-    group: list[Prompt] = []
-    for prompt in prompts:
-        if group and (len(group) == size or len(group[0].tokens) != len(prompt.tokens)):
-            yield group
-            group = []
-        group.append(prompt)
-    if group:
-        yield group
 
 
 def _read(path: Path) -> str:

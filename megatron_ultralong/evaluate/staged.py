@@ -11,10 +11,7 @@ Each file's first line says what it was made from. A stage that finds its output
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data.journal import Journal
-from megatron_ultralong.evaluate import stage_files
-from megatron_ultralong.evaluate.fit import Chat, Fitter, Prompt
+from megatron_ultralong.evaluate import predictions, stage_files
+from megatron_ultralong.evaluate.backends import Backend, Request, identity
+from megatron_ultralong.evaluate.fit import Fitter, Prompt
 
 STAGES = ("prepare", "predict", "score")
 
@@ -85,25 +82,26 @@ def count(out: Path, name: str) -> int:
     return stage_files.made(out / f"{name}.answers.jsonl", "prepare")["items"]
 
 
-def predict(backend: Any, out: Path, name: str, *, max_length: int | None = None, chat: Chat = "auto", batch: int | None = None,
+def predict(backend: Backend, out: Path, name: str, *, max_length: int | None = None, batch: int | None = None,
             progress: Callable[[int], Any] = lambda n: None) -> None:
     """Ask `backend` all that was prepared.
 
-    backend: has `tokenizer`, `generate(prompts [b][t], tokens) -> [b][<= tokens]` and `describe() -> dict`. max_length: prompt and answer
-    together, tokens; None = the positions of the model's config. batch: prompts at a time. progress: called with the number of answers since
-    the last call. UserError where nothing is prepared, where a limit leaves no room, or where --out holds answers of another model.
+    max_length: prompt and answer together, tokens; None = the positions of the model's config. batch: prompts at a time. progress: called with
+    the number of answers since the last call. UserError where nothing is prepared, where a limit leaves no room, or where --out holds answers
+    of another model.
     """
     prepared, model = stage_files.made(out / f"{name}.answers.jsonl", "prepare"), backend.describe()
     if stage_files.head(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
         raise UserError(f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are not of one run; use --stage prepare again")
-    max_length = max_length if max_length is not None else model.get("max_position")
-    fitter = Fitter(backend.tokenizer, chat=chat, max_length=max_length)
+    max_length = max_length if max_length is not None else backend.max_position
+    fitter = Fitter(backend.tokenizer, chat=backend.chat, max_length=max_length)
     for task, tokens in prepared["tokens"].items():
         fitter.check(task, tokens)
-    head = json.loads(json.dumps({"of": prepared["of"], "model": model, "settings": {"max_length": max_length, "chat": fitter.chat}}))
+    head = json.loads(json.dumps({"of": prepared["of"], "model": model, "identity": identity(backend),
+                                  "settings": {"max_length": max_length, "chat": fitter.chat}}))
     path, rows, asked = out / f"{name}.predictions.jsonl", [], deque[Prompt]()
     there = stage_files.head(path)
-    if there.get("of") == head["of"] and there["settings"] == head["settings"] and _identity(there["model"]) == _identity(head["model"]):
+    if there.get("of") == head["of"] and there["settings"] == head["settings"] and there["identity"] == head["identity"]:
         progress(prepared["items"])
         return
 
@@ -186,52 +184,8 @@ def check_limit(limit: int | None) -> None:
 
 # ---- the model ------------------------------------------------------------------------------------------------
 
-def _answers(backend: Any, prompts: Iterable[Prompt], path: Path, *, batch: int | None, progress: Callable[[int], Any]) -> Iterator[str]:
-    """What the model writes to each prompt, in order; the only place that asks it. Those that the journal has are not asked for again."""
-    with contextlib.closing(Journal(path)) as journal:
-        model = _identity(backend.describe())
-        for group in _batches(prompts, batch):
-            known = {prompt.id: _known(journal, prompt, model) for prompt in group}
-            missing = [prompt for prompt in group if known[prompt.id] is None]
-            written = backend.generate([prompt.ids for prompt in missing], missing[0].tokens) if missing else []
-            for prompt, tokens in zip(missing, written, strict=True):
-                known[prompt.id] = backend.tokenizer.decode(tokens, skip_special_tokens=True)
-                journal.add({"key": prompt.id, "asked_sha256": _hash(prompt, model), "prediction": known[prompt.id]})
-            progress(len(group))
-            for text in known.values():
-                assert text is not None
-                yield text
-
-
-def _batches(prompts: Iterable[Prompt], size: int | None) -> Iterator[list[Prompt]]:
-    """Prompts of one length, with answers of one length: no padding is needed. size: None = as many as make 16K tokens."""
-    group: list[Prompt] = []
-    for prompt in prompts:
-        like = group and len(group[0].ids) == len(prompt.ids) and group[0].tokens == prompt.tokens
-        if group and (not like or len(group) >= (size or max(1, 16384 // (len(prompt.ids) + prompt.tokens)))):
-            yield group
-            group = []
-        group.append(prompt)
-    if group:
-        yield group
-
-
-def _known(journal: Journal, prompt: Prompt, model: dict[str, Any]) -> str | None:
-    found = journal.get(prompt.id)
-    if not found:
-        return None
-    if found[-1]["asked_sha256"] != _hash(prompt, model):
-        raise UserError(f"{journal.path} holds an answer of another model, or to another prompt, with the id {prompt.id}; remove it, or choose "
-                        "another --out")
-    return found[-1]["prediction"]
-
-
-def _hash(prompt: Prompt, model: dict[str, Any]) -> str:
-    found = hashlib.sha256(json.dumps([model, prompt.tokens], sort_keys=True).encode())
-    found.update(array("q", prompt.ids).tobytes())
-    return found.hexdigest()
-
-
-def _identity(model: dict[str, Any]) -> dict[str, Any]:
-    """What of `describe` decides the answers: not the machine, nor the layout over it."""
-    return {key: value for key, value in model.items() if key not in ("device", "layout", "parameters", "max_position")}
+def _answers(backend: Backend, prompts: Iterable[Prompt], path: Path, *, batch: int | None, progress: Callable[[int], Any]) -> Iterator[str]:
+    """What the model writes to each prompt, in order; the only place that asks it. Those that `path` has are not asked for again."""
+    requests = (Request(id=p.id, text=p.text, prefix=p.prefix, ids=p.ids, tokens=p.tokens) for p in prompts)
+    for one in predictions.run(backend, requests, path, batch=batch, progress=progress):
+        yield one.text

@@ -107,8 +107,9 @@ class Llama(LanguageModule):
         return state
 
 
-def transformer_config(model: Model, parallel: Parallel, memory: Memory, precision: str, deterministic: bool = False) -> TransformerConfig:
-    """Megatron's TransformerConfig of a Llama model under a layout."""
+def transformer_config(model: Model, parallel: Parallel, memory: Memory, precision: str, deterministic: bool = False,
+                       sequence_parallel: bool = True) -> TransformerConfig:
+    """Megatron's TransformerConfig of a Llama model under a layout. sequence_parallel: with tensor parallelism, that is."""
     bf16 = precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
@@ -118,7 +119,7 @@ def transformer_config(model: Model, parallel: Parallel, memory: Memory, precisi
         activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=False,
-        tensor_model_parallel_size=parallel.tp, sequence_parallel=parallel.tp > 1,
+        tensor_model_parallel_size=parallel.tp, sequence_parallel=sequence_parallel and parallel.tp > 1,
         pipeline_model_parallel_size=parallel.pp, virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp, calculate_per_token_loss=True,
         bf16=bf16, params_dtype=dtype, pipeline_dtype=dtype, perform_initialization=False,
@@ -134,14 +135,14 @@ def transformer_config(model: Model, parallel: Parallel, memory: Memory, precisi
 
 
 def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Memory, precision: str, *, deterministic: bool = False,
-          positions_by_document: bool = False, transformer_engine: bool | None = None) -> list[torch.nn.Module]:
+          positions_by_document: bool = False, transformer_engine: bool | None = None, sequence_parallel: bool = True) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
 
     `memory.offload` is settled. Raises UserError where the model cannot be split as `parallel` says.
     """
     assert memory.offload != "auto", "plan.settle_offload comes first"
     check_model_layout(model, parallel)
-    config = transformer_config(model, parallel, memory, precision, deterministic)
+    config = transformer_config(model, parallel, memory, precision, deterministic, sequence_parallel)
     use_te = spec.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
     context = attend.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way, ranks.timeout)
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)

@@ -11,17 +11,13 @@ import mmap
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, UserError
-
-RESERVE = 0.05
-"""Share of the machine's memory that is never taken."""
+from megatron_ultralong.runtime.memory import host_bytes
 
 
 class HostStore:
@@ -69,7 +65,7 @@ class HostStore:
         size = like.numel() * like.element_size()
         if self._free[size]:
             return self._free[size].pop()
-        available = _available()
+        available = host_bytes()
         if size > available:
             raise UserError(f"memory.offload: {available / 2**30:.1f} GiB of host memory are left after {self.bytes / 2**30:.1f} GiB of "
                             f"offloaded tensors on this rank, and a layer needs {size / 2**30:.1f} GiB more; raise parallel.cp, tp or pp, or "
@@ -232,15 +228,3 @@ class _Buffer:
 def _unlock(memory: Tensor) -> None:
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-
-
-def _available() -> int:
-    """Bytes of host memory that may be taken: of the machine, less a reserve, and of the container where it has a limit."""
-    memory = psutil.virtual_memory()
-    found = int(memory.available - RESERVE * memory.total)
-    group = Path("/sys/fs/cgroup")
-    try:
-        cached = sum(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.split()[0] == "inactive_file")
-        return min(found, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached)
-    except (OSError, ValueError):  # no cgroup v2 here, or "max"
-        return found

@@ -27,6 +27,8 @@ LAYOUTS = {"dp2": Parallel(), "pp2": Parallel(pp=2), "cp2": Parallel(cp=2)}
 COMPARED = (("dp2", "base"), ("dp2", "yarn"), ("pp2", "base"), ("cp2", "yarn"))
 S = 192
 """Tokens of the logits that are compared."""
+WRITTEN = 12
+"""Tokens that are written after them."""
 # The recipe's YaRN by factor 8, in transformers' words.
 YARN = {"rope_type": "llama3", "rope_theta": 100000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}
@@ -68,6 +70,7 @@ def left(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = {}
     with torch.no_grad():
         reference["base"] = model(tokens).logits
+        reference["written"] = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=WRITTEN, do_sample=False)[0, S:]
         model.config.rope_parameters = YARN
         model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
         reference["yarn"] = model(tokens).logits
@@ -91,6 +94,11 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
     for name, rope in COMPARED:
         errors[f"{name} {rope}"] = _logit_errors(folder, LAYOUTS[name], tokens, reference[rope], yarn=rope == "yarn")
     (folder / f"errors{rank}.json").write_text(json.dumps(errors))
+
+    for name in ("cp2", "pp2"):
+        written = _written(tokens[0].tolist(), LAYOUTS[name])
+        if written is not None:
+            (folder / f"written_{name}.json").write_text(json.dumps(written))
 
     ranks = launch.start(settled().runtime, LAYOUTS["pp2"])
     convert.import_hf(BASE, folder / "imported", ranks, LAYOUTS["pp2"])
@@ -139,6 +147,29 @@ def _logit_errors(folder: Path, parallel: Parallel, tokens: torch.Tensor, logits
     return errors
 
 
+def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
+    """What our own model writes, read in chunks that leave a rest; on rank 0."""
+    from megatron.core import parallel_state
+
+    from megatron_ultralong.evaluate.backends import Request
+    from megatron_ultralong.evaluate.megatron import Megatron
+    from megatron_ultralong.runtime import launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "stop", parallel_state.destroy_model_parallel)  # the ranks stay
+        backend = Megatron(path=BASE, parallel=replace(parallel, dp=1), device="cpu", chunk=50)
+        if not backend.ranks.is_main:
+            return backend.follow()
+        written = backend._together("generate", [prompt], [WRITTEN], [()])
+        [(score, greedy)] = backend.loglikelihood([(prompt, written[0])])
+        assert greedy and score < 0
+        whole, stop = (backend.tokenizer.decode(tokens) for tokens in (written[0], written[0][4:6]))
+        [(_, one)] = backend.generate([Request(id="x", ids=prompt, tokens=WRITTEN, stop=(stop,))])
+        assert one.finish == "stop" and one.text == whole[:whole.index(stop)] and one.tokens_in == S and one.tokens_out <= 6
+        backend.close()
+        return written
+
+
 def _train(folder: Path) -> None:
     """Two steps and a held-out loss, all on one row of 2,048 tokens: three losses of the same tokens."""
     from megatron.core import parallel_state
@@ -171,6 +202,14 @@ def test_logits_equal_transformers(left: Path) -> None:
         assert [bool(error) for error in errors] == [name != "pp2", True]
         for largest, relative in filter(None, errors):
             assert largest < 1e-4 and relative < 3e-6, (name, rope, errors)
+
+
+def test_own_generation_equals_transformers(left: Path) -> None:
+    _, reference = torch.load(left / "reference.pt")
+    want = reference["written"].tolist()
+    assert len(set(want)) > 3, "no repetition of one token, which any model writes"
+    for name in ("cp2", "pp2"):
+        assert json.loads((left / f"written_{name}.json").read_text()) == [want], name
 
 
 def test_conversion_is_exact(base: Path, left: Path) -> None:

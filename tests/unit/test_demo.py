@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ultralong.checkpoint import hf
 from megatron_ultralong.evaluate import niah
-from megatron_ultralong.evaluate.backends import HuggingFace
+from megatron_ultralong.evaluate.huggingface import HuggingFace
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "demo" / "base"

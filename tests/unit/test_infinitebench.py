@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import runpy
@@ -152,7 +153,7 @@ def test_a_task_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("chat", [False, True])
 def test_right_answers_score_one_hundred(prepared, chat):
     backend = answering(prepared, RIGHT, chat=chat)
-    staged.predict(backend, prepared, "infinitebench", chat="auto")
+    staged.predict(backend, prepared, "infinitebench")
     result = infinitebench.results(prepared)
     assert {cell["task"]: cell["score"] for cell in result["cells"]} == dict.fromkeys(TASKS, pytest.approx(100))
     assert result["averages"]["all tasks"] == {"score": pytest.approx(100), "cells": 12, "of": 12} and result["settings"]["chat"] is chat
@@ -209,7 +210,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     folder = data(tmp_path / "data", ("passkey", "code_run"))
     main = runpy.run_path(str(TOOL))
     backend = answering(tmp_path / "out", RIGHT)
-    monkeypatch.setitem(main["main"].__globals__, "_backend", lambda args: backend)
+    monkeypatch.setattr("megatron_ultralong.evaluate.options.open_backend", lambda args: contextlib.nullcontext(backend))
     arguments = ["evaluate.py", "infinitebench", "--model", "m", "--out", str(tmp_path / "out"), "--data", str(folder), "--tasks"]
     for wrong, message in (("passkey,code_walk", "--tasks code_walk: known are passkey"), ("passkey,math_calc", "--data holds no math_calc")):
         monkeypatch.setattr(sys, "argv", [*arguments, wrong])

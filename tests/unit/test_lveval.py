@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import runpy
@@ -161,7 +162,7 @@ def test_a_stopped_run_asks_nothing_twice(tmp_path):
     assert len(again.prompts) == 3 and sum(counted) == 5 and len(set(keys)) == len(keys) == 5
     assert lveval.results(tmp_path)["averages"]["<256K"]["score"] == pytest.approx(100)
     staged.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # all there: nothing is asked
-    with pytest.raises(UserError, match=r"holds an answer of another model, or to another prompt"):
+    with pytest.raises(UserError, match=r"is of model.path "one", not "two""):
         staged.predict(Answering(right, name="two"), tmp_path, "lveval")
     with pytest.raises(UserError, match=r"holds an answer of another model, or to another prompt"):
         staged.predict(Answering(right), tmp_path, "lveval", max_length=200)
@@ -212,7 +213,7 @@ def test_what_is_asked_for_has_to_be_there(tmp_path):
 def test_the_command(tmp_path, monkeypatch, capsys):
     backend = Answering(right)
     main = runpy.run_path(str(TOOL))
-    monkeypatch.setitem(main["main"].__globals__, "_backend", lambda args: backend)
+    monkeypatch.setattr("megatron_ultralong.evaluate.options.open_backend", lambda args: contextlib.nullcontext(backend))
 
     def call(*args: str) -> None:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "lveval", "--model", "m", "--out", str(tmp_path / "out"), *args])

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_ultralong.config import UserError
 from megatron_ultralong.evaluate import niah, plots, results
+from megatron_ultralong.evaluate.backends import Completion, Request
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 
@@ -33,18 +35,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class Reader:
     """A backend that reads the answer in the prompt; blind to all but the last `sight` tokens."""
 
+    chat, max_position = "auto", 200
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast, sight: int) -> None:
         self.tokenizer, self.sight = tokenizer, sight
         self.calls: list[int] = []
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        assert len({len(prompt) for prompt in prompts}) == 1
-        self.calls.append(len(prompts))
-        found = [re.search(r"is (\d+)", self.tokenizer.decode(prompt[-self.sight:])) for prompt in prompts]
-        return [self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[:tokens] for match in found]
+    def check(self, length: int, batch: int) -> None:
+        self.checked = (length, batch)
+
+    def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+        self.calls.append(len(requests))
+        for i, request in reversed(list(enumerate(requests))):  # in any order
+            assert request.text.startswith("Some pass keys") and request.text.endswith("?") and request.prefix.endswith(" is")
+            match = re.search(r"is (\d+)", self.tokenizer.decode(request.ids[-self.sight:]))
+            tokens = self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[:request.tokens]
+            yield i, Completion(text=self.tokenizer.decode(tokens), tokens_in=len(request.ids), tokens_out=len(tokens), finish="stop")
 
     def describe(self) -> dict:
         return {"path": "reader", "max_position": 200}
+
+    def close(self) -> None:
+        pass
 
 
 def grid(**change) -> niah.Grid:
@@ -87,6 +99,7 @@ def test_chat_template_wraps_the_text_and_the_answer_starts_after_it(tokenizer):
     assert prompt.tokens[:2] == tokenizer.convert_tokens_to_ids(["<|begin|>", "<|user|>"])
     assert niah.Builder(tokenizer, grid(chat="no")).chat is False
     tokenizer.chat_template = None
+    assert text == f"<|begin|><|user|>{prompt.text}<|end|><|assistant|>{prompt.prefix}", "message and tokens are one prompt"
     with pytest.raises(UserError, match="no chat template"):
         niah.Builder(tokenizer, grid(chat="yes"))
 
@@ -114,6 +127,7 @@ def test_run_counts_every_cell(tokenizer):
     assert cells == {(150, 0.0): 4, (150, 50.0): 4, (150, 100.0): 4, (333, 0.0): 0, (333, 50.0): 4, (333, 100.0): 4}
     assert result["by_length"] == {"150": 1.0, "333": 0.6667} and result["accuracy"] == 0.8333
     assert sum(done) == sum(backend.calls) == len(result["trials"]) == 24 and max(backend.calls) == 3
+    assert backend.checked == (333, 3)
     wrong = [trial for trial in result["trials"] if not trial["correct"]]
     assert {(trial["depth"], trial["prediction"]) for trial in wrong} == {(0.0, " unknown.")} or len(wrong) == 4
     assert result["prompt"] == "own wording" and result["format"] == 1 and result["settings"]["chat"] is False
@@ -143,18 +157,37 @@ def model_dir(tokenizer, tmp_path_factory) -> Path:
 
 
 def test_hugging_face_backend_is_greedy(model_dir):
-    from megatron_ultralong.evaluate.backends import HuggingFace
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
 
     backend = HuggingFace(model_dir, device="cpu")
     prompts = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
-    tokens = backend.generate(prompts, 4)
+    requests = [Request(id=str(i), ids=prompt, tokens=4) for i, prompt in enumerate(prompts)]
+    found = dict(backend.generate(requests))
     model = LlamaForCausalLM.from_pretrained(model_dir)
-    for prompt, written in zip(prompts, tokens, strict=True):
-        for i, token in enumerate(written):
-            assert int(model(torch.tensor([prompt + written[:i]])).logits[0, -1].argmax()) == token
-            if token == 1:
-                break
+    for place, prompt in enumerate(prompts):
+        written: list[int] = []
+        while len(written) < 4 and 1 not in written:
+            written.append(int(model(torch.tensor([prompt + written])).logits[0, -1].argmax()))
+        assert found[place] == Completion(text=backend.tokenizer.decode(written, skip_special_tokens=True), tokens_in=40, tokens_out=len(written),
+                                          finish="stop" if 1 in written else "length")
     assert backend.describe()["max_position"] == 128 and backend.describe()["dtype"] == "float32"
+
+
+def test_hugging_face_backend_stops_and_samples(model_dir):
+    from megatron_ultralong.evaluate.decode import Sampling
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
+
+    def asked(backend: HuggingFace, **more) -> dict[int, Completion]:
+        return dict(backend.generate([Request(id=str(n), ids=list(range(5, 5 + n)), tokens=8, **more) for n in (9, 4, 9)]))
+
+    plain = asked(HuggingFace(model_dir, device="cpu"))
+    assert sorted(plain) == [0, 1, 2] and plain[0] == plain[2] and {plain[i].tokens_in for i in (0, 1)} == {9, 4}, "prompts of several sizes in a call"
+    stop = plain[0].text[len(plain[0].text) // 2]
+    for i, one in asked(HuggingFace(model_dir, device="cpu"), stop=(stop,)).items():
+        whole = plain[i].text
+        assert one.text == whole[:whole.index(stop)] if stop in whole else one == plain[i]
+    drawn = [asked(HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed))) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def command(monkeypatch, *words) -> None:

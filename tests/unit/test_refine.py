@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,83 +23,14 @@ import pytest
 import zstandard
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import refine, refine_ask, refine_check, refine_client, refine_prompts
+from megatron_ultralong.data import refine, refine_ask, refine_check, refine_prompts
 from megatron_ultralong.data.journal import Journal
 from megatron_ultralong.data.refine_walk import Settings
+from megatron_ultralong.runtime import endpoint
+from tests.server import Server
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 KEY = "sk-secret-4711"
-
-
-class Server:
-    """Speaks /v1/chat/completions. `script(draft, nth)` decides on the nth request for a draft: a text or a dict, see `reply`."""
-
-    def __init__(self) -> None:
-        self.script: Any = lambda draft, nth: f"Better: {draft}"
-        self.asked: Counter[str] = Counter()
-        self.times: dict[str, list[float]] = {}
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.in_flight, self.most, self.delay = 0, 0, 0.0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1  # one packet an answer, or each would wait for the client's delayed acknowledgement
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                found = re.search(r"<draft>\n(.*?)\n</draft>", body["messages"][-1]["content"], re.DOTALL)
-                draft = found[1] if found else body["messages"][-1]["content"]
-                with outer.lock:
-                    nth = outer.asked[draft]
-                    outer.asked[draft] += 1
-                    outer.times.setdefault(draft, []).append(time.monotonic())
-                    outer.bodies.append(body)
-                    outer.keys.add(self.headers["Authorization"])
-                    outer.in_flight += 1
-                    outer.most = max(outer.most, outer.in_flight)
-                time.sleep(outer.delay)
-                try:
-                    assert self.path == "/v1/chat/completions"
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                        self.reply(outer.script(draft, nth))
-                finally:
-                    with outer.lock:
-                        outer.in_flight -= 1
-
-            def reply(self, what: Any) -> None:
-                """text = an answer; dict: text, finish, refusal, usage; or raw (body), status, headers; sleep, drip (s a byte); hang_up."""
-                what = {"text": what} if isinstance(what, str) else what
-                time.sleep(what.get("sleep", 0))
-                if what.get("hang_up"):
-                    self.close_connection = True
-                    return
-                choice = {"index": 0, "finish_reason": what.get("finish", "stop"),
-                          "message": {"role": "assistant", "content": what.get("text"), "refusal": what.get("refusal")}}
-                raw = what.get("raw", json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                                                  "usage": what.get("usage", {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110})}))
-                self.send_response(what.get("status", 200))
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw.encode())), **what.get("headers", {})}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                for piece in raw if what.get("drip") else [raw]:
-                    self.wfile.write(piece.encode())
-                    if what.get("drip"):
-                        self.wfile.flush()
-                        time.sleep(what["drip"])
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Listening(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-        self.http = Listening(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
 
 @pytest.fixture
@@ -192,7 +122,7 @@ def test_equal_examples_are_asked_for_once(server, tmp_path):
 
 
 def test_openai_takes_another_name_for_the_limit(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_client, "OPENAI", server.url)
+    monkeypatch.setattr(endpoint, "OPENAI", server.url)
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert server.bodies[0]["max_completion_tokens"] == 4096 and "max_tokens" not in server.bodies[0]
 
@@ -264,7 +194,7 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="answers 401: a key is needed; put it into MY_KEY"):
         run(server, source, tmp_path / "other.jsonl", key_env="MY_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        run(server, source, tmp_path / "third.jsonl", base_url=refine_client.OPENAI)
+        run(server, source, tmp_path / "third.jsonl", base_url=endpoint.OPENAI)
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
     with pytest.raises(UserError, match="OPENAI_API_KEY holds signs that no key has") as error:
         run(server, source, tmp_path / "third.jsonl")

@@ -1,4 +1,4 @@
-"""Asking an OpenAI-compatible endpoint for one chat completion, patiently: what may pass is tried again, what will not ends the run."""
+"""Asking an OpenAI-compatible endpoint for one completion, patiently: what may pass is tried again, what will not ends the run."""
 
 from __future__ import annotations
 
@@ -67,15 +67,23 @@ class Client:
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(self, messages: list[dict[str, str]], temperature: float | None) -> Reply:
-        """The answer to `messages`. Failure after the last try; UserError for what no try mends (key, model, address, settings)."""
-        return await self._retrying.copy()(self._once, messages, temperature)  # a copy: it keeps the state of its call
+    async def ask(self, messages: list[dict[str, str]], temperature: float | None, max_tokens: int | None = None, **more: Any) -> Reply:
+        """The answer to `messages`. max_tokens: None = the client's; more: other fields of the request, those that OpenAI's client does not
+        know in `extra_body`. Failure after the last try; UserError for what no try mends (key, model, address, settings)."""
+        limit = self._limit if max_tokens is None else dict.fromkeys(self._limit, max_tokens)
+        return await self._patiently(self._client.chat.completions.create, messages=messages, **limit, **_given(temperature=temperature), **more)
 
-    async def _once(self, messages: list[dict[str, str]], temperature: float | None) -> Reply:
-        heat: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    async def complete(self, prompt: str | list[int], temperature: float | None, max_tokens: int, **more: Any) -> Reply:
+        """What follows `prompt` (text or token ids, as it is: no chat template); the rest as `ask`. Its white space stays."""
+        return await self._patiently(self._client.completions.create, prompt=prompt, max_tokens=max_tokens, **_given(temperature=temperature), **more)
+
+    async def _patiently(self, create: Any, **asked: Any) -> Reply:
+        return await self._retrying.copy()(self._once, create, asked)  # a copy: it keeps the state of its call
+
+    async def _once(self, create: Any, asked: dict[str, Any]) -> Reply:
         try:
             async with asyncio.timeout(self._timeout):  # the client's own limit is one between two bytes
-                found = await self._client.chat.completions.create(model=self._model, messages=messages, **self._limit, **heat)  # type: ignore[call-overload]
+                found = await create(model=self._model, **asked)
         except (TimeoutError, openai.APITimeoutError):
             raise Failure("timeout", f"no answer in {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
@@ -84,7 +92,7 @@ class Client:
             raise self._judged(error) from None
         except (openai.APIError, ValueError) as error:
             raise Failure("garbage body", self._safe(str(error))) from None
-        return _reply(found)
+        return _reply(found, chat="messages" in asked)
 
     def _judged(self, error: openai.APIStatusError) -> Failure | UserError:
         status, said = error.status_code, self._safe(error.message)
@@ -134,23 +142,28 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _reply(found: Any) -> Reply:
+def _reply(found: Any, chat: bool) -> Reply:
     """Checked by hand: the client takes any JSON for an answer."""
     try:
         choice = found.choices[0]
-        message, finish = choice.message, choice.finish_reason
-        text, refused = message.content, bool(getattr(message, "refusal", None))
+        message, finish = choice.message if chat else choice, choice.finish_reason
+        text, refused = message.content if chat else message.text, bool(getattr(message, "refusal", None))
         text = "" if text is None else text
         text.encode()  # half of a surrogate pair is no text
     except (AttributeError, IndexError, TypeError, UnicodeEncodeError):
-        raise Failure("garbage body", "no choices with a message in the answer") from None
-    # Models that think aloud: what counts comes after.
-    text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)
+        raise Failure("garbage body", f"no choices with a {'message' if chat else 'text'} in the answer") from None
+    if chat:  # Models that think aloud: what counts comes after.
+        text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     try:
         tokens = (int(found.usage.prompt_tokens), int(found.usage.completion_tokens))
     except (AttributeError, TypeError, ValueError):
         tokens = None
-    return Reply(text=text.strip(), finish=finish, refused=refused, tokens=tokens)
+    return Reply(text=text, finish=finish, refused=refused, tokens=tokens)
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Those that are set: what is None is the endpoint's own choice."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _again(error: BaseException) -> bool:
