@@ -56,6 +56,17 @@ class HuggingFace:
                 "rope": getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)}
 
 
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face directory. UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    _read_config(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model {path}: transformers cannot load its tokenizer: {str(error).strip().splitlines()[0]}") from None
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"--model {path}: no such directory")

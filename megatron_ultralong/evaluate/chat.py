@@ -34,7 +34,10 @@ class Frame:
 
     def counts(self, pieces: list[str]) -> list[int]:
         """Tokens of each piece alone."""
-        return [len(ids) for ids in self.tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids] if pieces else []
+        found: list[int] = []
+        for start in range(0, len(pieces), 4096):  # A tokenizer keeps much more of each text than its tokens.
+            found += [len(ids) for ids in self.tokenizer(pieces[start:start + 4096], add_special_tokens=False, verbose=False).input_ids]
+        return found
 
 
 def frame(tokenizer: Any, mode: Mode) -> Frame:

@@ -1,17 +1,18 @@
 """Passkey retrieval (needle in a haystack): does the model find one fact, at every length and depth?
 
-A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it. The wording is
-this project's own. Every prompt has an exact size: prompt tokens + tokens left for the answer = length.
+A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it; or several needles,
+and all of them asked for. The wording and the grid are this project's own. Every prompt has an exact size: prompt tokens + tokens left for the answer = length.
 
 Nothing here needs a model: `run` is handed a backend (`backends.HuggingFace`) with a tokenizer and `generate`.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,8 +46,10 @@ class Grid:
     """Prompts a cell of the grid."""
     digits: int = 5
     """Digits of a pass key."""
+    needles: int = 1
+    """Pass keys in a prompt, all asked for: the first at the depth, the others evenly from there to the end."""
     answer_tokens: int | None = None
-    """Tokens generated; None = what the answer takes, 24 in a chat."""
+    """Tokens generated; None = what the answer takes, 24 a needle in a chat."""
     chat: Literal["auto", "yes", "no"] = "auto"
     """Put the prompt into the tokenizer's chat template; auto = where it has one."""
     seed: int = 0
@@ -62,6 +65,8 @@ class Grid:
             raise UserError("--depths are percent of the haystack, 0 to 100")
         if self.trials < 1 or not 1 <= self.digits <= 50:
             raise UserError("--trials must be at least 1, and --digits 1 to 50")
+        if not 1 <= self.needles <= min(len(NAMES), 10**self.digits // 2):
+            raise UserError(f"--needles {self.needles}: 1 to {min(len(NAMES), 10**self.digits // 2)}, as there are names, and numbers of that many digits")
         if self.answer_tokens is not None and self.answer_tokens < 1:
             raise UserError("--answer-tokens must be at least 1")
 
@@ -73,13 +78,22 @@ class Prompt:
     length: int
     depth: float
     trial: int
-    name: str
-    answer: str
+    names: tuple[str, ...]
+    answers: tuple[str, ...]
+    """In the order of the question, which is not that of the text."""
     tokens: list[int]
     needle_at: int
-    """First token of the needle."""
+    """First token of the first needle."""
     answer_tokens: int
     """Tokens to generate; len(tokens) + answer_tokens = length."""
+
+    @property
+    def name(self) -> str:
+        return _listed(self.names)
+
+    @property
+    def answer(self) -> str:
+        return _listed(self.answers)
 
 
 # ---- wording --------------------------------------------------------------------------------------------------
@@ -88,17 +102,21 @@ def needle(name: str, value: str) -> str:
     return f" The pass key of {name} is {value}."
 
 
-def question(name: str) -> str:
-    return f" What is the pass key of {name}?"
+def question(*names: str) -> str:
+    return f" What is the pass key of {names[0]}?" if len(names) == 1 else f" What are the pass keys of {_listed(names)}, in this order?"
 
 
-def answer_start(name: str) -> str:
+def answer_start(*names: str) -> str:
     """The answer's first words, given to the model, so that the very next thing it writes is the value."""
-    return f" The pass key of {name} is"
+    return f" The pass key of {names[0]} is" if len(names) == 1 else f" The pass keys of {_listed(names)} are"
 
 
 def answer(value: str) -> str:
     return f" {value}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def pass_key(rng: random.Random, digits: int) -> str:
@@ -138,20 +156,31 @@ class Builder:
     def prompt(self, length: int, depth: float, trial: int) -> Prompt:
         """The prompt of one trial, the same for every model with this tokenizer. UserError where `length` is too short."""
         rng = random.Random(f"{self.grid.seed}/{length}/{depth:g}/{trial}")
-        name, value = rng.choice(NAMES), pass_key(rng, self.grid.digits)
-        hidden = self.encode(needle(name, value))
-        end = [*self.encode(question(name)), *self.tail, *self.encode(answer_start(name) if not self.chat else answer_start(name).strip())]
-        size = self.grid.answer_tokens or (24 if self.chat else len(self.encode(answer(value))))
-        room = length - len(self.head) - len(hidden) - len(end) - size
+        count = self.grid.needles
+        names = tuple(rng.sample(NAMES, count)) if count > 1 else (rng.choice(NAMES),)
+        values: list[str] = []
+        while len(values) < count:
+            value = pass_key(rng, self.grid.digits)
+            values += [value] if value not in values else []
+        hidden = [self.encode(needle(name, value)) for name, value in zip(names, values, strict=True)]
+        start = answer_start(*names)
+        end = [*self.encode(question(*names)), *self.tail, *self.encode(start if not self.chat else start.strip())]
+        size = self.grid.answer_tokens or (24 * count if self.chat else len(self.encode(answer(_listed(values)))))
+        room = length - len(self.head) - sum(map(len, hidden)) - len(end) - size
         if room < 0:
             raise UserError(f"--lengths {length}: too short, the prompt without any haystack and its answer are {length - room} tokens")
-        before, after = self._haystack(rng, room, depth / 100)
-        tokens = [*self.head, *before, *hidden, *after, *end]
-        return Prompt(length=length, depth=depth, trial=trial, name=name, answer=value, tokens=tokens,
-                      needle_at=len(self.head) + len(before), answer_tokens=size)
+        depths = [(depth + (100 - depth) * i / max(1, count - 1)) / 100 for i in range(count)]
+        parts = self._haystack(rng, room, depths)
+        if count > 1:
+            rng.shuffle(hidden)
+        tokens = [*self.head, *parts[0]]
+        for one, after in zip(hidden, parts[1:], strict=True):
+            tokens += [*one, *after]
+        return Prompt(length=length, depth=depth, trial=trial, names=names, answers=tuple(values), tokens=[*tokens, *end],
+                      needle_at=len(self.head) + len(parts[0]), answer_tokens=size)
 
-    def _haystack(self, rng: random.Random, room: int, depth: float) -> tuple[list[int], list[int]]:
-        """`room` tokens in two parts, parted between sentences as near to `depth` (0-1) as they allow; the last one may be cut."""
+    def _haystack(self, rng: random.Random, room: int, depths: list[float]) -> list[list[int]]:
+        """`room` tokens, parted between sentences as near to `depths` (0-1, rising) as they allow; the last sentence may be cut."""
         tokens: list[int] = []
         borders = [0]
         i = rng.randrange(len(self.pieces))
@@ -159,8 +188,9 @@ class Builder:
             tokens += self.pieces[i]
             borders.append(len(tokens))
             i = (i + 1) % len(self.pieces)
-        cut = min((border for border in borders if border <= room), key=lambda border: abs(border - depth * room))
-        return tokens[:cut], tokens[cut:room]
+        inside = [border for border in borders if border <= room]
+        cuts = [0, *(min(inside, key=lambda border: abs(border - depth * room)) for depth in depths), room]
+        return [tokens[start:end] for start, end in itertools.pairwise(cuts)]
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Tokens before the haystack and between question and answer: the introduction, beginning of text and chat markers."""
@@ -202,26 +232,30 @@ def run(backend: Any, grid: Grid, *, haystack: Path | None = None, batch: int | 
             written = backend.generate([prompt.tokens for prompt in group], group[0].answer_tokens)
             for prompt, tokens in zip(group, written, strict=True):
                 text = backend.tokenizer.decode(tokens, skip_special_tokens=True)
+                found = sum(is_correct(text, value) for value in prompt.answers)
                 trials.append({"length": length, "depth": prompt.depth, "trial": prompt.trial, "name": prompt.name, "answer": prompt.answer,
-                               "prediction": text, "correct": is_correct(text, prompt.answer), "prompt_tokens": len(prompt.tokens),
-                               "needle_at": prompt.needle_at})
+                               "prediction": text, "correct": found == grid.needles, "found": found, "needles": grid.needles,
+                               "prompt_tokens": len(prompt.tokens), "needle_at": prompt.needle_at})
             progress(len(group))
-    return {"format": FORMAT, "task": "niah", "mode": "passkey", "prompt": "own wording", "model": backend.describe(),
+    return {"format": FORMAT, "task": "niah", "mode": "passkey" if grid.needles == 1 else "passkeys", "prompt": "own wording", "grid": "own grid",
+            "model": backend.describe(),
             "settings": {**asdict(grid), "chat": builder.chat, "haystack": haystack.name if haystack else "own filler sentences"},
             **summarize(trials), "trials": trials, "seconds": round(time.time() - started, 1)}
 
 
 def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy over all trials, of each length and of each cell, in the order of the trials."""
-    cells: dict[tuple[int, float], list[bool]] = {}
-    lengths: dict[str, list[bool]] = {}
+    """Share of needles found in all trials, of each length and of each cell, in the order of the trials.
+
+    A cell's `correct` counts prompts with every needle found; with one needle its share of the trials is the accuracy."""
+    cells: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    lengths: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
-        cells.setdefault((trial["length"], trial["depth"]), []).append(trial["correct"])
-        lengths.setdefault(str(trial["length"]), []).append(trial["correct"])
-    return {"accuracy": _mean([trial["correct"] for trial in trials]),
-            "by_length": {length: _mean(hits) for length, hits in lengths.items()},
-            "cells": [{"length": length, "depth": depth, "trials": len(hits), "correct": sum(hits), "accuracy": _mean(hits)}
-                      for (length, depth), hits in cells.items()]}
+        cells.setdefault((trial["length"], trial["depth"]), []).append(trial)
+        lengths.setdefault(str(trial["length"]), []).append(trial)
+    return {"accuracy": _share(trials), "by_length": {length: _share(some) for length, some in lengths.items()},
+            "cells": [{"length": length, "depth": depth, "trials": len(some), "correct": sum(trial["correct"] for trial in some),
+                       "needles": sum(trial["needles"] for trial in some), "found": sum(trial["found"] for trial in some),
+                       "accuracy": _share(some)} for (length, depth), some in cells.items()]}
 
 
 def _batches(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -243,5 +277,5 @@ def _read(path: Path) -> str:
         raise UserError(f"--haystack {path}: cannot be read as text ({error})") from None
 
 
-def _mean(hits: list[bool]) -> float:
-    return round(sum(hits) / len(hits), 4)
+def _share(trials: list[dict[str, Any]]) -> float:
+    return round(sum(trial["found"] for trial in trials) / sum(trial["needles"] for trial in trials), 4)

@@ -112,8 +112,12 @@ def sample(kit: Kit, name: str, length: int, index: int) -> dict:
         except UserError as error:
             raise UserError(f"--lengths {length}: {name}: {error}") from None
         if draft.sound(text):
+            meta = {"task": name, "target": length, "units": units}
+            if task.data:
+                # Above 1 where all documents do not fill the length: they come again, the answer's too, as in RULER.
+                meta["rounds"] = math.ceil(units / len(kit.data[task.data].documents))
             return {"index": index, "input": text, "outputs": draft.outputs, "length": size + task.tokens, "answer_prefix": draft.prefix,
-                    "meta": {"task": name, "target": length, "units": units}}
+                    "meta": meta}
     raise UserError(f"{name}: in {ATTEMPTS} attempts every prompt held one of its needles twice; give another --haystack")
 
 
