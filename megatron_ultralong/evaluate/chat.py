@@ -32,6 +32,10 @@ class Frame:
         ids = list(self.tokenizer(whole, add_special_tokens=False, verbose=False).input_ids)
         return ids if ready or self.head else [*self.bos, *ids]
 
+    def size(self, text: str, prefix: str) -> int:
+        """Tokens of the whole prompt."""
+        return len(self.encode(text, prefix))
+
     def counts(self, pieces: list[str]) -> list[int]:
         """Tokens of each piece alone."""
         found: list[int] = []

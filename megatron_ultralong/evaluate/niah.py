@@ -1,7 +1,8 @@
 """Passkey retrieval (needle in a haystack): does the model find one fact, at every length and depth?
 
 A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it; or several needles,
-and all of them asked for. The wording and the grid are this project's own. Every prompt has an exact size: prompt tokens + tokens left for the answer = length.
+and all of them asked for. The wording and the grid are this project's own. Every prompt has an exact size: prompt tokens + tokens left for
+the answer = length.
 
 Nothing here needs a model: `run` is handed a backend (`backends.HuggingFace`) with a tokenizer and `generate`.
 """

@@ -76,7 +76,7 @@ def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: N
     wording = ruler_wording.official(settings.official) if settings.official else ruler_wording.OWN
     readers = (("squad", settings.squad, ruler_qa.read_squad), ("hotpotqa", settings.hotpotqa, ruler_qa.read_hotpotqa))
     wanted = {TASKS[task].data for task in settings.tasks}
-    data = {name: read(path) for name, path, read in readers if path is not None and name in wanted}
+    data: dict[str, ruler_qa.Data] = {name: read(path) for name, path, read in readers if path is not None and name in wanted}
     frame = chat.frame(tokenizer, settings.chat)
     kit = Kit(frame, wording, seed=settings.seed, data=data, haystack=ruler_text.read_haystack(settings.haystack) if settings.haystack else None)
     common = {"seed": settings.seed, "wording": wording.name, "tokenizer": f"{len(tokenizer)} tokens", "chat": bool(frame.head)}
@@ -189,8 +189,8 @@ def score(settings: Settings) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     model: Any = None
     wordings: set[str] = set()
-    for task in settings.runnable():
-        for length in settings.lengths:
+    for length in settings.lengths:
+        for task in settings.runnable():
             path = prediction_file(settings, task, length)
             if not path.is_file():
                 raise UserError(f"{path}: no such file; run --stage predict first" + (" (it was stopped before its end)" if path.with_name(

@@ -69,17 +69,15 @@ def fit(draft: Draft, room: int, count: Callable[[str], int]) -> tuple[str, int,
     size = count(text)
     if size > room:
         raise UserError(f"{size - room} tokens too short: the prompt with as little filler as can be, and its answer, take more")
-    high, scale = draft.most + 1 if draft.most is not None else None, 1.0
-    while high is None or high - low > 1:
-        def estimate(n: int) -> float:
-            return size + scale * (draft.cost(n) - draft.cost(low))
-
-        n = _largest(estimate, low, room, high - 1 if high is not None else 2 * room + 2)
+    high = draft.most + 1 if draft.most is not None else 2 * room + 2
+    scale = 1.0  # tokens of the whole text for a token of the pieces
+    while high - low > 1:
+        n = _largest(draft.cost, low, (room - size) / scale, high - 1)
         if n == low:
             break
         tried = draft.render(n)
         exact = count(tried)
-        scale = (exact - size) / max(1e-9, draft.cost(n) - draft.cost(low)) or scale
+        scale = max(0.01, (exact - size) / max(1, draft.cost(n) - draft.cost(low)))
         if exact <= room:
             low, text, size = n, tried, exact
         else:
@@ -87,15 +85,15 @@ def fit(draft: Draft, room: int, count: Callable[[str], int]) -> tuple[str, int,
     return text, size, low
 
 
-def _largest(estimate: Callable[[int], float], low: int, room: int, most: int) -> int:
-    """The largest n from `low` to `most` with estimate(n) <= room; it holds for `low`, and does not become true again."""
-    start, zero, high = estimate(low), low, low + 1
-    while high <= most and estimate(high) <= room:
-        low, gained = high, estimate(high) - start
+def _largest(cost: Callable[[int], float], low: int, room: float, most: int) -> int:
+    """The largest n from `low` to `most` for which cost(n) is at most `room` above cost(low)."""
+    first, zero, high = low, cost(low), low + 1
+    while high <= most and cost(high) - zero <= room:
+        low, gained = high, cost(high) - zero
         # As far as the mean of the units so far leads, and a little further: each unit looked at has to be tokenised.
-        high = low + 1 + (int(1.02 * (room - start - gained) * (low - zero) / gained) if gained > 0 else low)
+        high = low + 1 + (int(1.02 * (room - gained) * (low - first) / gained) if gained > 0 else low)
     high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if estimate(middle) <= room else (low, middle)
+        low, high = (middle, high) if cost(middle) - zero <= room else (low, middle)
     return low

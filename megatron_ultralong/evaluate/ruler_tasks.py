@@ -13,7 +13,7 @@ import random
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from megatron_ultralong.config import UserError
@@ -108,7 +108,7 @@ def sample(kit: Kit, name: str, length: int, index: int) -> dict:
         rng = random.Random(f"{kit.seed}/{name}/{length}/{index}/{attempt}")
         draft = DRAFTS[task.kind](kit, task, length, rng, index)
         try:
-            text, size, units = fit(draft, length - task.tokens, lambda text: len(kit.frame.encode(text, draft.prefix)))
+            text, size, units = fit(draft, length - task.tokens, partial(kit.frame.size, prefix=draft.prefix))
         except UserError as error:
             raise UserError(f"--lengths {length}: {name}: {error}") from None
         if draft.sound(text):

@@ -64,7 +64,7 @@ def kit_of(tokenizer, files, mode: chat.Mode = "no", wording=WORDING, **change) 
 # ---- prompts ---------------------------------------------------------------------------------------------------
 
 # With these small tokenizers, of about two letters a token, cwe takes this much with no filler at all.
-LEAST = {name: 3000 for name in TASKS} | {"cwe": 10000}
+LEAST = dict.fromkeys(TASKS, 3000) | {"cwe": 10000}
 
 
 def unit(kit: Kit, name: str, row: dict) -> int:
@@ -115,7 +115,7 @@ def check(name: str, row: dict) -> None:
             assert kind == task.value
             belong.setdefault(key, []).append(value)
         asked = re.split(r", and |, ", re.search(r"give for (.*)\?$", body)[1])  # type: ignore[index]
-        assert len(asked) == task.queries and sorted(sum((belong[key] for key in asked), [])) == sorted(outputs)
+        assert len(asked) == task.queries and sorted(value for key in asked for value in belong[key]) == sorted(outputs)
         assert all(len(belong[key]) == task.values for key in asked)
         assert len(belong) == task.keys if task.haystack != "needle" else len(needles) > 10
         pattern = r"\d{7}" if task.value == "numbers" else r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
