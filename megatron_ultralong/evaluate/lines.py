@@ -37,7 +37,8 @@ class Writer:
         self.path, self.part = path, path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not self.part.exists():
+            self._had_name = path.exists() and not self.part.exists()
+            if self._had_name:
                 path.rename(self.part)
             self.part.touch()
             with self.part.open("r+b") as file:
@@ -57,11 +58,14 @@ class Writer:
     def finish(self) -> None:
         """The file gets its name."""
         os.fsync(self._file.fileno())
+        self._had_name = True
         self.close()
-        self.part.replace(self.path)
 
     def close(self) -> None:
+        """Ends the writing; a file that was finished before has its name again, whatever happened since."""
         self._file.close()
+        if self._had_name and self.part.exists():
+            self.part.replace(self.path)
 
 
 def _whole(file: BinaryIO) -> int:

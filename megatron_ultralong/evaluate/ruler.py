@@ -29,6 +29,8 @@ BOUNDS = (2**17, 2**19, 2**20)
 these are 4K and its doublings up to the bound, the bound among them."""
 OFFICIAL_SAMPLES = 500
 
+MADE = ("seed", "wording", "tokenizer", "chat", "haystack", "words", "source")
+"""What a prompt's meta says of its making; the results say it of each task."""
 Progress = Callable[[int], Any]
 
 
@@ -107,8 +109,8 @@ def _text_of(settings: Settings, task: str) -> dict[str, Any]:
         path = settings.squad if TASKS[task].data == "squad" else settings.hotpotqa
         return {"source": path.name if path else ""}
     if TASKS[task].haystack == "essay":
-        return {"haystack": [path.name for path in settings.haystack] or "own sentences"}
-    return {"haystack": "own words"} if TASKS[task].kind == "cwe" else {}
+        return {"words": "own", "haystack": [path.name for path in settings.haystack] or "own sentences"}
+    return {"words": "own"} if TASKS[task].kind == "cwe" else {}
 
 
 def _has(path: Path, count: int, made: dict[str, Any]) -> bool:
@@ -159,7 +161,7 @@ def predict(settings: Settings, backend: Any, progress: Progress = lambda n: Non
                 else:
                     pred = answer(backend, frame.encode(text, prefix), TASKS[task].tokens)
                     writer.add({"index": position, "pred": pred, "outputs": outputs, "length": row.get("length"), "model": model,
-                                "wording": row.get("meta", {}).get("wording", "as in the data")})
+                                "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}})
                 progress(1)
             writer.finish()
         finally:
@@ -187,8 +189,8 @@ def _fields(path: Path, row: dict[str, Any]) -> tuple[str, str, list[str]]:
 def score(settings: Settings) -> dict[str, Any]:
     """The results JSON's values, of the predictions on disk. UserError where some are missing."""
     table: dict[str, dict[str, Any]] = {}
+    data: dict[str, dict[str, Any]] = {}
     model: Any = None
-    wordings: set[str] = set()
     for length in settings.lengths:
         for task in settings.runnable():
             path = prediction_file(settings, task, length)
@@ -199,14 +201,14 @@ def score(settings: Settings) -> dict[str, Any]:
             if not rows or not all("pred" in row and row.get("outputs") for row in rows):
                 raise UserError(f"{path}: lines need `pred` and `outputs`")
             model = rows[0].get("model", model)
-            wordings |= {row.get("wording", "as in the data") for row in rows}
+            data[task] = rows[0].get("made") or {"wording": "as in the data"}
             predictions = [scores.printable(row["pred"]) for row in rows]
             scorer = scores.string_match_part if TASKS[task].part else scores.string_match_all
             table.setdefault(task, {})[str(length)] = {
                 "score": scorer(predictions, [row["outputs"] for row in rows]), "samples": len(rows), "empty": sum(not text for text in predictions)}
-    return {"format": FORMAT, "task": "ruler", "model": model, "wording": " and ".join(sorted(wordings)), "official_samples": OFFICIAL_SAMPLES,
-            "settings": {"seed": settings.seed, "haystack": [path.name for path in settings.haystack] or "own sentences",
-                         "words": "own", "official": settings.official is not None}, "scores": table, **averages(table)}
+    wordings = sorted({made.get("wording", "as in the data") for made in data.values()})
+    return {"format": FORMAT, "task": "ruler", "model": model, "wording": " and ".join(wordings), "official_samples": OFFICIAL_SAMPLES,
+            "data": data, "scores": table, **averages(table)}
 
 
 def averages(table: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -66,8 +66,6 @@ DEPTHS = [round(100 * i / 39) / 100 for i in range(40)]
 CHAINS, HOPS = 1, 4
 COMMON_WORDS, CODED_LETTERS, ALPHA, ZETA = 10, 6, 2.0, math.pi**2 / 6
 """cwe: words asked for. fwe: letters of a word; word k (from 1) has the share k^-ALPHA / ZETA, ZETA = zeta(ALPHA)."""
-LONG_LIST = 16384
-"""From this length on cwe lists pairs of words: more different ones are needed than there are single words."""
 SHORT = 4096
 """Below this length cwe repeats its words less often, as RULER does."""
 ATTEMPTS = 20
@@ -200,10 +198,18 @@ def _vt_text(kit: Kit, rng: random.Random, lines: list[str], value: str, n: int)
 def _cwe_draft(kit: Kit, task: Task, length: int, rng: random.Random, index: int) -> Draft:
     example_words, example_often, example_seldom, often, seldom = (20, 3, 1, 6, 1) if length < SHORT else (40, 10, 3, 30, 3)
     template, prefix = kit.wording.cwe, kit.wording.cwe_prefix
-    single = length < LONG_LIST
-    words = Filler(kit.frame.counts, _different_words(random.Random(rng.random()), single))
-    common = words.pieces(COMMON_WORDS)
     first = COMMON_WORDS + example_words  # where the words of the list go on after the common ones
+    words = Filler(kit.frame.counts, _different_words(random.Random(rng.random()), single=True))
+    most: int | None = len(ruler_text.SINGLE) - 2 * first  # some single words are parts of others and left out
+
+    def cost(n: int) -> float:
+        entries = COMMON_WORDS * often + n * seldom
+        numbers = sum(max(0, min(entries, 10**d - 1) - 10**(d - 1) + 1) * kit.number_costs[d] for d in range(1, len(kit.number_costs)))
+        return words.cost(COMMON_WORDS) * often + (words.cost(first + n) - words.cost(first)) * seldom + numbers
+
+    if most and cost(most) < length:  # There are too few single words for this length: a list of pairs of words, then.
+        words, most = Filler(kit.frame.counts, _different_words(random.Random(rng.random()), single=False)), None
+    common = words.pieces(COMMON_WORDS)
     shown = words.pieces(first)[COMMON_WORDS:]
     example = (template.format(context=_numbered(rng, shown, example_often, example_seldom)) + prefix + " "
                + " ".join(f"{i}. {word}" for i, word in enumerate(shown[:COMMON_WORDS], 1)))
@@ -213,16 +219,11 @@ def _cwe_draft(kit: Kit, task: Task, length: int, rng: random.Random, index: int
         listed = [*common, *words.pieces(first + n)[first:]]
         return example + "\n" + template.format(context=_numbered(random.Random(seed), listed, often, seldom))
 
-    def cost(n: int) -> float:
-        entries = COMMON_WORDS * often + n * seldom
-        numbers = sum(max(0, min(entries, 10**d - 1) - 10**(d - 1) + 1) * kit.number_costs[d] for d in range(1, len(kit.number_costs)))
-        return words.cost(COMMON_WORDS) * often + (words.cost(first + n) - words.cost(first)) * seldom + numbers
-
-    return Draft(render=render, cost=cost, prefix=prefix, outputs=common, most=len(ruler_text.SINGLE) - 2 * first if single else None,
+    return Draft(render=render, cost=cost, prefix=prefix, outputs=common, most=most,
                  sound=lambda text: all(text.count(word) == often for word in common))
 
 
-def _different_words(rng: random.Random, single: bool) -> Iterator[str]:
+def _different_words(rng: random.Random, *, single: bool) -> Iterator[str]:
     """Words, no two alike; the first ones, which are asked for, are no part of another."""
     order = iter(rng.sample(ruler_text.SINGLE, len(ruler_text.SINGLE)) if single else
                  (ruler_text.word(rng.randrange(ruler_text.WORDS)) for _ in itertools.count()))

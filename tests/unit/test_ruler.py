@@ -71,7 +71,7 @@ def unit(kit: Kit, name: str, row: dict) -> int:
     """Tokens that one more unit of filler could take, by the text itself and with some slack for how pieces join."""
     counts, body = kit.frame.counts, row["input"]
     if name == "cwe":
-        words = ruler_text.SINGLE if row["meta"]["target"] < 16384 else [f"{first}-{first}" for first in ruler_text.SINGLE]
+        words = [f"{first}-{first}" for first in ruler_text.SINGLE] if "-" in row["outputs"][0] else ruler_text.SINGLE
         return 3 * (max(counts([" " + word for word in words])) + counts([" 12345."])[0])
     if name == "fwe":
         return 3 * max(counts([" " + word for word in set(re.findall(r"\b[a-z]{6}\b", body))]))
@@ -148,6 +148,16 @@ def check(name: str, row: dict) -> None:
         key = re.search(r"(?:town|picture) ([\d.]+)", body.rsplit("Question:", 1)[1])[1]  # type: ignore[index]
         own = [document for _, document in documents if re.search(rf"(?:Town|Picture) {re.escape(key)} ", document)]
         assert len(own) in (row["meta"]["rounds"] - 1, row["meta"]["rounds"]) and own and outputs[0].lower() in own[0].lower()
+
+
+def test_long_and_short_lists_of_cwe(tokenizers, files):
+    """Below 4,096 tokens words come 6 times and once; where single words do not suffice, pairs fill the length all the same."""
+    kit = kit_of(tokenizers["llama3"], files)
+    body = sample(kit, "cwe", 4095, 0)["input"].split("Question:")[1]
+    assert set(Counter(re.findall(r"\d+\. (\S+)", body)).values()) == {6, 1}
+    row = sample(kit, "cwe", 40_000, 0)
+    assert all("-" in word for word in row["outputs"]) and 40_000 - row["length"] < unit(kit, "cwe", row)
+    check("cwe", row)
 
 
 def test_official_parameters():
@@ -318,11 +328,13 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
     result = ruler.score(mine)
     assert {task: {length: cell["score"] for length, cell in found.items()} for task, found in result["scores"].items()} == {
         "niah_single_1": {"2000": 100.0, "3000": 100.0}, "qa_1": {"2000": 100.0, "3000": 66.67}}
+    assert result["data"]["qa_1"] == {"seed": 0, "wording": "own", "tokenizer": f"{len(tokenizer)} tokens", "chat": False, "source": "dev-v2.0.json"}
     assert result["wording"] == "own" and result["model"]["path"] == "oracle" and result["by_length"]["3000"]["average"] == 83.34
     other = Oracle(tokenizer, answers)
     other.describe = lambda: {"path": "other"}  # type: ignore[method-assign]
     with pytest.raises(UserError, match="answers of another model"):
         ruler.predict(mine, other)
+    assert ruler.score(mine) == result, "what was finished stays"
 
 
 def test_rulers_own_data_and_predictions_are_scored_as_they_are(tokenizers, tmp_path):
