@@ -84,11 +84,15 @@ class Kit:
         self.noise = Filler(frame.counts, itertools.repeat(wording.noise), before="\n")
         self.document_costs: dict[str, dict[int, int]] = {}
 
+    def numbers(self, n: int) -> float:
+        """About how many tokens ` 1.`, ` 2.` ... ` n.` take together."""
+        return sum(max(0, min(n, 10**d - 1) - 10**(d - 1) + 1) * cost for d, cost in enumerate(self._number_costs, 1))
+
     @cached_property
-    def number_costs(self) -> list[float]:
-        """Tokens of ` 1.`, ` 10.` ... by digits, from 0 digits on: the mean of some of them."""
+    def _number_costs(self) -> list[float]:
+        """Tokens of ` 1.`, ` 10.` ... by digits, from 1 digit on: the mean of some of them."""
         some = [[f" {10**d + i * 9 * 10**d // 16}." for i in range(16 if d else 9)] for d in range(8)]
-        return [0.0, *(sum(self.frame.counts(group)) / len(group) for group in some)]
+        return [sum(self.frame.counts(group)) / len(group) for group in some]
 
     @cached_property
     def example_noise(self) -> int:
@@ -203,8 +207,7 @@ def _cwe_draft(kit: Kit, task: Task, length: int, rng: random.Random, index: int
     most: int | None = len(ruler_text.SINGLE) - 2 * first  # some single words are parts of others and left out
 
     def cost(n: int) -> float:
-        entries = COMMON_WORDS * often + n * seldom
-        numbers = sum(max(0, min(entries, 10**d - 1) - 10**(d - 1) + 1) * kit.number_costs[d] for d in range(1, len(kit.number_costs)))
+        numbers = kit.numbers(COMMON_WORDS * often + n * seldom)
         return words.cost(COMMON_WORDS) * often + (words.cost(first + n) - words.cost(first)) * seldom + numbers
 
     if most and cost(most) < length:  # There are too few single words for this length: a list of pairs of words, then.
@@ -277,7 +280,7 @@ def _qa_draft(kit: Kit, task: Task, length: int, rng: random.Random, index: int)
 
     def counts(numbers: list[str]) -> list[int]:
         new = [int(number) for number in numbers if int(number) not in known]
-        known.update(zip(new, kit.frame.counts([kit.wording.document.format(i=1000, document=data.documents[i]) + "\n\n" for i in new]), strict=True))
+        known.update(zip(new, kit.frame.counts([kit.wording.document.format(i=1, document=data.documents[i]) + "\n\n" for i in new]), strict=True))
         return [known[int(number)] for number in numbers]
 
     # The filler's pieces are numbers of documents: each is tokenised once in a run, however many prompts it is in.
@@ -289,7 +292,10 @@ def _qa_draft(kit: Kit, task: Task, length: int, rng: random.Random, index: int)
         context = "\n\n".join(kit.wording.document.format(i=i, document=text) for i, text in enumerate(chosen, 1))
         return kit.wording.qa.format(context=context, query=question.text)
 
-    return Draft(render=render, cost=filler.cost, prefix=kit.wording.qa_prefix, outputs=list(question.answers), least=len(question.documents))
+    def cost(n: int) -> float:
+        return filler.cost(n) + kit.numbers(n) - n * kit.numbers(1)
+
+    return Draft(render=render, cost=cost, prefix=kit.wording.qa_prefix, outputs=list(question.answers), least=len(question.documents))
 
 
 def _different(make: Callable[[], str], count: int) -> list[str]:
