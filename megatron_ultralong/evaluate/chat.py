@@ -24,13 +24,17 @@ class Frame:
     bos: tuple[int, ...]
     """Tokens in front of a text without chat template."""
 
+    @property
+    def chat(self) -> bool:
+        return bool(self.head or self.tail)
+
     def encode(self, text: str, prefix: str) -> list[int]:
         """Tokens of the whole prompt. A text that brings its own template (it starts with a special token) gets no other one."""
         ready = text.startswith(tuple(token for token in self.tokenizer.all_special_tokens if token))
         whole = text + prefix if ready else self.head + text + self.tail + prefix
         # verbose: the tokenizer would warn of texts longer than the model.
         ids = list(self.tokenizer(whole, add_special_tokens=False, verbose=False).input_ids)
-        return ids if ready or self.head else [*self.bos, *ids]
+        return ids if ready or self.chat else [*self.bos, *ids]
 
     def size(self, text: str, prefix: str) -> int:
         """Tokens of the whole prompt."""

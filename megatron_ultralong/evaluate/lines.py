@@ -62,10 +62,12 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Ends the writing; a file that was finished before has its name again, whatever happened since."""
+        """Ends the writing; a file that was finished before has its name again, whatever happened since, and an empty one goes."""
         self._file.close()
         if self._had_name and self.part.exists():
             self.part.replace(self.path)
+        elif self.part.exists() and not self.part.stat().st_size:
+            self.part.unlink()
 
 
 def _whole(file: BinaryIO) -> int:

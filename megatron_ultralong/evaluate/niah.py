@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import chat
 
 FORMAT = 1
 """Version of the results JSON."""
@@ -51,7 +52,7 @@ class Grid:
     """Pass keys in a prompt, all asked for: the first at the depth, the others evenly from there to the end."""
     answer_tokens: int | None = None
     """Tokens generated; None = what the answer takes, 24 a needle in a chat."""
-    chat: Literal["auto", "yes", "no"] = "auto"
+    chat: chat.Mode = "auto"
     """Put the prompt into the tokenizer's chat template; auto = where it has one."""
     seed: int = 0
 
@@ -142,14 +143,13 @@ class Builder:
         """tokenizer: a transformers tokenizer. haystack: text to hide needles in (repeated when short); None = own filler sentences
         over and over. UserError where a chat template is asked for and there is none."""
         self.tokenizer, self.grid = tokenizer, grid
-        self.chat = grid.chat == "yes" or (grid.chat == "auto" and bool(getattr(tokenizer, "chat_template", None)))
-        if self.chat and not getattr(tokenizer, "chat_template", None):
-            raise UserError("--chat yes: this model's tokenizer has no chat template; use --chat no")
+        framed = chat.frame(tokenizer, grid.chat)
+        self.chat = framed.chat
         self.pieces = [self.encode(piece) for piece in (sentences(haystack) if haystack is not None else [" " + text for text in FILLER])]
         self.pieces = [piece for piece in self.pieces if piece]
         if not self.pieces:
             raise UserError("--haystack: the file holds no text")
-        self.head, self.tail = self._frame()
+        self.head, self.tail = [*framed.bos, *self.encode(framed.head + INTRODUCTION)], self.encode(framed.tail)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -192,19 +192,6 @@ class Builder:
         inside = [border for border in borders if border <= room]
         cuts = [0, *(min(inside, key=lambda border: abs(border - depth * room)) for depth in depths), room]
         return [tokens[start:end] for start, end in itertools.pairwise(cuts)]
-
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Tokens before the haystack and between question and answer: the introduction, beginning of text and chat markers."""
-        if not self.chat:
-            bos = self.tokenizer.bos_token_id
-            begins = bos is not None and list(self.tokenizer.encode("a"))[:1] == [bos]
-            return [*([bos] if begins else []), *self.encode(INTRODUCTION)], []
-        mark = "<<<TEXT>>>"
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
-        if text.count(mark) != 1:
-            raise UserError("--chat: the chat template does not carry the user's text once and unchanged; use --chat no")
-        head, tail = text.split(mark)
-        return self.encode(head + INTRODUCTION), self.encode(tail)
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------

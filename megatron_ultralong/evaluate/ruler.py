@@ -81,7 +81,7 @@ def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: N
     data: dict[str, ruler_qa.Data] = {name: read(path) for name, path, read in readers if path is not None and name in wanted}
     frame = chat.frame(tokenizer, settings.chat)
     kit = Kit(frame, wording, seed=settings.seed, data=data, haystack=ruler_text.read_haystack(settings.haystack) if settings.haystack else None)
-    common = {"seed": settings.seed, "wording": wording.name, "tokenizer": f"{len(tokenizer)} tokens", "chat": bool(frame.head)}
+    common = {"seed": settings.seed, "wording": wording.name, "tokenizer": f"{len(tokenizer)} tokens", "chat": frame.chat}
     for length in settings.lengths:
         for task in settings.runnable():
             made = {**common, **_text_of(settings, task)}

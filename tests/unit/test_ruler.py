@@ -404,3 +404,4 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=words) as error:
             command(monkeypatch, *good, *change)
         assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").rglob("*.part"))
