@@ -86,7 +86,7 @@ def run_niah(args: argparse.Namespace) -> None:
     plots.heat_maps([result], [f"{result['model']['path']}, {len(result['trials'])} prompts"], args.out / "niah.png",
                     trained=[backend.max_position])
     print(results.grid_table(result))
-    print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
+    print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials']) * grid.needles} pass keys found, "
           f"{result['seconds']:.0f} s")
 
 
