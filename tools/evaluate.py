@@ -4,8 +4,10 @@
     python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
     torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --cp 2 --lengths 128K,1M --out results/niah
     python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR --lengths 128K --out results/niah
+    python tools/evaluate.py ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
     python tools/evaluate.py lveval --model DIR --data LVEval --lengths 16k,32k --official checkouts/LVEval --out results/lveval
     python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench
+    python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
 
 The model is a Hugging Face directory in plain transformers, our own model over many ranks (a checkpoint, or a Hugging Face directory read in
 place), or one behind an OpenAI-compatible endpoint. A run that was stopped goes on when the same command is given again.
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import infinitebench, lveval, niah, options, plots, results, staged
+from megatron_ultralong.evaluate import infinitebench, lveval, niah, options, plots, results, ruler, staged
+from megatron_ultralong.evaluate.ruler_tasks import TASKS
 from megatron_ultralong.runtime import errors
 
 
@@ -41,16 +44,45 @@ def arguments() -> argparse.Namespace:
     task.add_argument("--digits", type=int, default=5, metavar="N", help="digits of a pass key (default: %(default)s)")
     task.add_argument("--haystack", type=Path, metavar="FILE", help="text to hide the needle in (default: own filler sentences)")
     task.add_argument("--answer-tokens", type=int, metavar="N", help="tokens to generate (default: what the answer takes; 24 in a chat)")
+    task.add_argument("--needles", type=int, default=1, metavar="N",
+                      help="pass keys in a prompt, all asked for, spread evenly from the depth on; the score is the share found (default: 1)")
     task.set_defaults(function=run_niah)
 
+    add_ruler(tasks, shared)
     add_lveval(tasks, shared)
     add_infinitebench(tasks, shared)
+
+    task = tasks.add_parser("compare", help="several niah.json as heat maps side by side", description="Passkey grids side by side in one plot.")
+    task.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="niah.json of each model")
+    task.add_argument("--titles", nargs="+", metavar="TEXT", help="one a file (default: the model's directory)")
+    task.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the plot")
+    task.set_defaults(function=run_compare)
     return parser.parse_args()
+
+
+def add_ruler(tasks: argparse._SubParsersAction, shared: argparse.ArgumentParser) -> None:
+    task = tasks.add_parser(
+        "ruler", parents=[shared], help="RULER: 13 synthetic tasks at lengths from 4K to 4M",
+        description="RULER in three stages. Each writes files under --out and goes on where it was stopped: data/TASK/LENGTH.jsonl, "
+                    "predictions/TASK/LENGTH.jsonl, ruler.json.")
+    task.add_argument("--tasks", default="all", metavar="T,T,...", help=f"all, or some of {', '.join(TASKS)}")
+    task.add_argument("--lengths", required=True, metavar="N,N,...", help="tokens of prompt and answer together, like 4K,128K,1M")
+    task.add_argument("--samples", type=int, default=ruler.OFFICIAL_SAMPLES, metavar="N",
+                      help="prompts for each task and length (default: %(default)s, as the authors)")
+    task.add_argument("--haystack", type=Path, nargs="+", default=[], metavar="FILE",
+                      help="text of the tasks with an essay; the authors use Paul Graham's essays (default: own filler sentences)")
+    task.add_argument("--squad", type=Path, metavar="FILE", help="SQuAD's dev-v2.0.json, for qa_1 (default: qa_1 is left out)")
+    task.add_argument("--hotpotqa", type=Path, metavar="FILE", help="hotpot_dev_distractor_v1.json, for qa_2 (default: qa_2 is left out)")
+    task.add_argument("--official", type=Path, metavar="DIR", help="checkout of NVIDIA/RULER: take its wording (default: this project's own)")
+    task.add_argument("--data", type=Path, metavar="DIR", help="prompts made before, here or by NVIDIA/RULER (LENGTH/data/TASK/validation.jsonl); "
+                                                              "nothing is prepared")
+    task.add_argument("--stage", choices=("prepare", "predict", "score"), help="only this one (default: all three)")
+    task.set_defaults(function=run_ruler)
 
 
 def run_niah(args: argparse.Namespace) -> None:
     grid = niah.Grid(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), depths=_depths(args.depths),
-                     trials=args.trials, digits=args.digits, chat=args.chat, seed=args.seed, answer_tokens=args.answer_tokens)
+                     trials=args.trials, digits=args.digits, needles=args.needles, chat=args.chat, seed=args.seed, answer_tokens=args.answer_tokens)
     results.make_writable(args.out)
 
     from tqdm import tqdm
@@ -63,8 +95,52 @@ def run_niah(args: argparse.Namespace) -> None:
     plots.heat_maps([result], [f"{result['model']['path']}, {len(result['trials'])} prompts"], args.out / "niah.png",
                     trained=[result["model"]["max_position"]])
     print(results.grid_table(result))
-    print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
+    print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials']) * grid.needles} pass keys found, "
           f"{result['seconds']:.0f} s")
+
+
+def run_ruler(args: argparse.Namespace) -> None:
+    settings = ruler.Settings(
+        out=args.out, tasks=tuple(TASKS) if args.tasks == "all" else tuple(text.strip() for text in args.tasks.split(",")),
+        lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), samples=args.samples, seed=args.seed,
+        chat=args.chat, haystack=tuple(args.haystack), squad=args.squad, hotpotqa=args.hotpotqa, official=args.official, data=args.data)
+    stages = [args.stage] if args.stage else ["predict", "score"] if args.data else ["prepare", "predict", "score"]
+    for task in settings.tasks:
+        if task not in settings.runnable():
+            print(f"{task} is left out: give --{TASKS[task].data} FILE")
+    if not settings.runnable():
+        raise UserError("--tasks: nothing is left to do")
+    results.make_writable(args.out)
+
+    from tqdm import tqdm
+
+    total = len(settings.runnable()) * len(settings.lengths) * settings.samples
+    # With several ranks only the first one comes into the block, and does all that is not the model's work.
+    with options.open_backend(args) if "predict" in stages else contextlib.nullcontext() as backend:
+        if "prepare" in stages:
+            tokenizer = backend.tokenizer if backend is not None else options.load_tokenizer(args)
+            with tqdm(total=total, desc="prepare", unit="prompt", disable=None) as bar:
+                ruler.prepare(settings, tokenizer, bar.update)
+        if backend is not None:
+            with tqdm(total=total, desc="predict", unit="prompt", disable=None) as bar:
+                ruler.predict(settings, backend, batch=args.batch or (64 if args.base_url else None), progress=bar.update)
+    if "score" in stages:
+        result = ruler.score(settings)
+        results.write_json(args.out / "ruler.json", result)
+        print(ruler.report(result))
+        print(f"{args.out / 'ruler.json'} written")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    found = [results.read_json(path) for path in args.results]
+    for path, result in zip(args.results, found, strict=True):
+        if result.get("task") != "niah":
+            raise UserError(f"{path}: no passkey results; give files that `niah` wrote")
+    titles = args.titles or [str(result["model"]["path"]) for result in found]
+    if len(titles) != len(found):
+        raise UserError(f"--titles: {len(found)} files need {len(found)} titles, not {len(titles)}")
+    plots.heat_maps(found, titles, args.out, trained=[result["model"].get("max_position") for result in found])
+    print(f"{args.out} written")
 
 
 # ---- LV-Eval and InfiniteBench --------------------------------------------------------------------------------

@@ -1,24 +1,26 @@
 """Passkey retrieval (needle in a haystack): does the model find one fact, at every length and depth?
 
-A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it. The wording is
-this project's own. Every prompt has an exact size: prompt tokens + tokens left for the answer = length.
+A prompt is an introduction, a haystack with one needle ("The pass key of Mira is 48213.") and the question about it; or several needles,
+and all of them asked for. The wording and the grid are this project's own. Every prompt has an exact size: prompt tokens + tokens left for
+the answer = length.
 
 Nothing here needs a model: `run` is handed a backend (backends.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import predictions
+from megatron_ultralong.evaluate import chat, predictions
 from megatron_ultralong.evaluate.backends import Backend, Request
 
 FORMAT = 1
@@ -48,9 +50,11 @@ class Grid:
     """Prompts a cell of the grid."""
     digits: int = 5
     """Digits of a pass key."""
+    needles: int = 1
+    """Pass keys in a prompt, all asked for: the first at the depth, the others evenly from there to the end."""
     answer_tokens: int | None = None
-    """Tokens generated; None = what the answer takes, 24 in a chat."""
-    chat: Literal["auto", "yes", "no"] = "auto"
+    """Tokens generated; None = what the answer takes, 24 a needle in a chat."""
+    chat: chat.Mode = "auto"
     """Put the prompt into the tokenizer's chat template; auto = where it has one."""
     seed: int = 0
 
@@ -65,6 +69,8 @@ class Grid:
             raise UserError("--depths are percent of the haystack, 0 to 100")
         if self.trials < 1 or not 1 <= self.digits <= 50:
             raise UserError("--trials must be at least 1, and --digits 1 to 50")
+        if not 1 <= self.needles <= min(len(NAMES), 10**self.digits // 2):
+            raise UserError(f"--needles {self.needles}: 1 to {min(len(NAMES), 10**self.digits // 2)}, as there are names, and numbers of that many digits")
         if self.answer_tokens is not None and self.answer_tokens < 1:
             raise UserError("--answer-tokens must be at least 1")
 
@@ -76,8 +82,9 @@ class Prompt:
     length: int
     depth: float
     trial: int
-    name: str
-    answer: str
+    names: tuple[str, ...]
+    answers: tuple[str, ...]
+    """In the order of the question, which is not that of the text."""
     text: str
     """The user's message."""
     prefix: str
@@ -85,9 +92,17 @@ class Prompt:
     tokens: list[int]
     """The whole prompt: message, template and the answer's first words."""
     needle_at: int
-    """First token of the needle."""
+    """First token of the first needle."""
     answer_tokens: int
     """Tokens to generate; len(tokens) + answer_tokens = length."""
+
+    @property
+    def name(self) -> str:
+        return _listed(self.names)
+
+    @property
+    def answer(self) -> str:
+        return _listed(self.answers)
 
     def request(self) -> Request:
         return Request(id=f"{self.length}/{self.depth:g}/{self.trial}", text=self.text, prefix=self.prefix, ids=self.tokens, tokens=self.answer_tokens)
@@ -99,17 +114,21 @@ def needle(name: str, value: str) -> str:
     return f" The pass key of {name} is {value}."
 
 
-def question(name: str) -> str:
-    return f" What is the pass key of {name}?"
+def question(*names: str) -> str:
+    return f" What is the pass key of {names[0]}?" if len(names) == 1 else f" What are the pass keys of {_listed(names)}, in this order?"
 
 
-def answer_start(name: str) -> str:
+def answer_start(*names: str) -> str:
     """The answer's first words, given to the model, so that the very next thing it writes is the value."""
-    return f" The pass key of {name} is"
+    return f" The pass key of {names[0]} is" if len(names) == 1 else f" The pass keys of {_listed(names)} are"
 
 
 def answer(value: str) -> str:
     return f" {value}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def pass_key(rng: random.Random, digits: int) -> str:
@@ -134,14 +153,13 @@ class Builder:
         """tokenizer: a transformers tokenizer. haystack: text to hide needles in (repeated when short); None = own filler sentences
         over and over. UserError where a chat template is asked for and there is none."""
         self.tokenizer, self.grid = tokenizer, grid
-        self.chat = grid.chat == "yes" or (grid.chat == "auto" and bool(getattr(tokenizer, "chat_template", None)))
-        if self.chat and not getattr(tokenizer, "chat_template", None):
-            raise UserError("--chat yes: this model's tokenizer has no chat template; use --chat no")
+        framed = chat.frame(tokenizer, grid.chat)
+        self.chat = framed.chat
         self.pieces = [self.encode(piece) for piece in (sentences(haystack) if haystack is not None else [" " + text for text in FILLER])]
         self.pieces = [piece for piece in self.pieces if piece]
         if not self.pieces:
             raise UserError("--haystack: the file holds no text")
-        self.head, self.tail = self._frame()
+        self.head, self.tail = [*framed.bos, *self.encode(framed.head + INTRODUCTION)], self.encode(framed.tail)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -149,22 +167,33 @@ class Builder:
     def prompt(self, length: int, depth: float, trial: int) -> Prompt:
         """The prompt of one trial, the same for every model with this tokenizer. UserError where `length` is too short."""
         rng = random.Random(f"{self.grid.seed}/{length}/{depth:g}/{trial}")
-        name, value = rng.choice(NAMES), pass_key(rng, self.grid.digits)
-        hidden = self.encode(needle(name, value))
-        prefix = answer_start(name).strip() if self.chat else answer_start(name)
-        end = [*self.encode(question(name)), *self.tail, *self.encode(prefix)]
-        size = self.grid.answer_tokens or (24 if self.chat else len(self.encode(answer(value))))
-        room = length - len(self.head) - len(hidden) - len(end) - size
+        count = self.grid.needles
+        names = tuple(rng.sample(NAMES, count)) if count > 1 else (rng.choice(NAMES),)
+        values: list[str] = []
+        while len(values) < count:
+            value = pass_key(rng, self.grid.digits)
+            values += [value] if value not in values else []
+        hidden = [self.encode(needle(name, value)) for name, value in zip(names, values, strict=True)]
+        start = answer_start(*names)
+        prefix = start.strip() if self.chat else start
+        end = [*self.encode(question(*names)), *self.tail, *self.encode(prefix)]
+        size = self.grid.answer_tokens or (24 * count if self.chat else len(self.encode(answer(_listed(values)))))
+        room = length - len(self.head) - sum(map(len, hidden)) - len(end) - size
         if room < 0:
             raise UserError(f"--lengths {length}: too short, the prompt without any haystack and its answer are {length - room} tokens")
-        before, after = self._haystack(rng, room, depth / 100)
-        tokens = [*self.head, *before, *hidden, *after, *end]
-        text = INTRODUCTION + self.tokenizer.decode([*before, *hidden, *after]) + question(name)
-        return Prompt(length=length, depth=depth, trial=trial, name=name, answer=value, text=text, prefix=prefix, tokens=tokens,
-                      needle_at=len(self.head) + len(before), answer_tokens=size)
+        depths = [(depth + (100 - depth) * i / max(1, count - 1)) / 100 for i in range(count)]
+        parts = self._haystack(rng, room, depths)
+        if count > 1:
+            rng.shuffle(hidden)
+        middle = list(parts[0])
+        for one, after in zip(hidden, parts[1:], strict=True):
+            middle += [*one, *after]
+        text = INTRODUCTION + self.tokenizer.decode(middle) + question(*names)
+        return Prompt(length=length, depth=depth, trial=trial, names=names, answers=tuple(values), text=text, prefix=prefix,
+                      tokens=[*self.head, *middle, *end], needle_at=len(self.head) + len(parts[0]), answer_tokens=size)
 
-    def _haystack(self, rng: random.Random, room: int, depth: float) -> tuple[list[int], list[int]]:
-        """`room` tokens in two parts, parted between sentences as near to `depth` (0-1) as they allow; the last one may be cut."""
+    def _haystack(self, rng: random.Random, room: int, depths: list[float]) -> list[list[int]]:
+        """`room` tokens, parted between sentences as near to `depths` (0-1, rising) as they allow; the last sentence may be cut."""
         tokens: list[int] = []
         borders = [0]
         i = rng.randrange(len(self.pieces))
@@ -172,21 +201,9 @@ class Builder:
             tokens += self.pieces[i]
             borders.append(len(tokens))
             i = (i + 1) % len(self.pieces)
-        cut = min((border for border in borders if border <= room), key=lambda border: abs(border - depth * room))
-        return tokens[:cut], tokens[cut:room]
-
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Tokens before the haystack and between question and answer: the introduction, beginning of text and chat markers."""
-        if not self.chat:
-            bos = self.tokenizer.bos_token_id
-            begins = bos is not None and list(self.tokenizer.encode("a"))[:1] == [bos]
-            return [*([bos] if begins else []), *self.encode(INTRODUCTION)], []
-        mark = "<<<TEXT>>>"
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
-        if text.count(mark) != 1:
-            raise UserError("--chat: the chat template does not carry the user's text once and unchanged; use --chat no")
-        head, tail = text.split(mark)
-        return self.encode(head + INTRODUCTION), self.encode(tail)
+        inside = [border for border in borders if border <= room]
+        cuts = [0, *(min(inside, key=lambda border: abs(border - depth * room)) for depth in depths), room]
+        return [tokens[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------
@@ -218,27 +235,31 @@ def run(backend: Backend, grid: Grid, *, haystack: Path | None = None, batch: in
                     asked.append(builder.prompt(length, depth, trial))
                     yield asked[-1].request()
 
-    for found in predictions.run(backend, requests(), answers, batch=batch, progress=progress):
+    for one in predictions.run(backend, requests(), answers, batch=batch, progress=progress):
         prompt = asked.popleft()
+        found = sum(is_correct(one.text, value) for value in prompt.answers)
         trials.append({"length": prompt.length, "depth": prompt.depth, "trial": prompt.trial, "name": prompt.name, "answer": prompt.answer,
-                       "prediction": found.text, "correct": is_correct(found.text, prompt.answer), "prompt_tokens": len(prompt.tokens),
-                       "needle_at": prompt.needle_at})
-    return {"format": FORMAT, "task": "niah", "mode": "passkey", "prompt": "own wording", "model": backend.describe(),
+                       "prediction": one.text, "correct": found == grid.needles, "found": found, "needles": grid.needles,
+                       "prompt_tokens": len(prompt.tokens), "needle_at": prompt.needle_at})
+    return {"format": FORMAT, "task": "niah", "mode": "passkey" if grid.needles == 1 else "passkeys", "prompt": "own wording", "grid": "own grid",
+            "model": backend.describe(),
             "settings": {**asdict(grid), "chat": builder.chat, "haystack": haystack.name if haystack else "own filler sentences"},
             **summarize(trials), "trials": trials, "seconds": round(time.time() - started, 1)}
 
 
 def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy over all trials, of each length and of each cell, in the order of the trials."""
-    cells: dict[tuple[int, float], list[bool]] = {}
-    lengths: dict[str, list[bool]] = {}
+    """Share of needles found in all trials, of each length and of each cell, in the order of the trials.
+
+    A cell's `correct` counts prompts with every needle found; with one needle its share of the trials is the accuracy."""
+    cells: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    lengths: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
-        cells.setdefault((trial["length"], trial["depth"]), []).append(trial["correct"])
-        lengths.setdefault(str(trial["length"]), []).append(trial["correct"])
-    return {"accuracy": _mean([trial["correct"] for trial in trials]),
-            "by_length": {length: _mean(hits) for length, hits in lengths.items()},
-            "cells": [{"length": length, "depth": depth, "trials": len(hits), "correct": sum(hits), "accuracy": _mean(hits)}
-                      for (length, depth), hits in cells.items()]}
+        cells.setdefault((trial["length"], trial["depth"]), []).append(trial)
+        lengths.setdefault(str(trial["length"]), []).append(trial)
+    return {"accuracy": _share(trials), "by_length": {length: _share(some) for length, some in lengths.items()},
+            "cells": [{"length": length, "depth": depth, "trials": len(some), "correct": sum(trial["correct"] for trial in some),
+                       "needles": sum(trial["needles"] for trial in some), "found": sum(trial["found"] for trial in some),
+                       "accuracy": _share(some)} for (length, depth), some in cells.items()]}
 
 
 def _read(path: Path) -> str:
@@ -248,5 +269,5 @@ def _read(path: Path) -> str:
         raise UserError(f"--haystack {path}: cannot be read as text ({error})") from None
 
 
-def _mean(hits: list[bool]) -> float:
-    return round(sum(hits) / len(hits), 4)
+def _share(trials: list[dict[str, Any]]) -> float:
+    return round(sum(trial["found"] for trial in trials) / sum(trial["needles"] for trial in trials), 4)

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_ultralong.config import Parallel, UserError, parse_count
 
@@ -65,6 +65,16 @@ def open_backend(args: argparse.Namespace) -> Iterator[Backend]:
         yield backend
     finally:
         backend.close()
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The tokenizer that prompts are made with where no model is opened."""
+    from megatron_ultralong.evaluate import backends
+
+    path = args.tokenizer or (None if args.base_url or args.model is None else Path(args.model))
+    if path is None:
+        raise UserError("give --tokenizer DIR: prompts are measured with it")
+    return backends.load_tokenizer(path, "--tokenizer" if args.tokenizer else "--model")
 
 
 def _engine(args: argparse.Namespace) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 
 from megatron_ultralong.config import UserError
 
-RED_TO_GREEN = ("#b2182b", "#ef8a62", "#fddbc7", "#e6f2d5", "#91cf60", "#1a9850")
+RED_TO_GREEN = ("#d73027", "#fc8d59", "#fee08b", "#d9ef8b", "#91cf60", "#1a9850")  # over yellow, as such grids are usually drawn
+PANELS = 3  # side by side
 INK, QUIET = "#1f2430", "#6b7280"
 
 
-def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, heading: str = "Passkey retrieval",
+def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, heading: str = "Passkey retrieval (own wording, own grid)",
               trained: list[int | None] | None = None) -> None:
-    """Write a PNG with one panel for each of `results` (the values of niah.json), side by side.
+    """Write a PNG with one panel for each of `results` (the values of niah.json), three side by side, then below.
 
     trained: tokens a model was made for, one a panel: a dashed line is drawn after that length (None = no line).
     UserError where `path` cannot be written.
@@ -24,14 +25,18 @@ def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, h
 
     columns = max(len(_axis(result, "length")) for result in results)
     rows = max(len(_axis(result, "depth")) for result in results)
-    width = len(results) * max(3.6, 0.75 * columns + 1.2) + 1.4
-    height = max(3.4, 0.42 * rows + 1.9)
+    across = min(PANELS, len(results))
+    down = -(-len(results) // across)
+    width = across * max(3.6, 0.75 * columns + 1.2) + 1.4
+    height = down * max(3.4, 0.42 * rows + 1.9)
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for unused in panels[len(results):]:
+        unused.set_visible(False)
     colours = LinearSegmentedColormap.from_list("accuracy", RED_TO_GREEN)
     image: Any = None
-    for i, (panel, result, title) in enumerate(zip(panels, results, titles, strict=True)):
+    for i, (panel, result, title) in enumerate(zip(panels[:len(results)], results, titles, strict=True)):
         lengths, depths = _axis(result, "length"), _axis(result, "depth")
         accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in result["cells"]}
         grid = [[accuracy.get((length, depth), float("nan")) for length in lengths] for depth in depths]
@@ -44,7 +49,7 @@ def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, h
         means = [result["by_length"][str(length)] for length in lengths]
         panel.set_xticks(range(len(lengths)), [f"{tokens(length)}\n{mean:.0%}" for length, mean in zip(lengths, means, strict=True)])
         panel.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
-        if i == 0:
+        if i % across == 0:
             panel.set_ylabel("depth of the pass key", color=QUIET)
         panel.set_xlabel("tokens, and accuracy over all depths", color=QUIET)
         panel.set_title(title, fontsize=10, color=INK, pad=8)

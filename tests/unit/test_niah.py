@@ -47,7 +47,7 @@ class Reader:
     def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
         self.calls.append(len(requests))
         for i, request in reversed(list(enumerate(requests))):  # in any order
-            assert request.text.startswith("Some pass keys") and request.text.endswith("?") and request.prefix.endswith(" is")
+            assert request.text.startswith("Some pass keys") and request.text.endswith("?") and request.prefix.endswith((" is", " are"))
             match = re.search(r"is (\d+)", self.tokenizer.decode(request.ids[-self.sight:]))
             tokens = self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[:request.tokens]
             yield i, Completion(text=self.tokenizer.decode(tokens), tokens_in=len(request.ids), tokens_out=len(tokens), finish="stop")
@@ -89,6 +89,37 @@ def test_depth_moves_the_needle_and_seeds_decide_the_prompt(tokenizer):
     assert builder.prompt(500, 50, 1) == niah.Builder(tokenizer, grid(trials=9)).prompt(500, 50, 1)
     assert builder.prompt(500, 50, 1).tokens != builder.prompt(500, 50, 2).tokens
     assert builder.prompt(500, 50, 1).answer != niah.Builder(tokenizer, grid(seed=1)).prompt(500, 50, 1).answer
+
+
+@pytest.mark.parametrize("chat", ["no", "yes"])
+def test_several_needles_are_spread_from_the_depth_on_and_all_asked_for(tokenizer, chat):
+    tokenizer.chat_template = CHAT if chat == "yes" else None
+    builder = niah.Builder(tokenizer, grid(needles=4, chat=chat))
+    for depth in (0, 40, 100):
+        prompt = builder.prompt(1500, depth, 1)
+        text = tokenizer.decode(prompt.tokens)
+        assert len(prompt.tokens) + prompt.answer_tokens == 1500 and len(set(prompt.answers)) == len(set(prompt.names)) == 4
+        found = [(text.index(niah.needle(name, value)) / len(text), text.count(value)) for name, value in zip(prompt.names, prompt.answers, strict=True)]
+        at = sorted(place for place, _ in found)
+        assert [count for _, count in found] == [1] * 4
+        assert at == pytest.approx([(depth + (100 - depth) * i / 3) / 100 * 0.8 + 0.05 for i in range(4)], abs=0.12)
+        a, b, c, d = prompt.names
+        assert text.endswith(f"The pass keys of {a}, {b}, {c} and {d} are") and f"What are the pass keys of {a}, {b}, {c} and {d}, in this order?" in text
+        assert prompt.answer == "{}, {}, {} and {}".format(*prompt.answers)
+    tokenizer.chat_template = None
+    for count, digits in ((0, 5), (99, 5), (6, 1)):
+        with pytest.raises(UserError, match="--needles"):
+            grid(needles=count, digits=digits)
+
+
+def test_several_needles_score_the_share_found(tokenizer):
+    result = niah.run(Reader(tokenizer, sight=10**6), grid(needles=3, lengths=(400,), depths=(0.0, 50.0), trials=2))
+    # The reader gives the first pass key it sees.
+    assert [(cell["needles"], cell["found"], cell["correct"], cell["accuracy"]) for cell in result["cells"]] == [(6, 2, 0, 0.3333)] * 2
+    assert result["accuracy"] == 0.3333 and result["mode"] == "passkeys" and result["grid"] == "own grid"
+    single = niah.run(Reader(tokenizer, sight=10**6), grid(lengths=(400,), depths=(0.0,), trials=2))
+    assert single["cells"][0] == {"length": 400, "depth": 0.0, "trials": 2, "correct": 2, "needles": 2, "found": 2, "accuracy": 1.0}
+    assert single["mode"] == "passkey"
 
 
 def test_chat_template_wraps_the_text_and_the_answer_starts_after_it(tokenizer):
@@ -204,6 +235,26 @@ def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
     assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [(n, d) for n in (100, 1024) for d in (0.0, 50.0, 100.0)]
     assert result["model"]["path"] == "model" and len(result["trials"]) == 12 and (tmp_path / "out" / "niah.png").exists()
     assert "1K*" in capsys.readouterr().out
+
+
+def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
+    import struct
+
+    result = niah.run(Reader(tokenizer, sight=180), grid(trials=1))
+    paths = [tmp_path / f"{i}.json" for i in range(4)]
+    for path in paths:
+        results.write_json(path, result)
+    sizes = []
+    for count in (1, 3, 4):
+        command(monkeypatch, "compare", "--results", *paths[:count], "--titles", *"abcd"[:count], "--out", tmp_path / "c.png")
+        sizes.append(struct.unpack(">II", (tmp_path / "c.png").read_bytes()[16:24]))
+    (one, low), (three, _), (four, high) = sizes
+    assert 2 * one < three == four and high == 2 * low, "three across, then below"
+    results.write_json(tmp_path / "x.json", {"task": "ruler"})
+    for words, message in (([tmp_path / "x.json"], "no passkey results"), ([tmp_path / "none.json"], "cannot be read"),
+                           ([*paths[:2], "--titles", "a"], "need 2 titles")):
+        with pytest.raises(UserError, match=message):
+            command(monkeypatch, "compare", "--out", tmp_path / "d.png", "--results", *words)
 
 
 def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):

@@ -1,0 +1,256 @@
+"""RULER (arXiv 2404.06654): prompts, predictions, scores. Each stage reads and writes files, goes on where it was stopped, and can run alone.
+
+    OUT/data/TASK/LENGTH.jsonl           prepare: index, input, outputs, length, answer_prefix (RULER's names) and meta
+    OUT/predictions/TASK/LENGTH.jsonl    predict: index, pred, outputs
+    OUT/ruler.json                       score
+
+Data made by NVIDIA/RULER itself (LENGTH/data/TASK/validation.jsonl) is read as it is: `Settings.data`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import chat, lines, predictions, ruler_qa, ruler_text, ruler_wording, scores
+from megatron_ultralong.evaluate.backends import Backend, Request, identity
+from megatron_ultralong.evaluate.plots import tokens as name_of
+from megatron_ultralong.evaluate.ruler_tasks import TASKS, Kit, sample
+
+FORMAT = 1
+"""Version of the results JSON."""
+FIRST = 4096
+BOUNDS = (2**17, 2**19, 2**20)
+"""The UltraLong paper (arXiv 2504.06214) gives RULER as averages up to 128K, 512K and 1M tokens. It does not say which lengths they hold; here
+these are 4K and its doublings up to the bound, the bound among them."""
+OFFICIAL_SAMPLES = 500
+
+MADE = ("seed", "wording", "tokenizer", "chat", "haystack", "words", "source")
+"""What a prompt's meta says of its making; the results say it of each task."""
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked."""
+
+    out: Path
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """All tokens: chat template, prompt, first words of the answer, tokens to generate."""
+    samples: int = OFFICIAL_SAMPLES
+    """Prompts a task and length."""
+    seed: int = 0
+    chat: chat.Mode = "auto"
+    haystack: tuple[Path, ...] = ()
+    """Text for the tasks with an essay; none = own sentences."""
+    squad: Path | None = None
+    hotpotqa: Path | None = None
+    official: Path | None = None
+    """Checkout of NVIDIA/RULER whose wording is used; None = own wording."""
+    data: Path | None = None
+    """Where prompts are read from; None = those made here, in `out`/data."""
+
+    def __post_init__(self) -> None:
+        for option, values in (("tasks", self.tasks), ("lengths", self.lengths)):
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"--{option}: give at least one value, and each only once")
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown:
+            raise UserError(f"--tasks {unknown[0]}: no such task; there are all, {', '.join(TASKS)}")
+        if self.samples < 1 or min(self.lengths) < 1:
+            raise UserError("--samples and --lengths must be at least 1")
+
+    def runnable(self) -> tuple[str, ...]:
+        """The tasks whose files are given: questions and answers need SQuAD and HotpotQA. With `data`, all."""
+        given = {"": True, "squad": self.squad is not None, "hotpotqa": self.hotpotqa is not None}
+        return tuple(task for task in self.tasks if self.data is not None or given[TASKS[task].data])
+
+
+# ---- prepare --------------------------------------------------------------------------------------------------
+
+def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: None) -> None:
+    """Write the prompts of all tasks and lengths. UserError where a file that is there was made with other settings."""
+    wording = ruler_wording.official(settings.official) if settings.official else ruler_wording.OWN
+    readers = (("squad", settings.squad, ruler_qa.read_squad), ("hotpotqa", settings.hotpotqa, ruler_qa.read_hotpotqa))
+    wanted = {TASKS[task].data for task in settings.tasks}
+    data: dict[str, ruler_qa.Data] = {name: read(path) for name, path, read in readers if path is not None and name in wanted}
+    frame = chat.frame(tokenizer, settings.chat)
+    kit = Kit(frame, wording, seed=settings.seed, data=data, haystack=ruler_text.read_haystack(settings.haystack) if settings.haystack else None)
+    common = {"seed": settings.seed, "wording": wording.name, "tokenizer": f"{len(tokenizer)} tokens", "chat": frame.chat}
+    for length in settings.lengths:
+        for task in settings.runnable():
+            made = {**common, **_text_of(settings, task)}
+            count = min(settings.samples, len(data[TASKS[task].data].questions)) if TASKS[task].data else settings.samples
+            path = settings.out / "data" / task / f"{length}.jsonl"
+            if path.exists() and _has(path, count, made):
+                progress(settings.samples)
+                continue
+            writer = lines.Writer(path, keep=("index", "meta"))
+            try:
+                for line in writer.done:
+                    _same(writer.part, line, made)
+                progress(len(writer.done) + settings.samples - count)
+                for index in range(len(writer.done), count):
+                    row = sample(kit, task, length, index)
+                    writer.add({**row, "meta": {**row["meta"], **made}})
+                    progress(1)
+                writer.finish()
+            finally:
+                writer.close()
+
+
+def _text_of(settings: Settings, task: str) -> dict[str, Any]:
+    if TASKS[task].data:
+        path = settings.squad if TASKS[task].data == "squad" else settings.hotpotqa
+        return {"source": path.name if path else ""}
+    if TASKS[task].haystack == "essay":
+        return {"words": "own", "haystack": [path.name for path in settings.haystack] or "own sentences"}
+    return {"words": "own"} if TASKS[task].kind == "cwe" else {}
+
+
+def _has(path: Path, count: int, made: dict[str, Any]) -> bool:
+    number = 0
+    for line in lines.read(path):
+        _same(path, line, made)
+        number += 1
+    return number >= count
+
+
+def _same(path: Path, line: dict[str, Any], made: dict[str, Any]) -> None:
+    """UserError where a line of `path` says that it was made with something else than `made`."""
+    for name, value in made.items():
+        if (before := line.get("meta", {}).get(name)) != value:
+            raise UserError(f"{path} was made with {name} {json.dumps(before)}, not {json.dumps(value)}; give another --out, or remove it")
+
+
+# ---- predict --------------------------------------------------------------------------------------------------
+
+def data_file(settings: Settings, task: str, length: int) -> Path:
+    """The prompts of a task and length, in this project's places or in NVIDIA/RULER's. UserError where there are none."""
+    root = settings.data or settings.out / "data"
+    places = [root / task / f"{length}.jsonl", *(root / str(length) / "data" / task / f"{name}.jsonl" for name in ("validation", "test"))]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(f"{places[0]}: no such file (nor {places[1].relative_to(root)}); run --stage prepare first, or give its folder as --data")
+
+
+def predict(settings: Settings, backend: Backend, *, batch: int | None = None, progress: Progress = lambda n: None) -> None:
+    """Write the model's answers to all prompts. UserError where answers that are there are another model's or to other prompts.
+
+    batch: prompts asked at a time; None = as many as make 16K tokens.
+    """
+    frame, model = chat.frame(backend.tokenizer, settings.chat), json.loads(json.dumps(identity(backend)))
+    sources = {(task, length): data_file(settings, task, length) for length in settings.lengths for task in settings.runnable()}
+    for (task, length), source in sources.items():
+        writer = lines.Writer(prediction_file(settings, task, length), keep=("index", "outputs", "model"))
+        try:
+            done = {line["index"]: line for line in writer.done}
+            group: list[tuple[Request, dict[str, Any]]] = []
+            # RULER's own `index` is not the line's number in every task.
+            for position, row in enumerate(islice(lines.read(source), settings.samples)):
+                text, prefix, outputs = _fields(source, row)
+                if (before := done.get(position)) is not None:
+                    if before["outputs"] != outputs or before["model"] != model:
+                        other = "another model" if before["model"] != model else "other prompts"
+                        raise UserError(f"{writer.part} holds answers of {other}; give another --out, or remove it")
+                    progress(1)
+                    continue
+                request = Request(id=str(position), text=text, prefix=prefix, ids=frame.encode(text, prefix), tokens=TASKS[task].tokens)
+                group.append((request, {"index": position, "outputs": outputs, "length": row.get("length"), "model": model,
+                                        "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}}))
+                if len(group) >= (batch or max(1, predictions.TOKENS_AT_A_TIME // max(length, 1))):
+                    _ask(backend, group, writer, progress)
+            _ask(backend, group, writer, progress)
+            writer.finish()
+        finally:
+            writer.close()
+
+
+def _ask(backend: Backend, group: list[tuple[Request, dict[str, Any]]], writer: lines.Writer, progress: Progress) -> None:
+    """Answers to the requests of `group`, each kept as it comes; the group is empty then."""
+    for place, completion in backend.generate([request for request, _ in group]) if group else ():
+        writer.add({**group[place][1], "pred": completion.text})
+        progress(1)
+    group.clear()
+
+
+def prediction_file(settings: Settings, task: str, length: int) -> Path:
+    return settings.out / "predictions" / task / f"{length}.jsonl"
+
+
+def _fields(path: Path, row: dict[str, Any]) -> tuple[str, str, list[str]]:
+    text, prefix, outputs = row.get("input"), row.get("answer_prefix", ""), row.get("outputs")
+    if not isinstance(text, str) or not isinstance(prefix, str) or not isinstance(outputs, list) or not outputs:
+        raise UserError(f"{path}: a line without `input` (text) and `outputs` (list of texts); RULER's data has them")
+    return text, prefix, [str(output) for output in outputs]
+
+
+# ---- score ----------------------------------------------------------------------------------------------------
+
+def score(settings: Settings) -> dict[str, Any]:
+    """The results JSON's values, of the predictions on disk. UserError where some are missing."""
+    table: dict[str, dict[str, Any]] = {}
+    data: dict[str, dict[str, Any]] = {}
+    model: Any = None
+    for length in settings.lengths:
+        for task in settings.runnable():
+            path = prediction_file(settings, task, length)
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; run --stage predict first" + (" (it was stopped before its end)" if path.with_name(
+                    path.name + ".part").exists() else ""))
+            rows = list(islice(lines.read(path), settings.samples))
+            if not rows or not all("pred" in row and row.get("outputs") for row in rows):
+                raise UserError(f"{path}: lines need `pred` and `outputs`")
+            model = rows[0].get("model", model)
+            data[task] = rows[0].get("made") or {"wording": "as in the data"}
+            predictions = [scores.printable(row["pred"]) for row in rows]
+            scorer = scores.string_match_part if TASKS[task].part else scores.string_match_all
+            table.setdefault(task, {})[str(length)] = {
+                "score": scorer(predictions, [row["outputs"] for row in rows]), "samples": len(rows), "empty": sum(not text for text in predictions)}
+    wordings = sorted({made.get("wording", "as in the data") for made in data.values()})
+    return {"format": FORMAT, "task": "ruler", "model": model, "wording": " and ".join(wordings), "official_samples": OFFICIAL_SAMPLES,
+            "data": data, "scores": table, **averages(table)}
+
+
+def averages(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of scores by task and length: the mean over tasks at each length, and the mean of those up to each of `BOUNDS`.
+
+    `complete` says whether all 13 tasks, and for a bound all of its lengths, are in it.
+    """
+    lengths = sorted({int(length) for of_task in table.values() for length in of_task})
+    by_length: dict[str, Any] = {}
+    for length in lengths:
+        found = {task: of_task[str(length)]["score"] for task, of_task in table.items() if str(length) in of_task}
+        by_length[str(length)] = {"average": round(sum(found.values()) / len(found), 2), "tasks": len(found), "complete": len(found) == len(TASKS)}
+    up_to = {}
+    for bound in BOUNDS:
+        wanted = [FIRST * 2**i for i in range((bound // FIRST).bit_length())]
+        used = [length for length in wanted if length in lengths]
+        if used and bound in lengths:
+            up_to[name_of(bound)] = {
+                "average": round(sum(by_length[str(length)]["average"] for length in used) / len(used), 2), "lengths": used,
+                "complete": used == wanted and all(by_length[str(length)]["complete"] for length in used)}
+    return {"by_length": by_length, "up_to": up_to}
+
+
+def report(result: dict[str, Any]) -> str:
+    """Tasks down, lengths across, as plain text."""
+    lengths = list(result["by_length"])
+    width = max(9, *(len(name_of(int(length))) + 2 for length in lengths))
+    out = ["task".ljust(16) + "".join(name_of(int(length)).rjust(width) for length in lengths)]
+    out += [task.ljust(16) + "".join(f"{found[length]['score']:.2f}".rjust(width) if length in found else "-".rjust(width) for length in lengths)
+            for task, found in result["scores"].items()]
+    count = len(result["scores"])
+    mean = f"mean of {count}" if count == len(TASKS) else f"mean of {count}/{len(TASKS)}"
+    out.append(mean.ljust(16) + "".join(f"{result['by_length'][length]['average']:.2f}".rjust(width) for length in lengths))
+    for bound, found in result["up_to"].items():
+        missing = "" if found["complete"] else " - not all tasks and lengths: no figure to compare with"
+        out.append(f"up to {bound}: {found['average']:.2f} (mean of {', '.join(name_of(length) for length in found['lengths'])}){missing}")
+    return "\n".join([*out, f"wording: {result['wording']}"])
