@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import niah, plots, results
+from megatron_ultralong.evaluate import niah, plots, results, standard
 from megatron_ultralong.runtime import errors
 
 
@@ -38,7 +38,20 @@ def arguments() -> argparse.Namespace:
     task.add_argument("--haystack", type=Path, metavar="FILE", help="text to hide the needle in (default: own filler sentences)")
     task.add_argument("--answer-tokens", type=int, metavar="N", help="tokens to generate (default: what the answer takes; 24 in a chat)")
     task.set_defaults(function=run_niah)
+    add_standard(tasks, shared)
     return parser.parse_args()
+
+
+def add_standard(tasks, shared: argparse.ArgumentParser) -> None:
+    task = tasks.add_parser("standard", parents=[shared], help="MMLU, MMLU-Pro, MATH, GSM8K, HumanEval, and any task of lm-evaluation-harness",
+                            description="Tasks of lm-evaluation-harness; `paper` is the five of arXiv 2504.06214 by its protocol.")
+    task.add_argument("--tasks", default="paper", metavar="NAME,NAME,...",
+                      help="paper; one of its five: paper/mmlu, paper/mmlu_pro, paper/math, paper/gsm8k, paper/humaneval; or names of the harness "
+                           "(default: %(default)s)")
+    task.add_argument("--limit", type=int, metavar="N", help="questions of each task, the first N (default: all)")
+    task.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
+    task.add_argument("--run-code", action="store_true", help="run the programs that the model writes for HumanEval, in limited processes")
+    task.set_defaults(function=run_standard)
 
 
 def run_niah(args: argparse.Namespace) -> None:
@@ -56,6 +69,17 @@ def run_niah(args: argparse.Namespace) -> None:
     print(results.grid_table(result))
     print(f"{args.out / 'niah.json'} and niah.png written; {result['accuracy']:.1%} of {len(result['trials'])} prompts correct, "
           f"{result['seconds']:.0f} s")
+
+
+def run_standard(args: argparse.Namespace) -> None:
+    settings = standard.Settings(tasks=tuple(name.strip() for name in args.tasks.split(",")), limit=args.limit, include_path=args.include_path,
+                                 chat=args.chat, run_code=args.run_code)
+    settings.names()  # a mistake there is told before the model is read
+    result, samples = standard.run(_backend(args), settings, args.out)
+    results.write_json(args.out / "standard.json", result)
+    results.write_lines(args.out / "standard_samples.jsonl", samples)
+    print(standard.table(result))
+    print(f"{args.out / 'standard.json'} and standard_samples.jsonl written; {sum(result['questions'].values())} questions, {result['seconds']:.0f} s")
 
 
 def _backend(args: argparse.Namespace):

@@ -1,14 +1,16 @@
-"""What writes the answers. A backend has `tokenizer`, `generate(prompts, tokens)` and `describe()`."""
+"""What writes the answers. A backend has `tokenizer`, `generate(prompts, tokens)`, `loglikelihood(pairs)` and `describe()`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import likelihood
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,13 +41,18 @@ class HuggingFace:
         self.max_position: int | None = config.get("max_position_embeddings")
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """What the model writes after each of `prompts` (all of one size), at most `tokens` tokens, greedy."""
+    def generate(self, prompts: list[list[int]], tokens: int, stop: Sequence[str] = ()) -> list[list[int]]:
+        """What the model writes after each of `prompts` (all of one size), at most `tokens` tokens, greedy; it may end after a text of `stop`."""
         ids = torch.tensor(prompts, device=self.device)  # [b, t]
         eos = self.model.generation_config.eos_token_id
         pad = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+        more: dict[str, Any] = {"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=pad, **more)
         return out[:, ids.shape[1]:].tolist()
+
+    def loglikelihood(self, pairs: Sequence[likelihood.Pair]) -> list[tuple[float, bool]]:
+        """(log p of the continuation after the context, whether greedy decoding would write it) of each (context, continuation) of tokens."""
+        return likelihood.of_pairs(self.model, pairs, batch_tokens=8192)
 
     def describe(self) -> dict[str, Any]:
         """What the results say about the model."""
