@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import niah, plots, results, standard
+from megatron_ultralong.evaluate import curves, niah, plots, report, results, standard
 from megatron_ultralong.runtime import errors
 
 
@@ -39,6 +39,8 @@ def arguments() -> argparse.Namespace:
     task.add_argument("--answer-tokens", type=int, metavar="N", help="tokens to generate (default: what the answer takes; 24 in a chat)")
     task.set_defaults(function=run_niah)
     add_standard(tasks, shared)
+    add_perplexity(tasks)
+    add_report(tasks)
     return parser.parse_args()
 
 
@@ -52,6 +54,31 @@ def add_standard(tasks, shared: argparse.ArgumentParser) -> None:
     task.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
     task.add_argument("--run-code", action="store_true", help="run the programs that the model writes for HumanEval, in limited processes")
     task.set_defaults(function=run_standard)
+
+
+def add_perplexity(tasks) -> None:
+    task = tasks.add_parser("perplexity", help="perplexity by position over long sequences",
+                            description="Perplexity by position: of documents' beginnings, or of packed rows.")
+    task.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    task.add_argument("--data", nargs="+", required=True, metavar="FILE or PREFIX", help="documents (.txt, .jsonl, .parquet) or packed rows")
+    task.add_argument("--lengths", required=True, metavar="N,N,...", help="tokens of a row, like 4K,32K; documents that are shorter are passed over")
+    task.add_argument("--rows", type=int, default=32, metavar="N", help="rows of each length, the first long enough (default: %(default)s)")
+    task.add_argument("--text-key", default="text", metavar="NAME", help="field or column with the text (default: %(default)s)")
+    task.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity.json of other models, drawn in the same figure")
+    task.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    task.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    task.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+                      help="weights and activations (default: as stored, but fp32 on a CPU)")
+    task.set_defaults(function=run_perplexity)
+
+
+def add_report(tasks) -> None:
+    task = tasks.add_parser("report", help="tables of several models' results beside the published figures",
+                            description="Collects results (niah, ruler, lveval, infinitebench, standard, perplexity) into the paper's tables.")
+    task.add_argument("--results", nargs="+", type=Path, required=True, metavar="PATH", help="result files, or directories that are searched for *.json")
+    task.add_argument("--no-published", action="store_true", help="leave the published figures out")
+    task.add_argument("--out", type=Path, required=True, metavar="DIR", help="where report.md, the .csv files and the plots go")
+    task.set_defaults(function=run_report)
 
 
 def run_niah(args: argparse.Namespace) -> None:
@@ -80,6 +107,32 @@ def run_standard(args: argparse.Namespace) -> None:
     results.write_lines(args.out / "standard_samples.jsonl", samples)
     print(standard.table(result))
     print(f"{args.out / 'standard.json'} and standard_samples.jsonl written; {sum(result['questions'].values())} questions, {result['seconds']:.0f} s")
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    from megatron_ultralong.evaluate import perplexity
+
+    settings = perplexity.Settings(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), rows=args.rows,
+                                   text_key=args.text_key)
+    beside = [results.read_json(path) for path in args.beside]
+    results.make_writable(args.out)
+    from tqdm import tqdm
+
+    from megatron_ultralong.evaluate.backends import HuggingFace
+
+    backend = HuggingFace(args.model, device=args.device, dtype=args.dtype)
+    with tqdm(total=len(settings.lengths) * settings.rows, desc="perplexity", unit="row", disable=None) as bar:
+        result = perplexity.measure(backend, perplexity.read(args.data, backend.tokenizer, args.text_key), settings, bar.update)
+    results.write_json(args.out / "perplexity.json", result)
+    curves.by_position([result, *beside], args.out / "perplexity.png")
+    print(perplexity.table(result))
+    print(f"{args.out / 'perplexity.json'} and perplexity.png written, {result['seconds']:.0f} s")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    results.make_writable(args.out)
+    lines = report.write(args.results, args.out, with_published=not args.no_published)
+    print("\n".join(lines))
 
 
 def _backend(args: argparse.Namespace):
