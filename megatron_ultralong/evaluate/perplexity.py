@@ -7,6 +7,7 @@ at its longest.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Cal
             break
     for length, count in done.items():
         if not count:
-            raise UserError(f"--lengths {short(length)}: no row is that long (the longest has {longest_seen} tokens); give longer documents, or packed rows")
+            raise UserError(f"--lengths {short(length)}: no row is that long (the longest has {longest_seen} tokens); give longer documents, "
+                            "or packed rows")
     return {"format": FORMAT, "task": "perplexity", "model": backend.describe(),
             "settings": {"lengths": lengths, "rows": settings.rows},
             "scores": {str(length): {**positions.summary(found[length], length), "rows": done[length]} for length in lengths},
@@ -113,7 +115,7 @@ def table(result: dict[str, Any]) -> str:
     scores = {int(length): values for length, values in result["scores"].items()}
     bounds = positions.doubling(max(scores))
     lines = ["position".rjust(12) + "".join(short(length).rjust(10) for length in scores)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         cells = [next((row for row in values["by_position"] if row["from"] == low), None) for values in scores.values()]
         lines.append(f"{short(low)}-{short(high)}".rjust(12) + "".join(_number(cell).rjust(10) for cell in cells))
     lines.append("all".rjust(12) + "".join(_number(values).rjust(10) for values in scores.values()))

@@ -77,8 +77,8 @@ def _open(names: list[str], run: Run, assets: Path | None, vocab_size: int) -> A
     packed = [perplexity.is_packed(name) for name in names]
     if all(packed):
         sets = [dataset.PackedRows(name, run.train.seq_length) for name in names]
-        for rows in sets:
-            rows.check_vocabulary(vocab_size)
+        for one in sets:
+            one.check_vocabulary(vocab_size)
         return dataset.Rows(sets, [Fraction(1)] * len(sets))
     if any(packed):
         raise UserError("--perplexity: give packed rows or files of documents, not both")

@@ -46,7 +46,7 @@ def write(paths: Iterable[Path], out: Path, *, with_published: bool = True) -> l
     tables = build(found, with_published)
     text = ["# Evaluation", ""]
     for name, heading, columns, cells, others in tables:
-        text += [f"## {heading}", "", markdown(columns, cells, others), ""]
+        text += [f"## {heading}", "", markdown(columns, cells, others), "", *([published.PASSKEY, ""] if name == "passkey" and with_published else [])]
         results.write_text(out / f"{name}.csv", as_csv(columns, cells, others))
     if with_published:
         text += [f"*Italic rows are published figures ({published.SOURCE}), not measured here.*", ""]

@@ -111,7 +111,7 @@ def run(backend: Any, settings: Settings, out: Path) -> tuple[dict[str, Any], li
     model = Harness(backend)
     found = lm_eval.simple_evaluate(model=model, tasks=loaded, task_manager=manager, limit=settings.limit, bootstrap_iters=0,
                                     apply_chat_template=chat, fewshot_as_multiturn=chat, use_cache=str(out / f"answers-{_identity(backend)}"))
-    scores = {}
+    scores: dict[str, float] = {}
     for name in names:
         scores |= _scores(name, PAPER[name].task if name in PAPER else name, found)
     result = {"format": FORMAT, "task": "standard", "harness": f"lm-evaluation-harness {lm_eval.__version__}", "model": backend.describe(),

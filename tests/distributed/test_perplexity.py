@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=97)
 S, ROWS = 64, 5
 LAYOUTS = (Parallel(cp=2), Parallel(tp=2), Parallel(pp=2), Parallel())
-SETTINGS = [*(f"model.{name}={getattr(MODEL, name)}" for name in ("hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size")),
+SHAPE = ("hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size", "tied_embeddings")
+SETTINGS = [*(f"model.{name}={getattr(MODEL, name)}" for name in SHAPE),
             f"train.seq_length={S}", "train.global_batch=4", "memory.loss_chunk=24", "runtime.device=cpu", "train.save_every=0"]
 
 
@@ -92,7 +93,8 @@ def test_training_writes_it_when_the_held_out_loss_is_due(tmp_path: Path) -> Non
     rows = write_rows(tmp_path / "rows", torch.randint(0, MODEL.vocab_size, (8, S + 1), generator=generator).tolist())
     hf_model(MODEL).save_pretrained(tmp_path / "base")
     command = [sys.executable, "tools/train.py", "--recipe", "tiny", "--set", *SETTINGS, "train.iterations=5", "train.eval_every=2", "train.eval_rows=3",
-               "train.lr=0.01", "train.warmup=0", "--load-hf", str(tmp_path / "base"), "--data", rows, "--perplexity", rows, "--save", str(tmp_path / "run")]
+               "train.lr=0.01", "train.warmup=0", "--load-hf", str(tmp_path / "base"), "--data", rows, "--perplexity", rows,
+               "--save", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "perplexity.jsonl").read_text().splitlines()]

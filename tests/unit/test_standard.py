@@ -74,7 +74,8 @@ def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: 
     ours, samples = standard.run(HuggingFace(model, device="cpu"),
                                  standard.Settings(tasks=tuple(tasks), include_path=folder, chat="yes" if chat else "no"), out)
     theirs = lm_eval.simple_evaluate(model=HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1), tasks=tasks, bootstrap_iters=0,
-                                     task_manager=TaskManager(include_path=str(folder), include_defaults=False), apply_chat_template=chat, fewshot_as_multiturn=chat)
+                                     task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                                     apply_chat_template=chat, fewshot_as_multiturn=chat)
     for task in tasks:
         for key, value in ours["metrics"][task].items():
             assert value == pytest.approx(theirs["results"][task][key], rel=1e-5), (task, key)
@@ -108,7 +109,8 @@ def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
     backend = HuggingFace(BASE, device="cpu")
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(0, backend.model.config.vocab_size, (6, 40), generator=generator).tolist()
-    pairs = [(rows[0][:30], [a]) for a in range(5)] + [(row[:n], row[n:n + size]) for row, n, size in zip(rows, (1, 7, 20, 33, 39, 5), (9, 1, 20, 7, 1, 2))]
+    cuts = ((1, 9), (7, 1), (20, 20), (33, 7), (39, 1), (5, 2))
+    pairs = [(rows[0][:30], [a]) for a in range(5)] + [(row[:n], row[n:n + size]) for row, (n, size) in zip(rows, cuts, strict=True)]
     passes = []
     hook = backend.model.base_model.register_forward_hook(lambda *_: passes.append(1))
     got = likelihood.of_pairs(backend.model, pairs, batch_tokens=90)
@@ -156,7 +158,8 @@ def local(path: str, name: str | None = None, **_: Any) -> Any:
     if path == "EleutherAI/hendrycks_math":
         return DatasetDict(train=repeated(3, **MATH), test=repeated(1, **MATH))
     if path == "openai/gsm8k":
-        return DatasetDict(train=repeated(9, question="NUMBER?", answer="#### 1"), test=repeated(2, question="Six and one, NUMBER?", answer="Seven.\n#### 7"))
+        return DatasetDict(train=repeated(9, question="NUMBER?", answer="#### 1"),
+                           test=repeated(2, question="Six and one, NUMBER?", answer="Seven.\n#### 7"))
     assert path == "openai/openai_humaneval", path
     return DatasetDict(test=Dataset.from_list(HUMANEVAL))
 
@@ -200,7 +203,7 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     scholar = Scholar(chat)
     result, samples = standard.run(scholar, standard.Settings(limit=3, run_code=True), tmp_path)
     assert result["scores"] == {"MMLU": 100, "MMLU-Pro": 100, "MATH": 100, "GSM8K": 100, "HumanEval": pytest.approx(33.33)}
-    assert result["questions"] | {"mmlu": 114} == result["questions"] | {"mmlu": 114}
+    assert sum(result["questions"].values()) >= 114 + 14 + 7 + 2 + 3
     assert result["code"]["programs"] == 3 and result["settings"]["chat"] is chat and result["prompts_cut"] == 0
     assert {sample["pass@1"] for sample in samples if sample["task"] == "humaneval"} == {0, 1}
     turn = "<|assistant|>" if chat else "\nAnswer: C"
@@ -215,8 +218,8 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.parametrize(("answer", "right"), [
-    ("\\boxed{\\frac{1}{2}}", 1), ("$3$ so \\boxed{0.5}", 1), ("\\boxed{2} no, \\boxed{1/2}", 1), ("\\boxed{1/2} no, \\boxed{2}", 0), ("$\\frac{1}{2}$", 0),
-    ("\\boxed{\\frac12", 0), ("", 0)])
+    ("\\boxed{\\frac{1}{2}}", 1), ("$3$ so \\boxed{0.5}", 1), ("\\boxed{2} no, \\boxed{1/2}", 1), ("\\boxed{1/2} no, \\boxed{2}", 0),
+    ("$\\frac{1}{2}$", 0), ("\\boxed{\\frac12", 0), ("", 0)])
 def test_the_last_box_is_the_answer(answer: str, right: int) -> None:
     assert standard.boxed_match({"answer": "\\frac{1}{2}"}, [answer]) == {"exact_match": right}
 
