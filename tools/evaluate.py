@@ -2,6 +2,9 @@
 """Evaluate a model. One subcommand a benchmark; results go to --out as JSON, with a plot.
 
     python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
+    python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
+    python tools/evaluate.py perplexity --model DIR --data books.jsonl --lengths 4K,32K --out results/perplexity
+    python tools/evaluate.py report --results results --out results/report
 """
 
 from __future__ import annotations

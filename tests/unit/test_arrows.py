@@ -142,7 +142,7 @@ def subcommands(tool: str) -> list[str]:
         return braces[1].split(",")
     if "..." not in text.split("\n\n")[0]:
         return []
-    return re.findall(r"^    (\w+)  ", text.rsplit(":\n", 1)[1], re.MULTILINE)
+    return re.findall(r"^    (\w+)(?:  |$)", text.rsplit(":\n", 1)[1], re.MULTILINE)
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda p: p.name)
