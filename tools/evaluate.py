@@ -78,7 +78,8 @@ def add_perplexity(tasks) -> None:
 def add_report(tasks) -> None:
     task = tasks.add_parser("report", help="tables of several models' results beside the published figures",
                             description="Collects results (niah, ruler, lveval, infinitebench, standard, perplexity) into the paper's tables.")
-    task.add_argument("--results", nargs="+", type=Path, required=True, metavar="PATH", help="result files, or directories that are searched for *.json")
+    task.add_argument("--results", nargs="+", required=True, metavar="[NAME=]PATH",
+                      help="result files, or directories that are searched for *.json; NAME is what tables call the models there")
     task.add_argument("--no-published", action="store_true", help="leave the published figures out")
     task.add_argument("--out", type=Path, required=True, metavar="DIR", help="where report.md, the .csv files and the plots go")
     task.set_defaults(function=run_report)

@@ -63,7 +63,7 @@ def run(program: str, *, seconds: float = 10.0, memory: int = 4 << 30) -> Outcom
         report.seek(0)
         said: dict[str, Any] = {}
         for line in report.read(1 << 16).splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError):
                 said |= json.loads(line)
     passed = said.get("token") == token
     reason = "" if passed else "out of time" if late else str(said.get("error") or "ended early")

@@ -231,6 +231,8 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 def _identity(backend: Any) -> str:
     """Of the model, so that its kept answers are no other model's."""
     told = {key: value for key, value in backend.describe().items() if key not in ("device", "layout")}
+    if getattr(backend, "path", None) is not None:  # the same directory may hold another model by now
+        told["files"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(backend.path).iterdir()) if file.is_file()]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

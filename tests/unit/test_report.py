@@ -43,16 +43,17 @@ def folder(tmp_path: Path) -> Path:
              for task, value in (("niah_single_1", 100.0), ("vt", 80.0))}
     averages = {str(length): 90.0 - drop for length, drop in ((32 * K, 0), (128 * K, 10), (512 * K, 20), (K * K, 30))}
     write(tmp_path / "a", "ruler.json", result("ruler", "A", ruler, averages=averages))
-    write(tmp_path / "a", "lveval.json", result("lveval", "A", {"hotpotwikiqa": {str(n * K): 20.0 + n / 16 for n in (16, 32, 64, 128, 256)}}))
+    cells = [{"set": "hotpotwikiqa", "length": f"{n}k", "score": 20.0 + n / 16, "questions": 3} for n in (16, 32, 64, 128, 256)]
+    write(tmp_path / "a", "lveval.json", {"format": 1, "task": "lveval", "model": {"path": "A"}, "cells": cells})
     write(tmp_path / "a", "infinitebench.json", result("infinitebench", "A", {"passkey": 100.0, "code_debug": 20.0}))
     write(tmp_path / "a", "standard.json", result("standard", "A", {"MMLU": 60.0, "MMLU-Pro": 40.0, "MATH": 50.0, "GSM8K": 80.0, "HumanEval": 70.0}))
     write(tmp_path / "a", "perplexity.json", result("perplexity", "A", perplexity(2.0, 32 * K)))
     write(tmp_path / "a", "niah.json", {"format": 1, "task": "niah", "model": {"path": "A"}, "settings": {}, "by_length": {"4096": 1.0, "131072": 0.625}})
-    write(tmp_path / "b", "ruler.json", result("ruler", "x", {"vt": {str(32 * K): 70.0}, "cwe": {str(32 * K): 50.0}}, model={"name": "B | small"}))
-    write(tmp_path / "b", "ruler_128k.json", result("ruler", "x", {"vt": {str(128 * K): 60.0}, "cwe": {str(128 * K): 30.0}}, model={"name": "B | small"}))
-    write(tmp_path / "b", "standard.json", {**result("standard", "x", {"MMLU": 33.333, "arc_easy": 71.0}, model={"name": "B | small"}),
+    write(tmp_path / "b", "ruler.json", result("ruler", "x", {"vt": {str(32 * K): 70.0}, "cwe": {str(32 * K): 50.0}}))
+    write(tmp_path / "b", "ruler_128k.json", result("ruler", "x", {"vt": {"128K": {"score": 60.0, "samples": 2}}, "cwe": {str(128 * K): 30.0}}))
+    write(tmp_path / "b", "standard.json", {**result("standard", "x", {"MMLU": 33.333, "arc_easy": 71.0, "odd": None}),
                                             "settings": {"limit": 10}})
-    write(tmp_path / "b", "perplexity.json", result("perplexity", "x", perplexity(2.4, 16 * K), model={"name": "B | small"}))
+    write(tmp_path / "b", "perplexity.json", result("perplexity", "x", perplexity(2.4, 16 * K)))
     write(tmp_path / "b", "manifest.json", {"format": 1, "tokens": 3})
     write(tmp_path / "b", "newer.json", {**result("ruler", "x", {}), "format": 2})
     (tmp_path / "b" / "broken.json").write_text("{")
@@ -60,9 +61,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_cells(folder: Path) -> None:
-    found, notes = report.collect([folder / "a", folder / "b"])
+    found, notes = report.collect([str(folder / "a"), f"B | small={folder / 'b'}"])
     tables = {name: (columns, cells, theirs) for name, _, columns, cells, theirs in report.build(found)}
-    assert list(tables) == ["long_context", "ruler", "infinitebench", "standard", "passkey", "perplexity"]
+    assert list(tables) == ["long_context", "ruler", "lveval", "infinitebench", "standard", "passkey", "perplexity"]
     long = tables["long_context"][1]
     assert long["A"] == pytest.approx({"RULER <128K": 85.0, "RULER <512K": 80.0, "RULER <1M": 75.0, "LV-Eval <128K": 23.75, "LV-Eval <256K": 26.2,
                                        "InfiniteBench": 60.0})
@@ -73,7 +74,9 @@ def test_cells(folder: Path) -> None:
     assert standard["A"]["average"] == 60.0 and "average" not in standard["B | small"] and len(theirs) == 6
     assert tables["passkey"][1] == {"A": {"4K": 100.0, "128K": 62.5}}
     assert tables["ruler"][1]["B | small"] == {"32K": 60.0, "128K": 45.0}
-    assert tables["perplexity"][0] == ["32K", "16K"]
+    assert tables["perplexity"][0] == ["16K", "32K"]
+    again = write(folder / "c", "ruler.json", result("ruler", "A", {"vt": {str(32 * K): 1.0}}))
+    assert report.collect([str(folder / "a"), str(again)])[1] == [f"{again} counts, not {folder / 'a' / 'ruler.json'}: both tell ruler of A"]
     assert [note.split("/")[-1] for note in notes] == [
         "broken.json left out: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         "manifest.json left out: is no result of an evaluation", "newer.json left out: has format 2, this version reads 1"]
@@ -95,10 +98,12 @@ def test_the_command_writes_markdown_csv_and_plots(folder: Path, tmp_path: Path,
         return stop.value.code or 0
 
     out = tmp_path / "report"
-    assert run("--results", str(folder / "a"), str(folder / "b"), "--out", str(out)) == 0
+    assert run("--results", str(folder / "a"), f"B | small={folder / 'b'}", "--out", str(out)) == 0
     text = (out / "report.md").read_text()
     assert "| B \\| small | 52.50 | - | - | - | - | - |" in text and "| *UltraLong-4M (published)* | - | - | 78.00 | - | - | 30.38 |" in text
-    assert "only the first 10 questions" in text and "arXiv 2504.06214" in text and "100% at every length" in text
+    assert "B | small, standard: only the first 10 questions" in text
+    assert "A, ruler: 2 of 13 tasks; lengths 32K, 128K, 512K, 1M" in text
+    assert "arXiv 2504.06214" in text and "100% at every length" in text
     with (out / "standard.csv").open() as file:
         rows = {(row["model"], row["source"]): row for row in csv.DictReader(file)}
     assert rows["A", "measured"]["average"] == "60.00" and rows["ProLong-512k", "arXiv 2504.06214"]["average"] == "40.81"
@@ -109,9 +114,9 @@ def test_the_command_writes_markdown_csv_and_plots(folder: Path, tmp_path: Path,
     assert run("--results", str(folder / "a" / "standard.json"), "--out", str(tmp_path / "one"), "--no-published") == 0
     assert "published" not in (tmp_path / "one" / "report.md").read_text() and not (tmp_path / "one" / "ruler.png").exists()
     with pytest.raises(UserError, match="no results found"):
-        report.write([folder / "b" / "manifest.json"], out)
+        report.write([str(folder / "b" / "manifest.json")], out)
     with pytest.raises(UserError, match="no such file"):
-        report.write([folder / "nothing"], out)
+        report.write([f"x={folder / 'nothing'}"], out)
 
 
 def test_only_perplexities_are_drawn_together(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -282,7 +282,7 @@ def test_a_program_is_judged(program: str, reason: str) -> None:
 
 def test_a_program_reaches_nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "xyz")
-    here, mark = tmp_path / "mine", f"answer{os.getpid()}"
+    here, mark = tmp_path / "mine", f"97.{os.getpid()}"
     here.write_text("kept")
     outcome = code_run.run("import os; assert 'SECRET_TOKEN' not in os.environ", seconds=5)
     assert outcome.passed
@@ -294,7 +294,7 @@ def test_a_program_reaches_nothing_outside(tmp_path: Path, monkeypatch: pytest.M
     if outcome.network_off:
         reached = code_run.run("import socket; socket.create_connection(('127.0.0.1', 1), 2)", seconds=5)
         assert "unreachable" in reached.reason
-        stray = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '97', '{mark}'])\ntime.sleep(0.3)"
-        code_run.run(stray.replace(f", '{mark}'", ""), seconds=5)
+        stray = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(0.3)"
+        code_run.run(stray, seconds=5)
         time.sleep(0.2)
-        assert "sleep 97" not in subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True, check=True).stdout
+        assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])]
