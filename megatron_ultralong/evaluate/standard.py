@@ -74,7 +74,7 @@ class Settings:
     def names(self) -> list[str]:
         """The tasks, `paper` taken apart. UserError where one is named twice, or runs code and is not allowed to."""
         names = [name for task in self.tasks for name in (PAPER if task == "paper" else [task])]
-        if not names or len(set(names)) < len(names):
+        if not names or len({PAPER[name].task if name in PAPER else name for name in names}) < len(names):
             raise UserError("--tasks: give at least one task, and each only once")
         if "paper/humaneval" in names and not self.run_code:
             others = ",".join(name for name in names if name != "paper/humaneval")
@@ -82,6 +82,8 @@ class Settings:
                             + (f", or leave it out: --tasks {others}" if others else ""))
         if self.limit is not None and self.limit < 1:
             raise UserError("--limit must be at least 1")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UserError(f"--include-path {self.include_path}: no such directory")
         return names
 
 
@@ -107,13 +109,17 @@ def run(backend: Any, settings: Settings, out: Path) -> tuple[dict[str, Any], li
     if "paper/humaneval" in names:
         runner.check()
     manager = _manager(names, settings.include_path)
-    loaded = [found for name in names for found in _load(manager, name, chat, runner)]
+    loaded = {name: _load(manager, name, chat, runner) for name in names}
     model = Harness(backend)
-    found = lm_eval.simple_evaluate(model=model, tasks=loaded, task_manager=manager, limit=settings.limit, bootstrap_iters=0,
+    found = lm_eval.simple_evaluate(model=model, tasks=[task for tasks in loaded.values() for task in tasks], task_manager=manager, limit=settings.limit, bootstrap_iters=0,
                                     apply_chat_template=chat, fewshot_as_multiturn=chat, use_cache=str(out / f"answers-{_identity(backend)}"))
     scores: dict[str, float] = {}
-    for name in names:
-        scores |= _scores(name, PAPER[name].task if name in PAPER else name, found)
+    for name, tasks in loaded.items():
+        if name in PAPER:
+            scores[PAPER[name].name] = round(100 * found["results"][PAPER[name].task][PAPER[name].metric], 2)
+        else:
+            for task in tasks:  # one, or all of a tag
+                scores |= _first_share(getattr(task, "task_name", name), found)
     result = {"format": FORMAT, "task": "standard", "harness": f"lm-evaluation-harness {lm_eval.__version__}", "model": backend.describe(),
               "settings": {"tasks": names, "limit": settings.limit, "chat": chat,
                            "paper": {name: asdict(PAPER[name]) for name in names if name in PAPER}},
@@ -153,12 +159,12 @@ def _load(manager: Any, name: str, chat: bool, runner: _CodeRunner) -> list[Any]
         raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         loaded = manager.load([_humaneval(chat, runner) if benchmark and task == "humaneval" else task])
-    except UserError:
-        raise
-    except Exception as error:  # whatever data sets raise: no network, no such file, a broken cache
+    except Exception as error:  # whatever data sets and tasks raise: no network, no such file, a broken cache, a package that is missing
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--tasks {name}: its data cannot be loaded ({line[:200]}); fetch it once where the Hugging Face hub can be reached, "
-                        "and point HF_HOME to that cache") from None
+        raise UserError(f"--tasks {name}: cannot be loaded ({line[:200]}); data is fetched once where the Hugging Face hub can be reached: "
+                        "point HF_HOME to that cache") from None
+    if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in loaded["tasks"].values()):
+        raise UserError(f"--tasks {name}: the harness would run the model's programs with no limits; only paper/humaneval runs programs here")
     if benchmark:
         for leaf in loaded["tasks"].values():
             leaf.set_config("num_fewshot", benchmark.shots)
@@ -213,14 +219,11 @@ class _CodeRunner:
 
 # ---- results -------------------------------------------------------------------------------------------------------
 
-def _scores(name: str, task: str, found: dict[str, Any]) -> dict[str, float]:
-    """{name: percent}: the paper's metric, or the first of a task that is a share and better when higher."""
-    values = found["results"].get(task) or {}
-    if name in PAPER:
-        return {PAPER[name].name: round(100 * values[PAPER[name].metric], 2)}
+def _first_share(task: str, found: dict[str, Any]) -> dict[str, float]:
+    """{task: percent}: its first metric that is a share of 1 and better when higher."""
     higher = found.get("higher_is_better", {}).get(task, {})
-    shares = [value for key, value in _plain(values).items() if higher.get(key.split(",")[0], True) and 0 <= value <= 1 and "stderr" not in key]
-    return {name: round(100 * shares[0], 2)} if shares else {}
+    shares = [value for key, value in _plain(found["results"].get(task, {})).items() if higher.get(key.split(",")[0], True) and 0 <= value <= 1]
+    return {task: round(100 * shares[0], 2)} if shares else {}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:

@@ -57,7 +57,7 @@ def write_tasks(folder: Path) -> list[str]:
     (folder / "digit.yaml").write_text(f"task: digit\n{data}{right}doc_to_choice: [A, B, C]\noutput_type: multiple_choice\nnum_fewshot: 2\n"
                                        f"fewshot_config: {{sampler: first_n}}\n{accuracy}")
     (folder / "write.yaml").write_text(
-        f"task: write\n{data}doc_to_text: '{{{{question}}}}'\ndoc_to_target: '{{{{keys[answer]}}}}'\noutput_type: generate_until\n"
+        f"task: write\ntag: written\n{data}doc_to_text: '{{{{question}}}}'\ndoc_to_target: '{{{{keys[answer]}}}}'\noutput_type: generate_until\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: false}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n")
     (folder / "whole.yaml").write_text(f"task: whole\n{data}doc_to_text: ''\ndoc_to_target: '{{{{question * 7}}}}'\noutput_type: loglikelihood_rolling\n"
@@ -230,12 +230,20 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         standard.run(scholar, standard.Settings(), tmp_path)
     with pytest.raises(UserError, match="no such task; did you mean gsm8k"):
         standard._load(standard._manager(["paper/gsm8k"], None), "gsm9k", False, standard._CodeRunner())
-    with pytest.raises(UserError, match="each only once"):
-        standard.Settings(tasks=("paper", "paper/math"), run_code=True).names()
+    for tasks in (("paper", "paper/math"), ("paper/mmlu", "mmlu")):
+        with pytest.raises(UserError, match="each only once"):
+            standard.Settings(tasks=tasks, run_code=True).names()
+    with pytest.raises(UserError, match="no such directory"):
+        standard.Settings(tasks=("mmlu",), include_path=tmp_path / "nothing").names()
+    write_tasks(tmp_path / "tasks")
+    path = tmp_path / "tasks" / "write.yaml"
+    path.write_text(path.read_text() + "unsafe_code: true\n")
+    with pytest.raises(UserError, match="only paper/humaneval runs programs here"):
+        standard.run(scholar, standard.Settings(tasks=("write",), include_path=tmp_path / "tasks"), tmp_path)
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
-    with pytest.raises(UserError, match=r"paper/gsm8k: its data cannot be loaded \(no route\).*HF_HOME"):
+    with pytest.raises(UserError, match=r"paper/gsm8k: cannot be loaded \(no route\).*HF_HOME"):
         standard.run(scholar, standard.Settings(tasks=("paper/gsm8k",)), tmp_path)
     monkeypatch.setattr(code_run, "run", lambda *_, **__: code_run.Outcome(passed=False, reason="broken"))
     with pytest.raises(UserError, match=r"cannot be run on this machine \(broken\)"):
@@ -250,6 +258,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
     assert not stop.value.code
     result = json.loads((tmp_path / "out" / "standard.json").read_text())
+    tag, = standard._load(standard._manager(["write"], tmp_path / "tasks"), "written", False, standard._CodeRunner())
+    assert tag.task_name == "write" and standard._first_share("write", {"results": {"write": {"exact_match,none": 0.5}}}) == {"write": 50}
     assert result["format"] == 1 and result["task"] == "standard" and result["scores"]["write"] == 100 and result["questions"] == {"many": 4, "write": 4}
     lines = [json.loads(line) for line in (tmp_path / "out" / "standard_samples.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and re.search(r"write +100\.00", capsys.readouterr().out)
