@@ -96,7 +96,7 @@ def _figure(panels: int, heading: str) -> tuple[Any, Any]:
 
 def _length_axis(panel: Any, lengths: list[int]) -> None:
     panel.set_xscale("log", base=2)
-    shown = lengths if len(lengths) <= 12 else lengths[-12:]
+    shown = lengths if len(lengths) <= 14 else lengths[-14:]
     panel.set_xticks(shown, [tokens(length) for length in shown], rotation=45 if len(shown) > 6 else 0)
     panel.set_xticks([], minor=True)
 

@@ -111,8 +111,9 @@ def run(backend: Any, settings: Settings, out: Path) -> tuple[dict[str, Any], li
     manager = _manager(names, settings.include_path)
     loaded = {name: _load(manager, name, chat, runner) for name in names}
     model = Harness(backend)
-    found = lm_eval.simple_evaluate(model=model, tasks=[task for tasks in loaded.values() for task in tasks], task_manager=manager, limit=settings.limit, bootstrap_iters=0,
-                                    apply_chat_template=chat, fewshot_as_multiturn=chat, use_cache=str(out / f"answers-{_identity(backend)}"))
+    found = lm_eval.simple_evaluate(model=model, tasks=[task for tasks in loaded.values() for task in tasks], task_manager=manager,
+                                    limit=settings.limit, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat,
+                                    use_cache=str(out / f"answers-{_identity(backend)}"))
     scores: dict[str, float] = {}
     for name, tasks in loaded.items():
         if name in PAPER:
