@@ -9,6 +9,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "megatron_ultralong" / "__init__.py").read_text())[1]
 
 gguf = ["gguf", "accelerate"]
+lm_eval = ["lm-eval>=0.4.13,<0.5"]  # its tasks are read by their files, its models' interface is implemented
 
 setup(
     name="megatron_ultralong",
@@ -48,11 +49,11 @@ setup(
         # TransformerEngine's linears and norms; NVIDIA's container has it already.
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         # MMLU, MMLU-Pro, MATH, GSM8K and HumanEval.
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": lm_eval,
         # Reads the GGUF file that examples/smollm2.sh takes its model from.
         "gguf": gguf,
         # Weights & Biases beside TensorBoard (runtime.wandb).
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "ruff", "mypy", *gguf],  # tests/parity/test_smollm2.py reads that GGUF file too
+        "dev": ["pytest>=8", "ruff", "mypy", *gguf, *lm_eval],  # tests/parity/test_smollm2.py reads that GGUF file too
     },
 )

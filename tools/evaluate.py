@@ -7,6 +7,9 @@
     python tools/evaluate.py ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
     python tools/evaluate.py lveval --model DIR --data LVEval --lengths 16k,32k --official checkouts/LVEval --out results/lveval
     python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench
+    python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
+    python tools/evaluate.py perplexity --model DIR --data books.jsonl --lengths 4K,32K --out results/perplexity
+    python tools/evaluate.py report --results results --out results/report
     python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
 
 The model is a Hugging Face directory in plain transformers, our own model over many ranks (a checkpoint, or a Hugging Face directory read in
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import infinitebench, lveval, niah, options, plots, results, ruler, staged
+from megatron_ultralong.evaluate import curves, infinitebench, lveval, niah, options, plots, report, results, ruler, staged, standard
 from megatron_ultralong.evaluate.ruler_tasks import TASKS
 from megatron_ultralong.runtime import errors
 
@@ -51,6 +54,9 @@ def arguments() -> argparse.Namespace:
     add_ruler(tasks, shared)
     add_lveval(tasks, shared)
     add_infinitebench(tasks, shared)
+    add_standard(tasks, shared)
+    add_perplexity(tasks)
+    add_report(tasks)
 
     task = tasks.add_parser("compare", help="several niah.json as heat maps side by side", description="Passkey grids side by side in one plot.")
     task.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="niah.json of each model")
@@ -206,6 +212,85 @@ def _run_staged(args: argparse.Namespace, name: str, choice: Any, benchmark: Any
         results.write_json(args.out / f"{name}.json", result)
         print(benchmark.table(result))
         print(f"{args.out / f'{name}.json'} written")
+
+
+# ---- standard benchmarks, perplexity, report ------------------------------------------------------------------
+
+def add_standard(tasks, shared: argparse.ArgumentParser) -> None:
+    task = tasks.add_parser("standard", parents=[shared], help="MMLU, MMLU-Pro, MATH, GSM8K, HumanEval, and any task of lm-evaluation-harness",
+                            description="Tasks of lm-evaluation-harness; `paper` is the five of arXiv 2504.06214 by its protocol.")
+    task.add_argument("--tasks", default="paper", metavar="NAME,NAME,...",
+                      help="paper; one of its five: paper/mmlu, paper/mmlu_pro, paper/math, paper/gsm8k, paper/humaneval; or names of the harness "
+                           "(default: %(default)s)")
+    task.add_argument("--limit", type=int, metavar="N", help="questions of each task, the first N (default: all)")
+    task.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
+    task.add_argument("--run-code", action="store_true", help="run the programs that the model writes for HumanEval, in limited processes")
+    task.set_defaults(function=run_standard)
+
+
+def add_perplexity(tasks) -> None:
+    task = tasks.add_parser("perplexity", help="perplexity by position over long sequences",
+                            description="Perplexity by position: of documents' beginnings, or of packed rows.")
+    task.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    task.add_argument("--data", nargs="+", required=True, metavar="FILE or PREFIX", help="documents (.txt, .jsonl, .parquet) or packed rows")
+    task.add_argument("--lengths", required=True, metavar="N,N,...", help="tokens of a row, like 4K,32K; documents that are shorter are passed over")
+    task.add_argument("--rows", type=int, default=32, metavar="N", help="rows of each length, the first long enough (default: %(default)s)")
+    task.add_argument("--text-key", default="text", metavar="NAME", help="field or column with the text (default: %(default)s)")
+    task.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity.json of other models, drawn in the same figure")
+    task.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    task.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    task.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+                      help="weights and activations (default: as stored, but fp32 on a CPU)")
+    task.set_defaults(function=run_perplexity)
+
+
+def add_report(tasks) -> None:
+    task = tasks.add_parser("report", help="tables of several models' results beside the published figures",
+                            description="Collects results (niah, ruler, lveval, infinitebench, standard, perplexity) into the paper's tables.")
+    task.add_argument("--results", nargs="+", required=True, metavar="[NAME=]PATH",
+                      help="result files, or directories that are searched for *.json; NAME is what tables call the models there")
+    task.add_argument("--no-published", action="store_true", help="leave the published figures out")
+    task.add_argument("--out", type=Path, required=True, metavar="DIR", help="where report.md, the .csv files and the plots go")
+    task.set_defaults(function=run_report)
+
+
+def run_standard(args: argparse.Namespace) -> None:
+    settings = standard.Settings(tasks=tuple(name.strip() for name in args.tasks.split(",")), limit=args.limit, include_path=args.include_path,
+                                 chat=args.chat, run_code=args.run_code)
+    settings.names()  # a mistake there is told before the model is read
+    results.make_writable(args.out)
+    with options.open_backend(args) as backend:  # with several ranks only the first one comes into the block
+        result, samples = standard.run(backend, settings, args.out)
+    results.write_json(args.out / "standard.json", result)
+    results.write_lines(args.out / "standard_samples.jsonl", samples)
+    print(standard.table(result))
+    print(f"{args.out / 'standard.json'} and standard_samples.jsonl written; {sum(result['questions'].values())} questions, {result['seconds']:.0f} s")
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    from megatron_ultralong.evaluate import perplexity
+
+    settings = perplexity.Settings(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), rows=args.rows,
+                                   text_key=args.text_key)
+    beside = [results.read_json(path) for path in args.beside]
+    results.make_writable(args.out)
+    from tqdm import tqdm
+
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
+
+    backend = HuggingFace(args.model, device=args.device, dtype=args.dtype)
+    with tqdm(total=len(settings.lengths) * settings.rows, desc="perplexity", unit="row", disable=None) as bar:
+        result = perplexity.measure(backend, perplexity.read(args.data, backend.tokenizer, args.text_key), settings, bar.update)
+    results.write_json(args.out / "perplexity.json", result)
+    curves.by_position([result, *beside], args.out / "perplexity.png")
+    print(perplexity.table(result))
+    print(f"{args.out / 'perplexity.json'} and perplexity.png written, {result['seconds']:.0f} s")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    results.make_writable(args.out)
+    lines = report.write(args.results, args.out, with_published=not args.no_published)
+    print("\n".join(lines))
 
 
 def _depths(text: str) -> tuple[float, ...]:

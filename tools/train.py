@@ -25,6 +25,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer and config files to carry along when training from scratch")
     parser.add_argument("--data", nargs="+", required=True, metavar="PREFIX", help="packed rows: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
     parser.add_argument("--valid", nargs="+", metavar="PREFIX", help="packed rows for the held-out loss")
+    parser.add_argument("--perplexity", nargs="+", metavar="PREFIX or FILE",
+                        help="packed rows or long documents (.txt, .jsonl, .parquet): perplexity by position, when the held-out loss is due")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run directory; goes on from its newest whole checkpoint")
     return parser.parse_args()
 
@@ -34,9 +36,11 @@ def main() -> None:
     run = override(recipes.get(args.recipe), args.set)
 
     # Imported here so that --help and mistakes in the settings answer at once.
+    from megatron_ultralong.evaluate.perplexity_training import during_training
     from megatron_ultralong.train.run import train_run
 
-    train_run(run, data=args.data, valid=args.valid, save=args.save, load=args.load, load_hf=args.load_hf, tokenizer=args.tokenizer)
+    train_run(run, data=args.data, valid=args.valid, save=args.save, load=args.load, load_hf=args.load_hf, tokenizer=args.tokenizer,
+              evaluations=[during_training(args.perplexity, args.save)] if args.perplexity else [])
 
 
 if __name__ == "__main__":

@@ -131,6 +131,11 @@ class Endpoint:
         tokens_in, tokens_out = reply.tokens or (0, 0)
         return Completion(text=reply.text, tokens_in=tokens_in, tokens_out=tokens_out, finish="refused" if reply.refused else reply.finish or "stop")
 
+    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """Endpoints do not say how likely a given text is."""
+        raise UserError("an endpoint gives no likelihoods of given answers, which this task compares; ask it tasks that write answers, or use another "
+                        "--engine")
+
     def describe(self) -> dict[str, Any]:
         """What the results say about the model."""
         s = self.server

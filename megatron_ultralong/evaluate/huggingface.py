@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import likelihood
 from megatron_ultralong.evaluate.backends import (
     Chat,
     Completion,
@@ -89,6 +90,10 @@ class HuggingFace:
         """Without what fills an answer up that ended before the others of its group."""
         first = next((i for i, token in enumerate(row) if token in self.end), len(row))
         return row[:first + 1]
+
+    def loglikelihood(self, pairs: Sequence[likelihood.Pair]) -> list[tuple[float, bool]]:
+        """(log p of the continuation after the context, whether greedy decoding would write it) of each (context, continuation) of tokens."""
+        return likelihood.of_pairs(self.model, pairs, batch_tokens=8192)
 
     def describe(self) -> dict[str, Any]:
         """What the results say about the model."""

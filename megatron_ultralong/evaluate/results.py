@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ def make_writable(directory: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` to `path` whole or not at all."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write `lines` as JSON, one a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all; UserError where it cannot be written."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        staged.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.write_text(text, encoding="utf-8")
         staged.replace(path)
     except OSError as error:
         staged.unlink(missing_ok=True)

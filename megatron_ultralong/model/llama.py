@@ -25,7 +25,7 @@ from megatron_ultralong.context_parallel import attend
 from megatron_ultralong.context_parallel.attend import ContextGroups
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
-from megatron_ultralong.model.loss import sharded_token_loss
+from megatron_ultralong.model.loss import sharded_token_loss, sharded_token_nll
 from megatron_ultralong.model.offload import HostStore
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -78,8 +78,9 @@ class Llama(LanguageModule):
         """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share. starts: where in the whole row (b = 1)
         documents start, where attention is to stay inside them; on the CPU.
 
-        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's tokens (float32 scalar), else the
-        logits [b, s, v] with the padded rows at -inf. Other stages: hidden states [s (/TP), b, H].
+        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's tokens (float32 scalar); with
+        labels and no loss_mask the cross entropy of each token (float32 [b, s], no gradients); without labels the logits [b, s, v] with the
+        padded rows at -inf. Other stages: hidden states [s (/TP), b, H].
         """
         self.store.begin()
         hidden = self.embedding(tokens, None) if self.pre_process else None
@@ -96,6 +97,9 @@ class Llama(LanguageModule):
             first = self.tp_group.rank() * logits.shape[-1]
             rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
             return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
+        if loss_mask is None:
+            return sharded_token_nll(hidden, weight, labels, self.tp_group, self.vocab_size, sequence_parallel=self.config.sequence_parallel,
+                                     chunk=self.loss_chunk, norm=self.decoder.final_layernorm)
         return sharded_token_loss(hidden, weight, labels, loss_mask, self.tp_group, self.vocab_size,
                                   sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk, z_loss=z_loss,
                                   norm=self.decoder.final_layernorm)

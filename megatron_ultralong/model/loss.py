@@ -35,6 +35,24 @@ def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask
                                    torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def sharded_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, vocab_size: int, *, sequence_parallel: bool, chunk: int,
+                      norm: torch.nn.Module) -> Tensor:
+    """The cross entropy of each token, float32 [b, s], equal on every tensor-parallel rank; no gradients. Arguments as `sharded_token_loss`."""
+    t, b, _ = hidden.shape
+    parts = group.size() if sequence_parallel else 1
+    labels = labels.t()  # [s, b]
+    rows = max(1, chunk // (b * parts)) if chunk else t
+    nll = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    for start in range(0, t, rows):
+        x_cbH = _gather(norm(hidden[start:start + rows]), group, parts)
+        take = _rows_of_chunk(start, min(start + rows, t), t, parts).to(labels.device)
+        logits = torch.matmul(x_cbH.flatten(0, 1), weight.t())  # [c, v]
+        log_sum, picked, _ = _statistics(logits, labels[take].flatten(), group, group.rank(), vocab_size)
+        nll[take] = (log_sum - picked).view(-1, b)
+    return nll.t()
+
+
 class _ShardedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int,
@@ -57,8 +75,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
                     before = leaf(before)
                     after = norm(before)
             x_cbH = _gather(after.detach(), group, parts)
-            # A gathered chunk holds the same local rows of every rank's stretch of the sequence, so its labels do too.
-            take = torch.cat([torch.arange(part * t + start, part * t + stop) for part in range(parts)]).to(labels.device)
+            take = _rows_of_chunk(start, stop, t, parts).to(labels.device)
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
             logits = torch.matmul(x, weight.t())  # [c, v]
@@ -97,27 +114,15 @@ def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, ran
     Computed in float32, a block of rows at a time: no float32 copy of all of them exists.
     """
     v = logits.shape[1]
-    first = rank * v
-    if first + v > vocab_size:
-        logits[:, max(0, vocab_size - first):] = float("-inf")
-    blocks = logits.split(max(1, LOSS_BLOCK // v))
-    local = target - first
-    inside = (local >= 0) & (local < v)
-    local = local.clamp(0, v - 1)
-    peak = torch.cat([block.max(dim=1).values.float() for block in blocks])
-    _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
-    sums = torch.cat([(block.float() - p[:, None]).exp_().sum(dim=1) for block, p in zip(blocks, peak.split(len(blocks[0])), strict=True)])
-    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
-    both = torch.stack([sums, picked])  # [2, c]
-    _all_reduce(both, group, torch.distributed.ReduceOp.SUM)
-    log_sum, picked = both[0].log(), both[1]  # less the peak, both: their difference stays exact for large logits
+    log_sum, picked, peak = _statistics(logits, target, group, rank, vocab_size)
     lse = log_sum + peak
     loss = torch.where(mask > 0, mask * (log_sum - picked + z_loss * lse.square()), 0.0).sum()
     if not need_grad:
         return loss, None
     scale = mask * (1 + 2 * z_loss * lse)
+    local, inside = _local(target, rank, v)
     start = 0
-    for block in blocks:
+    for block in logits.split(max(1, LOSS_BLOCK // v)):
         rows = slice(start, start + len(block))
         start += len(block)
         grad = (block.float() - lse[rows, None]).exp_().mul_(scale[rows, None])
@@ -125,6 +130,33 @@ def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, ran
         block.copy_(grad)
         del grad
     return loss, logits
+
+
+def _statistics(logits: Tensor, target: Tensor, group: Any, rank: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log of the softmax's sum, target's logit, both less the largest logit; that), float32 [c] each. logits [c, v]: padded rows become -inf."""
+    v = logits.shape[1]
+    if (rank + 1) * v > vocab_size:
+        logits[:, max(0, vocab_size - rank * v):] = float("-inf")
+    blocks = logits.split(max(1, LOSS_BLOCK // v))
+    local, inside = _local(target, rank, v)
+    peak = torch.cat([block.max(dim=1).values.float() for block in blocks])
+    _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
+    sums = torch.cat([(block.float() - p[:, None]).exp_().sum(dim=1) for block, p in zip(blocks, peak.split(len(blocks[0])), strict=True)])
+    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
+    both = torch.stack([sums, picked])  # [2, c]
+    _all_reduce(both, group, torch.distributed.ReduceOp.SUM)
+    return both[0].log(), both[1], peak  # less the peak, both: their difference stays exact for large logits
+
+
+def _local(target: Tensor, rank: int, v: int) -> tuple[Tensor, Tensor]:
+    """(row of this rank's vocabulary, whether the target is among them), [c] each."""
+    local = target - rank * v
+    return local.clamp(0, v - 1), (local >= 0) & (local < v)
+
+
+def _rows_of_chunk(start: int, stop: int, t: int, parts: int) -> Tensor:
+    """Rows of the sequence that a gathered chunk holds: the same local ones of every rank's stretch of t."""
+    return torch.cat([torch.arange(part * t + start, part * t + stop) for part in range(parts)])
 
 
 def _all_reduce(x: Tensor, group: Any, op: Any) -> None:

@@ -92,6 +92,11 @@ class Log:
         self._scalars({"valid/loss": loss}, progress.iteration)
         self.note(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |")
 
+    def evaluation(self, progress: Progress, scalars: dict[str, float]) -> None:
+        """What an evaluation of its own found after an iteration."""
+        self._scalars(scalars, progress.iteration)
+        self.note(f" evaluation at iteration {progress.iteration} | " + " | ".join(f"{name}: {value:.4f}" for name, value in scalars.items()) + " |")
+
     @contextlib.contextmanager
     def saving(self, iteration: int) -> Iterator[None]:
         """Says what is saved, and how long it took."""

@@ -6,9 +6,10 @@ with the very next sequence, whatever the layout it is resumed on.
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,21 @@ class TrainingStopped(UserError):
 
 
 Batches = Iterator[dict[str, torch.Tensor]]
+Losses = Callable[[list[Batches], int, Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]], list[Any]]
+"""`token_losses` with all but its last three arguments."""
+Evaluation = Callable[[int, Ranks, Losses], dict[str, float]]
+"""Called with the iteration on every rank; gives scalars for the log by their names."""
 
 
 def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any, progress: Progress, *,
           data: Callable[[int], list[Batches]], valid: Callable[[], tuple[list[Batches], int]] | None, save_dir: Path,
           assets: Path | None, log: Log, tokenizer: Path | None = None,
-          callbacks: list[Callable[[int, list[torch.nn.Module]], None]] | None = None) -> Progress:
+          callbacks: list[Callable[[int, list[torch.nn.Module]], None]] | None = None, evaluations: Sequence[Evaluation] = ()) -> Progress:
     """Train from `progress` to `run.train.iterations`; returns the last progress, which is saved.
 
     `data(consumed)` gives an endless iterator of this rank's micro-batches for each model chunk, from sequence `consumed` on;
-    `valid()` the held-out ones and their number of micro-batches. `callbacks` are called after each save with the iteration.
+    `valid()` the held-out ones and their number of micro-batches. `callbacks` are called after each save with the iteration;
+    `evaluations` every `train.eval_every` iterations and at the end.
     A SIGTERM saves after the iteration in flight and returns. Raises TrainingStopped where loss or gradient is not finite.
     """
     t = run.train
@@ -55,6 +61,12 @@ def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any,
             assets, tokenizer = saved / "hf", None
         for callback in callbacks or []:
             callback(progress.iteration, chunks)
+
+    def hold_out() -> None:
+        if valid is not None:
+            log.held_out(progress, evaluate(run, ranks, chunks, valid))
+        for evaluation in evaluations:
+            log.evaluation(progress, evaluation(progress.iteration, ranks, functools.partial(token_losses, run, ranks, chunks)))
 
     evaluated = None
     while progress.iteration < t.iterations:
@@ -76,17 +88,17 @@ def train(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], optimizer: Any,
             torch.cuda.synchronize()
         log.step(progress, loss=loss_mean, target_tokens=token_count, grad_norm=grad_norm, lr=optim.learning_rate(t, iteration),
                  seconds=time.perf_counter() - began)
-        if valid is not None and t.eval_every and iteration % t.eval_every == 0:
+        if t.eval_every and iteration % t.eval_every == 0:
             evaluated = iteration
-            log.held_out(progress, evaluate(run, ranks, chunks, valid))
+            hold_out()
         stopping = stop.requested()
         if stopping or iteration == t.iterations or (t.save_every and iteration % t.save_every == 0):
             save()
         if stopping:
             log.note(f"stop requested: saved iteration {iteration}; start the same command again to go on")
             return progress
-    if valid is not None and evaluated != progress.iteration:
-        log.held_out(progress, evaluate(run, ranks, chunks, valid))
+    if evaluated != progress.iteration:
+        hold_out()
     return progress
 
 
@@ -97,6 +109,32 @@ def step(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], batches: list[Ba
     Returns (sum of the loss, number of target tokens) of this rank, float64 scalars: zero off the last pipeline stage. Gradients
     end up averaged over all target tokens of the global batch, over data and context parallel ranks alike.
     """
+    results = _schedule(run, chunks, batches, micro_batches, _forward_step(ranks.device, run.train.z_loss if training else 0.0), training)
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for loss, tokens in results:
+        total += torch.stack([loss.double(), tokens.double()])
+    return total[0], total[1]
+
+
+@torch.no_grad()
+def token_losses(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], batches: list[Batches], micro_batches: int,
+                 reduce: Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]) -> list[Any]:
+    """What `reduce(losses, batch)` makes of each micro-batch: losses float32 [b, s], the cross entropy of every token that this rank holds.
+
+    Every rank calls it; [] off the last pipeline stage. Losses are let go with their micro-batch.
+    """
+    def forward_step(batches: Batches, model: torch.nn.Module) -> Any:
+        batch = next(batches)
+        tokens, labels = (batch[name].to(ranks.device, non_blocking=True) for name in ("tokens", "labels"))
+        output = model(tokens, labels, starts=batch.get("starts"))
+        return output, lambda nll: (nll.sum(), torch.tensor(nll.numel(), dtype=torch.int, device=nll.device), reduce(nll, batch))
+
+    return _schedule(run, chunks, batches, micro_batches, forward_step, training=False)
+
+
+def _schedule(run: Run, chunks: list[torch.nn.Module], batches: list[Batches], micro_batches: int, forward_step: Callable[..., Any],
+              training: bool) -> list[Any]:
+    """Micro-batches through Megatron's pipeline schedule: the last value of each one's loss function."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -105,14 +143,9 @@ def step(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], batches: list[Ba
     for chunk in chunks:
         unwrap(chunk).config.finalize_model_grads_func = finalize_model_grads
         chunk.train(training)
-    results = get_forward_backward_func()(
-        forward_step_func=_forward_step(ranks.device, run.train.z_loss if training else 0.0), data_iterator=batches if len(chunks) > 1 else batches[0],
-        model=chunks if len(chunks) > 1 else chunks[0], num_microbatches=micro_batches, seq_length=run.train.seq_length,
-        micro_batch_size=run.train.micro_batch, forward_only=not training)
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for loss, tokens in results:
-        total += torch.stack([loss.double(), tokens.double()])
-    return total[0], total[1]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=batches if len(chunks) > 1 else batches[0], model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=micro_batches, seq_length=run.train.seq_length, micro_batch_size=run.train.micro_batch, forward_only=not training)
 
 
 def evaluate(run: Run, ranks: Ranks, chunks: list[torch.nn.Module], valid: Callable[[], tuple[list[Batches], int]]) -> float:

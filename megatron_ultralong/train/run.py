@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from megatron_ultralong.train import loop, start
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
 
+Prepare = Callable[[Run, Path | None, int], loop.Evaluation]
+
 
 def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path, load: Path | None = None, load_hf: Path | None = None,
-              tokenizer: Path | None = None) -> sharded.Progress:
+              tokenizer: Path | None = None, evaluations: Sequence[Prepare] = ()) -> sharded.Progress:
     """Train `run` on the packed rows `data` into the run directory `save`. Every rank calls it; see tools/train.py for the arguments.
+
+    evaluations: called first with the settled run, a directory with its tokenizer (None where there is none) and the vocabulary's size;
+    what they give is called as `loop.Evaluation` says.
 
     Raises UserError for what a user can mend, before anything is built where that can be known.
     """
@@ -30,18 +36,21 @@ def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path,
     rows = dataset.open_blend(data, run.train.seq_length, source.progress.model.vocab_size, masked)
     held_out = dataset.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size, masked) if valid else None
 
+    prepared = [prepare(run, source.tokenizer or source.assets, source.progress.model.vocab_size) for prepare in evaluations]
+
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
     start.check_same(source, save)
     gpu_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     run = plan.settle_offload(run, source.progress.model, ranks.world, gpu_bytes)
     print_run(run, ranks)
-    progress = _train(run, ranks, source, rows, held_out, save)
+    progress = _train(run, ranks, source, rows, held_out, save, prepared)
     launch.stop()  # not after a failure: other ranks may still be in a collective, and leaving the groups would wait for them
     return progress
 
 
-def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Rows, held_out: dataset.Rows | None, save: Path) -> sharded.Progress:
+def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Rows, held_out: dataset.Rows | None, save: Path,
+           evaluations: Sequence[loop.Evaluation]) -> sharded.Progress:
     from megatron_ultralong.model import llama
 
     progress = start.with_run(source.progress, run, rows)
@@ -72,6 +81,6 @@ def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Ro
                                    for _ in chunks],
             valid=None if held_out is None else lambda: loader.held_out(
                 held_out, run.train.eval_rows, copies=len(chunks), multiple=run.parallel.pp if run.parallel.vpp > 1 else 1, **share),
-            save_dir=save, assets=source.assets, tokenizer=source.tokenizer, log=log)
+            save_dir=save, assets=source.assets, tokenizer=source.tokenizer, log=log, evaluations=evaluations)
     finally:
         log.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ultralong.model import loss
-from megatron_ultralong.model.loss import sharded_token_loss
+from megatron_ultralong.model.loss import sharded_token_loss, sharded_token_nll
 
 S, B, H, V, PADDED = 13, 2, 8, 29, 32
 
@@ -65,3 +65,15 @@ def test_all_tokens_masked_and_no_graph() -> None:
     assert got == 0 and all((grad == 0).all() for grad in torch.autograd.grad(got, (hidden, weight)))
     with torch.no_grad():
         assert not sharded_token_loss(hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=4).requires_grad
+
+
+@pytest.mark.parametrize("chunk", [0, 5, 1000])
+def test_the_loss_of_each_token(chunk: int) -> None:
+    hidden, weight, labels, _ = inputs(torch.float32)
+    norm = torch.nn.RMSNorm(H)
+    torch.nn.init.normal_(norm.weight)
+    logits = (norm(hidden) @ weight[:V].t()).transpose(0, 1)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
+    got = sharded_token_nll(hidden, weight, labels, One(), V, sequence_parallel=False, chunk=chunk, norm=norm)
+    assert got.shape == (B, S) and not got.requires_grad
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,142 @@
+"""A backend as a model of lm-evaluation-harness: whatever task the harness has can be asked of it.
+
+Texts become tokens as the harness's own `hf` model makes them, so the two give the same answers (tests/unit/test_standard.py).
+A backend is one of backends.py, which also has `loglikelihood(pairs of tokens)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.data.chat import DATE
+from megatron_ultralong.evaluate.backends import Request
+
+GENERATED = 256
+"""Tokens written where a task does not say: the harness's own figure."""
+POSITIONS = 2048
+"""Where a backend does not say how many it has: the harness's own figure."""
+SLICE = 64
+"""Questions asked of the backend at a time; those answered are kept, should the run be killed."""
+
+
+class Harness(TemplateLM):
+    """What `lm_eval.simple_evaluate(model=...)` takes."""
+
+    def __init__(self, backend: Any, *, batch_tokens: int = 16384) -> None:
+        """batch_tokens: tokens of the prompts that are generated for at a time."""
+        super().__init__()
+        self.backend_, self.tokenizer, self.batch_tokens = backend, backend.tokenizer, batch_tokens
+        self.max_length: int = backend.max_position or POSITIONS
+        self.cut = 0
+        """Prompts that were longer than the model's positions and lost their beginning."""
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """With the tokenizer's special tokens, but never with a second beginning of text."""
+        if add_special_tokens is None and self.prefix_token_id is not None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        return list(self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens})))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text. Not `add_generation_prompt`: its last turn stays open. The date that Llama-3.1's header tells is pinned."""
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                  continue_final_message=not add_generation_prompt, date_string=DATE)
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+        """requests: ((context, continuation) or None, their tokens, their tokens)."""
+        answers: list[Any] = [None] * len(requests)
+        # Neighbours share their context where they can: the backend reads it once then. The longest first: what does not fit is told at once.
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1]))
+        with tqdm(total=len(order), desc="likelihoods", unit="request", disable=disable_tqdm or None) as bar:
+            for places in _slices(order, SLICE):
+                found = self.backend_.loglikelihood([self._fit(requests[i][1], requests[i][2]) for i in places])
+                for i, answer in zip(places, found, strict=True):
+                    answers[i] = answer
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                bar.update(len(places))
+        return answers
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """The last tokens that the model has positions for; its last token is never read, only foretold."""
+        over = len(context) + len(continuation) - (self.max_length + 1)
+        if over <= 0:
+            return context, continuation
+        self.cut += 1
+        if over >= len(context):
+            raise UserError(f"a task asks about {len(continuation)} tokens at once, more than the model's {self.max_length} positions")
+        return context[over:], continuation
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts, window after window, each token with as much before it as the model has positions for."""
+        windows, counts = [], []
+        for (text,) in (request.args for request in requests):
+            found = [utils.make_disjoint_window(window) for window in utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1)]
+            windows += [(None, context, continuation) for context, continuation in found]
+            counts.append(len(found))
+        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        sums = [sum(value for value, _ in itertools.islice(answers, count)) for count in counts]
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each prompt, greedy, up to the task's stop texts."""
+        asked = [self._asked(*request.args) for request in requests]
+        written = [""] * len(asked)
+        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i][0]), asked[i][1], asked[i][2]))
+        with tqdm(total=len(order), desc="answers", unit="request", disable=disable_tqdm or None) as bar:
+            # Of one size and one way of stopping: no prompt is filled up.
+            for (size, tokens, stop), same in itertools.groupby(order, key=lambda i: (len(asked[i][0]), asked[i][1], asked[i][2])):
+                for places in _slices(list(same), max(1, self.batch_tokens // (size + tokens))):
+                    for i, text in zip(places, self._write([asked[i][0] for i in places], tokens, stop), strict=True):
+                        written[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(places))
+        return written
+
+    def _asked(self, prompt: str, settings: dict[str, Any]) -> tuple[list[int], int, tuple[str, ...]]:
+        """(tokens of the prompt, tokens to write, texts to stop at)."""
+        kwargs = normalize_gen_kwargs(settings, GENERATED)
+        if kwargs.get("do_sample") or kwargs.get("temperature"):
+            raise UserError("a task asks for sampled answers (do_sample, temperature); only greedy ones are written here")
+        stop = handle_stop_sequences(kwargs.get("until"), eos=self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False))
+        room = self.max_length - kwargs["max_gen_toks"]
+        if room < 1:
+            raise UserError(f"a task asks for {kwargs['max_gen_toks']} tokens of answer, but the model has {self.max_length} positions in all")
+        tokens = self.tok_encode(prompt)
+        self.cut += len(tokens) > room
+        return tokens[-room:], kwargs["max_gen_toks"], tuple(text for text in stop if text)
+
+    def _write(self, prompts: list[list[int]], tokens: int, stop: tuple[str, ...]) -> list[str]:
+        """The one place where this asks for answers: prompts of one size."""
+        texts = [""] * len(prompts)
+        for place, done in self.backend_.generate([Request(id=str(i), ids=prompt, tokens=tokens, stop=stop) for i, prompt in enumerate(prompts)]):
+            texts[place] = done.text
+        return [postprocess_generated_text(text, list(stop), None) for text in texts]
+
+
+def _slices(places: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(places), size):
+        yield places[first:first + size]

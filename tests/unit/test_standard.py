@@ -1,0 +1,313 @@
+"""The standard benchmarks: the harness's own model against ours, the paper's protocol on data made here, and programs that must be held."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from megatron_ultralong.config import UserError
+from megatron_ultralong.evaluate import code_run, likelihood, standard
+from megatron_ultralong.evaluate.backends import Completion, Request
+from megatron_ultralong.evaluate.huggingface import HuggingFace
+from tests import text
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "examples" / "demo" / "base"
+NAMES = "Ada Ben Cleo Dan Eva Finn".split()
+CHAT = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last or add_generation_prompt %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets that the tests make stay with them."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    datasets.disable_progress_bars()
+
+
+# ---- the same answers as the harness's own model ---------------------------------------------------------------------
+
+def write_tasks(folder: Path) -> list[str]:
+    """Task files in the harness's form with local data: choices of several tokens, of one, answers to write, whole texts."""
+    folder.mkdir()
+    with (folder / "data.jsonl").open("w") as file:
+        for i, name in enumerate(NAMES):
+            keys = [str(10000 + 1234 * i), str(20000 + 777 * i), "12345"]
+            file.write(json.dumps({
+                "question": f"The sky is blue today. The pass key of {name} is {keys[i % 3]}. The grass is green in spring. What is the pass key of "
+                            f"{name}? The pass key of {name} is", "keys": [f" {key}" for key in keys], "answer": i % 3}) + "\n")
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}\ntest_split: test\nfewshot_split: test\n"
+    right = "doc_to_text: '{{question}}'\ndoc_to_target: answer\n"
+    accuracy = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    (folder / "many.yaml").write_text(f"task: many\n{data}{right}doc_to_choice: '{{{{keys}}}}'\noutput_type: multiple_choice\n{accuracy}")
+    (folder / "digit.yaml").write_text(f"task: digit\n{data}{right}doc_to_choice: [A, B, C]\noutput_type: multiple_choice\nnum_fewshot: 2\n"
+                                       f"fewshot_config: {{sampler: first_n}}\n{accuracy}")
+    (folder / "write.yaml").write_text(
+        f"task: write\ntag: written\n{data}doc_to_text: '{{{{question}}}}'\ndoc_to_target: '{{{{keys[answer]}}}}'\noutput_type: generate_until\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: false}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n")
+    (folder / "whole.yaml").write_text(f"task: whole\n{data}doc_to_text: ''\ndoc_to_target: '{{{{question * 7}}}}'\noutput_type: loglikelihood_rolling\n"
+                                       "metric_list: [{metric: word_perplexity}]\n")
+    return ["many", "digit", "write", "whole"]
+
+
+def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: bool) -> dict[str, Any]:
+    """The same scores, likelihoods to 1e-4 and texts from our adapter and from the harness's `hf`; returns our results."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    out.mkdir()
+    ours, samples = standard.run(HuggingFace(model, device="cpu"),
+                                 standard.Settings(tasks=tuple(tasks), include_path=folder, chat="yes" if chat else "no"), out)
+    theirs = lm_eval.simple_evaluate(model=HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1), tasks=tasks, bootstrap_iters=0,
+                                     task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                                     apply_chat_template=chat, fewshot_as_multiturn=chat)
+    for task in tasks:
+        for key, value in ours["metrics"][task].items():
+            assert value == pytest.approx(theirs["results"][task][key], rel=1e-5), (task, key)
+        mine = {sample["question"]: sample["answers"] for sample in samples if sample["task"] == task}
+        assert len(mine) == len(theirs["samples"][task]) > 0
+        for sample in theirs["samples"][task]:
+            for got, want in zip(mine[sample["doc_id"]], sample["resps"], strict=True):
+                got, want = got[0], want[0]
+                if isinstance(want, tuple):
+                    assert got[0] == pytest.approx(want[0], abs=1e-4, rel=1e-6) and bool(got[1]) == want[1]
+                else:
+                    assert got == (pytest.approx(want, rel=1e-5) if isinstance(want, float) else want)
+    return ours
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_equal_those_of_the_harness_s_own_model(tmp_path: Path, chat: bool) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in BASE.iterdir():
+        (model / file.name).symlink_to(file)
+    if chat:
+        (model / "chat_template.jinja").write_text(CHAT)
+    ours = assert_parity(model, write_tasks(tmp_path / "tasks"), tmp_path / "tasks", tmp_path / "out", chat)
+    if not chat:
+        assert ours["scores"]["write"] == 100 and 0 < ours["scores"]["many"] < 100, "the demo's model reads keys"
+    assert ours["questions"] == dict.fromkeys(["many", "digit", "write", "whole"], 6)
+
+
+def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
+    backend = HuggingFace(BASE, device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(0, backend.model.config.vocab_size, (6, 40), generator=generator).tolist()
+    cuts = ((1, 9), (7, 1), (20, 20), (33, 7), (39, 1), (5, 2))
+    pairs = [(rows[0][:30], [a]) for a in range(5)] + [(row[:n], row[n:n + size]) for row, (n, size) in zip(rows, cuts, strict=True)]
+    passes = []
+    hook = backend.model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    got = likelihood.of_pairs(backend.model, pairs, batch_tokens=90)
+    hook.remove()
+    assert len(passes) <= 5  # 7 inputs, of which the short ones share a pass
+    for (context, continuation), (value, greedy) in zip(pairs, got, strict=True):
+        with torch.no_grad():
+            logits = backend.model(torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1:-1].log_softmax(-1)
+        assert value == pytest.approx(float(logits[range(len(continuation)), continuation].sum()), abs=1e-4)
+        assert greedy == (logits.argmax(-1).tolist() == continuation)
+
+
+def test_answers_are_kept(tmp_path: Path) -> None:
+    backend, tasks = HuggingFace(BASE, device="cpu"), write_tasks(tmp_path / "tasks")
+    settings = standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks")
+    first, _ = standard.run(backend, settings, tmp_path)
+    backend.generate = backend.loglikelihood = None  # type: ignore[assignment, method-assign]
+    again, _ = standard.run(backend, settings, tmp_path)
+    assert again["scores"] == first["scores"] and again["metrics"] == first["metrics"]
+
+
+# ---- the paper's protocol ---------------------------------------------------------------------------------------------
+
+MATH = {"problem": "What is half of one?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "1", "type": "Algebra"}
+HUMANEVAL = [{"task_id": f"HumanEval/{i}", "entry_point": "double", "prompt": 'def double(x):\n    """Twice x."""\n', "canonical_solution": "",
+              "test": f"def check(f):\n    assert f({i}) == {2 * i}\n"} for i in (3, 4, 0)]
+
+
+def local(path: str, name: str | None = None, **_: Any) -> Any:
+    """Small data of the hub's form."""
+    from datasets import Dataset, DatasetDict
+
+    def repeated(count: int, **row: Any) -> Any:
+        return Dataset.from_list([{key: value.replace("NUMBER", str(i)) if isinstance(value, str) else value for key, value in row.items()}
+                                  for i in range(count)])
+    if path == "cais/mmlu":
+        row = {"question": f"About {name}, NUMBER?", "choices": ["one", "two", "three", "four"], "answer": 2, "subject": name}
+        return DatasetDict(test=repeated(2, **row), dev=repeated(7, **row))
+    if path == "TIGER-Lab/MMLU-Pro":
+        kinds = ["biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law", "math", "other",
+                 "philosophy", "physics", "psychology"]
+        rows = [{"question": f"On {kind}?", "options": ["yes", "no"], "answer": "B", "category": kind,
+                 "cot_content": "A: Let's think step by step. No. The answer is (B)."} for kind in kinds]
+        return DatasetDict(test=Dataset.from_list(rows), validation=Dataset.from_list(rows * 6))
+    if path == "EleutherAI/hendrycks_math":
+        return DatasetDict(train=repeated(3, **MATH), test=repeated(1, **MATH))
+    if path == "openai/gsm8k":
+        return DatasetDict(train=repeated(9, question="NUMBER?", answer="#### 1"),
+                           test=repeated(2, question="Six and one, NUMBER?", answer="Seven.\n#### 7"))
+    assert path == "openai/openai_humaneval", path
+    return DatasetDict(test=Dataset.from_list(HUMANEVAL))
+
+
+class Scholar:
+    """A backend that knows the answers, and remembers what it was asked."""
+
+    max_position = 8192
+
+    def __init__(self, chat: bool) -> None:
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>")
+        self.tokenizer.chat_template = CHAT if chat else None
+        self.choices: list[str] = []
+        self.prompts: list[tuple[str, int]] = []
+
+    def loglikelihood(self, pairs: Any) -> list[tuple[float, bool]]:
+        self.choices += [self.tokenizer.decode(context) for context, _ in pairs]
+        return [(0.0 if self.tokenizer.decode(continuation).strip() == "C" else -1.0, True) for _, continuation in pairs]
+
+    def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+        for place, request in enumerate(requests):
+            prompt = self.tokenizer.decode(request.ids)
+            self.prompts.append((prompt, request.tokens))
+            yield place, Completion(text=self.answer(prompt), tokens_in=len(request.ids or ()), tokens_out=1, finish="stop")
+
+    def answer(self, prompt: str) -> str:
+        if "def double" in prompt:
+            return "    return x + 3\n```\nThat is it." if "```" in prompt else "    return x + 3\n"
+        if "half of one" in prompt:
+            return "One in two, $x$. \\boxed{\\frac12}"
+        return "So it is no. The answer is (B)." if "Options:" in prompt else "Six and 1 make 7. The final answer is 7"
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": "scholar", "chat": bool(self.tokenizer.chat_template)}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: bool) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    scholar = Scholar(chat)
+    result, samples = standard.run(scholar, standard.Settings(limit=3, run_code=True), tmp_path)
+    assert result["scores"] == {"MMLU": 100, "MMLU-Pro": 100, "MATH": 100, "GSM8K": 100, "HumanEval": pytest.approx(33.33)}
+    assert sum(result["questions"].values()) >= 114 + 14 + 7 + 2 + 3
+    assert result["code"]["programs"] == 3 and result["settings"]["chat"] is chat and result["prompts_cut"] == 0
+    assert {sample["pass@1"] for sample in samples if sample["task"] == "humaneval"} == {0, 1}
+    turn = "<|assistant|>" if chat else "\nAnswer: C"
+    assert all(prompt.count(turn) == 5 + chat for prompt in scholar.choices) and len(scholar.choices) == 57 * 2 * 4
+    kinds = {"Options:": (14, 6, 2048), "half of one": (7, 1, 2048), "Six and one": (2, 9, 1024), "def double": (3, 1, 1024)}
+    for mark, (count, turns, tokens) in kinds.items():
+        found = [(prompt, size) for prompt, size in scholar.prompts if mark in prompt]
+        assert len(found) == count and all(size == tokens for _, size in found), mark
+        if chat:
+            assert all(prompt.count("<|assistant|>") == turns for prompt, _ in found), mark
+    assert all("\\boxed" in prompt for prompt, _ in scholar.prompts if "half of one" in prompt)
+
+
+@pytest.mark.parametrize(("answer", "right"), [
+    ("\\boxed{\\frac{1}{2}}", 1), ("$3$ so \\boxed{0.5}", 1), ("\\boxed{2} no, \\boxed{1/2}", 1), ("\\boxed{1/2} no, \\boxed{2}", 0),
+    ("$\\frac{1}{2}$", 0), ("\\boxed{\\frac12", 0), ("", 0)])
+def test_the_last_box_is_the_answer(answer: str, right: int) -> None:
+    assert standard.boxed_match({"answer": "\\frac{1}{2}"}, [answer]) == {"exact_match": right}
+
+
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scholar = Scholar(False)
+    with pytest.raises(UserError, match=r"allow it with --run-code .*--tasks paper/mmlu,paper/mmlu_pro,paper/math,paper/gsm8k$"):
+        standard.run(scholar, standard.Settings(), tmp_path)
+    with pytest.raises(UserError, match="no such task; did you mean gsm8k"):
+        standard._load(standard._manager(["paper/gsm8k"], None), "gsm9k", False, standard._CodeRunner())
+    for tasks in (("paper", "paper/math"), ("paper/mmlu", "mmlu")):
+        with pytest.raises(UserError, match="each only once"):
+            standard.Settings(tasks=tasks, run_code=True).names()
+    with pytest.raises(UserError, match="no such directory"):
+        standard.Settings(tasks=("mmlu",), include_path=tmp_path / "nothing").names()
+    write_tasks(tmp_path / "tasks")
+    path = tmp_path / "tasks" / "write.yaml"
+    path.write_text(path.read_text() + "unsafe_code: true\n")
+    with pytest.raises(UserError, match="only paper/humaneval runs programs here"):
+        standard.run(scholar, standard.Settings(tasks=("write",), include_path=tmp_path / "tasks"), tmp_path)
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(UserError, match=r"paper/gsm8k: cannot be loaded \(no route\).*HF_HOME"):
+        standard.run(scholar, standard.Settings(tasks=("paper/gsm8k",)), tmp_path)
+    monkeypatch.setattr(code_run, "run", lambda *_, **__: code_run.Outcome(passed=False, reason="broken"))
+    with pytest.raises(UserError, match=r"cannot be run on this machine \(broken\)"):
+        standard.run(scholar, standard.Settings(tasks=("paper/humaneval",), run_code=True), tmp_path)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tasks(tmp_path / "tasks")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "standard", "--model", str(BASE), "--tasks", "many,write", "--include-path", str(tmp_path / "tasks"),
+                                      "--limit", "4", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
+    assert not stop.value.code
+    result = json.loads((tmp_path / "out" / "standard.json").read_text())
+    tag, = standard._load(standard._manager(["write"], tmp_path / "tasks"), "written", False, standard._CodeRunner())
+    assert tag.task_name == "write" and standard._first_share("write", {"results": {"write": {"exact_match,none": 0.5}}}) == {"write": 50}
+    assert result["format"] == 1 and result["task"] == "standard" and result["scores"]["write"] == 100 and result["questions"] == {"many": 4, "write": 4}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "standard_samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and re.search(r"write +100\.00", capsys.readouterr().out)
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("program", "reason"), [
+    ("assert sum(range(4)) == 6", ""),
+    ("import numpy\nassert numpy.ones(3).sum() == 3", ""),
+    ("open('own', 'w').write('x')\nassert open('own').read() == 'x'", ""),
+    ("assert 1 == 2, 'no'", "AssertionError: no"),
+    ("def f(: pass", "SyntaxError"),
+    ("raise SystemExit(0)", "SystemExit"),
+    ("import os; os._exit(0)", "ended early"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)\nimport sys; sys.exit()", "SystemExit|ended early"),
+    ("while True: pass", "out of time"),
+    ("import time; time.sleep(60)", "out of time"),
+    ("x = bytearray(1 << 36)", "MemoryError"),
+    ("open('big', 'wb').write(bytes(1 << 22))", "OSError"),
+    ("while True: print('x' * 10**6)", "out of time"),
+    ("input()", "EOFError"),
+])
+def test_a_program_is_judged(program: str, reason: str) -> None:
+    began = time.monotonic()
+    outcome = code_run.run(program, seconds=2)
+    assert outcome.passed == (not reason) and re.match(reason, outcome.reason), outcome
+    assert time.monotonic() - began < 10
+
+
+def test_a_program_reaches_nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "xyz")
+    here, mark = tmp_path / "mine", f"97.{os.getpid()}"
+    here.write_text("kept")
+    outcome = code_run.run("import os; assert 'SECRET_TOKEN' not in os.environ", seconds=5)
+    assert outcome.passed
+    if outcome.writes_confined:
+        for attack in (f"open({str(here)!r}, 'w')", f"import os; os.remove({str(here)!r})", f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+                       f"import os; os.truncate({str(here)!r}, 0)", f"import os; os.rename({str(here)!r}, 'moved')"):
+            assert re.match("PermissionError|OSError", code_run.run(attack, seconds=5).reason)
+        assert here.read_text() == "kept" and sorted(path.name for path in tmp_path.iterdir() if path.name != "datasets") == ["mine"]
+    if outcome.network_off:
+        reached = code_run.run("import socket; socket.create_connection(('127.0.0.1', 1), 2)", seconds=5)
+        assert "unreachable" in reached.reason
+        stray = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(0.3)"
+        code_run.run(stray, seconds=5)
+        time.sleep(0.2)
+        assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])]
