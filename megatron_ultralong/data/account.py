@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_ultralong.data import documents, resample, token_store
+from megatron_ultralong.data import documents, resample, token_units
 from megatron_ultralong.data.sources import EDGES, Lengths, Sources
 from megatron_ultralong.data.token_store import Store
 
-_SKIPPED = {token_store.EMPTY: "empty", token_store.BROKEN: "broken"}
+_SKIPPED = {token_units.EMPTY: "empty", token_units.BROKEN: "broken"}
 
 
 def sources(store: Store, wanted: Sources, times: NDArray[numpy.int32], duplicate: NDArray[numpy.bool_], dropped: bool) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def sources(store: Store, wanted: Sources, times: NDArray[numpy.int32], duplicat
             "packed": {"documents": int(times[own].sum()), "tokens": int((store.lengths[own] * times[own]).sum()),
                        "most_repeated": int(times[own].max(initial=0))},
             "lengths": _lengths(store.lengths[own], times[own], source.lengths),
-            "files": [{"path": str(files[k]), "sha256": store.hashes[k], "bytes": token_store.data(files[k]).stat().st_size,
+            "files": [{"path": str(files[k]), "sha256": store.hashes[k], "bytes": token_units.data(files[k]).stat().st_size,
                        **{key: value for key, value in by_file[k].items() if key not in ("lines", "first_broken")}} for k in numbers]})
     return found
 
@@ -122,7 +122,7 @@ def write(stage: Path, store: Store, wanted: Sources, times: NDArray[numpy.int32
     with pyarrow.parquet.ParquetWriter(stage / ".documents.parquet", schema) as writer, (stage / ".broken.jsonl").open("w", encoding="utf-8") as broken:
         for k, unit in enumerate(store.units):
             part, number, ids, status, reason, tokens = store.column("part", "number", "id", "status", "reason", "tokens", unit=k)
-            good = status == token_store.OK
+            good = status == token_units.OK
             count = int(good.sum())
             used = numpy.zeros(len(status), numpy.int32)
             used[good] = times[at:at + count]
@@ -142,7 +142,7 @@ def write(stage: Path, store: Store, wanted: Sources, times: NDArray[numpy.int32
             source = numpy.full(len(status), names[unit.source], dtype=object)
             columns = (source, paths, number, ids, tokens, used, what, reason)
             writer.write_table(pyarrow.table([pyarrow.array(values, field.type) for values, field in zip(columns, schema, strict=True)], schema=schema))
-            for row in numpy.flatnonzero(status == token_store.BROKEN):
+            for row in numpy.flatnonzero(status == token_units.BROKEN):
                 broken.write(json.dumps({"file": paths[row], "line": int(number[row]), "reason": reason[row]}, ensure_ascii=False) + "\n")
     if not (stage / ".broken.jsonl").stat().st_size:
         (stage / ".broken.jsonl").unlink()
@@ -191,6 +191,6 @@ def plot(manifest: dict[str, Any], path: Path) -> None:
 def _place(store: Store, document: int) -> str:
     unit = int(store.unit_of[document])
     part, number, status = store.column("part", "number", "status", unit=unit)
-    row = numpy.flatnonzero(status == token_store.OK)[document - int(numpy.searchsorted(store.unit_of, unit))]
+    row = numpy.flatnonzero(status == token_units.OK)[document - int(numpy.searchsorted(store.unit_of, unit))]
     return documents.place(store.units[unit].parts[part[row]], int(number[row]))
 

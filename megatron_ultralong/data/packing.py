@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import account, indexed, pool, resample, rows, token_store, tokenise
+from megatron_ultralong.data import account, indexed, pool, resample, rows, token_store, token_units, tokenise
 from megatron_ultralong.data.dataset import FORMAT
 from megatron_ultralong.data.placement import SEPARATOR, BestFit, Crossing, Placement
 from megatron_ultralong.data.sources import Source, Sources
-from megatron_ultralong.data.token_store import Store, Strictness
+from megatron_ultralong.data.token_store import Store
+from megatron_ultralong.data.token_units import Strictness
 from megatron_ultralong.data.tokenise import Tokenizer
 
 WORTH_KEEPING = 64 << 20
@@ -107,7 +108,7 @@ def pack(wanted: Sources, tokenizer_dir: Path, packing: Packing, output: str, *,
     _check_places(wanted, output, work, tokens_dir)
     with token_store.locked(work), token_store.locked(tokens):
         try:
-            size = sum(token_store.data(path).stat().st_size for source in wanted.sources for path in source.files)
+            size = sum(token_units.data(path).stat().st_size for source in wanted.sources for path in source.files)
             with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=not show_progress) as bar:
                 strictness = Strictness(broken=packing.broken, empty=packing.empty)
                 store = token_store.make(tokens, wanted.sources, tokenizer, strictness=strictness, workers=workers or pool.cores(),
@@ -139,7 +140,7 @@ def _check_places(wanted: Sources, output: str, work: Path, tokens_dir: Path | N
     written = {Path(f"{prefix}{suffix}") for suffix in (*rows.SUFFIXES, *rows.EXTRAS, ".json")}
     for source in wanted.sources:
         for path in source.files:
-            if written & {path.resolve(), token_store.data(path).resolve()}:
+            if written & {path.resolve(), token_units.data(path).resolve()}:
                 raise UserError(f"--output {output}: would take the place of the input {path}; choose another")
         for folder in source.folders:
             if folder.resolve() in prefix.parents:
@@ -165,7 +166,7 @@ def _choose(store: Store, wanted: Sources, packing: Packing) -> tuple[NDArray[nu
     """(times each document is used, whether it has the same tokens as one before)."""
     source_of = numpy.array([unit.source for unit in store.units], numpy.int32)[store.unit_of]
     status, low, high = store.column("status", "hash_low", "hash_high")
-    good = status == token_store.OK
+    good = status == token_units.OK
     duplicate = ~resample.first_of_equal(low[good], high[good])
     if packing.duplicates == "stop" and duplicate.any():
         place, earlier = account.equal_pair(store, low[good], high[good], int(numpy.argmax(duplicate)))
@@ -289,7 +290,7 @@ class _Reader:
                     raise UserError(f"{file.name}: ended early; was it changed meanwhile?")
                 got += count
         else:
-            found = numpy.frombuffer(token_store.read_exactly(file, len(part) * dtype.itemsize), dtype)
+            found = numpy.frombuffer(token_units.read_exactly(file, len(part) * dtype.itemsize), dtype)
             if found.min(initial=0) < 0 or found.max(initial=0) > numpy.iinfo(part.dtype).max:
                 raise UserError(f"{file.name}: holds other tokens than before; was it changed meanwhile?")
             part[:] = found

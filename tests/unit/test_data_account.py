@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import packing, sources, token_store, tokenise
+from megatron_ultralong.data import packing, sources, token_store, token_units, tokenise
 from megatron_ultralong.data.packing import Packing, Separator
 from tests import text as made
 
@@ -167,7 +167,7 @@ def test_tokens_kept_for_another_length(tmp_path, tokenizer_dir, monkeypatch):
     packing.pack(packing.plain([path]), tokenizer_dir, Packing(seq_length=63), str(tmp_path / "one"), **arguments)
     assert not list(tmp_path.glob(".*")) and IndexedDataset(str(tmp_path / "tokens" / "000000")).document_indices.tolist() == list(range(31))
     fresh = packing.pack(packing.plain([path]), tokenizer_dir, Packing(seq_length=127), str(tmp_path / "fresh"), workers=1, show_progress=False)
-    monkeypatch.setattr(token_store, "_tokenise_unit", None)  # not called again
+    monkeypatch.setattr(token_units, "_tokenise_unit", None)  # not called again
     again = packing.pack(packing.plain([path]), tokenizer_dir, Packing(seq_length=127), str(tmp_path / "two"), **arguments)
     assert again == fresh and (tmp_path / "two.bin").read_bytes() == (tmp_path / "fresh.bin").read_bytes()
     with path.open("a") as file:
