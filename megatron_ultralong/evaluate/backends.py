@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.data.chat import DATE
 
 if TYPE_CHECKING:
     from megatron_ultralong.evaluate.decode import Sampling
@@ -93,7 +94,7 @@ def encode(tokenizer: Any, request: Request, chat: Chat) -> list[int]:
         return list(request.ids)
     if chat == "no" or (chat == "auto" and not getattr(tokenizer, "chat_template", None)):
         return list(tokenizer.encode(request.text + request.prefix))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True, date_string=DATE)
     return list(tokenizer.encode(text + request.prefix, add_special_tokens=False))
 
 

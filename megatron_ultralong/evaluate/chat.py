@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.data.chat import DATE
 
 Mode = Literal["auto", "yes", "no"]
 _MARK = "<<<TEXT>>>"
-# Llama-3.1's template writes today's date, where none is given: prompts must not change with the day.
-_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,8 @@ def frame(tokenizer: Any, mode: Mode) -> Frame:
         bos = tokenizer.bos_token_id
         begins = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
         return Frame(tokenizer=tokenizer, head="", tail="", bos=(bos,) if begins else ())
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, date_string=_DATE)
+    # Llama-3.1's template writes today's date, where none is given: prompts must not change with the day.
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, date_string=DATE)
     if text.count(_MARK) != 1:
         raise UserError("--chat: the chat template does not carry the user's text once and unchanged; use --chat no")
     head, tail = text.split(_MARK)

@@ -7,13 +7,10 @@ again, which may be more of them; here the tokens stay, and prompt and answer to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data.chat import DATE
-
-Chat = Literal["auto", "yes", "no"]
-_MARK = "<<<TEXT>>>"
+from megatron_ultralong.evaluate.chat import Mode, frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +33,12 @@ class Prompt:
 class Fitter:
     """Makes prompts for one tokenizer."""
 
-    def __init__(self, tokenizer: Any, *, chat: Chat, max_length: int | None) -> None:
+    def __init__(self, tokenizer: Any, *, chat: Mode, max_length: int | None) -> None:
         """tokenizer: a transformers tokenizer. max_length: prompt and answer together, tokens; None = no limit. UserError where a chat
         template is asked for and there is none, or where it does not carry the user's text."""
-        template = bool(getattr(tokenizer, "chat_template", None))
-        if chat == "yes" and not template:
-            raise UserError("--chat yes: this model's tokenizer has no chat template; use --chat no")
-        self.tokenizer, self.max_length, self.chat = tokenizer, max_length, template and chat != "no"
-        self.head, self.tail = self._frame()
+        around = frame(tokenizer, chat)
+        self.tokenizer, self.max_length, self.chat = tokenizer, max_length, around.chat
+        self.head, self.tail = [*around.bos, *self._encode(around.head)], self._encode(around.tail)
 
     def check(self, what: str, tokens: int) -> None:
         """UserError where answers of so many tokens leave no room for a prompt. what: the task, for the message."""
@@ -75,15 +70,3 @@ class Fitter:
     def _encode(self, text: str) -> list[int]:
         # verbose: the tokenizer would warn of texts longer than the model.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Tokens before and after the user's message."""
-        if not self.chat:
-            bos = self.tokenizer.bos_token_id
-            return [bos] if bos is not None and list(self.tokenizer.encode("a"))[:1] == [bos] else [], []
-        # Llama-3.1's template writes today's date where none is given: prompts must not change with the day.
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, date_string=DATE)
-        if text.count(_MARK) != 1:
-            raise UserError("--chat: the chat template does not carry the user's text once and unchanged; use --chat no")
-        head, tail = text.split(_MARK)
-        return self._encode(head), self._encode(tail)
