@@ -15,8 +15,9 @@ from typing import Any
 import numpy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_ultralong.data import chat, chat_tokens, tokenise
+from megatron_ultralong.data import chat, chat_tokens
 from megatron_ultralong.data.conversations import Message
+from megatron_ultralong.data.tokenizer import load_tokenizer
 from tests import text
 
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -85,7 +86,7 @@ def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def encoded(folder: Path, template: chat.Template, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    (ids, trained), = chat_tokens.encode(tokenise.load(folder).backend, [template.render(messages)])
+    (ids, trained), = chat_tokens.encode(load_tokenizer(folder).backend, [template.render(messages)])
     assert ids.dtype == numpy.int32 and trained.dtype == numpy.uint8
     return ids.tolist(), trained.tolist()
 

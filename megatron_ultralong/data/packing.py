@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import account, indexed, pool, resample, rows, token_store, token_units, tokenise
+from megatron_ultralong.data import account, indexed, pool, resample, rows, token_store, token_units
 from megatron_ultralong.data.dataset import FORMAT
 from megatron_ultralong.data.placement import SEPARATOR, BestFit, Crossing, Placement
 from megatron_ultralong.data.sources import Source, Sources
 from megatron_ultralong.data.token_store import Store
 from megatron_ultralong.data.token_units import Strictness
-from megatron_ultralong.data.tokenise import Tokenizer
+from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 
 WORTH_KEEPING = 64 << 20
 """Bytes of work below which a run that fails leaves nothing: making it again takes seconds."""
@@ -100,7 +100,7 @@ def pack(wanted: Sources, tokenizer_dir: Path, packing: Packing, output: str, *,
     kept for other sequence lengths and mixes. Files of an earlier run with the same prefix are replaced, at the end. UserError for what
     a user can mend; then the output is as before.
     """
-    tokenizer = tokenise.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     text, separator = packing.separator.resolve(tokenizer)
     prefix = rows.check_output(output)
     work = prefix.parent / f".{prefix.name}.work"

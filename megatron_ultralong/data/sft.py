@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import chat, chat_tokens, conversations, documents, indexed, mix, rows, tokenise
+from megatron_ultralong.data import chat, chat_tokens, conversations, documents, indexed, mix, rows
 from megatron_ultralong.data.best_fit import best_fit, contents
 from megatron_ultralong.data.conversations import DOMAINS, Unusable
 from megatron_ultralong.data.dataset import FORMAT
 from megatron_ultralong.data.mix import Source
 from megatron_ultralong.data.spill import Spill
+from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 
 MAX_TOKENS = 8192
 """Longest example, as the paper's (arXiv 2504.06214): all under 8K tokens."""
@@ -83,7 +84,7 @@ def prepare(sources: Sequence[Source], tokenizer_dir: Path, output: str, setting
     UserError for what a user can mend; then nothing is written. Memory: about 100 bytes an example; its tokens wait on the disk.
     """
     size = sum(path.stat().st_size for source in sources for path in source.files)
-    tokenizer = tokenise.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     template = chat.choose(tokenizer_dir, settings.template, settings.date)
     pad = _pad(tokenizer)
     with rows.staged(output) as stage, _alone(stage, output):
@@ -128,7 +129,7 @@ def prepare(sources: Sequence[Source], tokenizer_dir: Path, output: str, setting
 
 # ---- reading and encoding --------------------------------------------------------------------------------------
 
-def _encode(sources: Sequence[Source], tokenizer: tokenise.Tokenizer, template: chat.Template, settings: Settings, spill: Spill,
+def _encode(sources: Sequence[Source], tokenizer: Tokenizer, template: chat.Template, settings: Settings, spill: Spill,
             bar: Any) -> list[dict[str, Any]]:
     """Every usable conversation into `spill`; what the manifest says of each source's input."""
     told = [{"name": source.name, "domain": source.domain, "form": source.form, "files": [_file(path) for path in source.files], "read": 0,
@@ -186,7 +187,7 @@ def _file(path: Path) -> dict[str, Any]:
         return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
-def _pad(tokenizer: tokenise.Tokenizer) -> int:
+def _pad(tokenizer: Tokenizer) -> int:
     """The padding token; the one that ends a turn or a text only where there is no other. It is masked anyway."""
     pad, eos = tokenizer.special["pad"], tokenizer.special["eos"]
     if pad is None or pad == eos:

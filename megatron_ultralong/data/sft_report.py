@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.data import chat, chat_tokens, conversations, tokenise
+from megatron_ultralong.data import chat, chat_tokens, conversations
 from megatron_ultralong.data.conversations import Unusable
 from megatron_ultralong.data.mix import Source
+from megatron_ultralong.data.tokenizer import load_tokenizer
 
 MOST = 5
 """Records that could not be used, printed at the end."""
@@ -42,7 +43,7 @@ def report(manifest: dict[str, Any], broken: Path) -> list[str]:
 
 def show(sources: Sequence[Source], tokenizer_dir: Path, template_name: str, date: str, count: int) -> Iterator[str]:
     """The first `count` conversations token by token, for people to check: `*` where a token is trained on. Lines."""
-    backend = tokenise.load(tokenizer_dir).backend
+    backend = load_tokenizer(tokenizer_dir).backend
     template = chat.choose(tokenizer_dir, template_name, date)
     yield f"template {template.name} ({template.spans}); * = trained on"
     for source in sources:

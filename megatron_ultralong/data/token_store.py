@@ -28,7 +28,7 @@ from megatron_ultralong.data import documents, indexed, pool, token_units
 from megatron_ultralong.data.documents import Part
 from megatron_ultralong.data.sources import Source
 from megatron_ultralong.data.token_units import OK, Advance, Strictness, Unit, data, done, no_counts, write
-from megatron_ultralong.data.tokenise import Tokenizer
+from megatron_ultralong.data.tokenizer import Tokenizer
 
 FORMAT = 1
 UNITS = (8 << 20, 128 << 20)

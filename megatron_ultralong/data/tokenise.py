@@ -8,16 +8,12 @@ encoding the whole document gives; where neighbours find no such place (a kiloby
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
-
-from megatron_ultralong.config import UserError
 
 WINDOW = 1 << 17
 """Characters of a window."""
@@ -28,24 +24,6 @@ BATCH = 1 << 20
 _AGREE = 4  # tokens that must be the same on both sides of a joint
 
 Ids = NDArray[numpy.int32]
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A fast Hugging Face tokenizer from a directory, without its special tokens around a text."""
-
-    path: Path
-    backend: Any
-    """tokenizers.Tokenizer."""
-    vocab_size: int
-    """Ids it can give, added tokens included."""
-    special: dict[str, int | None]
-    """Ids of bos, eos and pad."""
-    sha256: str
-    """Of tokenizer.json (of tokenizer.model where there is none)."""
-
-    def ids(self, text: str) -> list[int]:
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
 
 @dataclass
@@ -61,27 +39,6 @@ class Window:
     ends: Ids | None = None
     begin: int = 0
     """Character from which on the tokens are this window's to give; those before are the window's before."""
-
-
-def load(path: Path) -> Tokenizer:
-    """The tokenizer of a directory; nothing is downloaded and no code of the directory is run. UserError where there is none."""
-    import transformers
-
-    if not path.is_dir():
-        raise UserError(f"tokenizer {path}: no such directory; give a Hugging Face directory with tokenizer.json")
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers raises almost anything here
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"tokenizer {path}: cannot be loaded: {reason[0]}") from None
-    file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
-    if not getattr(found, "is_fast", False) or file is None:
-        raise UserError(f"tokenizer {path}: a fast tokenizer is needed; the directory has no tokenizer.json")
-    backend = found.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    special = {"bos": found.bos_token_id, "eos": found.eos_token_id, "pad": found.pad_token_id}
-    return Tokenizer(path, backend, len(found), special, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def tokenise(documents: Iterable[Iterable[str]], backend: Any) -> Iterator[tuple[Ids, bool]]:

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import chat, chat_tokens, tokenise
+from megatron_ultralong.data import chat, chat_tokens
+from megatron_ultralong.data.tokenizer import load_tokenizer
 from tests import chat as made
 from tests.chat import TALKS, by_transformers, encoded, plain, same_as_transformers, talk, trained_by_growing
 
@@ -113,7 +114,7 @@ def test_cut_to_whole_turns():
 
 def test_many_batches_keep_their_order(folders, monkeypatch):
     monkeypatch.setattr(chat_tokens, "BATCH", 300)
-    template, backend = chat.choose(folders["llama"]), tokenise.load(folders["llama"]).backend
+    template, backend = chat.choose(folders["llama"]), load_tokenizer(folders["llama"]).backend
     texts = [template.render(messages) for messages in TALKS * 3]
     found = list(chat_tokens.encode_all(iter(texts), backend, workers=1))
     for (ids, trained), (want_ids, want_trained) in zip(found, chat_tokens.encode(backend, texts), strict=True):

@@ -14,8 +14,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import packing, sources, token_store, token_units, tokenise
+from megatron_ultralong.data import packing, sources, token_store, token_units
 from megatron_ultralong.data.packing import Packing, Separator
+from megatron_ultralong.data.tokenizer import load_tokenizer
 from tests import text as made
 
 
@@ -55,7 +56,7 @@ def pieces(prefix: Path, separator: list[int], fit: str) -> list[tuple[int, ...]
 def test_every_token_is_in_the_rows_as_often_as_told(tmp_path, tokenizer_dir, seed, fit, last_row, monkeypatch):
     monkeypatch.setattr(token_store, "UNITS", (3000, 3000))  # files are cut, and small ones share a unit
     rng = random.Random(seed)
-    tokenizer = tokenise.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     texts = {name: [made.text(rng.randrange(10**6), rng.choice((0, 1, 3, 20, 60))) for _ in range(60)] for name in ("a", "b", "c")}
     made.write_jsonl(tmp_path / "a.jsonl", texts["a"])
     pyarrow.parquet.write_table(pyarrow.table({"id": [f"b{i}" for i in range(60)], "text": texts["b"]}), tmp_path / "b.parquet", row_group_size=7)

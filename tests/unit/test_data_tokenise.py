@@ -7,17 +7,17 @@ import random
 import numpy
 import pytest
 
-from megatron_ultralong.config import UserError
 from megatron_ultralong.data import tokenise
+from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 from tests import text as made
 
 
 @pytest.fixture(scope="module", params=made.FAMILIES)
-def tokenizer(request, tmp_path_factory) -> tokenise.Tokenizer:
-    return tokenise.load(made.save_tokenizer(tmp_path_factory.mktemp("tokenizer"), request.param))
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    return load_tokenizer(made.save_tokenizer(tmp_path_factory.mktemp("tokenizer"), request.param))
 
 
-def tokens(documents: list[list[str]], tokenizer: tokenise.Tokenizer) -> list[list[int]]:
+def tokens(documents: list[list[str]], tokenizer: Tokenizer) -> list[list[int]]:
     found: list[list[int]] = [[]]
     for ids, ends in tokenise.tokenise(documents, tokenizer.backend):
         assert ids.dtype == numpy.int32
@@ -80,30 +80,3 @@ def test_a_long_document_as_it_comes(tokenizer):
     text = made.text(3, 60_000)
     assert len(list(tokenise.windows([text]))) > 2
     assert tokens([[text]], tokenizer) == [tokenizer.ids(text)]
-
-
-def test_the_tokenizer_is_taken_bare(tmp_path):
-    """No BOS is put in front, and no truncation or padding that a tokenizer.json carries is done."""
-    folder = made.save_tokenizer(tmp_path / "tokenizer", pad_token="<|pad|>")
-    tokenizer = tokenise.load(folder)
-    tokenizer.backend.enable_truncation(3)
-    tokenizer.backend.enable_padding(length=9)
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    again = tokenise.load(folder)
-    assert again.ids("the sky is blue") == tokens([["the sky is blue"]], again)[0] and len(again.ids("the sky is blue")) > 3
-    trained = made.tokenizer("llama3").get_vocab_size()
-    assert again.vocab_size == max(again.backend.get_vocab().values()) + 1 == trained + 1  # the pad token came on top
-    assert again.special == {"bos": 0, "eos": 1, "pad": trained} and again.sha256 != tokenizer.sha256
-
-
-def test_no_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="no such directory"):
-        tokenise.load(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: cannot be loaded") as error:
-        tokenise.load(tmp_path / "empty")
-    assert "\n" not in str(error.value)
-    (tmp_path / "empty" / "tokenizer.json").write_text("{}")
-    (tmp_path / "empty" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match="empty: cannot be loaded"):
-        tokenise.load(tmp_path / "empty")

@@ -1,0 +1,102 @@
+"""A directory's tokenizer, as transformers' AutoTokenizer has it.
+
+Importing transformers takes seconds. Llama-3's and most others' files say all there is (class PreTrainedTokenizerFast or TokenizersBackend:
+tokenizer.json as it is), and those are read here; where anything in the directory could make transformers change what tokenizer.json says,
+transformers loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong.config import UserError
+
+SPECIAL = ("bos", "eos", "pad")
+_AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_NO_MATTER = {"added_tokens_decoder", "backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only", "model_input_names",
+              "model_max_length", "tokenizer_class"}
+_OF_TOKENS = {"additional_special_tokens", "bos_token", "eos_token", "extra_special_tokens", "pad_token", "unk_token"}
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast Hugging Face tokenizer from a directory, without its special tokens around a text."""
+
+    path: Path
+    backend: Any
+    """tokenizers.Tokenizer."""
+    vocab_size: int
+    """One more than the largest id it can give, added tokens included."""
+    special: dict[str, int | None]
+    """Ids of bos, eos and pad."""
+    sha256: str
+    """Of tokenizer.json (of tokenizer.model where there is none)."""
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a directory; nothing is downloaded and no code of the directory is run. UserError where there is none."""
+    if not path.is_dir():
+        raise UserError(f"tokenizer {path}: no such directory; give a Hugging Face directory with tokenizer.json")
+    backend, special = as_it_is(path) or _by_transformers(path)
+    file = next(path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file())
+    backend.no_truncation()
+    backend.no_padding()
+    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return Tokenizer(path, backend, size, special, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def as_it_is(path: Path) -> tuple[Any, dict[str, int | None]] | None:
+    """(tokenizers.Tokenizer, ids of bos, eos and pad) where transformers would take tokenizer.json as it is; None = ask transformers."""
+    import tokenizers
+
+    if any((path / name).exists() for name in ("added_tokens.json", "tokenizer.model")):
+        return None
+    try:
+        settings, model, named = (json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
+                                  for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json"))
+        if settings.get("tokenizer_class") not in _AS_IT_IS or settings.keys() - _NO_MATTER - _OF_TOKENS or model.get("model_type", "llama") != "llama":
+            return None
+        backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        known = backend.get_added_tokens_decoder()
+        ids = {token.content: number for number, token in known.items() if token.special}
+        for number, told in settings.get("added_tokens_decoder", {}).items():
+            token = known.get(int(number))
+            if token is None or token.content != told["content"] or any(getattr(token, flag) != told[flag] for flag in _FLAGS):
+                return None
+        if any(text not in ids for part in (settings, named) for key in _OF_TOKENS & part.keys() for text in _texts(part[key])):
+            return None
+        if any(_texts(named[key]) != _texts(settings.get(key)) for key in _OF_TOKENS - {"additional_special_tokens"} & named.keys()):
+            return None
+    except Exception:  # whatever is wrong or unusual: transformers decides, and says it
+        return None
+    return backend, {name: next((ids[text] for text in _texts(settings.get(f"{name}_token"))), None) for name in SPECIAL}
+
+
+def _texts(value: Any) -> list[str]:
+    """The tokens that a setting names: a text, {"content": text}, a list of these, or null."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [text for one in value for text in _texts(one)]
+    return [value if isinstance(value, str) else value["content"]]
+
+
+def _by_transformers(path: Path) -> tuple[Any, dict[str, int | None]]:
+    import transformers
+
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises almost anything here
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"tokenizer {path}: cannot be loaded: {reason[0]}") from None
+    if not getattr(found, "is_fast", False) or not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"tokenizer {path}: a fast tokenizer is needed; the directory has no tokenizer.json")
+    return found.backend_tokenizer, {name: getattr(found, f"{name}_token_id") for name in SPECIAL}
