@@ -1,12 +1,13 @@
-"""Speed and memory of attention over context-parallel ranks, of the loss and of a whole step, on this machine's one GPU or its CPU; of
-preparing data on its CPU.
+"""Speed and memory of attention over context-parallel ranks, of the loss, of a whole step and of generation, on this machine's one GPU or
+its CPU; of preparing data on its CPU.
 
     python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
     python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
     python tools/benchmark.py step --lengths 64K,128K --settings none,full,attention,offload-attention --out runs/benchmark
     python tools/benchmark.py step --longest --settings attention,offload-attention
-    python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
     python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
+    python tools/benchmark.py generate --lengths 128K,512K --out runs/benchmark
+    python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
 
 Each prints a table; --json, --plot and --out keep it, with device, versions, date and command. Defaults are smaller on a CPU.
 """
@@ -64,6 +65,13 @@ def arguments() -> argparse.Namespace:
     step.add_argument("--limit", metavar="BYTES", help="use no more of the device's memory, like 60G (1024-based); --longest on a CPU needs it")
     _common(step)
 
+    generate = commands.add_parser("generate", help="reading a prompt and writing tokens after it, as evaluate.py --engine megatron does")
+    generate.add_argument("--lengths", metavar="S,S", help="tokens of the prompt (default: 32K,128K on a GPU, 256,512 on a CPU)")
+    generate.add_argument("--sequences", metavar="N", default="1", help="that go on after the prompt, together (default: %(default)s)")
+    generate.add_argument("--written", metavar="N", default="32", help="tokens of each (default: %(default)s)")
+    generate.add_argument("--read-chunk", metavar="N", help="tokens of the prompt read at a time (default: 16K on a GPU, 128 on a CPU)")
+    _common(generate, repeats="3")
+
     data = commands.add_parser("data", help="documents to tokens on disk, beside Megatron-Core's builder and datatrove")
     data.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json")
     data.add_argument("--input", type=Path, nargs="+", metavar="FILE", help=".jsonl files with `text` (default: made of Python's own source files)")
@@ -105,6 +113,10 @@ def main() -> int:
         from megatron_ultralong.performance import loss
 
         run, settings = loss.run, _loss(args, device.type == "cuda")
+    elif args.benchmark == "generate":
+        from megatron_ultralong.performance import generate
+
+        run, settings = generate.run, _generate(args, device.type == "cuda")
     elif args.benchmark == "data":
         from megatron_ultralong.performance import data
 
@@ -155,6 +167,15 @@ def _step(args: argparse.Namespace, gpu: bool) -> Any:
         layer_chunk=_count(args, "layer_chunk", "16K" if gpu else "128"), loss_chunk=_count(args, "loss_chunk", "4K" if gpu else "128"),
         repeats=_count(args, "repeats"), optimizer=args.optimizer, longest=args.longest, granularity=_count(args, "granularity", "4K" if gpu else "32"),
         limit=None if args.limit is None else _bytes(args.limit))
+
+
+def _generate(args: argparse.Namespace, gpu: bool) -> Any:
+    from megatron_ultralong.performance import generate
+
+    return generate.Settings(
+        model=generate.shape(gpu), lengths=_counts(args, "lengths", "32K,128K" if gpu else "256,512"), sequences=_count(args, "sequences"),
+        written=_count(args, "written"), chunk=_count(args, "read_chunk", "16K" if gpu else "128"), precision=args.dtype or ("bf16" if gpu else "fp32"),
+        repeats=_count(args, "repeats"))
 
 
 def _data(args: argparse.Namespace) -> Any:

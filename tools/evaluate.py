@@ -8,7 +8,7 @@
     python tools/evaluate.py lveval --model DIR --data LVEval --lengths 16k,32k --official checkouts/LVEval --out results/lveval
     python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench
     python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
-    python tools/evaluate.py perplexity --model DIR --data books.jsonl --lengths 4K,32K --out results/perplexity
+    torchrun --nproc-per-node 8 tools/evaluate.py perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M --out results/perplexity
     python tools/evaluate.py report --results results --out results/report
     python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
 
@@ -79,7 +79,10 @@ def add_ruler(tasks: argparse._SubParsersAction, shared: argparse.ArgumentParser
                       help="text of the tasks with an essay; the authors use Paul Graham's essays (default: own filler sentences)")
     task.add_argument("--squad", type=Path, metavar="FILE", help="SQuAD's dev-v2.0.json, for qa_1 (default: qa_1 is left out)")
     task.add_argument("--hotpotqa", type=Path, metavar="FILE", help="hotpot_dev_distractor_v1.json, for qa_2 (default: qa_2 is left out)")
-    task.add_argument("--official", type=Path, metavar="DIR", help="checkout of NVIDIA/RULER: take its wording (default: this project's own)")
+    words = task.add_mutually_exclusive_group()
+    words.add_argument("--official", type=Path, metavar="DIR", help="checkout of NVIDIA/RULER: take its wording (default: the official one where "
+                                                                    "lm-evaluation-harness is installed, which has it, else this project's own)")
+    words.add_argument("--own-words", action="store_true", help="this project's own wording")
     task.add_argument("--data", type=Path, metavar="DIR", help="prompts made before, here or by NVIDIA/RULER (LENGTH/data/TASK/validation.jsonl); "
                                                               "nothing is prepared")
     task.add_argument("--stage", choices=("prepare", "predict", "score"), help="only this one (default: all three)")
@@ -109,7 +112,8 @@ def run_ruler(args: argparse.Namespace) -> None:
     settings = ruler.Settings(
         out=args.out, tasks=tuple(TASKS) if args.tasks == "all" else tuple(text.strip() for text in args.tasks.split(",")),
         lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), samples=args.samples, seed=args.seed,
-        chat=args.chat, haystack=tuple(args.haystack), squad=args.squad, hotpotqa=args.hotpotqa, official=args.official, data=args.data)
+        chat=args.chat, haystack=tuple(args.haystack), squad=args.squad, hotpotqa=args.hotpotqa, official=args.official, own_words=args.own_words,
+        data=args.data)
     stages = [args.stage] if args.stage else ["predict", "score"] if args.data else ["prepare", "predict", "score"]
     for task in settings.tasks:
         if task not in settings.runnable():
@@ -231,16 +235,13 @@ def add_standard(tasks, shared: argparse.ArgumentParser) -> None:
 def add_perplexity(tasks) -> None:
     task = tasks.add_parser("perplexity", help="perplexity by position over long sequences",
                             description="Perplexity by position: of documents' beginnings, or of packed rows.")
-    task.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    options.add_weights_arguments(task)
     task.add_argument("--data", nargs="+", required=True, metavar="FILE or PREFIX", help="documents (.txt, .jsonl, .parquet) or packed rows")
     task.add_argument("--lengths", required=True, metavar="N,N,...", help="tokens of a row, like 4K,32K; documents that are shorter are passed over")
     task.add_argument("--rows", type=int, default=32, metavar="N", help="rows of each length, the first long enough (default: %(default)s)")
     task.add_argument("--text-key", default="text", metavar="NAME", help="field or column with the text (default: %(default)s)")
     task.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity.json of other models, drawn in the same figure")
     task.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
-    task.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    task.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                      help="weights and activations (default: as stored, but fp32 on a CPU)")
     task.set_defaults(function=run_perplexity)
 
 
@@ -276,10 +277,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
     results.make_writable(args.out)
     from tqdm import tqdm
 
-    from megatron_ultralong.evaluate.huggingface import HuggingFace
-
-    backend = HuggingFace(args.model, device=args.device, dtype=args.dtype)
-    with tqdm(total=len(settings.lengths) * settings.rows, desc="perplexity", unit="row", disable=None) as bar:
+    with (options.open_backend(args) as backend,  # with several ranks only the first one comes into the block
+          tqdm(total=len(settings.lengths) * settings.rows, desc="perplexity", unit="row", disable=None) as bar):
         result = perplexity.measure(backend, perplexity.read(args.data, backend.tokenizer, args.text_key), settings, bar.update)
     results.write_json(args.out / "perplexity.json", result)
     curves.by_position([result, *beside], args.out / "perplexity.png")

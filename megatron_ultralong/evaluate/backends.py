@@ -129,9 +129,10 @@ def load_tokenizer(path: Path, flag: str = "--model") -> Any:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a model's files, from their ends: enough to tell two models apart, and quick at any size."""
+    """Of a model's files, tokenizer and generation settings among them, from their ends: enough to tell two apart, and quick at any size."""
     found = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.distcp"), *path.glob("run.json"), *path.glob("config.json")]):
+    kinds = ("*.safetensors", "*.distcp", "*.json", "*.jinja", "hf/*.json", "hf/*.jinja")  # hf: what a checkpoint keeps of the model it came from
+    for file in sorted(file for kind in kinds for file in path.glob(kind)):
         with file.open("rb") as handle:
             found.update(file.name.encode() + file.stat().st_size.to_bytes(8, "big"))
             handle.seek(-min(2**16, file.stat().st_size), 2)

@@ -126,28 +126,31 @@ class Session:
 
         A context must have a token at least. What two pairs in a row begin with is read once. UserError as `generate`.
         """
-        return [self._score(list(context), list(continuation)) for context, continuation in pairs]
+        found = [self.scores(context, continuation) for context, continuation in pairs]
+        return [(float(scores.double().sum()), bool(likeliest.all())) for scores, likeliest in found]
 
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    def scores(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of each token of `continuation` [n] its log-probability, float32 [n], and whether it is the likeliest there, bool [n], on the CPU
+        of every rank. A context must have a token at least; what of it the call before read is not read again. UserError as `generate`."""
         if not context:
             raise ValueError("a log-likelihood needs a token of context; give the beginning-of-text token")
         reader, device = self.reader, self.reader.ranks.device
         ids = [*context, *continuation]
         reused = self._keep(ids[:len(context) - 1])  # the last token of the context is read again: the first score comes from it
         cache = self._grow(ids[reused:-1], [])
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of scores; tokens that are not the likeliest
+        found = torch.zeros(2, len(continuation), device=device)  # each token's from the one rank that has it
         for place, hidden in reader.read(ids[reused:-1], cache):
             first = max(0, len(context) - 1 - reused - place)
             if first < len(hidden):
                 start = reused + place + first + 1
                 targets = torch.tensor(ids[start:start + len(hidden) - first], device=device)
-                scores, likeliest = reader.score(hidden[first:], targets)
-                total += torch.stack([scores.double().sum(), (~likeliest).sum().double()])
+                found[:, start - len(context):][:, :len(targets)] = torch.stack([part.float() for part in reader.score(hidden[first:], targets)])
         self._ids = ids[:-1]
         if reader.last:
-            torch.distributed.all_reduce(total, group=reader.ranks.groups.cp)
-        torch.distributed.broadcast(total, src=reader.speaker)
-        return float(total[0]), not int(total[1])
+            torch.distributed.all_reduce(found, group=reader.ranks.groups.cp)
+        torch.distributed.broadcast(found, src=reader.speaker)
+        scores, likeliest = found.cpu()
+        return scores, likeliest > 0
 
     # ---- the context that is kept ------------------------------------------------------------------------------------
 

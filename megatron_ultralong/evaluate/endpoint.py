@@ -66,7 +66,11 @@ class Endpoint:
         """The server says what it cannot take."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """Some at a time, each handed over as it comes; UserError in the end where some got no answer after all tries."""
+        """Some at a time, each handed over as it comes; UserError in the end where some got no answer after all tries; at once
+        where a request is tokens alone, which a chat does not take."""
+        if self.server.api == "chat" and any(request.ids is not None and not request.text for request in requests):
+            raise UserError("this benchmark makes whole prompts, chat template included, which a chat endpoint would put into a message again; use "
+                            "--api completions")
         failures: list[endpoint.Failure] = []
         refusal: UserError | None = None
         with asyncio.Runner() as runner:

@@ -2,10 +2,17 @@
 
 Texts become tokens as the harness's own `hf` model makes them, so the two give the same answers (tests/unit/test_standard.py).
 A backend is one of backends.py, which also has `loglikelihood(pairs of tokens)`.
+
+Once this module is imported, the harness knows the model by name too; its arguments are the options of tools/evaluate.py:
+
+    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m", "tp": 8}, tasks=["arc_easy"])
 """
 
 from __future__ import annotations
 
+import argparse
+import atexit
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +20,14 @@ from typing import Any
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from megatron_ultralong.config import UserError
 from megatron_ultralong.data.chat import DATE
+from megatron_ultralong.evaluate import options
 from megatron_ultralong.evaluate.backends import Request
 
 GENERATED = 256
@@ -28,6 +38,7 @@ SLICE = 64
 """Questions asked of the backend at a time; those answered are kept, should the run be killed."""
 
 
+@register_model("megatron_ultralong")
 class Harness(TemplateLM):
     """What `lm_eval.simple_evaluate(model=...)` takes."""
 
@@ -38,6 +49,30 @@ class Harness(TemplateLM):
         self.max_length: int = backend.max_position or POSITIONS
         self.cut = 0
         """Prompts that were longer than the model's positions and lost their beginning."""
+        self.unanswered = 0
+        """Prompts that an endpoint did not answer (refused, too long for it): they count as answered by nothing."""
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Harness:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Harness:
+        """The model of a call by name. arg_dict: options of tools/evaluate.py that say the model, like {"model": DIR, "engine": "hf"} or
+        {"ckpt": CKPT, "tp": 8}; of additional_config only the device counts. UserError for options that are none or do not fit together."""
+        given = {"device": (additional_config or {}).get("device"), **arg_dict}
+        parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
+        options.add_model_arguments(parser)
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+        try:
+            args, unknown = parser.parse_known_args(words)
+        except argparse.ArgumentError as error:
+            raise UserError(f"model_args: {error}") from None
+        if unknown:
+            raise UserError(f"model_args: {unknown[0].partition('=')[0].removeprefix('--')} is no option of tools/evaluate.py's models")
+        stack = contextlib.ExitStack()
+        atexit.register(stack.close)  # the harness does not say when it is done; other ranks wait until then
+        return cls(stack.enter_context(options.open_backend(argparse.Namespace(**vars(args), seed=0))))
 
     @property
     def eot_token_id(self) -> int:
@@ -105,19 +140,20 @@ class Harness(TemplateLM):
         """What the model writes after each prompt, greedy, up to the task's stop texts."""
         asked = [self._asked(*request.args) for request in requests]
         written = [""] * len(asked)
-        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i][0]), asked[i][1], asked[i][2]))
+        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].ids or ()), asked[i].tokens, asked[i].stop))
         with tqdm(total=len(order), desc="answers", unit="request", disable=disable_tqdm or None) as bar:
-            # Of one size and one way of stopping: no prompt is filled up.
-            for (size, tokens, stop), same in itertools.groupby(order, key=lambda i: (len(asked[i][0]), asked[i][1], asked[i][2])):
-                for places in _slices(list(same), max(1, self.batch_tokens // (size + tokens))):
-                    for i, text in zip(places, self._write([asked[i][0] for i in places], tokens, stop), strict=True):
-                        written[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(places))
+            for places in _filled(order, [len(one.ids or ()) + one.tokens for one in asked], self.batch_tokens):
+                for place, done in self.backend_.generate([asked[i] for i in places]):
+                    i = places[place]
+                    written[i] = postprocess_generated_text(done.text, list(asked[i].stop), None)
+                    if done.finish in ("stop", "length"):
+                        self.cache_hook.add_partial("generate_until", requests[i].args, written[i])
+                    else:
+                        self.unanswered += 1
+                    bar.update(1)
         return written
 
-    def _asked(self, prompt: str, settings: dict[str, Any]) -> tuple[list[int], int, tuple[str, ...]]:
-        """(tokens of the prompt, tokens to write, texts to stop at)."""
+    def _asked(self, prompt: str, settings: dict[str, Any]) -> Request:
         kwargs = normalize_gen_kwargs(settings, GENERATED)
         if kwargs.get("do_sample") or kwargs.get("temperature"):
             raise UserError("a task asks for sampled answers (do_sample, temperature); only greedy ones are written here")
@@ -127,16 +163,21 @@ class Harness(TemplateLM):
             raise UserError(f"a task asks for {kwargs['max_gen_toks']} tokens of answer, but the model has {self.max_length} positions in all")
         tokens = self.tok_encode(prompt)
         self.cut += len(tokens) > room
-        return tokens[-room:], kwargs["max_gen_toks"], tuple(text for text in stop if text)
-
-    def _write(self, prompts: list[list[int]], tokens: int, stop: tuple[str, ...]) -> list[str]:
-        """The one place where this asks for answers: prompts of one size."""
-        texts = [""] * len(prompts)
-        for place, done in self.backend_.generate([Request(id=str(i), ids=prompt, tokens=tokens, stop=stop) for i, prompt in enumerate(prompts)]):
-            texts[place] = done.text
-        return [postprocess_generated_text(text, list(stop), None) for text in texts]
+        return Request(id="", ids=tokens[-room:], tokens=kwargs["max_gen_toks"], stop=tuple(text for text in stop if text))
 
 
 def _slices(places: list[int], size: int) -> Iterator[list[int]]:
     for first in range(0, len(places), size):
         yield places[first:first + size]
+
+
+def _filled(places: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
+    """`places` in groups of at most so many tokens together; at least one a group."""
+    group: list[int] = []
+    for place in places:
+        if group and sum(sizes[i] for i in group) + sizes[place] > most:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group

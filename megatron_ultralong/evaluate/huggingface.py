@@ -95,6 +95,10 @@ class HuggingFace:
         """(log p of the continuation after the context, whether greedy decoding would write it) of each (context, continuation) of tokens."""
         return likelihood.of_pairs(self.model, pairs, batch_tokens=8192)
 
+    def token_nll(self, ids: Sequence[int]) -> torch.Tensor:
+        """-log p of each of `ids` but the first after those before it, float32 [n - 1] on the CPU."""
+        return likelihood.of_row(self.model, ids)
+
     def describe(self) -> dict[str, Any]:
         """What the results say about the model."""
         config = self.model.config

@@ -37,6 +37,13 @@ def token_nll(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor, targets
     return torch.cat(nll), torch.cat(greedy)
 
 
+def of_row(model: Any, ids: Sequence[int]) -> Tensor:
+    """-log p of each of `ids` but the first after those before it, float32 [n - 1] on the CPU."""
+    row = torch.tensor(ids, device=model.device)
+    places = torch.arange(len(row) - 1, device=row.device)
+    return token_nll(model, row[None, :-1], torch.zeros_like(places), places, row[1:])[0].cpu()
+
+
 def of_pairs(model: Any, pairs: Sequence[Pair], batch_tokens: int) -> list[tuple[float, bool]]:
     """(log p of the continuation after the context, whether greedy decoding would write it) for each (context, continuation).
 

@@ -70,6 +70,10 @@ class Megatron:
         """For each (context ids, continuation ids) the continuation's summed log-probability, and whether it is what greedy decoding writes."""
         return self._together("loglikelihood", [(list(a), list(b)) for a, b in pairs])
 
+    def token_nll(self, ids: Sequence[int]) -> torch.Tensor:
+        """-log p of each of `ids` but the first after those before it, float32 [n - 1] on the CPU."""
+        return -self._together("scores", list(ids[:1]), list(ids[1:]))[0]
+
     def describe(self) -> dict[str, Any]:
         """What the results say about the model."""
         reader, ranks = self._session.reader, self.ranks
@@ -105,7 +109,8 @@ class Megatron:
         return found
 
     def _do(self, name: str, *arguments: Any) -> Any:
-        calls: dict[str, Any] = {"check": self._check, "generate": self._generate, "loglikelihood": self._session.loglikelihood}
+        calls: dict[str, Any] = {"check": self._check, "generate": self._generate, "loglikelihood": self._session.loglikelihood,
+                                 "scores": self._session.scores}
         return calls[name](*arguments)
 
     def _check(self, length: int, batch: int) -> None:

@@ -16,29 +16,13 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `open_backend` reads. --seed is the benchmark's own."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR or NAME", help="Hugging Face model directory; with --base-url the model's name there")
-    model.add_argument("--ckpt", type=Path, metavar="CKPT", help="instead: a training checkpoint, a run directory or one iteration")
-    model.add_argument("--engine", default="auto", choices=("auto", "hf", "megatron", "endpoint"),
-                       help="plain transformers; our own model, over the ranks of torchrun; an OpenAI-compatible endpoint (default: endpoint with "
-                       "--base-url, megatron with --ckpt, a layout or several ranks, else hf)")
-    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer (default: the model's); an endpoint needs it: "
-                       "lengths are measured with it")
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    model.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                       help="weights and activations (default: as stored, bf16 with megatron, but fp32 on a CPU)")
+    """What `open_backend` reads, of a model that answers. --seed is the benchmark's own."""
+    model = add_weights_arguments(parser, answers=True)
     model.add_argument("--batch", type=int, metavar="N", help="prompts at a time (default: as many as make 16K tokens; 64 with an endpoint)")
     model.add_argument("--chat", default="auto", choices=("auto", "yes", "no"), help="use the chat template (default: where there is one)")
     model.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 = greedy (default)")
     model.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest tokens with this probability together")
     model.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among so many likeliest tokens; 0 = all (default)")
-
-    ranks = parser.add_argument_group("layout, with --engine megatron")
-    for name, words in (("tp", "tensor parallel ranks"), ("pp", "pipeline parallel ranks")):
-        ranks.add_argument(f"--{name}", type=int, metavar="N", help=f"{words} (default: 1)")
-    ranks.add_argument("--cp", type=int, metavar="N", help="context parallel ranks (default: what is left of torchrun's)")
-    ranks.add_argument("--read-chunk", default="16K", metavar="N", help="tokens of a prompt read at a time, by all ranks (default: %(default)s)")
 
     server = parser.add_argument_group("endpoint")
     server.add_argument("--base-url", metavar="URL", help="like http://localhost:8000/v1 or https://api.openai.com/v1")
@@ -51,6 +35,32 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)")
     server.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for one try (default: %(default)s)")
     server.add_argument("--retries", type=int, default=6, metavar="N", help="tries after the first (default: %(default)s)")
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, *, answers: bool = False) -> argparse._ArgumentGroup:
+    """What `open_backend` reads, of a model whose weights are at hand; `answers`: which may be behind an endpoint too."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="DIR or NAME" if answers else "DIR",
+                       help="Hugging Face model directory" + ("; with --base-url the model's name there" if answers else ""))
+    model.add_argument("--ckpt", type=Path, metavar="CKPT", help="instead: a training checkpoint, a run directory or one iteration")
+    engines = ("auto", "hf", "megatron", *(["endpoint"] if answers else []))
+    model.add_argument("--engine", default="auto", choices=engines,
+                       help="plain transformers; our own model, over the ranks of torchrun" + ("; an OpenAI-compatible endpoint" if answers else "") +
+                       f" (default: {'endpoint with --base-url, ' if answers else ''}megatron with --ckpt, a layout or several ranks, else hf)")
+    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer (default: the model's)" +
+                       ("; an endpoint needs it: lengths are measured with it" if answers else ""))
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    model.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+                       help="weights and activations (default: as stored, bf16 with megatron, but fp32 on a CPU)")
+    if not answers:
+        parser.set_defaults(base_url=None, batch=None, chat="auto", temperature=0.0, top_p=1.0, top_k=0, seed=0)
+
+    ranks = parser.add_argument_group("layout, with --engine megatron")
+    for name, words in (("tp", "tensor parallel ranks"), ("pp", "pipeline parallel ranks")):
+        ranks.add_argument(f"--{name}", type=int, metavar="N", help=f"{words} (default: 1)")
+    ranks.add_argument("--cp", type=int, metavar="N", help="context parallel ranks (default: what is left of torchrun's)")
+    ranks.add_argument("--read-chunk", default="16K", metavar="N", help="tokens of a prompt read at a time, by all ranks (default: %(default)s)")
+    return model
 
 
 @contextlib.contextmanager

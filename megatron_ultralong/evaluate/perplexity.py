@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_ultralong.config import UserError
 from megatron_ultralong.data import documents, indexed
 from megatron_ultralong.data.dataset import PackedRows
-from megatron_ultralong.evaluate import likelihood, positions
+from megatron_ultralong.evaluate import positions
 from megatron_ultralong.evaluate.plots import tokens as short
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def read(names: list[str], tokenizer: Any, text_key: str = "text") -> Iterator[R
 
 
 def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
-    """The results JSON's values. backend: has `model` (transformers) and `describe()`. progress: told of rows as they are done.
+    """The results JSON's values. backend: has `token_nll` and `describe` (huggingface.py, megatron.py). progress: told of rows as they are done.
 
     UserError where no row is long enough for a length.
     """
@@ -84,7 +84,7 @@ def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Cal
         fitting = [length for length in lengths if done[length] < settings.rows and length < len(ids)]
         if not fitting:
             continue
-        nll = _row_nll(backend.model, ids[:fitting[-1] + 1])
+        nll = backend.token_nll(ids[:fitting[-1] + 1].tolist())[None]  # [1, t]
         weights = torch.ones_like(nll) if counts is None else torch.from_numpy(numpy.asarray(counts[1:fitting[-1] + 1], dtype=numpy.float32))[None]
         for length in fitting:
             found[length] += positions.sums(nll, weights, torch.arange(nll.shape[1]), length)
@@ -100,14 +100,6 @@ def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Cal
             "settings": {"lengths": lengths, "rows": settings.rows},
             "scores": {str(length): {**positions.summary(found[length], length), "rows": done[length]} for length in lengths},
             "seconds": round(time.time() - started, 1)}
-
-
-def _row_nll(model: Any, ids: NDArray[Any]) -> torch.Tensor:
-    """Loss of each token but the first, float32 [1, t] on the CPU."""
-    row = torch.from_numpy(numpy.asarray(ids, dtype=numpy.int64)).to(model.device)
-    places = torch.arange(len(row) - 1, device=model.device)
-    nll, _ = likelihood.token_nll(model, row[None, :-1], torch.zeros_like(places), places, row[1:])
-    return nll[None].float().cpu()
 
 
 def table(result: dict[str, Any]) -> str:

@@ -84,17 +84,17 @@ def _known(journal: Journal | None, request: Request, asked: set[str]) -> Predic
     if not lines:
         return None
     line = lines[-1]
-    if line["prompt_sha256"] != _hash(request):
+    if line["prompt_sha256"] != prompt_hash(request):
         raise UserError(f"{journal.path} holds an answer to another prompt with the id {request.id}; remove it, or choose another --out")  # type: ignore[union-attr]
     return Prediction(id=request.id, text=line["prediction"], **{name: line[name] for name in ("tokens_in", "tokens_out", "finish", "seconds")})
 
 
 def _record(one: Prediction, request: Request) -> dict[str, Any]:
-    return {"key": one.id, "prompt_sha256": _hash(request), "prediction": one.text, "tokens_in": one.tokens_in, "tokens_out": one.tokens_out,
+    return {"key": one.id, "prompt_sha256": prompt_hash(request), "prediction": one.text, "tokens_in": one.tokens_in, "tokens_out": one.tokens_out,
             "finish": one.finish, "seconds": one.seconds}
 
 
-def _hash(request: Request) -> str:
+def prompt_hash(request: Request) -> str:
     """Of all that a request says but its id."""
     found = hashlib.sha256(json.dumps([request.text, request.prefix, request.tokens, request.stop]).encode())
     if request.ids is not None:

@@ -15,10 +15,17 @@ from megatron_ultralong.evaluate.plots import tokens
 
 def make_writable(directory: Path) -> None:
     """Create `directory`; UserError where files cannot be written in it. Asked before the work, not after it."""
+    make_folder(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+    except OSError as error:
+        raise UserError(f"--out {directory} cannot be written: {error.strerror or error}") from None
+
+
+def make_folder(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {directory} cannot be written: {error.strerror or error}") from None
 

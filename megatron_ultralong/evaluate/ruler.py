@@ -1,7 +1,7 @@
 """RULER (arXiv 2404.06654): prompts, predictions, scores. Each stage reads and writes files, goes on where it was stopped, and can run alone.
 
     OUT/data/TASK/LENGTH.jsonl           prepare: index, input, outputs, length, answer_prefix (RULER's names) and meta
-    OUT/predictions/TASK/LENGTH.jsonl    predict: index, pred, outputs
+    OUT/predictions/TASK/LENGTH.jsonl    predict: index, pred, outputs, once all are there; before that LENGTH.journal.jsonl, answer by answer
     OUT/ruler.json                       score
 
 Data made by NVIDIA/RULER itself (LENGTH/data/TASK/validation.jsonl) is read as it is: `Settings.data`.
@@ -10,14 +10,15 @@ Data made by NVIDIA/RULER itself (LENGTH/data/TASK/validation.jsonl) is read as 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import chat, lines, predictions, ruler_qa, ruler_text, ruler_wording, scores
+from megatron_ultralong.evaluate import chat, lines, predictions, results, ruler_qa, ruler_text, ruler_wording, scores
 from megatron_ultralong.evaluate.backends import Backend, Request, identity
 from megatron_ultralong.evaluate.plots import tokens as name_of
 from megatron_ultralong.evaluate.ruler_tasks import TASKS, Kit, sample
@@ -52,7 +53,9 @@ class Settings:
     squad: Path | None = None
     hotpotqa: Path | None = None
     official: Path | None = None
-    """Checkout of NVIDIA/RULER whose wording is used; None = own wording."""
+    """Checkout of NVIDIA/RULER whose wording is used; None = see `own_words`."""
+    own_words: bool = False
+    """Own wording, even where the official one is installed (lm-evaluation-harness)."""
     data: Path | None = None
     """Where prompts are read from; None = those made here, in `out`/data."""
 
@@ -76,7 +79,7 @@ class Settings:
 
 def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: None) -> None:
     """Write the prompts of all tasks and lengths. UserError where a file that is there was made with other settings."""
-    wording = ruler_wording.official(settings.official) if settings.official else ruler_wording.OWN
+    wording = ruler_wording.choose(settings.official, settings.own_words)
     readers = (("squad", settings.squad, ruler_qa.read_squad), ("hotpotqa", settings.hotpotqa, ruler_qa.read_hotpotqa))
     wanted = {TASKS[task].data for task in settings.tasks}
     data: dict[str, ruler_qa.Data] = {name: read(path) for name, path, read in readers if path is not None and name in wanted}
@@ -149,36 +152,22 @@ def predict(settings: Settings, backend: Backend, *, batch: int | None = None, p
     frame, model = chat.frame(backend.tokenizer, settings.chat), json.loads(json.dumps(identity(backend)))
     sources = {(task, length): data_file(settings, task, length) for length in settings.lengths for task in settings.runnable()}
     for (task, length), source in sources.items():
-        writer = lines.Writer(prediction_file(settings, task, length), keep=("index", "outputs", "model"))
-        try:
-            done = {line["index"]: line for line in writer.done}
-            group: list[tuple[Request, dict[str, Any]]] = []
+        path, beside = prediction_file(settings, task, length), deque[dict[str, Any]]()
+        results.make_folder(path.parent)
+
+        def requests(task: str = task, source: Path = source, beside: deque[dict[str, Any]] = beside) -> Iterator[Request]:
             # RULER's own `index` is not the line's number in every task.
             for position, row in enumerate(islice(lines.read(source), settings.samples)):
                 text, prefix, outputs = _fields(source, row)
-                if (before := done.get(position)) is not None:
-                    if before["outputs"] != outputs or before["model"] != model:
-                        other = "another model" if before["model"] != model else "other prompts"
-                        raise UserError(f"{writer.part} holds answers of {other}; give another --out, or remove it")
-                    progress(1)
-                    continue
                 request = Request(id=str(position), text=text, prefix=prefix, ids=frame.encode(text, prefix), tokens=TASKS[task].tokens)
-                group.append((request, {"index": position, "outputs": outputs, "length": row.get("length"), "model": model,
-                                        "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}}))
-                if len(group) >= (batch or max(1, predictions.TOKENS_AT_A_TIME // max(length, 1))):
-                    _ask(backend, group, writer, progress)
-            _ask(backend, group, writer, progress)
-            writer.finish()
-        finally:
-            writer.close()
+                beside.append({"index": position, "outputs": outputs, "length": row.get("length"), "model": model,
+                               "prompt_sha256": predictions.prompt_hash(request),
+                               "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}})
+                yield request
 
-
-def _ask(backend: Backend, group: list[tuple[Request, dict[str, Any]]], writer: lines.Writer, progress: Progress) -> None:
-    """Answers to the requests of `group`, each kept as it comes; the group is empty then."""
-    for place, completion in backend.generate([request for request, _ in group]) if group else ():
-        writer.add({**group[place][1], "pred": completion.text})
-        progress(1)
-    group.clear()
+        answers = predictions.run(backend, requests(), path.with_suffix(".journal.jsonl"), progress=progress,
+                                  batch=batch or max(1, predictions.TOKENS_AT_A_TIME // max(length, 1)))
+        results.write_lines(path, [{"pred": one.text, **beside.popleft()} for one in answers])
 
 
 def prediction_file(settings: Settings, task: str, length: int) -> Path:
@@ -203,17 +192,17 @@ def score(settings: Settings) -> dict[str, Any]:
         for task in settings.runnable():
             path = prediction_file(settings, task, length)
             if not path.is_file():
-                raise UserError(f"{path}: no such file; run --stage predict first" + (" (it was stopped before its end)" if path.with_name(
-                    path.name + ".part").exists() else ""))
+                raise UserError(f"{path}: no such file; run --stage predict first" + (" (it was stopped before its end)" if path.with_suffix(
+                    ".journal.jsonl").exists() else ""))
             rows = list(islice(lines.read(path), settings.samples))
             if not rows or not all("pred" in row and row.get("outputs") for row in rows):
                 raise UserError(f"{path}: lines need `pred` and `outputs`")
             model = rows[0].get("model", model)
             data[task] = rows[0].get("made") or {"wording": "as in the data"}
-            predictions = [scores.printable(row["pred"]) for row in rows]
+            texts = [scores.printable(row["pred"]) for row in rows]
             scorer = scores.string_match_part if TASKS[task].part else scores.string_match_all
             table.setdefault(task, {})[str(length)] = {
-                "score": scorer(predictions, [row["outputs"] for row in rows]), "samples": len(rows), "empty": sum(not text for text in predictions)}
+                "score": scorer(texts, [row["outputs"] for row in rows]), "samples": len(rows), "empty": sum(not text for text in texts)}
     wordings = sorted({made.get("wording", "as in the data") for made in data.values()})
     return {"format": FORMAT, "task": "ruler", "model": model, "wording": " and ".join(wordings), "official_samples": OFFICIAL_SAMPLES,
             "data": data, "scores": table, **averages(table)}

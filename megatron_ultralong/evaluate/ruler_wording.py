@@ -1,12 +1,14 @@
 """The sentences of RULER's prompts: this project's own, or the official ones, read from files that the user has.
 
 Both have the same structure and fields. None of the official sentences stands here: `official` reads them from a checkout of NVIDIA/RULER
-(scripts/data/synthetic/) without running any of its code.
+(scripts/data/synthetic/), `installed` from lm-evaluation-harness, whose RULER tasks ask in NVIDIA's words; neither runs any of that code.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,42 @@ OWN = Wording(
     qa_prefix=" Answer:",
     document="Document {i}:\n{document}",
 )
+
+
+def choose(checkout: Path | None, own: bool) -> Wording:
+    """The checkout's words where one is given, else the installed package's where there is one and `own` does not say otherwise, else our own."""
+    return official(checkout) if checkout else OWN if own else installed() or OWN
+
+
+def installed() -> Wording | None:
+    """The official wording as lm-evaluation-harness holds it; None where that is not installed, or has it elsewhere."""
+    found = importlib.util.find_spec("lm_eval")
+    places = [Path(root) / "tasks" / "ruler" for root in (found.submodule_search_locations if found else None) or ()]
+    try:
+        place = next(place for place in places if place.is_dir())
+        configs = {name: _assigned(place / f"{name}_utils.py", "CONFIG")[0] for name in ("vt", "cwe", "fwe", "qa")}
+        configs["vt"] = configs["vt"]["variable_tracking"]
+        # In its files an answer's first words have lost the space before them.
+        prefixes = {f"{name}_prefix": " " + config["answer_prefix"].lstrip() for name, config in configs.items()}
+        niah, prefix = _assigned(place / "niah_utils.py", "TEMPLATE")[0], " " + _plural_prefix(place / "prepare_niah.py")
+        return Wording(
+            name=f"official, as in lm-evaluation-harness {importlib.metadata.version('lm_eval')}",
+            needle=_assigned(place / "prepare_niah.py", "NEEDLE")[0], noise=_assigned(place / "prepare_niah.py", "haystack")[0],
+            document=_assigned(place / "qa_utils.py", "DOCUMENT_PROMPT")[0],
+            niah=niah, niah_prefix=prefix, niah_one=_one(niah), niah_one_prefix=_one(prefix),
+            **{name: config["template"] for name, config in configs.items()}, **prefixes)
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, StopIteration):
+        return None
+
+
+def _plural_prefix(path: Path) -> str:
+    """The first words of an answer with several values: the f-string after the else of `gen_prefix`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            if ast.unparse(key or value) == "'gen_prefix'" and isinstance(value, ast.IfExp) and isinstance(value.orelse, ast.JoinedStr):
+                return "".join(str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
+                               for part in value.orelse.values if isinstance(part, ast.Constant | ast.FormattedValue))
+    raise LookupError(f"{path.name} has no gen_prefix")
 
 
 def official(directory: Path) -> Wording:

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_ultralong.config import UserError
 from megatron_ultralong.evaluate import code_run
+from megatron_ultralong.evaluate.backends import identity
 
 FORMAT = 1
 """Version of the results JSON."""
@@ -126,12 +127,13 @@ def run(backend: Any, settings: Settings, out: Path) -> tuple[dict[str, Any], li
                            "paper": {name: asdict(PAPER[name]) for name in names if name in PAPER}},
               "scores": scores, "metrics": {task: _plain(values) for task, values in found["results"].items()},
               "shots": found.get("n-shot", {}), "questions": {task: counts["effective"] for task, counts in found["n-samples"].items()},
-              "versions": found.get("versions", {}), "prompts_cut": model.cut, "seconds": round(time.time() - started, 1)}
+              "versions": found.get("versions", {}), "prompts_cut": model.cut, "unanswered": model.unanswered, "seconds": round(time.time() - started, 1)}
     if runner.outcomes:
         result["code"] = {"programs": len(runner.outcomes), "seconds": CODE_SECONDS, "network_off": all(o.network_off for o in runner.outcomes),
                           "writes_confined": all(o.writes_confined for o in runner.outcomes)}
-    samples = [{"task": task, "question": sample["doc_id"], "target": sample["target"], "answers": sample["resps"], "read": sample["filtered_resps"],
-                **{metric: sample[metric] for metric in sample["metrics"]}} for task, every in found["samples"].items() for sample in every]
+    samples = [{"task": task, "question": sample["doc_id"], "prompt_sha256": sample["prompt_hash"], "target": sample["target"],
+                "answers": sample["resps"], "read": sample["filtered_resps"], **{metric: sample[metric] for metric in sample["metrics"]}}
+               for task, every in found["samples"].items() for sample in every]
     return result, samples
 
 
@@ -234,10 +236,7 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 
 def _identity(backend: Any) -> str:
     """Of the model, so that its kept answers are no other model's."""
-    told = {key: value for key, value in backend.describe().items() if key not in ("device", "layout")}
-    if getattr(backend, "path", None) is not None:  # the same directory may hold another model by now
-        told["files"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(backend.path).iterdir()) if file.is_file()]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(identity(backend), sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def table(result: dict[str, Any]) -> str:

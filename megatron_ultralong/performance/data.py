@@ -103,7 +103,7 @@ def _child(name: str, settings: Settings, folder: str, answer: Any) -> None:
     try:
         tokens = METHODS[name](settings, Path(folder))
     except ImportError as error:
-        answer.send({"note": f"not installed: {error.name}"})
+        answer.send({"note": f"not installed: {error.name or error}"})
         return
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in usage)

@@ -1,4 +1,4 @@
-"""tools/benchmark.py step, and its search for the longest sequence: a process of its own, for Megatron's groups."""
+"""tools/benchmark.py step, its search for the longest sequence, and generate: a process of its own, for Megatron's groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from megatron_ultralong.config import Memory, Model
+from megatron_ultralong.config import Memory, Model, UserError
 
 MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=96)
 S = 256
@@ -67,6 +67,26 @@ def _one_process(index: int, folder: Path) -> None:
     assert nothing[0]["note"] == "out of memory" and "seconds" not in nothing[0]
 
     _a_store_gives_its_memory_back()
+    _generation(folder)
+
+
+def _generation(folder: Path) -> None:
+    from megatron_ultralong.performance import generate, report
+
+    settings = generate.Settings(model=MODEL, lengths=[S, 4 * S], sequences=3, written=4, chunk=64, precision="fp32", repeats=2)
+    found = generate.run(settings, torch.device("cpu"), "the command")
+    report.write_json(found, folder / "generate.json")
+    report.plot(found, folder / "generate.png")
+    short, long = json.loads((folder / "generate.json").read_text())["rows"]
+    for row, length in ((short, S), (long, 4 * S)):
+        assert row["tokens"] == length and row["prefill_tokens_per_second"] == pytest.approx(length / row["prefill_seconds"])
+        assert row["decode_tokens_per_second"] == pytest.approx(3 / row["decode_seconds"]) and row["decode_seconds"] > 0
+        assert row["kv_bytes"] == 2 * MODEL.layers * MODEL.kv_heads * MODEL.head_dim * 4 * length
+        assert 0.5 < row["peak_bytes"] / row["planned_bytes"] < 1.3
+    # What grows with the prompt is its keys and values: it is read in chunks.
+    assert long["peak_bytes"] - short["peak_bytes"] == pytest.approx(long["kv_bytes"] - short["kv_bytes"], rel=0.05)
+    with pytest.raises(UserError, match="--written 0 must be at least 1"):
+        generate.Settings(model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32")
 
 
 def _host_adam_is_adam(step: Any) -> None:

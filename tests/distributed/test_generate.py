@@ -19,6 +19,7 @@ from megatron_ultralong.evaluate import memory
 from megatron_ultralong.evaluate.decode import Sampling, Session
 from megatron_ultralong.model import rope as ropes
 from tests.spawn import leave_groups, run_ranks
+from tests.text import write_jsonl
 from tests.tiny import LLAMA3, hf_model
 
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
@@ -203,6 +204,17 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     assert run.returncode == 0 and sorted(json.loads(line).get("key", "") for line in kept.read_bytes().splitlines()) == sorted(
         json.loads(line).get("key", "") for line in lines)
     assert [trial["prediction"] for trial in json.loads((tmp_path / "cp" / "niah.json").read_text())["trials"]] == answers["hf"]
+    # Perplexity of the checkpoint over two ranks, each with half of the keys and values, is that of transformers.
+    books = write_jsonl(tmp_path / "books.jsonl", ["The grass is green. The pass key of Ada is 12345. " * 60] * 2)
+    figures = {}
+    for name, ranks, words in (("hf", 1, ["--model", DEMO]), ("ckpt", 2, ["--ckpt", tmp_path / "ckpt", "--read-chunk", 100])):
+        run = tool("evaluate.py", "perplexity", *words, "--data", books, "--lengths", "300,512", "--rows", 2, "--device", "cpu",
+                   "--out", tmp_path / f"{name}-perplexity", ranks=ranks)
+        assert run.returncode == 0 and run.stdout.count("perplexity.png written") == 1, run.stderr
+        found = json.loads((tmp_path / f"{name}-perplexity" / "perplexity.json").read_text())
+        figures[name] = [part["nll"] for length in ("300", "512") for part in found["scores"][length]["by_sixteenth"]]
+    assert found["model"]["layout"]["cp"] == 2 and figures["ckpt"] == pytest.approx(figures["hf"], abs=1e-4)
+
     for words, message in ((["--ckpt", tmp_path / "ckpt", *grid, "--out", tmp_path / "cp"], "niah.predictions.jsonl is of model."),
                            (["--model", DEMO, "--lengths", "20", "--out", tmp_path / "x", "--device", "cpu"], "--lengths 20: too short")):
         run = tool("evaluate.py", "niah", *words, ranks=2)

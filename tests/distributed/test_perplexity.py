@@ -14,7 +14,7 @@ import torch
 
 from megatron_ultralong import plan, recipes
 from megatron_ultralong.config import Model, Parallel, Run, override
-from megatron_ultralong.evaluate import perplexity, positions
+from megatron_ultralong.evaluate import likelihood, perplexity, positions
 from megatron_ultralong.evaluate.perplexity_training import during_training
 from tests.spawn import leave_groups, run_ranks
 from tests.text import write_rows
@@ -32,8 +32,8 @@ SETTINGS = [*(f"model.{name}={getattr(MODEL, name)}" for name in SHAPE),
 def reference(model: Any, prefix: str) -> dict[str, Any]:
     """The same of transformers, whose own test is tests/unit/test_perplexity.py."""
     class Backend:
-        def __init__(self) -> None:
-            self.model = model
+        def token_nll(self, ids: list[int]) -> torch.Tensor:
+            return likelihood.of_row(model, ids)
 
         def describe(self) -> dict[str, Any]:
             return {}

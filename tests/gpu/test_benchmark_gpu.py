@@ -57,3 +57,12 @@ def test_step() -> None:
     limit = (rows["attention"]["peak_bytes"] + rows["none"]["peak_bytes"]) // 2 + 2**28
     long = step.run(settings(["none", "attention"], lengths=[8192], longest=True, granularity=8192, limit=int(limit)), CUDA, "test").rows
     assert long[1]["tokens"] >= long[0].get("tokens", 0) and all("out of memory" in row["note"] for row in long)
+
+
+def test_generate() -> None:
+    from megatron_ultralong.performance import generate
+
+    model = Model(hidden_size=512, ffn_size=1024, layers=4, heads=8, kv_heads=2, head_dim=64, vocab_size=1000, tied_embeddings=True)
+    settings = generate.Settings(model=model, lengths=[2048, 16384], sequences=4, written=8, chunk=1024, precision="bf16", repeats=2)
+    for row in generate.run(settings, CUDA, "test").rows:
+        assert row["prefill_seconds"] > 0 and row["decode_seconds"] > 0 and row["peak_bytes"] < 1.2 * row["planned_bytes"], row

@@ -40,7 +40,7 @@ ALLOWED = {
     "train": BELOW_TRAIN | {"plan"},
     "evaluate": BELOW_TRAIN,
     # Measures what the others do; only its tool imports it.
-    "performance": {"config", "runtime", "context_parallel", "model", "plan", "train.metrics", "data"},
+    "performance": {"config", "runtime", "context_parallel", "model", "plan", "train.metrics", "data", "evaluate.memory"},
 }
 
 NO_MEGATRON = ["config.py", "recipes.py", "hardware.py", "plan_layer.py", "plan.py", "planner.py", "plan_report.py", "checkpoint/mapping.py",

@@ -117,6 +117,10 @@ def test_what_is_sent(server, folder):
     assert backend.tokenizer.decode(sent) == "<|begin|>[user] Why?[assistant] The answer is" and server.bodies[-1]["stop"] == ["\n\n"]
     ask(backend, "unused", ids=[5, 6, 7])
     assert server.bodies[-1]["prompt"] == [5, 6, 7]
+    asked = len(server.bodies)
+    with pytest.raises(UserError, match="use --api completions"):  # no empty message is sent in its place
+        list(endpoint(server, folder).generate([Request(id="x", ids=[5, 6, 7], tokens=7)]))
+    assert len(server.bodies) == asked
 
 
 @pytest.mark.parametrize("change, words", [

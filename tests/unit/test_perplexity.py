@@ -56,6 +56,9 @@ class Backend:
     def __init__(self) -> None:
         self.model = hf_model(MODEL)
 
+    def token_nll(self, ids: list[int]) -> torch.Tensor:
+        return likelihood.of_row(self.model, ids)
+
     def describe(self) -> dict[str, Any]:
         return {"path": "tiny"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +26,7 @@ from tests import text
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
 FAMILIES = ("llama3", "unigram")
 WORDING = ruler_wording.OWN
+OFFICIAL_SHA256 = "61c6652ae7d783040657cb7b17a21284736b369444f43853144c820a0db8452a"
 
 
 def squad() -> dict:
@@ -253,6 +256,27 @@ def test_official_wording_is_read_from_a_checkout(tmp_path, tokenizers, files):
         ruler_wording.official(tmp_path / "RULER")
 
 
+def test_official_wording_of_the_installed_harness(tokenizers, files, monkeypatch, tmp_path):
+    """NVIDIA's words, known here by their hash alone: none of them stands in this project."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    wording = ruler_wording.choose(None, own=False)
+    assert wording == ruler_wording.installed() and re.fullmatch(r"official, as in lm-evaluation-harness [\d.]+", wording.name)
+    texts = {name: text for name, text in vars(wording).items() if name != "name"}
+    assert hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest() == OFFICIAL_SHA256
+    assert all(re.findall(r"\{\w+\}", text) == re.findall(r"\{\w+\}", getattr(WORDING, name)) for name, text in texts.items() if name != "qa_prefix")
+    for task in TASKS:
+        row = sample(kit_of(tokenizers["llama3"], files, wording=wording), task, 3000, 0)
+        assert "{" not in row["answer_prefix"] and row["answer_prefix"].startswith(" ")
+        assert all(output.lower() in row["input"].lower() for output in row["outputs"][:1])
+    assert ruler_wording.choose(None, own=True) == ruler_wording.OWN
+    monkeypatch.setattr(ruler_wording.importlib.util, "find_spec", lambda name: None)
+    assert ruler_wording.choose(None, own=False) == ruler_wording.OWN
+    # Another version of it, which has them elsewhere.
+    monkeypatch.setattr(ruler_wording.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    (tmp_path / "tasks" / "ruler").mkdir(parents=True)
+    assert ruler_wording.choose(None, own=False) == ruler_wording.OWN
+
+
 def test_questions_and_documents_of_the_official_files(files, tmp_path):
     data = ruler_qa.read_squad(files["squad"])
     assert len(data.questions) == 36 and len(data.documents) == 36 and data.documents == sorted(data.documents)
@@ -292,7 +316,8 @@ class Oracle:
 
 
 def settings(tmp_path: Path, files: dict, **change) -> ruler.Settings:
-    return ruler.Settings(**{"out": tmp_path / "out", "tasks": ("niah_single_1", "qa_1"), "lengths": (2000, 3000), "samples": 3, **files, **change})
+    return ruler.Settings(**{"out": tmp_path / "out", "tasks": ("niah_single_1", "qa_1"), "lengths": (2000, 3000), "samples": 3, "own_words": True,
+                             **files, **change})
 
 
 def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenizers, files, tmp_path):
@@ -335,7 +360,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
     assert result["wording"] == "own" and result["model"]["path"] == "oracle" and result["by_length"]["3000"]["average"] == 83.34
     other = Oracle(tokenizer, answers)
     other.describe = lambda: {"path": "other"}  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="answers of another model"):
+    with pytest.raises(UserError, match="is of model.path \"oracle\", not \"other\""):
         ruler.predict(mine, other)
     assert ruler.score(mine) == result, "what was finished stays"
 

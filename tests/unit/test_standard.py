@@ -6,6 +6,8 @@ import json
 import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -125,6 +127,22 @@ def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
         assert greedy == (logits.argmax(-1).tolist() == continuation)
 
 
+def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
+    """Its own way in: a name and arguments, as a dictionary or a text."""
+    import megatron_ultralong.evaluate.harness  # noqa: F401
+
+    [task] = [name for name in write_tasks(tmp_path / "tasks") if name == "write"]
+    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    for arguments in ({"model": str(BASE), "engine": "hf", "chat": "no"}, f"model={BASE},engine=hf"):
+        found = lm_eval.simple_evaluate(model="megatron_ultralong", model_args=arguments, device="cpu", tasks=[task], task_manager=manager,
+                                        bootstrap_iters=0)
+        assert found["results"][task]["exact_match,none"] == 1
+    for wrong, message in (({"model": str(BASE), "size": 3}, "model_args: size is no option"), ({"engine": "hf"}, "give --model DIR"),
+                           ({"model": str(BASE), "engine": "tensorflow"}, "model_args: .*invalid choice")):
+        with pytest.raises(UserError, match=message):
+            lm_eval.simple_evaluate(model="megatron_ultralong", model_args=wrong, device="cpu", tasks=[task], task_manager=manager)
+
+
 def test_answers_are_kept(tmp_path: Path) -> None:
     backend, tasks = HuggingFace(BASE, device="cpu"), write_tasks(tmp_path / "tasks")
     settings = standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks")
@@ -132,6 +150,57 @@ def test_answers_are_kept(tmp_path: Path) -> None:
     backend.generate = backend.loglikelihood = None  # type: ignore[assignment, method-assign]
     again, _ = standard.run(backend, settings, tmp_path)
     assert again["scores"] == first["scores"] and again["metrics"] == first["metrics"]
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
+    """kill -9 in the middle of the answers: those that were there are not asked for again, and the results are those of a run left alone."""
+    tasks = write_tasks(tmp_path / "tasks")
+    command = [sys.executable, str(Path(__file__)), str(tmp_path)]
+    (tmp_path / "killed").mkdir()
+    killed = subprocess.run([*command, "killed", "20"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists(), killed.stderr
+    (tmp_path / "whole").mkdir()
+    results = {}
+    for name in ("killed", "whole"):
+        done = subprocess.run([*command, name, "1000"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads((tmp_path / name / "result.json").read_text())
+    asked = (tmp_path / "killed" / "asked").read_text().splitlines()
+    whole = (tmp_path / "whole" / "asked").read_text().splitlines()
+    assert sorted(asked) == sorted(whole) and len(set(whole)) == len(whole) > 20
+    assert results["killed"] == results["whole"] and set(results["whole"]["metrics"]) == set(tasks)
+
+
+def _die_after(folder: Path, name: str, answers: int) -> None:
+    """A run of its own process that kills itself when it is asked for more than so many answers."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    backend = HuggingFace(BASE, device="cpu")
+    left = [answers]
+
+    def counted(kind: str, ask: Any) -> Any:
+        def until_killed(questions: Any) -> Any:
+            left[0] -= len(questions)
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with (folder / name / "asked").open("a") as file:
+                file.writelines(f"{kind} {question}\n" for question in questions)
+            return ask(questions)
+        return until_killed
+
+    def one_by_one(requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+        for place, request in enumerate(requests):
+            yield place, next(generate([request]))[1]
+
+    generate = counted("text", backend.generate)
+    backend.generate = one_by_one  # type: ignore[method-assign]
+    backend.loglikelihood = counted("likelihood", backend.loglikelihood)  # type: ignore[method-assign]
+    from megatron_ultralong.evaluate import harness
+
+    harness.SLICE = 3
+    result, _ = standard.run(backend, standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=folder / "tasks"), folder / name)
+    (folder / name / "result.json").write_text(json.dumps({"scores": result["scores"], "metrics": result["metrics"]}))
 
 
 # ---- the paper's protocol ---------------------------------------------------------------------------------------------
@@ -311,3 +380,7 @@ def test_a_program_reaches_nothing_outside(tmp_path: Path, monkeypatch: pytest.M
         code_run.run(stray, seconds=5)
         time.sleep(0.2)
         assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])]
+
+
+if __name__ == "__main__":
+    _die_after(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
