@@ -19,7 +19,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import conversations
+from megatron_ultralong.data import conversations, yaml_file
 from megatron_ultralong.data.conversations import DOMAINS
 
 
@@ -41,14 +41,7 @@ class Source:
 
 def load(path: Path) -> list[Source]:
     """The sources that a YAML file names. UserError for anything in it that is not known."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sources {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--sources {path}: not YAML: {' '.join(str(error).split())}") from None
+    values = yaml_file.read(path, "--sources")
     if not isinstance(values, dict) or list(values) != ["sources"] or not isinstance(values["sources"], dict) or not values["sources"]:
         raise UserError(f"--sources {path}: must hold `sources:` and under it at least one name with its input, and nothing else")
     return [_source(path, str(name), entry) for name, entry in values["sources"].items()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError
+from megatron_ultralong.data import yaml_file
 
 DOMAINS = ("general", "math", "code")
 _PLACES = ("{conversation}", "{answer}")
@@ -78,14 +79,7 @@ class Prompts:
 
 def load(path: Path) -> Prompts:
     """Prompts from a YAML mapping with any of `system`, `general`, `math`, `code`; the others stay ours. UserError for anything else."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--prompts {path}: not YAML: {' '.join(str(error).split())}") from None
+    found = yaml_file.read(path, "--prompts")
     names = [field.name for field in fields(Prompts)]
     if not isinstance(found, dict) or not found:
         raise UserError(f"--prompts {path}: a mapping with some of {', '.join(names)} is needed")

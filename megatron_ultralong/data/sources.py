@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.config import UserError
-from megatron_ultralong.data import documents, rows
+from megatron_ultralong.data import documents, rows, yaml_file
 
 EDGES = tuple(1024 << k for k in range(11))
 """Where length buckets part in reports, tokens: 1K, 2K ... 1M."""
@@ -118,14 +118,7 @@ def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
 
 def load(path: Path) -> Sources:
     """A file of sources; paths in it are relative to the folder it lies in. UserError, which names the key, for anything unknown in it."""
-    import yaml
-
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sources {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--sources {path}: not YAML: {' '.join(str(error).split())}") from None
+    values = yaml_file.read(path, "--sources")
     reader = _Reader(path)
     values = reader.mapping(values, "the file", {"tokens", "seed", "max_repeats", "shuffle", "rates", "shares", "sources"})
     everyones = reader.lengths(values, "")
@@ -272,21 +265,6 @@ def _number(value: Any) -> float:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def _loader() -> Any:
-    """YAML's safe loader, which refuses a key that stands twice: the first one would be lost without a word."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            again = next((key for k, key in enumerate(keys) if key in keys[:k]), None)
-            if again is not None:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {again} stands twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def _not_packed(path: Path) -> None:

@@ -308,7 +308,8 @@ def test_own_prompts(server, tmp_path):
     run(server, source, tmp_path / "out.jsonl", prompts)
     assert server.asked.total() == 2  # another prompt is another question
     for text, message in (("maths: x", "no template is called 'maths'; did you mean 'math'"), ("math: x", "the template 'math' lacks {conversation}"),
-                          ("- a", "a mapping with some of system, general"), ("math: 3", "'math' must be text"), ("a: [", "not YAML: ")):
+                          ("- a", "a mapping with some of system, general"), ("math: 3", "'math' must be text"), ("a: [", "not YAML: "),
+                          ("system: x\nsystem: y", "the key system stands twice")):
         file.write_text(text)
         with pytest.raises(UserError, match=re.escape(message)):
             refine_prompts.load(file)

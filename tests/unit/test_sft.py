@@ -294,7 +294,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, tokenizer_dir, m
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[", "not YAML"), ("a: {input: x}", "must hold `sources:`"), ("sources: {}", "must hold `sources:`"),
+    ("[", "not YAML"), ("sources: {a: {input: x}, a: {input: y}}", "the key a stands twice"),
+    ("a: {input: x}", "must hold `sources:`"), ("sources: {}", "must hold `sources:`"),
     ("sources: {a: {input: a.jsonl, text: b}}", "a: must hold input, domain and form"), ("sources: {a: {domain: math}}", "a: input must be"),
     ("sources: {a: {input: a.jsonl, domain: poems}}", "a: domain poems is not known"), ("sources: {a: {input: b.jsonl}}", "b.jsonl: cannot be read"),
 ])
