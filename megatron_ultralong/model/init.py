@@ -24,7 +24,8 @@ def initialise(parameters: dict[str, torch.nn.Parameter], model: Model, seed: in
 def _tensor(name: str, shape: tuple[int, ...], model: Model, seed: int) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # 32 bits, in which the seed counts: of a longer one torch's generator on the CPU takes the lower half alone.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = model.init_std / math.sqrt(2 * model.layers) if residual else model.init_std
     return torch.empty(shape).normal_(0.0, std, generator=generator)
