@@ -21,6 +21,8 @@ from megatron_ultralong.config import UserError
 from megatron_ultralong.data.chat import DATE
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_ultralong.evaluate.decode import Sampling
 
 Chat = Literal["auto", "yes", "no"]
@@ -81,6 +83,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Once nothing more is asked."""
+
+
+class Weights(Backend, Protocol):
+    """A model whose weights are at hand: HuggingFace and Megatron."""
+
+    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """For each (context ids, continuation ids) the continuation's summed log-probability, and whether greedy decoding would write it."""
+
+    def token_nll(self, ids: Sequence[int]) -> Tensor:
+        """-log p of each of `ids` but the first after those before it, float32 [n - 1] on the CPU."""
 
 
 def identity(backend: Backend) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A backend as a model of lm-evaluation-harness: whatever task the harness has can be asked of it.
 
 Texts become tokens as the harness's own `hf` model makes them, so the two give the same answers (tests/unit/test_standard.py).
-A backend is one of backends.py, which also has `loglikelihood(pairs of tokens)`.
+A backend is one of backends.py; for tasks that compare likelihoods its weights have to be at hand (backends.Weights).
 
 Once this module is imported, the harness knows the model by name too; its arguments are the options of tools/evaluate.py:
 

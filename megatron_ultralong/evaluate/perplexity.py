@@ -70,7 +70,7 @@ def read(names: list[str], tokenizer: Any, text_key: str = "text") -> Iterator[R
 
 
 def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
-    """The results JSON's values. backend: has `token_nll` and `describe` (huggingface.py, megatron.py). progress: told of rows as they are done.
+    """The results JSON's values. backend: backends.Weights, of which `token_nll` and `describe` are asked. progress: told of rows as they are done.
 
     UserError where no row is long enough for a length.
     """
