@@ -19,7 +19,6 @@ place), or one behind an OpenAI-compatible endpoint. A run that was stopped goes
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def run_ruler(args: argparse.Namespace) -> None:
 
     total = len(settings.runnable()) * len(settings.lengths) * settings.samples
     # With several ranks only the first one comes into the block, and does all that is not the model's work.
-    with options.open_backend(args) if "predict" in stages else contextlib.nullcontext() as backend:
+    with options.open_backend(args) if "predict" in stages else options.no_backend() as backend:
         if "prepare" in stages:
             tokenizer = backend.tokenizer if backend is not None else options.load_tokenizer(args)
             with tqdm(total=total, desc="prepare", unit="prompt", disable=None) as bar:
@@ -204,7 +203,7 @@ def _run_staged(args: argparse.Namespace, name: str, choice: Any, benchmark: Any
             raise UserError("--data DIR is needed, or --stage predict or score to go on from what is in --out")
         benchmark.find_files(args.data, choice)  # a wrong folder is told before a model is loaded
     # With several ranks only the first one comes into the block, and does all that is not the model's work.
-    with options.open_backend(args) if args.stage in ("all", "predict") else contextlib.nullcontext() as backend:
+    with options.open_backend(args) if args.stage in ("all", "predict") else options.no_backend() as backend:
         if prepares:
             with tqdm(desc=f"{name}: prepare", unit="prompt", disable=None) as bar:
                 benchmark.prepare(args.out, args.data, choice, bar.update)
@@ -300,8 +299,8 @@ def _depths(text: str) -> tuple[float, ...]:
     if len(values) > 1:
         return tuple(values)
     count = values[0]
-    if count != int(count) or count < 1:
-        raise UserError(f"--depths {text}: one number means so many depths, evenly spaced; it must be a whole number from 1 on")
+    if not count.is_integer() or not 1 <= count <= 1000:
+        raise UserError(f"--depths {text}: one number means so many depths, evenly spaced; it must be a whole number from 1 to 1000")
     return tuple(round(100 * i / (count - 1), 2) for i in range(int(count))) if count > 1 else (50.0,)
 
 

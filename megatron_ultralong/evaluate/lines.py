@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -40,11 +41,13 @@ class Writer:
             self._had_name = path.exists() and not self.part.exists()
             if self._had_name:
                 path.rename(self.part)
-            self.part.touch()
-            with self.part.open("r+b") as file:
-                file.truncate(_whole(file))
+            self._file = self.part.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(_whole(self._file))
             self.done = [{name: line[name] for name in keep if name in line} for line in read(self.part)]
-            self._file = self.part.open("ab")
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{self.part} is being written by another run; wait for it, or choose another --out") from None
         except OSError as error:
             raise UserError(f"{self.part} cannot be written: {error.strerror or error}") from None
 

@@ -6,6 +6,7 @@ Rank 0 runs the benchmark. Each of its calls is sent to all ranks, which carry i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron_ultralong.evaluate.backends import Chat, Completion, Request, comp
 from megatron_ultralong.evaluate.decode import Sampling, Session
 from megatron_ultralong.runtime import launch
 
+WAIT = timedelta(days=100)
+"""For rank 0's next call; should rank 0 end, torchrun ends the others."""
 CHUNK = 16384
 """Tokens of a prompt that are read at a time, by all ranks."""
 
@@ -39,6 +42,8 @@ class Megatron:
         self.tokenizer = load_tokenizer(tokenizer or assets, "--tokenizer" if tokenizer else "--model" if place == assets else "--ckpt")
         self.end = end_tokens(assets, self.tokenizer)
         self.ranks = launch.start(Runtime(device=device), parallel)  # type: ignore[arg-type]
+        # Between two calls rank 0 may work alone for hours (prompts of 4M tokens, data sets): longer than any collective may take.
+        self._calls = torch.distributed.new_group(backend="gloo", timeout=WAIT)
         precision = dtype if dtype != "auto" else "fp32" if self.ranks.device.type == "cpu" else "bf16"
         self._agree(lambda: memory.check_plan(model, parallel, self.ranks.device, chunk=chunk, itemsize=4 if precision == "fp32" else 2))
 
@@ -94,7 +99,7 @@ class Megatron:
         """Carry out rank 0's calls until it closes."""
         box: list[Any] = [None]
         while True:
-            torch.distributed.broadcast_object_list(box, src=0)
+            torch.distributed.broadcast_object_list(box, src=0, group=self._calls)
             name, *arguments = box[0]
             if name == "stop":
                 return launch.stop()
@@ -103,7 +108,7 @@ class Megatron:
     def _together(self, name: str, *arguments: Any) -> Any:
         assert self.ranks.is_main
         self._open = False  # should it fail, the others are somewhere in the middle of it
-        torch.distributed.broadcast_object_list([(name, *arguments)], src=0)
+        torch.distributed.broadcast_object_list([(name, *arguments)], src=0, group=self._calls)
         found = self._do(name, *arguments) if name != "stop" else None
         self._open = name != "stop"
         return found

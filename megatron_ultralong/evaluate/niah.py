@@ -61,7 +61,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("lengths", "depths"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
+            if not values or len({f"{value:g}" if name == "depths" else value for value in values}) != len(values):
                 raise UserError(f"--{name}: give at least one value, and each only once")
         if min(self.lengths) < 1:
             raise UserError(f"--lengths {min(self.lengths)}: must be at least 1")

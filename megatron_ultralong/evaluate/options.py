@@ -77,6 +77,14 @@ def open_backend(args: argparse.Namespace) -> Iterator[Backend]:
         backend.close()
 
 
+@contextlib.contextmanager
+def no_backend() -> Iterator[None]:
+    """In place of `open_backend` where no model is asked: under torchrun too only rank 0 goes on."""
+    if int(os.environ.get("RANK", "0")):
+        raise SystemExit(0)
+    yield None
+
+
 def load_tokenizer(args: argparse.Namespace) -> Any:
     """The tokenizer that prompts are made with where no model is opened."""
     from megatron_ultralong.evaluate import backends

@@ -70,9 +70,10 @@ class Settings:
             raise UserError("--samples and --lengths must be at least 1")
 
     def runnable(self) -> tuple[str, ...]:
-        """The tasks whose files are given: questions and answers need SQuAD and HotpotQA. With `data`, all."""
+        """The tasks whose files are given, or were: questions and answers need SQuAD and HotpotQA, or prompts or predictions made of them."""
         given = {"": True, "squad": self.squad is not None, "hotpotqa": self.hotpotqa is not None}
-        return tuple(task for task in self.tasks if self.data is not None or given[TASKS[task].data])
+        return tuple(task for task in self.tasks if self.data is not None or given[TASKS[task].data] or any(
+            path.is_file() for length in self.lengths for path in (self.out / "data" / task / f"{length}.jsonl", prediction_file(self, task, length))))
 
 
 # ---- prepare --------------------------------------------------------------------------------------------------
@@ -88,6 +89,9 @@ def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: N
     common = {"seed": settings.seed, "wording": wording.name, "tokenizer": f"{len(tokenizer)} tokens", "chat": frame.chat}
     for length in settings.lengths:
         for task in settings.runnable():
+            if TASKS[task].data and TASKS[task].data not in data:  # what an earlier run made of it is there
+                progress(settings.samples)
+                continue
             made = {**common, **_text_of(settings, task)}
             count = min(settings.samples, len(data[TASKS[task].data].questions)) if TASKS[task].data else settings.samples
             path = settings.out / "data" / task / f"{length}.jsonl"
@@ -96,8 +100,8 @@ def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: N
                 continue
             writer = lines.Writer(path, keep=("index", "meta"))
             try:
-                for line in writer.done:
-                    _same(writer.part, line, made)
+                for number, line in enumerate(writer.done):
+                    _same(writer.part, line, number, made)
                 progress(len(writer.done) + settings.samples - count)
                 for index in range(len(writer.done), count):
                     row = sample(kit, task, length, index)
@@ -118,15 +122,16 @@ def _text_of(settings: Settings, task: str) -> dict[str, Any]:
 
 
 def _has(path: Path, count: int, made: dict[str, Any]) -> bool:
-    number = 0
-    for line in lines.read(path):
-        _same(path, line, made)
-        number += 1
-    return number >= count
+    number = -1
+    for number, line in enumerate(lines.read(path)):
+        _same(path, line, number, made)
+    return number + 1 >= count
 
 
-def _same(path: Path, line: dict[str, Any], made: dict[str, Any]) -> None:
-    """UserError where a line of `path` says that it was made with something else than `made`."""
+def _same(path: Path, line: dict[str, Any], number: int, made: dict[str, Any]) -> None:
+    """UserError where a line of `path` is not the one with that number, or says that it was made with something else than `made`."""
+    if line.get("index") != number:
+        raise UserError(f"{path}, line {number + 1}: is prompt {line.get('index')}, not {number}; remove the file, it is made anew")
     for name, value in made.items():
         if (before := line.get("meta", {}).get(name)) != value:
             raise UserError(f"{path} was made with {name} {json.dumps(before)}, not {json.dumps(value)}; give another --out, or remove it")
@@ -141,7 +146,8 @@ def data_file(settings: Settings, task: str, length: int) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"{places[0]}: no such file (nor {places[1].relative_to(root)}); run --stage prepare first, or give its folder as --data")
+    other = f"leave {task} out with --tasks" if settings.data else "run --stage prepare first, or give its folder as --data"
+    raise UserError(f"{places[0]}: no such file (nor {places[1].relative_to(root)}); {other}")
 
 
 def predict(settings: Settings, backend: Backend, *, batch: int | None = None, progress: Progress = lambda n: None) -> None:
@@ -151,23 +157,26 @@ def predict(settings: Settings, backend: Backend, *, batch: int | None = None, p
     """
     frame, model = chat.frame(backend.tokenizer, settings.chat), json.loads(json.dumps(identity(backend)))
     sources = {(task, length): data_file(settings, task, length) for length in settings.lengths for task in settings.runnable()}
+    longest = max(settings.lengths)
+    backend.check(longest, batch or max(1, predictions.TOKENS_AT_A_TIME // longest))
     for (task, length), source in sources.items():
         path, beside = prediction_file(settings, task, length), deque[dict[str, Any]]()
         results.make_folder(path.parent)
 
-        def requests(task: str = task, source: Path = source, beside: deque[dict[str, Any]] = beside) -> Iterator[Request]:
+        def requests(task: str = task, length: int = length, source: Path = source, beside: deque[dict[str, Any]] = beside) -> Iterator[Request]:
             # RULER's own `index` is not the line's number in every task.
             for position, row in enumerate(islice(lines.read(source), settings.samples)):
                 text, prefix, outputs = _fields(source, row)
                 request = Request(id=str(position), text=text, prefix=prefix, ids=frame.encode(text, prefix), tokens=TASKS[task].tokens)
-                beside.append({"index": position, "outputs": outputs, "length": row.get("length"), "model": model,
+                beside.append({"index": position, "outputs": outputs, "length": row.get("length"), "model": model, "max_position": backend.max_position,
+                               "over": len(request.ids or ()) + request.tokens > length,
                                "prompt_sha256": predictions.prompt_hash(request),
                                "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}})
                 yield request
 
         answers = predictions.run(backend, requests(), path.with_suffix(".journal.jsonl"), progress=progress,
                                   batch=batch or max(1, predictions.TOKENS_AT_A_TIME // max(length, 1)))
-        results.write_lines(path, [{"pred": one.text, **beside.popleft()} for one in answers])
+        results.write_lines(path, [{"pred": one.text, "finish": one.finish, **beside.popleft()} for one in answers])
 
 
 def prediction_file(settings: Settings, task: str, length: int) -> Path:
@@ -186,26 +195,51 @@ def _fields(path: Path, row: dict[str, Any]) -> tuple[str, str, list[str]]:
 def score(settings: Settings) -> dict[str, Any]:
     """The results JSON's values, of the predictions on disk. UserError where some are missing."""
     table: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     data: dict[str, dict[str, Any]] = {}
-    model: Any = None
     for length in settings.lengths:
         for task in settings.runnable():
-            path = prediction_file(settings, task, length)
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; run --stage predict first" + (" (it was stopped before its end)" if path.with_suffix(
-                    ".journal.jsonl").exists() else ""))
-            rows = list(islice(lines.read(path), settings.samples))
-            if not rows or not all("pred" in row and row.get("outputs") for row in rows):
-                raise UserError(f"{path}: lines need `pred` and `outputs`")
-            model = rows[0].get("model", model)
-            data[task] = rows[0].get("made") or {"wording": "as in the data"}
+            rows = _answers(settings, task, length)
+            made = rows[0].get("made") or {"wording": "as in the data"}
+            _one(found, "models", rows, "model", settings)
+            _one(data, task, [row | {"made": row.get("made") or made} for row in rows], "made", settings)
             texts = [scores.printable(row["pred"]) for row in rows]
             scorer = scores.string_match_part if TASKS[task].part else scores.string_match_all
             table.setdefault(task, {})[str(length)] = {
-                "score": scorer(texts, [row["outputs"] for row in rows]), "samples": len(rows), "empty": sum(not text for text in texts)}
+                "score": scorer(texts, [list(map(str, row["outputs"])) for row in rows]), "samples": len(rows), "empty": sum(not text for text in texts),
+                "over": sum(bool(row.get("over")) for row in rows),
+                "refused": sum(row.get("finish", "stop") not in ("stop", "length") for row in rows)}
+            found["max_position"] = rows[0].get("max_position", found.get("max_position"))
+    model = found.get("models")
     wordings = sorted({made.get("wording", "as in the data") for made in data.values()})
-    return {"format": FORMAT, "task": "ruler", "model": model, "wording": " and ".join(wordings), "official_samples": OFFICIAL_SAMPLES,
-            "data": data, "scores": table, **averages(table)}
+    return {"format": FORMAT, "task": "ruler", "model": model and {**model, "max_position": found.get("max_position")},
+            "wording": " and ".join(wordings), "official_samples": OFFICIAL_SAMPLES, "data": data, "scores": table, **averages(table)}
+
+
+def _answers(settings: Settings, task: str, length: int) -> list[dict[str, Any]]:
+    """The prediction file's lines. UserError where it is not there, or one is no prediction."""
+    path = prediction_file(settings, task, length)
+    if not path.is_file():
+        stopped = " (it was stopped before its end)" if path.with_suffix(".journal.jsonl").exists() else ""
+        raise UserError(f"{path}: no such file; run --stage predict first{stopped}")
+    rows = list(islice(lines.read(path), settings.samples))
+    for number, row in enumerate(rows, 1):
+        outputs = row.get("outputs")
+        if not isinstance(row.get("pred"), str) or not isinstance(outputs, list) or not outputs or not isinstance(row.get("made", {}), dict):
+            raise UserError(f"{path}, line {number}: needs `pred` (text) and `outputs` (list of texts)")
+    if not rows:
+        raise UserError(f"{path}: holds no prediction; remove it and run --stage predict")
+    return rows
+
+
+def _one(found: dict[str, Any], name: str, rows: list[dict[str, Any]], key: str, settings: Settings) -> None:
+    """Note what all `rows` say of `key`; UserError where they, or rows before, say another thing: figures of two would stand in one table."""
+    for row in rows:
+        if (value := row.get(key)) is not None and found.setdefault(name, value) != value:
+            what = "two models" if key == "model" else f"{name} prompts made in two ways"
+            other = next(part for part in {**value, **found[name]} if value.get(part) != found[name].get(part))
+            raise UserError(f"{settings.out / 'predictions'} holds answers of {what} ({other} {json.dumps(found[name].get(other))} and "
+                            f"{json.dumps(value.get(other))}); score the --lengths and --tasks of one, or give each another --out")
 
 
 def averages(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -242,4 +276,8 @@ def report(result: dict[str, Any]) -> str:
     for bound, found in result["up_to"].items():
         missing = "" if found["complete"] else " - not all tasks and lengths: no figure to compare with"
         out.append(f"up to {bound}: {found['average']:.2f} (mean of {', '.join(name_of(length) for length in found['lengths'])}){missing}")
+    cells = [cell for of_task in result["scores"].values() for cell in of_task.values()]
+    for key, words in (("refused", "prompts were refused by the endpoint and count as 0"), ("over", "prompts are longer than the length they stand for")):
+        if count := sum(cell.get(key, 0) for cell in cells):
+            out.append(f"{count} of {sum(cell['samples'] for cell in cells)} {words}")
     return "\n".join([*out, f"wording: {result['wording']}"])

@@ -80,7 +80,7 @@ def _read(path: Path, option: str, what: str, parse: Any) -> Data:
         data = parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {path}: cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{option} {path}: is not {what} ({type(error).__name__}: {error})") from None
     if not data.questions or not all(question.answers for question in data.questions):
         raise UserError(f"{option} {path}: is not {what} (a question without answers, or none at all)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import string
@@ -112,12 +113,17 @@ def sentence(rng: random.Random) -> str:
 
 
 def read_haystack(paths: tuple[Path, ...]) -> list[str]:
-    """Sentences of text files, in order, white space joined. UserError where a file cannot be read or no text is in them."""
+    """Sentences of text files, in order, white space joined; of a .json its `text`, as RULER's own script leaves the essays. UserError where a
+    file cannot be read or no text is in them."""
     pieces: list[str] = []
     for path in paths:
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            if path.suffix == ".json":
+                text = json.loads(text)["text"]
+            if not isinstance(text, str):
+                raise ValueError("its `text` is none")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--haystack {path}: cannot be read as text ({error})") from None
         pieces += [joined for piece in re.split(r"(?<=[.!?])\s+", text) if (joined := " ".join(piece.split()))]
     if not pieces:

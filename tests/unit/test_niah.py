@@ -265,7 +265,9 @@ def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
     for change, words in (
             (["--model", tmp_path / "nowhere"], "no such directory"), (["--model", empty], "no config.json"),
             (["--lengths", "30"], "too short"), (["--lengths", "abc"], "whole number"), (["--lengths", "100,100"], "only once"),
-            (["--depths", "0,101"], "0 to 100"), (["--depths", "2.5"], "whole number"), (["--depths", "a,b"], "percents"),
+            (["--depths", "0,101"], "0 to 100"), (["--depths", "nan"], "whole number"), (["--depths", "inf"], "whole number"),
+            (["--depths", "10,nan"], "0 to 100"), (["--depths", "10,10.00001"], "each only once"),
+            (["--depths", "2.5"], "whole number"), (["--depths", "a,b"], "percents"),
             (["--trials", "0"], "at least 1"), (["--batch", "0"], "at least 1"), (["--out", file / "o"], "cannot be written"),
             (["--haystack", tmp_path / "none.txt"], "cannot be read"), (["--chat", "yes"], "no chat template")):
         with pytest.raises(UserError, match=words) as error:

@@ -204,8 +204,11 @@ def test_haystack_files_are_read_in_order_and_again(tokenizers, files, tmp_path)
     body = sample(kit_of(tokenizers["llama3"], files, haystack=pieces), "niah_single_2", 2000, 0)["input"]
     without = re.sub(r" ?Among the secret .*? there is \d+\.", "", body)
     assert "One comes first. Two follows it! Three ends? One comes first. Two" in without
+    (tmp_path / "essays.json").write_text(json.dumps({"text": "One comes\nfirst. \"Two\" follows!"}))
+    assert ruler_text.read_haystack((tmp_path / "essays.json",)) == ["One comes first.", '"Two" follows!']
     (tmp_path / "empty.txt").write_text(" \n")
-    for path, words in ((tmp_path / "none.txt", "cannot be read"), (tmp_path / "empty.txt", "no text")):
+    (tmp_path / "list.json").write_text("[1]")
+    for path, words in ((tmp_path / "none.txt", "cannot be read"), (tmp_path / "empty.txt", "no text"), (tmp_path / "list.json", "read as text")):
         with pytest.raises(UserError, match=words):
             ruler_text.read_haystack((path,))
 
@@ -311,6 +314,11 @@ class Oracle:
             self.asked.append((list(request.ids or ()), request.tokens))
             yield place, Completion(text=self.answers[len(self.asked) - 1], tokens_in=len(request.ids or ()), tokens_out=1, finish="stop")
 
+    max_position = 8192
+
+    def check(self, length: int, batch: int) -> None:
+        self.checked = (length, batch)
+
     def describe(self) -> dict:
         return {"path": "oracle", "lengths": (1, 2)}
 
@@ -350,6 +358,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
         ruler.score(mine)
     rest = Oracle(tokenizer, [*answers[5:11], "nothing"])
     ruler.predict(mine, rest, progress=done.append)
+    assert rest.checked == (3000, 5), "memory for the longest is asked for before the first prompt"
     assert len(rest.asked) == 7 and [tokens for _, tokens in stopped.asked] == [128] * 3 + [32] * 2
     frame = chat.frame(tokenizer, "no")
     assert stopped.asked[1][0] == frame.encode(rows[1]["input"], rows[1]["answer_prefix"])
@@ -363,6 +372,35 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
     with pytest.raises(UserError, match="is of model.path \"oracle\", not \"other\""):
         ruler.predict(mine, other)
     assert ruler.score(mine) == result, "what was finished stays"
+    assert ruler.score(settings(tmp_path, {})) == result, "predictions of qa_1 are scored without its questions"
+
+    # A table is of one model, and a task of one making.
+    part, whole = settings(tmp_path, files, tasks=("niah_single_1",), lengths=(3000,)), settings(tmp_path, files, tasks=("niah_single_1",))
+    path = ruler.prediction_file(part, "niah_single_1", 3000)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for change, message in (({"model": {"path": "b"}}, r"answers of two models \(path .oracle. and .b.\)"),
+                            ({"made": {**rows[0]["made"], "seed": 9}}, r"niah_single_1 prompts made in two ways \(seed 0 and 9\)"),
+                            ({"pred": None}, "line 1: needs `pred`"), ({"outputs": "52"}, "line 1: needs"), ({"made": "x"}, "line 1: needs")):
+        path.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        with pytest.raises(UserError, match=message):
+            ruler.score(whole)
+    path.write_text("".join(json.dumps(row | {"finish": "HTTP 400: too long", "over": True}) + "\n" for row in rows))
+    result = ruler.score(whole)
+    assert result["scores"]["niah_single_1"]["3000"]["refused"] == 3 and "3 of 6 prompts were refused by the endpoint" in ruler.report(result)
+    assert "3 of 6 prompts are longer" in ruler.report(result) and result["model"]["max_position"] == 8192
+
+
+def test_a_file_of_prompts_has_one_writer_and_each_prompt_once(tokenizers, files, tmp_path):
+    mine, place = settings(tmp_path, files, tasks=("niah_single_1",), lengths=(2000,)), tmp_path / "out" / "data" / "niah_single_1" / "2000.jsonl"
+    writer = lines.Writer(place, keep=())
+    with pytest.raises(UserError, match="is being written by another run"):
+        ruler.prepare(mine, tokenizers["llama3"])
+    writer.close()
+    ruler.prepare(mine, tokenizers["llama3"])
+    good = place.read_text().splitlines(keepends=True)
+    place.write_text("".join([good[0], good[0], good[1]]))
+    with pytest.raises(UserError, match="line 2: is prompt 0, not 1; remove the file"):
+        ruler.prepare(mine, tokenizers["llama3"])
 
 
 def test_rulers_own_data_and_predictions_are_scored_as_they_are(tokenizers, tmp_path):
@@ -380,7 +418,7 @@ def test_rulers_own_data_and_predictions_are_scored_as_they_are(tokenizers, tmp_
     texts = [tokenizer.decode(prompt) for prompt, _ in backend.asked]
     assert texts == ["<|begin|><|user|>the sky<|end|><|assistant|> Answer: ", "<|begin|>the cat Answer: "]
     result = ruler.score(mine)
-    assert result["scores"]["vt"]["4096"] == {"score": 25.0, "samples": 2, "empty": 0} and result["wording"] == "as in the data"
+    assert result["scores"]["vt"]["4096"] == {"score": 25.0, "samples": 2, "empty": 0, "over": 0, "refused": 0} and result["wording"] == "as in the data"
     official = mine.out / "predictions" / "vt" / "4096.jsonl"
     official.write_text(json.dumps({"index": 731, "pred": "\x02ABCDE fghij ", "input": "x", "outputs": ["ABCDE", "FGHIJ"], "others": {}}) + "\n")
     assert ruler.score(mine)["scores"]["vt"]["4096"]["score"] == 100.0
@@ -405,6 +443,13 @@ def test_averages_up_to_a_bound_name_their_lengths_and_what_is_missing():
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
+
+def test_under_torchrun_only_the_first_rank_does_what_asks_no_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "ruler", "--model", tmp_path, "--lengths", "1K", "--stage", "prepare", "--out", tmp_path / "out")
+    assert stop.value.code == 0 and not list((tmp_path / "out").iterdir())
+
 
 def command(monkeypatch, *words) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
