@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ultralong.config import Parallel
 from megatron_ultralong.evaluate import infinitebench, lveval, niah, perplexity, ruler, staged, standard
@@ -76,6 +78,8 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
     theirs = every_benchmark(HuggingFace(BASE, device="cpu"), folder, folder / "hf") if rank == 0 else None
     backend = Megatron(path=BASE, parallel=Parallel(cp=world), device="cpu", chunk=64)
     launch.stop = lambda: None  # the spawner ends the group
+    waiting = backend._calls._get_backend(torch.device("cpu")).options._timeout
+    assert waiting > timedelta(days=30), "rank 0 may make prompts for hours while the others wait"
     if not backend.ranks.is_main:
         backend.follow()
         return
