@@ -77,6 +77,12 @@ def open_backend(args: argparse.Namespace) -> Iterator[Backend]:
         backend.close()
 
 
+def check_greedy(args: argparse.Namespace) -> None:
+    """UserError where sampled answers are asked for, of a benchmark that reads greedy ones."""
+    if args.temperature:
+        raise UserError(f"--temperature {args.temperature:g}: this benchmark's answers are greedy; leave it out")
+
+
 def load_tokenizer(args: argparse.Namespace) -> Any:
     """The tokenizer that prompts are made with where no model is opened."""
     from megatron_ultralong.evaluate import backends
