@@ -59,7 +59,7 @@ class Harness(TemplateLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Harness:
         """The model of a call by name. arg_dict: options of tools/evaluate.py that say the model, like {"model": DIR, "engine": "hf"} or
-        {"ckpt": CKPT, "tp": 8}; of additional_config only the device counts. UserError for options that are none or do not fit together."""
+        {"ckpt": CKPT, "tp": 8}, and max_length; of additional_config only the device counts. UserError for options that are none or do not fit."""
         given = {"device": (additional_config or {}).get("device"), **arg_dict}
         parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
         options.add_model_arguments(parser)
