@@ -187,7 +187,7 @@ def _add_staged(task: argparse.ArgumentParser, whose: str, names: str) -> None:
     task.add_argument("--official", type=Path, metavar="DIR", help=f"a checkout of {whose} repository: prompts in its words (default: our own words)")
     task.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each (default: all)")
     task.add_argument("--max-length", metavar="N", help="tokens of prompt and answer together; of longer prompts the middle is left out "
-                      "(default: the positions of the model's config)")
+                      "(default: the positions of the model's config; an endpoint does not say them, and then nothing is cut)")
     task.add_argument("--stage", default="all", choices=("all", *staged.STAGES), help="write the prompts, answer them, score the answers; each from "
                       "the files in --out that the one before left (default: all; what is done already is not done again)")
 
@@ -226,6 +226,8 @@ def add_standard(tasks, shared: argparse.ArgumentParser) -> None:
                       help="paper; one of its five: paper/mmlu, paper/mmlu_pro, paper/math, paper/gsm8k, paper/humaneval; or names of the harness "
                            "(default: %(default)s)")
     task.add_argument("--limit", type=int, metavar="N", help="questions of each task, the first N (default: all)")
+    task.add_argument("--max-length", metavar="N", help="tokens of prompt and answer together; longer prompts lose their beginning (default: the model's "
+                      "positions; an endpoint does not say them, and then nothing is cut)")
     task.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
     task.add_argument("--run-code", action="store_true", help="run the programs that the model writes for HumanEval, in limited processes")
     task.set_defaults(function=run_standard)
@@ -255,8 +257,10 @@ def add_report(tasks) -> None:
 
 
 def run_standard(args: argparse.Namespace) -> None:
-    settings = standard.Settings(tasks=tuple(name.strip() for name in args.tasks.split(",")), limit=args.limit, include_path=args.include_path,
-                                 chat=args.chat, run_code=args.run_code)
+    options.check_greedy(args)
+    settings = standard.Settings(tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()), limit=args.limit,
+                                 include_path=args.include_path, chat=args.chat, run_code=args.run_code,
+                                 max_length=parse_count(args.max_length, "--max-length") if args.max_length else None)
     settings.names()  # a mistake there is told before the model is read
     results.make_writable(args.out)
     with options.open_backend(args) as backend:  # with several ranks only the first one comes into the block

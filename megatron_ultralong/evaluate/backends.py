@@ -58,6 +58,11 @@ class Completion:
     finish: str
     """stop = it came to an end; length = it was cut off; anything else = why an endpoint gave no answer to this request."""
 
+    @property
+    def answered(self) -> bool:
+        """Not where an endpoint refused the request: that counts as 0, and is asked again by the next run."""
+        return self.finish in ("stop", "length")
+
 
 class Backend(Protocol):
     """What benchmarks need of a model."""
@@ -96,8 +101,9 @@ class Weights(Backend, Protocol):
 
 
 def identity(backend: Backend) -> dict[str, Any]:
-    """What of `describe` decides the answers: not the machine, nor the layout over it."""
-    return {name: value for name, value in backend.describe().items() if name not in ("device", "layout", "parameters", "max_position")}
+    """What of `describe` decides the answers: not the machine or its address, nor the layout over it."""
+    places = ("device", "layout", "parameters", "max_position", "base_url")
+    return {name: value for name, value in backend.describe().items() if name not in places}
 
 
 def encode(tokenizer: Any, request: Request, chat: Chat) -> list[int]:

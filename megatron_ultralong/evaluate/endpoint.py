@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +133,8 @@ class Endpoint:
                 raise
             return Completion(text="", tokens_in=0, tokens_out=0, finish=f"{failure.kind}: {failure}")
         tokens_in, tokens_out = reply.tokens or (0, 0)
-        return Completion(text=reply.text, tokens_in=tokens_in, tokens_out=tokens_out, finish="refused" if reply.refused else reply.finish or "stop")
+        found = Completion(text=reply.text, tokens_in=tokens_in, tokens_out=tokens_out, finish="refused" if reply.refused else reply.finish or "stop")
+        return found if found.answered else replace(found, text="")  # what a filter left of an answer is none
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Endpoints do not say how likely a given text is."""

@@ -14,41 +14,41 @@ import argparse
 import atexit
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM, hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from megatron_ultralong.config import UserError
+from megatron_ultralong.config import UserError, parse_count
 from megatron_ultralong.data.chat import DATE
 from megatron_ultralong.evaluate import options
 from megatron_ultralong.evaluate.backends import Request
 
 GENERATED = 256
 """Tokens written where a task does not say: the harness's own figure."""
-POSITIONS = 2048
-"""Where a backend does not say how many it has: the harness's own figure."""
 SLICE = 64
 """Questions asked of the backend at a time; those answered are kept, should the run be killed."""
+CUT, REFUSED = "cut ", "refused "
+"""What the notes begin with that stand between the harness's kept answers, before the hash of a request."""
 
 
 @register_model("megatron_ultralong")
 class Harness(TemplateLM):
     """What `lm_eval.simple_evaluate(model=...)` takes."""
 
-    def __init__(self, backend: Any, *, batch_tokens: int = 16384) -> None:
-        """batch_tokens: tokens of the prompts that are generated for at a time."""
+    def __init__(self, backend: Any, *, max_length: int | None = None, batch_tokens: int = 16384) -> None:
+        """max_length: prompt and answer together, tokens; None = the model's own positions, and where they are not known nothing is cut.
+        batch_tokens: tokens of the prompts that are generated for at a time."""
         super().__init__()
         self.backend_, self.tokenizer, self.batch_tokens = backend, backend.tokenizer, batch_tokens
-        self.max_length: int = backend.max_position or POSITIONS
-        self.cut = 0
-        """Prompts that were longer than the model's positions and lost their beginning."""
+        self.max_length: int | None = max_length if max_length is not None else backend.max_position
+        self._notes: MutableMapping[str, Any] = {}
         self.unanswered = 0
         """Prompts that an endpoint did not answer (refused, too long for it): they count as answered by nothing."""
 
@@ -59,10 +59,11 @@ class Harness(TemplateLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Harness:
         """The model of a call by name. arg_dict: options of tools/evaluate.py that say the model, like {"model": DIR, "engine": "hf"} or
-        {"ckpt": CKPT, "tp": 8}; of additional_config only the device counts. UserError for options that are none or do not fit together."""
+        {"ckpt": CKPT, "tp": 8}, and max_length; of additional_config only the device counts. UserError for options that are none or do not fit."""
         given = {"device": (additional_config or {}).get("device"), **arg_dict}
         parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
         options.add_model_arguments(parser)
+        parser.add_argument("--max-length")
         words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
         try:
             args, unknown = parser.parse_known_args(words)
@@ -70,9 +71,25 @@ class Harness(TemplateLM):
             raise UserError(f"model_args: {error}") from None
         if unknown:
             raise UserError(f"model_args: {unknown[0].partition('=')[0].removeprefix('--')} is no option of tools/evaluate.py's models")
+        options.check_greedy(args)
+        max_length = parse_count(args.max_length, "max_length") if args.max_length else None
         stack = contextlib.ExitStack()
         atexit.register(stack.close)  # the harness does not say when it is done; other ranks wait until then
-        return cls(stack.enter_context(options.open_backend(argparse.Namespace(**vars(args), seed=0))))
+        return cls(stack.enter_context(options.open_backend(argparse.Namespace(**vars(args), seed=0))), max_length=max_length)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """The harness's file of kept answers, which takes our notes too. It keeps a refused prompt as answered by nothing: that is forgotten."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            self._notes = cache_hook.dbdict
+            for note in [key for key in self._notes if key.startswith(REFUSED)]:
+                self._notes.pop(note.removeprefix(REFUSED), None)
+                del self._notes[note]
+
+    def cut_among(self, requests: Iterable[tuple[Any, ...]]) -> int:
+        """How many of these requests' arguments were longer than `max_length` and lost their beginning, in this run or one before it."""
+        cut = {key for key in self._notes if key.startswith(CUT)}
+        return sum(CUT + hash_args("", args) in cut for args in requests)
 
     @property
     def eot_token_id(self) -> int:
@@ -104,7 +121,7 @@ class Harness(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1]))
         with tqdm(total=len(order), desc="likelihoods", unit="request", disable=disable_tqdm or None) as bar:
             for places in _slices(order, SLICE):
-                found = self.backend_.loglikelihood([self._fit(requests[i][1], requests[i][2]) for i in places])
+                found = self.backend_.loglikelihood([self._fit(*requests[i]) for i in places])
                 for i, answer in zip(places, found, strict=True):
                     answers[i] = answer
                     if requests[i][0] is not None:
@@ -112,22 +129,23 @@ class Harness(TemplateLM):
                 bar.update(len(places))
         return answers
 
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The last tokens that the model has positions for; its last token is never read, only foretold."""
-        over = len(context) + len(continuation) - (self.max_length + 1)
-        if over <= 0:
+    def _fit(self, args: tuple[str, str] | None, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """The last tokens that there is room for; the very last one is never read, only foretold."""
+        if self.max_length is None or (over := len(context) + len(continuation) - (self.max_length + 1)) <= 0:
             return context, continuation
-        self.cut += 1
+        if args is not None:
+            self._notes[CUT + hash_args("", args)] = True
         if over >= len(context):
-            raise UserError(f"a task asks about {len(continuation)} tokens at once, more than the model's {self.max_length} positions")
+            raise UserError(f"a task asks about {len(continuation)} tokens at once, more than the {self.max_length} there is room for")
         return context[over:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, window after window, each token with as much before it as the model has positions for."""
+        """log p of whole texts, window after window, each token with as much before it as there is room for."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
+            tokens = self.tok_encode(text)
             found = [utils.make_disjoint_window(window) for window in utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1)]
+                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length or len(tokens), context_len=1)] if tokens else []
             windows += [(None, context, continuation) for context, continuation in found]
             counts.append(len(found))
         answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
@@ -146,9 +164,10 @@ class Harness(TemplateLM):
                 for place, done in self.backend_.generate([asked[i] for i in places]):
                     i = places[place]
                     written[i] = postprocess_generated_text(done.text, list(asked[i].stop), None)
-                    if done.finish in ("stop", "length"):
+                    if done.answered:
                         self.cache_hook.add_partial("generate_until", requests[i].args, written[i])
                     else:
+                        self._notes[REFUSED + hash_args("generate_until", requests[i].args)] = done.finish
                         self.unanswered += 1
                     bar.update(1)
         return written
@@ -158,12 +177,16 @@ class Harness(TemplateLM):
         if kwargs.get("do_sample") or kwargs.get("temperature"):
             raise UserError("a task asks for sampled answers (do_sample, temperature); only greedy ones are written here")
         stop = handle_stop_sequences(kwargs.get("until"), eos=self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False))
-        room = self.max_length - kwargs["max_gen_toks"]
-        if room < 1:
-            raise UserError(f"a task asks for {kwargs['max_gen_toks']} tokens of answer, but the model has {self.max_length} positions in all")
         tokens = self.tok_encode(prompt)
-        self.cut += len(tokens) > room
-        return Request(id="", ids=tokens[-room:], tokens=kwargs["max_gen_toks"], stop=tuple(text for text in stop if text))
+        if self.max_length is not None:
+            room = self.max_length - kwargs["max_gen_toks"]
+            if room < 1:
+                raise UserError(f"a task asks for {kwargs['max_gen_toks']} tokens of answer, but prompt and answer together may have {self.max_length}: "
+                                "the model's positions, or --max-length")
+            if len(tokens) > room:
+                tokens = tokens[-room:]
+                self._notes[CUT + hash_args("", (prompt, settings))] = True
+        return Request(id="", ids=tokens, tokens=kwargs["max_gen_toks"], stop=tuple(text for text in stop if text))
 
 
 def _slices(places: list[int], size: int) -> Iterator[list[int]]:

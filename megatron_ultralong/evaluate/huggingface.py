@@ -43,6 +43,10 @@ class HuggingFace:
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+        try:
+            torch.zeros(1, device=self.device)
+        except RuntimeError as error:
+            raise UserError(f"--device {device}: cannot be used ({str(error).strip().splitlines()[0]}); use auto, cpu or cuda") from None
         chosen: Any = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device == "cpu" else "auto"
         logging.disable_progress_bar()
         self.tokenizer = load_tokenizer(tokenizer or path)
@@ -61,11 +65,12 @@ class HuggingFace:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """Prompts of one size at a time, so that none is padded; those of a group end together, at the latest `tokens`."""
+        """Prompts of one size at a time, so that none is padded; each answer ends by itself. Sampled ones are written one at a time: the random
+        numbers of a batch would depend on its size."""
         prompts = [encode(self.tokenizer, request, self.chat) for request in requests]
 
         def kind(i: int) -> tuple[Any, ...]:
-            return len(prompts[i]), requests[i].tokens, requests[i].stop, self.sampling.temperature and prompts[i]
+            return len(prompts[i]), requests[i].tokens, requests[i].stop, i if self.sampling.temperature else 0
 
         for (_, tokens, stop, _), group in itertools.groupby(sorted(range(len(requests)), key=kind), key=kind):
             places = list(group)
@@ -78,18 +83,21 @@ class HuggingFace:
         more: dict[str, Any] = {}
         if sampling.temperature:
             more = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            torch.manual_seed(sampling.seed_of(prompts[0]))  # a group of equal prompts
-        if stop:
-            more |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+            torch.manual_seed(sampling.seed_of(prompts[0]))  # of the one there is
+        sizes: list[int | None] = [None] * len(prompts)  # of the answers that have ended
+
+        def ended(every: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            # As our own model's answers end (megatron.py): transformers' stop_strings would look at the end of the prompt too.
+            written = every[:, ids.shape[1]:]  # [b, n]
+            for i, token in enumerate(written[:, -1].tolist()):
+                if sizes[i] is None and (token in self.end or (stop and any(s in self.tokenizer.decode(written[i]) for s in stop))):
+                    sizes[i] = written.shape[1]
+            return torch.tensor([size is not None for size in sizes], device=self.device)
+
         pad = min(self.end, default=0)
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=sampling.temperature > 0,
-                                  pad_token_id=pad, eos_token_id=sorted(self.end) or None, **more)
-        return [self._cut(row) for row in out[:, ids.shape[1]:].tolist()]
-
-    def _cut(self, row: list[int]) -> list[int]:
-        """Without what fills an answer up that ended before the others of its group."""
-        first = next((i for i, token in enumerate(row) if token in self.end), len(row))
-        return row[:first + 1]
+                                  pad_token_id=pad, eos_token_id=sorted(self.end) or None, stopping_criteria=[ended], **more)
+        return [row[:size] for row, size in zip(out[:, ids.shape[1]:].tolist(), sizes, strict=True)]
 
     def loglikelihood(self, pairs: Sequence[likelihood.Pair]) -> list[tuple[float, bool]]:
         """(log p of the continuation after the context, whether greedy decoding would write it) of each (context, continuation) of tokens."""

@@ -137,7 +137,7 @@ def _gold(example: Example) -> list[Any]:
     answers = list(example.answers)
     if example.task in ("code_run", "math_find", "math_calc"):
         numbers = _flat(example.meta["answer"])
-        if not numbers or not all(isinstance(number, int | float) for number in numbers):
+        if not numbers or not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             raise UserError(f"{example.place}: field 'answer' holds no numbers; is this the official file?")
         return numbers
     if example.task in ("code_debug", "longbook_choice_eng"):
@@ -168,7 +168,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line a task, as plain text; a `*` marks scores of prompts some of which were cut."""
+    """A line a task, as plain text, with `staged.mark`s."""
     rows = [f"{'':24}{'score':>9}{'questions':>11}{'cut':>7}"]
-    rows += [f"{cell['task']:24}{cell['score']:8.2f}{'*' if cell['cut'] else ' '}{cell['questions']:11}{cell['cut']:7}" for cell in result["cells"]]
+    rows += [f"{cell['task']:24}{cell['score']:8.2f}{staged.mark(cell)}{cell['questions']:11}{cell['cut']:7}" for cell in result["cells"]]
     return "\n".join([*rows, *staged.notes(result)])

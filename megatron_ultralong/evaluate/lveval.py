@@ -113,7 +113,7 @@ def _order(item: tuple[tuple[str, str], Any]) -> tuple[int, int]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Lengths across, sets down, as plain text; a `*` marks scores of prompts some of which were cut."""
+    """Lengths across, sets down, as plain text, with `staged.mark`s."""
     cells = {(cell["set"], cell["length"]): cell for cell in result["cells"]}
     names, levels = [name for name in SETS if any(key[0] == name for key in cells)], [x for x in LEVELS if any(key[1] == x for key in cells)]
     rows = [f"{'':24}" + "".join(level.rjust(9) for level in levels)]
@@ -124,4 +124,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
-    return f"{cell['score']:8.2f}" + ("*" if cell["cut"] else " ") if cell else "-".rjust(8) + " "
+    return f"{cell['score']:8.2f}" + staged.mark(cell) if cell else "-".rjust(8) + " "

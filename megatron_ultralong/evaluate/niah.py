@@ -240,7 +240,7 @@ def run(backend: Backend, grid: Grid, *, haystack: Path | None = None, batch: in
         found = sum(is_correct(one.text, value) for value in prompt.answers)
         trials.append({"length": prompt.length, "depth": prompt.depth, "trial": prompt.trial, "name": prompt.name, "answer": prompt.answer,
                        "prediction": one.text, "correct": found == grid.needles, "found": found, "needles": grid.needles,
-                       "prompt_tokens": len(prompt.tokens), "needle_at": prompt.needle_at})
+                       "prompt_tokens": len(prompt.tokens), "needle_at": prompt.needle_at, **({} if one.answered else {"refused": one.finish})})
     return {"format": FORMAT, "task": "niah", "mode": "passkey" if grid.needles == 1 else "passkeys", "prompt": "own wording", "grid": "own grid",
             "model": backend.describe(),
             "settings": {**asdict(grid), "chat": builder.chat, "haystack": haystack.name if haystack else "own filler sentences"},
@@ -250,16 +250,17 @@ def run(backend: Backend, grid: Grid, *, haystack: Path | None = None, batch: in
 def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
     """Share of needles found in all trials, of each length and of each cell, in the order of the trials.
 
-    A cell's `correct` counts prompts with every needle found; with one needle its share of the trials is the accuracy."""
+    A cell's `correct` counts prompts with every needle found; with one needle its share of the trials is the accuracy. `refused` counts those
+    that an endpoint gave no answer to; their needles count as not found."""
     cells: dict[tuple[int, float], list[dict[str, Any]]] = {}
     lengths: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         cells.setdefault((trial["length"], trial["depth"]), []).append(trial)
         lengths.setdefault(str(trial["length"]), []).append(trial)
-    return {"accuracy": _share(trials), "by_length": {length: _share(some) for length, some in lengths.items()},
+    return {"accuracy": _share(trials), "refused": _refused(trials), "by_length": {length: _share(some) for length, some in lengths.items()},
             "cells": [{"length": length, "depth": depth, "trials": len(some), "correct": sum(trial["correct"] for trial in some),
                        "needles": sum(trial["needles"] for trial in some), "found": sum(trial["found"] for trial in some),
-                       "accuracy": _share(some)} for (length, depth), some in cells.items()]}
+                       "accuracy": _share(some), "refused": _refused(some)} for (length, depth), some in cells.items()]}
 
 
 def _read(path: Path) -> str:
@@ -271,3 +272,7 @@ def _read(path: Path) -> str:
 
 def _share(trials: list[dict[str, Any]]) -> float:
     return round(sum(trial["found"] for trial in trials) / sum(trial["needles"] for trial in trials), 4)
+
+
+def _refused(trials: list[dict[str, Any]]) -> int:
+    return sum("refused" in trial for trial in trials)

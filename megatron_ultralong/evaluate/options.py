@@ -85,6 +85,12 @@ def no_backend() -> Iterator[None]:
     yield None
 
 
+def check_greedy(args: argparse.Namespace) -> None:
+    """UserError where sampled answers are asked for, of a benchmark that reads greedy ones."""
+    if args.temperature:
+        raise UserError(f"--temperature {args.temperature:g}: this benchmark's answers are greedy; leave it out")
+
+
 def load_tokenizer(args: argparse.Namespace) -> Any:
     """The tokenizer that prompts are made with where no model is opened."""
     from megatron_ultralong.evaluate import backends

@@ -1,5 +1,7 @@
 """A benchmark's answers, kept on disk as they come: a run that was stopped, however, asks for none of them again.
 
+What an endpoint refused (`Completion.answered`) is written down with its reason, but is no answer: the next run asks again.
+
     {"journal": "predictions", "format": 1, "model": {...}}      the first line: the model and how it writes
     {"key": ID, "prompt_sha256": ..., "prediction": ..., "tokens_in": ..., "tokens_out": ..., "finish": ..., "seconds": ...}
 """
@@ -36,7 +38,7 @@ TOKENS_AT_A_TIME = 16384
 
 def run(backend: Backend, requests: Iterable[Request], path: Path | None, *, batch: int | None = None,
         progress: Callable[[int], Any] = lambda n: None) -> Iterator[Prediction]:
-    """The answers to `requests`, in their order; those that `path` does not hold are asked for, and added to it one by one.
+    """The answers to `requests`, in their order, refusals among them; those that `path` does not hold are asked for, and added to it one by one.
 
     path: None = keep none. batch: requests asked at a time; None = as many as make 16K tokens. Requests are taken as they are needed: a
     prompt of 4M tokens is a list of tens of megabytes. progress: called with the number of answers since the last call. UserError where
@@ -84,9 +86,12 @@ def _known(journal: Journal | None, request: Request, asked: set[str]) -> Predic
     if not lines:
         return None
     line = lines[-1]
+    kept = Prediction(id=request.id, text=line["prediction"], **{name: line[name] for name in ("tokens_in", "tokens_out", "finish", "seconds")})
+    if not kept.answered:
+        return None
     if line["prompt_sha256"] != prompt_hash(request):
         raise UserError(f"{journal.path} holds an answer to another prompt with the id {request.id}; remove it, or choose another --out")  # type: ignore[union-attr]
-    return Prediction(id=request.id, text=line["prediction"], **{name: line[name] for name in ("tokens_in", "tokens_out", "finish", "seconds")})
+    return kept
 
 
 def _record(one: Prediction, request: Request) -> dict[str, Any]:

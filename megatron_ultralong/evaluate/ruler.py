@@ -176,7 +176,7 @@ def predict(settings: Settings, backend: Backend, *, batch: int | None = None, p
 
         answers = predictions.run(backend, requests(), path.with_suffix(".journal.jsonl"), progress=progress,
                                   batch=batch or max(1, predictions.TOKENS_AT_A_TIME // max(length, 1)))
-        results.write_lines(path, [{"pred": one.text, "finish": one.finish, **beside.popleft()} for one in answers])
+        results.write_lines(path, [{"pred": one.text, **({} if one.answered else {"refused": one.finish}), **beside.popleft()} for one in answers])
 
 
 def prediction_file(settings: Settings, task: str, length: int) -> Path:
@@ -208,7 +208,7 @@ def score(settings: Settings) -> dict[str, Any]:
             table.setdefault(task, {})[str(length)] = {
                 "score": scorer(texts, [list(map(str, row["outputs"])) for row in rows]), "samples": len(rows), "empty": sum(not text for text in texts),
                 "over": sum(bool(row.get("over")) for row in rows),
-                "refused": sum(row.get("finish", "stop") not in ("stop", "length") for row in rows)}
+                "refused": sum("refused" in row for row in rows)}
             found["max_position"] = rows[0].get("max_position", found.get("max_position"))
     model = found.get("models")
     wordings = sorted({made.get("wording", "as in the data") for made in data.values()})

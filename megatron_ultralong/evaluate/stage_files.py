@@ -22,7 +22,7 @@ def writer(path: Path, first: dict[str, Any]) -> Iterator[Callable[[dict[str, An
     try:
         with staged.open("w", encoding="utf-8", newline="\n") as file:
             def write(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line) + "\n")  # ASCII: half a surrogate pair, which data may hold, has no other form
 
             write(first)
             yield write
@@ -35,10 +35,10 @@ def writer(path: Path, first: dict[str, Any]) -> Iterator[Callable[[dict[str, An
         staged.unlink(missing_ok=True)
 
 
-def made(path: Path, stage: str) -> dict[str, Any]:
-    """The first line of a stage's output; UserError where there is none."""
+def made(path: Path, stage: str, *names: str) -> dict[str, Any]:
+    """The first line of a stage's output, which says `names`; UserError where there is none."""
     first = head(path)
-    if not first:
+    if not first or any(name not in first for name in names):
         raise UserError(f"{path} is not there, or is none of this version; run --stage {stage} first")
     return first
 
@@ -50,11 +50,19 @@ def head(path: Path) -> dict[str, Any]:
             first = json.loads(file.readline())
     except (OSError, ValueError):
         return {}
-    return first if isinstance(first, dict) and first.get("of", {}).get("format") == FORMAT else {}
+    of = first.get("of") if isinstance(first, dict) else None
+    return first if isinstance(of, dict) and of.get("format") == FORMAT else {}
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines but the first."""
-    with path.open(encoding="utf-8") as file:
-        next(file)
-        yield from map(json.loads, file)
+def read(path: Path, stage: str, *names: str) -> Iterator[dict[str, Any]]:
+    """All lines but the first. UserError where one is none of `stage`, which writes `names` into each."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            next(file, None)
+            for number, text in enumerate(file, 2):
+                line = json.loads(text)
+                if not isinstance(line, dict) or any(name not in line for name in names):
+                    raise ValueError(f"line {number} is without {', '.join(names)}")
+                yield line
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it and run --stage {stage} again") from None

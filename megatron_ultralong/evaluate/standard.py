@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -71,6 +72,9 @@ class Settings:
     """auto = with the tokenizer's chat template where it has one; yes, no."""
     run_code: bool = False
     """Run the programs that the model writes."""
+    max_length: int | None = None
+    """Prompt and answer together, tokens: longer prompts lose their beginning. None = the model's own positions; where they are not known,
+    as an endpoint's, nothing is cut."""
 
     def names(self) -> list[str]:
         """The tasks, `paper` taken apart. UserError where one is named twice, or runs code and is not allowed to."""
@@ -83,6 +87,8 @@ class Settings:
                             + (f", or leave it out: --tasks {others}" if others else ""))
         if self.limit is not None and self.limit < 1:
             raise UserError("--limit must be at least 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError("--max-length must be at least 1")
         if self.include_path is not None and not self.include_path.is_dir():
             raise UserError(f"--include-path {self.include_path}: no such directory")
         return names
@@ -111,10 +117,10 @@ def run(backend: Any, settings: Settings, out: Path) -> tuple[dict[str, Any], li
         runner.check()
     manager = _manager(names, settings.include_path)
     loaded = {name: _load(manager, name, chat, runner) for name in names}
-    model = Harness(backend)
+    model = Harness(backend, max_length=settings.max_length)
     found = lm_eval.simple_evaluate(model=model, tasks=[task for tasks in loaded.values() for task in tasks], task_manager=manager,
                                     limit=settings.limit, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat,
-                                    use_cache=str(out / f"answers-{_identity(backend)}"))
+                                    use_cache=str(out / f"answers-{_identity(backend, model.max_length)}"))
     scores: dict[str, float] = {}
     for name, tasks in loaded.items():
         if name in PAPER:
@@ -122,12 +128,15 @@ def run(backend: Any, settings: Settings, out: Path) -> tuple[dict[str, Any], li
         else:
             for task in tasks:  # one, or all of a tag
                 scores |= _first_share(getattr(task, "task_name", name), found)
+    # The samples tell a question once for each way its answer is read.
+    asked = {(task, sample["doc_id"]): sample["arguments"] for task, every in found["samples"].items() for sample in every}
     result = {"format": FORMAT, "task": "standard", "harness": f"lm-evaluation-harness {lm_eval.__version__}", "model": backend.describe(),
-              "settings": {"tasks": names, "limit": settings.limit, "chat": chat,
+              "settings": {"tasks": names, "limit": settings.limit, "chat": chat, "max_length": model.max_length,
                            "paper": {name: asdict(PAPER[name]) for name in names if name in PAPER}},
               "scores": scores, "metrics": {task: _plain(values) for task, values in found["results"].items()},
               "shots": found.get("n-shot", {}), "questions": {task: counts["effective"] for task, counts in found["n-samples"].items()},
-              "versions": found.get("versions", {}), "prompts_cut": model.cut, "unanswered": model.unanswered, "seconds": round(time.time() - started, 1)}
+              "versions": found.get("versions", {}), "prompts_cut": model.cut_among(itertools.chain.from_iterable(asked.values())),
+              "unanswered": model.unanswered, "seconds": round(time.time() - started, 1)}
     if runner.outcomes:
         result["code"] = {"programs": len(runner.outcomes), "seconds": CODE_SECONDS, "network_off": all(o.network_off for o in runner.outcomes),
                           "writes_confined": all(o.writes_confined for o in runner.outcomes)}
@@ -234,12 +243,17 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if "," in key and "stderr" not in key and isinstance(value, (int, float))}
 
 
-def _identity(backend: Any) -> str:
-    """Of the model, so that its kept answers are no other model's."""
-    return hashlib.sha256(json.dumps(identity(backend), sort_keys=True, default=str).encode()).hexdigest()[:12]
+def _identity(backend: Any, max_length: int | None) -> str:
+    """Of the model and what it is shown, so that its kept answers are no other's."""
+    return hashlib.sha256(json.dumps([identity(backend), max_length], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def table(result: dict[str, Any]) -> str:
     """Scores as plain text."""
     width = max((len(name) for name in result["scores"]), default=4)
-    return "\n".join(f"{name.ljust(width)}  {score:6.2f}" for name, score in result["scores"].items())
+    rows = [f"{name.ljust(width)}  {score:6.2f}" for name, score in result["scores"].items()]
+    if result["prompts_cut"]:
+        rows.append(f"{result['prompts_cut']} prompts lost their beginning, to {result['settings']['max_length']:,} tokens with the answer")
+    if result["unanswered"]:
+        rows.append(f"{result['unanswered']} prompts were refused by the endpoint and count as wrong; the same command asks them again")
+    return "\n".join(rows)

@@ -74,8 +74,11 @@ def test_what_may_pass_is_tried_again_and_the_rest_is_kept(server, folder):
 
 def test_what_a_server_will_not_take_is_an_answer(server, folder):
     too_long = {"status": 400, "raw": json.dumps({"error": {"message": "maximum context length is 8", "code": "context_length_exceeded"}})}
-    server.script = lambda text, nth: too_long if text == "long" else {"text": None, "refusal": "no"} if text == "bad" else "yes"
-    found = ask(endpoint(server, folder), "long", "bad", "good")
+    script = {"long": too_long, "bad": {"text": None, "refusal": "no"}, "filtered": {"text": "It is", "finish": "content_filter"}}
+    server.script = lambda text, nth: script.get(text, "yes")
+    found = ask(endpoint(server, folder), *script, "good")
+    assert {name: one.answered for name, one in found.items()} == {**dict.fromkeys(script, False), "good": True}
+    assert found["filtered"].finish == "content_filter" and found["filtered"].text == "", "what is left of it is no answer"
     assert found["long"].finish.startswith("HTTP 400: ") and "maximum context length" in found["long"].finish and found["long"].text == ""
     assert found["bad"].finish == "refused" and found["good"].finish == "stop"
     # What no request will get ends the run; answers on their way are kept, and no more are asked.
@@ -85,6 +88,11 @@ def test_what_a_server_will_not_take_is_an_answer(server, folder):
         for _, one in endpoint(server, folder, concurrency=2).generate([Request(id=t, text=t, tokens=7) for t in ("y", "x", "z")]):
             got.append(one.text)
     assert got == ["y"] and "z" not in server.asked
+
+
+def test_a_server_that_comes_back_on_another_port_is_the_same_model(server, folder):
+    here, there = endpoint(server, folder), endpoint(server, folder, base_url="http://127.0.0.1:1/v1")
+    assert backends.identity(here) == backends.identity(there) and here.describe()["base_url"] == server.url != there.describe()["base_url"]
 
 
 def test_answers_come_as_they_are_there_some_at_a_time(server, folder):
@@ -223,18 +231,25 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
     def answer(text: str, nth: int) -> Any:
         name = re.findall(r"What is the pass key of (\w+)\?", text)[-1]
         value = re.findall(rf"of {name} is (\d+)", text)[0]
+        if refused:
+            return {"text": None, "refusal": "no"}
         return {"status": 503, "raw": "{}"} if broken and len(server.asked) > 3 else f"It is {value}."
 
-    server.script, broken = answer, True
+    server.script, broken, refused = answer, True, False
     words = ["--base-url", server.url, "--model", "org/m", "--tokenizer", folder, "--lengths", "500", "--depths", "0,100", "--trials", "3",
              "--out", tmp_path, "--retries", 0, "--concurrency", 1]
     with pytest.raises(UserError, match="3 of 6 requests got no answer"):
         command(monkeypatch, *words)
-    broken = False
+    broken, refused = False, True
+    command(monkeypatch, *words)
+    result = json.loads((tmp_path / "niah.json").read_text())
+    assert result["refused"] == 3 and [cell["refused"] for cell in result["cells"]] == [0, 3] and result["accuracy"] == 0.5
+    assert [trial.get("refused") for trial in result["trials"]] == [None] * 3 + ["refused"] * 3
+    refused = False
     command(monkeypatch, *words)
     result = json.loads((tmp_path / "niah.json").read_text())
     assert result["accuracy"] == 1.0 and result["model"]["path"] == "org/m" and result["model"]["lengths_by"] == "llama3"
-    assert sorted(server.asked.values()) == [1, 1, 1, 2, 2, 2] and (tmp_path / "niah.png").exists()
+    assert result["refused"] == 0 and sorted(server.asked.values()) == [1, 1, 1, 3, 3, 3] and (tmp_path / "niah.png").exists()
     [message] = server.bodies[-1]["messages"]
     assert message["content"].startswith("Some pass keys are hidden") and re.search(r"\?\nThe pass key of \w+ is$", message["content"])
 

@@ -141,6 +141,13 @@ def test_the_start_of_an_answer(text, start):
     assert infinitebench.answer_start(text) == start
 
 
+@pytest.mark.parametrize("answer", [[True], ["94"], []])
+def test_what_is_no_number_is_refused(tmp_path, answer):
+    made.jsonl(tmp_path / "data" / "math_find.jsonl", [{"id": 0, **EXAMPLES["math_find"], "answer": answer}])
+    with pytest.raises(UserError, match="field 'answer' holds no numbers"):
+        infinitebench.prepare(tmp_path, tmp_path / "data", infinitebench.Choice())
+
+
 def test_a_task_twice_is_refused(tmp_path):
     data(tmp_path / "data", ("passkey",))
     data(tmp_path / "data" / "copy", ("passkey", "code_run"))
@@ -187,6 +194,10 @@ def test_cut_in_the_middle_and_never_over_the_limit(tmp_path):
     assert all(prompt.endswith(("The pass key is", "The letter of the right answer is")) for prompt in backend.prompts)
     table = infinitebench.table(result)
     assert re.search(r"longbook_choice_eng +100.00\* +1 +1", table) and "average all tasks: 50.00 over 2 of 12" in table
+    (tmp_path / "infinitebench.journal.jsonl").unlink()
+    staged.predict(Answering(lambda prompt: "C", refuses="The letter of"), tmp_path, "infinitebench", max_length=142)
+    table = infinitebench.table(infinitebench.results(tmp_path))
+    assert re.search(r"longbook_choice_eng +0.00! +1", table) and "! 1 prompts were refused by the endpoint and count as 0: HTTP 400 (1)" in table
 
 
 def test_a_task_that_writes_more_than_fits_is_told_before_anything_is_asked(prepared):

@@ -144,6 +144,57 @@ def test_prompts_that_are_cut_are_counted_and_marked(tmp_path):
     assert "* the middle of some prompts was cut, to 240 tokens with the answer" in lveval.table(result)
 
 
+def test_refused_prompts_count_as_nothing_are_marked_and_asked_again(tmp_path, capsys):
+    data = made.lveval(tmp_path / "data")
+    result = run(tmp_path, data, Answering(right, refuses="And who else?"))
+    assert "lveval: prompts are not cut, the model's positions are not known" in capsys.readouterr().out
+    assert [(cell["questions"], cell["score"], cell["refused"]) for cell in result["cells"]] == [(2, 50, 1), (2, 50, 1), (1, pytest.approx(100), 0)]
+    assert result["refused"] == {"HTTP 400": 2}
+    table = lveval.table(result)
+    assert re.search(r"hotpotwikiqa_mixup +50.00! +50.00! ", table)
+    assert "! 2 prompts were refused by the endpoint and count as 0: HTTP 400 (2); the same command asks them again" in table
+    for name in ("predictions", "scores"):
+        rows = [row.get("refused", "") for row in read(tmp_path / f"lveval.{name}.jsonl")]
+        assert [bool(re.fullmatch(r"HTTP 400: \d+ tokens are too many", row)) for row in rows] == [False, False, True, False, True]
+    again = Answering(right)
+    staged.predict(again, tmp_path, "lveval", max_length=None)
+    assert len(again.prompts) == 2 and all("And who else?" in prompt for prompt in again.prompts)
+    result = lveval.results(tmp_path)
+    assert [cell["refused"] for cell in result["cells"]] == [0, 0, 0] and result["averages"]["<128K"]["score"] == 100
+    assert "refused" not in lveval.table(result)
+    staged.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # now it is finished
+
+
+def test_broken_files_are_one_line(tmp_path):
+    run(tmp_path, made.lveval(tmp_path / "data"), Answering(right))
+    path = tmp_path / "lveval.predictions.jsonl"
+    whole = path.read_text()
+    first, second, *rest = whole.splitlines(keepends=True)
+    row = json.loads(second)
+    del row["cut"]
+    for text, message in ((whole[:-9], r"lveval.predictions.jsonl cannot be read \(.*\); remove it and run --stage predict again"),
+                          ("".join([first, json.dumps(row) + "\n", *rest]), "line 2 is without id, prediction, prompt_tokens, cut"),
+                          ("".join([first, "3\n", *rest]), "line 2 is without"),
+                          ("".join(['{"of": null}\n', second, *rest]), "is none of this version; run --stage predict first"),
+                          (json.dumps({"of": json.loads(first)["of"]}) + "\n" + second, "is none of this version; run --stage predict first")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            lveval.results(tmp_path)
+        assert "\n" not in str(error.value)
+    staged.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # made again, of the journal
+    assert path.read_text() == whole
+
+
+def test_half_a_surrogate_pair_in_the_data(tmp_path):
+    data = made.lveval(tmp_path / "data")
+    for path in data.glob("*_16k.jsonl"):
+        path.write_text(path.read_text().replace("keeps the light.", "keeps the light \\ud83d.").replace('"She"', '"\\ud83d"'))
+    backend = Answering(right)
+    assert run(tmp_path, data, backend)["averages"]["<128K"]["score"] == 100
+    assert sum("the light \ufffd." in prompt for prompt in backend.prompts) == 2
+    assert read(tmp_path / "lveval.answers.jsonl")[3]["answers"] == ["Mira", "\ud83d"]
+
+
 def test_a_stopped_run_asks_nothing_twice(tmp_path):
     data = made.lveval(tmp_path / "data")
     lveval.prepare(tmp_path, data, lveval.Choice())
@@ -198,6 +249,9 @@ def test_what_is_asked_for_has_to_be_there(tmp_path):
         lveval.Choice(sets=("cmrc",))
     with pytest.raises(UserError, match="--lengths 8k: known are 16k, 32k"):
         lveval.Choice(levels=("8k",))
+    assert staged.names("16k, ,32k,", LEVELS) == ("16k", "32k") and staged.names(None, LEVELS) == LEVELS
+    with pytest.raises(UserError, match="--sets: give at least one of hotpotwikiqa_mixup"):
+        lveval.Choice(sets=staged.names(",", SETS))
     with pytest.raises(UserError, match="--limit must be at least 1"):
         lveval.Choice(limit=0)
     with pytest.raises(UserError, match="--data holds no hotpotwikiqa_mixup_32k; download it, or leave it out"):

@@ -118,7 +118,8 @@ def test_several_needles_score_the_share_found(tokenizer):
     assert [(cell["needles"], cell["found"], cell["correct"], cell["accuracy"]) for cell in result["cells"]] == [(6, 2, 0, 0.3333)] * 2
     assert result["accuracy"] == 0.3333 and result["mode"] == "passkeys" and result["grid"] == "own grid"
     single = niah.run(Reader(tokenizer, sight=10**6), grid(lengths=(400,), depths=(0.0,), trials=2))
-    assert single["cells"][0] == {"length": 400, "depth": 0.0, "trials": 2, "correct": 2, "needles": 2, "found": 2, "accuracy": 1.0}
+    assert single["cells"][0] == {"length": 400, "depth": 0.0, "trials": 2, "correct": 2, "needles": 2, "found": 2, "accuracy": 1.0,
+                                  "refused": 0}
     assert single["mode"] == "passkey"
 
 
@@ -219,6 +220,40 @@ def test_hugging_face_backend_stops_and_samples(model_dir):
         assert one.text == whole[:whole.index(stop)] if stop in whole else one == plain[i]
     drawn = [asked(HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed))) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    # An answer does not depend on what else is asked: an equal prompt beside it, or nothing.
+    alone = HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=1)).generate([Request(id="x", ids=list(range(5, 14)), tokens=8)])
+    assert drawn[0][0] == drawn[0][2] == dict(alone)[0]
+
+
+def test_hugging_face_backend_looks_for_stop_texts_in_what_was_written_alone(model_dir):
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
+
+    backend = HuggingFace(model_dir, device="cpu")
+    prompts = torch.randint(5, 300, (6, 20), generator=torch.Generator().manual_seed(2)).tolist()
+
+    def asked(*places: int, stop: tuple[str, ...] = ()) -> list[Completion]:
+        found = dict(backend.generate([Request(id=str(i), ids=prompts[i], tokens=12, stop=stop) for i in places]))
+        return [found[i] for i in range(len(places))]
+
+    plain = asked(*range(6))
+    over = backend.tokenizer.decode(prompts[0])[-1] + plain[0].text[0]  # the prompt's last sign and the answer's first
+    assert over not in plain[0].text and asked(0, stop=(over,)) == plain[:1]
+    # One stop text, of which some answers of a batch have none: each ends as it does alone, with the token that brings the stop text.
+    stop = (plain[1].text[5], plain[2].text[8:10])
+    together = asked(*range(6), stop=stop)
+    assert together == [asked(i, stop=stop)[0] for i in range(6)] and len({one.tokens_out for one in together}) > 1
+    for one, whole in zip(together, plain, strict=True):
+        cut = min((whole.text.index(text) for text in stop if text in whole.text), default=None)
+        assert one.text == whole.text[:cut] and (one.tokens_out < whole.tokens_out or one.tokens_out == whole.tokens_out == 12 or one == whole)
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "cuda:99"])
+def test_a_device_that_is_none(model_dir, device):
+    from megatron_ultralong.evaluate.huggingface import HuggingFace
+
+    with pytest.raises(UserError, match=f"--device {device}: ") as error:
+        HuggingFace(model_dir, device=device)
+    assert "\n" not in str(error.value)
 
 
 def command(monkeypatch, *words) -> None:

@@ -23,8 +23,8 @@ class Echo:
 
     chat, max_position, tokenizer = "auto", None, None
 
-    def __init__(self, *, model: str = "m", seed: int = 0, fails_at: str = "", seconds: float = 0.0) -> None:
-        self.model, self.seed, self.fails_at, self.seconds = model, seed, fails_at, seconds
+    def __init__(self, *, model: str = "m", seed: int = 0, fails_at: str = "", refuses: str = "", seconds: float = 0.0) -> None:
+        self.model, self.seed, self.fails_at, self.refuses, self.seconds = model, seed, fails_at, refuses, seconds
         self.calls: list[list[str]] = []
 
     def check(self, length: int, batch: int) -> None: ...
@@ -35,7 +35,8 @@ class Echo:
             if request.id == self.fails_at:
                 raise UserError("no answer")
             time.sleep(self.seconds)
-            yield i, Completion(text=f"<{request.text}>", tokens_in=3, tokens_out=2, finish="stop")
+            refused = request.id == self.refuses
+            yield i, Completion(text="" if refused else f"<{request.text}>", tokens_in=3, tokens_out=2, finish="HTTP 400: long" if refused else "stop")
 
     def describe(self) -> dict:
         return {"backend": "echo", "path": self.model, "device": str(time.time()), "layout": {"cp": os.getpid()}, "settings": {"seed": self.seed}}
@@ -85,6 +86,17 @@ def test_answers_of_something_else_are_refused(tmp_path):
     path.write_text('{"journal": "refine", "format": 1}\n')
     with pytest.raises(UserError, match="line 1: is no journal"):
         list(predictions.run(Echo(), requests(1), path))
+
+
+def test_what_was_refused_is_told_with_its_reason_and_asked_again(tmp_path):
+    path = tmp_path / "p.jsonl"
+    first = list(predictions.run(Echo(refuses="q1"), requests(3), path))
+    assert [(one.answered, one.finish) for one in first] == [(True, "stop"), (False, "HTTP 400: long"), (True, "stop")]
+    assert '"finish": "HTTP 400: long"' in path.read_text()
+    for refuses, again in (("q1", [["q1"]]), ("", [["q1"]]), ("", [])):
+        backend = Echo(refuses=refuses)
+        found = list(predictions.run(backend, requests(3), path))
+        assert backend.calls == again and [one.answered for one in found] == [True, not refuses, True] and len(found) == 3
 
 
 def test_batches_are_taken_as_they_are_needed():

@@ -384,7 +384,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
         path.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
         with pytest.raises(UserError, match=message):
             ruler.score(whole)
-    path.write_text("".join(json.dumps(row | {"finish": "HTTP 400: too long", "over": True}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row | {"refused": "HTTP 400: too long", "over": True}) + "\n" for row in rows))
     result = ruler.score(whole)
     assert result["scores"]["niah_single_1"]["3000"]["refused"] == 3 and "3 of 6 prompts were refused by the endpoint" in ruler.report(result)
     assert "3 of 6 prompts are longer" in ruler.report(result) and result["model"]["max_position"] == 8192

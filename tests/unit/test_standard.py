@@ -129,16 +129,20 @@ def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
 
 def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
     """Its own way in: a name and arguments, as a dictionary or a text."""
+    from lm_eval.tasks import TaskManager
+
     import megatron_ultralong.evaluate.harness  # noqa: F401
 
     [task] = [name for name in write_tasks(tmp_path / "tasks") if name == "write"]
-    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     for arguments in ({"model": str(BASE), "engine": "hf", "chat": "no"}, f"model={BASE},engine=hf"):
         found = lm_eval.simple_evaluate(model="megatron_ultralong", model_args=arguments, device="cpu", tasks=[task], task_manager=manager,
                                         bootstrap_iters=0)
         assert found["results"][task]["exact_match,none"] == 1
     for wrong, message in (({"model": str(BASE), "size": 3}, "model_args: size is no option"), ({"engine": "hf"}, "give --model DIR"),
-                           ({"model": str(BASE), "engine": "tensorflow"}, "model_args: .*invalid choice")):
+                           ({"model": str(BASE), "engine": "tensorflow"}, "model_args: .*invalid choice"),
+                           ({"model": str(BASE), "temperature": 0.7}, "--temperature 0.7: this benchmark's answers are greedy"),
+                           ({"model": str(BASE), "max_length": 10}, "12 tokens of answer, but prompt and answer together may have 10")):
         with pytest.raises(UserError, match=message):
             lm_eval.simple_evaluate(model="megatron_ultralong", model_args=wrong, device="cpu", tasks=[task], task_manager=manager)
 
@@ -150,6 +154,44 @@ def test_answers_are_kept(tmp_path: Path) -> None:
     backend.generate = backend.loglikelihood = None  # type: ignore[assignment, method-assign]
     again, _ = standard.run(backend, settings, tmp_path)
     assert again["scores"] == first["scores"] and again["metrics"] == first["metrics"]
+
+
+def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp_path: Path) -> None:
+    """Cut ones whoever asked them; refused ones are asked again, and only they."""
+    tasks = write_tasks(tmp_path / "tasks")
+    settings = standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks", max_length=100)
+    refusing = Scholar(False)
+    refusing.refuses = "of Cleo"
+    first, _ = standard.run(refusing, settings, tmp_path)
+    assert (first["prompts_cut"], first["unanswered"], first["settings"]["max_length"]) == (4 + 6 * 3, 1, 100), "of `write` and of `digit`"
+    assert [len(refusing.tokenizer.encode(prompt, add_special_tokens=False)) for prompt, _ in refusing.prompts] == [*[100 - 12] * 5, 86]
+    assert "22 prompts lost their beginning, to 100 tokens with the answer\n1 prompts were refused by the endpoint" in standard.table(first)
+    again = Scholar(False)
+    second, _ = standard.run(again, settings, tmp_path)
+    assert len(again.prompts) == 1 and "of Cleo" in again.prompts[0][0] and not again.choices
+    assert (second["prompts_cut"], second["unanswered"]) == (22, 0)
+    third, _ = standard.run(again, settings, tmp_path)
+    assert len(again.prompts) == 1 and third["prompts_cut"] == 22
+    # Other room, other answers: none of those kept are taken.
+    roomy, _ = standard.run(again, standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks"), tmp_path)
+    assert len(again.prompts) == 7 and roomy["prompts_cut"] == 0
+
+
+def test_nothing_is_cut_where_positions_are_not_known(tmp_path: Path) -> None:
+    """As an endpoint's: prompts of more than 2,048 tokens, answers of as many."""
+    write_tasks(tmp_path / "tasks")
+    path = tmp_path / "tasks" / "write.yaml"
+    path.write_text(path.read_text().replace("'{{question}}'", "'{{question * 40}}'").replace("max_gen_toks: 12", "max_gen_toks: 2048"))
+    scholar = Scholar(False)
+    scholar.max_position = None  # type: ignore[assignment]
+    settings = {"tasks": ("write", "many", "whole"), "include_path": tmp_path / "tasks", "limit": 2}
+    result, _ = standard.run(scholar, standard.Settings(**settings), tmp_path)
+    assert result["prompts_cut"] == 0 and result["settings"]["max_length"] is None
+    assert all(size == 2048 and len(scholar.tokenizer.encode(prompt)) > 2500 for prompt, size in scholar.prompts) and len(scholar.prompts) == 2
+    result, _ = standard.run(scholar, standard.Settings(**settings, max_length=4096), tmp_path)
+    assert all(len(scholar.tokenizer.encode(prompt, add_special_tokens=False)) <= 2048 for prompt, _ in scholar.prompts[2:]) and result["prompts_cut"] == 2
+    with pytest.raises(UserError, match="2048 tokens of answer, but prompt and answer together may have 2048: the model's positions, or --max-length"):
+        standard.run(scholar, standard.Settings(**settings, max_length=2048), tmp_path)
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
@@ -239,6 +281,8 @@ class Scholar:
     """A backend that knows the answers, and remembers what it was asked."""
 
     max_position = 8192
+    refuses: str | None = None
+    """Prompts that hold it, as an endpoint would."""
 
     def __init__(self, chat: bool) -> None:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>")
@@ -254,7 +298,9 @@ class Scholar:
         for place, request in enumerate(requests):
             prompt = self.tokenizer.decode(request.ids)
             self.prompts.append((prompt, request.tokens))
-            yield place, Completion(text=self.answer(prompt), tokens_in=len(request.ids or ()), tokens_out=1, finish="stop")
+            refused = self.refuses is not None and self.refuses in prompt
+            yield place, Completion(text="" if refused else self.answer(prompt), tokens_in=len(request.ids or ()), tokens_out=1,
+                                    finish="HTTP 400: no" if refused else "stop")
 
     def answer(self, prompt: str) -> str:
         if "def double" in prompt:
@@ -326,6 +372,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     write_tasks(tmp_path / "tasks")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "standard", "--model", str(BASE), "--tasks", "many,write", "--include-path", str(tmp_path / "tasks"),
                                       "--limit", "4", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    main = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]
+    whole = list(sys.argv)
+    for change, message in ((["--temperature", "0.7"], "--temperature 0.7: this benchmark's answers are greedy; leave it out"),
+                            (["--tasks", ""], "--tasks: give at least one task"), (["--tasks", " ,"], "--tasks: give at least one task"),
+                            (["--max-length", "0"], "--max-length must be at least 1")):
+        monkeypatch.setattr(sys, "argv", [*whole, *change])
+        with pytest.raises(UserError, match=message):
+            main()
+    monkeypatch.setattr(sys, "argv", [*whole, "--tasks", "many, write,", "--max-length", "4K"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
     assert not stop.value.code
@@ -333,6 +388,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     tag, = standard._load(standard._manager(["write"], tmp_path / "tasks"), "written", False, standard._CodeRunner())
     assert tag.task_name == "write" and standard._first_share("write", {"results": {"write": {"exact_match,none": 0.5}}}) == {"write": 50}
     assert result["format"] == 1 and result["task"] == "standard" and result["scores"]["write"] == 100 and result["questions"] == {"many": 4, "write": 4}
+    assert result["settings"]["max_length"] == 4096
     lines = [json.loads(line) for line in (tmp_path / "out" / "standard_samples.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and re.search(r"write +100\.00", capsys.readouterr().out)
 
