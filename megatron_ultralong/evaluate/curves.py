@@ -100,7 +100,7 @@ def label(result: dict[str, Any]) -> str:
 
 def labels(results: list[dict[str, Any]]) -> list[str]:
     """`label` of each, with what tells its files apart where another has the same name and other files."""
-    named = [(label(result), (result.get("model") or {}).get("fingerprint") or "files not known") for result in results]
+    named = [(label(result), str((result.get("model") or {}).get("fingerprint") or "files not known")) for result in results]
     return [f"{name} ({files})" if len({theirs for other, theirs in named if other == name}) > 1 else name for name, files in named]
 
 

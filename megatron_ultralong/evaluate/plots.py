@@ -23,8 +23,9 @@ def check(result: dict[str, Any]) -> None:
         raise ValueError("says positions of its model that are no number")
     for cell in cells:
         if not isinstance(cell, dict) or not isinstance(cell.get("length"), int) or not all(
-                isinstance(value, (int, float)) for value in (cell.get("depth"), cell.get("accuracy"), means.get(str(cell["length"])))):
-            raise ValueError("holds no whole grid: a cell lacks length, depth or accuracy, or a length its mean")
+                isinstance(value, (int, float)) and 0 <= value <= most
+                for value, most in ((cell.get("depth"), 100), (cell.get("accuracy"), 1), (means.get(str(cell["length"])), 1))):
+            raise ValueError("holds no whole grid: a cell lacks length, depth or accuracy, or a length its mean, or they are above 100%")
 
 
 def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, heading: str = "Passkey retrieval (own wording, own grid)",

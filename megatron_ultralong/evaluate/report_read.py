@@ -166,7 +166,7 @@ def _cell(raw: dict[str, Any], of: str, value: Any) -> Cell | None:
 def _refused(raw: dict[str, Any]) -> dict[str, int]:
     """Prompts of each length that an endpoint did not answer, of niah's cells."""
     found: dict[str, int] = {}
-    for cell in raw.get("cells") or []:
+    for cell in raw["cells"] if isinstance(raw.get("cells"), list) else []:
         if isinstance(cell, dict) and isinstance(cell.get("refused"), int):
             found[str(cell.get("length"))] = found.get(str(cell.get("length")), 0) + cell["refused"]
     return found

@@ -195,7 +195,8 @@ def test_perplexities_of_different_text_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [
-    [], {"task": "niah"}, grid(1, 1.0) | {"by_length": {}}, result("ruler", "A", {}), result("ruler", "A", {"vt": {"4K": 1.0}}) | {"model": "str"},
+    [], {"task": "niah"}, grid(1, 1.0) | {"by_length": {}, "cells": 3}, result("ruler", "A", {}),
+    result("ruler", "A", {"vt": {"4K": 1.0}}) | {"model": "str"},
     {"format": 1, "task": "lveval", "cells": [1]}, {"format": 1, "task": "infinitebench", "cells": [{"score": 1.0}]},
     result("perplexity", "A", {"4096": {"perplexity": 1.0}}), result("perplexity", "A", {"4096": 3}), result("perplexity", "A", {}),
     result("standard", "A", {"MMLU": 1.0}) | {"settings": [1]}, result("standard", "A", {"MMLU": float("nan")})])
@@ -209,7 +210,7 @@ def test_one_bad_file_is_left_out(bad: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [[], {"task": "niah"}, grid(1, 1.0) | {"cells": []}, grid(1, 1.0) | {"by_length": {}}, grid(1, 1.0) | {"model": "x"},
-                                 grid(1, 1.0) | {"cells": [{"length": 4096}]}, grid(1, 1.0) | {"model": {"max_position": "x"}}])
+                                 grid(1, 1.0) | {"cells": [{"length": 4096}]}, grid(1, 1.5), grid(1, 1.0) | {"model": {"max_position": "x"}}])
 def test_grids_that_cannot_be_drawn_are_told(bad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, out = write(tmp_path, "good.json", grid(1, 1.0) | {"model": None}), tmp_path / "a.png"
     with pytest.raises(UserError, match="bad.json"):
