@@ -19,6 +19,7 @@ place), or one behind an OpenAI-compatible endpoint. A run that was stopped goes
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def arguments() -> argparse.Namespace:
 
     task = tasks.add_parser("compare", help="several niah.json as heat maps side by side", description="Passkey grids side by side in one plot.")
     task.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="niah.json of each model")
-    task.add_argument("--titles", nargs="+", metavar="TEXT", help="one a file (default: the model's directory)")
+    task.add_argument("--titles", nargs="+", metavar="TEXT", help="one a file (default: the model's name)")
     task.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the plot")
     task.set_defaults(function=run_compare)
     return parser.parse_args()
@@ -141,15 +142,22 @@ def run_ruler(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    found = [results.read_json(path) for path in args.results]
-    for path, result in zip(args.results, found, strict=True):
-        if result.get("task") != "niah":
-            raise UserError(f"{path}: no passkey results; give files that `niah` wrote")
-    titles = args.titles or [str(result["model"]["path"]) for result in found]
+    found = [_read_checked(path, plots.check) for path in args.results]
+    titles = args.titles or curves.labels(found)
     if len(titles) != len(found):
         raise UserError(f"--titles: {len(found)} files need {len(found)} titles, not {len(titles)}")
-    plots.heat_maps(found, titles, args.out, trained=[result["model"].get("max_position") for result in found])
+    plots.heat_maps(found, titles, args.out, trained=[(result.get("model") or {}).get("max_position") for result in found])
     print(f"{args.out} written")
+
+
+def _read_checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Results that can be drawn; UserError where they are none."""
+    result = results.read_json(path)
+    try:
+        check(result)
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from None
+    return result
 
 
 # ---- LV-Eval and InfiniteBench --------------------------------------------------------------------------------
@@ -276,13 +284,15 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
     settings = perplexity.Settings(lengths=tuple(parse_count(text.strip(), "--lengths") for text in args.lengths.split(",")), rows=args.rows,
                                    text_key=args.text_key)
-    beside = [results.read_json(path) for path in args.beside]
+    beside = [_read_checked(path, curves.check) for path in args.beside]  # a mistake there is told before the model is read
+    data = perplexity.sources(args.data)
     results.make_writable(args.out)
     from tqdm import tqdm
 
     with (options.open_backend(args) as backend,  # with several ranks only the first one comes into the block
           tqdm(total=len(settings.lengths) * settings.rows, desc="perplexity", unit="row", disable=None) as bar):
-        result = perplexity.measure(backend, perplexity.read(args.data, backend.tokenizer, args.text_key), settings, bar.update)
+        backend.check(max(settings.lengths), 1)
+        result = perplexity.measure(backend, perplexity.read(args.data, backend.tokenizer, args.text_key), settings, bar.update, data=data)
     results.write_json(args.out / "perplexity.json", result)
     curves.by_position([result, *beside], args.out / "perplexity.png")
     print(perplexity.table(result))

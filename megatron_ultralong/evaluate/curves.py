@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ from megatron_ultralong.evaluate.plots import INK, QUIET, tokens
 
 COLOURS = ("#1f5fa8", "#d1702a", "#2f8f5b", "#8e4fa8", "#b23a48", "#6b7280", "#0f8b8d", "#a67c00")
 MARKERS = "osD^vPX*"
+UNNAMED = "model not named"
+"""What a model is called where a result does not say."""
 
 
 def by_position(results: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of perplexity results, each at its greatest length: by powers of two, and by sixteenths of the length.
+    """Write a PNG of perplexity results that `check` passes, each at its greatest length: by powers of two, and by sixteenths of the length.
 
-    UserError where `path` cannot be written or a result is no perplexity's.
+    Where they are of different text, each is told. UserError where `path` cannot be written.
     """
-    if any(result.get("task") != "perplexity" for result in results):
-        raise UserError("only results of `perplexity` can be drawn beside each other; another file was given")
+    texts, names = [text_of(result) for result in results], labels(results)
     figure, (left, right) = _figure(2, "Perplexity by position")
     for i, result in enumerate(results):
         length = max(result["scores"], key=int)
-        score, name = result["scores"][length], f"{label(result)}, {tokens(int(length))}"
+        score, name = result["scores"][length], f"{names[i]}, {tokens(int(length))}" + (f", {texts[i]}" if len(set(texts)) > 1 else "")
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.6, "label": name}
         rows = [row for row in score["by_position"] if row["perplexity"] is not None]
         left.plot([row["to"] for row in rows], [row["perplexity"] for row in rows], **style)
@@ -35,9 +37,13 @@ def by_position(results: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path, [left, right])
 
 
-def by_length(lines: dict[str, dict[int, float]], path: Path, *, heading: str, axis: str) -> None:
-    """Write a PNG with one line a model: {name: {length: score}}. UserError where `path` cannot be written."""
+def by_length(lines: dict[str, dict[int, float]], path: Path, *, heading: str, axis: str, foot: list[str]) -> None:
+    """Write a PNG with one line a model: {name: {length: score}}; foot: lines below. UserError where `path` cannot be written."""
     figure, (panel,) = _figure(1, heading)
+    if foot:
+        below = [wrapped for line in foot for wrapped in textwrap.wrap(line, 115)]
+        figure.set_figheight(figure.get_figheight() + 0.12 * len(below))
+        figure.supxlabel("\n".join(below), x=0.02, ha="left", fontsize=6.5, color=QUIET)
     for i, (name, points) in enumerate(lines.items()):
         panel.plot(sorted(points), [points[length] for length in sorted(points)], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
                    markersize=4, linewidth=1.6, label=name)
@@ -47,14 +53,19 @@ def by_length(lines: dict[str, dict[int, float]], path: Path, *, heading: str, a
     _save(figure, path, [panel])
 
 
-def table(heading: str, columns: list[str], rows: list[tuple[str, list[str], bool]], path: Path) -> None:
-    """Write a PNG of a table: (name, cells, whether it is published: grey and slanted) of each row. UserError where `path` cannot be written."""
+def table(heading: str, columns: list[str], rows: list[tuple[str, list[str], bool]], path: Path, foot: list[str]) -> None:
+    """Write a PNG of a table: (name, cells, whether it is published: grey and slanted) of each row; foot: lines below.
+
+    UserError where `path` cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     first = max(len("model"), *(len(name) for name, _, _ in rows)) * 0.075 + 0.3
     widths = [max(0.75, len(column) * 0.085 + 0.2) for column in columns]
-    width, height = first + sum(widths) + 0.4, 0.27 * (len(rows) + 1) + 0.75
+    width = first + sum(widths) + 0.4
+    below = [wrapped for line in foot for wrapped in textwrap.wrap(line, int((width - 0.4) / 0.063), subsequent_indent="   ")]
+    height = 0.27 * (len(rows) + 1) + 0.75 + 0.16 * len(below)
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(0.2 / width, 1 - 0.28 / height, heading, fontsize=12, fontweight="bold", color=INK, va="center")
@@ -69,6 +80,8 @@ def table(heading: str, columns: list[str], rows: list[tuple[str, list[str], boo
         if not i or (quiet and not rows[i - 2][2]):
             edge = y - 0.135 / height if not i else y + 0.135 / height
             figure.add_artist(_line(0.2 / width, rights[-1], edge))
+    for i, line in enumerate(reversed(below)):
+        figure.text(0.2 / width, (0.16 * i + 0.12) / height, line, fontsize=7.5, color=QUIET, va="bottom")
     _write(figure, path)
 
 
@@ -79,9 +92,47 @@ def _line(left: float, right: float, y: float) -> Any:
 
 
 def label(result: dict[str, Any]) -> str:
-    """What a result's model is called."""
+    """What a result's model is called: the name it is given, what an endpoint calls it, or its directory's name."""
     model = result.get("model") or {}
-    return str(model.get("name") or Path(str(model.get("path") or "?")).name)
+    path = str(model.get("path") or "")
+    return str(model.get("name") or (path if model.get("backend") == "endpoint" else Path(path).name) or path or UNNAMED)
+
+
+def labels(results: list[dict[str, Any]]) -> list[str]:
+    """`label` of each, with what tells its files apart where another has the same name and other files."""
+    named = [(label(result), str((result.get("model") or {}).get("fingerprint") or "files not known")) for result in results]
+    return [f"{name} ({files})" if len({theirs for other, theirs in named if other == name}) > 1 else name for name, files in named]
+
+
+def check(result: dict[str, Any]) -> None:
+    """ValueError where `result` is none of `perplexity`, or not whole."""
+    if result.get("task") != "perplexity":
+        raise ValueError("is no result of `perplexity`")
+    scores, model, settings = result.get("scores"), result.get("model"), result.get("settings")
+    if not isinstance(scores, dict) or not scores:
+        raise ValueError("has no scores")
+    if not isinstance(model or {}, dict) or not isinstance(settings or {}, dict):
+        raise ValueError("`model` or `settings` is no object")
+    for length, values in scores.items():
+        rows = [values.get(name) for name in ("by_position", "by_sixteenth")] if isinstance(values, dict) else []
+        if not length.isdecimal() or not int(length) or not rows or not _is_number(values.get("perplexity", ""), none=True) or not all(
+                isinstance(some, list) and all(isinstance(row, dict) and _is_number(row.get("from")) and _is_number(row.get("to"))
+                                               and _is_number(row.get("perplexity", ""), none=True) for row in some) for some in rows):
+            raise ValueError(f"its scores at length {length} lack perplexity, by_position or by_sixteenth")
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """Of what text a perplexity is: files, their size, and how many rows."""
+    settings = result.get("settings") or {}
+    data = settings.get("data")
+    if not isinstance(data, list) or not all(isinstance(one, dict) and isinstance(one.get("bytes"), int) for one in data) or not data:
+        return "text not told"
+    more = f" and {len(data) - 1} more" if len(data) > 1 else ""
+    return f"{data[0].get('name')}{more}, {sum(one['bytes'] for one in data):,} bytes, field {settings.get('text_key')}, {settings.get('rows')} rows"
+
+
+def _is_number(value: Any, *, none: bool = False) -> bool:
+    return (none and value is None) or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _figure(panels: int, heading: str) -> tuple[Any, Any]:

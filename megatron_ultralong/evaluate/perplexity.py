@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,22 @@ def read(names: list[str], tokenizer: Any, text_key: str = "text") -> Iterator[R
                 yield numpy.asarray(tokenizer.encode("".join(document.pieces), verbose=False), dtype=numpy.int64), None
 
 
-def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
+def sources(names: list[str]) -> list[dict[str, Any]]:
+    """Name and size of each of `names`, for the results. UserError where one is not there."""
+    found = []
+    for name in names:
+        path = Path(f"{name}.bin" if is_packed(name) else name)
+        try:
+            found.append({"name": path.name, "bytes": path.stat().st_size})
+        except OSError as error:
+            raise UserError(f"--data {name} cannot be read: {error.strerror or error}") from None
+    return found
+
+
+def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Callable[[int], Any] = lambda n: None, *,
+            data: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The results JSON's values. backend: backends.Weights, of which `token_nll` and `describe` are asked. progress: told of rows as they are done.
+    data: what the rows are of, as `sources` tells it, for the results.
 
     UserError where no row is long enough for a length.
     """
@@ -97,7 +111,7 @@ def measure(backend: Any, rows: Iterator[Row], settings: Settings, progress: Cal
             raise UserError(f"--lengths {short(length)}: no row is that long (the longest has {longest_seen} tokens); give longer documents, "
                             "or packed rows")
     return {"format": FORMAT, "task": "perplexity", "model": backend.describe(),
-            "settings": {"lengths": lengths, "rows": settings.rows},
+            "settings": {"lengths": lengths, "rows": settings.rows, "text_key": settings.text_key, "data": [*data]},
             "scores": {str(length): {**positions.summary(found[length], length), "rows": done[length]} for length in lengths},
             "seconds": round(time.time() - started, 1)}
 

@@ -12,9 +12,25 @@ PANELS = 3  # side by side
 INK, QUIET = "#1f2430", "#6b7280"
 
 
+def check(result: dict[str, Any]) -> None:
+    """ValueError where `result` is none of `niah`, or has no grid to draw."""
+    cells, means, model = result.get("cells"), result.get("by_length"), result.get("model")
+    if result.get("task") != "niah":
+        raise ValueError("holds no passkey results; give files that `niah` wrote")
+    if not isinstance(cells, list) or not cells or not isinstance(means, dict) or not isinstance(model or {}, dict):
+        raise ValueError("holds no grid: `cells`, `by_length` or `model` is missing, empty or of another form")
+    if not isinstance((model or {}).get("max_position"), int | None):
+        raise ValueError("says positions of its model that are no number")
+    for cell in cells:
+        if not isinstance(cell, dict) or not isinstance(cell.get("length"), int) or not all(
+                isinstance(value, (int, float)) and 0 <= value <= most
+                for value, most in ((cell.get("depth"), 100), (cell.get("accuracy"), 1), (means.get(str(cell["length"])), 1))):
+            raise ValueError("holds no whole grid: a cell lacks length, depth or accuracy, or a length its mean, or they are above 100%")
+
+
 def heat_maps(results: list[dict[str, Any]], titles: list[str], path: Path, *, heading: str = "Passkey retrieval (own wording, own grid)",
               trained: list[int | None] | None = None) -> None:
-    """Write a PNG with one panel for each of `results` (the values of niah.json), three side by side, then below.
+    """Write a PNG with one panel for each of `results` (the values of niah.json, which `check` passes), three side by side, then below.
 
     trained: tokens a model was made for, one a panel: a dashed line is drawn after that length (None = no line).
     UserError where `path` cannot be written.

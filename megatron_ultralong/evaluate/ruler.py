@@ -266,8 +266,10 @@ def averages(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> str:
     """Tasks down, lengths across, as plain text."""
     lengths = list(result["by_length"])
-    width = max(9, *(len(name_of(int(length))) + 2 for length in lengths))
-    out = ["task".ljust(16) + "".join(name_of(int(length)).rjust(width) for length in lengths)]
+    limit = (result["model"] or {}).get("max_position") or max(map(int, lengths))
+    names = [name_of(int(length)) + "*" * (int(length) > limit) for length in lengths]
+    width = max(9, *(len(name) + 2 for name in names))
+    out = ["task".ljust(16) + "".join(name.rjust(width) for name in names)]
     out += [task.ljust(16) + "".join(f"{found[length]['score']:.2f}".rjust(width) if length in found else "-".rjust(width) for length in lengths)
             for task, found in result["scores"].items()]
     count = len(result["scores"])
@@ -276,6 +278,8 @@ def report(result: dict[str, Any]) -> str:
     for bound, found in result["up_to"].items():
         missing = "" if found["complete"] else " - not all tasks and lengths: no figure to compare with"
         out.append(f"up to {bound}: {found['average']:.2f} (mean of {', '.join(name_of(length) for length in found['lengths'])}){missing}")
+    if any(name.endswith("*") for name in names):
+        out.append(f"* beyond the {limit:,} positions of the model's config")
     cells = [cell for of_task in result["scores"].values() for cell in of_task.values()]
     for key, words in (("refused", "prompts were refused by the endpoint and count as 0"), ("over", "prompts are longer than the length they stand for")):
         if count := sum(cell.get(key, 0) for cell in cells):

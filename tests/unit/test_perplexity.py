@@ -114,20 +114,28 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     save_tokenizer(tmp_path / "model")
     write_jsonl(tmp_path / "a.jsonl", [text(1, 900), text(2, 900)])
 
-    def run(*arguments: str) -> int:
+    def run(*arguments: Path | str) -> None:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "perplexity", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "a.jsonl"),
-                                          "--device", "cpu", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
-        return stop.value.code or 0
+                                          "--device", "cpu", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]()
 
-    assert run("--lengths", "500,1K", "--out", str(tmp_path / "out")) == 0
+    run("--lengths", "500,1K", "--out", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert result["task"] == "perplexity" and set(result["scores"]) == {"500", "1024"} and result["model"]["path"] == "model"
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "position" in printed and f"{result['scores']['1024']['perplexity']:.3f}" in printed
-    assert run("--lengths", "1K", "--out", str(tmp_path / "more"), "--beside", str(tmp_path / "out" / "perplexity.json")) == 0
+    assert result["settings"] == {"lengths": [500, 1024], "rows": 32, "text_key": "text",
+                                  "data": [{"name": "a.jsonl", "bytes": (tmp_path / "a.jsonl").stat().st_size}]}
+    run("--lengths", "1K", "--out", tmp_path / "more", "--beside", tmp_path / "out" / "perplexity.json")
+    for bad, message in (({"task": "niah"}, "is no result of `perplexity`"), ([], "no JSON object"), ({"task": "perplexity", "scores": {}}, "no scores"),
+                         ({"task": "perplexity", "scores": {"4096": {"perplexity": 2.0}}}, "lack perplexity, by_position or by_sixteenth")):
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=message):  # before the model is looked for
+            run("--model", tmp_path / "none", "--lengths", "1K", "--out", tmp_path / "bad", "--beside", tmp_path / "bad.json")
+    with pytest.raises(UserError, match="no-such.jsonl"):
+        run("--model", tmp_path / "none", "--data", tmp_path / "no-such.jsonl", "--lengths", "1K", "--out", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_documents_while_training_need_a_tokenizer_and_length(tmp_path: Path) -> None:

@@ -387,7 +387,9 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
     path.write_text("".join(json.dumps(row | {"refused": "HTTP 400: too long", "over": True}) + "\n" for row in rows))
     result = ruler.score(whole)
     assert result["scores"]["niah_single_1"]["3000"]["refused"] == 3 and "3 of 6 prompts were refused by the endpoint" in ruler.report(result)
-    assert "3 of 6 prompts are longer" in ruler.report(result) and result["model"]["max_position"] == 8192
+    assert "3 of 6 prompts are longer" in ruler.report(result) and result["model"]["max_position"] == 8192 and "*" not in ruler.report(result)
+    result["model"]["max_position"] = 2500
+    assert "   3,000*" in ruler.report(result) and "* beyond the 2,500 positions" in ruler.report(result)
 
 
 def test_a_file_of_prompts_has_one_writer_and_each_prompt_once(tokenizers, files, tmp_path):
