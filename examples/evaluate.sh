@@ -1,0 +1,45 @@
+#!/bin/bash
+# The paper's tables, refilled: passkey grid, RULER, LV-Eval, InfiniteBench, standard benchmarks and perplexity by position of every model,
+# then the report beside the published figures. On one node; each benchmark goes on where it was stopped when this is run again.
+#   MODELS="models/Llama-3.1-8B-1M models/Llama-3.1-8B-Instruct" bash examples/evaluate.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODELS=${MODELS:-models/Llama-3.1-8B-1M models/Llama-3.1-8B-Instruct}  # Hugging Face directories
+OUT=${OUT:-runs/evaluation}
+RANKS=${RANKS:-8}                           # GPUs; 1 = plain transformers
+LAYOUT=${LAYOUT---tp 8}                     # of our own engine over RANKS: --tp, --pp, --cp
+NIAH=${NIAH-32K,128K,512K,1M}               # lengths of the passkey grid; empty leaves a benchmark out
+TRIALS=${TRIALS:-10}
+RULER=${RULER-4K,8K,16K,32K,64K,128K,256K,512K,1M}
+SAMPLES=${SAMPLES:-500}                     # of RULER, a task and length; its authors take 500
+RULER_FILES=${RULER_FILES-}                 # --squad dev-v2.0.json --hotpotqa hotpot_dev_distractor_v1.json --haystack PaulGrahamEssays.json
+LVEVAL=${LVEVAL-hub}                        # official files: a directory, or hub
+INFINITEBENCH=${INFINITEBENCH-hub}
+STANDARD=${STANDARD-paper}                  # tasks of lm-evaluation-harness; HumanEval's programs are run, see docs/how-to-evaluate-standard.md
+BOOKS=${BOOKS-}                             # long documents for perplexity, as PG19's: files or globs
+PERPLEXITY=${PERPLEXITY-4K,32K,128K}
+
+ask() {  # benchmark, more arguments: of $model, over RANKS
+    if [ "$RANKS" -gt 1 ]; then
+        torchrun --standalone --nproc-per-node "$RANKS" tools/evaluate.py "$1" --model "$model" $LAYOUT --out "$out/$1" "${@:2}"
+    else
+        python tools/evaluate.py "$1" --model "$model" --out "$out/$1" "${@:2}"
+    fi
+}
+
+for model in $MODELS; do
+    out="$OUT/$(basename "$model")"
+    if [ -n "$NIAH" ]; then ask niah --lengths "$NIAH" --trials "$TRIALS"; fi
+    if [ -n "$RULER" ]; then
+        # Prompts need no GPU: they are made before one waits for them.
+        python tools/evaluate.py ruler --stage prepare --model "$model" --out "$out/ruler" --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
+        ask ruler --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
+    fi
+    if [ -n "$LVEVAL" ]; then ask lveval --data "$LVEVAL"; fi
+    if [ -n "$INFINITEBENCH" ]; then ask infinitebench --data "$INFINITEBENCH"; fi
+    if [ -n "$STANDARD" ]; then ask standard --tasks "$STANDARD" --run-code; fi
+    if [ -n "$BOOKS" ]; then ask perplexity --data $BOOKS --lengths "$PERPLEXITY"; fi
+done
+
+python tools/evaluate.py report --results "$OUT" --out "$OUT/report"
