@@ -1,6 +1,6 @@
 #!/bin/bash
 # The paper's tables, refilled: passkey grid, RULER, LV-Eval, InfiniteBench, standard benchmarks and perplexity by position of every model,
-# then the report beside the published figures. On one node; each benchmark goes on where it was stopped when this is run again.
+# then the report beside the published figures. On one node; run again it goes on where it was stopped (perplexity starts anew).
 #   MODELS="models/Llama-3.1-8B-1M models/Llama-3.1-8B-Instruct" bash examples/evaluate.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 MODELS=${MODELS:-models/Llama-3.1-8B-1M models/Llama-3.1-8B-Instruct}  # Hugging Face directories
 OUT=${OUT:-runs/evaluation}
 RANKS=${RANKS:-8}                           # GPUs; 1 = plain transformers
-LAYOUT=${LAYOUT---tp 8}                     # of our own engine over RANKS: --tp, --pp, --cp
+LAYOUT=${LAYOUT---tp $RANKS}                # of our own engine over RANKS: --tp, --pp, --cp
 NIAH=${NIAH-32K,128K,512K,1M}               # lengths of the passkey grid; empty leaves a benchmark out
 TRIALS=${TRIALS:-10}
 RULER=${RULER-4K,8K,16K,32K,64K,128K,256K,512K,1M}
@@ -28,13 +28,17 @@ ask() {  # benchmark, more arguments: of $model, over RANKS
     fi
 }
 
+if [ "$(for model in $MODELS; do basename "$model"; done | sort | uniq -d)" ]; then
+    echo "MODELS: two directories have one name, and would share a folder of $OUT; rename one" >&2; exit 2
+fi
 for model in $MODELS; do
     out="$OUT/$(basename "$model")"
     if [ -n "$NIAH" ]; then ask niah --lengths "$NIAH" --trials "$TRIALS"; fi
     if [ -n "$RULER" ]; then
         # Prompts need no GPU: they are made before one waits for them.
         python tools/evaluate.py ruler --stage prepare --model "$model" --out "$out/ruler" --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
-        ask ruler --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
+        ask ruler --stage predict --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
+        python tools/evaluate.py ruler --stage score --out "$out/ruler" --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
     fi
     if [ -n "$LVEVAL" ]; then ask lveval --data "$LVEVAL"; fi
     if [ -n "$INFINITEBENCH" ]; then ask infinitebench --data "$INFINITEBENCH"; fi

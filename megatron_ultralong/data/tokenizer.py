@@ -1,8 +1,8 @@
 """A directory's tokenizer, as transformers' AutoTokenizer has it.
 
-Importing transformers takes seconds. Llama-3's and most others' files say all there is (class PreTrainedTokenizerFast or TokenizersBackend:
-tokenizer.json as it is), and those are read here; where anything in the directory could make transformers change what tokenizer.json says,
-transformers loads it.
+Importing transformers takes seconds. Files like Llama-3's say all there is (a Llama with the class PreTrainedTokenizerFast or
+TokenizersBackend: tokenizer.json as it is), and those are read here. Where anything in the directory could make transformers change what
+tokenizer.json says, transformers loads it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megatron_ultralong.config import UserError
 
 SPECIAL = ("bos", "eos", "pad")
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-_NO_MATTER = {"added_tokens_decoder", "backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only", "model_input_names",
+_ADDED = "added_tokens_decoder"
+_NO_MATTER = {_ADDED, "backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only", "model_input_names",
               "model_max_length", "tokenizer_class"}
 _OF_TOKENS = {"additional_special_tokens", "bos_token", "eos_token", "extra_special_tokens", "pad_token", "unk_token"}
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
@@ -67,25 +68,31 @@ def as_it_is(path: Path) -> tuple[Any, dict[str, int | None]] | None:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         known = backend.get_added_tokens_decoder()
         ids = {token.content: number for number, token in known.items() if token.special}
-        for number, told in settings.get("added_tokens_decoder", {}).items():
+        for number, told in settings.get(_ADDED, {}).items():
             token = known.get(int(number))
             if token is None or token.content != told["content"] or any(getattr(token, flag) != told[flag] for flag in _FLAGS):
                 return None
-        if any(text not in ids for part in (settings, named) for key in _OF_TOKENS & part.keys() for text in _texts(part[key])):
+        if backend.padding is not None or named.keys() - _OF_TOKENS:
             return None
-        if any(_texts(named[key]) != _texts(settings.get(key)) for key in _OF_TOKENS - {"additional_special_tokens"} & named.keys()):
+        if any(isinstance(value, dict) and value["__type"] != "AddedToken" for value in settings.values() if value is not settings.get(_ADDED)):
+            return None
+        if any(text not in ids for part in (settings, named) for key in _OF_TOKENS & part.keys() for text in _texts(key, part[key])):
+            return None
+        if any(_texts(key, named[key]) != _texts(key, settings.get(key)) for key in _OF_TOKENS - {"additional_special_tokens"} & named.keys()):
             return None
     except Exception:  # whatever is wrong or unusual: transformers decides, and says it
         return None
-    return backend, {name: next((ids[text] for text in _texts(settings.get(f"{name}_token"))), None) for name in SPECIAL}
+    return backend, {name: next((ids[text] for text in _texts(f"{name}_token", settings.get(f"{name}_token"))), None) for name in SPECIAL}
 
 
-def _texts(value: Any) -> list[str]:
-    """The tokens that a setting names: a text, {"content": text}, a list of these, or null."""
+def _texts(key: str, value: Any) -> list[str]:
+    """The tokens that a setting names: a text, {"content": text} or null; where the key means several a list of these. Anything else raises."""
     if value is None:
         return []
-    if isinstance(value, list):
-        return [text for one in value for text in _texts(one)]
+    if key.endswith("_tokens"):
+        if not isinstance(value, list):
+            raise TypeError(f"{key} is no list")
+        return [text for one in value for text in _texts("", one)]
     return [value if isinstance(value, str) else value["content"]]
 
 

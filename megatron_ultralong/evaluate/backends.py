@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from megatron_ultralong.evaluate.decode import Sampling
 
+_PIECE, _PIECES = 1 << 12, 256
+"""Bytes of a file that are read at a time, and how often, for its fingerprint."""
 Chat = Literal["auto", "yes", "no"]
 
 
@@ -147,13 +149,20 @@ def load_tokenizer(path: Path, flag: str = "--model") -> Any:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a model's files, tokenizer and generation settings among them, from their ends: enough to tell two apart, and quick at any size."""
+    """Of a model's files, tokenizer and generation settings among them, from pieces all over them: enough to tell two apart, and quick at any
+    size."""
     found = hashlib.sha256()
-    kinds = ("*.safetensors", "*.distcp", "*.json", "*.jinja", "hf/*.json", "hf/*.jinja")  # hf: what a checkpoint keeps of the model it came from
-    for file in sorted(file for kind in kinds for file in path.glob(kind)):
+    names = ("*.safetensors", "*.distcp", "run.json", "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
+             "chat_template.jinja")
+    # hf: what a checkpoint keeps of the model it came from
+    for file in sorted(file for folder in (path, path / "hf") for name in names for file in folder.glob(name)):
         with file.open("rb") as handle:
-            found.update(file.name.encode() + file.stat().st_size.to_bytes(8, "big"))
-            handle.seek(-min(2**16, file.stat().st_size), 2)
+            size = file.stat().st_size
+            found.update(file.name.encode() + size.to_bytes(8, "big"))
+            for at in range(0, size, max(_PIECE, size // _PIECES)):
+                handle.seek(at)
+                found.update(handle.read(_PIECE))
+            handle.seek(-min(_PIECE, size), 2)
             found.update(handle.read())
     return found.hexdigest()[:12]
 

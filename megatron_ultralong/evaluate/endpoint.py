@@ -18,6 +18,9 @@ from megatron_ultralong.evaluate.backends import Chat, Completion, Request, enco
 from megatron_ultralong.evaluate.decode import Sampling
 from megatron_ultralong.runtime import endpoint
 
+NO_ANSWER = ("content_filter", "abort", "error")
+"""Reasons of the finish by which a server says that its answer is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
@@ -133,7 +136,7 @@ class Endpoint:
                 raise
             return Completion(text="", tokens_in=0, tokens_out=0, finish=f"{failure.kind}: {failure}")
         tokens_in, tokens_out = reply.tokens or (0, 0)
-        found = Completion(text=reply.text, tokens_in=tokens_in, tokens_out=tokens_out, finish="refused" if reply.refused else reply.finish or "stop")
+        found = Completion(text=reply.text, tokens_in=tokens_in, tokens_out=tokens_out, finish=_finish(reply))
         return found if found.answered else replace(found, text="")  # what a filter left of an answer is none
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
@@ -149,6 +152,13 @@ class Endpoint:
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+def _finish(reply: endpoint.Reply) -> str:
+    """Servers have words of their own for an answer that came to its end (eos_token, end_turn): only what says that there is none is kept."""
+    if reply.refused:
+        return "refused"
+    return {"max_tokens": "length"}.get(reply.finish or "", reply.finish if reply.finish in ("length", *NO_ANSWER) else "stop")
 
 
 async def _first(tasks: set[asyncio.Task[Completion]]) -> Any:

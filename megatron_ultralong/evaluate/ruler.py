@@ -9,6 +9,7 @@ Data made by NVIDIA/RULER itself (LENGTH/data/TASK/validation.jsonl) is read as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -72,8 +73,8 @@ class Settings:
     def runnable(self) -> tuple[str, ...]:
         """The tasks whose files are given, or were: questions and answers need SQuAD and HotpotQA, or prompts or predictions made of them."""
         given = {"": True, "squad": self.squad is not None, "hotpotqa": self.hotpotqa is not None}
-        return tuple(task for task in self.tasks if self.data is not None or given[TASKS[task].data] or any(
-            path.is_file() for length in self.lengths for path in (self.out / "data" / task / f"{length}.jsonl", prediction_file(self, task, length))))
+        return tuple(task for task in self.tasks if self.data is not None or given[TASKS[task].data] or all(
+            (self.out / "data" / task / f"{length}.jsonl").is_file() or prediction_file(self, task, length).is_file() for length in self.lengths))
 
 
 # ---- prepare --------------------------------------------------------------------------------------------------
@@ -116,9 +117,8 @@ def _text_of(settings: Settings, task: str) -> dict[str, Any]:
     if TASKS[task].data:
         path = settings.squad if TASKS[task].data == "squad" else settings.hotpotqa
         return {"source": path.name if path else ""}
-    if TASKS[task].haystack == "essay":
-        return {"words": "own", "haystack": [path.name for path in settings.haystack] or "own sentences"}
-    return {"words": "own"} if TASKS[task].kind == "cwe" else {}
+    words = {"words": "own"} if TASKS[task].kind == "cwe" or (TASKS[task].kind == "niah" and TASKS[task].key == "words") else {}
+    return words | ({"haystack": [path.name for path in settings.haystack] or "own sentences"} if TASKS[task].haystack == "essay" else {})
 
 
 def _has(path: Path, count: int, made: dict[str, Any]) -> bool:
@@ -162,6 +162,9 @@ def predict(settings: Settings, backend: Backend, *, batch: int | None = None, p
     for (task, length), source in sources.items():
         path, beside = prediction_file(settings, task, length), deque[dict[str, Any]]()
         results.make_folder(path.parent)
+        if _answered(settings, path, source, task, model, frame.chat):
+            progress(settings.samples)
+            continue
 
         def requests(task: str = task, length: int = length, source: Path = source, beside: deque[dict[str, Any]] = beside) -> Iterator[Request]:
             # RULER's own `index` is not the line's number in every task.
@@ -169,14 +172,35 @@ def predict(settings: Settings, backend: Backend, *, batch: int | None = None, p
                 text, prefix, outputs = _fields(source, row)
                 request = Request(id=str(position), text=text, prefix=prefix, ids=frame.encode(text, prefix), tokens=TASKS[task].tokens)
                 beside.append({"index": position, "outputs": outputs, "length": row.get("length"), "model": model, "max_position": backend.max_position,
-                               "over": len(request.ids or ()) + request.tokens > length,
-                               "prompt_sha256": predictions.prompt_hash(request),
+                               "over": len(request.ids or ()) + request.tokens > length, "prompt_sha256": _hash(text, prefix, task, frame.chat),
                                "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}})
                 yield request
 
         answers = predictions.run(backend, requests(), path.with_suffix(".journal.jsonl"), progress=progress,
                                   batch=batch or max(1, predictions.TOKENS_AT_A_TIME // max(length, 1)))
         results.write_lines(path, [{"pred": one.text, **({} if one.answered else {"refused": one.finish}), **beside.popleft()} for one in answers])
+
+
+def _answered(settings: Settings, path: Path, source: Path, task: str, model: Any, framed: bool) -> bool:
+    """Whether `path` holds this model's answers to all of the prompts: they are not even made into tokens again, which takes hours at 1M.
+
+    UserError where it holds others that no journal would bring back.
+    """
+    if not path.is_file():
+        return False
+    rows, count = list(lines.read(path)), 0
+    same = all(row.get("model") == model for row in rows)
+    for count, row in enumerate(islice(lines.read(source), settings.samples), 1):
+        text, prefix, _ = _fields(source, row)
+        same = same and (count > len(rows) or rows[count - 1].get("prompt_sha256") == _hash(text, prefix, task, framed))
+    if not same and not path.with_suffix(".journal.jsonl").exists():
+        raise UserError(f"{path} holds predictions of another model, or to other prompts; score them with --stage score, or give another --out")
+    return same and len(rows) == count and not any("refused" in row for row in rows)
+
+
+def _hash(text: str, prefix: str, task: str, framed: bool) -> str:
+    """Of a prompt before it is made into tokens."""
+    return hashlib.sha256(json.dumps([text, prefix, TASKS[task].tokens, framed]).encode()).hexdigest()
 
 
 def prediction_file(settings: Settings, task: str, length: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +21,10 @@ def writer(path: Path, first: dict[str, Any]) -> Iterator[Callable[[dict[str, An
     """Writes lines of JSON, `first` first; the file is there whole at the end, or not at all."""
     staged = path.with_name(f".{path.name}.part")  # one name: what a killed run leaves, the next writes over
     try:
-        with staged.open("w", encoding="utf-8", newline="\n") as file:
+        with staged.open("a", encoding="utf-8", newline="\n") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+
             def write(line: dict[str, Any]) -> None:
                 file.write(json.dumps(line) + "\n")  # ASCII: half a surrogate pair, which data may hold, has no other form
 
@@ -28,11 +32,14 @@ def writer(path: Path, first: dict[str, Any]) -> Iterator[Callable[[dict[str, An
             yield write
             file.flush()
             os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
+            staged.replace(path)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another run; wait for it, or choose another --out") from None
+    except BaseException as error:
         staged.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def made(path: Path, stage: str, *names: str) -> dict[str, Any]:

@@ -244,8 +244,10 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _identity(backend: Any, max_length: int | None) -> str:
-    """Of the model and what it is shown, so that its kept answers are no other's."""
-    return hashlib.sha256(json.dumps([identity(backend), max_length], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    """Of the model, its tokenizer and what it is shown, so that its kept answers are no other's: they are known by their texts alone."""
+    tokenizer = backend.tokenizer
+    words = [tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps([identity(backend), words, max_length], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -81,6 +81,12 @@ def test_what_a_server_will_not_take_is_an_answer(server, folder):
     assert found["filtered"].finish == "content_filter" and found["filtered"].text == "", "what is left of it is no answer"
     assert found["long"].finish.startswith("HTTP 400: ") and "maximum context length" in found["long"].finish and found["long"].text == ""
     assert found["bad"].finish == "refused" and found["good"].finish == "stop"
+    # Words of a server's own for an end are an end; what says that there is no answer leaves none.
+    for finish, want in (("eos_token", ("stop", "x")), ("end_turn", ("stop", "x")), ("max_tokens", ("length", "x")), ("length", ("length", "x")),
+                         ("content_filter", ("content_filter", "")), ("abort", ("abort", ""))):
+        server.script = lambda text, nth, finish=finish: {"text": "x", "finish": finish}
+        one = ask(endpoint(server, folder), f"ends by {finish}")[f"ends by {finish}"]
+        assert (one.finish, one.text) == want
     # What no request will get ends the run; answers on their way are kept, and no more are asked.
     server.script = lambda text, nth: {"status": 404, "raw": "{}"} if text == "x" else {"text": text, "sleep": 0.3}
     got = []
@@ -182,6 +188,22 @@ def test_sampling():
     for wrong, words in (({"temperature": -1}, "--temperature"), ({"top_p": 0}, "--top-p"), ({"top_p": 1.1}, "--top-p"), ({"top_k": -1}, "--top-k")):
         with pytest.raises(UserError, match=words):
             Sampling(**wrong)
+
+
+def test_fingerprint_sees_a_change_in_the_middle_and_of_what_else_decides_answers(tmp_path):
+    whole = bytearray(4 << 20)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    seen = {backends.fingerprint(tmp_path)}
+    whole[1 << 20:2 << 20] = b"\1" * (1 << 20)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    seen.add(backends.fingerprint(tmp_path))
+    for name in ("generation_config.json", "tokenizer.json", "hf/chat_template.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        seen.add(backends.fingerprint(tmp_path))
+    assert len(seen) == 5
+    (tmp_path / "niah.json").write_text("{}")  # results that a user keeps there
+    assert backends.fingerprint(tmp_path) in seen
 
 
 def test_fingerprint(tmp_path):

@@ -65,12 +65,24 @@ ADDED = {"content": "<|extra|>", "lstrip": False, "normalized": False, "rstrip":
     ("special_tokens_map.json", {"additional_special_tokens": ["<|extra|>"]}),
     ("added_tokens.json", {"<|extra|>": 400}),
     ("config.json", {"model_type": "mistral"}),
+    ("special_tokens_map.json", {"sep_token": "<|extra|>"}),
+    ("special_tokens_map.json", {"split_special_tokens": True}),
+    ("tokenizer.json", {"padding": {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+                                    "pad_token": "<|end|>"}}),
 ])
 def test_what_transformers_might_change_is_left_to_it(tmp_path, name, values):
     folder = made.save_tokenizer(tmp_path / "tokenizer")
     change(folder, name, **values)
     assert as_it_is(folder) is None
     assert_auto_tokenizer(folder)
+
+
+@pytest.mark.parametrize("value", [["<|end|>"], {"content": "<|end|>"}, 3])
+def test_what_transformers_does_not_take_is_not_taken(tmp_path, value):
+    folder = made.save_tokenizer(tmp_path / "tokenizer")
+    change(folder, "tokenizer_config.json", eos_token=value)
+    with pytest.raises(UserError, match="cannot be loaded: .*eos_token"):
+        load_tokenizer(folder)
 
 
 def test_the_tokenizer_is_taken_bare(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ultralong.benchmarks.lveval import LEVELS, SETS
 from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import fit, infinitebench, lveval, official_prompts, staged
+from megatron_ultralong.evaluate import fit, infinitebench, lveval, official_prompts, stage_files, staged
 from megatron_ultralong.evaluate.scores_lveval import score
 from tests import benchmark_files as made
 from tests.answering import Answering, byte_tokenizer
@@ -63,6 +63,18 @@ def checkout(folder: Path, text: str | None = None) -> Path:
     values = ", ".join(f'{name!r}: "{text}"  \n' for name in SETS)
     (folder / "config.py").write_text(f"from metrics import nothing\nraise SystemExit('this must never run')\nDATASET_PROMPT = {{{values}}}\n")
     return folder
+
+
+def test_one_run_writes_a_file(tmp_path):
+    with stage_files.writer(tmp_path / "x.jsonl", {"of": 1}) as write:
+        with pytest.raises(UserError, match="x.jsonl is being written by another run"), stage_files.writer(tmp_path / "x.jsonl", {"of": 2}):
+            pass
+        write({"line": 1})
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [{"of": 1}, {"line": 1}]
+    (tmp_path / ".x.jsonl.part").write_text("what a killed run left")
+    with pytest.raises(KeyboardInterrupt), stage_files.writer(tmp_path / "x.jsonl", {"of": 3}):
+        raise KeyboardInterrupt
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0]) == {"of": 1} and not (tmp_path / ".x.jsonl.part").exists()
 
 
 def test_official_words_are_read_and_never_run(tmp_path):

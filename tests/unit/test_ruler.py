@@ -328,7 +328,7 @@ def settings(tmp_path: Path, files: dict, **change) -> ruler.Settings:
                              **files, **change})
 
 
-def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenizers, files, tmp_path):
+def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenizers, files, tmp_path, monkeypatch):
     tokenizer = tokenizers["llama3"]
     tokenizer.chat_template = None
     mine, done = settings(tmp_path, files), []
@@ -362,9 +362,16 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
     assert len(rest.asked) == 7 and [tokens for _, tokens in stopped.asked] == [128] * 3 + [32] * 2
     frame = chat.frame(tokenizer, "no")
     assert stopped.asked[1][0] == frame.encode(rows[1]["input"], rows[1]["answer_prefix"])
+    # All are there: no prompt is made into tokens again, and none asked.
+    monkeypatch.setattr(chat.Frame, "encode", None)
+    again: list[int] = []
+    ruler.predict(mine, Oracle(tokenizer, []), progress=again.append)
+    assert sum(again) == 12
+    monkeypatch.undo()
     result = ruler.score(mine)
     assert {task: {length: cell["score"] for length, cell in found.items()} for task, found in result["scores"].items()} == {
         "niah_single_1": {"2000": 100.0, "3000": 100.0}, "qa_1": {"2000": 100.0, "3000": 66.67}}
+    assert result["data"]["niah_single_1"]["words"] == "own"
     assert result["data"]["qa_1"] == {"seed": 0, "wording": "own", "tokenizer": f"{len(tokenizer)} tokens", "chat": False, "source": "dev-v2.0.json"}
     assert result["wording"] == "own" and result["model"]["path"] == "oracle" and result["by_length"]["3000"]["average"] == 83.34
     other = Oracle(tokenizer, answers)
@@ -374,6 +381,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(tokenize
     assert ruler.score(mine) == result, "what was finished stays"
     assert ruler.score(settings(tmp_path, {})) == result, "predictions of qa_1 are scored without its questions"
 
+    assert settings(tmp_path, {}, lengths=(2000, 3000, 4000)).runnable() == ("niah_single_1",), "of qa_1 not every length is there"
     # A table is of one model, and a task of one making.
     part, whole = settings(tmp_path, files, tasks=("niah_single_1",), lengths=(3000,)), settings(tmp_path, files, tasks=("niah_single_1",))
     path = ruler.prediction_file(part, "niah_single_1", 3000)
@@ -424,6 +432,11 @@ def test_rulers_own_data_and_predictions_are_scored_as_they_are(tokenizers, tmp_
     official = mine.out / "predictions" / "vt" / "4096.jsonl"
     official.write_text(json.dumps({"index": 731, "pred": "\x02ABCDE fghij ", "input": "x", "outputs": ["ABCDE", "FGHIJ"], "others": {}}) + "\n")
     assert ruler.score(mine)["scores"]["vt"]["4096"]["score"] == 100.0
+    official.with_suffix(".journal.jsonl").unlink()
+    kept = official.read_text()
+    with pytest.raises(UserError, match="holds predictions of another model, or to other prompts; score them with --stage score"):
+        ruler.predict(mine, backend)
+    assert official.read_text() == kept
     place.write_text('{"index": 0, "input": "x"}\n')
     with pytest.raises(UserError, match="without `input`"):
         ruler.predict(ruler.Settings(out=tmp_path / "b", tasks=("vt",), lengths=(4096,), data=tmp_path / "ruler"), backend)

@@ -147,6 +147,16 @@ def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
             lm_eval.simple_evaluate(model="megatron_ultralong", model_args=wrong, device="cpu", tasks=[task], task_manager=manager)
 
 
+def test_kept_answers_are_those_of_a_model_and_its_tokenizer(tmp_path: Path) -> None:
+    backend = HuggingFace(BASE, device="cpu")
+    names = {standard._identity(backend, None), standard._identity(backend, 100)}
+    backend.tokenizer.chat_template = CHAT
+    names.add(standard._identity(backend, None))
+    backend.tokenizer = PreTrainedTokenizerFast(tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>")
+    names.add(standard._identity(backend, None))
+    assert len(names) == 4 and standard._identity(HuggingFace(BASE, device="cpu"), None) in names
+
+
 def test_answers_are_kept(tmp_path: Path) -> None:
     backend, tasks = HuggingFace(BASE, device="cpu"), write_tasks(tmp_path / "tasks")
     settings = standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks")
