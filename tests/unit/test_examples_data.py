@@ -57,8 +57,10 @@ def test_laptop_rows(made):
         assert manifest[name]["tokens"] == pytest.approx(150_000, rel=0.05) and manifest[name]["skipped"]["empty"] == 1
         assert manifest[name]["skipped"]["duplicate"] >= 1
         assert (out / f"{name}.lengths.png").read_bytes().startswith(b"\x89PNG")
-        packed = {source["name"]: source["packed"]["tokens"] for source in manifest[name]["sources"]}
-        assert packed["library"] / sum(packed.values()) == pytest.approx(0.7, abs=0.1)  # of few documents
+        documents = pyarrow.parquet.read_table(out / f"{name}.documents.parquet").to_pylist()
+        for source in manifest[name]["sources"]:  # Python's texts differ with its version: what is wanted comes within a document
+            largest = max(row["tokens"] for row in documents if row["source"] == source["name"])
+            assert abs(source["packed"]["tokens"] - source["weight"] * 150_000) <= largest, source
     assert (out / "rows_best.docs.idx").is_file() and not (out / "rows.docs.idx").exists()
     masks = IndexedDataset(f"{out / 'sft'}.mask")
     assert manifest["sft"]["rows"] == manifest["sft"]["documents"] == len(masks) == 30 and manifest["sft"]["fit"] == "single"
