@@ -172,7 +172,7 @@ def predict(settings: Settings, backend: Backend, *, batch: int | None = None, p
                 text, prefix, outputs = _fields(source, row)
                 request = Request(id=str(position), text=text, prefix=prefix, ids=frame.encode(text, prefix), tokens=TASKS[task].tokens)
                 beside.append({"index": position, "outputs": outputs, "length": row.get("length"), "model": model, "max_position": backend.max_position,
-                               "over": len(request.ids or ()) + request.tokens > length, "prompt_sha256": _hash(text, prefix, task, frame.chat),
+                               "over": len(request.ids or ()) + request.tokens > length, "text_sha256": _hash(text, prefix, task, frame.chat),
                                "made": {name: value for name, value in row.get("meta", {}).items() if name in MADE}})
                 yield request
 
@@ -192,14 +192,14 @@ def _answered(settings: Settings, path: Path, source: Path, task: str, model: An
     same = all(row.get("model") == model for row in rows)
     for count, row in enumerate(islice(lines.read(source), settings.samples), 1):
         text, prefix, _ = _fields(source, row)
-        same = same and (count > len(rows) or rows[count - 1].get("prompt_sha256") == _hash(text, prefix, task, framed))
+        same = same and (count > len(rows) or rows[count - 1].get("text_sha256") == _hash(text, prefix, task, framed))
     if not same and not path.with_suffix(".journal.jsonl").exists():
         raise UserError(f"{path} holds predictions of another model, or to other prompts; score them with --stage score, or give another --out")
     return same and len(rows) == count and not any("refused" in row for row in rows)
 
 
 def _hash(text: str, prefix: str, task: str, framed: bool) -> str:
-    """Of a prompt before it is made into tokens."""
+    """Of a prompt before it is made into tokens, which at 1M takes long; the journal has that of the tokens (predictions.prompt_hash)."""
     return hashlib.sha256(json.dumps([text, prefix, TASKS[task].tokens, framed]).encode()).hexdigest()
 
 

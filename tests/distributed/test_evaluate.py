@@ -63,7 +63,9 @@ def test_two_context_parallel_ranks_answer_as_transformers(tmp_path: Path) -> No
     assert ours == theirs
     assert "niah" in ours and sum(len(ours[name]) for name in ours if "answers" in name) > 20
     kept = [json.loads(line) for line in (tmp_path / "ours" / "ruler" / "predictions" / "vt" / "1000.jsonl").read_text().splitlines()]
-    assert {"pred", "prompt_sha256", "model", "outputs"} <= kept[0].keys() and kept[0]["model"]["settings"]["temperature"] == 0
+    assert {"pred", "text_sha256", "model", "outputs"} <= kept[0].keys() and kept[0]["model"]["settings"]["temperature"] == 0
+    journal = (tmp_path / "ours" / "ruler" / "predictions" / "vt" / "1000.journal.jsonl").read_text().splitlines()[1:]
+    assert len(journal) == 2 and all(len(json.loads(line)["prompt_sha256"]) == 64 for line in journal)
 
 
 def _ranks(rank: int, world: int, folder: Path) -> None:
