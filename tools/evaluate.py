@@ -300,7 +300,6 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    results.make_writable(args.out)
     lines = report.write(args.results, args.out, with_published=not args.no_published)
     print("\n".join(lines))
 

@@ -41,6 +41,7 @@ def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> l
         more = f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         raise UserError("--results: no results found; give the files or directories that the other commands wrote"
                         + (f" ({'; '.join(left_out[:NAMED])}{more})" if left_out else ""))
+    results.make_writable(out)
     earlier = _is_report(out / "report.md")
     tables = build(found, with_published)
     text = [HEADING, ""]

@@ -206,7 +206,8 @@ def test_one_bad_file_is_left_out(bad: Any, tmp_path: Path) -> None:
     lines = report.write([str(tmp_path / "in")], tmp_path, with_published=False)
     assert lines[0].startswith(f"{file} left out: ") and values(built(tmp_path / "in")["standard"])["B"] == {"MMLU": 50.0}
     with pytest.raises(UserError, match=r"no results found; .* \(.*bad.json left out: "):
-        report.write([str(file)], tmp_path)
+        report.write([str(file)], tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("bad", [[], {"task": "niah"}, grid(1, 1.0) | {"cells": []}, grid(1, 1.0) | {"by_length": {}}, grid(1, 1.0) | {"model": "x"},
