@@ -21,29 +21,29 @@ setup(
     packages=find_packages(include=["megatron_ultralong", "megatron_ultralong.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.6",                   # tensors, torch.distributed, the attention kernels
+        "torch>=2.6",  # tensors, torch.distributed, the attention kernels
         "megatron-core>=0.16.1,<0.20",  # parallel layers, pipeline schedules, distributed optimizer, checkpoints; 0.17 and later need Python 3.12
-        "numpy",                        # packed data files
-        "einops",                       # used by Megatron-Core's attention, which does not ask for it itself
-        "psutil",                       # used by Megatron-Core's checkpoint writers, which do not ask for it themselves
-        "transformers>=4.56",           # tokenizers, and models to evaluate
-        "tokenizers",                   # fast tokenizers
-        "sentencepiece",                # tokenizers of older Llama models
-        "jinja2>=3.1",                  # chat templates, in transformers
-        "safetensors>=0.4.3",           # Hugging Face weights, read and written slice by slice
-        "pyarrow",                      # raw documents in parquet
-        "zstandard",                    # raw documents in .jsonl.zst
-        "openai>=1.40",                 # client of OpenAI-compatible endpoints, which refine answers and are evaluated
-        "tenacity>=8.3",                # waits and tries again where such an endpoint is busy
-        "pyyaml",                       # files of sources; prompts of one's own
-        "regex",                        # Unicode scripts and marks, for the words that decontamination compares
-        "huggingface_hub>=0.34",        # benchmarks' files from the hub
-        "jieba>=0.42.1",                # Chinese words, as LV-Eval's scorer has them
-        "rouge>=1.0.1,<2",              # ROUGE-L, as LV-Eval's scorer has it
-        "rouge_score>=0.1.2",           # ROUGE-Lsum, as InfiniteBench's scorer has it
-        "matplotlib",                   # heat maps
-        "tensorboard",                  # training curves
-        "tqdm",                         # progress bars
+        "numpy",  # packed data files
+        "einops",  # used by Megatron-Core's attention, which does not ask for it itself
+        "psutil",  # used by Megatron-Core's checkpoint writers, which do not ask for it themselves
+        "transformers>=4.56",  # tokenizers, and models to evaluate
+        "tokenizers",  # fast tokenizers
+        "sentencepiece",  # tokenizers of older Llama models
+        "jinja2>=3.1",  # chat templates, in transformers
+        "safetensors>=0.4.3",  # Hugging Face weights, read and written slice by slice
+        "pyarrow",  # raw documents in parquet
+        "zstandard",  # raw documents in .jsonl.zst
+        "openai>=1.40",  # client of OpenAI-compatible endpoints, which refine answers and are evaluated
+        "tenacity>=8.3",  # waits and tries again where such an endpoint is busy
+        "pyyaml",  # files of sources; prompts of one's own
+        "regex",  # Unicode scripts and marks, for the words that decontamination compares
+        "huggingface_hub>=0.34",  # benchmarks' files from the hub
+        "jieba>=0.42.1",  # Chinese words, as LV-Eval's scorer has them
+        "rouge>=1.0.1,<2",  # ROUGE-L, as LV-Eval's scorer has it
+        "rouge_score>=0.1.2",  # ROUGE-Lsum, as InfiniteBench's scorer has it
+        "matplotlib",  # heat maps
+        "tensorboard",  # training curves
+        "tqdm",  # progress bars
     ],
     extras_require={
         # TransformerEngine's linears and norms; NVIDIA's container has it already.
@@ -54,6 +54,12 @@ setup(
         "gguf": gguf,
         # Weights & Biases beside TensorBoard (runtime.wandb).
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "ruff", "mypy", *gguf, *lm_eval],  # tests/parity/test_smollm2.py reads that GGUF file too
+        "dev": [
+            "pytest>=8",
+            "ruff",
+            "mypy",
+            *gguf,
+            *lm_eval,
+        ],  # tests/parity/test_smollm2.py reads that GGUF file too
     },
 )

@@ -1,4 +1,5 @@
-"""Text that comes with every Python, as raw data sets: documents, conversations in published forms, and questions that some of them hold.
+"""Text that comes with every Python, as raw data sets: documents, conversations in published forms, and
+questions that some of them hold.
 
     python examples/laptop_data.py runs/laptop_data/raw [--mib 3]
 
@@ -11,7 +12,8 @@
     benchmark.jsonl             questions of a made-up benchmark; every other one is planted in a document or a conversation
     tokenizer/                  the demo's, with a chat template and its tokens
 
-So that the reports have something to say, there are also an empty document, one that is there twice, and lines that cannot be read.
+So that the reports have something to say, there are also an empty document, one that is there twice, and
+lines that cannot be read.
 """
 
 from __future__ import annotations
@@ -33,14 +35,27 @@ import pyarrow.parquet
 import zstandard
 from transformers import AutoTokenizer
 
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.runtime import cli
 
 BASE = Path(__file__).resolve().parent / "demo" / "base"
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.role == 'assistant' %}"
-            "{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}")
-PLACES = ("the harbour", "the old mill", "the school of Skarn", "the north gate", "the orchard", "the glass works", "the ferry", "the tower")
-QUESTIONS = [f"At {place} there are {12 + 7 * i} crates of {3 + i} lamps each, and {5 + i} lamps are broken; how many lamps still burn tonight?"
-             for i, place in enumerate(PLACES)]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+)
+PLACES = (
+    "the harbour",
+    "the old mill",
+    "the school of Skarn",
+    "the north gate",
+    "the orchard",
+    "the glass works",
+    "the ferry",
+    "the tower",
+)
+QUESTIONS = [
+    f"At {place} there are {12 + 7 * i} crates of {3 + i} lamps each, and {5 + i} lamps are broken; how many lamps still burn tonight?"
+    for i, place in enumerate(PLACES)
+]
 """The made-up benchmark. Those with even numbers are planted."""
 
 
@@ -56,40 +71,54 @@ def modules(folder: Path, most: int) -> Iterator[tuple[str, str]]:
 
 def hash_of(name: str) -> int:
     """Some order that is not the alphabet's, the same in each run."""
-    return sum(ord(letter) * 31 ** i for i, letter in enumerate(name)) % 1009
+    return sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 1009
 
 
 def about_modules(sources: Iterable[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     for name, text in sources:
         tree = ast.parse(text)
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+        functions = [
+            node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        ]
         doc = ast.get_docstring(tree)
         if doc and functions:
             listed = "\n".join(f"- `{node.name}`: {first_line(node)}" for node in functions)
             said = (f"What is Python's module `{name}` for?", doc, "Which functions does it have?", listed)
-            yield {"id": name, "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(said)]}
+            yield {
+                "id": name,
+                "conversations": [
+                    {"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(said)
+                ],
+            }
 
 
 def about_functions(sources: Iterable[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     for name, text in sources:
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
-                yield {"instruction": f"Write a Python function `{node.name}({', '.join(argument.arg for argument in node.args.args)})`, as in `{name}`.",
-                       "input": ast.get_docstring(node), "output": f"```python\n{ast.get_source_segment(text, node)}\n```"}
+                yield {
+                    "instruction": f"Write a Python function `{node.name}({', '.join(argument.arg for argument in node.args.args)})`, as in `{name}`.",
+                    "input": ast.get_docstring(node),
+                    "output": f"```python\n{ast.get_source_segment(text, node)}\n```",
+                }
 
 
 def about_numbers() -> Iterator[dict[str, Any]]:
     for module in (math, statistics):
         for name, function in inspect.getmembers(module, callable):
             if not name.startswith("_") and inspect.getdoc(function):
-                yield {"question": f"What does `{module.__name__}.{name}` do?", "answer": inspect.getdoc(function)}
+                yield {
+                    "question": f"What does `{module.__name__}.{name}` do?",
+                    "answer": inspect.getdoc(function),
+                }
 
 
 def first_line(node: ast.FunctionDef) -> str:
     return (ast.get_docstring(node) or "not documented").split("\n")[0]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
+
 
 def write(folder: Path, most: int) -> None:
     """All files. most: bytes of modules."""
@@ -100,25 +129,47 @@ def write(folder: Path, most: int) -> None:
 
     documents = [{"id": name, "text": text} for name, text in sources]
     documents[1]["text"] += f"\n# {QUESTIONS[0]}\n"
-    lines = [*map(json.dumps, documents), json.dumps(documents[0]), json.dumps({"id": "empty", "text": ""}), '{"id": "cut short", "text": "no']
-    (folder / "text" / "library.jsonl.zst").write_bytes(zstandard.compress(("\n".join(lines) + "\n").encode()))
+    lines = [
+        *map(json.dumps, documents),
+        json.dumps(documents[0]),
+        json.dumps({"id": "empty", "text": ""}),
+        '{"id": "cut short", "text": "no',
+    ]
+    (folder / "text" / "library.jsonl.zst").write_bytes(
+        zstandard.compress(("\n".join(lines) + "\n").encode())
+    )
     reference = [{"topic": name, "text": topics[name]} for name in sorted(topics)]
     reference[2]["text"] += f"\n{QUESTIONS[2].upper()}\n"
     parquet(folder / "text" / "reference.parquet", reference)
-    for path in sorted([*library.glob("LICENSE.txt"), *(library / "asyncio").glob("*.py"), *(library / "email").glob("*.py")]):
+    for path in sorted(
+        [*library.glob("LICENSE.txt"), *(library / "asyncio").glob("*.py"), *(library / "email").glob("*.py")]
+    ):
         target = folder / "text" / "packages" / f"{path.parent.name}.{path.stem}.txt"
         target.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
 
     asked = list(about_modules(sources))
-    asked[0]["conversations"] += [{"from": "human", "value": f"One thing more: {QUESTIONS[4]}"}, {"from": "gpt", "value": "All that are whole."}]
+    asked[0]["conversations"] += [
+        {"from": "human", "value": f"One thing more: {QUESTIONS[4]}"},
+        {"from": "gpt", "value": "All that are whole."},
+    ]
     (folder / "chat" / "modules.json").write_text(json.dumps(asked), encoding="utf-8")
     tasks = list(about_functions(sources))
     tasks[0]["output"] += f"\n\n{QUESTIONS[6]}"
-    broken = [{"instruction": "Say nothing.", "output": ""}, {"something": "else"}, tasks[1]]  # the last one is there twice
-    (folder / "chat" / "functions.jsonl").write_text("".join(json.dumps(task) + "\n" for task in [*tasks, *broken]), encoding="utf-8")
+    broken = [
+        {"instruction": "Say nothing.", "output": ""},
+        {"something": "else"},
+        tasks[1],
+    ]  # the last one is there twice
+    (folder / "chat" / "functions.jsonl").write_text(
+        "".join(json.dumps(task) + "\n" for task in [*tasks, *broken]), encoding="utf-8"
+    )
     parquet(folder / "chat" / "numbers.parquet", list(about_numbers()))
-    (folder / "benchmark.jsonl").write_text("".join(json.dumps({"text": question, "id": f"lamps {i}"}) + "\n"
-                                                    for i, question in enumerate(QUESTIONS)), encoding="utf-8")
+    (folder / "benchmark.jsonl").write_text(
+        "".join(
+            json.dumps({"text": question, "id": f"lamps {i}"}) + "\n" for i, question in enumerate(QUESTIONS)
+        ),
+        encoding="utf-8",
+    )
 
 
 def parquet(path: Path, records: list[dict[str, Any]]) -> None:
@@ -127,14 +178,20 @@ def parquet(path: Path, records: list[dict[str, Any]]) -> None:
 
 def tokenizer(folder: Path) -> None:
     made: Any = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
-    made.add_special_tokens({"pad_token": "<|finetune_right_pad_id|>",
-                             "additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]})
+    made.add_special_tokens(
+        {
+            "pad_token": "<|finetune_right_pad_id|>",
+            "additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        }
+    )
     made.chat_template = TEMPLATE
     made.save_pretrained(folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where the files are written")
     parser.add_argument("--mib", type=float, default=3, help="MiB of the library's modules (default: 3)")
     args = parser.parse_args()
@@ -143,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

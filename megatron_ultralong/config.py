@@ -13,19 +13,18 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_ultralong.errors import UserError
+
 OFFLOADED_LAYERS_ON_GPU = 2
 """Layers whose offloaded tensors are on the GPU at a time: one being copied while the next is computed."""
 
 KEY_BLOCK = 65536
-"""Keys at most, of those before a chunk of queries, whose gradients the kernels give at a time where the sums are added up elsewhere: a
-kernel makes them in its own dtype first, and FlashAttention-2 one for each query head."""
+"""Keys at most, of those before a chunk of queries, whose gradients the kernels give at a time where the sums
+are added up elsewhere: a kernel makes them in its own dtype first, and FlashAttention-2 one for each query
+head."""
 
 LOSS_BLOCK = 2**25
 """Logits that the loss holds in float32 at a time (128 MiB), whatever the chunk."""
-
-
-class UserError(ValueError):
-    """A mistake of the user's: one clear line that says what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,8 @@ class Rope:
     original_length: int = 8192
     """Positions before any scaling, tokens."""
     alpha: float = 1.0
-    """Rotations within `original_length` at and below which a frequency is divided by s (llama3 low_freq_factor, yarn beta_slow)."""
+    """Rotations within `original_length` at and below which a frequency is divided by s (llama3
+    low_freq_factor, yarn beta_slow)."""
     beta: float = 4.0
     """Rotations at and above which a frequency is kept (llama3 high_freq_factor, yarn beta_fast)."""
     ramp: Literal["rotation", "dimension"] = "rotation"
@@ -78,14 +78,17 @@ class Rope:
     attention_factor: float | None = None
     """yarn only, with temperature: the factor itself instead of the default."""
     truncate: bool = True
-    """yarn ramp over dimensions only: round the ramp's borders to whole dimensions, as transformers does by default."""
+    """yarn ramp over dimensions only: round the ramp's borders to whole dimensions, as transformers does by
+    default."""
 
     def __post_init__(self) -> None:
         if self.theta <= 0 or not math.isfinite(self.theta):
             raise UserError(f"rope.theta={self.theta} must be a positive number")
         if self.type == "none":
             if self.factor != 1.0:
-                raise UserError(f"rope.factor={self.factor} has no effect with rope.type=none; set rope.type=yarn or llama3")
+                raise UserError(
+                    f"rope.factor={self.factor} has no effect with rope.type=none; set rope.type=yarn or llama3"
+                )
             return
         if self.factor < 1 or not math.isfinite(self.factor):
             raise UserError(f"rope.factor={self.factor} must be at least 1")
@@ -111,9 +114,11 @@ class Parallel:
     cp: int = 1
     """Context parallel ranks: each holds two zigzag pieces of every sequence."""
     ulysses: int = 1
-    """Of the context parallel ranks, adjacent ones that exchange heads for tokens (all-to-all); cp/ulysses such groups form the ring."""
+    """Of the context parallel ranks, adjacent ones that exchange heads for tokens (all-to-all); cp/ulysses
+    such groups form the ring."""
     cp_way: Literal["ring", "gather"] = "ring"
-    """Between those groups: ring = keys and values go round; gather = every rank gathers them, a head at a time."""
+    """Between those groups: ring = keys and values go round; gather = every rank gathers them, a head at a
+    time."""
     dp: int | None = None
     """Data parallel ranks; None = what is left of the world size."""
 
@@ -132,10 +137,14 @@ class Parallel:
         ranks = self.tp * self.pp * self.cp
         need = f"parallel.tp={self.tp} x pp={self.pp} x cp={self.cp}"
         if world_size % ranks or world_size < ranks:
-            raise UserError(f"{need} needs a multiple of {ranks} ranks, but {world_size} were started; change torchrun's --nproc-per-node or the layout")
+            raise UserError(
+                f"{need} needs a multiple of {ranks} ranks, but {world_size} were started; change torchrun's --nproc-per-node or the layout"
+            )
         dp = world_size // ranks
         if self.dp is not None and self.dp != dp:
-            raise UserError(f"{need} x dp={self.dp} needs {ranks * self.dp} ranks, but {world_size} were started")
+            raise UserError(
+                f"{need} x dp={self.dp} needs {ranks * self.dp} ranks, but {world_size} were started"
+            )
         return dp
 
 
@@ -144,16 +153,19 @@ class Memory:
     """What is kept for the backward."""
 
     checkpoint: Literal["none", "full", "attention"] = "attention"
-    """none = keep every activation; full = keep each layer's input and recompute the layer; attention = keep the attention output
-    and its logsumexp too, and recompute all but attention."""
+    """none = keep every activation; full = keep each layer's input and recompute the layer; attention = keep
+    the attention output and its logsumexp too, and recompute all but attention."""
     offload: Literal["off", "checkpoints", "attention", "auto"] = "auto"
-    """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input; the attention output and
-    logsumexp as well; auto = settled at start, the first of these that fits the GPU (off with another checkpoint, or on a CPU)."""
+    """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input;
+    the attention output and logsumexp as well; auto = settled at start, the first of these that fits the GPU
+    (off with another checkpoint, or on a CPU)."""
     query_chunks: bool = False
-    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and values exist whole, and
-    what is offloaded comes back by chunk. For the longest sequences; keys go round the ring once for each chunk, and are projected twice."""
+    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and
+    values exist whole, and what is offloaded comes back by chunk. For the longest sequences; keys go round
+    the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
-    """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP alive at a time on a rank; 0 = all."""
+    """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP
+    alive at a time on a rank; 0 = all."""
     loss_chunk: int = 8192
     """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
 
@@ -162,9 +174,13 @@ class Memory:
             if getattr(self, name) < 0:
                 raise UserError(f"memory.{name}={getattr(self, name)} must be 0 or more")
         if self.offload in ("checkpoints", "attention") and self.checkpoint != "attention":
-            raise UserError(f"memory.offload={self.offload} needs memory.checkpoint=attention, not {self.checkpoint}")
+            raise UserError(
+                f"memory.offload={self.offload} needs memory.checkpoint=attention, not {self.checkpoint}"
+            )
         if self.query_chunks and self.checkpoint != "attention":
-            raise UserError(f"memory.query_chunks=true needs memory.checkpoint=attention, not {self.checkpoint}")
+            raise UserError(
+                f"memory.query_chunks=true needs memory.checkpoint=attention, not {self.checkpoint}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +192,8 @@ class Data:
     workers: int = 0
     """Data loader processes a rank."""
     documents: Literal["joined", "masked"] = "joined"
-    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each, and the first token of one is no target."""
+    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each, and the
+    first token of one is no target."""
     positions: Literal["row", "document"] = "row"
     """With documents=masked: RoPE positions count from the start of the row, or anew in each document."""
 
@@ -284,15 +301,23 @@ class Run:
         if self.memory.query_chunks and (p.ulysses > 1 or p.cp_way != "ring"):
             raise UserError("memory.query_chunks=true needs parallel.ulysses=1 and parallel.cp_way=ring")
         if p.cp > 1 and s % (2 * p.cp):
-            raise UserError(f"train.seq_length={s} is not divisible by 2 x parallel.cp = {2 * p.cp}; "
-                            f"the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}")
+            raise UserError(
+                f"train.seq_length={s} is not divisible by 2 x parallel.cp = {2 * p.cp}; "
+                f"the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}"
+            )
         if (s // p.cp) % p.tp:
-            raise UserError(f"train.seq_length={s} over parallel.cp={p.cp} is not divisible by parallel.tp={p.tp} "
-                            f"(sequence parallelism); the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}")
+            raise UserError(
+                f"train.seq_length={s} over parallel.cp={p.cp} is not divisible by parallel.tp={p.tp} "
+                f"(sequence parallelism); the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}"
+            )
         if self.train.global_batch % self.train.micro_batch:
-            raise UserError(f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch={self.train.micro_batch}")
+            raise UserError(
+                f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch={self.train.micro_batch}"
+            )
         if self.data.documents == "masked" and self.train.micro_batch != 1:
-            raise UserError(f"data.documents=masked takes one row at a time: set train.micro_batch=1, not {self.train.micro_batch}")
+            raise UserError(
+                f"data.documents=masked takes one row at a time: set train.micro_batch=1, not {self.train.micro_batch}"
+            )
         if p.dp is not None:
             self.micro_batches(p.dp)
         if self.model is not None:
@@ -302,10 +327,14 @@ class Run:
         """Micro-batches an iteration on each of `dp` data parallel ranks."""
         t, p = self.train, self.parallel
         if t.global_batch % (t.micro_batch * dp):
-            raise UserError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x {dp} data parallel ranks")
+            raise UserError(
+                f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x {dp} data parallel ranks"
+            )
         n = t.global_batch // (t.micro_batch * dp)
         if p.vpp > 1 and n % p.pp:
-            raise UserError(f"interleaved pipeline: {n} micro-batches are not a multiple of parallel.pp={p.pp}; change train.global_batch")
+            raise UserError(
+                f"interleaved pipeline: {n} micro-batches are not a multiple of parallel.pp={p.pp}; change train.global_batch"
+            )
         return n
 
 
@@ -314,12 +343,16 @@ def check_model_layout(model: Model, parallel: Parallel) -> None:
     if model.heads % parallel.tp:
         raise UserError(f"model.heads={model.heads} is not divisible by parallel.tp={parallel.tp}")
     if model.kv_heads % parallel.tp:
-        raise UserError(f"model.kv_heads={model.kv_heads} is not divisible by parallel.tp={parallel.tp}; "
-                        f"use a parallel.tp that divides it and more parallel.cp")
+        raise UserError(
+            f"model.kv_heads={model.kv_heads} is not divisible by parallel.tp={parallel.tp}; "
+            f"use a parallel.tp that divides it and more parallel.cp"
+        )
     if model.ffn_size % parallel.tp:
         raise UserError(f"model.ffn_size={model.ffn_size} is not divisible by parallel.tp={parallel.tp}")
     if model.layers % (parallel.pp * parallel.vpp):
-        raise UserError(f"model.layers={model.layers} is not divisible by parallel.pp x vpp = {parallel.pp * parallel.vpp}")
+        raise UserError(
+            f"model.layers={model.layers} is not divisible by parallel.pp x vpp = {parallel.pp * parallel.vpp}"
+        )
     check_heads(model.heads // parallel.tp, model.kv_heads // parallel.tp, parallel.ulysses)
 
 
@@ -330,8 +363,10 @@ def check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
     """
     if not divides_heads(heads, kv_heads, ulysses):
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if divides_heads(heads, kv_heads, size))
-        raise UserError(f"{heads} query heads and {kv_heads} KV heads of a tensor parallel rank cannot be divided over {ulysses} ranks of "
-                        f"all-to-all: set parallel.ulysses to one of {sizes}")
+        raise UserError(
+            f"{heads} query heads and {kv_heads} KV heads of a tensor parallel rank cannot be divided over {ulysses} ranks of "
+            f"all-to-all: set parallel.ulysses to one of {sizes}"
+        )
 
 
 def divides_heads(heads: int, kv_heads: int, ulysses: int) -> bool:
@@ -339,13 +374,14 @@ def divides_heads(heads: int, kv_heads: int, ulysses: int) -> bool:
     return ulysses > 0 and heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 
-# ---- settings from the command line --------------------------------------------------------------------------
+# ---- settings from the command line ------------------------------------------------------------
+
 
 def override(run: Run, settings: list[str]) -> Run:
     """`run` with `--set` settings (`a.b=value`) applied all at once, checked as a whole.
 
-    Values: numbers may end in K, M (1024-based for integers), `none`, true/false. UserError for an unknown key, with
-    the nearest valid one, and for a value of the wrong type.
+    Values: numbers may end in K, M (1024-based for integers), `none`, true/false. UserError for an unknown
+    key, with the nearest valid one, and for a value of the wrong type.
     """
     valid = {f"{section}.{f.name}" for section, kind in _sections().items() for f in dataclasses.fields(kind)}
     changes: dict[str, dict[str, Any]] = {}
@@ -364,8 +400,12 @@ def override(run: Run, settings: list[str]) -> Run:
     for section, values in changes.items():
         old = getattr(run, section)
         if old is None and section == "model":
-            raise UserError(f"--set model.{next(iter(values))}: recipe {run.name} takes its shape from the loaded model")
-        new[section] = dataclasses.replace(old, **values) if old is not None else _sections()[section](**values)
+            raise UserError(
+                f"--set model.{next(iter(values))}: recipe {run.name} takes its shape from the loaded model"
+            )
+        new[section] = (
+            dataclasses.replace(old, **values) if old is not None else _sections()[section](**values)
+        )
     if settings:  # what the notes say of published figures must not be read of others
         new["notes"] = f"{run.notes} Changed for this run: {', '.join(settings)}.".strip()
     return dataclasses.replace(run, **new)
@@ -380,15 +420,26 @@ def from_dict(values: dict[str, Any]) -> Run:
     """Inverse of `to_dict`; UserError for keys this version does not know."""
     sections = _sections()
     try:
-        built = {key: sections[key](**value) if key in sections and value is not None else value for key, value in values.items()}
+        built = {
+            key: sections[key](**value) if key in sections and value is not None else value
+            for key, value in values.items()
+        }
         return Run(**built)
     except TypeError as error:
         raise UserError(f"stored run cannot be read by this version: {error}") from None
 
 
 def _sections() -> dict[str, type]:
-    return {"model": Model, "rope": Rope, "parallel": Parallel, "memory": Memory, "data": Data, "optim": Optim,
-            "train": Train, "runtime": Runtime}
+    return {
+        "model": Model,
+        "rope": Rope,
+        "parallel": Parallel,
+        "memory": Memory,
+        "data": Data,
+        "optim": Optim,
+        "train": Train,
+        "runtime": Runtime,
+    }
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:

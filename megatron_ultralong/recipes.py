@@ -1,7 +1,9 @@
-"""Recipes: functions that return a whole run. `--set` changes a setting of one; a new recipe is a new function here.
+"""Recipes: functions that return a whole run. `--set` changes a setting of one; a new recipe is a new
+function here.
 
-The figures of `ultralong_*` are those of "From 128K to 4M: Efficient Training of Ultra-Long Context LLMs" (arXiv 2504.06214);
-each recipe's `notes` say which of its figures are published, which are second-hand and which are this project's own.
+The figures of `ultralong_*` are those of "From 128K to 4M: Efficient Training of Ultra-Long Context LLMs"
+(arXiv 2504.06214); each recipe's `notes` say which of its figures are published, which are second-hand and
+which are this project's own.
 """
 
 from __future__ import annotations
@@ -9,30 +11,67 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError
+from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.errors import UserError
 
-LLAMA_3_1_8B = Model(hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256)
-SMOLLM2_135M = Model(hidden_size=576, ffn_size=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab_size=49152, tied_embeddings=True)
+LLAMA_3_1_8B = Model(
+    hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256
+)
+SMOLLM2_135M = Model(
+    hidden_size=576,
+    ffn_size=1536,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    tied_embeddings=True,
+)
 
-# Shapes of the models that recipes start from, by their Hugging Face names: to plan a run before its weights are there.
-SHAPES = {"meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B, "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M}
+# Shapes of the models that recipes start from, by their Hugging Face names: to plan a run before its weights
+# are there.
+SHAPES = {
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
+}
 
 
-# ---- laptop ----------------------------------------------------------------------------------------------------
+# ---- laptop ------------------------------------------------------------------------------------
+
 
 def tiny() -> Run:
     """A model of under a million parameters from scratch, context 512: minutes on a laptop."""
     return Run(
         name="tiny",
         notes="A toy model from scratch; every figure is this project's own choice.",
-        # Weights start wider than a large model's: at 0.02 a model this narrow would first spend hundreds of steps growing them.
-        model=Model(hidden_size=128, ffn_size=256, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=1024, tied_embeddings=True,
-                    init_std=0.08),
+        # Weights start wider than a large model's: at 0.02 a model this narrow would first spend hundreds of
+        # steps growing them.
+        model=Model(
+            hidden_size=128,
+            ffn_size=256,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            vocab_size=1024,
+            tied_embeddings=True,
+            init_std=0.08,
+        ),
         rope=Rope(type="none", theta=10000.0, original_length=512),
         memory=Memory(checkpoint="none"),
         optim=Optim(weight_decay=0.01),
-        train=Train(seq_length=512, global_batch=16, iterations=500, lr=3e-3, min_lr=1e-4, warmup=25, precision="fp32", save_every=0,
-                    log_every=10))
+        train=Train(
+            seq_length=512,
+            global_batch=16,
+            iterations=500,
+            lr=3e-3,
+            min_lr=1e-4,
+            warmup=25,
+            precision="fp32",
+            save_every=0,
+            log_every=10,
+        ),
+    )
 
 
 def tiny_extend() -> Run:
@@ -40,44 +79,85 @@ def tiny_extend() -> Run:
     return Run(
         name="tiny_extend",
         notes="A toy extension by 8; every figure is this project's own choice.",
-        # Unlike the paper's: with the temperature so small a model looks up keys at eight times its length almost at once.
-        rope=Rope(type="yarn", theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True),
+        # Unlike the paper's: with the temperature so small a model looks up keys at eight times its length
+        # almost at once.
+        rope=Rope(
+            type="yarn", theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True
+        ),
         parallel=Parallel(cp=2),
         memory=Memory(checkpoint="none"),
         optim=Optim(weight_decay=0.01),
-        train=Train(seq_length=4096, global_batch=4, iterations=60, lr=1e-3, min_lr=1e-4, warmup=5, precision="fp32", save_every=0, log_every=5))
+        train=Train(
+            seq_length=4096,
+            global_batch=4,
+            iterations=60,
+            lr=1e-3,
+            min_lr=1e-4,
+            warmup=5,
+            precision="fp32",
+            save_every=0,
+            log_every=5,
+        ),
+    )
 
 
-# ---- one node --------------------------------------------------------------------------------------------------
+# ---- one node ----------------------------------------------------------------------------------
+
 
 def smollm2_135m() -> Run:
-    """SmolLM2-135M-Instruct from 8K to 64K tokens. One GPU or one node; on a CPU with a shorter `train.seq_length`."""
+    """SmolLM2-135M-Instruct from 8K to 64K tokens. One GPU or one node; on a CPU with a shorter
+    `train.seq_length`."""
     return Run(
         name="smollm2_135m",
         notes="SmolLM2 from 8K to 64K with the paper's YaRN and learning rate; every other figure is this project's own choice.",
         base="HuggingFaceTB/SmolLM2-135M-Instruct",
         rope=_yarn(8, theta=100000.0, original_length=8192),
-        train=Train(seq_length=65536, global_batch=8, iterations=200, lr=3e-5, min_lr=3e-6, warmup=10, save_every=50))
+        train=Train(
+            seq_length=65536, global_batch=8, iterations=200, lr=3e-5, min_lr=3e-6, warmup=10, save_every=50
+        ),
+    )
 
 
-# ---- the paper -------------------------------------------------------------------------------------------------
+# ---- the paper ---------------------------------------------------------------------------------
+
 
 def ultralong_1m() -> Run:
     """Llama-3.1-8B-Instruct to 1M tokens; 256 H100 in the paper, any multiple of 32 GPUs here."""
-    return _ultralong("1m", seq_length=1024**2, factor=128, cp=4, iterations=125, global_batch=8,
-                      batch_note="125 iterations of 8 sequences are unverified")
+    return _ultralong(
+        "1m",
+        seq_length=1024**2,
+        factor=128,
+        cp=4,
+        iterations=125,
+        global_batch=8,
+        batch_note="125 iterations of 8 sequences are unverified",
+    )
 
 
 def ultralong_2m() -> Run:
     """Llama-3.1-8B-Instruct to 2M tokens; 256 H100 in the paper, any multiple of 128 GPUs here."""
-    return _ultralong("2m", seq_length=2 * 1024**2, factor=256, cp=16, iterations=125, global_batch=4,
-                      batch_note="iterations and global batch are this project's own (1B tokens, as published)")
+    return _ultralong(
+        "2m",
+        seq_length=2 * 1024**2,
+        factor=256,
+        cp=16,
+        iterations=125,
+        global_batch=4,
+        batch_note="iterations and global batch are this project's own (1B tokens, as published)",
+    )
 
 
 def ultralong_4m() -> Run:
     """Llama-3.1-8B-Instruct to 4M tokens; 256 H100 in the paper, any multiple of 128 GPUs here."""
-    return _ultralong("4m", seq_length=4 * 1024**2, factor=512, cp=16, iterations=150, global_batch=2,
-                      batch_note="150 iterations of 2 sequences as on the released model's card")
+    return _ultralong(
+        "4m",
+        seq_length=4 * 1024**2,
+        factor=512,
+        cp=16,
+        iterations=150,
+        global_batch=2,
+        batch_note="150 iterations of 2 sequences as on the released model's card",
+    )
 
 
 def ultralong_1m_sft() -> Run:
@@ -95,46 +175,77 @@ def ultralong_4m_sft() -> Run:
     return _ultralong_sft("4m")
 
 
-def _ultralong(size: str, *, seq_length: int, factor: int, cp: int, iterations: int, global_batch: int, batch_note: str) -> Run:
+def _ultralong(
+    size: str, *, seq_length: int, factor: int, cp: int, iterations: int, global_batch: int, batch_note: str
+) -> Run:
     dp = 256 // (8 * cp)
     return Run(
         name=f"ultralong_{size}",
         notes=f"arXiv 2504.06214: length, YaRN factor {factor} over 8192 positions with alpha 1 and beta 4, learning rate, one step of one epoch "
-              f"are published; 256 GPUs as TP 8 x CP {cp} (data parallel {dp}) and AdamW's betas are second-hand; {batch_note}; schedule, "
-              "warm-up, weight decay, clipping and seed are this project's own.",
+        f"are published; 256 GPUs as TP 8 x CP {cp} (data parallel {dp}) and AdamW's betas are second-hand; {batch_note}; schedule, "
+        "warm-up, weight decay, clipping and seed are this project's own.",
         base="meta-llama/Llama-3.1-8B-Instruct",
         rope=_yarn(factor, theta=500000.0, original_length=8192),
         parallel=Parallel(tp=8, cp=cp),
         memory=Memory(checkpoint="attention"),
         optim=Optim(beta1=0.9, beta2=0.95),
-        train=Train(seq_length=seq_length, global_batch=global_batch, iterations=iterations, lr=3e-5, min_lr=3e-6, warmup=5, save_every=25),
-        runtime=Runtime(device="cuda"))
+        train=Train(
+            seq_length=seq_length,
+            global_batch=global_batch,
+            iterations=iterations,
+            lr=3e-5,
+            min_lr=3e-6,
+            warmup=5,
+            save_every=25,
+        ),
+        runtime=Runtime(device="cuda"),
+    )
 
 
 def _ultralong_sft(size: str) -> Run:
-    """100K examples under 8K tokens. RoPE stays as the loaded checkpoint has it: instruction tuning must not rescale it."""
+    """100K examples under 8K tokens. RoPE stays as the loaded checkpoint has it: instruction tuning must not
+    rescale it."""
     return Run(
         name=f"ultralong_{size}_sft",
         notes="arXiv 2504.06214: learning rate 5e-6, global batch 128 and 100K examples under 8K tokens are published; one epoch of them, one "
-              "example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and "
-              "seed are this project's own. Attention stays inside documents, so packed rows work too, with fewer rows a step and iterations.",
+        "example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and "
+        "seed are this project's own. Attention stays inside documents, so packed rows work too, with fewer rows a step and iterations.",
         parallel=Parallel(tp=8),
         memory=Memory(checkpoint="attention"),
         data=Data(documents="masked"),
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(seq_length=8192, global_batch=128, iterations=782, lr=5e-6, warmup=24, save_every=200),
-        runtime=Runtime(device="cuda"))
+        runtime=Runtime(device="cuda"),
+    )
 
 
 def _yarn(factor: int, *, theta: float, original_length: int) -> Rope:
     """The paper's YaRN: ramp over rotations, no temperature; `factor` replaces the base model's own."""
-    return Rope(type="yarn", theta=theta, factor=float(factor), original_length=original_length, alpha=1.0, beta=4.0, ramp="rotation", temperature=False)
+    return Rope(
+        type="yarn",
+        theta=theta,
+        factor=float(factor),
+        original_length=original_length,
+        alpha=1.0,
+        beta=4.0,
+        ramp="rotation",
+        temperature=False,
+    )
 
 
-# ---- by name ---------------------------------------------------------------------------------------------------
+# ---- by name -----------------------------------------------------------------------------------
 
 RECIPES: tuple[Callable[[], Run], ...] = (
-    tiny, tiny_extend, smollm2_135m, ultralong_1m, ultralong_2m, ultralong_4m, ultralong_1m_sft, ultralong_2m_sft, ultralong_4m_sft)
+    tiny,
+    tiny_extend,
+    smollm2_135m,
+    ultralong_1m,
+    ultralong_2m,
+    ultralong_4m,
+    ultralong_1m_sft,
+    ultralong_2m_sft,
+    ultralong_4m_sft,
+)
 
 
 def names() -> list[str]:

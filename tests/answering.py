@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ultralong.evaluate.backends import Completion, Request
+from megatron_ultralong.evaluate.backends.protocol import Completion, Request
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -26,12 +26,26 @@ def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 
 class Answering:
-    """A backend that answers a prompt by `answer`; stops the process after `dies_after` answers as a kill would (KeyboardInterrupt); refuses
-    prompts that hold `refuses`, as an endpoint would."""
+    """A backend that answers a prompt by `answer`; stops the process after `dies_after` answers as a kill
+    would (KeyboardInterrupt); refuses prompts that hold `refuses`, as an endpoint would."""
 
-    def __init__(self, answer: Callable[[str], str], *, chat: bool = False, name: str = "one", max_position: int | None = None,
-                 dies_after: int | None = None, refuses: str | None = None) -> None:
-        self.tokenizer, self.answer, self.name, self.max_position, self.dies_after = byte_tokenizer(chat), answer, name, max_position, dies_after
+    def __init__(
+        self,
+        answer: Callable[[str], str],
+        *,
+        chat: bool = False,
+        name: str = "one",
+        max_position: int | None = None,
+        dies_after: int | None = None,
+        refuses: str | None = None,
+    ) -> None:
+        self.tokenizer, self.answer, self.name, self.max_position, self.dies_after = (
+            byte_tokenizer(chat),
+            answer,
+            name,
+            max_position,
+            dies_after,
+        )
         self.refuses = refuses
         self.prompts: list[str] = []
         self.sizes: list[int] = []
@@ -53,11 +67,26 @@ class Answering:
             self.prompts.append(prompt)
             self.sizes.append(len(request.ids) + request.tokens)
             if self.refuses is not None and self.refuses in prompt:
-                yield place, Completion(text="", tokens_in=0, tokens_out=0, finish=f"HTTP 400: {len(prompt)} tokens are too many")
+                yield (
+                    place,
+                    Completion(
+                        text="",
+                        tokens_in=0,
+                        tokens_out=0,
+                        finish=f"HTTP 400: {len(prompt)} tokens are too many",
+                    ),
+                )
                 continue
-            written = self.tokenizer.encode(self.answer(prompt))[:request.tokens]
-            yield place, Completion(text=self.tokenizer.decode(written, skip_special_tokens=True), tokens_in=len(request.ids),
-                                    tokens_out=len(written), finish="stop")
+            written = self.tokenizer.encode(self.answer(prompt))[: request.tokens]
+            yield (
+                place,
+                Completion(
+                    text=self.tokenizer.decode(written, skip_special_tokens=True),
+                    tokens_in=len(request.ids),
+                    tokens_out=len(written),
+                    finish="stop",
+                ),
+            )
 
     def describe(self) -> dict:
         return {"path": self.name, "max_position": self.max_position}

@@ -1,4 +1,5 @@
-"""A real HTTP server that answers as an OpenAI-compatible endpoint, is late, refuses, breaks off and counts what it was asked."""
+"""A real HTTP server that answers as an OpenAI-compatible endpoint, is late, refuses, breaks off and counts
+what it was asked."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from typing import Any
 
 
 class Server:
-    """Speaks /v1/chat/completions and /v1/completions. `script(draft, nth)` decides on the nth request for a draft (or else the last
-    message, or the prompt): a text or a dict, see `reply`."""
+    """Speaks /v1/chat/completions and /v1/completions. `script(draft, nth)` decides on the nth request for a
+    draft (or else the last message, or the prompt): a text or a dict, see `reply`."""
 
     def __init__(self) -> None:
         self.script: Any = lambda draft, nth: f"Better: {draft}"
@@ -53,18 +54,44 @@ class Server:
                         outer.in_flight -= 1
 
             def reply(self, what: Any) -> None:
-                """text = an answer; dict: text, finish, refusal, usage; or raw (body), status, headers; sleep, drip (s a byte); hang_up."""
+                """text = an answer; dict: text, finish, refusal, usage; or raw (body), status, headers;
+                sleep, drip (s a byte); hang_up."""
                 what = {"text": what} if isinstance(what, str) else what
                 time.sleep(what.get("sleep", 0))
                 if what.get("hang_up"):
                     self.close_connection = True
                     return
-                choice = {"index": 0, "finish_reason": what.get("finish", "stop"),
-                          "text": what.get("text"), "message": {"role": "assistant", "content": what.get("text"), "refusal": what.get("refusal")}}
-                raw = what.get("raw", json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                                                  "usage": what.get("usage", {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110})}))
+                choice = {
+                    "index": 0,
+                    "finish_reason": what.get("finish", "stop"),
+                    "text": what.get("text"),
+                    "message": {
+                        "role": "assistant",
+                        "content": what.get("text"),
+                        "refusal": what.get("refusal"),
+                    },
+                }
+                raw = what.get(
+                    "raw",
+                    json.dumps(
+                        {
+                            "id": "x",
+                            "object": "chat.completion",
+                            "created": 0,
+                            "model": "m",
+                            "choices": [choice],
+                            "usage": what.get(
+                                "usage", {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+                            ),
+                        }
+                    ),
+                )
                 self.send_response(what.get("status", 200))
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw.encode())), **what.get("headers", {})}.items():
+                for name, value in {
+                    "Content-Type": "application/json",
+                    "Content-Length": str(len(raw.encode())),
+                    **what.get("headers", {}),
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 for piece in raw if what.get("drip") else [raw]:

@@ -13,11 +13,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("llama3", "llama2", "unigram", "words")
-WORDS = ("the sky is blue and a grey cat's tail has 3 rings of 12345 colours; Łódź naïve 北京 東京 😀👍🏽 \t x=y() [3.14] don't "
-         "stop").split(" ")
-# Llama-3's own split: contractions, words with one sign before, up to three digits, signs, line ends, white space.
-_LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-                 r"\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = (
+    "the sky is blue and a grey cat's tail has 3 rings of 12345 colours; Łódź naïve 北京 東京 😀👍🏽 \t x=y() [3.14] don't "
+    "stop"
+).split(" ")
+# Llama-3's own split: contractions, words with one sign before, up to three digits, signs, line ends, white
+# space.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def text(seed: int, words: int) -> str:
@@ -28,16 +33,25 @@ def text(seed: int, words: int) -> str:
 
 
 def tokenizer(family: str) -> Tokenizer:
-    """llama3: byte-level BPE. llama2: BPE over whole texts, a space put in front. unigram: sentencepiece's. words: no white space."""
+    """llama3: byte-level BPE. llama2: BPE over whole texts, a space put in front. unigram: sentencepiece's.
+    words: no white space."""
     special = ["<|begin|>", "<|end|>"]
     corpus = [text(seed, 200) for seed in range(5)]
     if family == "llama3":
         made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-                                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         made.decoder = decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
-                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
     elif family == "llama2":
         made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -47,13 +61,16 @@ def tokenizer(family: str) -> Tokenizer:
     elif family == "unigram":
         made = Tokenizer(models.Unigram())
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>", *special], unk_token="<unk>",
-                                          show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=["<unk>", *special], unk_token="<unk>", show_progress=False
+        )
     else:
         made = Tokenizer(models.WordLevel(unk_token="<unk>"))
         made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
         made.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = trainers.WordLevelTrainer(vocab_size=60, special_tokens=["<unk>", *special], show_progress=False)
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=60, special_tokens=["<unk>", *special], show_progress=False
+        )
     made.train_from_iterator(corpus, trainer)
     if family == "llama2":
         made.pre_tokenizer = None
@@ -62,22 +79,35 @@ def tokenizer(family: str) -> Tokenizer:
 
 def save_tokenizer(folder: Path, family: str = "llama3", **settings: Any) -> Path:
     """A directory that AutoTokenizer loads."""
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer(family), bos_token="<|begin|>", eos_token="<|end|>",
-                            **settings).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(family), bos_token="<|begin|>", eos_token="<|end|>", **settings
+    ).save_pretrained(folder)
     return folder
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({"id": i, key: t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": i, key: t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8"
+    )
     return path
 
 
-def write_rows(prefix: Path, rows: list[list[int]], masks: list[list[int]] | None = None, dtype: Any = numpy.int32,
-               starts: list[list[int]] | None = None, **manifest: Any) -> str:
+def write_rows(
+    prefix: Path,
+    rows: list[list[int]],
+    masks: list[list[int]] | None = None,
+    dtype: Any = numpy.int32,
+    starts: list[list[int]] | None = None,
+    **manifest: Any,
+) -> str:
     """Packed rows by Megatron's own builder, not by the code under test."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    for suffix, lines, kind in (("", rows, dtype), (".mask", masks, numpy.uint8), (".docs", starts, numpy.int32)):
+    for suffix, lines, kind in (
+        ("", rows, dtype),
+        (".mask", masks, numpy.uint8),
+        (".docs", starts, numpy.int32),
+    ):
         if lines is None:
             continue
         builder = IndexedDatasetBuilder(f"{prefix}{suffix}.bin", dtype=kind)
@@ -85,7 +115,13 @@ def write_rows(prefix: Path, rows: list[list[int]], masks: list[list[int]] | Non
             builder.add_document(torch.tensor(line), [len(line)])
         builder.finalize(f"{prefix}{suffix}.idx")
     largest = max((max(row) for row in rows), default=0)
-    values = {"format": 1, "max_token_id": largest, "mask": masks is not None, "document_starts": starts is not None,
-              "tokenizer": {"name": "by-hand"}, **manifest}
+    values = {
+        "format": 1,
+        "max_token_id": largest,
+        "mask": masks is not None,
+        "document_starts": starts is not None,
+        "tokenizer": {"name": "by-hand"},
+        **manifest,
+    }
     Path(f"{prefix}.json").write_text(json.dumps(values), encoding="utf-8")
     return str(prefix)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Convert: Hugging Face Llama directory to sharded checkpoint, back, and compare. Alone or under torchrun.
 
-    python tools/convert_hf.py import --hf Llama-3.1-8B-Instruct --out runs/base
-    python tools/convert_hf.py export --ckpt runs/1m --out Llama-3.1-8B-1M
-    torchrun --nproc-per-node 8 tools/convert_hf.py verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
+python tools/convert_hf.py import --hf Llama-3.1-8B-Instruct --out runs/base
+python tools/convert_hf.py export --ckpt runs/1m --out Llama-3.1-8B-1M
+torchrun --nproc-per-node 8 tools/convert_hf.py verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
 """
 
 from __future__ import annotations
@@ -11,27 +11,48 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.runtime import cli
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {name: commands.add_parser(name, help=text, description=text) for name, text in (
-        ("import", "HF directory to sharded checkpoint (training can also read the HF directory in place)"),
-        ("export", "sharded checkpoint to HF directory"),
-        ("verify", "compare all weights bit by bit; exit code 1 and the names where they differ"))}
+    add = {
+        name: commands.add_parser(name, help=text, description=text)
+        for name, text in (
+            (
+                "import",
+                "HF directory to sharded checkpoint (training can also read the HF directory in place)",
+            ),
+            ("export", "sharded checkpoint to HF directory"),
+            ("verify", "compare all weights bit by bit; exit code 1 and the names where they differ"),
+        )
+    }
     for name in ("import", "verify"):
-        add[name].add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Llama directory")
+        add[name].add_argument(
+            "--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Llama directory"
+        )
     for name in ("export", "verify"):
-        add[name].add_argument("--ckpt", type=Path, required=True, help="run directory (its newest iteration) or one iteration")
+        add[name].add_argument(
+            "--ckpt", type=Path, required=True, help="run directory (its newest iteration) or one iteration"
+        )
     add["import"].add_argument("--out", type=Path, required=True, metavar="CKPT", help="new run directory")
-    add["export"].add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory")
+    add["export"].add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory"
+    )
     for name in ("import", "export"):
-        add[name].add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights written (default: as they are stored)")
+        add[name].add_argument(
+            "--dtype", choices=("bf16", "fp32"), help="of the weights written (default: as they are stored)"
+        )
     for name in add:
-        add[name].add_argument("--tp", type=int, help="tensor parallel ranks of the conversion; a checkpoint of any layout fits")
-        add[name].add_argument("--pp", type=int, help="pipeline parallel ranks; tp x pp = ranks started (default: both chosen)")
+        add[name].add_argument(
+            "--tp", type=int, help="tensor parallel ranks of the conversion; a checkpoint of any layout fits"
+        )
+        add[name].add_argument(
+            "--pp", type=int, help="pipeline parallel ranks; tp x pp = ranks started (default: both chosen)"
+        )
     return parser.parse_args()
 
 
@@ -39,7 +60,9 @@ def main() -> int:
     args = arguments()
 
     # Imported here so that --help answers at once.
-    from megatron_ultralong.checkpoint import convert, hf, hf_writer, sharded
+    from megatron_ultralong.checkpoint import convert, sharded
+    from megatron_ultralong.checkpoint.hf import reader as hf
+    from megatron_ultralong.checkpoint.hf import writer as hf_writer
 
     if args.command == "export":
         hf_writer.check_output(args.out)
@@ -50,7 +73,9 @@ def main() -> int:
         dtype = convert.DTYPES.get(getattr(args, "dtype", None) or "as stored")
         if args.command == "verify":
             different = convert.verify(args.hf, args.ckpt, ranks, parallel)
-            lines = [f"differs: {line}" for line in different] or [f"the same: every weight of {args.hf} and {args.ckpt}"]
+            lines = [f"differs: {line}" for line in different] or [
+                f"the same: every weight of {args.hf} and {args.ckpt}"
+            ]
         elif args.command == "import":
             lines, different = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"], []
         else:
@@ -61,4 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Train: continued pretraining or instruction tuning of a recipe. Under torchrun, or alone as a run of one rank.
+"""Train: continued pretraining or instruction tuning of a recipe. Under torchrun, or alone as a run of one
+rank.
 
-    torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf Llama-3.1-8B-Instruct --data PREFIX --save runs/1m
+torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf Llama-3.1-8B-Instruct --data PREFIX
+--save runs/1m
 """
 
 from __future__ import annotations
@@ -11,23 +13,63 @@ from pathlib import Path
 
 from megatron_ultralong import recipes
 from megatron_ultralong.config import override
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.runtime import cli
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="name of a run in megatron_ultralong/recipes.py: " + ", ".join(recipes.names()))
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="change settings of the recipe, like train.seq_length=64K parallel.cp=4")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        help="name of a run in megatron_ultralong/recipes.py: " + ", ".join(recipes.names()),
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings of the recipe, like train.seq_length=64K parallel.cp=4",
+    )
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--load-hf", type=Path, metavar="DIR", help="start from a Hugging Face Llama directory, read in place")
-    start.add_argument("--load", type=Path, metavar="CKPT", help="start from the weights of a checkpoint: a run directory or one iteration")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer and config files to carry along when training from scratch")
-    parser.add_argument("--data", nargs="+", required=True, metavar="PREFIX", help="packed rows: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
+    start.add_argument(
+        "--load-hf", type=Path, metavar="DIR", help="start from a Hugging Face Llama directory, read in place"
+    )
+    start.add_argument(
+        "--load",
+        type=Path,
+        metavar="CKPT",
+        help="start from the weights of a checkpoint: a run directory or one iteration",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer and config files to carry along when training from scratch",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="packed rows: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",
+    )
     parser.add_argument("--valid", nargs="+", metavar="PREFIX", help="packed rows for the held-out loss")
-    parser.add_argument("--perplexity", nargs="+", metavar="PREFIX or FILE",
-                        help="packed rows or long documents (.txt, .jsonl, .parquet): perplexity by position, when the held-out loss is due")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run directory; goes on from its newest whole checkpoint")
+    parser.add_argument(
+        "--perplexity",
+        nargs="+",
+        metavar="PREFIX or FILE",
+        help="packed rows or long documents (.txt, .jsonl, .parquet): perplexity by position, when the held-out loss is due",
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="run directory; goes on from its newest whole checkpoint",
+    )
     return parser.parse_args()
 
 
@@ -36,12 +78,20 @@ def main() -> None:
     run = override(recipes.get(args.recipe), args.set)
 
     # Imported here so that --help and mistakes in the settings answer at once.
-    from megatron_ultralong.evaluate.perplexity_training import during_training
+    from megatron_ultralong.evaluate.tasks.perplexity_in_training import during_training
     from megatron_ultralong.train.run import train_run
 
-    train_run(run, data=args.data, valid=args.valid, save=args.save, load=args.load, load_hf=args.load_hf, tokenizer=args.tokenizer,
-              evaluations=[during_training(args.perplexity, args.save)] if args.perplexity else [])
+    train_run(
+        run,
+        data=args.data,
+        valid=args.valid,
+        save=args.save,
+        load=args.load,
+        load_hf=args.load_hf,
+        tokenizer=args.tokenizer,
+        evaluations=[during_training(args.perplexity, args.save)] if args.perplexity else [],
+    )
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

@@ -1,15 +1,18 @@
-"""Synthetic text for the demo: a tokenizer, and documents in which names have pass keys that are asked again and again.
+"""Synthetic text for the demo: a tokenizer, and documents in which names have pass keys that are asked again
+and again.
 
-    python examples/demo/corpus.py tokenizer --output DIR
-    python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
+    python examples/demo/corpus.py tokenizer --output DIR python examples/demo/corpus.py documents --tokenizer
+    DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
 
 Everything is made here by a seeded generator, so there is no data to download. Two kinds of document:
 
     keys    filler sentences with "The pass key of Mira is 48213." at random places and questions about them, many a document:
-            few tokens of ordinary text say how good retrieval is, so a model of this size would need far longer to learn it
+            few tokens of ordinary text say how good retrieval is, so a model of this size would need far
+            longer to learn it
     list    names with their pass keys, said over and over in new order
 
-A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row of S + 1.
+A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row
+of S + 1.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_ultralong.config import UserError, parse_count
-from megatron_ultralong.evaluate import niah
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.config import parse_count
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.tasks import niah
+from megatron_ultralong.runtime import cli
 
 DIGITS = 5
 """Digits of a pass key, as in the passkey test."""
@@ -37,31 +41,47 @@ Piece = tuple[str, int]
 """A text and its number of tokens."""
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on documents of this file: any text can be encoded, the demo's words are one token each.
+    """A byte-level BPE trained on documents of this file: any text can be encoded, the demo's words are one
+    token each.
 
-    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of five digits is three tokens. "Mira is" is one
-    token (superwords: Liu et al., arXiv 2503.13423): the key then follows the token that names it, and looking it up is the one-step
-    copying that a model of this size learns in minutes.
+    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of five digits is three
+    tokens. "Mira is" is one token (superwords: Liu et al., arXiv 2503.13423): the key then follows the token
+    that names it, and looking it up is the one-step copying that a model of this size learns in minutes.
     """
     bpe = Tokenizer(models.BPE())
     words = Regex(r" \p{Lu}\p{Ll}+ is\b| ?\p{N}{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     rng = random.Random(0)
     texts = [niah.INTRODUCTION, " " + niah.INTRODUCTION] * 100
     for name in niah.NAMES * 100:
         value = niah.pass_key(rng, DIGITS)
         texts += [" " + rng.choice(niah.FILLER) + niah.needle(name, value) + _asked(name, value)]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[BEGIN, END], show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, clean_up_tokenization_spaces=False)
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=[BEGIN, END],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, clean_up_tokenization_spaces=False
+    )
 
 
-# ---- documents ------------------------------------------------------------------------------------------------
+# ---- documents ---------------------------------------------------------------------------------
+
 
 class Writer:
     """Documents of exact size for one tokenizer."""
@@ -77,14 +97,19 @@ class Writer:
         return text, self.known[text]
 
     def row(self, length: int, *, listed: float, whole: float) -> str:
-        """Text of exactly `length` tokens: with probability `whole` one document, otherwise several of mixed lengths.
+        """Text of exactly `length` tokens: with probability `whole` one document, otherwise several of mixed
+        lengths.
 
         listed: share of the documents that are lists; the rest are `keys`.
         """
         parts: list[str] = []
         left = length
         while left:
-            size = left if self.rng.random() < whole else int(math.exp(self.rng.uniform(math.log(SHORTEST), math.log(length))))
+            size = (
+                left
+                if self.rng.random() < whole
+                else int(math.exp(self.rng.uniform(math.log(SHORTEST), math.log(length))))
+            )
             size = left if left - size < SHORTEST else size
             if self.rng.random() < listed:
                 parts.append(self.listed(size))
@@ -94,7 +119,8 @@ class Writer:
         return "".join(parts)
 
     def keys(self, length: int, most: int, start: str = "") -> str:
-        """Keys hidden in filler sentences, asked for in one to three blocks of questions, the last at the end.
+        """Keys hidden in filler sentences, asked for in one to three blocks of questions, the last at the
+        end.
 
         The number of keys is log-uniform up to `most`: the passkey test's single key as well as many.
         """
@@ -113,7 +139,9 @@ class Writer:
         needles: dict[int, list[str]] = {}
         for name in values:
             kind = rng.random()
-            needles.setdefault(len(filler) if kind < 0.15 else 0 if kind < 0.3 else rng.randint(0, len(filler)), []).append(name)
+            needles.setdefault(
+                len(filler) if kind < 0.15 else 0 if kind < 0.3 else rng.randint(0, len(filler)), []
+            ).append(name)
         blocks = rng.choice((1, 1, 2, 3)) if length >= 256 and count > 1 else 1
         breaks = [rng.randint(0, len(filler)) for _ in range(blocks - 1)]
         text, known, left = [introduction[0]], [], questions
@@ -124,18 +152,20 @@ class Writer:
                 asked = min(left - 1, max(1, questions // blocks))
                 text += self._questions(known, values, asked)
                 left -= asked
-            text += filler[i:i + 1]
+            text += filler[i : i + 1]
         return "".join(text + self._questions(known, values, left))
 
     def _questions(self, known: list[str], values: dict[str, str], count: int) -> list[str]:
-        """`count` questions with their answers, each of `known` once in random order before any is asked again."""
+        """`count` questions with their answers, each of `known` once in random order before any is asked
+        again."""
         order: list[str] = []
         while len(order) < count:
             order += self.rng.sample(known, len(known))
         return [_asked(name, values[name]) for name in order[:count]]
 
     def _filler(self, room: int) -> list[str]:
-        """Filler sentences of exactly `room` tokens, in their order from a random one on; the last one may be cut."""
+        """Filler sentences of exactly `room` tokens, in their order from a random one on; the last one may be
+        cut."""
         out: list[str] = []
         i = self.rng.randrange(len(self.filler))
         while room > 0:
@@ -166,7 +196,16 @@ def _asked(name: str, value: str) -> str:
     return niah.question(name) + niah.answer_start(name) + niah.answer(value)
 
 
-def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int, listed: float = 0.1, whole: float = 1.0) -> None:
+def write_documents(
+    tokenizer_dir: Path,
+    output: Path,
+    *,
+    length: int,
+    rows: int,
+    seed: int,
+    listed: float = 0.1,
+    whole: float = 1.0,
+) -> None:
     """`rows` texts of exactly `length` tokens each as JSON lines."""
     if length < SHORTEST or rows < 1:
         raise UserError(f"--length must be at least {SHORTEST} tokens and --rows at least 1")
@@ -182,10 +221,13 @@ def write_documents(tokenizer_dir: Path, output: Path, *, length: int, rows: int
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
 
-# ---- command --------------------------------------------------------------------------------------------------
+# ---- command -----------------------------------------------------------------------------------
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("tokenizer", help="train the tokenizer")
     one.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -195,15 +237,29 @@ def main() -> None:
     one.add_argument("--length", required=True, help="tokens of every text: the sequence length of training")
     one.add_argument("--rows", type=int, required=True, help="texts to write")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--list", type=float, default=0.1, help="share of lists of names and pass keys (default: %(default)s)")
-    one.add_argument("--whole", type=float, default=1.0, help="share of texts that are one document, not several (default: %(default)s)")
+    one.add_argument(
+        "--list", type=float, default=0.1, help="share of lists of names and pass keys (default: %(default)s)"
+    )
+    one.add_argument(
+        "--whole",
+        type=float,
+        default=1.0,
+        help="share of texts that are one document, not several (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.command == "tokenizer":
         make_tokenizer().save_pretrained(args.output)
     else:
-        write_documents(args.tokenizer, args.output, length=parse_count(args.length, "--length"), rows=args.rows, seed=args.seed,
-                        listed=args.list, whole=args.whole)
+        write_documents(
+            args.tokenizer,
+            args.output,
+            length=parse_count(args.length, "--length"),
+            rows=args.rows,
+            seed=args.seed,
+            listed=args.list,
+            whole=args.whole,
+        )
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

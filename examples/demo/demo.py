@@ -3,8 +3,9 @@
 
     python examples/demo/demo.py      (make demo sets up first)
 
-Passkey grid before, documents, packed rows, YaRN continued pretraining over two context parallel ranks on the CPU, export to
-Hugging Face, passkey grid after: each stage is the tool that a cluster runs. The model, `base/`, was made by `make_base.sh`.
+Passkey grid before, documents, packed rows, YaRN continued pretraining over two context parallel ranks on the
+CPU, export to Hugging Face, passkey grid after: each stage is the tool that a cluster runs. The model,
+`base/`, was made by `make_base.sh`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 
 import corpus
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import plots, results
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.pipeline import results
+from megatron_ultralong.evaluate.report.tables import heat_map
+from megatron_ultralong.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(__file__).resolve().parent / "base"
@@ -45,50 +47,120 @@ def main() -> int:
     say(f"1/5  the passkey grid of the model as it is: context {BASE_LENGTH}")
     before = passkey(BASE, "before")
     say(f"2/5  documents, packed to rows of {LENGTH} + 1 tokens")
-    corpus.write_documents(BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1, listed=0)
-    tool("prepare_data.py", "pretrain", "--input", OUT / "text.jsonl", "--tokenizer", BASE, "--seq-length", LENGTH,
-         "--separator-token", "eos", "--output", OUT / "text")
-    say(f"3/5  continued pretraining at {LENGTH} tokens with YaRN factor {FACTOR}, two context parallel ranks")
-    tool("train.py", "--recipe", "tiny_extend", "--set", "runtime.device=cpu", f"train.seq_length={LENGTH}", f"rope.factor={FACTOR}",
-         f"train.iterations={ITERATIONS}", f"train.global_batch={BATCH}", "--load-hf", BASE, "--data", OUT / "text", "--save", OUT / "train", ranks=2)
+    corpus.write_documents(
+        BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1, listed=0
+    )
+    tool(
+        "prepare_data.py",
+        "pretrain",
+        "--input",
+        OUT / "text.jsonl",
+        "--tokenizer",
+        BASE,
+        "--seq-length",
+        LENGTH,
+        "--separator-token",
+        "eos",
+        "--output",
+        OUT / "text",
+    )
+    say(
+        f"3/5  continued pretraining at {LENGTH} tokens with YaRN factor {FACTOR}, two context parallel ranks"
+    )
+    tool(
+        "train.py",
+        "--recipe",
+        "tiny_extend",
+        "--set",
+        "runtime.device=cpu",
+        f"train.seq_length={LENGTH}",
+        f"rope.factor={FACTOR}",
+        f"train.iterations={ITERATIONS}",
+        f"train.global_batch={BATCH}",
+        "--load-hf",
+        BASE,
+        "--data",
+        OUT / "text",
+        "--save",
+        OUT / "train",
+        ranks=2,
+    )
     say("4/5  export to Hugging Face")
     tool("convert_hf.py", "export", "--ckpt", OUT / "train", "--out", OUT / "hf")
     say("5/5  the passkey grid of the export, in plain transformers")
     after = passkey(OUT / "hf", "after")
 
     seconds = round(time.time() - began)
-    summary = {name: {str(length): result["by_length"][str(length)] for length in LENGTHS} for name, result in (("before", before), ("after", after))}
+    summary = {
+        name: {str(length): result["by_length"][str(length)] for length in LENGTHS}
+        for name, result in (("before", before), ("after", after))
+    }
     results.write_json(ROOT / OUT / "summary.json", {**summary, "seconds": seconds})
-    plots.heat_maps([before, after], [f"before: context {BASE_LENGTH}", f"after: YaRN {FACTOR}x, {ITERATIONS} iterations"],
-                    ROOT / OUT / "passkey.png", trained=[BASE_LENGTH, LENGTH])
+    heat_map.heat_maps(
+        [before, after],
+        [f"before: context {BASE_LENGTH}", f"after: YaRN {FACTOR}x, {ITERATIONS} iterations"],
+        ROOT / OUT / "passkey.png",
+        trained=[BASE_LENGTH, LENGTH],
+    )
     return report(summary, seconds)
 
 
 def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
-    """The last lines: what was shown, and where the files are. Exit code 1 where the longer context did not come out."""
+    """The last lines: what was shown, and where the files are. Exit code 1 where the longer context did not
+    come out."""
     say("passkeys found, of 40 a length")
-    print("tokens".rjust(9) + "".join(f"{plots.tokens(length):>8}" for length in LENGTHS))
+    print("tokens".rjust(9) + "".join(f"{heat_map.tokens(length):>8}" for length in LENGTHS))
     for name, values in summary.items():
         print(name.rjust(9) + "".join(f"{values[str(length)]:>8.0%}" for length in LENGTHS))
     shown = min(summary["after"].values()) >= ENOUGH
-    print(f"\ncontext {BASE_LENGTH} -> {LENGTH} in {seconds} s" if shown else
-          f"\nnot shown: below {ENOUGH:.0%} at a length after {seconds} s of training and evaluation")
-    print(f"the model in Hugging Face form   {OUT}/hf\nits passkey grid before and after {OUT}/passkey.png\nthe figures"
-          f"                       {OUT}/summary.json")
+    print(
+        f"\ncontext {BASE_LENGTH} -> {LENGTH} in {seconds} s"
+        if shown
+        else f"\nnot shown: below {ENOUGH:.0%} at a length after {seconds} s of training and evaluation"
+    )
+    print(
+        f"the model in Hugging Face form   {OUT}/hf\nits passkey grid before and after {OUT}/passkey.png\nthe figures"
+        f"                       {OUT}/summary.json"
+    )
     return 0 if shown else 1
 
 
 def passkey(model: Path, name: str) -> dict[str, Any]:
-    tool("evaluate.py", "niah", "--model", model, "--lengths", ",".join(map(str, LENGTHS)), "--depths", DEPTHS, "--trials", TRIALS,
-         "--device", "cpu", "--out", OUT / name)
+    tool(
+        "evaluate.py",
+        "niah",
+        "--model",
+        model,
+        "--lengths",
+        ",".join(map(str, LENGTHS)),
+        "--depths",
+        DEPTHS,
+        "--trials",
+        TRIALS,
+        "--device",
+        "cpu",
+        "--out",
+        OUT / name,
+    )
     return results.read_json(ROOT / OUT / name / "niah.json")
 
 
 def tool(name: str, *arguments: Any, ranks: int = 1) -> None:
-    """Run one of the project's tools as its users do, from the top of the tree; UserError where it fails (it has said why)."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    """Run one of the project's tools as its users do, from the top of the tree; UserError where it fails (it
+    has said why)."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
     command = [sys.executable, *launcher, f"tools/{name}", *map(str, arguments)]
-    print("$", " ".join(["torchrun", *launcher[2:], *command[len(launcher) + 1:]] if launcher else ["python", *command[1:]]), flush=True)
+    print(
+        "$",
+        " ".join(
+            ["torchrun", *launcher[2:], *command[len(launcher) + 1 :]]
+            if launcher
+            else ["python", *command[1:]]
+        ),
+        flush=True,
+    )
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise UserError(f"tools/{name} failed; see above")
 
@@ -98,4 +170,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

@@ -1,6 +1,6 @@
 """Ask a chat model a question in plain transformers; nothing of megatron_ultralong is imported here.
 
-    python examples/smollm2/ask.py --model runs/smollm2/12x2K/hf "What is the capital of France?"
+python examples/smollm2/ask.py --model runs/smollm2/12x2K/hf "What is the capital of France?"
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ def answer(folder: Path, question: str, tokens: int = 48) -> str:
     """What the model in `folder` answers, greedy, at most `tokens` tokens; float32, on the CPU."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True,
-                                           return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(written[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    written = model.generate(
+        **prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    return tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("question")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory with a chat template")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory with a chat template"
+    )
     args = parser.parse_args()
     logging.disable_progress_bar()
     print(f"{args.question}\n  {answer(args.model, args.question)}")

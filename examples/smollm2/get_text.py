@@ -1,6 +1,7 @@
-"""Text to train on where the user has none: the language reference that every Python carries for its help() (PSF licence).
+"""Text to train on where the user has none: the language reference that every Python carries for its help()
+(PSF licence).
 
-    python examples/smollm2/get_text.py --output runs/smollm2/text.jsonl --held-out runs/smollm2/held_out.jsonl
+python examples/smollm2/get_text.py --output runs/smollm2/text.jsonl --held-out runs/smollm2/held_out.jsonl
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.runtime import cli
 
 EVERY = 10
 """One topic in so many is held out."""
@@ -26,9 +27,13 @@ def write(documents: list[str], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to train on")
-    parser.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="JSON lines for the held-out loss")
+    parser.add_argument(
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSON lines for the held-out loss"
+    )
     args = parser.parse_args()
     texts = [topics[name] for name in sorted(topics)]
     write([text for i, text in enumerate(texts) if i % EVERY], args.output)
@@ -36,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    cli.main(main)

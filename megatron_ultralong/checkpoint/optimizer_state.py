@@ -1,7 +1,9 @@
-"""Resume of Megatron's distributed optimizer when it runs torch's AdamW, that is, without TransformerEngine or apex.
+"""Resume of Megatron's distributed optimizer when it runs torch's AdamW, that is, without TransformerEngine
+or apex.
 
-torch's AdamW keeps a `step` tensor a parameter where the fused Adams keep one number a group. Megatron's distributed optimizer
-stores the number, but its load looks for the tensor among the stored states, and then shares one tensor between all parameters.
+torch's AdamW keeps a `step` tensor a parameter where the fused Adams keep one number a group. Megatron's
+distributed optimizer stores the number, but its load looks for the tensor among the stored states, and then
+shares one tensor between all parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ def adapt(optimizer: Any) -> None:
 
 
 def before_load(optimizer: Any) -> None:
-    """Give a new optimizer its state tensors, so that a load has somewhere to put them; parameters do not change."""
+    """Give a new optimizer its state tensors, so that a load has somewhere to put them; parameters do not
+    change."""
     for group in optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0
     for one in _distributed(optimizer):

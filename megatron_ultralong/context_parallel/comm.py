@@ -1,7 +1,8 @@
 """How context parallelism passes buffers from rank to rank.
 
-The ring needs little: who am I, how many are we, and "send this to the next rank while the previous one fills that". The
-other ways need three collectives. Both come over a torch ProcessGroup, or over threads (virtual.py).
+The ring needs little: who am I, how many are we, and "send this to the next rank while the previous one fills
+that". The other ways need three collectives. Both come over a torch ProcessGroup, or over threads
+(virtual_ranks.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Transfer(Protocol):
     """A transfer under way."""
 
     def wait(self) -> None:
-        """Return when the received buffer may be read and the sent one overwritten (by what is launched from now on)."""
+        """Return when the received buffer may be read and the sent one overwritten (by what is launched from
+        now on)."""
 
 
 class Ring(Protocol):
@@ -32,8 +34,8 @@ class Ring(Protocol):
     def start(self, send: Tensor, receive: Tensor) -> Transfer:
         """Send `send` to rank + 1 and fill `receive` from rank - 1, without blocking.
 
-        Both are contiguous; every rank starts the same transfers in the same order. Neither may be written, nor `receive`
-        read, before the transfer was waited for.
+        Both are contiguous; every rank starts the same transfers in the same order. Neither may be written,
+        nor `receive` read, before the transfer was waited for.
         """
 
 
@@ -72,21 +74,30 @@ def as_peers(group: PeerGroup) -> Peers | None:
 
 
 class GroupRing:
-    """`Peers` over the ranks of a torch ProcessGroup, in group order; hops are batched point-to-point operations (NCCL, gloo)."""
+    """`Peers` over the ranks of a torch ProcessGroup, in group order; hops are batched point-to-point
+    operations (NCCL, gloo)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        self._next, self._previous = (dist.get_global_rank(group, (self.rank + step) % self.size) for step in (1, -1))
+        self._next, self._previous = (
+            dist.get_global_rank(group, (self.rank + step) % self.size) for step in (1, -1)
+        )
         self._started = 0
 
     def start(self, send: Tensor, receive: Tensor) -> _Works:
-        # Two transfers may be under way between the same two ranks (KV and its gradient): the tag keeps them apart where
-        # the backend knows tags; NCCL keeps the order in which they were started.
+        # Two transfers may be under way between the same two ranks (KV and its gradient): the tag keeps them
+        # apart where the backend knows tags; NCCL keeps the order in which they were started.
         tag = self._started
         self._started += 1
-        return _Works(dist.batch_isend_irecv([dist.P2POp(dist.isend, send, self._next, self.group, tag),
-                                              dist.P2POp(dist.irecv, receive, self._previous, self.group, tag)]))
+        return _Works(
+            dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, send, self._next, self.group, tag),
+                    dist.P2POp(dist.irecv, receive, self._previous, self.group, tag),
+                ]
+            )
+        )
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> _Works:
         return _Works([dist.all_to_all_single(receive, send, group=self.group, async_op=True)])

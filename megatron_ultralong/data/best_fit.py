@@ -1,4 +1,5 @@
-"""Items of different lengths into as few bins of one capacity as a good rule of thumb finds: best fit, longest first."""
+"""Items of different lengths into as few bins of one capacity as a good rule of thumb finds: best fit,
+longest first."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 def best_fit(lengths: NDArray[Any], capacity: int) -> NDArray[numpy.int64]:
     """The bin of each item, int64 [items]; bins are numbered from 0 in the order they are opened.
 
-    lengths: int [items], each 1 to `capacity`. Longest item first (of equal ones the earlier), each into the bin with the least room
-    that still holds it, a new one where none does: at most 11/9 of the fewest possible bins, and a few. The result depends on
-    nothing but the arguments. A million items take seconds, whatever the capacity.
+    lengths: int [items], each 1 to `capacity`. Longest item first (of equal ones the earlier), each into the
+    bin with the least room that still holds it, a new one where none does: at most 11/9 of the fewest
+    possible bins, and a few. The result depends on nothing but the arguments. A million items take seconds,
+    whatever the capacity.
     """
     assert len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= capacity
     of_item = numpy.empty(len(lengths), numpy.int64)
@@ -43,8 +45,8 @@ def contents(of_item: NDArray[numpy.int64]) -> list[NDArray[numpy.int64]]:
 class _Rooms:
     """Bins by the room that is left in them.
 
-    Which rooms occur is kept as a bit set of two levels, each word a Python integer of about sqrt(capacity) bits: the next larger
-    room is two shifts away, where a tree over 4M rooms would take twenty-two steps.
+    Which rooms occur is kept as a bit set of two levels, each word a Python integer of about sqrt(capacity)
+    bits: the next larger room is two shifts away, where a tree over 4M rooms would take twenty-two steps.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -64,7 +66,8 @@ class _Rooms:
         same.append(which)
 
     def take(self, least: int) -> tuple[int, int] | None:
-        """(bin, room) of a bin with the smallest room of at least `least`, which is out from now on; None where there is none."""
+        """(bin, room) of a bin with the smallest room of at least `least`, which is out from now on; None
+        where there is none."""
         word, bit = divmod(least, self._bits)
         found = self._words[word] >> bit
         if found:

@@ -5,8 +5,8 @@
     alpaca         instruction, input (may be empty or missing), output    Alpaca-GPT4, MathInstruct; with `response`: GPTeacher
     QUESTION/ANSWER two columns by their names: question/answer            OrcaMath, Glaive; query/response MetaMath; problem/solution Magicoder
 
-A form is found out record by record unless it is named. A record that cannot be used is told with file and line; nothing is guessed:
-only turns before the first question and after the last answer are cut off.
+A form is found out record by record unless it is named. A record that cannot be used is told with file and
+line; nothing is guessed: only turns before the first question and after the last answer are cut off.
 """
 
 from __future__ import annotations
@@ -19,21 +19,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_ultralong.config import UserError
 from megatron_ultralong.data import documents
+from megatron_ultralong.errors import UserError
 
 KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 DOMAINS = ("general", "math", "code")
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {
-    "system": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 """Names in use for the three roles; ShareGPT's files name the assistant after who answered."""
-TOOL_ROLES = ("tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_response", "observation", "ipython")
+TOOL_ROLES = (
+    "tool",
+    "tools",
+    "function",
+    "function_call",
+    "function_response",
+    "tool_call",
+    "tool_response",
+    "observation",
+    "ipython",
+)
 LISTS = ("conversations", "messages", "conversation")
 """Columns that hold a list of turns."""
-PAIRS = (("instruction", "output"), ("instruction", "response"), ("instruction", "completion"), ("prompt", "response"), ("prompt", "completion"),
-         ("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"), ("problem", "solution"),
-         ("input", "output"))
+PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+    ("input", "output"),
+)
 """Columns of a question and its answer, the first pair that a record has counts."""
 SYSTEM_KEYS = ("system", "system_prompt")
 
@@ -46,7 +74,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """At most one system message, then user and assistant in turn; the last one is the assistant's. No content is blank."""
+    """At most one system message, then user and assistant in turn; the last one is the assistant's. No
+    content is blank."""
 
     messages: tuple[Message, ...]
     id: str
@@ -78,7 +107,8 @@ class Refused(ValueError):
 
 
 def files(inputs: Iterable[str]) -> list[Path]:
-    """The files that paths, directories (all of known kinds below, sorted) and globs name. UserError for what names none."""
+    """The files that paths, directories (all of known kinds below, sorted) and globs name. UserError for what
+    names none."""
     found: list[Path] = []
     for text in inputs:
         path = Path(text)
@@ -99,12 +129,19 @@ def files(inputs: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read(path: Path, *, source: str, domain: str | None = None, form: str = "auto",
-         progress: Callable[[int], Any] = lambda n: None) -> Iterator[Conversation | Unusable]:
-    """What each record of a file gives, in order. domain: None = the record's own `domain`, "general" where it names none.
+def read(
+    path: Path,
+    *,
+    source: str,
+    domain: str | None = None,
+    form: str = "auto",
+    progress: Callable[[int], Any] = lambda n: None,
+) -> Iterator[Conversation | Unusable]:
+    """What each record of a file gives, in order. domain: None = the record's own `domain`, "general" where
+    it names none.
 
-    progress: called with the bytes of the file read since the last call. Memory: a record of .jsonl, some rows of .parquet, a whole
-    .json. UserError where the file cannot be read.
+    progress: called with the bytes of the file read since the last call. Memory: a record of .jsonl, some
+    rows of .parquet, a whole .json. UserError where the file cannot be read.
     """
     check_form(form)
     for number, record in records(path, progress):
@@ -112,7 +149,9 @@ def read(path: Path, *, source: str, domain: str | None = None, form: str = "aut
         try:
             messages, cut = turns(record, form)
             own = record.get("domain")
-            yield Conversation(messages, _id(record, at), at, domain or (own if own in DOMAINS else "general"), source, cut)
+            yield Conversation(
+                messages, _id(record, at), at, domain or (own if own in DOMAINS else "general"), source, cut
+            )
         except Refused as refused:
             yield Unusable(at, refused.kind, str(refused))
 
@@ -120,13 +159,17 @@ def read(path: Path, *, source: str, domain: str | None = None, form: str = "aut
 def check_form(form: str) -> None:
     """UserError where `form` is none."""
     if form not in ("auto", "sharegpt", "messages", "alpaca") and len(form.split("/")) != 2:
-        raise UserError(f"form {form}: must be auto, sharegpt, messages, alpaca, or two columns like question/answer")
+        raise UserError(
+            f"form {form}: must be auto, sharegpt, messages, alpaca, or two columns like question/answer"
+        )
 
 
-# ---- a record's turns ------------------------------------------------------------------------------------------
+# ---- a record's turns --------------------------------------------------------------------------
+
 
 def turns(record: Any, form: str) -> tuple[tuple[Message, ...], int]:
-    """The messages of a record, as a Conversation has them, and how many turns were cut off. Refused where it gives none."""
+    """The messages of a record, as a Conversation has them, and how many turns were cut off. Refused where it
+    gives none."""
     if isinstance(record, Refused):
         raise record
     if not isinstance(record, dict):
@@ -141,22 +184,39 @@ def turns(record: Any, form: str) -> tuple[tuple[Message, ...], int]:
 
 
 def as_messages(record: Any, form: str, name: str) -> dict[str, Any]:
-    """The record in the form `messages`, with its own `id`, or `name`. Refused where it gives no conversation.
+    """The record in the form `messages`, with its own `id`, or `name`. Refused where it gives no
+    conversation.
 
-    Of records in another form only the domain is kept besides: what is left of one form beside another would be read for it.
+    Of records in another form only the domain is kept besides: what is left of one form beside another would
+    be read for it.
     """
     messages, _ = turns(record, form)
-    kept = record if list_column(record, form) == "messages" else {key: record[key] for key in ("domain",) if key in record}
-    return {**kept, "id": _id(record, name), "messages": [{"role": message.role, "content": message.content} for message in messages]}
+    kept = (
+        record
+        if list_column(record, form) == "messages"
+        else {key: record[key] for key in ("domain",) if key in record}
+    )
+    return {
+        **kept,
+        "id": _id(record, name),
+        "messages": [{"role": message.role, "content": message.content} for message in messages],
+    }
 
 
 def list_column(record: dict[str, Any], form: str) -> str | None:
     """The column that holds the turns, where the form has one."""
-    return next((name for name in LISTS if isinstance(record.get(name), list)), None) if form in ("auto", "sharegpt", "messages") else None
+    return (
+        next((name for name in LISTS if isinstance(record.get(name), list)), None)
+        if form in ("auto", "sharegpt", "messages")
+        else None
+    )
 
 
 def _id(record: dict[str, Any], name: str) -> str:
-    return next((str(record[key]) for key in ("id", "idx", "conversation_id") if record.get(key) not in (None, "")), name)
+    return next(
+        (str(record[key]) for key in ("id", "idx", "conversation_id") if record.get(key) not in (None, "")),
+        name,
+    )
 
 
 def _turn(turn: Any) -> Message:
@@ -188,13 +248,15 @@ def _pair(record: dict[str, Any], form: str) -> list[Message]:
 
 
 def _system(record: dict[str, Any]) -> list[Message]:
-    return [Message("system", _text(record[key], key)) for key in SYSTEM_KEYS if isinstance(record.get(key), str)][:1]
+    return [
+        Message("system", _text(record[key], key)) for key in SYSTEM_KEYS if isinstance(record.get(key), str)
+    ][:1]
 
 
 def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
     """As a Conversation wants them, and how many were cut off."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    rest = turns[len(system):]
+    rest = turns[len(system) :]
     first = next((i for i, turn in enumerate(rest) if turn.role == "user"), len(rest))
     last = next((i for i in range(len(rest), 0, -1) if rest[i - 1].role == "assistant"), 0)
     if last <= first:
@@ -203,7 +265,11 @@ def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
     for i, turn in enumerate(kept):
         wanted = ("user", "assistant")[i % 2]
         if turn.role != wanted:
-            raise Refused("a system message in the middle" if turn.role == "system" else f"two turns of the {turn.role} in a row")
+            raise Refused(
+                "a system message in the middle"
+                if turn.role == "system"
+                else f"two turns of the {turn.role} in a row"
+            )
         if not turn.content.strip():
             raise Refused(f"turn {first + i + 1} ({turn.role}) is empty")
     return tuple([turn for turn in system if turn.content.strip()] + kept), len(rest) - len(kept)
@@ -211,7 +277,10 @@ def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
 
 def _text(value: Any, name: str) -> str:
     if isinstance(value, list):
-        parts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in value]
+        parts = [
+            part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+            for part in value
+        ]
         if not all(isinstance(part, str) for part in parts):
             raise Refused(f"{name} holds parts that are not text", "unsupported")
         value = "".join(str(part) for part in parts)
@@ -230,7 +299,8 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
+
 
 def place(path: Path, number: int) -> str:
     """Where a record stands, for people."""
@@ -239,7 +309,8 @@ def place(path: Path, number: int) -> str:
 
 
 def records(path: Path, progress: Callable[[int], Any] = lambda n: None) -> Iterator[tuple[int, Any]]:
-    """Number (line, row or item, from 1 on) and record; Refused in its place where a line is no JSON. progress, memory, errors as `read`."""
+    """Number (line, row or item, from 1 on) and record; Refused in its place where a line is no JSON.
+    progress, memory, errors as `read`."""
     name = path.name.lower()
     with documents.readable(path), path.open("rb") as file:
         if name.endswith(".parquet"):
@@ -248,7 +319,9 @@ def records(path: Path, progress: Callable[[int], Any] = lambda n: None) -> Iter
             try:
                 found = json.load(file)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: not JSON ({error}); mend it, or name it .jsonl if each line is a record") from None
+                raise UserError(
+                    f"{path}: not JSON ({error}); mend it, or name it .jsonl if each line is a record"
+                ) from None
             if not isinstance(found, list):
                 raise UserError(f"{path}: a list of records is needed; name it .jsonl if each line is one")
             yield from enumerate(found, 1)

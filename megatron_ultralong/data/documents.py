@@ -1,7 +1,8 @@
-"""Raw documents as streams: .txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row). A Megatron
-corpus, .bin/.idx, is a kind too, but holds tokens: token_store.py reads it.
+"""Raw documents as streams: .txt (one document a file), .jsonl (one a line), both also as .gz and .zst;
+.parquet (one a row). A Megatron corpus, .bin/.idx, is a kind too, but holds tokens: token_cache.py reads it.
 
-Whatever is wrong with a document is one line that names the file and the line or row; what is wrong with a file stops.
+Whatever is wrong with a document is one line that names the file and the line or row; what is wrong with a
+file stops.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megatron_ultralong.config import UserError
+from megatron_ultralong.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".idx")
 COMPRESSIONS = (".gz", ".zst")
@@ -39,7 +40,9 @@ class BrokenDocument(UserError):
         self.part, self.number, self.reason = part, number, printable(reason)
         super().__init__()
 
-    def __str__(self) -> str:  # made when it is asked for: to find the line in the file may mean reading all before it
+    def __str__(
+        self,
+    ) -> str:  # made when it is asked for: to find the line in the file may mean reading all before it
         return f"{place(self.part, self.number)}: {self.reason}"
 
 
@@ -61,7 +64,8 @@ class Document:
     number: int
     """Its line or row within the part, from 1 on; of a .parquet within the file."""
     pieces: Iterable[str]
-    """Its text, in pieces that join without anything between. BrokenDocument while they are read where it is no text."""
+    """Its text, in pieces that join without anything between. BrokenDocument while they are read where it is
+    no text."""
     id: str | None = None
 
 
@@ -77,7 +81,8 @@ def kind(path: Path) -> tuple[str, str]:
 
 
 def check(paths: Iterable[Path]) -> int:
-    """Total size of the files, bytes. UserError for the first that is missing, not a file, unreadable or of no known kind."""
+    """Total size of the files, bytes. UserError for the first that is missing, not a file, unreadable or of
+    no known kind."""
     total = 0
     for path in paths:
         kind(path)
@@ -93,7 +98,9 @@ def below(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [] if os.path.realpath(place) in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = (
+            [] if os.path.realpath(place) in seen else [name for name in folders if not name.startswith(".")]
+        )
         seen.add(os.path.realpath(place))
         reports = REPORTS if Path(place, ".decontaminate").is_dir() else ()
         found += [Path(place, name) for name in names if not name.startswith(".") and name not in reports]
@@ -101,7 +108,8 @@ def below(folder: Path) -> list[Path]:
 
 
 def split(path: Path, size: int) -> list[Part]:
-    """The file in parts of about `size` bytes that can be read apart; compressed files and .txt are one. Their order is the file's."""
+    """The file in parts of about `size` bytes that can be read apart; compressed files and .txt are one.
+    Their order is the file's."""
     found, compression = kind(path)
     with opened(path) as file:
         total = os.fstat(file.fileno()).st_size
@@ -126,13 +134,20 @@ def split(path: Path, size: int) -> list[Part]:
     return [Part(path, begin, end) for begin, end in itertools.pairwise(borders)]
 
 
-def read(part: Part, text_key: str = "text", id_key: str | None = None, progress: Callable[[int], Any] = lambda n: None,
-         on_broken: Callable[[BrokenDocument], Any] | None = None, on_end: Callable[[int], Any] = lambda n: None) -> Iterator[Document]:
-    """The documents of one part of a file, in order. `text_key`, `id_key`: fields of a .jsonl line or columns of a .parquet file.
+def read(
+    part: Part,
+    text_key: str = "text",
+    id_key: str | None = None,
+    progress: Callable[[int], Any] = lambda n: None,
+    on_broken: Callable[[BrokenDocument], Any] | None = None,
+    on_end: Callable[[int], Any] = lambda n: None,
+) -> Iterator[Document]:
+    """The documents of one part of a file, in order. `text_key`, `id_key`: fields of a .jsonl line or columns
+    of a .parquet file.
 
-    progress: called with the number of bytes of the file read since the last call. on_broken: told of each document that is no text
-    (None = it is raised). on_end: told the part's number of lines or rows. Memory: one document of .jsonl, some rows of .parquet, one
-    piece of .txt. UserError where the file cannot be read.
+    progress: called with the number of bytes of the file read since the last call. on_broken: told of each
+    document that is no text (None = it is raised). on_end: told the part's number of lines or rows. Memory:
+    one document of .jsonl, some rows of .parquet, one piece of .txt. UserError where the file cannot be read.
     """
     found, compression = kind(part.path)
     with opened(part.path) as file:
@@ -149,7 +164,11 @@ def read(part: Part, text_key: str = "text", id_key: str | None = None, progress
                 yield from _parquet(part, file, text_key, id_key, progress, on_broken, on_end)
                 return
             stream = decompressed(file, compression)
-            documents = _txt(part, stream, advance) if found == ".txt" else _jsonl(part, stream, text_key, id_key, on_broken, on_end)
+            documents = (
+                _txt(part, stream, advance)
+                if found == ".txt"
+                else _jsonl(part, stream, text_key, id_key, on_broken, on_end)
+            )
             for document in documents:
                 yield document
                 advance()
@@ -162,13 +181,15 @@ def printable(text: str) -> str:
 
 
 def place(part: Part, number: int) -> str:
-    """Where a document stands, for people: file, and line or row. Counts the lines before a part in the middle of a file."""
+    """Where a document stands, for people: file, and line or row. Counts the lines before a part in the
+    middle of a file."""
     found, _ = kind(part.path)
     if found == ".txt":
         return str(part.path)
     if found == ".jsonl" and part.begin:
         with part.path.open("rb") as file:
-            # Lines that begin before the part: the first, and one behind each line end that is not the byte just before it.
+            # Lines that begin before the part: the first, and one behind each line end that is not the byte
+            # just before it.
             number += 1 + sum(block.count(b"\n") for block in _blocks(file, part.begin - 1))
     return f"{part.path}, {'row' if found == '.parquet' else 'line'} {number}"
 
@@ -189,13 +210,21 @@ def _txt(part: Part, stream: BinaryIO, advance: Callable[[], None]) -> Iterator[
                     advance()
                 yield decoder.decode(b"", True)
             except UnicodeDecodeError as error:
-                raise BrokenDocument(part, 1, f"not UTF-8 text ({error.reason}); convert it to UTF-8") from None
+                raise BrokenDocument(
+                    part, 1, f"not UTF-8 text ({error.reason}); convert it to UTF-8"
+                ) from None
 
     yield Document(1, pieces(), str(part.path))
 
 
-def _jsonl(part: Part, stream: BinaryIO, text_key: str, id_key: str | None, on_broken: Callable[[BrokenDocument], Any] | None,
-           on_end: Callable[[int], Any]) -> Iterator[Document]:
+def _jsonl(
+    part: Part,
+    stream: BinaryIO,
+    text_key: str,
+    id_key: str | None,
+    on_broken: Callable[[BrokenDocument], Any] | None,
+    on_end: Callable[[int], Any],
+) -> Iterator[Document]:
     at = part.begin
     if part.begin:  # the line that is cut by the part's begin belongs to the part before
         stream.seek(part.begin - 1)
@@ -210,7 +239,13 @@ def _jsonl(part: Part, stream: BinaryIO, text_key: str, id_key: str | None, on_b
         if line.isspace():
             continue
         try:
-            yield _record(part, number, line.removeprefix(b"\xef\xbb\xbf") if at == len(line) else line, text_key, id_key)
+            yield _record(
+                part,
+                number,
+                line.removeprefix(b"\xef\xbb\xbf") if at == len(line) else line,
+                text_key,
+                id_key,
+            )
         except BrokenDocument as broken:
             if on_broken is None:
                 raise
@@ -222,20 +257,37 @@ def _record(part: Part, number: int, line: bytes, text_key: str, id_key: str | N
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        raise BrokenDocument(part, number, f"not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+        raise BrokenDocument(
+            part, number, f"not UTF-8 text ({error.reason}); convert the file to UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise BrokenDocument(part, number, f"not JSON ({error}); mend or remove the line") from None
     if not isinstance(record, dict):
-        raise BrokenDocument(part, number, f"a JSON object is needed, like {{\"{text_key}\": \"...\"}}")
+        raise BrokenDocument(part, number, f'a JSON object is needed, like {{"{text_key}": "..."}}')
     if text_key not in record:
-        raise BrokenDocument(part, number, f"no key {text_key!r} among {_listed(record)}; choose one with --text-key")
+        raise BrokenDocument(
+            part, number, f"no key {text_key!r} among {_listed(record)}; choose one with --text-key"
+        )
     if id_key is not None and id_key not in record:
-        raise BrokenDocument(part, number, f"no key {id_key!r} among {_listed(record)}; choose one with --id-key")
-    return Document(number, (_text(record[text_key], part, number, text_key),), None if id_key is None else printable(str(record[id_key])))
+        raise BrokenDocument(
+            part, number, f"no key {id_key!r} among {_listed(record)}; choose one with --id-key"
+        )
+    return Document(
+        number,
+        (_text(record[text_key], part, number, text_key),),
+        None if id_key is None else printable(str(record[id_key])),
+    )
 
 
-def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, progress: Callable[[int], Any],
-             on_broken: Callable[[BrokenDocument], Any] | None, on_end: Callable[[int], Any]) -> Iterator[Document]:
+def _parquet(
+    part: Part,
+    file: BinaryIO,
+    text_key: str,
+    id_key: str | None,
+    progress: Callable[[int], Any],
+    on_broken: Callable[[BrokenDocument], Any] | None,
+    on_end: Callable[[int], Any],
+) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -244,8 +296,10 @@ def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, prog
         columns = [text_key] if id_key is None else [text_key, id_key]
         for name, flag in zip(columns, ("--text-key", "--id-key"), strict=False):
             if name not in table.schema_arrow.names:
-                raise UserError(f"{part.path}: no column {name!r} among {_listed(table.schema_arrow.names)}; choose one with {flag}")
-        groups = range(table.metadata.num_row_groups)[part.begin:part.end]
+                raise UserError(
+                    f"{part.path}: no column {name!r} among {_listed(table.schema_arrow.names)}; choose one with {flag}"
+                )
+        groups = range(table.metadata.num_row_groups)[part.begin : part.end]
         number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
         rows = sum(table.metadata.row_group(group).num_rows for group in groups)
         share = len(groups) / max(table.metadata.num_row_groups, 1)
@@ -257,7 +311,11 @@ def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, prog
                     try:
                         found = value.as_py()
                     except UnicodeDecodeError as error:
-                        raise BrokenDocument(part, number, f"{text_key!r} is not UTF-8 text ({error.reason}); mend or remove it") from None
+                        raise BrokenDocument(
+                            part,
+                            number,
+                            f"{text_key!r} is not UTF-8 text ({error.reason}); mend or remove it",
+                        ) from None
                     text = _text(found, part, number, text_key)
                     yield Document(number, (text,), None if id_key is None else str(name.as_py()))
                 except BrokenDocument as broken:
@@ -274,16 +332,23 @@ def _parquet(part: Part, file: BinaryIO, text_key: str, id_key: str | None, prog
 
 def _text(value: Any, part: Part, number: int, text_key: str) -> str:
     if not isinstance(value, str):
-        raise BrokenDocument(part, number, f"{text_key!r} holds {type(value).__name__ if value is not None else 'nothing'}, not text; "
-                             "mend or remove it, or choose another with --text-key")
+        raise BrokenDocument(
+            part,
+            number,
+            f"{text_key!r} holds {type(value).__name__ if value is not None else 'nothing'}, not text; "
+            "mend or remove it, or choose another with --text-key",
+        )
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError:  # JSON can say "\ud800", which no tokenizer takes
-        raise BrokenDocument(part, number, f"{text_key!r} holds half of a surrogate pair, which is not text; mend or remove it") from None
+        raise BrokenDocument(
+            part, number, f"{text_key!r} holds half of a surrogate pair, which is not text; mend or remove it"
+        ) from None
     return value
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
@@ -298,7 +363,8 @@ def readable(path: Path) -> Iterator[None]:
 
 
 class _Zstd(io.RawIOBase):
-    """Decompressed bytes of a .zst file. (zstandard's own stream reader takes a file that was cut short for a whole one.)"""
+    """Decompressed bytes of a .zst file. (zstandard's own stream reader takes a file that was cut short for a
+    whole one.)"""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,9 +1,10 @@
-"""Rows to this rank's micro-batches: deterministic, resumable on any layout, each context parallel rank its share.
+"""Rows to this rank's micro-batches: deterministic, resumable on any layout, each context parallel rank its
+share.
 
-S tokens of a sequence, s = S / CP of this rank, b sequences of a micro-batch. All that has to be saved is how many samples were
-consumed. Sample number n is the same row whatever the layout: micro-batch m after `consumed` takes the samples from
-consumed + m x (b x DP) on, data parallel rank r the b of them from r x b on. So the samples of an optimizer step do not depend
-on the data parallel size, and the next step's follow.
+S tokens of a sequence, s = S / CP of this rank, b sequences of a micro-batch. All that has to be saved is how
+many samples were consumed. Sample number n is the same row whatever the layout: micro-batch m after
+`consumed` takes the samples from consumed + m x (b x DP) on, data parallel rank r the b of them from r x b
+on. So the samples of an optimizer step do not depend on the data parallel size, and the next step's follow.
 """
 
 from __future__ import annotations
@@ -19,38 +20,75 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.context_parallel import layout
-from megatron_ultralong.data.dataset import Rows
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.errors import UserError
 
 Batch = dict[str, Tensor]
-"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked also starts: int64
-[documents], where in the whole row of S tokens (b = 1) documents start."""
+"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked
+also starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
 
 
-def batches(rows: Rows, *, consumed: int, global_batch: int, micro_batch: int, seed: int, shuffle: bool = True, dp_rank: int = 0,
-            dp: int = 1, cp_rank: int = 0, cp: int = 1, masked: bool = False, workers: int = 0) -> Iterator[Batch]:
+def batches(
+    rows: Rows,
+    *,
+    consumed: int,
+    global_batch: int,
+    micro_batch: int,
+    seed: int,
+    shuffle: bool = True,
+    dp_rank: int = 0,
+    dp: int = 1,
+    cp_rank: int = 0,
+    cp: int = 1,
+    masked: bool = False,
+    workers: int = 0,
+) -> Iterator[Batch]:
     """This rank's micro-batches, endlessly, from sample `consumed` on; the next one is made ready ahead.
 
-    masked: attention stays inside documents (b = 1). workers: processes that read; 0 = a thread. UserError where `global_batch` is
-    not a multiple of micro_batch x dp.
+    masked: attention stays inside documents (b = 1). workers: processes that read; 0 = a thread. UserError
+    where `global_batch` is not a multiple of micro_batch x dp.
     """
     if global_batch % (micro_batch * dp):
-        raise UserError(f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} "
-                        f"x {dp} data parallel ranks")
+        raise UserError(
+            f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} "
+            f"x {dp} data parallel ranks"
+        )
     make = _TrainingBatches(rows, consumed, micro_batch, seed, shuffle, dp_rank, dp, cp_rank, cp, masked)
     if workers:
-        return iter(DataLoader(make, batch_size=None, sampler=itertools.count(), num_workers=workers,  # type: ignore[arg-type]
-                               multiprocessing_context="spawn", prefetch_factor=2, worker_init_fn=_outlive_sigterm))
+        return iter(
+            DataLoader(
+                make,
+                batch_size=None,
+                sampler=itertools.count(),
+                num_workers=workers,  # type: ignore[arg-type]
+                multiprocessing_context="spawn",
+                prefetch_factor=2,
+                worker_init_fn=_outlive_sigterm,
+            )
+        )
     return _one_ahead(make.__getitem__)
 
 
-def held_out(rows: Rows, eval_rows: int, *, micro_batch: int, dp_rank: int = 0, dp: int = 1, cp_rank: int = 0, cp: int = 1,
-             copies: int = 1, multiple: int = 1, masked: bool = False, seed: int = 0) -> tuple[list[Iterator[Batch]], int]:
+def held_out(
+    rows: Rows,
+    eval_rows: int,
+    *,
+    micro_batch: int,
+    dp_rank: int = 0,
+    dp: int = 1,
+    cp_rank: int = 0,
+    cp: int = 1,
+    copies: int = 1,
+    multiple: int = 1,
+    masked: bool = False,
+    seed: int = 0,
+) -> tuple[list[Iterator[Batch]], int]:
     """The first `eval_rows` rows (all, if fewer), never shuffled, over the data parallel ranks.
 
-    Returns (`copies` equal iterators, number of micro-batches of each). The number is the same on every rank, and a multiple of
-    `multiple` (an interleaved pipeline wants its size); places left over hold a row with every token masked. `seed` is not used.
+    Returns (`copies` equal iterators, number of micro-batches of each). The number is the same on every rank,
+    and a multiple of `multiple` (an interleaved pipeline wants its size); places left over hold a row with
+    every token masked. `seed` is not used.
     """
     found = rows.first(eval_rows)
     count = -(-len(found) // (micro_batch * dp))
@@ -81,7 +119,13 @@ class _TrainingBatches:
 
     def __getitem__(self, number: int) -> Batch:
         samples = _samples(self.consumed, number, self.micro_batch, self.dp_rank, self.dp)
-        return _batch(self.rows, [self.rows.locate(n, self.seed, self.shuffle) for n in samples], self.cp_rank, self.cp, self.masked)
+        return _batch(
+            self.rows,
+            [self.rows.locate(n, self.seed, self.shuffle) for n in samples],
+            self.cp_rank,
+            self.cp,
+            self.masked,
+        )
 
 
 def _samples(consumed: int, number: int, micro_batch: int, dp_rank: int, dp: int) -> range:
@@ -105,15 +149,22 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         if masked:
             starts = rows.sets[which].starts(row)
             targets[i, starts] = 0.0  # nothing that it may look at foretells a document's first token
-    whole = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": targets[:, 1:]}  # shifted first, then shared out
-    batch = {name: layout.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()}  # [b, s]
+    whole = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": targets[:, 1:],
+    }  # shifted first, then shared out
+    batch = {
+        name: zigzag.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()
+    }  # [b, s]
     if masked:
         batch["starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
     return batch
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A reader ends when its rank does. Slurm sends SIGTERM to every process, and a rank whose reader died could not save."""
+    """A reader ends when its rank does. Slurm sends SIGTERM to every process, and a rank whose reader died
+    could not save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

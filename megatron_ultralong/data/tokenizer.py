@@ -1,8 +1,8 @@
 """A directory's tokenizer, as transformers' AutoTokenizer has it.
 
-Importing transformers takes seconds. Files like Llama-3's say all there is (a Llama with the class PreTrainedTokenizerFast or
-TokenizersBackend: tokenizer.json as it is), and those are read here. Where anything in the directory could make transformers change what
-tokenizer.json says, transformers loads it.
+Importing transformers takes seconds. Files like Llama-3's say all there is (a Llama with the class
+PreTrainedTokenizerFast or TokenizersBackend: tokenizer.json as it is), and those are read here. Where
+anything in the directory could make transformers change what tokenizer.json says, transformers loads it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.config import UserError
+from megatron_ultralong.errors import UserError
 
 SPECIAL = ("bos", "eos", "pad")
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _ADDED = "added_tokens_decoder"
-_NO_MATTER = {_ADDED, "backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only", "model_input_names",
-              "model_max_length", "tokenizer_class"}
-_OF_TOKENS = {"additional_special_tokens", "bos_token", "eos_token", "extra_special_tokens", "pad_token", "unk_token"}
+_NO_MATTER = {
+    _ADDED,
+    "backend",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "is_local",
+    "local_files_only",
+    "model_input_names",
+    "model_max_length",
+    "tokenizer_class",
+}
+_OF_TOKENS = {
+    "additional_special_tokens",
+    "bos_token",
+    "eos_token",
+    "extra_special_tokens",
+    "pad_token",
+    "unk_token",
+}
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -43,9 +59,12 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a directory; nothing is downloaded and no code of the directory is run. UserError where there is none."""
+    """The tokenizer of a directory; nothing is downloaded and no code of the directory is run. UserError
+    where there is none."""
     if not path.is_dir():
-        raise UserError(f"tokenizer {path}: no such directory; give a Hugging Face directory with tokenizer.json")
+        raise UserError(
+            f"tokenizer {path}: no such directory; give a Hugging Face directory with tokenizer.json"
+        )
     backend, special = as_it_is(path) or _by_transformers(path)
     file = next(path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file())
     backend.no_truncation()
@@ -55,38 +74,65 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def as_it_is(path: Path) -> tuple[Any, dict[str, int | None]] | None:
-    """(tokenizers.Tokenizer, ids of bos, eos and pad) where transformers would take tokenizer.json as it is; None = ask transformers."""
+    """(tokenizers.Tokenizer, ids of bos, eos and pad) where transformers would take tokenizer.json as it is;
+    None = ask transformers."""
     import tokenizers
 
     if any((path / name).exists() for name in ("added_tokens.json", "tokenizer.model")):
         return None
     try:
-        settings, model, named = (json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
-                                  for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json"))
-        if settings.get("tokenizer_class") not in _AS_IT_IS or settings.keys() - _NO_MATTER - _OF_TOKENS or model.get("model_type", "llama") != "llama":
+        settings, model, named = (
+            json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
+            for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json")
+        )
+        if (
+            settings.get("tokenizer_class") not in _AS_IT_IS
+            or settings.keys() - _NO_MATTER - _OF_TOKENS
+            or model.get("model_type", "llama") != "llama"
+        ):
             return None
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         known = backend.get_added_tokens_decoder()
         ids = {token.content: number for number, token in known.items() if token.special}
         for number, told in settings.get(_ADDED, {}).items():
             token = known.get(int(number))
-            if token is None or token.content != told["content"] or any(getattr(token, flag) != told[flag] for flag in _FLAGS):
+            if (
+                token is None
+                or token.content != told["content"]
+                or any(getattr(token, flag) != told[flag] for flag in _FLAGS)
+            ):
                 return None
         if backend.padding is not None or named.keys() - _OF_TOKENS:
             return None
-        if any(isinstance(value, dict) and value["__type"] != "AddedToken" for value in settings.values() if value is not settings.get(_ADDED)):
+        if any(
+            isinstance(value, dict) and value["__type"] != "AddedToken"
+            for value in settings.values()
+            if value is not settings.get(_ADDED)
+        ):
             return None
-        if any(text not in ids for part in (settings, named) for key in _OF_TOKENS & part.keys() for text in _texts(key, part[key])):
+        if any(
+            text not in ids
+            for part in (settings, named)
+            for key in _OF_TOKENS & part.keys()
+            for text in _texts(key, part[key])
+        ):
             return None
-        if any(_texts(key, named[key]) != _texts(key, settings.get(key)) for key in _OF_TOKENS - {"additional_special_tokens"} & named.keys()):
+        if any(
+            _texts(key, named[key]) != _texts(key, settings.get(key))
+            for key in _OF_TOKENS - {"additional_special_tokens"} & named.keys()
+        ):
             return None
     except Exception:  # whatever is wrong or unusual: transformers decides, and says it
         return None
-    return backend, {name: next((ids[text] for text in _texts(f"{name}_token", settings.get(f"{name}_token"))), None) for name in SPECIAL}
+    return backend, {
+        name: next((ids[text] for text in _texts(f"{name}_token", settings.get(f"{name}_token"))), None)
+        for name in SPECIAL
+    }
 
 
 def _texts(key: str, value: Any) -> list[str]:
-    """The tokens that a setting names: a text, {"content": text} or null; where the key means several a list of these. Anything else raises."""
+    """The tokens that a setting names: a text, {"content": text} or null; where the key means several a list
+    of these. Anything else raises."""
     if value is None:
         return []
     if key.endswith("_tokens"):
@@ -104,6 +150,8 @@ def _by_transformers(path: Path) -> tuple[Any, dict[str, int | None]]:
     except Exception as error:  # transformers raises almost anything here
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"tokenizer {path}: cannot be loaded: {reason[0]}") from None
-    if not getattr(found, "is_fast", False) or not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not getattr(found, "is_fast", False) or not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    ):
         raise UserError(f"tokenizer {path}: a fast tokenizer is needed; the directory has no tokenizer.json")
     return found.backend_tokenizer, {name: getattr(found, f"{name}_token_id") for name in SPECIAL}

@@ -1,7 +1,8 @@
-"""Llama from Megatron-Core's lasting parts: embedding, transformer block, output layer. Parameter names are GPTModel's.
+"""Llama from Megatron-Core's lasting parts: embedding, transformer block, output layer. Parameter names are
+GPTModel's.
 
-Shapes: b sequences, S whole sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V vocabulary padded to a
-multiple of the tensor parallel size, v = V/TP.
+Shapes: b sequences, S whole sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V
+vocabulary padded to a multiple of the tensor parallel size, v = V/TP.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import WrappedTensor
 from torch import Tensor
 
-from megatron_ultralong.checkpoint.mapping import padded_vocab_size
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
-from megatron_ultralong.context_parallel import attend
-from megatron_ultralong.context_parallel.attend import ContextGroups
+from megatron_ultralong.context_parallel import api
+from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
+from megatron_ultralong.model.layer.offload import HostStore
 from megatron_ultralong.model.loss import sharded_token_loss, sharded_token_nll
-from megatron_ultralong.model.offload import HostStore
+from megatron_ultralong.model.weight_mapping import padded_vocab_size
 from megatron_ultralong.runtime.launch import Ranks
 
 
 class _Layers(TransformerBlock):
-    """Megatron's layers of a stage. The last norm has its place and its name here, but whoever takes the layers' output applies it."""
+    """Megatron's layers of a stage. The last norm has its place and its name here, but whoever takes the
+    layers' output applies it."""
 
     final_layernorm: Any
 
@@ -46,9 +48,21 @@ class _Layers(TransformerBlock):
 class Llama(LanguageModule):
     """One pipeline stage (or model chunk) of a Llama model."""
 
-    def __init__(self, config: TransformerConfig, model: Model, rotary: RotaryTable, groups: Any, context: ContextGroups, *,
-                 pre_process: bool, post_process: bool,
-                 vp_stage: int | None, transformer_engine: bool, memory: Memory, store: HostStore) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: Model,
+        rotary: RotaryTable,
+        groups: Any,
+        context: ContextGroups,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+        transformer_engine: bool,
+        memory: Memory,
+        store: HostStore,
+    ) -> None:
         super().__init__(config=config, pg_collection=groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.tied_embeddings
@@ -57,15 +71,35 @@ class Llama(LanguageModule):
         self.store = store
         padded = padded_vocab_size(model.vocab_size, groups.tp.size())
         if pre_process:
-            self.embedding = LanguageModelEmbedding(config, vocab_size=padded, max_sequence_length=0, position_embedding_type="none",
-                                                    tp_group=groups.tp)
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=padded,
+                max_sequence_length=0,
+                position_embedding_type="none",
+                tp_group=groups.tp,
+            )
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         block = spec.block_spec(rotary, context, layers, memory, store, transformer_engine)
-        self.decoder = _Layers(config, block, pre_process=pre_process, post_process=post_process, pg_collection=groups, vp_stage=vp_stage)
+        self.decoder = _Layers(
+            config,
+            block,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size, padded, config=config, init_method=config.init_method, bias=False, skip_bias_add=False,
-                gather_output=False, skip_weight_param_allocation=pre_process and model.tied_embeddings, tp_group=groups.tp)
+                config.hidden_size,
+                padded,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and model.tied_embeddings,
+                tp_group=groups.tp,
+            )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -73,14 +107,21 @@ class Llama(LanguageModule):
         """Hand over the hidden states of the stage before (Megatron's pipeline schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, z_loss: float = 0.0,
-                starts: Tensor | None = None) -> Tensor:
-        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share. starts: where in the whole row (b = 1)
-        documents start, where attention is to stay inside them; on the CPU.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        z_loss: float = 0.0,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share. starts: where
+        in the whole row (b = 1) documents start, where attention is to stay inside them; on the CPU.
 
-        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's tokens (float32 scalar); with
-        labels and no loss_mask the cross entropy of each token (float32 [b, s], no gradients); without labels the logits [b, s, v] with the
-        padded rows at -inf. Other stages: hidden states [s (/TP), b, H].
+        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's
+        tokens (float32 scalar); with labels and no loss_mask the cross entropy of each token (float32 [b, s],
+        no gradients); without labels the logits [b, s, v] with the padded rows at -inf. Other stages: hidden
+        states [s (/TP), b, H].
         """
         self.store.begin()
         hidden = self.embedding(tokens, None) if self.pre_process else None
@@ -88,58 +129,126 @@ class Llama(LanguageModule):
             hidden.requires_grad_()  # a frozen embedding: the layers' checkpoints hang on their input's gradient
         # Wrapped, so that nothing here holds on to the embeddings while the layers run.
         states, hidden = None if hidden is None else WrappedTensor(hidden), None
-        hidden = self.decoder(hidden_states=states, attention_mask=None, packed_seq_params=None if starts is None else tuple(starts.tolist()))
+        hidden = self.decoder(
+            hidden_states=states,
+            attention_mask=None,
+            packed_seq_params=None if starts is None else tuple(starts.tolist()),
+        )
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         if labels is None:
             logits, _ = self.output_layer(self.decoder.final_layernorm(hidden), weight=weight)  # [s, b, v]
             first = self.tp_group.rank() * logits.shape[-1]
             rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
             return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
         if loss_mask is None:
-            return sharded_token_nll(hidden, weight, labels, self.tp_group, self.vocab_size, sequence_parallel=self.config.sequence_parallel,
-                                     chunk=self.loss_chunk, norm=self.decoder.final_layernorm)
-        return sharded_token_loss(hidden, weight, labels, loss_mask, self.tp_group, self.vocab_size,
-                                  sequence_parallel=self.config.sequence_parallel, chunk=self.loss_chunk, z_loss=z_loss,
-                                  norm=self.decoder.final_layernorm)
+            return sharded_token_nll(
+                hidden,
+                weight,
+                labels,
+                self.tp_group,
+                self.vocab_size,
+                sequence_parallel=self.config.sequence_parallel,
+                chunk=self.loss_chunk,
+                norm=self.decoder.final_layernorm,
+            )
+        return sharded_token_loss(
+            hidden,
+            weight,
+            labels,
+            loss_mask,
+            self.tp_group,
+            self.vocab_size,
+            sequence_parallel=self.config.sequence_parallel,
+            chunk=self.loss_chunk,
+            z_loss=z_loss,
+            norm=self.decoder.final_layernorm,
+        )
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there does not expect."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there
+        does not expect."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
 
 
-def transformer_config(model: Model, parallel: Parallel, memory: Memory, precision: str, deterministic: bool = False,
-                       sequence_parallel: bool = True) -> TransformerConfig:
-    """Megatron's TransformerConfig of a Llama model under a layout. sequence_parallel: with tensor parallelism, that is."""
+def transformer_config(
+    model: Model,
+    parallel: Parallel,
+    memory: Memory,
+    precision: str,
+    deterministic: bool = False,
+    sequence_parallel: bool = True,
+) -> TransformerConfig:
+    """Megatron's TransformerConfig of a Llama model under a layout. sequence_parallel: with tensor
+    parallelism, that is."""
     bf16 = precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
-        num_layers=model.layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_size,
-        num_attention_heads=model.heads, num_query_groups=model.kv_heads, kv_channels=model.head_dim,
-        normalization="RMSNorm", layernorm_epsilon=model.norm_eps, add_bias_linear=False, gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
-        gradient_accumulation_fusion=False, persist_layer_norm=False,
-        tensor_model_parallel_size=parallel.tp, sequence_parallel=sequence_parallel and parallel.tp > 1,
-        pipeline_model_parallel_size=parallel.pp, virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp, calculate_per_token_loss=True,
-        bf16=bf16, params_dtype=dtype, pipeline_dtype=dtype, perform_initialization=False,
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=parallel.tp,
+        sequence_parallel=sequence_parallel and parallel.tp > 1,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        calculate_per_token_loss=True,
+        bf16=bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        perform_initialization=False,
         recompute_granularity="full" if memory.checkpoint == "full" else None,
         recompute_method="uniform" if memory.checkpoint == "full" else None,
         recompute_num_layers=1 if memory.checkpoint == "full" else None,
-        deterministic_mode=deterministic, variable_seq_lengths=False,
-        # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's tensor to the other.
-        # Interleaved, outputs are sent behind the next computation, and gloo would send what was freed.
+        deterministic_mode=deterministic,
+        variable_seq_lengths=False,
+        # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's
+        # tensor to the other. Interleaved, outputs are sent behind the next computation, and gloo would send
+        # what was freed.
         deallocate_pipeline_outputs=parallel.vpp == 1,
-        batch_p2p_comm=parallel.vpp == 1, overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
+        overlap_p2p_comm=parallel.vpp > 1,
     )
 
 
-def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Memory, precision: str, *, deterministic: bool = False,
-          positions_by_document: bool = False, transformer_engine: bool | None = None, sequence_parallel: bool = True) -> list[torch.nn.Module]:
+def build(
+    model: Model,
+    rope: Rope,
+    ranks: Ranks,
+    parallel: Parallel,
+    memory: Memory,
+    precision: str,
+    *,
+    deterministic: bool = False,
+    positions_by_document: bool = False,
+    transformer_engine: bool | None = None,
+    sequence_parallel: bool = True,
+) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
 
     `memory.offload` is settled. Raises UserError where the model cannot be split as `parallel` says.
@@ -147,16 +256,31 @@ def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Me
     assert memory.offload != "auto", "plan.settle_offload comes first"
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic, sequence_parallel)
-    use_te = spec.have_transformer_engine() and ranks.device.type == "cuda" if transformer_engine is None else transformer_engine
-    context = attend.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way, ranks.timeout)
+    use_te = (
+        spec.have_transformer_engine() and ranks.device.type == "cuda"
+        if transformer_engine is None
+        else transformer_engine
+    )
+    context = api.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way, ranks.timeout)
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []
     for stage in range(parallel.vpp):
         first = ranks.pp_rank == 0 and stage == 0
         last = ranks.pp_rank == ranks.pp - 1 and stage == parallel.vpp - 1
-        chunk = Llama(config, model, rotary, ranks.groups, context, pre_process=first, post_process=last,
-                      vp_stage=stage if parallel.vpp > 1 else None, transformer_engine=use_te, memory=memory, store=store)
+        chunk = Llama(
+            config,
+            model,
+            rotary,
+            ranks.groups,
+            context,
+            pre_process=first,
+            post_process=last,
+            vp_stage=stage if parallel.vpp > 1 else None,
+            transformer_engine=use_te,
+            memory=memory,
+            store=store,
+        )
         _mark_tensor_parallel(chunk)
         chunk = chunk.to(ranks.device)
         chunks.append(Float16Module(config, chunk) if precision == "bf16" else chunk)
@@ -166,8 +290,8 @@ def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, memory: Me
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
     """Say which weights are split over tensor parallel ranks, and how.
 
-    Megatron marks them only where it also draws their first values, which we never ask for; unmarked, a split weight counts as
-    a copy, and the gradient norm leaves out every rank's share but the first.
+    Megatron marks them only where it also draws their first values, which we never ask for; unmarked, a split
+    weight counts as a copy, and the gradient norm leaves out every rank's share but the first.
     """
     for name, module in chunk.named_modules():
         if isinstance(module, tensor_parallel.RowParallelLinear):

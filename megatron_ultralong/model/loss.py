@@ -1,11 +1,12 @@
-"""Last norm, output layer and vocabulary-parallel cross entropy over chunks of the sequence: whole logits never exist.
+"""Last norm, output layer and vocabulary-parallel cross entropy over chunks of the sequence: whole logits
+never exist.
 
-The gradient of a chunk is formed in the forward pass, while its logits are there, and scaled in the backward pass: logits are
-computed once and at most `chunk` tokens of them are alive. The weights' gradients leave once a micro-batch. Whole are the hidden states
-and their gradient.
+The gradient of a chunk is formed in the forward pass, while its logits are there, and scaled in the backward
+pass: logits are computed once and at most `chunk` tokens of them are alive. The weights' gradients leave once
+a micro-batch. Whole are the hidden states and their gradient.
 
-Shapes: s tokens of this context-parallel rank, b sequences, H hidden size, v = V/TP rows of the padded vocabulary, t = s/TP
-with sequence parallelism (else s), c tokens of a chunk.
+Shapes: s tokens of this context-parallel rank, b sequences, H hidden size, v = V/TP rows of the padded
+vocabulary, t = s/TP with sequence parallelism (else s), c tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -16,36 +17,70 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.config import LOSS_BLOCK
-from megatron_ultralong.model.gradients import Gradients, hand_down, leaf
+from megatron_ultralong.model.layer.gradients import Gradients, hand_down, leaf
 
 
-def sharded_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int, *,
-                       sequence_parallel: bool, chunk: int, z_loss: float = 0.0, norm: torch.nn.Module | None = None) -> Tensor:
+def sharded_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    group: Any,
+    vocab_size: int,
+    *,
+    sequence_parallel: bool,
+    chunk: int,
+    z_loss: float = 0.0,
+    norm: torch.nn.Module | None = None,
+) -> Tensor:
     """Sum of loss_mask x cross entropy, float32 scalar, equal on every tensor-parallel rank.
 
-    z_loss adds z_loss x logsumexp(logits)^2 to each token's cross entropy (PaLM, arXiv 2204.02311, section 5).
+    z_loss adds z_loss x logsumexp(logits)^2 to each token's cross entropy (PaLM, arXiv 2204.02311, section
+    5).
 
     norm is what hidden goes through first, a chunk at a time; its parameters get their gradients by hand.
 
-    hidden [t, b, H]; weight [v, H], rows of the vocabulary from rank x v on; labels int64 [b, s]; loss_mask float [b, s].
-    Rows from `vocab_size` on are padding and take no part in the softmax. `chunk` is in tokens of the whole s x b (0 = all).
+    hidden [t, b, H]; weight [v, H], rows of the vocabulary from rank x v on; labels int64 [b, s]; loss_mask
+    float [b, s]. Rows from `vocab_size` on are padding and take no part in the softmax. `chunk` is in tokens
+    of the whole s x b (0 = all).
     """
     # Inside forward gradients always look switched off, and needs_input_grad does not know of no_grad.
-    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, group, vocab_size, sequence_parallel, chunk, z_loss, norm,
-                                   torch.is_grad_enabled())
+    return _ShardedTokenLoss.apply(
+        hidden,
+        weight,
+        labels,
+        loss_mask,
+        group,
+        vocab_size,
+        sequence_parallel,
+        chunk,
+        z_loss,
+        norm,
+        torch.is_grad_enabled(),
+    )
 
 
 @torch.no_grad()
-def sharded_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, vocab_size: int, *, sequence_parallel: bool, chunk: int,
-                      norm: torch.nn.Module) -> Tensor:
-    """The cross entropy of each token, float32 [b, s], equal on every tensor-parallel rank; no gradients. Arguments as `sharded_token_loss`."""
+def sharded_token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    group: Any,
+    vocab_size: int,
+    *,
+    sequence_parallel: bool,
+    chunk: int,
+    norm: torch.nn.Module,
+) -> Tensor:
+    """The cross entropy of each token, float32 [b, s], equal on every tensor-parallel rank; no gradients.
+    Arguments as `sharded_token_loss`."""
     t, b, _ = hidden.shape
     parts = group.size() if sequence_parallel else 1
     labels = labels.t()  # [s, b]
     rows = max(1, chunk // (b * parts)) if chunk else t
     nll = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     for start in range(0, t, rows):
-        x_cbH = _gather(norm(hidden[start:start + rows]), group, parts)
+        x_cbH = _gather(norm(hidden[start : start + rows]), group, parts)
         take = _rows_of_chunk(start, min(start + rows, t), t, parts).to(labels.device)
         logits = torch.matmul(x_cbH.flatten(0, 1), weight.t())  # [c, v]
         log_sum, picked, _ = _statistics(logits, labels[take].flatten(), group, group.rank(), vocab_size)
@@ -55,8 +90,20 @@ def sharded_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, group: Any
 
 class _ShardedTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, group: Any, vocab_size: int,
-                sequence_parallel: bool, chunk: int, z_loss: float, norm: torch.nn.Module | None, grad_enabled: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        group: Any,
+        vocab_size: int,
+        sequence_parallel: bool,
+        chunk: int,
+        z_loss: float,
+        norm: torch.nn.Module | None,
+        grad_enabled: bool,
+    ) -> Tensor:
         t, b, _ = hidden.shape
         tp, rank = group.size(), group.rank()
         parts = tp if sequence_parallel else 1
@@ -64,7 +111,9 @@ class _ShardedTokenLoss(torch.autograd.Function):
         rows = max(1, chunk // (b * parts)) if chunk else t
         need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        )
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         norm_gradients = Gradients(list(norm.parameters()) if norm is not None else [])
         for start in range(0, t, rows):
@@ -79,7 +128,9 @@ class _ShardedTokenLoss(torch.autograd.Function):
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
             logits = torch.matmul(x, weight.t())  # [c, v]
-            loss, grad = _cross_entropy(logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight)
+            loss, grad = _cross_entropy(
+                logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight
+            )
             del logits  # the gradient has its place
             total += loss
             if grad is None:
@@ -89,7 +140,9 @@ class _ShardedTokenLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_x = torch.matmul(grad, weight).view_as(x_cbH)
                 share = _reduce(grad_x, group, parts)
-                grad_hidden[start:stop] = share if norm is None else norm_gradients.of([after], [before], [share])[0]
+                grad_hidden[start:stop] = (
+                    share if norm is None else norm_gradients.of([after], [before], [share])[0]
+                )
             del grad  # before the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.norm_gradients = norm_gradients
@@ -100,16 +153,27 @@ class _ShardedTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = hand_down(ctx, grad_hidden.mul_(grad_total.to(grad_hidden.dtype)))  # in place, so once: a second backward is refused
+            grad_hidden = hand_down(
+                ctx, grad_hidden.mul_(grad_total.to(grad_hidden.dtype))
+            )  # in place, so once: a second backward is refused
             ctx.norm_gradients.hand_over(grad_total)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 9
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, rank: int, vocab_size: int,
-                   z_loss: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """(masked sum, its gradient by the logits [c, v]). logits [c, v] in the weight's dtype; the gradient takes their place.
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    group: Any,
+    rank: int,
+    vocab_size: int,
+    z_loss: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(masked sum, its gradient by the logits [c, v]). logits [c, v] in the weight's dtype; the gradient
+    takes their place.
 
     Computed in float32, a block of rows at a time: no float32 copy of all of them exists.
     """
@@ -132,16 +196,24 @@ def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, group: Any, ran
     return loss, logits
 
 
-def _statistics(logits: Tensor, target: Tensor, group: Any, rank: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log of the softmax's sum, target's logit, both less the largest logit; that), float32 [c] each. logits [c, v]: padded rows become -inf."""
+def _statistics(
+    logits: Tensor, target: Tensor, group: Any, rank: int, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log of the softmax's sum, target's logit, both less the largest logit; that), float32 [c] each. logits
+    [c, v]: padded rows become -inf."""
     v = logits.shape[1]
     if (rank + 1) * v > vocab_size:
-        logits[:, max(0, vocab_size - rank * v):] = float("-inf")
+        logits[:, max(0, vocab_size - rank * v) :] = float("-inf")
     blocks = logits.split(max(1, LOSS_BLOCK // v))
     local, inside = _local(target, rank, v)
     peak = torch.cat([block.max(dim=1).values.float() for block in blocks])
     _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
-    sums = torch.cat([(block.float() - p[:, None]).exp_().sum(dim=1) for block, p in zip(blocks, peak.split(len(blocks[0])), strict=True)])
+    sums = torch.cat(
+        [
+            (block.float() - p[:, None]).exp_().sum(dim=1)
+            for block, p in zip(blocks, peak.split(len(blocks[0])), strict=True)
+        ]
+    )
     picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
     both = torch.stack([sums, picked])  # [2, c]
     _all_reduce(both, group, torch.distributed.ReduceOp.SUM)

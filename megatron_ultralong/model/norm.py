@@ -1,4 +1,5 @@
-"""RMSNorm that works with sequence parallelism, in the place of Megatron-Core's norms when TransformerEngine is absent."""
+"""RMSNorm that works with sequence parallelism, in the place of Megatron-Core's norms when TransformerEngine
+is absent."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ import torch
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension; statistics in float32, result in x's dtype.
 
-    The weight is marked `sequence_parallel`: with sequence parallelism each tensor parallel rank normalises its share of the
-    tokens, so Megatron must add up the weight's gradients over the tensor parallel group.
+    The weight is marked `sequence_parallel`: with sequence parallelism each tensor parallel rank normalises
+    its share of the tokens, so Megatron must add up the weight's gradients over the tensor parallel group.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

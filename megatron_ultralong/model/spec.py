@@ -1,7 +1,8 @@
-"""The transformer layer as a Megatron-Core spec: TransformerEngine's linears and norms where installed, Megatron's own else.
+"""The transformer layer as a Megatron-Core spec: TransformerEngine's linears and norms where installed,
+Megatron's own else.
 
-A checkpoint of one loads in the other: without TransformerEngine the norms are modules of their own, stored under the names
-that TransformerEngine's fused linears give them.
+A checkpoint of one loads in the other: without TransformerEngine the norms are modules of their own, stored
+under the names that TransformerEngine's fused linears give them.
 """
 
 from __future__ import annotations
@@ -10,17 +11,24 @@ import importlib.util
 from typing import Any
 
 from megatron_ultralong.config import Memory
-from megatron_ultralong.context_parallel.attend import ContextGroups
+from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model.attention import CoreAttention, RotaryTable
+from megatron_ultralong.model.layer.offload import HostStore
 from megatron_ultralong.model.norm import RMSNorm
-from megatron_ultralong.model.offload import HostStore
 
 
 def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(rotary: RotaryTable, groups: ContextGroups, layers: int, memory: Memory, store: HostStore, transformer_engine: bool) -> Any:
+def block_spec(
+    rotary: RotaryTable,
+    groups: ContextGroups,
+    layers: int,
+    memory: Memory,
+    store: HostStore,
+    transformer_engine: bool,
+) -> Any:
     """Megatron's TransformerBlockSubmodules for `layers` layers of one pipeline stage."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -32,17 +40,31 @@ def block_spec(rotary: RotaryTable, groups: ContextGroups, layers: int, memory: 
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-    from megatron_ultralong.model.layer import Layer
+    from megatron_ultralong.model.layer.layer import Layer
 
     if transformer_engine:
         from megatron.core.extensions import transformer_engine as te
 
-        qkv, fc1, row, norm, final_norm = (te.TELayerNormColumnParallelLinear, te.TELayerNormColumnParallelLinear,
-                                           te.TERowParallelLinear, IdentityOp, te.TENorm)
+        qkv, fc1, row, norm, final_norm = (
+            te.TELayerNormColumnParallelLinear,
+            te.TELayerNormColumnParallelLinear,
+            te.TERowParallelLinear,
+            IdentityOp,
+            te.TENorm,
+        )
         renamed = {}
     else:
-        qkv, fc1, row, norm, final_norm = ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, RMSNorm, RMSNorm
-        renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+        qkv, fc1, row, norm, final_norm = (
+            ColumnParallelLinear,
+            ColumnParallelLinear,
+            RowParallelLinear,
+            RMSNorm,
+            RMSNorm,
+        )
+        renamed = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
     layer = ModuleSpec(
         module=Layer,
         params={"memory": memory, "store": store},

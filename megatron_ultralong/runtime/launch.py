@@ -11,8 +11,9 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_ultralong.config import Parallel, Runtime, UserError
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.config import Parallel, Runtime
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime import cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,19 @@ class Ranks:
 
 
 def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic: bool = False) -> Ranks:
-    """Join the process group that torchrun's environment describes (one rank without it) and build Megatron's groups.
+    """Join the process group that torchrun's environment describes (one rank without it) and build Megatron's
+    groups.
 
     Raises UserError where the device is not there or the ranks do not fit the layout.
     """
-    errors.quiet()
+    cli.quiet()
     device = pick_device(runtime.device)
     world = world_size()
     dp = parallel.data_parallel(world)
     if device.type == "cpu":
-        from megatron_ultralong.runtime import cpu
+        from megatron_ultralong.runtime import cpu_device
 
-        cpu.install()
+        cpu_device.install()
         # Ranks share the cores: more threads than cores only slow each other down.
         if "OMP_NUM_THREADS" not in os.environ or world > 1:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -82,9 +84,20 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Ranks(
-        rank=torch.distributed.get_rank(), world=world, device=device, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=dp,
-        tp_rank=groups.tp.rank(), pp_rank=groups.pp.rank(), cp_rank=groups.cp.rank(), dp_rank=groups.dp.rank(), groups=groups,
-        timeout=timedelta(minutes=runtime.timeout_minutes))
+        rank=torch.distributed.get_rank(),
+        world=world,
+        device=device,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        cp=parallel.cp,
+        dp=dp,
+        tp_rank=groups.tp.rank(),
+        pp_rank=groups.pp.rank(),
+        cp_rank=groups.cp.rank(),
+        dp_rank=groups.dp.rank(),
+        groups=groups,
+        timeout=timedelta(minutes=runtime.timeout_minutes),
+    )
 
 
 def world_size() -> int:
@@ -107,10 +120,14 @@ def pick_device(choice: str) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("runtime.device=cuda, but torch sees no GPU here; check the driver, or --set runtime.device=cpu")
+        raise UserError(
+            "runtime.device=cuda, but torch sees no GPU here; check the driver, or --set runtime.device=cpu"
+        )
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= there:
-        raise UserError(f"{there} GPUs on this node, but torchrun started at least {local + 1} ranks here; lower --nproc-per-node")
+        raise UserError(
+            f"{there} GPUs on this node, but torchrun started at least {local + 1} ranks here; lower --nproc-per-node"
+        )
     return torch.device("cuda", local)
 
 
@@ -123,4 +140,6 @@ def join(device: torch.device, timeout_minutes: int) -> None:
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)
         return
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+    torch.distributed.init_process_group(
+        backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+    )

@@ -1,4 +1,5 @@
-"""What a run says: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, TensorBoard, and wandb where asked."""
+"""What a run says: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, TensorBoard, and
+wandb where asked."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from tqdm import tqdm
 from megatron_ultralong import config
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.sharded import Progress
-from megatron_ultralong.config import Model, Run, UserError
-from megatron_ultralong.data.dataset import Rows
+from megatron_ultralong.config import Model, Run
+from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.planning import flops
 from megatron_ultralong.runtime.launch import Ranks
-from megatron_ultralong.train import metrics
 
 
 class Log:
@@ -29,17 +31,31 @@ class Log:
     def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: Rows) -> None:
         self.run, self.ranks, self.rows = run, ranks, rows
         masked = run.data.documents == "masked"
-        self.flops = metrics.flops_per_token(model, 0 if masked else run.train.seq_length)
-        self.peak = metrics.peak_flops(ranks.device)
+        self.flops = flops.flops_per_token(model, 0 if masked else run.train.seq_length)
+        self.peak = flops.peak_flops(ranks.device)
         self.bar = None
         self.board: Any = None
         self.wandb: Any = None
         sharded.agree(lambda: self._open(save_dir, start), ranks, f"--save {save_dir} cannot be written")
         if not ranks.is_main:
             return
-        self.bar = tqdm(total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1)
-        without = "; without attention, whose size differs from row to row with data.documents=masked" if masked else ""
-        self.note(metrics.FORMULA + without + (f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU" if self.peak else "; no peak known here, so no MFU"))
+        self.bar = tqdm(
+            total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1
+        )
+        without = (
+            "; without attention, whose size differs from row to row with data.documents=masked"
+            if masked
+            else ""
+        )
+        self.note(
+            flops.FORMULA
+            + without
+            + (
+                f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU"
+                if self.peak
+                else "; no peak known here, so no MFU"
+            )
+        )
 
     def _open(self, save_dir: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -52,9 +68,16 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise UserError("runtime.wandb is set, but wandb is not installed; pip install wandb, or leave it unset") from None
-            self.wandb = wandb.init(project=self.run.runtime.wandb, name=self.run.name, config=config.to_dict(self.run), resume="allow",
-                                    dir=str(save_dir))
+                raise UserError(
+                    "runtime.wandb is set, but wandb is not installed; pip install wandb, or leave it unset"
+                ) from None
+            self.wandb = wandb.init(
+                project=self.run.runtime.wandb,
+                name=self.run.name,
+                config=config.to_dict(self.run),
+                resume="allow",
+                dir=str(save_dir),
+            )
 
     def note(self, line: str) -> None:
         """A line of its own."""
@@ -62,7 +85,16 @@ class Log:
             tqdm.write(line)
             sys.stdout.flush()  # a pipe or file would hold lines back, and a killed run would lose them
 
-    def step(self, progress: Progress, *, loss: float, target_tokens: int, grad_norm: float | None, lr: float, seconds: float) -> None:
+    def step(
+        self,
+        progress: Progress,
+        *,
+        loss: float,
+        target_tokens: int,
+        grad_norm: float | None,
+        lr: float,
+        seconds: float,
+    ) -> None:
         """One iteration's line and scalars."""
         if not self.ranks.is_main or self.bar is None:
             return
@@ -71,9 +103,16 @@ class Log:
         tokens_per_second = t.global_batch * t.seq_length / seconds / self.ranks.world
         tflops = tokens_per_second * self.flops / 1e12
         epochs = self.rows.epoch(progress.consumed)
-        scalars = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": float(grad_norm or 0.0),
-                   "train/tokens": progress.tokens, "train/epochs_done": epochs, "speed/tokens_per_second_per_gpu": tokens_per_second,
-                   "speed/tflops_per_gpu": tflops, "speed/iteration_seconds": seconds}
+        scalars = {
+            "train/loss": loss,
+            "train/learning_rate": lr,
+            "train/grad_norm": float(grad_norm or 0.0),
+            "train/tokens": progress.tokens,
+            "train/epochs_done": epochs,
+            "speed/tokens_per_second_per_gpu": tokens_per_second,
+            "speed/tflops_per_gpu": tflops,
+            "speed/iteration_seconds": seconds,
+        }
         if self.peak:
             scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak
         self._scalars(scalars, progress.iteration)
@@ -81,11 +120,17 @@ class Log:
             return
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         width = len(str(t.iterations))
-        speed = f"causal MFU: {100 * tflops * 1e12 / self.peak:.1f}%" if self.peak else f"TFLOP/s/GPU: {tflops:.3f}"
-        self.note(f" [{now}] iteration {progress.iteration:{width}d}/{t.iterations} | consumed samples: {progress.consumed} "
-                  f"| epochs done: {epochs} | elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} "
-                  f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} | grad norm: {float(grad_norm or 0.0):.3f} "
-                  f"| target tokens: {target_tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} |")
+        speed = (
+            f"causal MFU: {100 * tflops * 1e12 / self.peak:.1f}%"
+            if self.peak
+            else f"TFLOP/s/GPU: {tflops:.3f}"
+        )
+        self.note(
+            f" [{now}] iteration {progress.iteration:{width}d}/{t.iterations} | consumed samples: {progress.consumed} "
+            f"| epochs done: {epochs} | elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} "
+            f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} | grad norm: {float(grad_norm or 0.0):.3f} "
+            f"| target tokens: {target_tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} |"
+        )
 
     def held_out(self, progress: Progress, loss: float) -> None:
         """The held-out loss after an iteration."""
@@ -95,7 +140,11 @@ class Log:
     def evaluation(self, progress: Progress, scalars: dict[str, float]) -> None:
         """What an evaluation of its own found after an iteration."""
         self._scalars(scalars, progress.iteration)
-        self.note(f" evaluation at iteration {progress.iteration} | " + " | ".join(f"{name}: {value:.4f}" for name, value in scalars.items()) + " |")
+        self.note(
+            f" evaluation at iteration {progress.iteration} | "
+            + " | ".join(f"{name}: {value:.4f}" for name, value in scalars.items())
+            + " |"
+        )
 
     @contextlib.contextmanager
     def saving(self, iteration: int) -> Iterator[None]:
@@ -128,4 +177,7 @@ def print_run(run: Run, ranks: Ranks) -> None:
         return
     for section, values in config.to_dict(run).items():
         print(f"{section}: {json.dumps(values) if isinstance(values, dict) else values}")
-    print(f"ranks: {ranks.world} on {ranks.device.type} = tp {ranks.tp} x pp {ranks.pp} x cp {ranks.cp} x dp {ranks.dp}", flush=True)
+    print(
+        f"ranks: {ranks.world} on {ranks.device.type} = tp {ranks.tp} x pp {ranks.pp} x cp {ranks.cp} x dp {ranks.dp}",
+        flush=True,
+    )

@@ -13,7 +13,8 @@ from megatron_ultralong.runtime.launch import Ranks
 
 
 def learning_rate(train: Train, iteration: int) -> float:
-    """Learning rate of optimizer step `iteration` (the first is 1): linear warm-up from 0, then cosine to min_lr or constant."""
+    """Learning rate of optimizer step `iteration` (the first is 1): linear warm-up from 0, then cosine to
+    min_lr or constant."""
     if train.warmup and iteration <= train.warmup:
         return train.lr * iteration / train.warmup
     if train.schedule == "constant":
@@ -25,30 +26,50 @@ def learning_rate(train: Train, iteration: int) -> float:
 def data_parallel(chunks: list[torch.nn.Module], ranks: Ranks) -> list[torch.nn.Module]:
     """Megatron's DistributedDataParallel around each chunk: float32 gradients, reduced once an iteration.
 
-    Reduction is not overlapped with the backward: an iteration of these lengths takes seconds to minutes, its reduction far less.
+    Reduction is not overlapped with the backward: an iteration of these lengths takes seconds to minutes, its
+    reduction far less.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False,
-                                           check_for_nan_in_grad=False)
-    wrapped = [DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=ranks.groups)
-               for i, chunk in enumerate(chunks)]
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=ranks.groups
+        )
+        for i, chunk in enumerate(chunks)
+    ]
     for chunk in wrapped:
-        # Weights were read once and broadcast, so the ranks agree already; this holds for weights made from a seed as well.
+        # Weights were read once and broadcast, so the ranks agree already; this holds for weights made from a
+        # seed as well.
         chunk.broadcast_params()
     return wrapped
 
 
 def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Ranks) -> Any:
-    """The distributed AdamW over data-parallel `chunks` (fp32 master weights in bf16 runs). Weights must be loaded before."""
+    """The distributed AdamW over data-parallel `chunks` (fp32 master weights in bf16 runs). Weights must be
+    loaded before."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megatron_ultralong.model.llama import unwrap
 
     config = OptimizerConfig(
-        optimizer="adam", lr=train.lr, min_lr=train.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip, bf16=train.precision == "bf16",
-        params_dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, use_distributed_optimizer=True)
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip,
+        bf16=train.precision == "bf16",
+        params_dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+    )
     optimizer = get_megatron_optimizer(config, chunks)
     for chunk in chunks:
         unwrap(chunk).config.grad_scale_func = optimizer.scale_loss

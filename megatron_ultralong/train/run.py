@@ -8,40 +8,59 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong import plan
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.config import Run, check_model_layout
-from megatron_ultralong.data import dataset, loader
+from megatron_ultralong.data import loader, packed_rows
+from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.runtime import launch
-from megatron_ultralong.train import loop, start
+from megatron_ultralong.train import loop, weights_source
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
 
 Prepare = Callable[[Run, Path | None, int], loop.Evaluation]
 
 
-def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path, load: Path | None = None, load_hf: Path | None = None,
-              tokenizer: Path | None = None, evaluations: Sequence[Prepare] = ()) -> sharded.Progress:
-    """Train `run` on the packed rows `data` into the run directory `save`. Every rank calls it; see tools/train.py for the arguments.
+def train_run(
+    run: Run,
+    *,
+    data: list[str],
+    valid: list[str] | None,
+    save: Path,
+    load: Path | None = None,
+    load_hf: Path | None = None,
+    tokenizer: Path | None = None,
+    evaluations: Sequence[Prepare] = (),
+) -> sharded.Progress:
+    """Train `run` on the packed rows `data` into the run directory `save`. Every rank calls it; see
+    tools/train.py for the arguments.
 
-    evaluations: called first with the settled run, a directory with its tokenizer (None where there is none) and the vocabulary's size;
-    what they give is called as `loop.Evaluation` says.
+    evaluations: called first with the settled run, a directory with its tokenizer (None where there is none)
+    and the vocabulary's size; what they give is called as `loop.Evaluation` says.
 
     Raises UserError for what a user can mend, before anything is built where that can be known.
     """
     run.parallel.data_parallel(launch.world_size())
-    run, source = start.find(run, save, load, load_hf, tokenizer)
+    run, source = weights_source.find(run, save, load, load_hf, tokenizer)
     check_model_layout(source.progress.model, run.parallel)
     masked = run.data.documents == "masked"
-    rows = dataset.open_blend(data, run.train.seq_length, source.progress.model.vocab_size, masked)
-    held_out = dataset.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size, masked) if valid else None
+    rows = packed_rows.open_blend(data, run.train.seq_length, source.progress.model.vocab_size, masked)
+    held_out = (
+        packed_rows.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size, masked)
+        if valid
+        else None
+    )
 
-    prepared = [prepare(run, source.tokenizer or source.assets, source.progress.model.vocab_size) for prepare in evaluations]
+    prepared = [
+        prepare(run, source.tokenizer or source.assets, source.progress.model.vocab_size)
+        for prepare in evaluations
+    ]
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
-    start.check_same(source, save)
-    gpu_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
+    weights_source.check_same(source, save)
+    gpu_bytes = (
+        torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
+    )
     run = plan.settle_offload(run, source.progress.model, ranks.world, gpu_bytes)
     print_run(run, ranks)
     progress = _train(run, ranks, source, rows, held_out, save, prepared)
@@ -49,38 +68,85 @@ def train_run(run: Run, *, data: list[str], valid: list[str] | None, save: Path,
     return progress
 
 
-def _train(run: Run, ranks: launch.Ranks, source: start.Source, rows: dataset.Rows, held_out: dataset.Rows | None, save: Path,
-           evaluations: Sequence[loop.Evaluation]) -> sharded.Progress:
+def _train(
+    run: Run,
+    ranks: launch.Ranks,
+    source: weights_source.Source,
+    rows: packed_rows.Rows,
+    held_out: packed_rows.Rows | None,
+    save: Path,
+    evaluations: Sequence[loop.Evaluation],
+) -> sharded.Progress:
     from megatron_ultralong.model import llama
 
-    progress = start.with_run(source.progress, run, rows)
+    progress = weights_source.with_run(source.progress, run, rows)
     log = Log(run, ranks, progress.model, save, progress.iteration, rows)
-    chunks = llama.build(source.progress.model, source.progress.rope, ranks, run.parallel, run.memory, run.train.precision,
-                         deterministic=run.train.deterministic, positions_by_document=run.data.positions == "document")
-    start.load_weights(chunks, run, source, ranks)
+    chunks = llama.build(
+        source.progress.model,
+        source.progress.rope,
+        ranks,
+        run.parallel,
+        run.memory,
+        run.train.precision,
+        deterministic=run.train.deterministic,
+        positions_by_document=run.data.positions == "document",
+    )
+    weights_source.load_weights(chunks, run, source, ranks)
     chunks = optim.data_parallel(chunks, ranks)
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
         sharded.load(source.resume, chunks, optimizer)
     share: dict[str, Any] = {
-        "seed": run.train.seed, "dp_rank": ranks.dp_rank, "dp": ranks.dp, "cp_rank": ranks.cp_rank, "cp": ranks.cp,
-        "micro_batch": run.train.micro_batch, "masked": run.data.documents == "masked"}
+        "seed": run.train.seed,
+        "dp_rank": ranks.dp_rank,
+        "dp": ranks.dp,
+        "cp_rank": ranks.cp_rank,
+        "cp": ranks.cp,
+        "micro_batch": run.train.micro_batch,
+        "masked": run.data.documents == "masked",
+    }
 
     try:
         log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
         if source.resume is not None:
-            if (note := start.data_note(source.progress, progress)) is not None:
+            if (note := weights_source.data_note(source.progress, progress)) is not None:
                 log.note(note)
-            log.note(f"going on from {source.resume}: iteration {progress.iteration}, {progress.consumed} sequences done")
-        elif (note := start.theta_note(run, source)) is not None:
+            log.note(
+                f"going on from {source.resume}: iteration {progress.iteration}, {progress.consumed} sequences done"
+            )
+        elif (note := weights_source.theta_note(run, source)) is not None:
             log.note(note)
         return loop.train(
-            run, ranks, chunks, optimizer, progress,
-            data=lambda consumed: [loader.batches(rows, consumed=consumed, global_batch=run.train.global_batch, shuffle=run.data.shuffle,
-                                                   workers=run.data.workers, **share)
-                                   for _ in chunks],
-            valid=None if held_out is None else lambda: loader.held_out(
-                held_out, run.train.eval_rows, copies=len(chunks), multiple=run.parallel.pp if run.parallel.vpp > 1 else 1, **share),
-            save_dir=save, assets=source.assets, tokenizer=source.tokenizer, log=log, evaluations=evaluations)
+            run,
+            ranks,
+            chunks,
+            optimizer,
+            progress,
+            data=lambda consumed: [
+                loader.batches(
+                    rows,
+                    consumed=consumed,
+                    global_batch=run.train.global_batch,
+                    shuffle=run.data.shuffle,
+                    workers=run.data.workers,
+                    **share,
+                )
+                for _ in chunks
+            ],
+            valid=None
+            if held_out is None
+            else lambda: loader.held_out(
+                held_out,
+                run.train.eval_rows,
+                copies=len(chunks),
+                multiple=run.parallel.pp if run.parallel.vpp > 1 else 1,
+                **share,
+            ),
+            save_dir=save,
+            assets=source.assets,
+            tokenizer=source.tokenizer,
+            log=log,
+            evaluations=evaluations,
+        )
     finally:
         log.close()

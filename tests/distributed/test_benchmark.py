@@ -1,4 +1,5 @@
-"""tools/benchmark.py step, its search for the longest sequence, and generate: a process of its own, for Megatron's groups."""
+"""tools/benchmark.py step, its search for the longest sequence, and generate: a process of its own, for
+Megatron's groups."""
 
 from __future__ import annotations
 
@@ -10,21 +11,26 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from megatron_ultralong.config import Memory, Model, UserError
+from megatron_ultralong.config import Memory, Model
+from megatron_ultralong.errors import UserError
 
 MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=96)
 S = 256
 
 
 def test_step(tmp_path: Path) -> None:
-    mp.start_processes(_one_process, (tmp_path,), nprocs=1, start_method="spawn")  # it starts and ends its own process group
+    mp.start_processes(
+        _one_process, (tmp_path,), nprocs=1, start_method="spawn"
+    )  # it starts and ends its own process group
 
 
 def _one_process(index: int, folder: Path) -> None:
-    from megatron_ultralong.performance import report, step
+    from megatron_ultralong.measure import report, step
 
     def settings(names: list[str], **more: object) -> step.Settings:
-        return step.Settings(model=MODEL, settings=names, precision="fp32", layer_chunk=64, loss_chunk=64, repeats=1, **more)  # type: ignore[arg-type]
+        return step.Settings(
+            model=MODEL, settings=names, precision="fp32", layer_chunk=64, loss_chunk=64, repeats=1, **more
+        )  # type: ignore[arg-type]
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
@@ -32,16 +38,33 @@ def _one_process(index: int, folder: Path) -> None:
     report.write_json(found, folder / "step.json")
     report.plot(found, folder / "step.png")
     values = json.loads((folder / "step.json").read_text())
-    assert values["about"]["command"] == "the command" and "4 layers" in values["about"]["shape"] and (folder / "step.png").exists()
+    assert (
+        values["about"]["command"] == "the command"
+        and "4 layers" in values["about"]["shape"]
+        and (folder / "step.png").exists()
+    )
     rows = {row["setting"]: row for row in values["rows"]}
     assert list(rows) == list(step.SETTINGS)
     for row in rows.values():
-        assert row["seconds"] > 0 and row["tokens_per_second"] > 0 and "mfu" not in row and ("note" in row) == (row["setting"] == "save-on-cpu")
+        assert (
+            row["seconds"] > 0
+            and row["tokens_per_second"] > 0
+            and "mfu" not in row
+            and ("note" in row) == (row["setting"] == "save-on-cpu")
+        )
         assert row["peak_bytes"] > row["bytes_per_token"] * S, "weights and gradients come on top"
     token = {name: row["bytes_per_token"] for name, row in rows.items()}
-    assert token["none"] > token["full"] > token["attention"] > token["offload-checkpoints"] > token["offload-attention"]
+    assert (
+        token["none"]
+        > token["full"]
+        > token["attention"]
+        > token["offload-checkpoints"]
+        > token["offload-attention"]
+    )
     # Offloading two layers' worth of four: input, and output with logsumexp, a token.
-    assert token["attention"] - token["offload-checkpoints"] == pytest.approx(2 * MODEL.hidden_size * 4, rel=0.1)
+    assert token["attention"] - token["offload-checkpoints"] == pytest.approx(
+        2 * MODEL.hidden_size * 4, rel=0.1
+    )
     for name in ("none", "full", "attention"):
         assert rows[name]["host_bytes"] == 0 and 0.3 < rows[name]["measured_over_planned"] < 2
     layer = S * MODEL.hidden_size * 4
@@ -50,7 +73,9 @@ def _one_process(index: int, folder: Path) -> None:
     assert "planned_bytes" not in rows["save-on-cpu"]
 
     # A whole step takes the same memory; its optimizer is AdamW.
-    whole = step.run(settings(["attention", "query-chunks-offload"], lengths=[S], optimizer=True), cpu, "x").rows
+    whole = step.run(
+        settings(["attention", "query-chunks-offload"], lengths=[S], optimizer=True), cpu, "x"
+    ).rows
     for row in whole:
         assert 0 < row["optimizer_seconds"] < row["seconds"]
         assert row["bytes_per_token"] == token[row["setting"]]
@@ -58,11 +83,25 @@ def _one_process(index: int, folder: Path) -> None:
     _host_adam_is_adam(step)
 
     limit = int(rows["attention"]["peak_bytes"])
-    longest = step.run(settings(["none", "attention", "offload-attention"], lengths=[S // 4], longest=True, granularity=32, limit=limit), cpu, "x").rows
+    longest = step.run(
+        settings(
+            ["none", "attention", "offload-attention"],
+            lengths=[S // 4],
+            longest=True,
+            granularity=32,
+            limit=limit,
+        ),
+        cpu,
+        "x",
+    ).rows
     tokens = [row["tokens"] for row in longest]
     assert tokens[0] < S and tokens[1] == S and tokens[2] > S and all(n % 32 == 0 for n in tokens)
     for row in longest:
-        assert 0 < row["fails_at"] - row["tokens"] <= 32 and "out of memory" in row["note"] and row["peak_bytes"] <= limit
+        assert (
+            0 < row["fails_at"] - row["tokens"] <= 32
+            and "out of memory" in row["note"]
+            and row["peak_bytes"] <= limit
+        )
     nothing = step.run(settings(["none"], lengths=[S], limit=1000), cpu, "x").rows
     assert nothing[0]["note"] == "out of memory" and "seconds" not in nothing[0]
 
@@ -71,27 +110,39 @@ def _one_process(index: int, folder: Path) -> None:
 
 
 def _generation(folder: Path) -> None:
-    from megatron_ultralong.performance import generate, report
+    from megatron_ultralong.measure import generation, report
 
-    settings = generate.Settings(model=MODEL, lengths=[S, 4 * S], sequences=3, written=4, chunk=64, precision="fp32", repeats=2)
-    found = generate.run(settings, torch.device("cpu"), "the command")
+    settings = generation.Settings(
+        model=MODEL, lengths=[S, 4 * S], sequences=3, written=4, chunk=64, precision="fp32", repeats=2
+    )
+    found = generation.run(settings, torch.device("cpu"), "the command")
     report.write_json(found, folder / "generate.json")
     report.plot(found, folder / "generate.png")
     short, long = json.loads((folder / "generate.json").read_text())["rows"]
     for row, length in ((short, S), (long, 4 * S)):
-        assert row["tokens"] == length and row["prefill_tokens_per_second"] == pytest.approx(length / row["prefill_seconds"])
-        assert row["decode_tokens_per_second"] == pytest.approx(3 / row["decode_seconds"]) and row["decode_seconds"] > 0
+        assert row["tokens"] == length and row["prefill_tokens_per_second"] == pytest.approx(
+            length / row["prefill_seconds"]
+        )
+        assert (
+            row["decode_tokens_per_second"] == pytest.approx(3 / row["decode_seconds"])
+            and row["decode_seconds"] > 0
+        )
         assert row["kv_bytes"] == 2 * MODEL.layers * MODEL.kv_heads * MODEL.head_dim * 4 * length
         assert 0.5 < row["peak_bytes"] / row["planned_bytes"] < 1.3
     # What grows with the prompt is its keys and values: it is read in chunks.
-    assert long["peak_bytes"] - short["peak_bytes"] == pytest.approx(long["kv_bytes"] - short["kv_bytes"], rel=0.05)
+    assert long["peak_bytes"] - short["peak_bytes"] == pytest.approx(
+        long["kv_bytes"] - short["kv_bytes"], rel=0.05
+    )
     with pytest.raises(UserError, match="--written 0 must be at least 1"):
-        generate.Settings(model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32")
+        generation.Settings(model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32")
 
 
 def _host_adam_is_adam(step: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(5, 3, generator=generator)), torch.nn.Parameter(torch.randn(7, generator=generator))]
+    ours = [
+        torch.nn.Parameter(torch.randn(5, 3, generator=generator)),
+        torch.nn.Parameter(torch.randn(7, generator=generator)),
+    ]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     host, adam = step._HostAdam(ours, torch.device("cpu")), torch.optim.AdamW(theirs, lr=1e-5)
     for _ in range(3):
@@ -107,7 +158,7 @@ def _host_adam_is_adam(step: Any) -> None:
 
 
 def _a_store_gives_its_memory_back() -> None:
-    from megatron_ultralong.model.offload import HostStore
+    from megatron_ultralong.model.layer.offload import HostStore
 
     assert Memory().offload == "auto"
     store = HostStore(torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Every way of context parallelism over gloo ranks, against full attention (over virtual ranks: tests/unit/test_context_ways.py)."""
+"""Every way of context parallelism over gloo ranks, against full attention (over virtual ranks:
+tests/unit/test_context_ways.py)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ultralong.context_parallel import layout
-from megatron_ultralong.context_parallel.attend import ContextGroups, attention, split
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel.api import ContextGroups, attention, split
 from megatron_ultralong.context_parallel.comm import GroupRing
 from tests.distributed.test_ring import check, share, whole
 from tests.spawn import run_ranks
@@ -31,20 +32,41 @@ def _over_gloo(rank: int, world_size: int) -> None:
             groups = split(group, ulysses, way)
             assert (groups.size, groups.rank) == (cp, rank // strides)
             if groups.ulysses is not None:  # adjacent ones of the group
-                ranks = layout.ulysses_ranks(cp, ulysses)[groups.rank // ulysses]
-                assert dist.get_process_group_ranks(groups.ulysses) == [r * strides + rank % strides for r in ranks]
+                ranks = zigzag.ulysses_ranks(cp, ulysses)[groups.rank // ulysses]
+                assert dist.get_process_group_ranks(groups.ulysses) == [
+                    r * strides + rank % strides for r in ranks
+                ]
             for h, g in ((8, 4), (4, 1)):
                 packings = documents(cp, 5)
-                for b, name in ((2, "not packed"), (1, "one-token documents"), (1, "across every border of pieces"), (1, "any")):
+                for b, name in (
+                    (2, "not packed"),
+                    (1, "one-token documents"),
+                    (1, "across every border of pieces"),
+                    (1, "any"),
+                ):
                     starts = packings.get(name)
                     inputs = whole((b, h, g, 5, 8), cp, seed=rank % strides)
-                    check(compute(inputs, groups, starts), expected(inputs, starts), groups.rank, cp, what=(way, ulysses, h, g, name))
+                    check(
+                        compute(inputs, groups, starts),
+                        expected(inputs, starts),
+                        groups.rank,
+                        cp,
+                        what=(way, ulysses, h, g, name),
+                    )
             half = [x.bfloat16().double() for x in inputs]
-            for x, y in zip(compute(half, groups, starts, torch.bfloat16), expected(half, starts), strict=True):
-                y = layout.shard(y, groups.rank, cp, 2)
-                assert x.dtype == torch.bfloat16 and (x.double() - y).norm() / y.norm() < 0.03, (way, cp, ulysses)
+            for x, y in zip(
+                compute(half, groups, starts, torch.bfloat16), expected(half, starts), strict=True
+            ):
+                y = zigzag.shard(y, groups.rank, cp, 2)
+                assert x.dtype == torch.bfloat16 and (x.double() - y).norm() / y.norm() < 0.03, (
+                    way,
+                    cp,
+                    ulysses,
+                )
             _layers(groups)
-    dist.group.WORLD.bound_device_id = torch.device("cpu", 0)  # as init_process_group(device_id=...) leaves it
+    dist.group.WORLD.bound_device_id = torch.device(
+        "cpu", 0
+    )  # as init_process_group(device_id=...) leaves it
     with pytest.raises(ValueError, match="started with a device_id"):
         split(dist.group.WORLD, 2)
     dist.group.WORLD.bound_device_id = None
@@ -79,7 +101,11 @@ def _layers(groups: ContextGroups) -> None:
     want = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
     q, k, v, dout = (share(x, rank, cp) for x in inputs)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = stack(*leaves, lambda *x: attention(*x, groups, starts=starts), lambda f, *x: checkpoint(f, *x, use_reentrant=False))
+    out = stack(
+        *leaves,
+        lambda *x: attention(*x, groups, starts=starts),
+        lambda f, *x: checkpoint(f, *x, use_reentrant=False),
+    )
     thread = threading.Thread(target=out.backward, args=(dout,))
     thread.start()
     thread.join()

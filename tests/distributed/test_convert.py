@@ -1,4 +1,5 @@
-"""Conversion: import -> export is bit-exact from any layout to any layout; failures leave nothing behind and reach every rank."""
+"""Conversion: import -> export is bit-exact from any layout to any layout; failures leave nothing behind and
+reach every rank."""
 
 from __future__ import annotations
 
@@ -15,8 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import convert, hf, hf_writer, mapping, sharded
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train, UserError
+from megatron_ultralong.checkpoint import convert, sharded
+from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint.hf import writer as hf_writer
+from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.model import weight_mapping
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
@@ -24,7 +29,16 @@ ROOT = Path(__file__).parents[2]
 BASE_ROPE = Rope(type="llama3", theta=10000.0, factor=4.0, original_length=32)
 # Odd sizes: vocabulary 97 is padded at TP 2, 3 and 4; head_dim is not hidden / heads.
 UNTIED = Model(hidden_size=48, ffn_size=40, layers=4, heads=8, kv_heads=4, head_dim=10, vocab_size=97)
-TIED_3_KV = Model(hidden_size=72, ffn_size=42, layers=3, heads=9, kv_heads=3, head_dim=6, vocab_size=97, tied_embeddings=True)
+TIED_3_KV = Model(
+    hidden_size=72,
+    ffn_size=42,
+    layers=3,
+    heads=9,
+    kv_heads=3,
+    head_dim=6,
+    vocab_size=97,
+    tied_embeddings=True,
+)
 
 
 def save_base(folder: Path, model: Model, dtype: torch.dtype, max_shard_size: str) -> dict[str, torch.Tensor]:
@@ -35,7 +49,9 @@ def save_base(folder: Path, model: Model, dtype: torch.dtype, max_shard_size: st
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# the base's card\n")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
-    return {name: tensor for name, tensor in built.state_dict().items() if name in mapping.hf_shapes(model)}
+    return {
+        name: tensor for name, tensor in built.state_dict().items() if name in weight_mapping.hf_shapes(model)
+    }
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,7 +60,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
+        for name in expected
+    )
 
 
 class Layouts:
@@ -62,7 +80,8 @@ class Layouts:
         leave_groups()
 
 
-# ---- four ranks: untied, bf16, sharded -----------------------------------------------------------------------
+# ---- four ranks: untied, bf16, sharded ---------------------------------------------------------
+
 
 def test_four_ranks(tmp_path):
     expected = save_base(tmp_path / "base", UNTIED, torch.bfloat16, "20KB")
@@ -76,20 +95,32 @@ def test_four_ranks(tmp_path):
     assert kept["dtype"] == kept["torch_dtype"] == "bfloat16"
     assert kept["eos_token_id"] == 2 and kept["max_position_embeddings"] == 512
     assert json.loads((tmp_path / "fp32" / "config.json").read_text())["dtype"] == "float32"
-    assert hf.read_config(tmp_path / "pp4").rope == BASE_ROPE and hf.read_config(tmp_path / "pp4").model == UNTIED
+    assert (
+        hf.read_config(tmp_path / "pp4").rope == BASE_ROPE
+        and hf.read_config(tmp_path / "pp4").model == UNTIED
+    )
     for name in ("LICENSE", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "pp4" / name).read_bytes() == (tmp_path / "base" / name).read_bytes(), name
     assert "license: apache-2.0" in (tmp_path / "pp4" / "README.md").read_text()
 
     trained = tmp_path / "trained_hf"
     found = hf.read_config(trained)
-    assert found.rope == Rope(type="llama3", theta=10000.0, factor=32.0, original_length=32) and found.max_position == 1024
+    assert (
+        found.rope == Rope(type="llama3", theta=10000.0, factor=32.0, original_length=32)
+        and found.max_position == 1024
+    )
     assert json.loads((trained / "tokenizer_config.json").read_text())["model_max_length"] == 1024
     stored = json.loads((trained / "training_run.json").read_text())
     assert stored["name"] == "tiny" and stored["train"]["seq_length"] == 1024
     text = (trained / "README.md").read_text()
-    for part in ("| recipe | tiny |", "factor 32 over 32 positions", "| sequence length trained at | 1,024 tokens |",
-                 "| tokens trained on | 28,672 |", "| iterations x global batch | 7 x 4 |", "| base model | base |"):
+    for part in (
+        "| recipe | tiny |",
+        "factor 32 over 32 positions",
+        "| sequence length trained at | 1,024 tokens |",
+        "| tokens trained on | 28,672 |",
+        "| iterations x global batch | 7 x 4 |",
+        "| base model | base |",
+    ):
         assert part in text, part
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -103,7 +134,11 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         with pytest.raises(UserError, match="already exists and is not an empty directory"):
             convert.import_hf(base, folder / "ckpt", ranks, parallel)
         progress = sharded.progress_of(path)
-        assert progress.model == dataclasses.replace(UNTIED) and progress.rope == BASE_ROPE and progress.base == "base"
+        assert (
+            progress.model == dataclasses.replace(UNTIED)
+            and progress.rope == BASE_ROPE
+            and progress.base == "base"
+        )
     with Layouts(1, 4) as (ranks, parallel):
         convert.export_hf(folder / "ckpt", folder / "pp4", ranks, parallel)
         assert convert.verify(base, folder / "ckpt", ranks, parallel) == []
@@ -112,7 +147,9 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         convert.export_hf(folder / "trained", folder / "trained_hf", ranks, parallel)
         assert convert.verify(folder / "trained_hf", folder / "trained", ranks, parallel) == []
     with Layouts(4, 1) as (ranks, parallel):
-        convert.export_hf(folder / "ckpt32", folder / "tp4", ranks, parallel, torch.bfloat16, shard_bytes=20_000)
+        convert.export_hf(
+            folder / "ckpt32", folder / "tp4", ranks, parallel, torch.bfloat16, shard_bytes=20_000
+        )
         # float32 against bfloat16: compared in bfloat16.
         assert convert.verify(base, folder / "ckpt32", ranks, parallel) == []
         expected = _change(folder, rank)
@@ -126,15 +163,23 @@ def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
 
     run = Run(name="tiny", train=Train(seq_length=1024, iterations=7, lr=1e-4, global_batch=4))
     rope = dataclasses.replace(BASE_ROPE, type="yarn", factor=32.0)  # which config.json says as llama3
-    progress = sharded.Progress(model=UNTIED, rope=rope, iteration=7, consumed=28, tokens=28 * 1024, run=config.to_dict(run),
-                                base="base")
+    progress = sharded.Progress(
+        model=UNTIED,
+        rope=rope,
+        iteration=7,
+        consumed=28,
+        tokens=28 * 1024,
+        run=config.to_dict(run),
+        base="base",
+    )
     chunks = llama.build(UNTIED, progress.rope, ranks, parallel, Memory(offload="off"), "bf16")
     sharded.load(sharded.resolve(folder / "ckpt"), chunks)
     sharded.save(folder / "trained", progress, chunks, None, folder / "ckpt" / "iter_0000000" / "hf", ranks)
 
 
 def _change(folder: Path, rank: int) -> list[str]:
-    """`changed`: `pp4` with one element of a key and two of the output layer changed, on different ranks' rows.
+    """`changed`: `pp4` with one element of a key and two of the output layer changed, on different ranks'
+    rows.
 
     Returns what verify should say.
     """
@@ -149,14 +194,18 @@ def _change(folder: Path, rank: int) -> list[str]:
         (folder / "changed" / "config.json").write_bytes((folder / "pp4" / "config.json").read_bytes())
     torch.distributed.barrier()
     largest = {name: (before[name].double() - after[name].double()).abs().max() for name in (key, head)}
-    return [f"{key}: 1 differ, by up to {largest[key]:.3g}", f"{head}: 2 differ, by up to {largest[head]:.3g}"]
+    return [
+        f"{key}: 1 differ, by up to {largest[key]:.3g}",
+        f"{head}: 2 differ, by up to {largest[head]:.3g}",
+    ]
 
 
 def _failures(folder: Path, rank: int, ranks: Any, parallel: Parallel) -> None:
     """Rank 0's failures end every rank, at any stage, and leave no directory."""
     write = hf_writer.HFWriter.add
-    for where in (mapping.HF_EMBEDDING, "model.layers.2.mlp.up_proj.weight", mapping.HF_OUTPUT):
+    for where in (weight_mapping.HF_EMBEDDING, "model.layers.2.mlp.up_proj.weight", weight_mapping.HF_OUTPUT):
         with pytest.MonkeyPatch.context() as patch:
+
             def fail(writer: Any, name: str, tensor: torch.Tensor, where: str = where) -> None:
                 if name == where:
                     raise UserError(f"no space left at {where}")
@@ -172,7 +221,8 @@ def _failures(folder: Path, rank: int, ranks: Any, parallel: Parallel) -> None:
         convert.export_hf(folder / "none", folder / "failed", ranks, parallel)
 
 
-# ---- three ranks: tied, three KV heads, float32 --------------------------------------------------------------
+# ---- three ranks: tied, three KV heads, float32 ------------------------------------------------
+
 
 def test_three_ranks(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.float32, "1GB")
@@ -182,7 +232,9 @@ def test_three_ranks(tmp_path):
     from transformers import AutoModelForCausalLM
 
     tokens = torch.arange(40)[None] % 97
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pp3", output_loading_info=True, attn_implementation="eager")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pp3", output_loading_info=True, attn_implementation="eager"
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert torch.equal(loaded(tokens).logits, hf_model(TIED_3_KV, LLAMA3)(tokens).logits)
 
@@ -197,32 +249,46 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
     with Layouts(3, 1) as (ranks, parallel):
         convert.export_hf(folder / "again", folder / "tp3", ranks, parallel)
         # One reader per group of equal shards: all three ranks ask for TP rank 1's share.
-        shapes = {name: mapping.shard_shape(name, TIED_3_KV, 3) for name in mapping.megatron_names(TIED_3_KV)}
+        shapes = {
+            name: weight_mapping.shard_shape(name, TIED_3_KV, 3)
+            for name in weight_mapping.megatron_names(TIED_3_KV)
+        }
         parameters = {name: torch.full(shape, float(rank)) for name, shape in shapes.items()}
         read = hf.Weights.read
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hf.Weights, "read", read if rank == 0 else None)  # another rank that reads fails
-            hf.load_parameters(folder / "base", TIED_3_KV, parameters, 1, 3, group=torch.distributed.group.WORLD)
+            hf.load_parameters(
+                folder / "base", TIED_3_KV, parameters, 1, 3, group=torch.distributed.group.WORLD
+            )
         whole = tensors_of(folder / "base")
         for name, parameter in parameters.items():
-            assert torch.equal(parameter, mapping.split(name, whole, TIED_3_KV, 1, 3)), name
+            assert torch.equal(parameter, weight_mapping.split(name, whole, TIED_3_KV, 1, 3)), name
         with pytest.raises(UserError, match="is missing"):
             larger = dataclasses.replace(TIED_3_KV, layers=4)
             hf.load_parameters(folder / "base", larger, {}, 1, 3, group=torch.distributed.group.WORLD)
 
 
-# ---- the command, one process --------------------------------------------------------------------------------
+# ---- the command, one process ------------------------------------------------------------------
+
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "convert_hf.py"), *map(str, args)], capture_output=True,
-                          text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert_hf.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        check=False,
+    )
 
 
 def test_command_there_and_back(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.bfloat16, "30KB")
     done = command("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt")
-    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'ckpt' / 'iter_0000000'}\n", done.stderr
+    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'ckpt' / 'iter_0000000'}\n", (
+        done.stderr
+    )
     done = command("export", "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     assert same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in expected.items()})
@@ -237,25 +303,37 @@ def test_command_there_and_back(tmp_path):
 def test_command_refuses_in_one_line(tmp_path):
     save_base(tmp_path / "base", TIED_3_KV, torch.float32, "1GB")
     for args, message in (
-            (("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt", "--tp", 3), "--tp 3 does not make 1, the number"),
-            (("export", "--ckpt", tmp_path / "base", "--out", tmp_path / "out"), "holds no whole checkpoint")):
+        (
+            ("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt", "--tp", 3),
+            "--tp 3 does not make 1, the number",
+        ),
+        (("export", "--ckpt", tmp_path / "base", "--out", tmp_path / "out"), "holds no whole checkpoint"),
+    ):
         done = command(*args)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
-# ---- no ranks ------------------------------------------------------------------------------------------------
+# ---- no ranks ----------------------------------------------------------------------------------
+
 
 def test_layout_of_a_conversion():
     assert convert.layout(UNTIED, 1) == Parallel()
-    assert convert.layout(UNTIED, 4) == Parallel(tp=1, pp=4) and convert.layout(UNTIED, 4, tp=2) == Parallel(tp=2, pp=2)
-    assert convert.layout(UNTIED, 8) == Parallel(tp=2, pp=4) and convert.layout(TIED_3_KV, 3, pp=1) == Parallel(tp=3, pp=1)
-    for arguments, message in (((UNTIED, 4, 3), "--tp 3 does not make 4"), ((UNTIED, 2, 2, 2), "--tp 2 x --pp 2 does not make 2"),
-                               ((UNTIED, 1, 2, 1), "--tp 2 x --pp 1 does not make 1"),
-                               ((UNTIED, 4, None, 0), "--pp 0 does not make 4"),
-                               ((TIED_3_KV, 2), "2 ranks do not split this model .*layers=3 is not divisible"),
-                               ((TIED_3_KV, 2, 2), "2 ranks do not split this model .*heads=9 is not divisible")):
+    assert convert.layout(UNTIED, 4) == Parallel(tp=1, pp=4) and convert.layout(UNTIED, 4, tp=2) == Parallel(
+        tp=2, pp=2
+    )
+    assert convert.layout(UNTIED, 8) == Parallel(tp=2, pp=4) and convert.layout(
+        TIED_3_KV, 3, pp=1
+    ) == Parallel(tp=3, pp=1)
+    for arguments, message in (
+        ((UNTIED, 4, 3), "--tp 3 does not make 4"),
+        ((UNTIED, 2, 2, 2), "--tp 2 x --pp 2 does not make 2"),
+        ((UNTIED, 1, 2, 1), "--tp 2 x --pp 1 does not make 1"),
+        ((UNTIED, 4, None, 0), "--pp 0 does not make 4"),
+        ((TIED_3_KV, 2), "2 ranks do not split this model .*layers=3 is not divisible"),
+        ((TIED_3_KV, 2, 2), "2 ranks do not split this model .*heads=9 is not divisible"),
+    ):
         with pytest.raises(UserError, match=message):
             convert.layout(*arguments)
 
@@ -268,7 +346,11 @@ def test_max_position_of_an_export():
         return convert.max_position(progress, {} if base is None else {"max_position_embeddings": base})
 
     llama = Rope(type="llama3", factor=8.0, original_length=8192)
-    assert of(llama, False, 131072) == 131072 and of(llama, False, None) == 65536 and of(Rope(), False, None) == 2048
+    assert (
+        of(llama, False, 131072) == 131072
+        and of(llama, False, None) == 65536
+        and of(Rope(), False, None) == 2048
+    )
     assert of(Rope(type="yarn", factor=8.0, original_length=512), True, 512) == 4096
     assert of(Rope(type="yarn", factor=2.0, original_length=512), True, 512) == 3000  # trained past its range
     assert of(Rope(type="yarn", factor=2.0, original_length=512, ramp="dimension"), True, 512) == 1024

@@ -1,4 +1,5 @@
-"""Data with more than one process: the same bytes whatever their number, and after any number of kills; nothing left behind."""
+"""Data with more than one process: the same bytes whatever their number, and after any number of kills;
+nothing left behind."""
 
 from __future__ import annotations
 
@@ -14,22 +15,40 @@ import psutil
 import torch
 
 from megatron_ultralong.data import loader
-from megatron_ultralong.data.dataset import PackedRows, Rows
+from megatron_ultralong.data.packed_rows import PackedRows, Rows
 from tests import text as made
 
 ROOT = Path(__file__).parents[2]
 
 
-SMALL_UNITS = ("import runpy, sys; from megatron_ultralong.data import token_store; token_store.UNITS = (60_000, 60_000); "
-               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+SMALL_UNITS = (
+    "import runpy, sys; from megatron_ultralong.data import token_store; token_store.UNITS = (60_000, 60_000); "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> subprocess.Popen[str]:
     """The tool, with units of 60 KB, so that a small input keeps several processes busy."""
-    words = [ROOT / "tools" / "prepare_data.py", "pretrain", *inputs, "--tokenizer", folder / "tokenizer",
-             "--seq-length", "500", "--output", folder / output, "--workers", workers]
-    return subprocess.Popen([sys.executable, "-c", SMALL_UNITS, *map(str, words)], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = [
+        ROOT / "tools" / "prepare_data.py",
+        "pretrain",
+        *inputs,
+        "--tokenizer",
+        folder / "tokenizer",
+        "--seq-length",
+        "500",
+        "--output",
+        folder / output,
+        "--workers",
+        workers,
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_UNITS, *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -41,16 +60,23 @@ def mix(folder: Path) -> tuple[str, Path]:
     made.save_tokenizer(folder / "tokenizer")
     made.write_jsonl(folder / "lines.jsonl", [made.text(i, 1 + 37 * i % 300) for i in range(600)])
     (folder / "whole.txt").write_text(made.text(1, 60_000), encoding="utf-8")
-    (folder / "mix.yaml").write_text("{rates: {<100: 0.5, 100-400: 1, '>=400': 2}, seed: 5, sources: {a: {input: lines.jsonl, id_key: id}, "
-                                     "b: {input: whole.txt}}}")
+    (folder / "mix.yaml").write_text(
+        "{rates: {<100: 0.5, 100-400: 1, '>=400': 2}, seed: 5, sources: {a: {input: lines.jsonl, id_key: id}, "
+        "b: {input: whole.txt}}}"
+    )
     return "--sources", folder / "mix.yaml"
 
 
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
     arguments = mix(tmp_path)
-    one, four = start(tmp_path, "one/text", *arguments, workers=1), start(tmp_path, "four/text", *arguments, workers=4)
+    one, four = (
+        start(tmp_path, "one/text", *arguments, workers=1),
+        start(tmp_path, "four/text", *arguments, workers=4),
+    )
     assert one.wait(timeout=120) == 0 and four.wait(timeout=120) == 0
-    assert files(tmp_path / "one") == files(tmp_path / "four") and "text.documents.parquet" in files(tmp_path / "one")
+    assert files(tmp_path / "one") == files(tmp_path / "four") and "text.documents.parquet" in files(
+        tmp_path / "one"
+    )
 
     # A mistake in a document, told to stop at it: one line, exit code 2, no trace.
     with (tmp_path / "lines.jsonl").open("a") as file:
@@ -81,7 +107,12 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_pat
         assert not psutil.wait_procs(workers, timeout=20)[1], "a worker outlived the tool"
         assert not (tmp_path / "killed" / "text.json").exists()
         kills += 1
-    assert tool.returncode == 0 and kills > 1 and sorted(units) == list(dict.fromkeys(sorted(units))) and max(units) > min(units)
+    assert (
+        tool.returncode == 0
+        and kills > 1
+        and sorted(units) == list(dict.fromkeys(sorted(units)))
+        and max(units) > min(units)
+    )
     assert files(tmp_path / "killed") == want
 
 
@@ -101,9 +132,25 @@ def test_a_tool_told_to_stop_leaves_nothing_of_a_small_input(tmp_path):
 
 def test_loader_processes(tmp_path):
     masks = [[j != i for j in range(9)] for i in range(5)]
-    sets = [PackedRows(made.write_rows(tmp_path / name, [[base + 100 * i + j for j in range(9)] for i in range(5)], masks), 8)
-            for name, base in (("a", 0), ("b", 5000))]
-    settings = {"consumed": 4, "global_batch": 4, "micro_batch": 2, "seed": 3, "dp": 2, "dp_rank": 1, "cp": 2, "cp_rank": 1}
+    sets = [
+        PackedRows(
+            made.write_rows(
+                tmp_path / name, [[base + 100 * i + j for j in range(9)] for i in range(5)], masks
+            ),
+            8,
+        )
+        for name, base in (("a", 0), ("b", 5000))
+    ]
+    settings = {
+        "consumed": 4,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "seed": 3,
+        "dp": 2,
+        "dp_rank": 1,
+        "cp": 2,
+        "cp_rank": 1,
+    }
     here = list(islice(loader.batches(Rows(sets), **settings), 12))
     there = list(islice(loader.batches(Rows(sets), **settings, workers=2), 12))
     for a, b in zip(here, there, strict=True):

@@ -1,4 +1,5 @@
-"""Every benchmark on our own model over two context parallel ranks, against transformers in one process: the same answers and figures."""
+"""Every benchmark on our own model over two context parallel ranks, against transformers in one process: the
+same answers and figures."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from megatron_ultralong.config import Parallel
-from megatron_ultralong.evaluate import infinitebench, lveval, niah, perplexity, ruler, staged, standard
+from megatron_ultralong.evaluate.pipeline import stages
+from megatron_ultralong.evaluate.tasks import infinitebench, lveval, niah, perplexity
+from megatron_ultralong.evaluate.tasks.ruler import run as ruler
+from megatron_ultralong.evaluate.tasks.standard import run as standard
 from tests import benchmark_files as made
 from tests.spawn import run_ranks
 from tests.text import write_jsonl
@@ -31,23 +35,55 @@ def every_benchmark(backend: Any, files: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
     found: dict[str, Any] = {}
     grid = niah.Grid(lengths=(200, 333), depths=(0.0, 100.0), trials=2, digits=5)
-    found["niah"] = [trial["prediction"] for trial in niah.run(backend, grid, answers=out / "niah.predictions.jsonl")["trials"]]
-    settings = ruler.Settings(out=out / "ruler", tasks=("niah_single_1", "vt"), lengths=(900, 1000), samples=2)
+    found["niah"] = [
+        trial["prediction"]
+        for trial in niah.run(backend, grid, answers=out / "niah.predictions.jsonl")["trials"]
+    ]
+    settings = ruler.Settings(
+        out=out / "ruler", tasks=("niah_single_1", "vt"), lengths=(900, 1000), samples=2
+    )
     ruler.prepare(settings, backend.tokenizer)
     ruler.predict(settings, backend)
     found["ruler"] = ruler.score(settings)["scores"]
-    found["ruler answers"] = [json.loads(line)["pred"] for path in sorted((out / "ruler" / "predictions").rglob("*00.jsonl"))
-                              for line in path.read_text().splitlines()]
-    for name, benchmark, choice in (("lveval", lveval, lveval.Choice()), ("infinitebench", infinitebench, infinitebench.Choice(tasks=TASKS))):
+    found["ruler answers"] = [
+        json.loads(line)["pred"]
+        for path in sorted((out / "ruler" / "predictions").rglob("*00.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    for name, benchmark, choice in (
+        ("lveval", lveval, lveval.Choice()),
+        ("infinitebench", infinitebench, infinitebench.Choice(tasks=TASKS)),
+    ):
         benchmark.prepare(out, files / name, choice)
-        staged.predict(backend, out, name)
+        stages.predict(backend, out, name)
         found[name] = benchmark.results(out)["cells"]
-        found[f"{name} answers"] = [json.loads(line)["prediction"] for line in (out / f"{name}.predictions.jsonl").read_text().splitlines()[1:]]
-    result, samples = standard.run(backend, standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=files / "tasks"), out)
-    found["standard"] = {"scores": result["scores"], "texts": [s["answers"] for s in samples if s["task"] == "write"]}
-    found["likelihoods"] = [value for s in samples if s["task"] in ("many", "digit") for answer in s["answers"] for value in answer[0]]
+        found[f"{name} answers"] = [
+            json.loads(line)["prediction"]
+            for line in (out / f"{name}.predictions.jsonl").read_text().splitlines()[1:]
+        ]
+    result, samples = standard.run(
+        backend,
+        standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=files / "tasks"),
+        out,
+    )
+    found["standard"] = {
+        "scores": result["scores"],
+        "texts": [s["answers"] for s in samples if s["task"] == "write"],
+    }
+    found["likelihoods"] = [
+        value
+        for s in samples
+        if s["task"] in ("many", "digit")
+        for answer in s["answers"]
+        for value in answer[0]
+    ]
     rows = perplexity.read([str(files / "books.jsonl")], backend.tokenizer)
-    found["nll"] = [part["nll"] for part in perplexity.measure(backend, rows, perplexity.Settings(lengths=(300, 100), rows=2))["scores"].values()]
+    found["nll"] = [
+        part["nll"]
+        for part in perplexity.measure(backend, rows, perplexity.Settings(lengths=(300, 100), rows=2))[
+            "scores"
+        ].values()
+    ]
     return found
 
 
@@ -55,24 +91,38 @@ def test_two_context_parallel_ranks_answer_as_transformers(tmp_path: Path) -> No
     made.lveval(tmp_path / "lveval")
     infinitebench_files(tmp_path / "infinitebench", TASKS)
     write_tasks(tmp_path / "tasks")
-    write_jsonl(tmp_path / "books.jsonl", [f"The pass key of Ada is {i}. The grass is green in spring. " * 60 for i in (12345, 99821)])
+    write_jsonl(
+        tmp_path / "books.jsonl",
+        [f"The pass key of Ada is {i}. The grass is green in spring. " * 60 for i in (12345, 99821)],
+    )
     run_ranks(_ranks, 2, tmp_path)
     ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ours", "theirs"))
     for name in ("likelihoods", "nll"):
         assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=1e-4, rel=1e-5), name
     assert ours == theirs
     assert "niah" in ours and sum(len(ours[name]) for name in ours if "answers" in name) > 20
-    kept = [json.loads(line) for line in (tmp_path / "ours" / "ruler" / "predictions" / "vt" / "1000.jsonl").read_text().splitlines()]
-    assert {"pred", "text_sha256", "model", "outputs"} <= kept[0].keys() and kept[0]["model"]["settings"]["temperature"] == 0
-    journal = (tmp_path / "ours" / "ruler" / "predictions" / "vt" / "1000.journal.jsonl").read_text().splitlines()[1:]
+    kept = [
+        json.loads(line)
+        for line in (tmp_path / "ours" / "ruler" / "predictions" / "vt" / "1000.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    assert {"pred", "text_sha256", "model", "outputs"} <= kept[0].keys() and kept[0]["model"]["settings"][
+        "temperature"
+    ] == 0
+    journal = (
+        (tmp_path / "ours" / "ruler" / "predictions" / "vt" / "1000.journal.jsonl")
+        .read_text()
+        .splitlines()[1:]
+    )
     assert len(journal) == 2 and all(len(json.loads(line)["prompt_sha256"]) == 64 for line in journal)
 
 
 def _ranks(rank: int, world: int, folder: Path) -> None:
     import datasets
 
-    from megatron_ultralong.evaluate.huggingface import HuggingFace
-    from megatron_ultralong.evaluate.megatron import Megatron
+    from megatron_ultralong.evaluate.backends.parallel_model import Megatron
+    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
     from megatron_ultralong.runtime import launch
 
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"

@@ -13,18 +13,28 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import mapping
-from megatron_ultralong.config import Model, Parallel, Runtime, UserError
-from megatron_ultralong.evaluate import memory
-from megatron_ultralong.evaluate.decode import Sampling, Session
+from megatron_ultralong.config import Model, Parallel, Runtime
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends import memory_check
+from megatron_ultralong.evaluate.backends.sampling import Sampling, Session
 from megatron_ultralong.model import rope as ropes
+from megatron_ultralong.model import weight_mapping
 from tests.spawn import leave_groups, run_ranks
 from tests.text import write_jsonl
 from tests.tiny import LLAMA3, hf_model
 
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
-TIED = Model(hidden_size=48, ffn_size=80, layers=2, heads=4, kv_heads=4, head_dim=8, vocab_size=97, tied_embeddings=True)
+TIED = Model(
+    hidden_size=48,
+    ffn_size=80,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=8,
+    vocab_size=97,
+    tied_embeddings=True,
+)
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = ((UNTIED, LLAMA3), (UNTIED, YARN), (TIED, LLAMA3))
 LAYOUTS = {
@@ -52,19 +62,26 @@ def written_by(reference: Any, prompt: list[int], sampling: Sampling, tokens: in
     found, generator = list(prompt), sampling.generator(prompt)
     for _ in range(tokens):
         found.append(sampling.choose(reference(torch.tensor([found])).logits[0, -1], generator))
-    return found[len(prompt):]
+    return found[len(prompt) :]
 
 
 def reader_of(case: int, ranks: Any, parallel: Parallel, chunk: int) -> tuple[Any, Any]:
     from megatron_ultralong.model import llama
-    from megatron_ultralong.model.generate import Reader
+    from megatron_ultralong.model.inference.prefill_decode import Reader
 
     model, rope = CASES[case]
     reference = hf_model(model, rope)
-    reader = Reader(model, ropes.from_hf({"rope_parameters": rope, "max_position_embeddings": 512}), ranks, parallel, "fp32", chunk)
+    reader = Reader(
+        model,
+        ropes.from_hf({"rope_parameters": rope, "max_position_embeddings": 512}),
+        ranks,
+        parallel,
+        "fp32",
+        chunk,
+    )
     whole = {name: p.data for name, p in reference.named_parameters()}
     for name, parameter in llama.named_parameters(reader.chunk).items():
-        parameter.data.copy_(mapping.split(name, whole, model, ranks.tp_rank, ranks.tp))
+        parameter.data.copy_(weight_mapping.split(name, whole, model, ranks.tp_rank, ranks.tp))
     return reader, reference
 
 
@@ -101,7 +118,10 @@ def _check_logits(reader: Any, reference: Any) -> None:
         assert cache.end == len(prompt) and cache.held <= cache.capacity
         if reader.last:
             logits = reader.logits(reader.ends([last]))
-            assert logits.shape == (1, 97) and (logits[0] - reference(torch.tensor([prompt])).logits[0, -1]).abs().max() < 1e-4
+            assert (
+                logits.shape == (1, 97)
+                and (logits[0] - reference(torch.tensor([prompt])).logits[0, -1]).abs().max() < 1e-4
+            )
 
 
 def _check_generation(reader: Any, reference: Any, where: Any) -> None:
@@ -110,18 +130,32 @@ def _check_generation(reader: Any, reference: Any, where: Any) -> None:
     def never(tokens: list[int]) -> bool:
         return False
 
-    def generate(name: str, prompts: list[list[int]], tokens: Any = WRITTEN, ends: Any = None, sampling: Sampling = Sampling()) -> list[list[int]]:  # noqa: B008
+    def generate(
+        name: str,
+        prompts: list[list[int]],
+        tokens: Any = WRITTEN,
+        ends: Any = None,
+        sampling: Sampling = Sampling(),
+    ) -> list[list[int]]:  # noqa: B008
         most = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
-        return session.generate(prompts, most, ends or [never] * len(prompts), sampling, lambda n: read.update({name: n}))
+        return session.generate(
+            prompts, most, ends or [never] * len(prompts), sampling, lambda n: read.update({name: n})
+        )
 
     greedy = Sampling()
-    want = {name: [written_by(reference, prompt, greedy) for prompt in prompts] for name, prompts in (("prompts", PROMPTS), ("questions", QUESTIONS))}
+    want = {
+        name: [written_by(reference, prompt, greedy) for prompt in prompts]
+        for name, prompts in (("prompts", PROMPTS), ("questions", QUESTIONS))
+    }
     assert generate("prompts", PROMPTS) == want["prompts"], where
     # One context for all questions: read once, in two calls; then part of it, for a prompt that leaves it.
     for name in ("first", "again"):
         assert generate(name, QUESTIONS) == want["questions"], where
     own = sum(len(question) - len(CONTEXT) for question in QUESTIONS)
-    assert read["first"] == len(CONTEXT) + own + 3 * WRITTEN and read["again"] == own + 3 * WRITTEN, (where, read)
+    assert read["first"] == len(CONTEXT) + own + 3 * WRITTEN and read["again"] == own + 3 * WRITTEN, (
+        where,
+        read,
+    )
     branch = CONTEXT[:17] + ids(30, 9)
     assert generate("branch", [branch]) == [written_by(reference, branch, greedy)], where
     assert read["branch"] == 30 + WRITTEN
@@ -132,19 +166,30 @@ def _check_generation(reader: Any, reference: Any, where: Any) -> None:
     second = want["questions"][2][1]
     ends = [never, never, lambda tokens: tokens[-1] == second]
     cut = want["questions"][2].index(second) + 1
-    assert generate("ends", QUESTIONS, [3, 0, 5], ends) == [want["questions"][0][:3], [], want["questions"][2][:cut]], where
+    assert generate("ends", QUESTIONS, [3, 0, 5], ends) == [
+        want["questions"][0][:3],
+        [],
+        want["questions"][2][:cut],
+    ], where
 
     samples = generate("sampled", QUESTIONS, sampling=SAMPLING)
     assert samples == [written_by(reference, question, SAMPLING) for question in QUESTIONS], where
-    assert generate("alone", QUESTIONS[1:2], sampling=SAMPLING) == samples[1:2], "an answer does not depend on its company"
+    assert generate("alone", QUESTIONS[1:2], sampling=SAMPLING) == samples[1:2], (
+        "an answer does not depend on its company"
+    )
 
 
 def _check_scores(reader: Any, reference: Any) -> None:
     session = Session(reader)
     follows = written_by(reference, CONTEXT, Sampling(), 9)
-    pairs = [(CONTEXT, follows), (CONTEXT, follows[:4] + ids(11, 77)), (CONTEXT[:1], CONTEXT[1:]), (ids(5, 3), ids(1, 4))]
+    pairs = [
+        (CONTEXT, follows),
+        (CONTEXT, follows[:4] + ids(11, 77)),
+        (CONTEXT[:1], CONTEXT[1:]),
+        (ids(5, 3), ids(1, 4)),
+    ]
     for (context, continuation), (score, greedy) in zip(pairs, session.loglikelihood(pairs), strict=True):
-        logits = reference(torch.tensor([context + continuation])).logits[0, len(context) - 1:-1]
+        logits = reference(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
         targets = torch.tensor(continuation)
         want = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).sum()
         assert abs(score - float(want)) < 1e-3 and greedy == bool((logits.argmax(-1) == targets).all())
@@ -154,36 +199,54 @@ def _check_scores(reader: Any, reference: Any) -> None:
 
 
 def _check_memory(reader: Any) -> None:
-    """A rank that lacks room ends the call on all of them, before anything is read, and the message names a layout that would do."""
+    """A rank that lacks room ends the call on all of them, before anything is read, and the message names a
+    layout that would do."""
     session = Session(reader)
     ranks = reader.ranks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free_bytes", lambda device: 3 << 20 if ranks.rank == ranks.world - 1 else 1 << 30)
-        with pytest.raises(UserError, match=r"keys and values for [\d,]+ tokens\), but has .* GiB at --tp .*; --cp \d+ .*would fit") as error:
+        patch.setattr(
+            memory_check, "free_bytes", lambda device: 3 << 20 if ranks.rank == ranks.world - 1 else 1 << 30
+        )
+        with pytest.raises(
+            UserError,
+            match=r"keys and values for [\d,]+ tokens\), but has .* GiB at --tp .*; --cp \d+ .*would fit",
+        ) as error:
             session.generate([ids(30000, 1)], [2], [lambda tokens: False], Sampling())
         assert "\n" not in str(error.value)
     assert len(session.generate([PROMPTS[1]], [2], [lambda tokens: False], Sampling())[0]) == 2
 
 
-# ---- the tool under torchrun -------------------------------------------------------------------------------------
+# ---- the tool under torchrun -------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo" / "base"
 
 
 def tool(name: str, *words: Any, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
-    """Plain transformers; our own model over two context parallel ranks, read in place, in bfloat16 too; a checkpoint over two tensor parallel ranks."""
+    """Plain transformers; our own model over two context parallel ranks, read in place, in bfloat16 too; a
+    checkpoint over two tensor parallel ranks."""
     assert tool("convert_hf.py", "import", "--hf", DEMO, "--out", tmp_path / "ckpt").returncode == 0
     grid = ["--lengths", "256,512", "--depths", "0,50,100", "--trials", 2, "--device", "cpu"]
     answers = {}
-    for name, ranks, words in (("hf", 1, ["--model", DEMO]), ("cp", 2, ["--model", DEMO, "--cp", 2, "--read-chunk", 100]),
-                               ("tp", 2, ["--ckpt", tmp_path / "ckpt", "--tp", 2, "--batch", 5]), ("bf16", 2, ["--model", DEMO, "--dtype", "bf16"])):
+    for name, ranks, words in (
+        ("hf", 1, ["--model", DEMO]),
+        ("cp", 2, ["--model", DEMO, "--cp", 2, "--read-chunk", 100]),
+        ("tp", 2, ["--ckpt", tmp_path / "ckpt", "--tp", 2, "--batch", 5]),
+        ("bf16", 2, ["--model", DEMO, "--dtype", "bf16"]),
+    ):
         run = tool("evaluate.py", "niah", *words, *grid, "--out", tmp_path / name, ranks=ranks)
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("niah.json and niah.png written") == 1, run.stdout
@@ -192,7 +255,12 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
         assert found["accuracy"] >= 0.9 and len(answers[name]) == 12
         if name != "hf":
             tp, cp = (2, 1) if name == "tp" else (1, 2)
-            assert found["model"]["layout"] == {"tp": tp, "pp": 1, "cp": cp, "chunk": 100 if name == "cp" else 16384}
+            assert found["model"]["layout"] == {
+                "tp": tp,
+                "pp": 1,
+                "cp": cp,
+                "chunk": 100 if name == "cp" else 16384,
+            }
             assert found["model"]["dtype"] == ("bfloat16" if name == "bf16" else "float32")
     assert answers["cp"] == answers["tp"] == answers["hf"]
 
@@ -200,24 +268,59 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     kept = tmp_path / "cp" / "niah.predictions.jsonl"
     lines = kept.read_bytes().splitlines(keepends=True)
     kept.write_bytes(b"".join(lines[:6]) + lines[6][:20])
-    run = tool("evaluate.py", "niah", "--model", DEMO, "--engine", "megatron", *grid, "--out", tmp_path / "cp")
-    assert run.returncode == 0 and sorted(json.loads(line).get("key", "") for line in kept.read_bytes().splitlines()) == sorted(
-        json.loads(line).get("key", "") for line in lines)
-    assert [trial["prediction"] for trial in json.loads((tmp_path / "cp" / "niah.json").read_text())["trials"]] == answers["hf"]
-    # Perplexity of the checkpoint over two ranks, each with half of the keys and values, is that of transformers.
-    books = write_jsonl(tmp_path / "books.jsonl", ["The grass is green. The pass key of Ada is 12345. " * 60] * 2)
+    run = tool(
+        "evaluate.py", "niah", "--model", DEMO, "--engine", "megatron", *grid, "--out", tmp_path / "cp"
+    )
+    assert run.returncode == 0 and sorted(
+        json.loads(line).get("key", "") for line in kept.read_bytes().splitlines()
+    ) == sorted(json.loads(line).get("key", "") for line in lines)
+    assert [
+        trial["prediction"] for trial in json.loads((tmp_path / "cp" / "niah.json").read_text())["trials"]
+    ] == answers["hf"]
+    # Perplexity of the checkpoint over two ranks, each with half of the keys and values, is that of
+    # transformers.
+    books = write_jsonl(
+        tmp_path / "books.jsonl", ["The grass is green. The pass key of Ada is 12345. " * 60] * 2
+    )
     figures = {}
-    for name, ranks, words in (("hf", 1, ["--model", DEMO]), ("ckpt", 2, ["--ckpt", tmp_path / "ckpt", "--read-chunk", 100])):
-        run = tool("evaluate.py", "perplexity", *words, "--data", books, "--lengths", "300,512", "--rows", 2, "--device", "cpu",
-                   "--out", tmp_path / f"{name}-perplexity", ranks=ranks)
+    for name, ranks, words in (
+        ("hf", 1, ["--model", DEMO]),
+        ("ckpt", 2, ["--ckpt", tmp_path / "ckpt", "--read-chunk", 100]),
+    ):
+        run = tool(
+            "evaluate.py",
+            "perplexity",
+            *words,
+            "--data",
+            books,
+            "--lengths",
+            "300,512",
+            "--rows",
+            2,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / f"{name}-perplexity",
+            ranks=ranks,
+        )
         assert run.returncode == 0 and run.stdout.count("perplexity.png written") == 1, run.stderr
         found = json.loads((tmp_path / f"{name}-perplexity" / "perplexity.json").read_text())
-        figures[name] = [part["nll"] for length in ("300", "512") for part in found["scores"][length]["by_sixteenth"]]
+        figures[name] = [
+            part["nll"] for length in ("300", "512") for part in found["scores"][length]["by_sixteenth"]
+        ]
     assert found["model"]["layout"]["cp"] == 2 and figures["ckpt"] == pytest.approx(figures["hf"], abs=1e-4)
 
-    for words, message in ((["--ckpt", tmp_path / "ckpt", *grid, "--out", tmp_path / "cp"], "niah.predictions.jsonl is of model."),
-                           (["--model", DEMO, "--lengths", "20", "--out", tmp_path / "x", "--device", "cpu"], "--lengths 20: too short")):
+    for words, message in (
+        (
+            ["--ckpt", tmp_path / "ckpt", *grid, "--out", tmp_path / "cp"],
+            "niah.predictions.jsonl is of model.",
+        ),
+        (
+            ["--model", DEMO, "--lengths", "20", "--out", tmp_path / "x", "--device", "cpu"],
+            "--lengths 20: too short",
+        ),
+    ):
         run = tool("evaluate.py", "niah", *words, ranks=2)
         told = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
         assert run.returncode and len(told) == 1 and message in told[0], run.stderr
-        assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in run.stderr, run.stderr
+        assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in run.stderr, run.stderr

@@ -1,4 +1,5 @@
-"""Checkpoints of Megatron-Core's own GPTModel load here, and ours there, saved at one tensor parallel size, read at another."""
+"""Checkpoints of Megatron-Core's own GPTModel load here, and ours there, saved at one tensor parallel size,
+read at another."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import mapping
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train, UserError
+from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.model import weight_mapping
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import hf_model
 
@@ -57,42 +59,65 @@ def _both_ways(rank: int, world: int, folder: Path) -> None:
                 _into_gpt(place / f"ours_tp{saved}" / "iter_0000003", model, ranks, whole, tokens, logits)
 
 
-def _into_ours(run_directory: Path, model: Model, ranks: Any, whole: dict[str, torch.Tensor], tokens: torch.Tensor,
-               logits: torch.Tensor) -> None:
-    """What `--load RUN_DIRECTORY` does: the recipe gives the shape, as Megatron-LM's checkpoint has no run.json."""
-    from megatron_ultralong.train import start
+def _into_ours(
+    run_directory: Path,
+    model: Model,
+    ranks: Any,
+    whole: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+) -> None:
+    """What `--load RUN_DIRECTORY` does: the recipe gives the shape, as Megatron-LM's checkpoint has no
+    run.json."""
+    from megatron_ultralong.train import weights_source
 
-    run = Run(name="test", model=model, rope=ROPE, train=Train(seq_length=S, iterations=1, lr=1e-3, precision="fp32"))
-    run, source = start.find(run, run_directory / "none", run_directory, None)
+    run = Run(
+        name="test",
+        model=model,
+        rope=ROPE,
+        train=Train(seq_length=S, iterations=1, lr=1e-3, precision="fp32"),
+    )
+    run, source = weights_source.find(run, run_directory / "none", run_directory, None)
     assert source.weights == run_directory / "iter_0000100" and source.progress.iteration == 0
     ours = _ours(model, ranks)
-    start.load_weights([ours], run, source, ranks)
+    weights_source.load_weights([ours], run, source, ranks)
     for name, parameter in ours.named_parameters():
-        want = mapping.split(name, whole, model, ranks.tp_rank, ranks.tp)
+        want = weight_mapping.split(name, whole, model, ranks.tp_rank, ranks.tp)
         rows = _real_rows(name, model, ranks.tp_rank, len(want))
         assert torch.equal(parameter[:rows], want[:rows]), (name, ranks.tp)
     with torch.no_grad():
         assert (_gathered(ours(tokens), ranks)[..., : model.vocab_size] - logits).abs().max() < 1e-4
 
     with pytest.raises(UserError, match="not a checkpoint of this program"):
-        start.find(replace(run, model=None), run_directory / "none", run_directory, None)
+        weights_source.find(replace(run, model=None), run_directory / "none", run_directory, None)
     deeper = replace(model, layers=4)
-    with pytest.raises(UserError, match=r"decoder\.layers\..* has shape \[2, .*\], but the model needs \[4, "):
-        start.load_weights([_ours(deeper, ranks)], run, source, ranks)
+    with pytest.raises(
+        UserError, match=r"decoder\.layers\..* has shape \[2, .*\], but the model needs \[4, "
+    ):
+        weights_source.load_weights([_ours(deeper, ranks)], run, source, ranks)
 
 
-def _into_gpt(checkpoint: Path, model: Model, ranks: Any, whole: dict[str, torch.Tensor], tokens: torch.Tensor,
-              logits: torch.Tensor) -> None:
+def _into_gpt(
+    checkpoint: Path,
+    model: Model,
+    ranks: Any,
+    whole: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+) -> None:
     """No tensor may be missing or left over, on either side."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    gpt = _gpt(model, ranks, mapping.padded_vocab_size(model.vocab_size, ranks.tp))
-    state = dist_checkpointing.load({"model": gpt.sharded_state_dict(metadata=_metadata())}, str(checkpoint),
-                                    strict=StrictHandling.RAISE_ALL)
+    gpt = _gpt(model, ranks, weight_mapping.padded_vocab_size(model.vocab_size, ranks.tp))
+    state = dist_checkpointing.load(
+        {"model": gpt.sharded_state_dict(metadata=_metadata())},
+        str(checkpoint),
+        strict=StrictHandling.RAISE_ALL,
+    )
     gpt.load_state_dict(state["model"], strict=True)
     for name, parameter in gpt.named_parameters():
-        want = mapping.split(name, whole, model, ranks.tp_rank, ranks.tp)
+        want = weight_mapping.split(name, whole, model, ranks.tp_rank, ranks.tp)
         rows = _real_rows(name, model, ranks.tp_rank, len(want))
         assert torch.equal(parameter[:rows], want[:rows]), (name, ranks.tp)
     assert (_gpt_logits(gpt, tokens, ranks) - logits).abs().max() < 1e-4
@@ -100,11 +125,12 @@ def _into_gpt(checkpoint: Path, model: Model, ranks: Any, whole: dict[str, torch
 
 def _real_rows(name: str, model: Model, tp_rank: int, rows: int) -> int:
     """Rows of a shard that are no padding of the vocabulary."""
-    vocabulary = name in (mapping.EMBEDDING, mapping.OUTPUT)
+    vocabulary = name in (weight_mapping.EMBEDDING, weight_mapping.OUTPUT)
     return min(rows, model.vocab_size - tp_rank * rows) if vocabulary else rows
 
 
-# ---- models --------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------
+
 
 class _Layout:
     """`with _Layout(tp)`: Megatron's groups; the other ranks are data parallel."""
@@ -128,7 +154,8 @@ def _ours(model: Model, ranks: Any) -> Any:
 
 
 def _gpt(model: Model, ranks: Any, vocabulary: int) -> Any:
-    """Megatron-Core's GPTModel of the same shape, from its local spec; its norms know no sequence parallelism."""
+    """Megatron-Core's GPTModel of the same shape, from its local spec; its norms know no sequence
+    parallelism."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -136,20 +163,28 @@ def _gpt(model: Model, ranks: Any, vocabulary: int) -> Any:
 
     config = llama.transformer_config(model, Parallel(tp=ranks.tp), Memory(checkpoint="none"), "fp32")
     config.sequence_parallel = False
-    return GPTModel(config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocabulary, S, position_embedding_type="rope",
-                    rotary_base=int(ROPE.theta), share_embeddings_and_output_weights=model.tied_embeddings, parallel_output=True)
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocabulary,
+        S,
+        position_embedding_type="rope",
+        rotary_base=int(ROPE.theta),
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        parallel_output=True,
+    )
 
 
 def _fill(chunk: Any, whole: dict[str, torch.Tensor], model: Model, ranks: Any) -> None:
     """Weights of the Hugging Face model; a vocabulary padded further has zeros there."""
     for name, parameter in chunk.named_parameters():
-        if name in (mapping.EMBEDDING, mapping.OUTPUT):
-            rows = whole[mapping.hf_names(name, model)[0]]
+        if name in (weight_mapping.EMBEDDING, weight_mapping.OUTPUT):
+            rows = whole[weight_mapping.hf_names(name, model)[0]]
             padded = torch.zeros(len(parameter) * ranks.tp, model.hidden_size)
             padded[: model.vocab_size] = rows
             parameter.data.copy_(padded.chunk(ranks.tp)[ranks.tp_rank])
         else:
-            parameter.data.copy_(mapping.split(name, whole, model, ranks.tp_rank, ranks.tp))
+            parameter.data.copy_(weight_mapping.split(name, whole, model, ranks.tp_rank, ranks.tp))
 
 
 def _gpt_logits(gpt: Any, tokens: torch.Tensor, ranks: Any) -> torch.Tensor:
@@ -164,7 +199,8 @@ def _gathered(logits: torch.Tensor, ranks: Any) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
+
 
 def _metadata() -> dict[str, Any]:
     from megatron.core import parallel_state
@@ -181,8 +217,12 @@ def _save_like_megatron_lm(gpt: Any, run_directory: Path, rank: int) -> None:
         checkpoint.mkdir(parents=True)
         (run_directory / "latest_checkpointed_iteration.txt").write_text("100")
     torch.distributed.barrier()
-    state = {"args": argparse.Namespace(num_layers=2), "checkpoint_version": 3.0, "iteration": 100,
-             "model": gpt.sharded_state_dict(metadata=_metadata())}
+    state = {
+        "args": argparse.Namespace(num_layers=2),
+        "checkpoint_version": 3.0,
+        "iteration": 100,
+        "model": gpt.sharded_state_dict(metadata=_metadata()),
+    }
     dist_checkpointing.save(state, str(checkpoint))
     torch.distributed.barrier()
     assert json.loads((checkpoint / "metadata.json").read_text())["sharded_backend"] == "torch_dist"

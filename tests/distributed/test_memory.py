@@ -69,7 +69,11 @@ def _one_rank(rank: int, world: int) -> None:
     hidden = MODEL.hidden_size
     assert largest["none"] == 4 * S * MODEL.vocab_size, "whole logits are what this test is to see"
     # With chunks nothing is wider than q, k and v of the whole sequence, or than a weight.
-    assert largest["attention"] == largest["offloaded"] == 4 * max(CHUNK * MODEL.vocab_size, MODEL.vocab_size * hidden, 2 * S * hidden), largest
+    assert (
+        largest["attention"]
+        == largest["offloaded"]
+        == 4 * max(CHUNK * MODEL.vocab_size, MODEL.vocab_size * hidden, 2 * S * hidden)
+    ), largest
     # A layer keeps input, attention output and logsumexp; offloaded, none of it stays on the device.
     layer = S * (2 * hidden + MODEL.heads)
     assert kept["attention"] - kept["offloaded"] == MODEL.layers * layer
@@ -79,6 +83,7 @@ def _one_rank(rank: int, world: int) -> None:
 
 
 # Layers `call(i, x)` whose outputs and inputs others use as well; w is the caller's own, and stays.
+
 
 def _chain(call: Any, x: torch.Tensor, bias: torch.Tensor, w: torch.Tensor) -> None:
     (call(2, call(1, call(0, x * 1))) * w).sum().backward()
@@ -109,7 +114,8 @@ def test_gradients_are_overwritten_only_where_nobody_else_holds_them() -> None:
 
 def _shared_gradients(rank: int, world: int) -> None:
     """Against layers that autograd goes through."""
-    from megatron_ultralong.model import gradients, llama
+    from megatron_ultralong.model import llama
+    from megatron_ultralong.model.layer.layer import gradients
     from megatron_ultralong.runtime import launch
 
     ranks = launch.start(Runtime(device="cpu"), Parallel())
@@ -125,8 +131,15 @@ def _shared_gradients(rank: int, world: int) -> None:
         return place
 
     want: dict[str, list[torch.Tensor]] = {}
-    for memory in (Memory(checkpoint="none", offload="off"), Memory(offload="off", layer_chunk=100), Memory(offload="attention", layer_chunk=100),
-                   *(Memory(offload=where, layer_chunk=100, query_chunks=True) for where in ("off", "checkpoints", "attention"))):
+    for memory in (
+        Memory(checkpoint="none", offload="off"),
+        Memory(offload="off", layer_chunk=100),
+        Memory(offload="attention", layer_chunk=100),
+        *(
+            Memory(offload=where, layer_chunk=100, query_chunks=True)
+            for where in ("off", "checkpoints", "attention")
+        ),
+    ):
         (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
         init.initialise(llama.named_parameters(chunk), MODEL, 1, 0, 1)
         layers = list(llama.unwrap(chunk).decoder.layers)
@@ -134,7 +147,13 @@ def _shared_gradients(rank: int, world: int) -> None:
         def call(i: int, x: torch.Tensor, layers: Any = layers) -> torch.Tensor:
             return layers[i](hidden_states=x, attention_mask=None)[0]
 
-        for case in (_chain, _one_gradient_for_two, _outputs_used_twice, _two_layers_on_one, _gradients_given):
+        for case in (
+            _chain,
+            _one_gradient_for_two,
+            _outputs_used_twice,
+            _two_layers_on_one,
+            _gradients_given,
+        ):
             x, bias = x0.clone().requires_grad_(), bias0.clone().requires_grad_()
             chunk.zero_grad()
             in_place.clear()
@@ -143,7 +162,11 @@ def _shared_gradients(rank: int, world: int) -> None:
                     patch.setattr(f"megatron_ultralong.model.{module}.place_for", counting)
                 case(call, x, bias, w)
             assert torch.equal(w, given), (memory, case.__name__)
-            found = [x.grad, *([] if bias.grad is None else [bias.grad]), *(p.grad for layer in layers for p in layer.parameters())]
+            found = [
+                x.grad,
+                *([] if bias.grad is None else [bias.grad]),
+                *(p.grad for layer in layers for p in layer.parameters()),
+            ]
             for got, expected in zip(found, want.setdefault(case.__name__, found), strict=True):
                 assert (got - expected).norm() <= 1e-5 * expected.norm(), (memory, case.__name__)
             if case is _chain and memory.checkpoint == "attention":

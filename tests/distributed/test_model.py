@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong import plan
-from megatron_ultralong.checkpoint import mapping
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.planning import memory as plan
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
@@ -22,11 +22,25 @@ ROPE = Rope(type="llama3", theta=10000.0, factor=4.0, original_length=32)
 S, ROWS = 64, 8
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
-TIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97, tied_embeddings=True)
+TIED = Model(
+    hidden_size=48,
+    ffn_size=80,
+    layers=4,
+    heads=6,
+    kv_heads=2,
+    head_dim=10,
+    vocab_size=97,
+    tied_embeddings=True,
+)
 # Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
-MEMORY = (Memory(offload="checkpoints", layer_chunk=10, loss_chunk=12), Memory(offload="attention", layer_chunk=0, loss_chunk=12),
-          Memory(checkpoint="full", offload="off", layer_chunk=10, loss_chunk=12), Memory(checkpoint="none", offload="off", loss_chunk=0),
-          Memory(query_chunks=True, offload="attention", layer_chunk=10), Memory(query_chunks=True, offload="off", layer_chunk=0))
+MEMORY = (
+    Memory(offload="checkpoints", layer_chunk=10, loss_chunk=12),
+    Memory(offload="attention", layer_chunk=0, loss_chunk=12),
+    Memory(checkpoint="full", offload="off", layer_chunk=10, loss_chunk=12),
+    Memory(checkpoint="none", offload="off", loss_chunk=0),
+    Memory(query_chunks=True, offload="attention", layer_chunk=10),
+    Memory(query_chunks=True, offload="off", layer_chunk=0),
+)
 
 
 def test_every_layout_equals_transformers() -> None:
@@ -53,8 +67,13 @@ def _layouts(rank: int, world: int) -> None:
                 ranks = launch.start(Runtime(device="cpu"), parallel)
                 if pp == 1:
                     _check_planned_checkpoints(model, ranks, parallel, rows)
-                # Beside the default all recomputed or all kept, and the others where a layout is cheap or splits most.
-                more = {(1, 1): 5, (1, 2): 1, (2, 1): 1, (2, 2): 4}[tp, cp] if vpp == 1 and (pp == 1 or tp == cp == 2) else 0
+                # Beside the default all recomputed or all kept, and the others where a layout is cheap or
+                # splits most.
+                more = (
+                    {(1, 1): 5, (1, 2): 1, (2, 1): 1, (2, 2): 4}[tp, cp]
+                    if vpp == 1 and (pp == 1 or tp == cp == 2)
+                    else 0
+                )
                 for memory in (MEMORY[0], MEMORY[2 if tp == cp else 3], *([MEMORY[more]] if more else [])):
                     _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
                 leave_groups()
@@ -62,11 +81,25 @@ def _layouts(rank: int, world: int) -> None:
 
 # Layouts with each way of context parallelism, and how positions are counted; all rows are packed documents.
 PACKED = (
-    (Parallel(cp=2), "row"), (Parallel(cp=2), "document"), (Parallel(cp=4, ulysses=2), "document"), (Parallel(cp=2, ulysses=2), "row"),
-    (Parallel(pp=2, cp=2, cp_way="gather"), "document"), (Parallel(tp=2, cp=2, cp_way="gather"), "row"), (Parallel(tp=2), "document"),
+    (Parallel(cp=2), "row"),
+    (Parallel(cp=2), "document"),
+    (Parallel(cp=4, ulysses=2), "document"),
+    (Parallel(cp=2, ulysses=2), "row"),
+    (Parallel(pp=2, cp=2, cp_way="gather"), "document"),
+    (Parallel(tp=2, cp=2, cp_way="gather"), "row"),
+    (Parallel(tp=2), "document"),
 )
 # Documents of one token, across every border between ranks, a whole row.
-STARTS = ([0, 1, 2, 31, 33], [0], [0, 16, 48], [0, 5, 6, 7, 63], [0, 40], [0, 15, 17, 47, 49], list(range(64)), [0, 32])
+STARTS = (
+    [0, 1, 2, 31, 33],
+    [0],
+    [0, 16, 48],
+    [0, 5, 6, 7, 63],
+    [0, 40],
+    [0, 15, 17, 47, 49],
+    list(range(64)),
+    [0, 32],
+)
 
 
 def test_packed_documents_and_all_ways() -> None:
@@ -83,53 +116,100 @@ def _packed(rank: int, world: int) -> None:
         ranks = launch.start(Runtime(device="cpu"), parallel)
         ring = parallel.ulysses == 1 and parallel.cp_way == "ring"
         for memory in (MEMORY[4 + i % 2] if ring else MEMORY[1 + i % 3], MEMORY[0]):
-            _check_layout(UNTIED, reference, ranks, parallel, memory, rows, *found[positions], starts=STARTS, positions=positions)
+            _check_layout(
+                UNTIED,
+                reference,
+                ranks,
+                parallel,
+                memory,
+                rows,
+                *found[positions],
+                starts=STARTS,
+                positions=positions,
+            )
         leave_groups()
 
 
 def _rows(model: Model) -> dict[str, torch.Tensor]:
-    """ROWS packed rows of S + 1 tokens; masks that differ by row, whole rows and a whole rank's stretch masked."""
+    """ROWS packed rows of S + 1 tokens; masks that differ by row, whole rows and a whole rank's stretch
+    masked."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, model.vocab_size, (ROWS, S + 1), generator=generator)
     mask = (torch.rand(ROWS, S, generator=generator) > torch.linspace(0.1, 0.8, ROWS)[:, None]).float()
     mask[2] = 0
     mask[3, : S // 4] = 0
-    mask[3, 3 * S // 4:] = 0
+    mask[3, 3 * S // 4 :] = 0
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
 
 
-def _reference(reference: Any, rows: dict[str, torch.Tensor], starts: Any = ((0,),) * ROWS,
-               positions: str = "row") -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
+def _reference(
+    reference: Any, rows: dict[str, torch.Tensor], starts: Any = ((0,),) * ROWS, positions: str = "row"
+) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
     """Each document on its own. Its positions count from the start of the row or of the document."""
     reference.zero_grad()
-    logits = torch.cat([
-        torch.cat([reference(row[None, a:b], position_ids=torch.arange(a, b)[None] - (a if positions == "document" else 0)).logits
-                   for a, b in itertools.pairwise([*begins, S])], dim=1)
-        for row, begins in zip(rows["tokens"], starts, strict=True)])
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows["labels"].flatten(), reduction="none")
+    logits = torch.cat(
+        [
+            torch.cat(
+                [
+                    reference(
+                        row[None, a:b],
+                        position_ids=torch.arange(a, b)[None] - (a if positions == "document" else 0),
+                    ).logits
+                    for a, b in itertools.pairwise([*begins, S])
+                ],
+                dim=1,
+            )
+            for row, begins in zip(rows["tokens"], starts, strict=True)
+        ]
+    )
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), rows["labels"].flatten(), reduction="none"
+    )
     loss = (losses * rows["loss_mask"].flatten()).sum() / rows["loss_mask"].sum()
     loss.backward()
     return logits.detach(), loss.item(), {name: p.grad.clone() for name, p in reference.named_parameters()}
 
 
-def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, memory: Memory, rows: dict[str, torch.Tensor],
-                  logits: torch.Tensor, loss: float, grads: dict[str, torch.Tensor], *, starts: Any = None, positions: str = "row") -> None:
-    from megatron_ultralong.context_parallel import layout
+def _check_layout(
+    model: Model,
+    reference: Any,
+    ranks: Any,
+    parallel: Parallel,
+    memory: Memory,
+    rows: dict[str, torch.Tensor],
+    logits: torch.Tensor,
+    loss: float,
+    grads: dict[str, torch.Tensor],
+    *,
+    starts: Any = None,
+    positions: str = "row",
+) -> None:
+    from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
 
     where = f"{parallel} {memory}"
-    chunks = llama.build(model, ROPE, ranks, parallel, memory, "fp32", positions_by_document=positions == "document")
-    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == plan.stage_parameters(model, parallel.tp, parallel.pp, ranks.pp_rank), where
+    chunks = llama.build(
+        model, ROPE, ranks, parallel, memory, "fp32", positions_by_document=positions == "document"
+    )
+    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == plan.stage_parameters(
+        model, parallel.tp, parallel.pp, ranks.pp_rank
+    ), where
     whole = dict(reference.named_parameters())
     for chunk in chunks:
         for name, parameter in llama.named_parameters(chunk).items():
-            parameter.data.copy_(mapping.split(name, {n: p.data for n, p in whole.items()}, model, ranks.tp_rank, ranks.tp))
+            parameter.data.copy_(
+                weight_mapping.split(
+                    name, {n: p.data for n, p in whole.items()}, model, ranks.tp_rank, ranks.tp
+                )
+            )
 
     def batches() -> Any:
         for row in range(ranks.dp_rank, ROWS, ranks.dp):
-            batch = {name: layout.shard(x[row: row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
+            batch = {
+                name: zigzag.shard(x[row : row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()
+            }
             yield batch if starts is None else batch | {"starts": torch.tensor(starts[row])}
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
@@ -139,17 +219,24 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
         parts = [torch.empty_like(part) for _ in range(ranks.tp)]
         torch.distributed.all_gather(parts, part, group=ranks.groups.tp)
         got = torch.cat(parts, dim=-1)[..., : model.vocab_size]
-        want = layout.shard(logits[row: row + 1], ranks.cp_rank, ranks.cp, 1)
+        want = zigzag.shard(logits[row : row + 1], ranks.cp_rank, ranks.cp, 1)
         assert (got - want).abs().max() < 1e-4, where
 
-    run = Run(name="test", train=Train(seq_length=S, micro_batch=1, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"), parallel=parallel)
+    run = Run(
+        name="test",
+        train=Train(seq_length=S, micro_batch=1, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"),
+        parallel=parallel,
+    )
     chunks = optim.data_parallel(chunks, ranks)
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     for chunk in chunks:
         chunk.zero_grad_buffer()
     with _counted_kernels() as calls:
-        total, tokens = loop.step(run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True)
-    # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second time.
+        total, tokens = loop.step(
+            run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True
+        )
+    # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second
+    # time.
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
     if starts is None and not memory.query_chunks:
         assert calls == {"forward": once * (2 if memory.checkpoint == "full" else 1), "backward": once}, where
@@ -158,11 +245,13 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
     for chunk in chunks:
         for buffer in chunk.buffers:
-            for bucket in buffer.buckets:  # with the distributed optimizer each rank holds the sum of its share only
+            for (
+                bucket
+            ) in buffer.buckets:  # with the distributed optimizer each rank holds the sum of its share only
                 share = bucket.grad_data.chunk(ranks.dp * ranks.cp)[ranks.groups.dp_cp.rank()].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=ranks.groups.dp_cp)
         for name, parameter in llama.named_parameters(chunk).items():
-            want = mapping.split(name, grads, model, ranks.tp_rank, ranks.tp)
+            want = weight_mapping.split(name, grads, model, ranks.tp_rank, ranks.tp)
             error = float((parameter.main_grad - want).norm() / want.norm())
             assert error < 1e-5, (where, name, error)
     # Split, copied and tied weights each count once in the norm that gradients are clipped by.
@@ -173,7 +262,7 @@ def _check_layout(model: Model, reference: Any, ranks: Any, parallel: Parallel, 
 @contextmanager
 def _counted_kernels() -> Iterator[Counter[str]]:
     """Calls of the attention kernels inside the block."""
-    from megatron_ultralong.context_parallel import kernels
+    from megatron_ultralong.context_parallel.kernels import select as kernels
 
     calls: Counter[str] = Counter()
 
@@ -181,6 +270,7 @@ def _counted_kernels() -> Iterator[Counter[str]]:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
             return kernel(*args, **kwargs)
+
         return call
 
     with pytest.MonkeyPatch.context() as patch:
@@ -189,23 +279,32 @@ def _counted_kernels() -> Iterator[Counter[str]]:
         yield calls
 
 
-def _check_planned_checkpoints(model: Model, ranks: Any, parallel: Parallel, rows: dict[str, torch.Tensor]) -> None:
+def _check_planned_checkpoints(
+    model: Model, ranks: Any, parallel: Parallel, rows: dict[str, torch.Tensor]
+) -> None:
     """What autograd keeps of two more layers is what `plan` says."""
     for mode in ("full", "attention", "none"):
         kept, planned = [], []
         for layers in (2, 4):
-            run = Run(name="test", parallel=parallel, memory=Memory(checkpoint=mode, offload="off"), train=Train(
-                seq_length=S, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"))
+            run = Run(
+                name="test",
+                parallel=parallel,
+                memory=Memory(checkpoint=mode, offload="off"),
+                train=Train(seq_length=S, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"),
+            )
             kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))
             planned.append(plan.memory(run, replace(model, layers=layers), ranks.world)["layer checkpoints"])
-        # On the CPU a norm without weights is an operation of its own: its output, float32 as all is here, and a scalar a token are kept too.
-        norms = 2 * 2 * (S // parallel.cp // parallel.tp) * (model.hidden_size + 1) * 4 if mode == "none" else 0
+        # On the CPU a norm without weights is an operation of its own: its output, float32 as all is here,
+        # and a scalar a token are kept too.
+        norms = (
+            2 * 2 * (S // parallel.cp // parallel.tp) * (model.hidden_size + 1) * 4 if mode == "none" else 0
+        )
         assert kept[1] - kept[0] == planned[1] - planned[0] + norms, (parallel, mode)
 
 
 def _kept_bytes(model: Model, ranks: Any, run: Run, rows: dict[str, torch.Tensor]) -> int:
     """Bytes that a forward pass of one row leaves for its backward, each storage once, weights apart."""
-    from megatron_ultralong.context_parallel import layout
+    from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
 
     [chunk] = llama.build(model, ROPE, ranks, run.parallel, run.memory, "fp32")
@@ -219,22 +318,32 @@ def _kept_bytes(model: Model, ranks: Any, run: Run, rows: dict[str, torch.Tensor
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    row = {name: layout.shard(x[:1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
+    row = {name: zigzag.shard(x[:1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         chunk(**row)
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[torch.Tensor]:
-    """This rank's logits [1, s, v] of every micro-batch by Megatron's forward-only schedule; none but on the last stage."""
+    """This rank's logits [1, s, v] of every micro-batch by Megatron's forward-only schedule; none but on the
+    last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(batches: Any, chunk: Any) -> Any:
         batch = next(batches)
-        return chunk(batch["tokens"], starts=batch.get("starts")), lambda logits, non_loss_data: logits.contiguous()
+        return chunk(
+            batch["tokens"], starts=batch.get("starts")
+        ), lambda logits, non_loss_data: logits.contiguous()
 
     many = len(chunks) > 1
     with torch.no_grad():
         return get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=batches if many else batches[0], model=chunks if many else chunks[0],
-            num_microbatches=micro_batches, seq_length=S, micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
+            forward_step_func=forward_step,
+            data_iterator=batches if many else batches[0],
+            model=chunks if many else chunks[0],
+            num_microbatches=micro_batches,
+            seq_length=S,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )

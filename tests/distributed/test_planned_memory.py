@@ -1,7 +1,9 @@
-"""Bytes that a step of two layers of Llama-3.1-8B with embedding and loss holds, counted, against plan.py's sums and a bound.
+"""Bytes that a step of two layers of Llama-3.1-8B with embedding and loss holds, counted, against
+planning/memory.py's sums and a bound.
 
-Counted at the real shape and without its work: tensors are fake (they have shapes and storages, no data), so only what kernels hold
-inside is not seen. Other context parallel ranks are fake as well: what is sent to them goes nowhere.
+Counted at the real shape and without its work: tensors are fake (they have shapes and storages, no data), so
+only what kernels hold inside is not seen. Other context parallel ranks are fake as well: what is sent to them
+goes nowhere.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_ultralong import plan, plan_layer, recipes
+from megatron_ultralong import recipes
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.planning import layer_memory
+from megatron_ultralong.planning import memory as plan
 from tests.spawn import run_ranks
 
 K = 1024
@@ -29,7 +33,8 @@ CHUNKED = replace(KEPT, offload="attention", query_chunks=True)
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made, at most at one time; without those of bytes, which are the host's memory here."""
+    """Bytes of the storages that operations made, at most at one time; without those of bytes, which are the
+    host's memory here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,13 +77,13 @@ class Peers:
 
 def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Parallel | None = None) -> int:
     """Peak bytes of a step on `tokens` of a rank's tokens, beyond weights and their gradients."""
-    from megatron_ultralong.context_parallel import attend
+    from megatron_ultralong.context_parallel import api
     from megatron_ultralong.model import llama
 
     p = parallel or Parallel()
-    groups = attend.ContextGroups(ring=Peers(p.cp // p.ulysses), ulysses=Peers(p.ulysses), way=p.cp_way)
+    groups = api.ContextGroups(ring=Peers(p.cp // p.ulysses), ulysses=Peers(p.ulysses), way=p.cp_way)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "split", lambda *args, **kwargs: groups)
+        patch.setattr(api, "split", lambda *args, **kwargs: groups)
         [chunk] = llama.build(model, Rope(), ranks, Parallel(), memory, "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in chunk.modules():
@@ -93,13 +98,24 @@ def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Par
 
 
 def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None = None) -> int:
-    """The same by plan.py, without what it adds for the inside of kernels."""
+    """The same by planning/memory.py, without what it adds for the inside of kernels."""
     p = parallel or Parallel()
-    run = Run(name="x", memory=memory, parallel=p, train=Train(seq_length=tokens * p.cp, global_batch=1, iterations=1, lr=1.0))
+    run = Run(
+        name="x",
+        memory=memory,
+        parallel=p,
+        train=Train(seq_length=tokens * p.cp, global_batch=1, iterations=1, lr=1.0),
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_layer, "_kernel", lambda shape, rows: 0)
+        patch.setattr(layer_memory, "_kernel", lambda shape, rows: 0)
         parts = plan.memory(run, model, p.cp)
-    return plan.total({part: size for part, size in parts.items() if part not in ("weights", "gradients (fp32)", "optimizer (fp32)")})
+    return plan.total(
+        {
+            part: size
+            for part, size in parts.items()
+            if part not in ("weights", "gradients (fp32)", "optimizer (fp32)")
+        }
+    )
 
 
 CASES: dict[str, tuple[Memory, Model, Parallel]] = {
@@ -129,15 +145,21 @@ def _plans(rank: int, world: int) -> None:
     ranks = launch.start(Runtime(device="cpu"), Parallel())
     tokens, found = 64 * K, {}
     for name, (memory, model, parallel) in CASES.items():
-        found[name] = counted(ranks, memory, model, tokens, parallel), planned(memory, model, tokens, parallel)
+        found[name] = (
+            counted(ranks, memory, model, tokens, parallel),
+            planned(memory, model, tokens, parallel),
+        )
         have, want = (size / tokens / K for size in found[name])
         print(f"{name}: counted {have:.2f} KiB a token, planned {want:.2f}: {have / want:.3f}", flush=True)
-    off = {name: f"{have / want:.3f}" for name, (have, want) in found.items() if not 0.9 <= have / want <= 1.1}
+    off = {
+        name: f"{have / want:.3f}" for name, (have, want) in found.items() if not 0.9 <= have / want <= 1.1
+    }
     assert not off, off
 
 
 def test_longest_sequences_take_24_kib_a_token() -> None:
-    """All that a step holds, with what does not grow with the sequence: weight gradients of a layer, a chunk's MLP, of logits."""
+    """All that a step holds, with what does not grow with the sequence: weight gradients of a layer, a
+    chunk's MLP, of logits."""
     run_ranks(_longest, 1)
 
 
@@ -146,5 +168,8 @@ def _longest(rank: int, world: int) -> None:
 
     ranks = launch.start(Runtime(device="cpu"), Parallel())
     have = counted(ranks, CHUNKED, LLAMA_3_1_8B, 1024 * K)
-    print(f"counted {have / 1024 / K / K:.2f} KiB a token, planned {planned(CHUNKED, LLAMA_3_1_8B, 1024 * K) / 1024 / K / K:.2f}", flush=True)
+    print(
+        f"counted {have / 1024 / K / K:.2f} KiB a token, planned {planned(CHUNKED, LLAMA_3_1_8B, 1024 * K) / 1024 / K / K:.2f}",
+        flush=True,
+    )
     assert have <= 24 * K * 1024 * K, have

@@ -1,4 +1,5 @@
-"""Save and resume: bit for bit on the same layout, within 1e-5 on another, and what the optimizer's step counts say."""
+"""Save and resume: bit for bit on the same layout, within 1e-5 on another, and what the optimizer's step
+counts say."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError
+from megatron_ultralong.config import Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.errors import UserError
 from tests.spawn import leave_groups, run_ranks
 
-MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61, init_std=0.2)
+MODEL = Model(
+    hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61, init_std=0.2
+)
 TIED = replace(MODEL, tied_embeddings=True)
 ROPE = Rope(type="yarn", theta=10000.0, factor=4.0, original_length=16)
 S, BATCH = 32, 4
@@ -28,19 +32,31 @@ def _resume(rank: int, world: int, folder: str, precision: str) -> None:
     for model in (MODEL, TIED) if precision == "fp32" else (MODEL,):
         save = Path(folder) / ("tied" if model.tied_embeddings else "untied")
         whole = _train(model, first, precision, save / "whole", iterations=8, save_every=3)
-        assert [p.name for p in sorted((save / "whole").glob("iter_*"))] == ["iter_0000003", "iter_0000006", "iter_0000008"]
+        assert [p.name for p in sorted((save / "whole").glob("iter_*"))] == [
+            "iter_0000003",
+            "iter_0000006",
+            "iter_0000008",
+        ]
         assert not list((save / "whole").glob(".*partial"))
 
-        again = _train(model, first, precision, save / "again", iterations=8, resume=save / "whole" / "iter_0000003")
+        again = _train(
+            model, first, precision, save / "again", iterations=8, resume=save / "whole" / "iter_0000003"
+        )
         assert again["losses"] == whole["losses"][3:]
         assert all(torch.equal(again["weights"][name], weight) for name, weight in whole["weights"].items())
         assert again["steps"] == {8}
 
         for other in (Parallel(tp=2, pp=2), Parallel(pp=2, vpp=2), Parallel(tp=2, cp=2), Parallel()):
-            moved = _train(model, other, precision, save / "other", iterations=8, resume=save / "whole" / "iter_0000003")
+            moved = _train(
+                model, other, precision, save / "other", iterations=8, resume=save / "whole" / "iter_0000003"
+            )
             tolerance = 1e-5 if precision == "fp32" else 2e-2
             for ours, theirs in zip(moved["losses"], whole["losses"][3:], strict=True):
-                assert abs(ours - theirs) <= tolerance * abs(theirs), (other, moved["losses"], whole["losses"][3:])
+                assert abs(ours - theirs) <= tolerance * abs(theirs), (
+                    other,
+                    moved["losses"],
+                    whole["losses"][3:],
+                )
             assert moved["steps"] == {8}, moved["steps"]
 
 
@@ -51,25 +67,49 @@ def test_bad_checkpoints_and_figures_are_refused(tmp_path: Path) -> None:
 def _refused(rank: int, world: int, folder: str) -> None:
     save = Path(folder) / "run"
     _train(MODEL, Parallel(tp=2), "fp32", save, iterations=1)
-    wrong = {"vocab_size": replace(MODEL, vocab_size=67), "ffn_size": replace(MODEL, ffn_size=128), "layers": replace(MODEL, layers=2)}
+    wrong = {
+        "vocab_size": replace(MODEL, vocab_size=67),
+        "ffn_size": replace(MODEL, ffn_size=128),
+        "layers": replace(MODEL, layers=2),
+    }
     for model in wrong.values():
         with pytest.raises(UserError, match="iter_0000001"):
-            _train(model, Parallel(tp=2), "fp32", Path(folder) / "wrong", iterations=2, resume=save / "iter_0000001")
+            _train(
+                model,
+                Parallel(tp=2),
+                "fp32",
+                Path(folder) / "wrong",
+                iterations=2,
+                resume=save / "iter_0000001",
+            )
         leave_groups()
-    # Weights alone, where run.json does not tell the vocabulary: Megatron itself would cut or pad them in silence.
+    # Weights alone, where run.json does not tell the vocabulary: Megatron itself would cut or pad them in
+    # silence.
     from megatron_ultralong.checkpoint import sharded
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
 
     ranks = launch.start(Runtime(device="cpu"), Parallel(tp=2))
     for vocab_size, fits in ((61, True), (60, False), (64, False), (30, False)):
-        chunks = llama.build(replace(MODEL, vocab_size=vocab_size), ROPE, ranks, Parallel(tp=2), Memory(offload="off"), "fp32")
+        chunks = llama.build(
+            replace(MODEL, vocab_size=vocab_size), ROPE, ranks, Parallel(tp=2), Memory(offload="off"), "fp32"
+        )
         if fits:
             sharded.load(save / "iter_0000001", chunks)
             continue
-        with pytest.raises(UserError, match=f"62 rows, which is no padding of the model's vocabulary of {vocab_size}"):
+        with pytest.raises(
+            UserError, match=f"62 rows, which is no padding of the model's vocabulary of {vocab_size}"
+        ):
             sharded.load(save / "iter_0000001", chunks)
-    assert [sharded._pads(rows, 97) for rows in (97, 98, 100, 128, 256, 96, 101)] == [True, True, True, True, True, False, False]
+    assert [sharded._pads(rows, 97) for rows in (97, 98, 100, 128, 256, 96, 101)] == [
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
     leave_groups()
     _not_finite(Path(folder))
 
@@ -78,32 +118,68 @@ def _not_finite(folder: Path) -> None:
     """A loss or gradient that is not finite stops all ranks, names the one it began on, and is not saved."""
     from megatron_ultralong.train.loop import TrainingStopped
 
-    for number, (weight, clip, said) in enumerate((
+    for number, (weight, clip, said) in enumerate(
+        (
             (float("inf"), 0.5, "loss is not finite at iteration 3, first on rank 1"),
-            (1e30, 0.5, "gradient norm is not finite at iteration 3"),  # the loss itself is, but not the squares of its gradients
-            (1e30, 0.0, "gradient norm is not finite at iteration 3"))):
+            (
+                1e30,
+                0.5,
+                "gradient norm is not finite at iteration 3",
+            ),  # the loss itself is, but not the squares of its gradients
+            (1e30, 0.0, "gradient norm is not finite at iteration 3"),
+        )
+    ):
         save = folder / f"stopped{number}"
-        with pytest.raises(TrainingStopped, match=f"^{said}; the last good checkpoint is {save}/iter_0000002$"):
+        with pytest.raises(
+            TrainingStopped, match=f"^{said}; the last good checkpoint is {save}/iter_0000002$"
+        ):
             _train(MODEL, Parallel(), "fp32", save, iterations=8, save_every=2, clip=clip, spoilt=(3, weight))
         assert [p.name for p in save.iterdir() if "iter_" in p.name] == ["iter_0000002"]
 
 
-def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iterations: int, save_every: int = 0,
-           resume: Path | None = None, clip: float = 0.5, spoilt: tuple[int, float] | None = None) -> dict[str, Any]:
-    """A short run on rows that are a function of their number; losses as logged, weights of this rank, optimizer steps.
+def _train(
+    model: Model,
+    parallel: Parallel,
+    precision: str,
+    save: Path,
+    *,
+    iterations: int,
+    save_every: int = 0,
+    resume: Path | None = None,
+    clip: float = 0.5,
+    spoilt: tuple[int, float] | None = None,
+) -> dict[str, Any]:
+    """A short run on rows that are a function of their number; losses as logged, weights of this rank,
+    optimizer steps.
 
     spoilt: (iteration, weight of one token's loss on rank 1).
     """
     from megatron_ultralong.checkpoint import optimizer_state, sharded
-    from megatron_ultralong.context_parallel import layout
+    from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import init, llama
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
 
-    train = Train(seq_length=S, global_batch=BATCH, iterations=iterations, lr=1e-2, warmup=min(2, iterations - 1), precision=precision,
-                  save_every=save_every, keep=0)
-    run = Run(name="test", model=model, rope=ROPE, parallel=parallel, memory=Memory(offload="off", loss_chunk=24), optim=Optim(clip=clip), train=train)
+    train = Train(
+        seq_length=S,
+        global_batch=BATCH,
+        iterations=iterations,
+        lr=1e-2,
+        warmup=min(2, iterations - 1),
+        precision=precision,
+        save_every=save_every,
+        keep=0,
+    )
+    run = Run(
+        name="test",
+        model=model,
+        rope=ROPE,
+        parallel=parallel,
+        memory=Memory(offload="off", loss_chunk=24),
+        optim=Optim(clip=clip),
+        train=train,
+    )
     ranks = launch.start(Runtime(device="cpu"), parallel)
     try:
         chunks = llama.build(model, ROPE, ranks, parallel, run.memory, precision)
@@ -126,14 +202,31 @@ def _train(model: Model, parallel: Parallel, precision: str, save: Path, *, iter
                     if spoilt is not None and ranks.rank == 1 and row // BATCH + 1 == spoilt[0]:
                         mask[0, 0] = spoilt[1]
                     parts = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
-                    yield {name: layout.shard(x, ranks.cp_rank, ranks.cp, 1) for name, x in parts.items()}
+                    yield {name: zigzag.shard(x, ranks.cp_rank, ranks.cp, 1) for name, x in parts.items()}
                 consumed += BATCH
 
         log = _Losses()
-        loop.train(run, ranks, chunks, optimizer, progress, data=lambda consumed: [batches(consumed) for _ in chunks], valid=None,
-                   save_dir=save, assets=None, log=log)
-        return {"losses": log.losses, "steps": optimizer_state.steps(optimizer),
-                "weights": {name: p.detach().clone() for chunk in chunks for name, p in llama.named_parameters(chunk).items()}}
+        loop.train(
+            run,
+            ranks,
+            chunks,
+            optimizer,
+            progress,
+            data=lambda consumed: [batches(consumed) for _ in chunks],
+            valid=None,
+            save_dir=save,
+            assets=None,
+            log=log,
+        )
+        return {
+            "losses": log.losses,
+            "steps": optimizer_state.steps(optimizer),
+            "weights": {
+                name: p.detach().clone()
+                for chunk in chunks
+                for name, p in llama.named_parameters(chunk).items()
+            },
+        }
     finally:
         leave_groups()
 

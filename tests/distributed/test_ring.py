@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ultralong.context_parallel import kernels, layout
+from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.comm import GroupRing, Ring
+from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.ring import ring_attention, ring_backward, ring_forward
-from megatron_ultralong.context_parallel.virtual import run_virtual
+from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.spawn import run_ranks
 
 # b, query heads, KV heads, tokens a zigzag piece, head dimension
@@ -35,13 +36,17 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
 
 
 def whole(case: tuple[int, ...], cp: int, seed: int) -> list[Tensor]:
-    """(q, k, v, dout) of the whole sequence in float64; size and mean differ from token to token, so on every rank."""
+    """(q, k, v, dout) of the whole sequence in float64; size and mean differ from token to token, so on every
+    rank."""
     b, h, g, piece, d = case
     length = piece * 2 * cp if cp > 1 else piece
     generator = torch.Generator().manual_seed(seed)
     trend = torch.linspace(0.3, 0.8, length, dtype=torch.float64)[:, None]
     # Rounded to float32, so that the reference sees the same numbers.
-    return [(trend * (0.5 + torch.randn(b, heads, length, d, generator=generator))).float().double() for heads in (h, g, g, h)]
+    return [
+        (trend * (0.5 + torch.randn(b, heads, length, d, generator=generator))).float().double()
+        for heads in (h, g, g, h)
+    ]
 
 
 def expected(inputs: list[Tensor], scale: float | None = None) -> list[Tensor]:
@@ -53,11 +58,17 @@ def expected(inputs: list[Tensor], scale: float | None = None) -> list[Tensor]:
 
 def share(x: Tensor, rank: int, cp: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """This rank's share, a view of [s, b, h, d] as Megatron hands it over."""
-    return layout.shard(x, rank, cp, 2).to(dtype).permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    return zigzag.shard(x, rank, cp, 2).to(dtype).permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
 
 
-def compute(inputs: list[Tensor], rank: int, cp: int, group: Any, dtype: torch.dtype = torch.float32,
-            scale: float | None = None) -> list[Tensor]:
+def compute(
+    inputs: list[Tensor],
+    rank: int,
+    cp: int,
+    group: Any,
+    dtype: torch.dtype = torch.float32,
+    scale: float | None = None,
+) -> list[Tensor]:
     """[out, dq, dk, dv] of this rank, through autograd."""
     q, k, v, dout = (share(x, rank, cp, dtype) for x in inputs)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -65,14 +76,22 @@ def compute(inputs: list[Tensor], rank: int, cp: int, group: Any, dtype: torch.d
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def check(got: list[Tensor], want: list[Tensor], rank: int, cp: int, tolerance: float = 1e-5, what: Any = "") -> None:
+def check(
+    got: list[Tensor], want: list[Tensor], rank: int, cp: int, tolerance: float = 1e-5, what: Any = ""
+) -> None:
     for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        y = layout.shard(y, rank, cp, 2)
-        assert_close(x.double(), y, atol=tolerance, rtol=tolerance,
-                     msg=lambda m, n=name: f"{n}, rank {rank} of {cp}, {what}: {m}")
+        y = zigzag.shard(y, rank, cp, 2)
+        assert_close(
+            x.double(),
+            y,
+            atol=tolerance,
+            rtol=tolerance,
+            msg=lambda m, n=name: f"{n}, rank {rank} of {cp}, {what}: {m}",
+        )
 
 
-# ---- over gloo ---------------------------------------------------------------------------------------------------
+# ---- over gloo ---------------------------------------------------------------------------------
+
 
 def test_over_gloo() -> None:
     run_ranks(_over_gloo, 8)
@@ -80,7 +99,9 @@ def test_over_gloo() -> None:
 
 def _over_gloo(rank: int, world_size: int) -> None:
     for cp in (1, 2, 4, 8):
-        groups = [dist.new_group(list(range(first, 8, 8 // cp))) for first in range(8 // cp)]  # ranks apart, as with TP inside
+        groups = [
+            dist.new_group(list(range(first, 8, 8 // cp))) for first in range(8 // cp)
+        ]  # ranks apart, as with TP inside
         index = rank % (8 // cp)
         group, place = groups[index], rank // (8 // cp)
         for number, case in enumerate(CASES):
@@ -92,7 +113,7 @@ def _over_gloo(rank: int, world_size: int) -> None:
         got, want = compute(half, place, cp, group, torch.bfloat16), expected(half)
         assert all(x.dtype == torch.bfloat16 for x in got)
         for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-            y = layout.shard(y, place, cp, 2)
+            y = zigzag.shard(y, place, cp, 2)
             assert (x.double() - y).norm() / y.norm() < 0.02, f"{name}, rank {place} of {cp}, bf16"
         _layers(group, place, cp, index)
         if cp == 1:
@@ -103,7 +124,9 @@ def _layers(group: dist.ProcessGroup, rank: int, cp: int, index: int) -> None:
     """Three layers, one of them recomputed, on ranks that are out of step; the backward on another thread."""
     inputs = whole((2, 6, 2, 3, 8), cp, seed=11 + index)
 
-    def stack(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], recompute: Callable[..., Tensor]) -> Tensor:
+    def stack(
+        q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], recompute: Callable[..., Tensor]
+    ) -> Tensor:
         x = attend(q, k, v)
         x = recompute(attend, x, k + x[:, :2], v)
         return attend(x + q, k, v - x[:, 2:4])
@@ -121,7 +144,9 @@ def _layers(group: dist.ProcessGroup, rank: int, cp: int, index: int) -> None:
         thread = threading.Thread(target=out.backward, args=(dout,))
         thread.start()
         thread.join()
-        check([out.detach(), *(x.grad for x in leaves)], want, rank, cp, what=f"layers, reentrant={reentrant}")
+        check(
+            [out.detach(), *(x.grad for x in leaves)], want, rank, cp, what=f"layers, reentrant={reentrant}"
+        )
 
 
 class OutOfStep:
@@ -138,7 +163,8 @@ class OutOfStep:
         return transfer
 
 
-# ---- over virtual ranks ------------------------------------------------------------------------------------------
+# ---- over virtual ranks ------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
 def test_over_virtual_ranks(cp: int) -> None:
@@ -157,7 +183,9 @@ def test_any_strides() -> None:
 
     def strided(r: Ring) -> list[Tensor]:
         q, k, v, dout = (share(x, r.rank, 2) for x in inputs)
-        q, dout = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, dout))  # last dimension not contiguous
+        q, dout = (
+            x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, dout)
+        )  # last dimension not contiguous
         k = torch.cat((k, v), 3)[..., :8]
         out, lse = ring_forward(q, k, v.contiguous(), r)
         return [out, *ring_backward(dout, q, k, v, out, lse, r)]
@@ -176,19 +204,29 @@ def test_large_logits_do_not_overflow() -> None:
         assert all(x.isfinite().all() for x in got)
 
 
-@pytest.mark.parametrize(("cp", "length", "heads", "kv_heads", "d", "bound"), [(8, 512, 4, 2, 16, 1.2), (32, 4096, 2, 1, 64, 1.15)])
-def test_error_does_not_grow_with_ranks_in_bf16(cp: int, length: int, heads: int, kv_heads: int, d: int, bound: float) -> None:
-    """Accumulated in float32: many ranks stay within 15% of one kernel over the whole sequence, and within 8% of two ranks."""
+@pytest.mark.parametrize(
+    ("cp", "length", "heads", "kv_heads", "d", "bound"), [(8, 512, 4, 2, 16, 1.2), (32, 4096, 2, 1, 64, 1.15)]
+)
+def test_error_does_not_grow_with_ranks_in_bf16(
+    cp: int, length: int, heads: int, kv_heads: int, d: int, bound: float
+) -> None:
+    """Accumulated in float32: many ranks stay within 15% of one kernel over the whole sequence, and within 8%
+    of two ranks."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, n, length, d, generator=generator).bfloat16().double() for n in (heads, kv_heads, kv_heads, heads)]
+    inputs = [
+        torch.randn(1, n, length, d, generator=generator).bfloat16().double()
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
     want = expected(inputs)
     errors = {}
     for ranks in (1, 2, cp):
         shards = run_virtual(lambda r, n=ranks: compute(inputs, r.rank, n, r, torch.bfloat16), ranks)
-        got = [layout.unshard(list(x), 2).double() for x in zip(*shards, strict=True)]
+        got = [zigzag.unshard(list(x), 2).double() for x in zip(*shards, strict=True)]
         errors[ranks] = [(x - y).norm() / y.norm() for x, y in zip(got, want, strict=True)]
     for name, one, two, many in zip(("out", "dq", "dk", "dv"), *errors.values(), strict=True):
-        assert many < 1.08 * two and many < (1.15 if name == "out" else bound) * one, f"{name}: {one:.2e} {two:.2e} {many:.2e}"
+        assert many < 1.08 * two and many < (1.15 if name == "out" else bound) * one, (
+            f"{name}: {one:.2e} {two:.2e} {many:.2e}"
+        )
 
 
 class Recorded:
@@ -199,7 +237,9 @@ class Recorded:
 
     def start(self, send: Tensor, receive: Tensor) -> Any:
         assert send.is_contiguous() and receive.is_contiguous() and send.dtype == receive.dtype
-        self.events.append(("start", send.dtype, send.numel() * send.element_size(), send.data_ptr(), receive.data_ptr()))
+        self.events.append(
+            ("start", send.dtype, send.numel() * send.element_size(), send.data_ptr(), receive.data_ptr())
+        )
         transfer = self.inner.start(send, receive)
         events = self.events
 
@@ -207,11 +247,13 @@ class Recorded:
             def wait(self) -> None:
                 events.append(("wait", send.dtype))
                 transfer.wait()
+
         return Wait()
 
 
 def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes on the wire are the least for grouped heads, two buffers a ring, and every hop is under way before its kernel."""
+    """Bytes on the wire are the least for grouped heads, two buffers a ring, and every hop is under way
+    before its kernel."""
     cp, b, h, g, s, d = 4, 2, 6, 2, 10, 8
     inputs = whole((b, h, g, s // 2, d), cp, seed=1)
     events: dict[int, list[tuple[Any, ...]]] = {rank: [] for rank in range(cp)}
@@ -221,6 +263,7 @@ def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
         def kernel(*arguments: Any, **settings: Any) -> Any:
             mine.events.append(("kernel",))
             return run(*arguments, **settings)
+
         return kernel
 
     monkeypatch.setattr(kernels, "forward", watched(kernels.forward))
@@ -241,7 +284,7 @@ def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     hop = [("start", torch.bfloat16), ("kernel",), ("wait", torch.bfloat16)]
     for rank in range(cp):
         split = events[rank].index(("backward",))
-        forward, backward = events[rank][:split], events[rank][split + 1:]
+        forward, backward = events[rank][:split], events[rank][split + 1 :]
         assert [e[:2] for e in forward] == hop * 3 + [("kernel",)]
         assert sum(e[2] for e in forward if e[0] == "start") == 3 * kv * 2
         assert len({p for e in forward if e[0] == "start" for p in e[3:]}) == 2
@@ -251,18 +294,33 @@ def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len({p for e in starts for p in e[3:]}) == 2 for starts in sent.values())
         names = [e[:2] for e in backward]
         assert names == [
-            ("start", torch.bfloat16), ("kernel",), ("start", torch.float32), ("wait", torch.bfloat16),
-            *[("start", torch.bfloat16), ("kernel",), ("wait", torch.float32), ("start", torch.float32),
-              ("wait", torch.bfloat16)] * 2,
-            ("kernel",), ("wait", torch.float32), ("start", torch.float32), ("wait", torch.float32)]
+            ("start", torch.bfloat16),
+            ("kernel",),
+            ("start", torch.float32),
+            ("wait", torch.bfloat16),
+            *[
+                ("start", torch.bfloat16),
+                ("kernel",),
+                ("wait", torch.float32),
+                ("start", torch.float32),
+                ("wait", torch.bfloat16),
+            ]
+            * 2,
+            ("kernel",),
+            ("wait", torch.float32),
+            ("start", torch.float32),
+            ("wait", torch.float32),
+        ]
 
 
 def test_what_is_kept_for_the_backward() -> None:
     q, k, v = (torch.randn(1, heads, 6, 8) for heads in (4, 2, 2))
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(tuple(x.shape)), x)[1], lambda x: x):
+
         def forward(r: Ring) -> Tensor:
             return ring_attention(q, k, v, r)
+
         assert all(out.grad_fn is None for out in run_virtual(forward, 2)) and kept == []
         assert ring_attention(q, k, v, None).grad_fn is None and kept == []
         q.requires_grad_()
@@ -280,7 +338,7 @@ def test_gradient_of_one_input_only() -> None:
         return torch.autograd.grad(ring_attention(q, k, v, r), k, dout)[0]
 
     for rank, dk in enumerate(run_virtual(only_k, 2)):
-        assert_close(dk.double(), layout.shard(want[2], rank, 2, 2), atol=1e-5, rtol=1e-5)
+        assert_close(dk.double(), zigzag.shard(want[2], rank, 2, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused_by_every_rank() -> None:
@@ -299,4 +357,6 @@ def test_a_failing_virtual_rank_ends_the_others() -> None:
     with pytest.raises(KeyError, match="rank 1"):
         run_virtual(one_fails, 3)
     with pytest.raises(TimeoutError, match="waited more than"):
-        run_virtual(lambda r: r.rank == 1 or ring_attention(*[torch.randn(1, 1, 2, 8)] * 3, r), 2, timeout=0.2)
+        run_virtual(
+            lambda r: r.rank == 1 or ring_attention(*[torch.randn(1, 1, 2, 8)] * 3, r), 2, timeout=0.2
+        )

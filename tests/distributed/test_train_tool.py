@@ -1,4 +1,5 @@
-"""tools/train.py as real processes: what it logs, and runs that are stopped, killed and started again, against plain torch."""
+"""tools/train.py as real processes: what it logs, and runs that are stopped, killed and started again,
+against plain torch."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from transformers import LlamaForCausalLM
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.config import Model
-from megatron_ultralong.data import dataset
+from megatron_ultralong.data import packed_rows
 from tests.text import write_rows
 from tests.tiny import hf_model
 
@@ -34,20 +35,32 @@ ROOT = Path(__file__).parents[2]
 MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61)
 S, BATCH, SEED = 32, 4, 5
 ROWS, HELD_OUT = 6, 3
-"""6 rows in batches of 4: an epoch ends in the middle of every other iteration. 3 rows do not divide by anything."""
+"""6 rows in batches of 4: an epoch ends in the middle of every other iteration. 3 rows do not divide by
+anything."""
 LR, WARMUP, CLIP = 3e-3, 3, 1.5
 FLOPS = 257_472
 """A token, by hand: 6 x (4 x (32 x 8 x 8 + 4 x 8 x 32 + 3 x 32 x 64) + 32 x 61) + 6 x 4 x 4 x 8 x 32."""
 SETTINGS = [
     *(f"model.{name}={value}" for name, value in dataclasses.asdict(MODEL).items() if name != "norm_eps"),
-    f"train.seq_length={S}", f"train.global_batch={BATCH}", f"train.seed={SEED}", "train.log_every=1",
-    f"train.lr={LR}", "train.min_lr=0", f"train.warmup={WARMUP}", "train.schedule=constant",
-    f"optim.clip={CLIP}", "optim.weight_decay=0.1", "memory.loss_chunk=24", "runtime.device=cpu"]
+    f"train.seq_length={S}",
+    f"train.global_batch={BATCH}",
+    f"train.seed={SEED}",
+    "train.log_every=1",
+    f"train.lr={LR}",
+    "train.min_lr=0",
+    f"train.warmup={WARMUP}",
+    "train.schedule=constant",
+    f"optim.clip={CLIP}",
+    "optim.weight_decay=0.1",
+    "memory.loss_chunk=24",
+    "runtime.device=cpu",
+]
 LINE = re.compile(
     r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/\d+ \| consumed samples: (?P<samples>\d+) "
     r"\| epochs done: (?P<epochs>\d+) \| elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \| learning rate: (?P<lr>\S+) "
     r"\| global batch size: 4 \| lm loss: (?P<loss>\S+) \| grad norm: (?P<norm>\S+) \| target tokens: (?P<targets>\d+) "
-    r"\| tokens/s/GPU: (?P<speed>[\d.]+) \| TFLOP/s/GPU: [\d.]+ \|")
+    r"\| tokens/s/GPU: (?P<speed>[\d.]+) \| TFLOP/s/GPU: [\d.]+ \|"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +77,39 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---- one rank: stopped, killed twice, bit for bit as if nothing had been --------------------------------------
+# ---- one rank: stopped, killed twice, bit for bit as if nothing had been -----------------------
+
 
 def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "broken"
 
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=0", "data.workers=1") as tool:
         tool.wait_for("iteration      2/100000")
-        os.killpg(tool.process.pid, signal.SIGTERM)  # as Slurm does: the process that reads the data gets it too
+        os.killpg(
+            tool.process.pid, signal.SIGTERM
+        )  # as Slurm does: the process that reads the data gets it too
         assert tool.finish() == 0, tool.errors()
         stopped = int(tool.lines[-1].split()[4].rstrip(";"))
-        assert tool.lines[-1] == f"stop requested: saved iteration {stopped}; start the same command again to go on"
+        assert (
+            tool.lines[-1]
+            == f"stop requested: saved iteration {stopped}; start the same command again to go on"
+        )
         assert "Error" not in tool.errors()
     assert _saved(save) == [stopped] and not list(save.glob(".iter_*"))
     seen = tool.iterations()
     assert list(seen) == list(range(1, stopped + 1)) and stopped >= 2
-    assert sum("causal training FLOPs per token = 6 x (weights of all matrix products)" in line for line in tool.lines) == 1
+    assert (
+        sum(
+            "causal training FLOPs per token = 6 x (weights of all matrix products)" in line
+            for line in tool.lines
+        )
+        == 1
+    )
 
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=4", "train.keep=2") as tool:
-        tool.wait_for(f"going on from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences done")
+        tool.wait_for(
+            f"going on from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences done"
+        )
         tool.wait_for(f"iteration {stopped + 13:6d}/100000")
         tool.kill()
         assert tool.finish() == -signal.SIGKILL
@@ -93,7 +120,9 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     # Killed in the middle of a save: the folder it was writing stays behind, and counts for nothing.
     before = set(save.glob(".iter_*"))
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=1") as tool:
-        tool.wait_for(f"going on from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences done")
+        tool.wait_for(
+            f"going on from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences done"
+        )
         partial = _halted_while_saving(tool, save, before)
         tool.kill()
         assert tool.finish() == -signal.SIGKILL
@@ -113,8 +142,9 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     with Tool(inputs, tmp_path / "whole", f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
     whole = tool.iterations()
-    assert {n: (line["loss"], line["norm"], line["lr"]) for n, line in seen.items()} == \
-        {n: (line["loss"], line["norm"], line["lr"]) for n, line in whole.items()}
+    assert {n: (line["loss"], line["norm"], line["lr"]) for n, line in seen.items()} == {
+        n: (line["loss"], line["norm"], line["lr"]) for n, line in whole.items()
+    }
     ours, theirs = (_tensors(folder / f"iter_{end:07d}") for folder in (save, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -125,33 +155,42 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
 
 
 def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
-    """Halt the process while it writes a checkpoint; returns the hidden folder, which is none of those there were `before`."""
+    """Halt the process while it writes a checkpoint; returns the hidden folder, which is none of those there
+    were `before`."""
     while True:
         for partial in set(save.glob(".iter_*.partial*")) - before:
             tool.send(signal.SIGSTOP)
             number = int(re.findall(r"iter_(\d+)", partial.name)[0])
             if partial.is_dir() and not (save / f"iter_{number:07d}").exists() and number > _saved(save)[-1]:
                 return partial
-            tool.send(signal.SIGCONT)  # it was an old checkpoint on its way out, or the new one was done already
+            tool.send(
+                signal.SIGCONT
+            )  # it was an old checkpoint on its way out, or the new one was done already
         assert tool.process.poll() is None, tool.errors()
         time.sleep(0.001)
 
 
-# ---- two ranks under torchrun ---------------------------------------------------------------------------------
+# ---- two ranks under torchrun ------------------------------------------------------------------
+
 
 def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     settings = ("train.save_every=0", "train.eval_every=3", "memory.checkpoint=attention")
     valid = ("--valid", str(inputs / "valid"))
 
-    # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number, with other memory settings.
+    # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number,
+    # with other memory settings.
     with Tool(inputs, save, "train.iterations=100000", *settings, more=valid, ranks=2) as tool:
         tool.wait_for("iteration      4/100000")
         tool.send(signal.SIGTERM)  # to torchrun, which hands it on
         tool.finish()
         stopped = _saved(save)[-1]
-        assert f"stop requested: saved iteration {stopped}; start the same command again to go on" in tool.lines
-        assert sum('"offload": "off"' in line for line in tool.lines) == 1, "auto is settled before it is printed"
+        assert (
+            f"stop requested: saved iteration {stopped}; start the same command again to go on" in tool.lines
+        )
+        assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
+            "auto is settled before it is printed"
+        )
         stored = sharded.stored_run(sharded.progress_of(sharded.whole(save)[-1]))
         assert stored is not None and stored.memory.offload == "off"
         assert "SIGKILL" not in tool.errors() and "Traceback" not in tool.errors().split("Sending process")[0]
@@ -170,14 +209,20 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
     _check_lines(seen, reference)
     assert list(held_out) == sorted({*range(3, end + 1, 3), end}), "every third iteration and at the end"
     for iteration, loss in held_out.items():
-        assert abs(loss - reference[iteration]["held_out"]) < 1e-5 * loss, (iteration, loss, reference[iteration])
+        assert abs(loss - reference[iteration]["held_out"]) < 1e-5 * loss, (
+            iteration,
+            loss,
+            reference[iteration],
+        )
     _check_board(save, seen, held_out)
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------
+
 
 def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
-    """Exit code 2, one line on stderr and no checkpoint; what is refused is tested in tests/unit/test_train.py."""
+    """Exit code 2, one line on stderr and no checkpoint; what is refused is tested in
+    tests/unit/test_train.py."""
     save = tmp_path / "run"
 
     def refused(line: str, *settings: str, **options: Any) -> None:
@@ -186,21 +231,31 @@ def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
             assert tool.errors() == f"error: {line}\n"
         assert not list(tmp_path.rglob("*iter_*"))
 
-    refused("--recipe tinny: no such recipe; did you mean tiny? All: " + ", ".join(recipes.names()), recipe="tinny")
+    refused(
+        "--recipe tinny: no such recipe; did you mean tiny? All: " + ", ".join(recipes.names()),
+        recipe="tinny",
+    )
     refused("--set train.iteration: no such setting; did you mean train.iterations?", "train.iteration=4")
     lacking = _copy(inputs / "base", tmp_path / "lacking")
     shard = sorted(lacking.glob("*.safetensors"))[2]
     shard.unlink()
-    refused(f"{lacking}: shard {shard.name}, which model.safetensors.index.json names, is missing", base=lacking)
+    refused(
+        f"{lacking}: shard {shard.name}, which model.safetensors.index.json names, is missing", base=lacking
+    )
 
     poisoned = _copy(inputs / "base", tmp_path / "poisoned")
     shard = next(file for file in poisoned.glob("*.safetensors") if "model.norm.weight" in load_file(file))
     tensors = load_file(shard)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, shard, {"format": "pt"})
-    refused("loss is not finite at iteration 1, first on rank 0; no checkpoint was saved yet", "train.save_every=1", base=poisoned)
+    refused(
+        "loss is not finite at iteration 1, first on rank 0; no checkpoint was saved yet",
+        "train.save_every=1",
+        base=poisoned,
+    )
 
-    # A rank that fails alone: the other does not wait for it, and one of them speaks. torchrun adds its own account.
+    # A rank that fails alone: the other does not wait for it, and one of them speaks. torchrun adds its own
+    # account.
     (tmp_path / "file").write_text("")
     with Tool(inputs, tmp_path / "file" / "run", ranks=2) as tool:
         assert tool.finish() == 1
@@ -213,23 +268,34 @@ def _copy(base: Path, to: Path) -> Path:
     return Path(shutil.copytree(base, to))
 
 
-# ---- what is expected -----------------------------------------------------------------------------------------
+# ---- what is expected --------------------------------------------------------------------------
+
 
 def _plain_training(inputs: Path, iterations: int) -> dict[int, dict[str, float]]:
-    """Iteration -> figures of the same run in plain torch: transformers' Llama, AdamW, rows one after the other."""
-    rows, held_out = (dataset.open_blend([str(inputs / name)], S, MODEL.vocab_size) for name in ("rows", "valid"))
-    model = LlamaForCausalLM.from_pretrained(inputs / "base", dtype=torch.float32, attn_implementation="eager")
+    """Iteration -> figures of the same run in plain torch: transformers' Llama, AdamW, rows one after the
+    other."""
+    rows, held_out = (
+        packed_rows.open_blend([str(inputs / name)], S, MODEL.vocab_size) for name in ("rows", "valid")
+    )
+    model = LlamaForCausalLM.from_pretrained(
+        inputs / "base", dtype=torch.float32, attn_implementation="eager"
+    )
     decayed = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     figures: dict[int, dict[str, float]] = {}
     for iteration in range(1, iterations + 1):
         lr = LR * min(1.0, iteration / WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = lr
         samples = range(BATCH * (iteration - 1), BATCH * iteration)
-        parts = [_losses(model, *rows.sets[which][row]) for which, row in (rows.locate(n, SEED) for n in samples)]
+        parts = [
+            _losses(model, *rows.sets[which][row]) for which, row in (rows.locate(n, SEED) for n in samples)
+        ]
         losses, targets = zip(*parts, strict=True)
         loss, count = sum(losses) / sum(targets), int(sum(targets))
         optimizer.zero_grad()
@@ -239,9 +305,16 @@ def _plain_training(inputs: Path, iterations: int) -> dict[int, dict[str, float]
         with torch.no_grad():
             valid = [_losses(model, *held_out.sets[0][row]) for row in range(HELD_OUT)]
         figures[iteration] = {
-            "loss": float(loss.detach()), "norm": norm, "lr": lr, "targets": count, "epochs": BATCH * iteration // ROWS,
-            "held_out": float(sum(part for part, _ in valid) / sum(n for _, n in valid))}
-    assert min(f["norm"] for f in figures.values()) < CLIP < max(f["norm"] for f in figures.values()), "clipped and not"
+            "loss": float(loss.detach()),
+            "norm": norm,
+            "lr": lr,
+            "targets": count,
+            "epochs": BATCH * iteration // ROWS,
+            "held_out": float(sum(part for part, _ in valid) / sum(n for _, n in valid)),
+        }
+    assert min(f["norm"] for f in figures.values()) < CLIP < max(f["norm"] for f in figures.values()), (
+        "clipped and not"
+    )
     return figures
 
 
@@ -257,26 +330,36 @@ def _check_lines(lines: dict[int, dict[str, float]], reference: dict[int, dict[s
     assert list(lines) == list(reference)
     for iteration, line in lines.items():
         want = reference[iteration]
-        assert line["samples"] == BATCH * iteration and line["targets"] == want["targets"] and line["epochs"] == want["epochs"]
+        assert (
+            line["samples"] == BATCH * iteration
+            and line["targets"] == want["targets"]
+            and line["epochs"] == want["epochs"]
+        )
         assert abs(line["loss"] - want["loss"]) < 1e-5 * want["loss"], (iteration, line, want)
         assert abs(line["norm"] - want["norm"]) < 1e-3, (iteration, line, want)
         assert abs(line["lr"] - want["lr"]) < 1e-6 * want["lr"], (iteration, line, want)
 
 
-def _check_board(save: Path, lines: dict[int, dict[str, float]], held_out: dict[int, float] | None = None) -> None:
+def _check_board(
+    save: Path, lines: dict[int, dict[str, float]], held_out: dict[int, float] | None = None
+) -> None:
     """TensorBoard has every iteration once, also over stops and kills, with the figures of the log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(save / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
-    scalars = {name: {event.step: event.value for event in board.Scalars(name)} for name in board.Tags()["scalars"]}
+    scalars = {
+        name: {event.step: event.value for event in board.Scalars(name)} for name in board.Tags()["scalars"]
+    }
     for name in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "train/epochs_done"):
         assert len(board.Scalars(name)) == len(scalars[name]) and list(scalars[name]) == list(lines), name
     for iteration, line in lines.items():
         assert abs(scalars["train/loss"][iteration] - line["loss"]) < 1e-5 * line["loss"]
         assert scalars["train/tokens"][iteration] == S * BATCH * iteration
         assert scalars["train/epochs_done"][iteration] == line["epochs"]
-        speed, tflops = (scalars[f"speed/{name}_per_gpu"][iteration] for name in ("tokens_per_second", "tflops"))
+        speed, tflops = (
+            scalars[f"speed/{name}_per_gpu"][iteration] for name in ("tokens_per_second", "tflops")
+        )
         assert speed > 0 and abs(tflops * 1e12 - speed * FLOPS) < 1e-4 * speed * FLOPS
     assert "speed/causal_mfu" not in scalars, "no peak is known for a CPU"
     if held_out is not None:
@@ -298,22 +381,62 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-# ---- processes ------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------
+
 
 class Tool:
-    """A running `tools/train.py` and what it has printed; killed at the end of the block, with all that it started."""
+    """A running `tools/train.py` and what it has printed; killed at the end of the block, with all that it
+    started."""
 
-    def __init__(self, inputs: Path, save: Path, *settings: str, more: tuple[str, ...] = (), ranks: int = 1, recipe: str = "tiny",
-                 base: Path | None = None, timeout: float = 300.0) -> None:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *torchrun, "tools/train.py", "--recipe", recipe, "--set", *SETTINGS, *settings,
-                   "--load-hf", str(base or inputs / "base"), "--data", str(inputs / "rows"), "--save", str(save), *more]
+    def __init__(
+        self,
+        inputs: Path,
+        save: Path,
+        *settings: str,
+        more: tuple[str, ...] = (),
+        ranks: int = 1,
+        recipe: str = "tiny",
+        base: Path | None = None,
+        timeout: float = 300.0,
+    ) -> None:
+        torchrun = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            if ranks > 1
+            else []
+        )
+        command = [
+            sys.executable,
+            *torchrun,
+            "tools/train.py",
+            "--recipe",
+            recipe,
+            "--set",
+            *SETTINGS,
+            *settings,
+            "--load-hf",
+            str(base or inputs / "base"),
+            "--data",
+            str(inputs / "rows"),
+            "--save",
+            str(save),
+            *more,
+        ]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
         self.stderr = inputs / f"{uuid.uuid4()}.stderr"
         with self.stderr.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                start_new_session=True,
+            )
         self.lines: list[str] = []
         self.timer = threading.Timer(timeout, self.kill)
 
@@ -331,7 +454,10 @@ class Tool:
     def kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             tool = psutil.Process(self.process.pid)
-            for process in (*tool.children(recursive=True), tool):  # torchrun's ranks are sessions of their own
+            for process in (
+                *tool.children(recursive=True),
+                tool,
+            ):  # torchrun's ranks are sessions of their own
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel import blocks, layout
-from megatron_ultralong.context_parallel.attend import Way, attention, split
+from megatron_ultralong.context_parallel import partial_attention, zigzag
+from megatron_ultralong.context_parallel.api import Way, attention, split
 from megatron_ultralong.context_parallel.comm import Peers
-from megatron_ultralong.context_parallel.virtual import run_virtual
+from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.gpu.test_kernels_gpu import near
 from tests.unit.test_kernels import reference, tensors
 
@@ -21,13 +21,20 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 STARTS = [0, 1, 2, 67, 200, 201, 333, 511, 512, 700, 767]
 
 
-def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, starts: list[int] | None) -> tuple[list[Tensor], Tensor]:
+def expected(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, starts: list[int] | None
+) -> tuple[list[Tensor], Tensor]:
     """([out, dq, dk, dv], lse) in float64, document by document."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     bounds = [*(starts or [0]), q.shape[2]]
-    parts = [reference(*(x[:, :, a:b] for x in leaves), True, q.shape[3] ** -0.5) for a, b in itertools.pairwise(bounds)]
+    parts = [
+        reference(*(x[:, :, a:b] for x in leaves), True, q.shape[3] ** -0.5)
+        for a, b in itertools.pairwise(bounds)
+    ]
     out = torch.cat([part[0] for part in parts], 2)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())], torch.cat([part[1] for part in parts], 2).detach()
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())], torch.cat(
+        [part[1] for part in parts], 2
+    ).detach()
 
 
 @pytest.mark.parametrize("layout_", ["bhsd", "sbhd", "strided rows"])
@@ -35,12 +42,14 @@ def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, starts: list[int] | 
 def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
     for d, starts in itertools.product((64, 128), (STARTS, list(range(768)))):
         q, k, v, dout = tensors(1, h, g, 768, 768, d, torch.bfloat16, layout_, "cuda")
-        parts = layout.parts(0, 0, 768, 1, starts)
-        out, lse = blocks.varlen_forward(q, k, v, parts)
+        parts = zigzag.parts(0, 0, 768, 1, starts)
+        out, lse = partial_attention.varlen_forward(q, k, v, parts)
         want, want_lse = expected(q, k, v, dout, starts)
         assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
         assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
-        for x, y in zip([out, *blocks.varlen_backward(dout, q, k, v, out, lse, parts)], want, strict=True):
+        for x, y in zip(
+            [out, *partial_attention.varlen_backward(dout, q, k, v, out, lse, parts)], want, strict=True
+        ):
             if y.abs().max() > 1e-9:  # dq and dk of one-token documents are zero
                 near(x, y, 2e-2, (h, g, d, len(starts)))
             else:
@@ -51,14 +60,18 @@ def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
 @pytest.mark.parametrize("way", ["ring", "gather"])
 @pytest.mark.parametrize(("cp", "ulysses"), [(1, 1), (2, 2), (4, 1), (4, 2), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_ways_on_virtual_ranks(dtype: torch.dtype, cp: int, ulysses: int, way: Way, starts: list[int] | None) -> None:
+def test_ways_on_virtual_ranks(
+    dtype: torch.dtype, cp: int, ulysses: int, way: Way, starts: list[int] | None
+) -> None:
     q, k, v, dout = tensors(1, 8, 2, 768, 768, 64, dtype, device="cuda")
 
     def run(r: Peers) -> list[Tensor]:
-        leaves = [layout.shard(x, r.rank, cp, 2).detach().requires_grad_() for x in (q, k, v)]
+        leaves = [zigzag.shard(x, r.rank, cp, 2).detach().requires_grad_() for x in (q, k, v)]
         out = attention(*leaves, split(r, ulysses, way), starts=starts)
-        return [out.detach(), *torch.autograd.grad(out, leaves, layout.shard(dout, r.rank, cp, 2))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, zigzag.shard(dout, r.rank, cp, 2))]
 
     want, _ = expected(q, k, v, dout, starts)
-    for name, x, y in zip(("out", "dq", "dk", "dv"), zip(*run_virtual(run, cp), strict=True), want, strict=True):
-        near(layout.unshard(list(x), 2), y, 2e-2 if dtype == torch.bfloat16 else 1e-5, name)
+    for name, x, y in zip(
+        ("out", "dq", "dk", "dv"), zip(*run_virtual(run, cp), strict=True), want, strict=True
+    ):
+        near(zigzag.unshard(list(x), 2), y, 2e-2 if dtype == torch.bfloat16 else 1e-5, name)

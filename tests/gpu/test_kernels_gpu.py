@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel import kernels, layout
+from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.comm import Ring
-from megatron_ultralong.context_parallel.merge import merge_
+from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.kernels.merge import merge_
 from megatron_ultralong.context_parallel.ring import ring_attention
-from megatron_ultralong.context_parallel.virtual import run_virtual
+from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.unit import test_merge
 from tests.unit.test_kernels import reference, reference_gradients, tensors
 
@@ -59,7 +60,9 @@ def test_gradients_of_parts_of_the_keys_add_up(backend: kernels.Backend) -> None
     out, lse = out.bfloat16(), lse.float()
     dq, dk, dv = torch.zeros_like(q, dtype=torch.float32), torch.empty_like(k), torch.empty_like(v)
     for part in (slice(0, 64), slice(64, 256)):
-        share = kernels.backward(dout, q, k[:, :, part], v[:, :, part], out, lse, False, 0.125, backend=backend)
+        share = kernels.backward(
+            dout, q, k[:, :, part], v[:, :, part], out, lse, False, 0.125, backend=backend
+        )
         dq += share[0]
         dk[:, :, part], dv[:, :, part] = share[1:]
     for x, y in zip((dq, dk, dv), reference_gradients(dout, q, k, v, False, 0.125), strict=True):
@@ -67,15 +70,25 @@ def test_gradients_of_parts_of_the_keys_add_up(backend: kernels.Backend) -> None
 
 
 def test_strides_of_gradients_may_change_between_calls() -> None:
-    """PyTorch keeps cuDNN's graph by the strides of q, k, v: those of out and dout must not be taken from an earlier call."""
+    """PyTorch keeps cuDNN's graph by the strides of q, k, v: those of out and dout must not be taken from an
+    earlier call."""
     skip_without("cudnn")
     q, k, v, dout = tensors(2, 8, 2, 128, 128, 64, torch.bfloat16, device="cuda")
     out, lse = kernels.forward(q, k, v, True, backend="cudnn")
     expected = reference_gradients(dout, q, k, v, True, 0.125)
     other = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dout, out, q)]
-    mixtures = [(dout, out, q), (other[0], out, q), (dout, other[1], q), (*other[:2], q), (*other,), (dout, out, other[2])]
+    mixtures = [
+        (dout, out, q),
+        (other[0], out, q),
+        (dout, other[1], q),
+        (*other[:2], q),
+        (*other,),
+        (dout, out, other[2]),
+    ]
     for dout_, out_, q_ in (*mixtures, *reversed(mixtures)):
-        for x, y in zip(kernels.backward(dout_, q_, k, v, out_, lse, True, backend="cudnn"), expected, strict=True):
+        for x, y in zip(
+            kernels.backward(dout_, q_, k, v, out_, lse, True, backend="cudnn"), expected, strict=True
+        ):
             near(x, y, 2e-2)
 
 
@@ -87,9 +100,9 @@ def test_ring_on_virtual_ranks(backend: str, cp: int) -> None:
     q, k, v, dout = tensors(2, 9, 3, 96 * cp, 96 * cp, 64, dtype, device="cuda")
 
     def run(r: Ring) -> list[Tensor]:
-        leaves = [layout.shard(x, r.rank, cp, 2).requires_grad_() for x in (q, k, v)]
+        leaves = [zigzag.shard(x, r.rank, cp, 2).requires_grad_() for x in (q, k, v)]
         out = ring_attention(*leaves, r)
-        return [out.detach(), *torch.autograd.grad(out, leaves, layout.shard(dout, r.rank, cp, 2))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, zigzag.shard(dout, r.rank, cp, 2))]
 
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(backend == "cudnn")
@@ -100,7 +113,7 @@ def test_ring_on_virtual_ranks(backend: str, cp: int) -> None:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
     expected = [reference(q, k, v, True, 0.125)[0], *reference_gradients(dout, q, k, v, True, 0.125)]
     for name, x, y in zip(("out", "dq", "dk", "dv"), zip(*shards, strict=True), expected, strict=True):
-        near(layout.unshard(list(x), 2), y, tolerance, name)
+        near(zigzag.unshard(list(x), 2), y, tolerance, name)
 
 
 def test_merge_kernel() -> None:

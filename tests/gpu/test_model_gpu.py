@@ -1,4 +1,5 @@
-"""The model and tools/train.py on one GPU over NCCL in bf16, against transformers in float32; TransformerEngine's parts against ours."""
+"""The model and tools/train.py on one GPU over NCCL in bf16, against transformers in float32;
+TransformerEngine's parts against ours."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import hf, sharded
+from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint.hf import reader as hf
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime
 from tests.text import write_rows
 from tests.tiny import LLAMA3, hf_model
@@ -29,7 +31,8 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_training_in_bf16_over_nccl(base: Path, tmp_path: Path) -> None:
-    """First loss as transformers has it in float32; the loss falls; a resume goes on as if it had not stopped."""
+    """First loss as transformers has it in float32; the loss falls; a resume goes on as if it had not
+    stopped."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, MODEL.vocab_size, (8, S + 1), generator=generator)
     data = write_rows(tmp_path / "rows", rows.tolist())
@@ -46,12 +49,36 @@ def test_training_in_bf16_over_nccl(base: Path, tmp_path: Path) -> None:
     assert first + second == whole
 
 
-def _train(base: Path, data: str, save: Path, iterations: int, *settings: str, stop: int | None = None) -> list[float]:
-    """Losses of the iterations that ran; `stop` removes what was saved after that iteration, as if the run had ended there."""
-    command = [sys.executable, "tools/train.py", "--recipe", "smollm2_135m", "--set", "runtime.device=cuda", f"train.seq_length={S}",
-               "train.global_batch=8", f"train.iterations={iterations}", "train.warmup=2", "train.lr=1e-3", "train.deterministic=true",
-               "rope.factor=4", "rope.original_length=32", "rope.theta=10000", "train.keep=0", *settings,
-               "--load-hf", str(base), "--data", data, "--save", str(save)]
+def _train(
+    base: Path, data: str, save: Path, iterations: int, *settings: str, stop: int | None = None
+) -> list[float]:
+    """Losses of the iterations that ran; `stop` removes what was saved after that iteration, as if the run
+    had ended there."""
+    command = [
+        sys.executable,
+        "tools/train.py",
+        "--recipe",
+        "smollm2_135m",
+        "--set",
+        "runtime.device=cuda",
+        f"train.seq_length={S}",
+        "train.global_batch=8",
+        f"train.iterations={iterations}",
+        "train.warmup=2",
+        "train.lr=1e-3",
+        "train.deterministic=true",
+        "rope.factor=4",
+        "rope.original_length=32",
+        "rope.theta=10000",
+        "train.keep=0",
+        *settings,
+        "--load-hf",
+        str(base),
+        "--data",
+        data,
+        "--save",
+        str(save),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(value) for value in re.findall(r"iteration +\d+/\d+ .*? lm loss: (\S+)", done.stdout)]
@@ -66,7 +93,8 @@ def _train(base: Path, data: str, save: Path, iterations: int, *settings: str, s
 
 
 def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
-    """Logits with TransformerEngine's linears and norms equal those with Megatron's; a checkpoint of one loads in the other."""
+    """Logits with TransformerEngine's linears and norms equal those with Megatron's; a checkpoint of one
+    loads in the other."""
     pytest.importorskip("transformer_engine")
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
@@ -74,8 +102,18 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
     ranks = launch.start(Runtime(device="cuda"), Parallel())
     try:
         found = hf.read_config(base)
-        built = {te: llama.build(found.model, found.rope, ranks, Parallel(), Memory(checkpoint="none", offload="off"), "bf16", transformer_engine=te)
-                 for te in (True, False)}
+        built = {
+            te: llama.build(
+                found.model,
+                found.rope,
+                ranks,
+                Parallel(),
+                Memory(checkpoint="none", offload="off"),
+                "bf16",
+                transformer_engine=te,
+            )
+            for te in (True, False)
+        }
         for chunks in built.values():
             hf.load_parameters(base, found.model, llama.named_parameters(chunks[0]), 0, 1)
         tokens = torch.randint(0, MODEL.vocab_size, (2, S), device="cuda")
@@ -86,7 +124,14 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
 
         for te in (True, False):
             optimizer = None
-            saved = sharded.save(tmp_path / str(te), Progress(model=found.model, rope=found.rope), built[te], optimizer, None, ranks)
+            saved = sharded.save(
+                tmp_path / str(te),
+                Progress(model=found.model, rope=found.rope),
+                built[te],
+                optimizer,
+                None,
+                ranks,
+            )
             sharded.load(saved, built[not te])
     finally:
         launch.stop()
@@ -94,7 +139,8 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transformer_engine", [False, True])
 def test_memory_settings_give_the_same_gradients(base: Path, transformer_engine: bool) -> None:
-    """The layer checkpoint in chunks, and what it keeps on its way to host memory and back, over several steps and micro-batches."""
+    """The layer checkpoint in chunks, and what it keeps on its way to host memory and back, over several
+    steps and micro-batches."""
     if transformer_engine:
         pytest.importorskip("transformer_engine")
     from megatron_ultralong.model import llama
@@ -103,17 +149,37 @@ def test_memory_settings_give_the_same_gradients(base: Path, transformer_engine:
     ranks = launch.start(Runtime(device="cuda"), Parallel())
     try:
         found = hf.read_config(base)
-        tokens = torch.randint(0, MODEL.vocab_size, (2, 4 * S + 1), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        tokens = torch.randint(
+            0,
+            MODEL.vocab_size,
+            (2, 4 * S + 1),
+            device="cuda",
+            generator=torch.Generator("cuda").manual_seed(0),
+        )
         grads: dict[str, dict[str, torch.Tensor]] = {}
         settings = {
-            "none": Memory(checkpoint="none", offload="off"), "kept": Memory(offload="off", layer_chunk=300),
-            "offloaded": Memory(offload="attention", layer_chunk=300), "inputs offloaded": Memory(offload="checkpoints"),
-            "query chunks": Memory(offload="attention", query_chunks=True, layer_chunk=300)}
+            "none": Memory(checkpoint="none", offload="off"),
+            "kept": Memory(offload="off", layer_chunk=300),
+            "offloaded": Memory(offload="attention", layer_chunk=300),
+            "inputs offloaded": Memory(offload="checkpoints"),
+            "query chunks": Memory(offload="attention", query_chunks=True, layer_chunk=300),
+        }
         for name, memory in settings.items():
-            (chunk,) = llama.build(found.model, found.rope, ranks, Parallel(), memory, "bf16", transformer_engine=transformer_engine)
+            (chunk,) = llama.build(
+                found.model,
+                found.rope,
+                ranks,
+                Parallel(),
+                memory,
+                "bf16",
+                transformer_engine=transformer_engine,
+            )
             hf.load_parameters(base, found.model, llama.named_parameters(chunk), 0, 1)
             for _ in range(3):
-                losses = [chunk(tokens[i:i + 1, :-1], tokens[i:i + 1, 1:], torch.ones(1, 4 * S, device="cuda")) for i in range(2)]
+                losses = [
+                    chunk(tokens[i : i + 1, :-1], tokens[i : i + 1, 1:], torch.ones(1, 4 * S, device="cuda"))
+                    for i in range(2)
+                ]
                 for loss in losses:
                     loss.backward()
             grads[name] = {n: p.grad.clone().float() for n, p in llama.named_parameters(chunk).items()}

@@ -1,4 +1,5 @@
-"""Chat templates and tokenizers as published, against transformers' apply_chat_template: Llama-3.1's and SmolLM2's."""
+"""Chat templates and tokenizers as published, against transformers' apply_chat_template: Llama-3.1's and
+SmolLM2's."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_ultralong.data import chat
+from megatron_ultralong.data.sft import chat_template
 from tests import chat as made
 from tests.chat import TALKS, by_transformers, encoded, same_as_transformers, talk, trained_by_growing
 
@@ -23,17 +24,23 @@ def test_llama31s_own_tokenizer_and_template(tmp_path):
     tokenizer = made.llama_tokenizer(model)
     tokenizer.chat_template = template.decode()
     tokenizer.save_pretrained(tmp_path)
-    same_as_transformers(tmp_path, chat.DATE)
-    ids, trained = encoded(tmp_path, chat.choose(tmp_path), talk("Hi", "Hello!"))
-    assert ids[:4] == [128000, 128006, 9125, 128007] and [i for i, on in zip(ids, trained) if on] == [9906, 0, 128009]
+    same_as_transformers(tmp_path, chat_template.DATE)
+    ids, trained = encoded(tmp_path, chat_template.choose(tmp_path), talk("Hi", "Hello!"))
+    assert ids[:4] == [128000, 128006, 9125, 128007] and [i for i, on in zip(ids, trained) if on] == [
+        9906,
+        0,
+        128009,
+    ]
 
 
 def test_smollm2s_template():
     if not SMOLLM2.exists():
         pytest.skip("SmolLM2 is not here; examples/smollm2.sh and tests/parity/test_smollm2.py fetch it")
-    template = chat.choose(SMOLLM2)
+    template = chat_template.choose(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     for messages in TALKS[0], TALKS[2]:
         ids, trained = encoded(SMOLLM2, template, messages)
         assert ids == by_transformers(tokenizer, messages)
-        assert trained == trained_by_growing(tokenizer, messages, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        assert trained == trained_by_growing(
+            tokenizer, messages, tokenizer.convert_tokens_to_ids("<|im_end|>")
+        )

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultralong.evaluate import scores
+from megatron_ultralong.evaluate.scorers import ruler as ruler_scores
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "official_scores.jsonl").read_text(encoding="utf-8").splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "golden" / "official_scores.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
 
 
 def of(bench: str) -> list[dict]:
@@ -18,9 +23,12 @@ def of(bench: str) -> list[dict]:
     return found
 
 
-# ---- RULER -----------------------------------------------------------------------------------------------------
+# ---- RULER -------------------------------------------------------------------------------------
 
-RULER = {"string_match_all": scores.string_match_all, "string_match_part": scores.string_match_part}
+RULER = {
+    "string_match_all": ruler_scores.string_match_all,
+    "string_match_part": ruler_scores.string_match_part,
+}
 
 
 def test_ruler_cases_are_of_both_metrics_and_of_many_scores():
@@ -32,11 +40,15 @@ def test_ruler_cases_are_of_both_metrics_and_of_many_scores():
 def test_ruler(case):
     scorer = RULER[case["metric"]]
     assert scorer([case["pred"]], [case["answers"]]) == pytest.approx(case["score"], abs=1e-6)
-    assert scorer([scores.printable(case["pred"])], [case["answers"]]) == pytest.approx(case["score"], abs=1e-6)
+    assert scorer([ruler_scores.printable(case["pred"])], [case["answers"]]) == pytest.approx(
+        case["score"], abs=1e-6
+    )
 
 
 def test_ruler_scores_of_several_answers_are_their_mean():
     for metric, scorer in RULER.items():
         cases = [case for case in of("ruler") if case["metric"] == metric]
         mean = sum(case["score"] for case in cases) / len(cases)
-        assert scorer([case["pred"] for case in cases], [case["answers"] for case in cases]) == pytest.approx(mean, abs=0.01)
+        assert scorer([case["pred"] for case in cases], [case["answers"] for case in cases]) == pytest.approx(
+            mean, abs=0.01
+        )

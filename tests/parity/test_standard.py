@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct, real weights with a chat template, under lm-evaluation-harness: our adapter against the harness's own model."""
+"""SmolLM2-135M-Instruct, real weights with a chat template, under lm-evaluation-harness: our adapter against
+the harness's own model."""
 
 from __future__ import annotations
 

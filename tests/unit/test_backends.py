@@ -1,4 +1,5 @@
-"""What writes the answers: prompts, ends, options; an endpoint that times out, is busy and breaks, from a real server."""
+"""What writes the answers: prompts, ends, options; an endpoint that times out, is busy and breaks, from a
+real server."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import Model, Parallel, UserError
-from megatron_ultralong.evaluate import backends, memory
-from megatron_ultralong.evaluate.backends import Completion, Request
-from megatron_ultralong.evaluate.decode import Sampling
-from megatron_ultralong.evaluate.endpoint import Endpoint, Server
+from megatron_ultralong.config import Model, Parallel
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends import memory_check
+from megatron_ultralong.evaluate.backends import protocol as backends
+from megatron_ultralong.evaluate.backends.openai_endpoint import Endpoint, Server
+from megatron_ultralong.evaluate.backends.protocol import Completion, Request
+from megatron_ultralong.evaluate.backends.sampling import Sampling
 from tests import server as servers
 from tests.text import save_tokenizer
 
@@ -43,7 +46,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def endpoint(server: servers.Server, folder: Path, sampling: Sampling = Sampling(), **more: Any) -> Endpoint:  # noqa: B008
-    return Endpoint(Server(**{"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, "timeout": 5, **more}), folder, sampling=sampling)
+    return Endpoint(
+        Server(**{"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, "timeout": 5, **more}),
+        folder,
+        sampling=sampling,
+    )
 
 
 def ask(backend: Any, *texts: str, **more: Any) -> dict[str, Completion]:
@@ -51,54 +58,100 @@ def ask(backend: Any, *texts: str, **more: Any) -> dict[str, Completion]:
     return {requests[i].id: one for i, one in backend.generate(requests)}
 
 
-# ---- an endpoint -----------------------------------------------------------------------------------------------
+# ---- an endpoint -------------------------------------------------------------------------------
+
 
 def test_what_may_pass_is_tried_again_and_the_rest_is_kept(server, folder):
-    """429, 500, a timeout and a broken connection, twice each; then one that never answers among those that do."""
-    trouble = {"busy": {"status": 429, "headers": {"Retry-After": "0.05"}, "raw": "{}"}, "broken": {"status": 500, "raw": "{}"}, "late": {"sleep": 0.9},
-               "gone": {"hang_up": True}}
+    """429, 500, a timeout and a broken connection, twice each; then one that never answers among those that
+    do."""
+    trouble = {
+        "busy": {"status": 429, "headers": {"Retry-After": "0.05"}, "raw": "{}"},
+        "broken": {"status": 500, "raw": "{}"},
+        "late": {"sleep": 0.9},
+        "gone": {"hang_up": True},
+    }
     server.script = lambda text, nth: trouble[text] if text in trouble and nth < 2 else f" {text}! "
     found = ask(endpoint(server, folder, timeout=0.6), "fine", *trouble)
-    assert {name: one.text for name, one in found.items()} == {name: f"{name}!" for name in ("fine", *trouble)}
+    assert {name: one.text for name, one in found.items()} == {
+        name: f"{name}!" for name in ("fine", *trouble)
+    }
     assert found["fine"] == Completion(text="fine!", tokens_in=100, tokens_out=10, finish="stop")
     assert {name: server.asked[name] for name in trouble} == dict.fromkeys(trouble, 3)
 
-    server.script = lambda text, nth: {"status": 503, "raw": "{}"} if text == "down" else {"text": text, "finish": "length"}
+    server.script = lambda text, nth: (
+        {"status": 503, "raw": "{}"} if text == "down" else {"text": text, "finish": "length"}
+    )
     got: list[str] = []
-    with pytest.raises(UserError, match=r"1 of 3 requests got no answer from http.*, the last by HTTP 503 .*run the same command again") as error:
-        for _, one in endpoint(server, folder).generate([Request(id=name, text=name, tokens=7) for name in ("a", "down", "b")]):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 3 requests got no answer from http.*, the last by HTTP 503 .*run the same command again",
+    ) as error:
+        for _, one in endpoint(server, folder).generate(
+            [Request(id=name, text=name, tokens=7) for name in ("a", "down", "b")]
+        ):
             got.append(one.text)
             assert one.finish == "length"
     assert sorted(got) == ["a", "b"] and server.asked["down"] == 3 and KEY not in str(error.value)
 
 
 def test_what_a_server_will_not_take_is_an_answer(server, folder):
-    too_long = {"status": 400, "raw": json.dumps({"error": {"message": "maximum context length is 8", "code": "context_length_exceeded"}})}
-    script = {"long": too_long, "bad": {"text": None, "refusal": "no"}, "filtered": {"text": "It is", "finish": "content_filter"}}
+    too_long = {
+        "status": 400,
+        "raw": json.dumps(
+            {"error": {"message": "maximum context length is 8", "code": "context_length_exceeded"}}
+        ),
+    }
+    script = {
+        "long": too_long,
+        "bad": {"text": None, "refusal": "no"},
+        "filtered": {"text": "It is", "finish": "content_filter"},
+    }
     server.script = lambda text, nth: script.get(text, "yes")
     found = ask(endpoint(server, folder), *script, "good")
-    assert {name: one.answered for name, one in found.items()} == {**dict.fromkeys(script, False), "good": True}
-    assert found["filtered"].finish == "content_filter" and found["filtered"].text == "", "what is left of it is no answer"
-    assert found["long"].finish.startswith("HTTP 400: ") and "maximum context length" in found["long"].finish and found["long"].text == ""
+    assert {name: one.answered for name, one in found.items()} == {
+        **dict.fromkeys(script, False),
+        "good": True,
+    }
+    assert found["filtered"].finish == "content_filter" and found["filtered"].text == "", (
+        "what is left of it is no answer"
+    )
+    assert (
+        found["long"].finish.startswith("HTTP 400: ")
+        and "maximum context length" in found["long"].finish
+        and found["long"].text == ""
+    )
     assert found["bad"].finish == "refused" and found["good"].finish == "stop"
     # Words of a server's own for an end are an end; what says that there is no answer leaves none.
-    for finish, want in (("eos_token", ("stop", "x")), ("end_turn", ("stop", "x")), ("max_tokens", ("length", "x")), ("length", ("length", "x")),
-                         ("content_filter", ("content_filter", "")), ("abort", ("abort", ""))):
+    for finish, want in (
+        ("eos_token", ("stop", "x")),
+        ("end_turn", ("stop", "x")),
+        ("max_tokens", ("length", "x")),
+        ("length", ("length", "x")),
+        ("content_filter", ("content_filter", "")),
+        ("abort", ("abort", "")),
+    ):
         server.script = lambda text, nth, finish=finish: {"text": "x", "finish": finish}
         one = ask(endpoint(server, folder), f"ends by {finish}")[f"ends by {finish}"]
         assert (one.finish, one.text) == want
     # What no request will get ends the run; answers on their way are kept, and no more are asked.
-    server.script = lambda text, nth: {"status": 404, "raw": "{}"} if text == "x" else {"text": text, "sleep": 0.3}
+    server.script = lambda text, nth: (
+        {"status": 404, "raw": "{}"} if text == "x" else {"text": text, "sleep": 0.3}
+    )
     got = []
     with pytest.raises(UserError, match="no model 'm' there"):
-        for _, one in endpoint(server, folder, concurrency=2).generate([Request(id=t, text=t, tokens=7) for t in ("y", "x", "z")]):
+        for _, one in endpoint(server, folder, concurrency=2).generate(
+            [Request(id=t, text=t, tokens=7) for t in ("y", "x", "z")]
+        ):
             got.append(one.text)
     assert got == ["y"] and "z" not in server.asked
 
 
 def test_a_server_that_comes_back_on_another_port_is_the_same_model(server, folder):
     here, there = endpoint(server, folder), endpoint(server, folder, base_url="http://127.0.0.1:1/v1")
-    assert backends.identity(here) == backends.identity(there) and here.describe()["base_url"] == server.url != there.describe()["base_url"]
+    assert (
+        backends.identity(here) == backends.identity(there)
+        and here.describe()["base_url"] == server.url != there.describe()["base_url"]
+    )
 
 
 def test_answers_come_as_they_are_there_some_at_a_time(server, folder):
@@ -107,7 +160,9 @@ def test_answers_come_as_they_are_there_some_at_a_time(server, folder):
     assert order == ["1", "2", "3", "slow"] and server.most == 2
     # Nothing is left running where the caller stops.
     began = time.monotonic()
-    for _ in endpoint(server, folder, concurrency=2).generate([Request(id=t, text=t, tokens=7) for t in ("a", "slow", "b")]):
+    for _ in endpoint(server, folder, concurrency=2).generate(
+        [Request(id=t, text=t, tokens=7) for t in ("a", "slow", "b")]
+    ):
         break
     assert time.monotonic() - began < 0.4 and threading.active_count() < 20
 
@@ -115,20 +170,46 @@ def test_answers_come_as_they_are_there_some_at_a_time(server, folder):
 def test_what_is_sent(server, folder):
     request = {"prefix": "The answer is", "stop": ("\n\n",)}
     ask(endpoint(server, folder), "Why?", **request)
-    assert server.bodies[-1] == {"model": "m", "max_tokens": 7, "temperature": 0.0, "stop": ["\n\n"],
-                                 "messages": [{"role": "user", "content": "Why?\nThe answer is"}]}
+    assert server.bodies[-1] == {
+        "model": "m",
+        "max_tokens": 7,
+        "temperature": 0.0,
+        "stop": ["\n\n"],
+        "messages": [{"role": "user", "content": "Why?\nThe answer is"}],
+    }
     sampling = Sampling(temperature=0.5, top_p=0.9, top_k=3, seed=4)
     ask(endpoint(server, folder, sampling, prefill="assistant"), "Why?", **request)
     body = server.bodies[-1]
-    assert body["messages"] == [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "The answer is"}]
-    assert {name: body[name] for name in ("temperature", "top_p", "top_k", "seed", "continue_final_message", "add_generation_prompt")} == {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 4, "continue_final_message": True, "add_generation_prompt": False}
+    assert body["messages"] == [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "The answer is"},
+    ]
+    assert {
+        name: body[name]
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "continue_final_message",
+            "add_generation_prompt",
+        )
+    } == {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "seed": 4,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
 
     server.script = lambda text, nth: {"text": " 42 "}
     backend = endpoint(server, folder, api="completions")
     assert ask(backend, "Why?", **request)["Why?"].text == " 42 ", "white space is the model's"
     sent = server.bodies[-1]["prompt"]
-    assert backend.tokenizer.decode(sent) == "<|begin|>[user] Why?[assistant] The answer is" and server.bodies[-1]["stop"] == ["\n\n"]
+    assert backend.tokenizer.decode(
+        sent
+    ) == "<|begin|>[user] Why?[assistant] The answer is" and server.bodies[-1]["stop"] == ["\n\n"]
     ask(backend, "unused", ids=[5, 6, 7])
     assert server.bodies[-1]["prompt"] == [5, 6, 7]
     asked = len(server.bodies)
@@ -137,26 +218,44 @@ def test_what_is_sent(server, folder):
     assert len(server.bodies) == asked
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"base_url": "localhost"}, "--base-url: expected something like"), ({"concurrency": 0}, "--concurrency 0: must be at least 1"),
-    ({"timeout": 0}, "--timeout 0: must be more than 0"), ({"retries": -1}, "--retries -1"), ({"base_url": "https://api.openai.com/v1"}, "X is not set")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"base_url": "localhost"}, "--base-url: expected something like"),
+        ({"concurrency": 0}, "--concurrency 0: must be at least 1"),
+        ({"timeout": 0}, "--timeout 0: must be more than 0"),
+        ({"retries": -1}, "--retries -1"),
+        ({"base_url": "https://api.openai.com/v1"}, "X is not set"),
+    ],
+)
 def test_settings_of_an_endpoint(change, words):
     with pytest.raises(UserError, match=words):
         Server(**{"base_url": "http://h/v1", "model": "m", "key_env": "X", **change})
 
 
-# ---- prompts and ends ------------------------------------------------------------------------------------------
+# ---- prompts and ends --------------------------------------------------------------------------
+
 
 def test_prompts_and_completions(folder):
     tokenizer = backends.load_tokenizer(folder)
     request = Request(id="x", text="the sky", prefix=" is", tokens=3)
-    for chat, text in (("yes", "<|begin|>[user] the sky[assistant]  is"), ("auto", "<|begin|>[user] the sky[assistant]  is"), ("no", "the sky is")):
+    for chat, text in (
+        ("yes", "<|begin|>[user] the sky[assistant]  is"),
+        ("auto", "<|begin|>[user] the sky[assistant]  is"),
+        ("no", "the sky is"),
+    ):
         assert tokenizer.decode(backends.encode(tokenizer, request, chat)) == text
     written = tokenizer.encode("blue and grey\nthe", add_special_tokens=False)
     end = frozenset([tokenizer.eos_token_id])
-    for stop, ended, text, finish in (((), [], "blue and grey\nthe", "length"), ((), [*end], "blue and grey\nthe", "stop"),
-                                      (("the", "\n"), [], "blue and grey", "stop"), (("rings",), [], "blue and grey\nthe", "length")):
-        one = backends.completion(tokenizer, [1, 2], [*written, *ended], Request(id="x", tokens=9, stop=stop), end)
+    for stop, ended, text, finish in (
+        ((), [], "blue and grey\nthe", "length"),
+        ((), [*end], "blue and grey\nthe", "stop"),
+        (("the", "\n"), [], "blue and grey", "stop"),
+        (("rings",), [], "blue and grey\nthe", "length"),
+    ):
+        one = backends.completion(
+            tokenizer, [1, 2], [*written, *ended], Request(id="x", tokens=9, stop=stop), end
+        )
         assert one == Completion(text=text, tokens_in=2, tokens_out=len(written) + len(ended), finish=finish)
 
 
@@ -180,12 +279,22 @@ def test_sampling():
 
     assert drawn() == pytest.approx(torch.softmax(logits, 0).tolist(), abs=0.03)
     assert drawn(top_k=2) == pytest.approx([0, 0.5, 0, 0.5, 0], abs=0.03)
-    assert drawn(top_p=0.5) == pytest.approx([0, 0.5, 0, 0.5, 0], abs=0.03), "the token that reaches top_p counts"
+    assert drawn(top_p=0.5) == pytest.approx([0, 0.5, 0, 0.5, 0], abs=0.03), (
+        "the token that reaches top_p counts"
+    )
     assert drawn(top_p=1e-9) == [0, 1, 0, 0, 0] and drawn(top_k=1, seed=3) == [0, 1, 0, 0, 0]
     assert Sampling().choose(logits, Sampling().generator([])) == 1
-    same = [float(torch.rand(1, generator=Sampling(temperature=2.0, seed=s).generator(p))) for s, p in ((0, [1]), (0, (1,)), (1, [1]), (0, [2]))]
+    same = [
+        float(torch.rand(1, generator=Sampling(temperature=2.0, seed=s).generator(p)))
+        for s, p in ((0, [1]), (0, (1,)), (1, [1]), (0, [2]))
+    ]
     assert same[0] == same[1] and len(set(same)) == 3, "seed and prompt both count"
-    for wrong, words in (({"temperature": -1}, "--temperature"), ({"top_p": 0}, "--top-p"), ({"top_p": 1.1}, "--top-p"), ({"top_k": -1}, "--top-k")):
+    for wrong, words in (
+        ({"temperature": -1}, "--temperature"),
+        ({"top_p": 0}, "--top-p"),
+        ({"top_p": 1.1}, "--top-p"),
+        ({"top_k": -1}, "--top-k"),
+    ):
         with pytest.raises(UserError, match=words):
             Sampling(**wrong)
 
@@ -194,7 +303,7 @@ def test_fingerprint_sees_a_change_in_the_middle_and_of_what_else_decides_answer
     whole = bytearray(4 << 20)
     (tmp_path / "model.safetensors").write_bytes(whole)
     seen = {backends.fingerprint(tmp_path)}
-    whole[1 << 20:2 << 20] = b"\1" * (1 << 20)
+    whole[1 << 20 : 2 << 20] = b"\1" * (1 << 20)
     (tmp_path / "model.safetensors").write_bytes(whole)
     seen.add(backends.fingerprint(tmp_path))
     for name in ("generation_config.json", "tokenizer.json", "hf/chat_template.jinja"):
@@ -214,34 +323,43 @@ def test_fingerprint(tmp_path):
     assert backends.fingerprint(tmp_path) != first
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------
 
-EIGHT_B = Model(hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256)
+EIGHT_B = Model(
+    hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256
+)
 
 
 def test_bytes_of_llama_8b():
     million, gib = 2**20, 2**30
-    assert memory.kept_bytes(EIGHT_B, Parallel(), million, 2) == 128 * gib, "all of it on one rank"
-    assert memory.kept_bytes(EIGHT_B, Parallel(tp=4, pp=2), million // 4, 2) == 4 * gib
-    assert memory.weight_bytes(EIGHT_B, Parallel(), 2) == 2 * 8_030_261_248
-    # The last stage: 16 layers, of which only the norms (2 x 4096) are whole, half an output layer and the last norm.
+    assert memory_check.kept_bytes(EIGHT_B, Parallel(), million, 2) == 128 * gib, "all of it on one rank"
+    assert memory_check.kept_bytes(EIGHT_B, Parallel(tp=4, pp=2), million // 4, 2) == 4 * gib
+    assert memory_check.weight_bytes(EIGHT_B, Parallel(), 2) == 2 * 8_030_261_248
+    # The last stage: 16 layers, of which only the norms (2 x 4096) are whole, half an output layer and the
+    # last norm.
     layer = (218_112_000 - 8192) // 2 + 8192
-    assert memory.weight_bytes(EIGHT_B, Parallel(tp=2, pp=2), 2) == 2 * (16 * layer + 128256 // 2 * 4096 + 4096)
+    assert memory_check.weight_bytes(EIGHT_B, Parallel(tp=2, pp=2), 2) == 2 * (
+        16 * layer + 128256 // 2 * 4096 + 4096
+    )
 
 
 def test_a_plan_that_does_not_fit_says_what_would(monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 80 * 2**30)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 80 * 2**30)
     check = {"device": torch.device("cpu"), "chunk": 16384, "itemsize": 2}
-    memory.check_plan(EIGHT_B, Parallel(tp=2, cp=2), tokens=2**20, **check)
-    with pytest.raises(UserError, match=r"^a rank needs 1\d\d GiB \(15 of weights, 128 of keys and values for 1,048,576 tokens\), but has 76 GiB at "
-                                        r"--tp 1 --pp 1 --cp 1; --cp 4 or --tp 2 on as many more ranks would fit$"):
-        memory.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
+    memory_check.check_plan(EIGHT_B, Parallel(tp=2, cp=2), tokens=2**20, **check)
+    with pytest.raises(
+        UserError,
+        match=r"^a rank needs 1\d\d GiB \(15 of weights, 128 of keys and values for 1,048,576 tokens\), but has 76 GiB at "
+        r"--tp 1 --pp 1 --cp 1; --cp 4 or --tp 2 on as many more ranks would fit$",
+    ):
+        memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 2**30)
     with pytest.raises(UserError, match="more of --tp and --pp, or fewer tokens at a time"):
-        memory.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
+        memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------
+
 
 def command(monkeypatch, *words: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "niah", *map(str, words)])
@@ -250,6 +368,7 @@ def command(monkeypatch, *words: Any) -> None:
 
 def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
     """Over chat messages and over tokens; what was answered before a failure is not asked for again."""
+
     def answer(text: str, nth: int) -> Any:
         name = re.findall(r"What is the pass key of (\w+)\?", text)[-1]
         value = re.findall(rf"of {name} is (\d+)", text)[0]
@@ -258,32 +377,79 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
         return {"status": 503, "raw": "{}"} if broken and len(server.asked) > 3 else f"It is {value}."
 
     server.script, broken, refused = answer, True, False
-    words = ["--base-url", server.url, "--model", "org/m", "--tokenizer", folder, "--lengths", "500", "--depths", "0,100", "--trials", "3",
-             "--out", tmp_path, "--retries", 0, "--concurrency", 1]
+    words = [
+        "--base-url",
+        server.url,
+        "--model",
+        "org/m",
+        "--tokenizer",
+        folder,
+        "--lengths",
+        "500",
+        "--depths",
+        "0,100",
+        "--trials",
+        "3",
+        "--out",
+        tmp_path,
+        "--retries",
+        0,
+        "--concurrency",
+        1,
+    ]
     with pytest.raises(UserError, match="3 of 6 requests got no answer"):
         command(monkeypatch, *words)
     broken, refused = False, True
     command(monkeypatch, *words)
     result = json.loads((tmp_path / "niah.json").read_text())
-    assert result["refused"] == 3 and [cell["refused"] for cell in result["cells"]] == [0, 3] and result["accuracy"] == 0.5
+    assert (
+        result["refused"] == 3
+        and [cell["refused"] for cell in result["cells"]] == [0, 3]
+        and result["accuracy"] == 0.5
+    )
     assert [trial.get("refused") for trial in result["trials"]] == [None] * 3 + ["refused"] * 3
     refused = False
     command(monkeypatch, *words)
     result = json.loads((tmp_path / "niah.json").read_text())
-    assert result["accuracy"] == 1.0 and result["model"]["path"] == "org/m" and result["model"]["lengths_by"] == "llama3"
-    assert result["refused"] == 0 and sorted(server.asked.values()) == [1, 1, 1, 3, 3, 3] and (tmp_path / "niah.png").exists()
+    assert (
+        result["accuracy"] == 1.0
+        and result["model"]["path"] == "org/m"
+        and result["model"]["lengths_by"] == "llama3"
+    )
+    assert (
+        result["refused"] == 0
+        and sorted(server.asked.values()) == [1, 1, 1, 3, 3, 3]
+        and (tmp_path / "niah.png").exists()
+    )
     [message] = server.bodies[-1]["messages"]
-    assert message["content"].startswith("Some pass keys are hidden") and re.search(r"\?\nThe pass key of \w+ is$", message["content"])
+    assert message["content"].startswith("Some pass keys are hidden") and re.search(
+        r"\?\nThe pass key of \w+ is$", message["content"]
+    )
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "give --model DIR, or --ckpt CKPT"), (["--model", "a", "--ckpt", "b"], "give --model or --ckpt, not both"),
-    (["--ckpt", "b", "--engine", "hf"], "--ckpt is read by --engine megatron"), (["--model", "a", "--engine", "hf", "--cp", "2"], "--cp is for --engine"),
-    (["--model", "a", "--engine", "hf", "--base-url", "http://h/v1"], "--base-url is for --engine endpoint"),
-    (["--model", "a", "--engine", "endpoint"], "needs --base-url URL"), (["--model", "a", "--base-url", "http://h/v1"], "needs --tokenizer DIR"),
-    (["--model", "a", "--cp", "2"], "--model a: no such directory"), (["--ckpt", "none"], "holds no whole checkpoint"),
-    (["--model", "a", "--tp", "1", "--read-chunk", "0"], "--read-chunk must be at least 1"), (["--model", "a", "--temperature", "-1"], "--temperature -1"),
-    (["--model", "a", "--base-url", "http://h/v1", "--tokenizer", "none"], "--tokenizer none: transformers cannot load its tokenizer")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give --model DIR, or --ckpt CKPT"),
+        (["--model", "a", "--ckpt", "b"], "give --model or --ckpt, not both"),
+        (["--ckpt", "b", "--engine", "hf"], "--ckpt is read by --engine megatron"),
+        (["--model", "a", "--engine", "hf", "--cp", "2"], "--cp is for --engine"),
+        (
+            ["--model", "a", "--engine", "hf", "--base-url", "http://h/v1"],
+            "--base-url is for --engine endpoint",
+        ),
+        (["--model", "a", "--engine", "endpoint"], "needs --base-url URL"),
+        (["--model", "a", "--base-url", "http://h/v1"], "needs --tokenizer DIR"),
+        (["--model", "a", "--cp", "2"], "--model a: no such directory"),
+        (["--ckpt", "none"], "holds no whole checkpoint"),
+        (["--model", "a", "--tp", "1", "--read-chunk", "0"], "--read-chunk must be at least 1"),
+        (["--model", "a", "--temperature", "-1"], "--temperature -1"),
+        (
+            ["--model", "a", "--base-url", "http://h/v1", "--tokenizer", "none"],
+            "--tokenizer none: transformers cannot load its tokenizer",
+        ),
+    ],
+)
 def test_options_that_do_not_fit(tmp_path, monkeypatch, words, message):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UserError, match=message) as error:
@@ -293,9 +459,22 @@ def test_options_that_do_not_fit(tmp_path, monkeypatch, words, message):
 
 def test_ranks_that_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for words, message in ((["--engine", "hf"], "--engine hf is one process; start it without torchrun"),
-                           (["--tp", "3"], "--tp 3 x --pp 1 x --cp 1 needs 3 ranks, but 4 were started"),
-                           (["--tp", "2", "--cp", "4"], "--tp 2 x --pp 1 x --cp 4 needs 8 ranks"), (["--pp", "0"], "parallel.pp=0 must be at least 1"),
-                           (["--pp", "2", "--dtype", "fp16"], "--dtype fp16"), (["--pp", "2", "--device", "cuda:1"], "each rank takes its own")):
+    for words, message in (
+        (["--engine", "hf"], "--engine hf is one process; start it without torchrun"),
+        (["--tp", "3"], "--tp 3 x --pp 1 x --cp 1 needs 3 ranks, but 4 were started"),
+        (["--tp", "2", "--cp", "4"], "--tp 2 x --pp 1 x --cp 4 needs 8 ranks"),
+        (["--pp", "0"], "parallel.pp=0 must be at least 1"),
+        (["--pp", "2", "--dtype", "fp16"], "--dtype fp16"),
+        (["--pp", "2", "--device", "cuda:1"], "each rank takes its own"),
+    ):
         with pytest.raises(UserError, match=message):
-            command(monkeypatch, "--model", ROOT / "examples" / "demo" / "base", *words, "--lengths", "100", "--out", tmp_path)
+            command(
+                monkeypatch,
+                "--model",
+                ROOT / "examples" / "demo" / "base",
+                *words,
+                "--lengths",
+                "100",
+                "--out",
+                tmp_path,
+            )

@@ -1,4 +1,5 @@
-"""tools/benchmark.py attention and loss at tiny sizes on a CPU: the figures that do not depend on the clock are right; refusals."""
+"""tools/benchmark.py attention and loss at tiny sizes on a CPU: the figures that do not depend on the clock
+are right; refusals."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.performance import attention, baselines, loss, measure, peers_flash, report
-from megatron_ultralong.performance.virtual_run import VirtualRunner
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.measure import attention, loss, peers_flash, report, ring_baselines, timing
+from megatron_ultralong.measure.virtual_run import VirtualRunner
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
@@ -28,26 +29,75 @@ def rows_of(file: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads(file.read_text())["rows"]}
 
 
-def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call(monkeypatch, "attention", "--device", "cpu", "--length", "64", "--cp", "2,4", "--heads", "8", "--kv-heads", "4", "--head-dim", "16",
-         "--documents", "5", "--error-length", "32", "--repeats", "1", "--out", str(tmp_path))
+def test_attention(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(
+        monkeypatch,
+        "attention",
+        "--device",
+        "cpu",
+        "--length",
+        "64",
+        "--cp",
+        "2,4",
+        "--heads",
+        "8",
+        "--kv-heads",
+        "4",
+        "--head-dim",
+        "16",
+        "--documents",
+        "5",
+        "--error-length",
+        "32",
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
     printed = capsys.readouterr().out
     values = json.loads((tmp_path / "attention.json").read_text())
     assert values["format"] == 1 and values["benchmark"] == "attention"
     about = values["about"]
-    assert about["command"].startswith("python tools/benchmark.py attention --device cpu --length 64") and about["command"] in printed
-    assert about["kernel"] == "cpu" and about["dtype"] == "float32" and about["torch"] == torch.__version__ and about["date"] and about["device"]
+    assert (
+        about["command"].startswith("python tools/benchmark.py attention --device cpu --length 64")
+        and about["command"] in printed
+    )
+    assert (
+        about["kernel"] == "cpu"
+        and about["dtype"] == "float32"
+        and about["torch"] == torch.__version__
+        and about["date"]
+        and about["device"]
+    )
     rows = rows_of(tmp_path / "attention.json")
     assert all(name in printed for name in rows)
     figures = {name: row for name, row in rows.items() if "note" not in row}
     for name, row in figures.items():
-        assert {"forward_ms", "backward_ms", "both_ms", "share_of_ideal", "workspace_bytes", "error_out", "error_gradients"} <= set(row), row
+        assert {
+            "forward_ms",
+            "backward_ms",
+            "both_ms",
+            "share_of_ideal",
+            "workspace_bytes",
+            "error_out",
+            "error_gradients",
+        } <= set(row), row
         assert row["error_out"] < 1e-6 and row["error_gradients"] < 1e-6, name
-        assert row["share_of_ideal"] > 0 and row["both_ms"] > 0, name  # how much is the clock's: other tests run beside this one
+        assert row["share_of_ideal"] > 0 and row["both_ms"] > 0, (
+            name
+        )  # how much is the clock's: other tests run beside this one
     for packed in ("", ", 5 documents"):
         for cp in (2, 4):
-            kv, wide = 2 * 4 * 16 * 4, 2 * 4 * 16 * 4  # bytes of a token's keys and values, and of their gradients in float32
-            for way, forward, backward in (("ring", cp - 1, ((cp - 1) * kv + cp * wide) / cp), ("gather", cp - 1, (cp - 1) * (kv + wide) / cp)):
+            kv, wide = (
+                2 * 4 * 16 * 4,
+                2 * 4 * 16 * 4,
+            )  # bytes of a token's keys and values, and of their gradients in float32
+            for way, forward, backward in (
+                ("ring", cp - 1, ((cp - 1) * kv + cp * wide) / cp),
+                ("gather", cp - 1, (cp - 1) * (kv + wide) / cp),
+            ):
                 row = rows[f"ours: {way}, CP {cp}{packed}"]
                 assert row["sent_forward"] == forward * kv / cp and row["sent_backward"] == backward
         # ulysses.py's docstring, b = 1: forward q, k and v in, out and logsumexp out
@@ -55,15 +105,28 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         sent = rows[f"ours: all-to-all, CP 2{packed}"]["sent_forward"] * 2  # of a rank's token
         assert sent == (u - 1) * d * 4 * (heads // u + 2 * n) + (u - 1) * (d * heads // u + heads // u) * 4
         assert rows[f"ours: all-to-all 2 x ring 2, CP 4{packed}"]["sent_forward"] > 0
-    assert any(name.startswith("TE-style") for name in figures) and any(name.startswith("naive") for name in figures)
+    assert any(name.startswith("TE-style") for name in figures) and any(
+        name.startswith("naive") for name in figures
+    )
     assert {"yunchang, zigzag, CP 4", "ring-flash-attn, zigzag, CP 4"} <= set(rows)
     assert (tmp_path / "attention.png").stat().st_size > 10_000
 
 
 def test_pytorchs_ring_is_measured() -> None:
     """Where this torch has it; its sums are float32, so in float32 its error is ours."""
-    settings = attention.Settings(length=64, cp=[4], ulysses=[], heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, documents=None,
-                                  error_length=64, methods=["torch"], repeats=1)
+    settings = attention.Settings(
+        length=64,
+        cp=[4],
+        ulysses=[],
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        dtype=torch.float32,
+        documents=None,
+        error_length=64,
+        methods=["torch"],
+        repeats=1,
+    )
     rows = attention.run(settings, torch.device("cpu"), "test").rows
     assert len(rows) == 3
     for row in rows[1:]:
@@ -81,10 +144,10 @@ def test_flash_attns_interface_over_our_kernels() -> None:
     leaves = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
     grads = torch.autograd.grad(want, leaves, dout.transpose(1, 2))
-    out, lse, *_ = peers_flash._flash_attn_forward(q, k, v, 0.0, 8 ** -0.5, True)
+    out, lse, *_ = peers_flash._flash_attn_forward(q, k, v, 0.0, 8**-0.5, True)
     torch.testing.assert_close(out, want.detach().transpose(1, 2))
     found = [torch.empty_like(x) for x in (q, k, v)]
-    peers_flash._flash_attn_backward(dout, q, k, v, out, lse, *found, 0.0, 8 ** -0.5, True)
+    peers_flash._flash_attn_backward(dout, q, k, v, out, lse, *found, 0.0, 8**-0.5, True)
     for x, y in zip(found, grads, strict=True):
         torch.testing.assert_close(x, y.transpose(1, 2))
 
@@ -93,8 +156,19 @@ def test_flash_attns_interface_over_our_kernels() -> None:
 def test_other_packages_rings_are_measured(package: str) -> None:
     if peers_flash.missing(package):
         pytest.skip(peers_flash.missing(package))
-    settings = attention.Settings(length=64, cp=[4], ulysses=[], heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, documents=None,
-                                  error_length=64, methods=["ring", package], repeats=1)
+    settings = attention.Settings(
+        length=64,
+        cp=[4],
+        ulysses=[],
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        dtype=torch.bfloat16,
+        documents=None,
+        error_length=64,
+        methods=["ring", package],
+        repeats=1,
+    )
     _, ours, theirs = attention.run(settings, torch.device("cpu"), "test").rows
     assert theirs["error_out"] < 1e-2 and theirs["error_gradients"] < 1e-2, theirs
     assert theirs["sent_forward"] == ours["sent_forward"]
@@ -102,8 +176,19 @@ def test_other_packages_rings_are_measured(package: str) -> None:
 
 def test_float32_sums_show_in_bf16() -> None:
     """The reason for the baselines: with many ranks, sums in bf16 lose what ours keep."""
-    settings = attention.Settings(length=256, cp=[8], ulysses=[], heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, documents=None,
-                                  error_length=256, methods=["ring", "te-style", "naive"], repeats=1)
+    settings = attention.Settings(
+        length=256,
+        cp=[8],
+        ulysses=[],
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        dtype=torch.bfloat16,
+        documents=None,
+        error_length=256,
+        methods=["ring", "te-style", "naive"],
+        repeats=1,
+    )
     one, ours, te_style, naive = attention.run(settings, torch.device("cpu"), "test").rows
     assert ours["error_out"] < 1.25 * one["error_out"]  # what is left is that kernels give bf16
     assert te_style["error_out"] > ours["error_out"] and naive["error_out"] > ours["error_out"]
@@ -111,18 +196,51 @@ def test_float32_sums_show_in_bf16() -> None:
 
 
 def test_an_ulysses_size_that_does_not_fit_says_why() -> None:
-    settings = attention.Settings(length=64, cp=[8], ulysses=[4], heads=6, kv_heads=3, head_dim=16, dtype=torch.float32, documents=None,
-                                  error_length=64, methods=["all-to-all", "hybrid"], repeats=1)
+    settings = attention.Settings(
+        length=64,
+        cp=[8],
+        ulysses=[4],
+        heads=6,
+        kv_heads=3,
+        head_dim=16,
+        dtype=torch.float32,
+        documents=None,
+        error_length=64,
+        methods=["all-to-all", "hybrid"],
+        repeats=1,
+    )
     rows = attention.run(settings, torch.device("cpu"), "test").rows
     assert [bool(row.get("note")) for row in rows] == [False, True, True]
 
 
 def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call(monkeypatch, "loss", "--device", "cpu", "--tokens", "512", "--hidden", "32", "--vocab", "1000", "--chunks", "32,128", "--error-tokens", "64",
-         "--repeats", "1", "--json", str(tmp_path / "loss.json"), "--plot", str(tmp_path / "loss.png"))
+    call(
+        monkeypatch,
+        "loss",
+        "--device",
+        "cpu",
+        "--tokens",
+        "512",
+        "--hidden",
+        "32",
+        "--vocab",
+        "1000",
+        "--chunks",
+        "32,128",
+        "--error-tokens",
+        "64",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "loss.json"),
+        "--plot",
+        str(tmp_path / "loss.png"),
+    )
     assert "Liger" in capsys.readouterr().out
     rows = rows_of(tmp_path / "loss.json")
-    whole, small, large = (rows[name] for name in ("whole logits", "ours, chunks of 32", "ours, chunks of 128"))
+    whole, small, large = (
+        rows[name] for name in ("whole logits", "ours, chunks of 32", "ours, chunks of 128")
+    )
     logits = 512 * 1000 * 4
     assert whole["share_of_logits"] == whole["peak_bytes"] / logits >= 1 and whole["ratio"] == 1
     assert small["peak_bytes"] < large["peak_bytes"] < whole["peak_bytes"]
@@ -133,22 +251,25 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("line", "says"), [
-    ("attention --length 100 --cp 8", "--length 100 is not divisible by 2 x --cp = 16"),
-    ("attention --cp 1", "--cp 1 must be at least 2"),
-    ("attention --cp two", "--cp=two: expected a whole number"),
-    ("attention --heads 9 --kv-heads 2", "--heads 9 is not a multiple of --kv-heads 2"),
-    ("attention --documents 9K", "--documents 9216 must be"),
-    ("attention --kernel cudnn", "--kernel cudnn, but cpu"),
-    ("attention --methods ring,rings", "--methods rings: choose from"),
-    ("attention --json nowhere/there.json", "there is no folder nowhere"),
-    ("loss --chunks 0", "--chunks 0 must be at least 1"),
-    ("loss --tokens 0", "--tokens 0 must be at least 1"),
-    ("step --settings every", "--settings every: choose from none, full"),
-    ("step --longest", "--longest on a CPU needs --limit"),
-    ("step --limit many", "--limit many: expected bytes"),
-    ("step --lengths 0", "--lengths 0 must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("attention --length 100 --cp 8", "--length 100 is not divisible by 2 x --cp = 16"),
+        ("attention --cp 1", "--cp 1 must be at least 2"),
+        ("attention --cp two", "--cp=two: expected a whole number"),
+        ("attention --heads 9 --kv-heads 2", "--heads 9 is not a multiple of --kv-heads 2"),
+        ("attention --documents 9K", "--documents 9216 must be"),
+        ("attention --kernel cudnn", "--kernel cudnn, but cpu"),
+        ("attention --methods ring,rings", "--methods rings: choose from"),
+        ("attention --json nowhere/there.json", "there is no folder nowhere"),
+        ("loss --chunks 0", "--chunks 0 must be at least 1"),
+        ("loss --tokens 0", "--tokens 0 must be at least 1"),
+        ("step --settings every", "--settings every: choose from none, full"),
+        ("step --longest", "--longest on a CPU needs --limit"),
+        ("step --limit many", "--limit many: expected bytes"),
+        ("step --lengths 0", "--lengths 0 must be at least 1"),
+    ],
+)
 def test_refusals(line: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
         call(monkeypatch, *line.split(), "--device", "cpu")
@@ -161,18 +282,19 @@ def test_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         call(monkeypatch, "loss", "--device", "cuda")
 
 
-# ---- what it measures with -------------------------------------------------------------------------------------
+# ---- what it measures with ---------------------------------------------------------------------
+
 
 def test_peak_counts_what_is_alive() -> None:
     cpu, mebi = torch.device("cpu"), 2**18  # float32 elements of 1 MiB
     before = torch.ones(mebi)
-    with measure.peak(cpu) as found:
-        x = before * 2        # 1 MiB
-        y = x.view(512, -1)   # none: a view
-        x += 1                # none: in place
-        z = y + 1             # 2 MiB
-        del x, y              # 1 MiB
-        z = z * 2             # 2 MiB for a moment
+    with timing.peak(cpu) as found:
+        x = before * 2  # 1 MiB
+        y = x.view(512, -1)  # none: a view
+        x += 1  # none: in place
+        z = y + 1  # 2 MiB
+        del x, y  # 1 MiB
+        z = z * 2  # 2 MiB for a moment
         w = torch.cat((z, z))  # 3 MiB
     assert found.bytes == 3 * 2**20
     del z, w
@@ -180,7 +302,7 @@ def test_peak_counts_what_is_alive() -> None:
 
 def test_peak_counts_threads() -> None:
     runner = VirtualRunner(3)
-    with measure.peak(torch.device("cpu")) as found:
+    with timing.peak(torch.device("cpu")) as found:
         kept = runner.run(lambda group, rank: torch.ones(2**18), inside=found.threads)
     assert found.bytes == 3 * 2**20
     del kept
@@ -188,9 +310,12 @@ def test_peak_counts_threads() -> None:
 
 def test_slow_work_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    assert measure.seconds(lambda: runs.append(1), torch.device("cpu"), repeats=4, warm_up=3) >= 0 and len(runs) == 7
-    monkeypatch.setattr(measure, "SLOW", -1.0)
-    measure.seconds(lambda: runs.append(1), torch.device("cpu"))
+    assert (
+        timing.seconds(lambda: runs.append(1), torch.device("cpu"), repeats=4, warm_up=3) >= 0
+        and len(runs) == 7
+    )
+    monkeypatch.setattr(timing, "SLOW", -1.0)
+    timing.seconds(lambda: runs.append(1), torch.device("cpu"))
     assert len(runs) == 8
 
 
@@ -199,17 +324,40 @@ def test_out_of_memory_of_a_row_lets_the_others_go_on(monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loss, "_checkpointed", full)
-    monkeypatch.setattr(baselines, "_forward_merged", full)
-    rows = loss.run(loss.Settings(tokens=32, hidden=8, vocab=50, chunks=[8], dtype=torch.float32, error_tokens=8, repeats=1),
-                    torch.device("cpu"), "test").rows
+    monkeypatch.setattr(ring_baselines, "_forward_merged", full)
+    rows = loss.run(
+        loss.Settings(
+            tokens=32, hidden=8, vocab=50, chunks=[8], dtype=torch.float32, error_tokens=8, repeats=1
+        ),
+        torch.device("cpu"),
+        "test",
+    ).rows
     assert [row.get("note") for row in rows[:3]] == [None, None, "out of memory"]
-    settings = attention.Settings(length=64, cp=[2], ulysses=[], heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, documents=None,
-                                  error_length=64, methods=["ring", "te-style", "naive"], repeats=1)
+    settings = attention.Settings(
+        length=64,
+        cp=[2],
+        ulysses=[],
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        dtype=torch.float32,
+        documents=None,
+        error_length=64,
+        methods=["ring", "te-style", "naive"],
+        repeats=1,
+    )
     found = attention.run(settings, torch.device("cpu"), "test")
     assert [row.get("note") for row in found.rows] == [None, None, None, "out of memory"]
-    assert "out of memory" in report.text(found).splitlines()[-2 - sum(bool(c.meaning) for c in found.columns)]
+    assert (
+        "out of memory" in report.text(found).splitlines()[-2 - sum(bool(c.meaning) for c in found.columns)]
+    )
 
 
 def test_figures_as_people_write_them() -> None:
-    assert [report.bytes_(n) for n in (12, 1536, 3 * 2**30, 2**41)] == ["12 B", "1.5 KiB", "3.0 GiB", "2048.0 GiB"]
+    assert [report.bytes_(n) for n in (12, 1536, 3 * 2**30, 2**41)] == [
+        "12 B",
+        "1.5 KiB",
+        "3.0 GiB",
+        "2048.0 GiB",
+    ]
     assert [report.tokens(n) for n in (1000, 4096, 2**21)] == ["1000", "4K", "2M"]

@@ -1,4 +1,5 @@
-"""megatron_ultralong/benchmarks: official files of every benchmark to examples; what is not official is one line."""
+"""megatron_ultralong/benchmarks: official files of every benchmark to examples; what is not official is one
+line."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ import shutil
 
 import pytest
 
-from megatron_ultralong.benchmarks import files, infinitebench, lveval, ruler, standard
-from megatron_ultralong.config import UserError
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.official_files import find as official_files
+from megatron_ultralong.official_files import infinitebench, lveval, ruler, standard
 from tests import benchmark_files as made
 
 
 def read(name, folder, splits=("test",)):
-    return list(files.read(name, files.find(name, folder, splits)))
+    return list(official_files.read(name, official_files.find(name, folder, splits)))
 
 
 def test_mmlu_csv_and_hub_agree(tmp_path):
@@ -21,9 +23,15 @@ def test_mmlu_csv_and_hub_agree(tmp_path):
     for examples in (official, hub):
         first, second = examples
         assert (first.benchmark, first.task, first.split, first.id) == ("mmlu", "sea_lore", "test", "0")
-        assert first.question == made.QUESTION + "?" and first.choices == tuple(made.CHOICES) and first.answers == ("C",)
+        assert (
+            first.question == made.QUESTION + "?"
+            and first.choices == tuple(made.CHOICES)
+            and first.answers == ("C",)
+        )
         assert second.id == "1" and second.answers == ("D",) and second.context == ""
-    assert official[1].question == '2 + 2,\n"quoted"' and official[1].place.endswith("sea_lore_test.csv, line 3")
+    assert official[1].question == '2 + 2,\n"quoted"' and official[1].place.endswith(
+        "sea_lore_test.csv, line 3"
+    )
     assert hub[1].place.endswith("test-00000-of-00001.parquet, row 2")
     assert [(e.split, e.task) for e in read("mmlu", tmp_path / "a", ("dev",))] == [("dev", "sea_lore")]
     assert [e.split for e in read("mmlu", tmp_path / "b", ("test", "dev"))] == ["dev", "test", "test"]
@@ -40,14 +48,34 @@ def test_mmlu_pro(tmp_path):
 
 
 def test_math_gsm8k_humaneval_in_both_formats(tmp_path):
-    for official, hub in ((made.math, made.math_hub), (made.gsm8k, made.gsm8k_hub), (made.humaneval, made.humaneval_hub)):
+    for official, hub in (
+        (made.math, made.math_hub),
+        (made.gsm8k, made.gsm8k_hub),
+        (made.humaneval, made.humaneval_hub),
+    ):
         name = official.__name__
         (a,), (b,) = read(name, official(tmp_path / name)), read(name, hub(tmp_path / f"{name}_hub"))
-        assert (a.task, a.split, a.question, a.answers, a.meta) == (b.task, b.split, b.question, b.answers, b.meta)
-        assert (a.id, a.task) == {"math": ("12", "Number Theory"), "gsm8k": ("0", "gsm8k"), "humaneval": ("HumanEval/0", "humaneval")}[name]
+        assert (a.task, a.split, a.question, a.answers, a.meta) == (
+            b.task,
+            b.split,
+            b.question,
+            b.answers,
+            b.meta,
+        )
+        assert (a.id, a.task) == {
+            "math": ("12", "Number Theory"),
+            "gsm8k": ("0", "gsm8k"),
+            "humaneval": ("HumanEval/0", "humaneval"),
+        }[name]
     (example,) = read("math", tmp_path / "math", ("train",))
-    assert "(train)" in example.question and example.answers == ("It is $\\boxed{2}$.",) and example.meta == {"level": "Level 1"}
-    (example,) = files.read("humaneval", files.find("humaneval", tmp_path / "humaneval" / "data" / "HumanEval.jsonl.gz"))
+    assert (
+        "(train)" in example.question
+        and example.answers == ("It is $\\boxed{2}$.",)
+        and example.meta == {"level": "Level 1"}
+    )
+    (example,) = official_files.read(
+        "humaneval", official_files.find("humaneval", tmp_path / "humaneval" / "data" / "HumanEval.jsonl.gz")
+    )
     assert example.meta["entry_point"] == "f" and example.answers == ("    return 2 * x\n",)
 
 
@@ -56,57 +84,125 @@ def test_ruler_prompts_are_taken_apart_and_nothing_is_lost(tmp_path):
     for task, example in examples.items():
         path = tmp_path / "4096" / "data" / task / "validation.jsonl"
         assert example.context + example.question == json.loads(path.read_text())["input"]
-        assert example.question.startswith(("What ", "Question: ")) and example.meta["answer_prefix"] == " Answer:" and example.id == "0"
+        assert (
+            example.question.startswith(("What ", "Question: "))
+            and example.meta["answer_prefix"] == " Answer:"
+            and example.id == "0"
+        )
     assert examples["vt"].question.endswith("value 12 in the text above.")
     assert examples["niah_single_2"].question.startswith("What is the special magic number for grey-owl")
     assert examples["qa_1"].answers == ("owl", "an owl")
-    (example,) = ruler.read("ruler", [made.jsonl(tmp_path / "cwe.jsonl", [{"index": 5, "input": "no such thing", "outputs": ["a"], "length": 1}])])
+    (example,) = ruler.read(
+        "ruler",
+        [
+            made.jsonl(
+                tmp_path / "cwe.jsonl",
+                [{"index": 5, "input": "no such thing", "outputs": ["a"], "length": 1}],
+            )
+        ],
+    )
     assert (example.task, example.context, example.question) == ("cwe", "no such thing", "")
 
 
 def test_lveval_alone_and_zipped(tmp_path):
-    plain, zipped = read("lveval", made.lveval(tmp_path / "a")), read("lveval", made.lveval(tmp_path / "b", zipped=True))
-    assert [(e.task, e.id, e.question, e.answers, e.context, e.meta) for e in plain] == \
-        [(e.task, e.id, e.question, e.answers, e.context, e.meta) for e in zipped]
+    plain, zipped = (
+        read("lveval", made.lveval(tmp_path / "a")),
+        read("lveval", made.lveval(tmp_path / "b", zipped=True)),
+    )
+    assert [(e.task, e.id, e.question, e.answers, e.context, e.meta) for e in plain] == [
+        (e.task, e.id, e.question, e.answers, e.context, e.meta) for e in zipped
+    ]
     assert [(e.task, e.id) for e in plain] == [
-        ("dureader_mixup", "256k/0"), *(("hotpotwikiqa_mixup", f"{level}/{i}") for level in ("128k", "16k") for i in (0, 1))]
-    assert plain[1].answers == ("Mira", "She") and plain[1].meta["level"] == "128k" and plain[1].meta["answer_keywords"] == "Mira"
+        ("dureader_mixup", "256k/0"),
+        *(("hotpotwikiqa_mixup", f"{level}/{i}") for level in ("128k", "16k") for i in (0, 1)),
+    ]
+    assert (
+        plain[1].answers == ("Mira", "She")
+        and plain[1].meta["level"] == "128k"
+        and plain[1].meta["answer_keywords"] == "Mira"
+    )
     assert "answer_keywords" not in plain[0].meta
     made.lveval(tmp_path / "b")  # unpacked beside the .zip: read once
     assert len(read("lveval", tmp_path / "b")) == 5
-    assert [e.id for e in lveval.read("lveval", files.find("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"]))] == ["16k/0", "16k/1"]
+    assert [
+        e.id
+        for e in lveval.read(
+            "lveval", official_files.find("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
+        )
+    ] == ["16k/0", "16k/1"]
     assert len(lveval.SETS) == 11 and len(lveval.LEVELS) == 5
 
 
 def test_infinitebench(tmp_path):
     examples = {example.task: example for example in read("infinitebench", made.infinitebench(tmp_path))}
-    assert examples["passkey"].answers == ("71432",) and examples["passkey"].choices == () and examples["passkey"].context.startswith("Grass")
+    assert (
+        examples["passkey"].answers == ("71432",)
+        and examples["passkey"].choices == ()
+        and examples["passkey"].context.startswith("Grass")
+    )
     assert examples["code_run"].answers == ("-3",) and examples["code_run"].meta["answer"] == -3
-    assert examples["longbook_choice_eng"].choices == ("Al", "Bo", "Ida", "Di") and examples["longbook_choice_eng"].id == "3"
-    nested = made.jsonl(tmp_path / "b" / "math_calc.jsonl", [{"id": 0, "context": "1 + 2", "input": "", "answer": [[1, 3]], "options": ""}])
+    assert (
+        examples["longbook_choice_eng"].choices == ("Al", "Bo", "Ida", "Di")
+        and examples["longbook_choice_eng"].id == "3"
+    )
+    nested = made.jsonl(
+        tmp_path / "b" / "math_calc.jsonl",
+        [{"id": 0, "context": "1 + 2", "input": "", "answer": [[1, 3]], "options": ""}],
+    )
     assert next(iter(infinitebench.read("infinitebench", [nested]))).answers == ("1", "3")
     assert examples["math_calc"].answers == ("1", "3", "6") and len(infinitebench.TASKS) == 12
 
 
 def test_own_strings(tmp_path):
     path = made.jsonl(tmp_path / "own.jsonl", [{"text": "a b"}, {"text": "c", "id": "x"}])
-    assert [(e.benchmark, e.id, e.question) for e in files.read_own(path)] == [("text", "0", "a b"), ("text", "x", "c")]
+    assert [(e.benchmark, e.id, e.question) for e in official_files.read_own(path)] == [
+        ("text", "0", "a b"),
+        ("text", "x", "c"),
+    ]
 
 
-@pytest.mark.parametrize("name, record, message", [
-    ("gsm8k", {"question": "x"}, "line 2: no field 'answer' among question"),
-    ("gsm8k", {"question": 3, "answer": "x"}, "line 2: field 'question' holds int, not str"),
-    ("humaneval", {"task_id": "a", "prompt": "b", "canonical_solution": "c", "entry_point": "f"}, "line 2: no field 'test'"),
-    ("ruler", {"index": 0, "input": "x", "length": 3}, "line 2: no field 'outputs'"),
-    ("ruler", {"index": 0, "input": "x", "length": 3, "outputs": [["a"]]}, "line 2: field 'outputs' holds list in its list"),
-    ("lveval", {"input": "x", "answers": ["a"], "length": 3}, "line 2: no field 'context'"),
-    ("lveval", {"input": "x", "answers": ["a"], "length": 3, "context": "c", "answer_keywords": ["k"]}, "line 2: field 'answer_keywords' holds list"),
-    ("infinitebench", {"id": 1, "context": "c", "input": "x", "options": ["a", "b", "c", "d"]}, "line 2: no field 'answer'"),
-    ("infinitebench", {"id": 1, "context": "c", "input": "x", "answer": "a", "options": ["a", "b"]}, "line 2: field 'options' holds 2 choices"),
-])
+@pytest.mark.parametrize(
+    "name, record, message",
+    [
+        ("gsm8k", {"question": "x"}, "line 2: no field 'answer' among question"),
+        ("gsm8k", {"question": 3, "answer": "x"}, "line 2: field 'question' holds int, not str"),
+        (
+            "humaneval",
+            {"task_id": "a", "prompt": "b", "canonical_solution": "c", "entry_point": "f"},
+            "line 2: no field 'test'",
+        ),
+        ("ruler", {"index": 0, "input": "x", "length": 3}, "line 2: no field 'outputs'"),
+        (
+            "ruler",
+            {"index": 0, "input": "x", "length": 3, "outputs": [["a"]]},
+            "line 2: field 'outputs' holds list in its list",
+        ),
+        ("lveval", {"input": "x", "answers": ["a"], "length": 3}, "line 2: no field 'context'"),
+        (
+            "lveval",
+            {"input": "x", "answers": ["a"], "length": 3, "context": "c", "answer_keywords": ["k"]},
+            "line 2: field 'answer_keywords' holds list",
+        ),
+        (
+            "infinitebench",
+            {"id": 1, "context": "c", "input": "x", "options": ["a", "b", "c", "d"]},
+            "line 2: no field 'answer'",
+        ),
+        (
+            "infinitebench",
+            {"id": 1, "context": "c", "input": "x", "answer": "a", "options": ["a", "b"]},
+            "line 2: field 'options' holds 2 choices",
+        ),
+    ],
+)
 def test_missing_fields_are_one_line(tmp_path, name, record, message):
-    file = {"gsm8k": "test.jsonl", "humaneval": "HumanEval.jsonl", "ruler": "vt.jsonl", "lveval": "lic_mixup_16k.jsonl",
-            "infinitebench": "code_debug.jsonl"}
+    file = {
+        "gsm8k": "test.jsonl",
+        "humaneval": "HumanEval.jsonl",
+        "ruler": "vt.jsonl",
+        "lveval": "lic_mixup_16k.jsonl",
+        "infinitebench": "code_debug.jsonl",
+    }
     path = tmp_path / file[name]
     path.write_text("\n" + json.dumps(record) + "\n")
     with pytest.raises(UserError) as error:
@@ -123,7 +219,14 @@ def test_wrong_csv_parquet_and_json(tmp_path):
     path.write_text("q,a,b,c,d,E\n")
     with pytest.raises(UserError, match=r"line 1: field 'answer' holds 'E', not one of 4 choices"):
         read("mmlu", tmp_path)
-    row = {"question_id": 1, "question": "", "options": ["a", "b"], "answer": "B", "answer_index": 0, "category": "c"}
+    row = {
+        "question_id": 1,
+        "question": "",
+        "options": ["a", "b"],
+        "answer": "B",
+        "answer_index": 0,
+        "category": "c",
+    }
     bad = made.parquet(tmp_path / "test-00000-of-00001.parquet", [row])
     with pytest.raises(UserError, match="row 1: field 'answer_index' holds 0, but 'answer' B"):
         list(standard.read("mmlu_pro", [bad]))
@@ -138,13 +241,20 @@ def test_wrong_csv_parquet_and_json(tmp_path):
 
 def test_finding(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="benchmark 'nothing': known are mmlu, mmlu_pro"):
-        files.find("nothing", tmp_path)
-    with pytest.raises(UserError, match="no such file or directory; download the data set openai/gsm8k from the Hugging Face hub"):
-        files.find("gsm8k", tmp_path / "none")
-    with pytest.raises(UserError, match="holds none of its files for test; download the data set Infinigence/LVEval"):
-        files.find("lveval", tmp_path)
-    with pytest.raises(UserError, match=r"ruler: not on the hub; write them with https://github.com/NVIDIA/RULER"):
-        files.find("ruler", "hub")
+        official_files.find("nothing", tmp_path)
+    with pytest.raises(
+        UserError,
+        match="no such file or directory; download the data set openai/gsm8k from the Hugging Face hub",
+    ):
+        official_files.find("gsm8k", tmp_path / "none")
+    with pytest.raises(
+        UserError, match="holds none of its files for test; download the data set Infinigence/LVEval"
+    ):
+        official_files.find("lveval", tmp_path)
+    with pytest.raises(
+        UserError, match=r"ruler: not on the hub; write them with https://github.com/NVIDIA/RULER"
+    ):
+        official_files.find("ruler", "hub")
     asked = {}
 
     def download(repo, *, repo_type, allow_patterns):
@@ -152,10 +262,12 @@ def test_finding(tmp_path, monkeypatch):
         return str(made.mmlu_hub(tmp_path / "snapshot"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert [path.name for path in files.find("mmlu", "hub")] == ["test-00000-of-00001.parquet"]
+    assert [path.name for path in official_files.find("mmlu", "hub")] == ["test-00000-of-00001.parquet"]
     assert asked == {"repo": "cais/mmlu", "repo_type": "dataset", "patterns": ["all/test-*.parquet"]}
     with pytest.raises(UserError, match="holds none of its files for test that are asked for; download"):
-        files.find("infinitebench", "hub", names=["passkey", "code_run"])  # the snapshot here is another's
+        official_files.find(
+            "infinitebench", "hub", names=["passkey", "code_run"]
+        )  # the snapshot here is another's
     assert asked["patterns"] == ["code_run.jsonl", "passkey.jsonl"]
 
     def offline(*args, **kwargs):
@@ -163,6 +275,8 @@ def test_finding(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(UserError) as error:
-        files.find("infinitebench", "hub")
-    assert "the hub gave no files (no network); download the data set xinrongzhang2022/InfiniteBench" in str(error.value)
+        official_files.find("infinitebench", "hub")
+    assert "the hub gave no files (no network); download the data set xinrongzhang2022/InfiniteBench" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)

@@ -30,7 +30,9 @@ def test_each_item_once_and_never_over_capacity(capacity):
         of_item = best_fit(lengths, capacity)
         items = contents(of_item)
         assert sorted(numpy.concatenate(items).tolist()) == list(range(count))
-        assert [set(of_item[some].tolist()) for some in items] == [{k} for k in range(len(items))], "bins are numbered from 0 without gaps"
+        assert [set(of_item[some].tolist()) for some in items] == [{k} for k in range(len(items))], (
+            "bins are numbered from 0 without gaps"
+        )
         assert all((numpy.diff(some) > 0).all() for some in items)
         filled = [int(lengths[some].sum()) for some in items]
         assert max(filled) <= capacity
@@ -51,13 +53,19 @@ def test_layout_by_hand():
     #          7 alone leaves 3; 6 + 4; 5 + 5; the 2 goes where 3 is left, the last 1 into what that leaves
     assert best_fit(numpy.array([5, 4, 7, 2, 6, 5, 1]), 10).tolist() == [2, 1, 0, 0, 1, 2, 0]
     assert best_fit(numpy.array([3, 3, 3]), 3).tolist() == [0, 1, 2]
-    assert best_fit(numpy.array([], dtype=numpy.int64), 3).tolist() == [] == contents(numpy.array([], dtype=numpy.int64))
+    assert (
+        best_fit(numpy.array([], dtype=numpy.int64), 3).tolist()
+        == []
+        == contents(numpy.array([], dtype=numpy.int64))
+    )
 
 
 def test_depends_on_nothing_but_its_arguments_and_is_fast():
     lengths = numpy.random.default_rng(1).integers(1, 9000, 200_000).astype(numpy.int32)
     begun = time.perf_counter()
     once = best_fit(lengths, 1 << 20)
-    assert time.perf_counter() - begun < 20  # a second or less; the limit tells linear from quadratic on a busy machine
+    assert (
+        time.perf_counter() - begun < 20
+    )  # a second or less; the limit tells linear from quadratic on a busy machine
     assert numpy.array_equal(once, best_fit(lengths.astype(numpy.int64), 1 << 20))
     assert len(contents(once)) == -(-int(lengths.sum()) // (1 << 20))

@@ -1,4 +1,5 @@
-"""Attention over kept keys, of which every rank has a share, against full attention; what is sent; the cache itself."""
+"""Attention over kept keys, of which every rank has a share, against full attention; what is sent; the cache
+itself."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel import cached
-from megatron_ultralong.context_parallel.merge import merge_all
-from megatron_ultralong.context_parallel.virtual import run_virtual
-from megatron_ultralong.model.kv_cache import KVCache, kv_bytes
+from megatron_ultralong.context_parallel import decode
+from megatron_ultralong.context_parallel.kernels.merge import merge_all
+from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
+from megatron_ultralong.model.inference.kv_cache import KVCache, kv_bytes
 from tests.unit.test_context_ways import Counted
 
 H, G, D = 6, 2, 8
@@ -35,8 +36,16 @@ def shares(x: Tensor, sizes: list[int]) -> list[Tensor]:
     return list(x.split(sizes, dim=2))
 
 
-@pytest.mark.parametrize("cp, c, kept", [(1, 5, ([7], [])), (1, 1, ()), (3, 2, ([4, 0, 1],)), (4, 1, ([3, 3, 2, 0], [0, 1, 0, 0])),
-                                        (4, 3, ([0, 0, 0, 0],))])
+@pytest.mark.parametrize(
+    "cp, c, kept",
+    [
+        (1, 5, ([7], [])),
+        (1, 1, ()),
+        (3, 2, ([4, 0, 1],)),
+        (4, 1, ([3, 3, 2, 0], [0, 1, 0, 0])),
+        (4, 3, ([0, 0, 0, 0],)),
+    ],
+)
 def test_a_chunk_sees_all_that_is_kept_and_itself(cp: int, c: int, kept: tuple[list[int], ...]) -> None:
     """Uneven shares, ranks that keep nothing, two stretches, nothing kept at all."""
     kept = tuple(sizes or [0] * cp for sizes in kept)
@@ -44,19 +53,28 @@ def test_a_chunk_sees_all_that_is_kept_and_itself(cp: int, c: int, kept: tuple[l
     q, k, v = draw(cp * c, H, 1), draw(before + cp * c, G, 2), draw(before + cp * c, G, 3)
     stretches, at = [], 0
     for sizes in kept:
-        stretches.append([list(zip(shares(x[:, :, at:at + sum(sizes)], sizes))) for x in (k, v)])
+        stretches.append([list(zip(shares(x[:, :, at : at + sum(sizes)], sizes))) for x in (k, v)])
         at += sum(sizes)
 
     def run(peers: object) -> Tensor:
         rank = peers.rank  # type: ignore[attr-defined]
         mine = [(keys[rank][0].float(), values[rank][0].float()) for keys, values in stretches]
         own = slice(before + rank * c, before + (rank + 1) * c)
-        return cached.chunk(q[:, :, rank * c:(rank + 1) * c].float(), k[:, :, own].float(), v[:, :, own].float(), mine, peers)  # type: ignore[arg-type]
+        return decode.chunk(
+            q[:, :, rank * c : (rank + 1) * c].float(),
+            k[:, :, own].float(),
+            v[:, :, own].float(),
+            mine,
+            peers,
+        )  # type: ignore[arg-type]
 
     assert_close(torch.cat(run_virtual(run, cp), dim=2).double(), full(q, k, v, before), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cp, shared, own", [(1, [9], [[1], [4]]), (3, [4, 0, 2], [[0, 1, 0], [2, 1, 3], [1, 0, 0]]), (4, None, [[0, 0, 1, 0]])])
+@pytest.mark.parametrize(
+    "cp, shared, own",
+    [(1, [9], [[1], [4]]), (3, [4, 0, 2], [[0, 1, 0], [2, 1, 3], [1, 0, 0]]), (4, None, [[0, 0, 1, 0]])],
+)
 def test_tokens_of_several_sequences(cp: int, shared: list[int] | None, own: list[list[int]]) -> None:
     n, context = len(own), sum(shared or [0])
     q, keys, values = draw(n, H, 1), draw(context, G, 2), draw(context, G, 3)
@@ -64,12 +82,27 @@ def test_tokens_of_several_sequences(cp: int, shared: list[int] | None, own: lis
 
     def run(peers: object) -> Tensor:
         rank = peers.rank  # type: ignore[attr-defined]
-        common = [(shares(keys, shared)[rank].float(), shares(values, shared)[rank].float())] if shared else []
-        mine = [(shares(k, sizes)[rank].float(), shares(v, sizes)[rank].float()) for (k, v), sizes in zip(tails, own, strict=True)]
-        return cached.tokens(q.float(), common, mine, peers)  # type: ignore[arg-type]
+        common = (
+            [(shares(keys, shared)[rank].float(), shares(values, shared)[rank].float())] if shared else []
+        )
+        mine = [
+            (shares(k, sizes)[rank].float(), shares(v, sizes)[rank].float())
+            for (k, v), sizes in zip(tails, own, strict=True)
+        ]
+        return decode.tokens(q.float(), common, mine, peers)  # type: ignore[arg-type]
 
-    want = torch.cat([full(q[:, :, i:i + 1], torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), context + k.shape[2])
-                      for i, (k, v) in enumerate(tails)], dim=2)
+    want = torch.cat(
+        [
+            full(
+                q[:, :, i : i + 1],
+                torch.cat([keys, k], dim=2),
+                torch.cat([values, v], dim=2),
+                context + k.shape[2],
+            )
+            for i, (k, v) in enumerate(tails)
+        ],
+        dim=2,
+    )
     found = run_virtual(run, cp)
     assert_close(found[0].double(), want, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(x, found[0]) for x in found), "every rank goes on with the same numbers"
@@ -82,13 +115,16 @@ def test_what_is_sent_does_not_grow_with_what_is_kept(t: int) -> None:
     def run(peers: object) -> list[int]:
         counted = Counted(peers)
         x = [draw(n, heads, 1).bfloat16() for n, heads in ((c, H), (c, G), (t, G))]
-        cached.chunk(x[0], x[1], x[1], [(x[2], x[2])], counted)
+        decode.chunk(x[0], x[1], x[1], [(x[2], x[2])], counted)
         chunk = sum(counted.sent.values())
         counted.sent.clear()
-        cached.tokens(x[0], [(x[2], x[2])], [(x[1], x[1])] * c, counted)
+        decode.tokens(x[0], [(x[2], x[2])], [(x[1], x[1])] * c, counted)
         return [chunk, sum(counted.sent.values())]
 
-    assert run_virtual(run, cp) == [[(cp - 1) * c * H * (D * e + 4 * (D + 1)), (cp - 1) * c * H * 4 * (D + 1)]] * cp
+    assert (
+        run_virtual(run, cp)
+        == [[(cp - 1) * c * H * (D * e + 4 * (D + 1)), (cp - 1) * c * H * 4 * (D + 1)]] * cp
+    )
 
 
 def test_merging_parts_of_which_some_are_empty() -> None:
@@ -97,28 +133,38 @@ def test_merging_parts_of_which_some_are_empty() -> None:
     lses[:, 1, 1] = torch.tensor([0.5, 0.5, 0.5])
     out, lse = merge_all(outs, lses)
     assert torch.equal(out[0, 0], torch.zeros(4)) and lse[0, 0] == -math.inf
-    for got, want in ((out[0, 1], outs[0, 0, 1]), (lse[0, 1], torch.tensor(1e4)), (out[1, 1], outs[:, 1, 1].mean(0)),
-                      (lse[1, 1], torch.tensor(0.5 + math.log(3)))):
+    for got, want in (
+        (out[0, 1], outs[0, 0, 1]),
+        (lse[0, 1], torch.tensor(1e4)),
+        (out[1, 1], outs[:, 1, 1].mean(0)),
+        (lse[1, 1], torch.tensor(0.5 + math.log(3))),
+    ):
         assert_close(got, want)
 
 
 def test_cache() -> None:
-    """Positions 0-5 on this rank, 6-11 elsewhere, 12-14 here; cut at 13, then at 4; grown; a second one behind it."""
+    """Positions 0-5 on this rank, 6-11 elsewhere, 12-14 here; cut at 13, then at 4; grown; a second one
+    behind it."""
     context = KVCache(2, G, D, 9, dtype=torch.float32)
     pieces = [draw(n, G, n).float() for n in (6, 3)]
     for piece, (tokens, first) in zip(pieces, ((12, 0), (6, 12)), strict=True):
         for layer in range(2):
             context.put(layer, piece + layer, -piece)
-        assert torch.equal(context.kept(1, piece.shape[2])[0][:, :, -piece.shape[2]:], piece + 1)
+        assert torch.equal(context.kept(1, piece.shape[2])[0][:, :, -piece.shape[2] :], piece + 1)
         context.advance(tokens, first, piece.shape[2])
     assert (context.end, context.held, context.capacity) == (18, 9, 9)
-    assert torch.equal(context.kept(1)[0], torch.cat(pieces, dim=2) + 1) and torch.equal(context.kept(0)[1], -torch.cat(pieces, dim=2))
+    assert torch.equal(context.kept(1)[0], torch.cat(pieces, dim=2) + 1) and torch.equal(
+        context.kept(0)[1], -torch.cat(pieces, dim=2)
+    )
     context.truncate(13)
     assert (context.end, context.held) == (13, 7)
     context.reserve(20)
     assert context.capacity == 20 and torch.equal(context.kept(0)[0], torch.cat(pieces, dim=2)[:, :, :7])
     question = KVCache(2, G, D, 4, context)
-    assert (question.start, question.end, question.held) == (13, 13, 0) and question.chain == [context, question]
+    assert (question.start, question.end, question.held) == (13, 13, 0) and question.chain == [
+        context,
+        question,
+    ]
     context.truncate(8)
     assert context.held == 6
     context.truncate(4)

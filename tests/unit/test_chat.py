@@ -1,4 +1,5 @@
-"""Chat templates: tokens as transformers' apply_chat_template gives them, trained on answers and the tokens that end them."""
+"""Chat templates: tokens as transformers' apply_chat_template gives them, trained on answers and the tokens
+that end them."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import numpy
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.data import chat, chat_tokens
+from megatron_ultralong.data.sft import chat_template, tokenise_chat
 from megatron_ultralong.data.tokenizer import load_tokenizer
+from megatron_ultralong.errors import UserError
 from tests import chat as made
 from tests.chat import TALKS, by_transformers, encoded, plain, same_as_transformers, talk, trained_by_growing
 
@@ -18,42 +19,59 @@ from tests.chat import TALKS, by_transformers, encoded, plain, same_as_transform
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {"llama": made.save_tokenizer(folder / "llama"),
-            "chatml": made.save_tokenizer(folder / "chatml", made.CHATML, made.CHATML_TOKENS),
-            "marked": made.save_tokenizer(folder / "marked", made.CHATML_MARKED, made.CHATML_TOKENS)}
+    return {
+        "llama": made.save_tokenizer(folder / "llama"),
+        "chatml": made.save_tokenizer(folder / "chatml", made.CHATML, made.CHATML_TOKENS),
+        "marked": made.save_tokenizer(folder / "marked", made.CHATML_MARKED, made.CHATML_TOKENS),
+    }
 
 
-# ---- Llama-3.1 -------------------------------------------------------------------------------------------------
+# ---- Llama-3.1 ---------------------------------------------------------------------------------
+
 
 def test_segments_of_llama31():
-    rendered = chat.llama31(talk(" q ", " a\n", "r", "b", system=" s "), date="01 Jan 2025")
-    assert rendered.text == ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-                             "Today Date: 01 Jan 2025\n\ns<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
-                             "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
-                             "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>")
+    rendered = chat_template.llama31(talk(" q ", " a\n", "r", "b", system=" s "), date="01 Jan 2025")
+    assert rendered.text == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 01 Jan 2025\n\ns<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>"
+    )
     assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["a<|eot_id|>", "b<|eot_id|>"]
 
 
-@pytest.mark.parametrize("date", [chat.DATE, "01 Jan 2025"])
+@pytest.mark.parametrize("date", [chat_template.DATE, "01 Jan 2025"])
 def test_llama31_is_what_transformers_gives(folders, date):
     same_as_transformers(folders["llama"], date)
 
 
-# ---- the tokenizer's own template ------------------------------------------------------------------------------
+# ---- the tokenizer's own template --------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name, way", [("chatml", "prefix"), ("marked", "generation")])
 def test_the_tokenizers_own_template(folders, name, way):
-    template = chat.choose(folders[name])
+    template = chat_template.choose(folders[name])
     assert (template.name, template.spans) == ("tokenizer", way)
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
-    reference = AutoTokenizer.from_pretrained(folders["chatml"])  # the same text, and a prompt to generate after
+    reference = AutoTokenizer.from_pretrained(
+        folders["chatml"]
+    )  # the same text, and a prompt to generate after
     for messages in TALKS:
         ids, trained = encoded(folders[name], template, messages)
         assert ids == by_transformers(tokenizer, messages)
-        mask = tokenizer.apply_chat_template(plain(messages), tokenize=True, return_dict=True,
-                                             return_assistant_tokens_mask=True)["assistant_masks"] if way == "generation" else None
-        if not any(m.content[0] in "\n" for m in messages if m.role == "assistant"):  # there "\n" of header and content are one token
-            assert trained == trained_by_growing(reference, messages, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        mask = (
+            tokenizer.apply_chat_template(
+                plain(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )["assistant_masks"]
+            if way == "generation"
+            else None
+        )
+        if not any(
+            m.content[0] in "\n" for m in messages if m.role == "assistant"
+        ):  # there "\n" of header and content are one token
+            assert trained == trained_by_growing(
+                reference, messages, tokenizer.convert_tokens_to_ids("<|im_end|>")
+            )
             assert mask in (None, trained)
         for content in (m.content for m in messages if m.role == "assistant"):
             assert content in tokenizer.decode([i for i, on in zip(ids, trained) if on])
@@ -61,61 +79,77 @@ def test_the_tokenizers_own_template(folders, name, way):
 
 def test_a_template_that_changes_earlier_turns(tmp_path):
     folder = made.save_tokenizer(tmp_path / "thinking", made.THINKING, made.CHATML_TOKENS)
-    with pytest.raises(UserError, match="cannot be trained on turn by turn: the chat template writes earlier turns in another way"):
-        chat.choose(folder)
-    template = chat.choose(made.save_tokenizer(tmp_path / "stripping", made.STRIPPING, made.CHATML_TOKENS))
+    with pytest.raises(
+        UserError,
+        match="cannot be trained on turn by turn: the chat template writes earlier turns in another way",
+    ):
+        chat_template.choose(folder)
+    template = chat_template.choose(
+        made.save_tokenizer(tmp_path / "stripping", made.STRIPPING, made.CHATML_TOKENS)
+    )
     assert template.render(talk("q", "<think>x</think>a"))
-    with pytest.raises(chat.NotRendered, match="earlier turns in another way"):
+    with pytest.raises(chat_template.NotRendered, match="earlier turns in another way"):
         template.render(talk("q", "<think>x</think>a", "r", "b"))
 
 
 def test_a_template_without_a_token_at_the_end_of_turns(tmp_path):
     text = "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') ~ m.content ~ '\n' }}{% endfor %}"  # nor a prompt
-    rendered = chat.choose(made.save_tokenizer(tmp_path / "plain", text, made.CHATML_TOKENS)).render(talk("q", "a", "r", "Q"))
+    rendered = chat_template.choose(made.save_tokenizer(tmp_path / "plain", text, made.CHATML_TOKENS)).render(
+        talk("q", "a", "r", "Q")
+    )
     assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["a\n", "Q\n"]
 
 
 def test_a_template_that_refuses(tmp_path):
-    text = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + made.CHATML
-    template = chat.choose(made.save_tokenizer(tmp_path / "picky", text, made.CHATML_TOKENS))
-    with pytest.raises(chat.NotRendered, match="refuses it: no system here"):
+    text = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        + made.CHATML
+    )
+    template = chat_template.choose(made.save_tokenizer(tmp_path / "picky", text, made.CHATML_TOKENS))
+    with pytest.raises(chat_template.NotRendered, match="refuses it: no system here"):
         template.render(talk("q", "a", system="s"))
 
 
 @pytest.mark.parametrize("name", ["llama", "chatml", "marked"])
 def test_a_content_that_spells_a_special_token(folders, name):
     special = "<|eot_id|>" if name == "llama" else "<|im_end|>"
-    with pytest.raises(chat.NotRendered, match="user's content spells the special token"):
-        chat.choose(folders[name]).render(talk(f"q{special}", "a"))
+    with pytest.raises(chat_template.NotRendered, match="user's content spells the special token"):
+        chat_template.choose(folders[name]).render(talk(f"q{special}", "a"))
 
 
 def test_which_template(tmp_path, folders):
     other = made.save_tokenizer(tmp_path / "other", made.LLAMA.replace("December 2023", "May 2024"))
-    assert chat.choose(other).name == "tokenizer" and chat.choose(other, "llama3.1").name == "llama3.1"
-    own = chat.choose(folders["llama"], "tokenizer", "01 Jan 2025")
+    assert (
+        chat_template.choose(other).name == "tokenizer"
+        and chat_template.choose(other, "llama3.1").name == "llama3.1"
+    )
+    own = chat_template.choose(folders["llama"], "tokenizer", "01 Jan 2025")
     assert own.spans == "prefix"
     for messages in TALKS:
-        assert own.render(messages) == chat.llama31(messages, "01 Jan 2025")
+        assert own.render(messages) == chat_template.llama31(messages, "01 Jan 2025")
     with pytest.raises(UserError, match=r"has no token <\|begin_of_text\|>; use --template tokenizer"):
-        chat.choose(folders["chatml"], "llama3.1")
+        chat_template.choose(folders["chatml"], "llama3.1")
     bare = made.save_tokenizer(tmp_path / "bare", None)
-    assert chat.choose(bare, "llama3.1").name == "llama3.1"
+    assert chat_template.choose(bare, "llama3.1").name == "llama3.1"
     with pytest.raises(UserError, match=r"has no chat template; .*or --template llama3.1"):
-        chat.choose(bare)
+        chat_template.choose(bare)
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------
+
 
 def test_cut_to_whole_turns():
     trained = numpy.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 1], numpy.uint8)
-    assert [chat_tokens.fitting(trained, most) for most in (3, 4, 9, 10, 11)] == [0, 4, 4, 10, 10]
-    assert chat_tokens.fitting(numpy.append(trained, numpy.uint8(0)), 10) == 10
+    assert [tokenise_chat.fitting(trained, most) for most in (3, 4, 9, 10, 11)] == [0, 4, 4, 10, 10]
+    assert tokenise_chat.fitting(numpy.append(trained, numpy.uint8(0)), 10) == 10
 
 
 def test_many_batches_keep_their_order(folders, monkeypatch):
-    monkeypatch.setattr(chat_tokens, "BATCH", 300)
-    template, backend = chat.choose(folders["llama"]), load_tokenizer(folders["llama"]).backend
+    monkeypatch.setattr(tokenise_chat, "BATCH", 300)
+    template, backend = chat_template.choose(folders["llama"]), load_tokenizer(folders["llama"]).backend
     texts = [template.render(messages) for messages in TALKS * 3]
-    found = list(chat_tokens.encode_all(iter(texts), backend, workers=1))
-    for (ids, trained), (want_ids, want_trained) in zip(found, chat_tokens.encode(backend, texts), strict=True):
+    found = list(tokenise_chat.encode_all(iter(texts), backend, workers=1))
+    for (ids, trained), (want_ids, want_trained) in zip(
+        found, tokenise_chat.encode(backend, texts), strict=True
+    ):
         assert numpy.array_equal(ids, want_ids) and numpy.array_equal(trained, want_trained)

@@ -5,77 +5,136 @@ from __future__ import annotations
 import pytest
 
 from megatron_ultralong import config
-from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train, UserError, override
+from megatron_ultralong.config import (
+    Data,
+    Memory,
+    Model,
+    Optim,
+    Parallel,
+    Rope,
+    Run,
+    Runtime,
+    Train,
+    override,
+)
+from megatron_ultralong.errors import UserError
 
 TRAIN = Train(seq_length=64, iterations=10, lr=1e-3)
 RUN = Run(name="x", train=TRAIN)
-MODEL = {"hidden_size": 32, "ffn_size": 48, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab_size": 97}
+MODEL = {
+    "hidden_size": 32,
+    "ffn_size": 48,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 97,
+}
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    # Unknown keys and values.
-    (["train.sequence_length=1"], r"--set train.sequence_length: no such setting; did you mean train.seq_length\?"),
-    (["paralel.tp=2"], r"did you mean parallel.tp\?"),
-    (["lr=1"], "--set lr: no such setting; did you mean"),
-    (["train.lr"], "--set train.lr: expected key=value"),
-    (["train.seq_length=long"], "--set train.seq_length=long: expected a whole number, like 4096 or 128K"),
-    (["train.seq_length=1.5K"], "expected a whole number"),
-    (["train.seq_length=-4"], "expected a whole number"),
-    (["train.lr=fast"], "--set train.lr=fast: expected a number"),
-    (["data.shuffle=maybe"], "--set data.shuffle=maybe: expected true or false"),
-    (["rope.type=ntk"], "--set rope.type=ntk: choose one of none, llama3, yarn"),
-    (["runtime.device=tpu"], "choose one of auto, cuda, cpu"),
-    (["model.layers=2"], "--set model.layers: recipe x takes its shape from the loaded model"),
-    (["name=y"], "--set name: no such setting"),
-    # Lengths and layouts.
-    (["train.seq_length=66", "parallel.cp=2"], "train.seq_length=66 is not divisible by 2 x parallel.cp = 4; the nearest that are: 64 and 68"),
-    (["train.seq_length=2", "parallel.cp=2"], "the nearest that are: 4"),
-    (["train.seq_length=66", "parallel.tp=4"], r"train.seq_length=66 over parallel.cp=1 is not divisible by parallel.tp=4 \(sequence parallelism\)"),
-    (["parallel.cp=2", "parallel.tp=3", "train.seq_length=64"], "is not divisible by parallel.tp=3"),
-    (["parallel.tp=0"], "parallel.tp=0 must be at least 1"),
-    (["parallel.vpp=2"], "parallel.vpp=2 needs parallel.pp above 1"),
-    (["parallel.dp=3"], "train.global_batch=8 is not a multiple of train.micro_batch=1 x 3 data parallel ranks"),
-    (["train.micro_batch=3"], "train.global_batch=8 is not a multiple of train.micro_batch=3"),
-    (["parallel.pp=2", "parallel.vpp=2", "parallel.dp=8"], "1 micro-batches are not a multiple of parallel.pp=2"),
-    # Memory.
-    (["memory.offload=on"], "--set memory.offload=on: choose one of off, checkpoints, attention, auto"),
-    (["memory.checkpoint=none", "memory.offload=attention"], "memory.offload=attention needs memory.checkpoint=attention, not none"),
-    # Schedule.
-    (["train.iterations=0"], "train.iterations=0 must be at least 1"),
-    (["train.warmup=10"], "train.warmup=10 must be below train.iterations=10"),
-    (["train.min_lr=1"], "train.min_lr=1.0 is above train.lr=0.001"),
-    (["train.lr=-1"], "train.lr=-1.0 must be 0 or more"),
-    # RoPE.
-    (["rope.factor=8"], "rope.factor=8.0 has no effect with rope.type=none; set rope.type=yarn or llama3"),
-    (["rope.type=yarn", "rope.factor=0.5"], "rope.factor=0.5 must be at least 1"),
-    (["rope.type=yarn", "rope.factor=inf"], "rope.factor=inf must be at least 1"),
-    (["rope.type=yarn", "rope.alpha=4"], "rope.alpha=4.0 must be positive and below rope.beta=4.0"),
-    (["rope.theta=0"], "rope.theta=0.0 must be a positive number"),
-    (["rope.type=llama3", "rope.temperature=true"], "rope.temperature and rope.ramp=dimension need rope.type=yarn"),
-    (["rope.type=yarn", "rope.attention_factor=1.5"], "rope.attention_factor needs rope.temperature=true"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # Unknown keys and values.
+        (
+            ["train.sequence_length=1"],
+            r"--set train.sequence_length: no such setting; did you mean train.seq_length\?",
+        ),
+        (["paralel.tp=2"], r"did you mean parallel.tp\?"),
+        (["lr=1"], "--set lr: no such setting; did you mean"),
+        (["train.lr"], "--set train.lr: expected key=value"),
+        (
+            ["train.seq_length=long"],
+            "--set train.seq_length=long: expected a whole number, like 4096 or 128K",
+        ),
+        (["train.seq_length=1.5K"], "expected a whole number"),
+        (["train.seq_length=-4"], "expected a whole number"),
+        (["train.lr=fast"], "--set train.lr=fast: expected a number"),
+        (["data.shuffle=maybe"], "--set data.shuffle=maybe: expected true or false"),
+        (["rope.type=ntk"], "--set rope.type=ntk: choose one of none, llama3, yarn"),
+        (["runtime.device=tpu"], "choose one of auto, cuda, cpu"),
+        (["model.layers=2"], "--set model.layers: recipe x takes its shape from the loaded model"),
+        (["name=y"], "--set name: no such setting"),
+        # Lengths and layouts.
+        (
+            ["train.seq_length=66", "parallel.cp=2"],
+            "train.seq_length=66 is not divisible by 2 x parallel.cp = 4; the nearest that are: 64 and 68",
+        ),
+        (["train.seq_length=2", "parallel.cp=2"], "the nearest that are: 4"),
+        (
+            ["train.seq_length=66", "parallel.tp=4"],
+            r"train.seq_length=66 over parallel.cp=1 is not divisible by parallel.tp=4 \(sequence parallelism\)",
+        ),
+        (["parallel.cp=2", "parallel.tp=3", "train.seq_length=64"], "is not divisible by parallel.tp=3"),
+        (["parallel.tp=0"], "parallel.tp=0 must be at least 1"),
+        (["parallel.vpp=2"], "parallel.vpp=2 needs parallel.pp above 1"),
+        (
+            ["parallel.dp=3"],
+            "train.global_batch=8 is not a multiple of train.micro_batch=1 x 3 data parallel ranks",
+        ),
+        (["train.micro_batch=3"], "train.global_batch=8 is not a multiple of train.micro_batch=3"),
+        (
+            ["parallel.pp=2", "parallel.vpp=2", "parallel.dp=8"],
+            "1 micro-batches are not a multiple of parallel.pp=2",
+        ),
+        # Memory.
+        (["memory.offload=on"], "--set memory.offload=on: choose one of off, checkpoints, attention, auto"),
+        (
+            ["memory.checkpoint=none", "memory.offload=attention"],
+            "memory.offload=attention needs memory.checkpoint=attention, not none",
+        ),
+        # Schedule.
+        (["train.iterations=0"], "train.iterations=0 must be at least 1"),
+        (["train.warmup=10"], "train.warmup=10 must be below train.iterations=10"),
+        (["train.min_lr=1"], "train.min_lr=1.0 is above train.lr=0.001"),
+        (["train.lr=-1"], "train.lr=-1.0 must be 0 or more"),
+        # RoPE.
+        (
+            ["rope.factor=8"],
+            "rope.factor=8.0 has no effect with rope.type=none; set rope.type=yarn or llama3",
+        ),
+        (["rope.type=yarn", "rope.factor=0.5"], "rope.factor=0.5 must be at least 1"),
+        (["rope.type=yarn", "rope.factor=inf"], "rope.factor=inf must be at least 1"),
+        (["rope.type=yarn", "rope.alpha=4"], "rope.alpha=4.0 must be positive and below rope.beta=4.0"),
+        (["rope.theta=0"], "rope.theta=0.0 must be a positive number"),
+        (
+            ["rope.type=llama3", "rope.temperature=true"],
+            "rope.temperature and rope.ramp=dimension need rope.type=yarn",
+        ),
+        (
+            ["rope.type=yarn", "rope.attention_factor=1.5"],
+            "rope.attention_factor needs rope.temperature=true",
+        ),
+    ],
+)
 def test_refused(settings, message):
     with pytest.raises(UserError, match=message) as error:
         override(RUN, settings)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"heads": 6, "kv_heads": 4}, "model.heads=6 is not a multiple of model.kv_heads=4"),
-    ({"head_dim": 7}, "model.head_dim=7 must be even"),
-    ({"layers": 0}, "model.layers=0 must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 6, "kv_heads": 4}, "model.heads=6 is not a multiple of model.kv_heads=4"),
+        ({"head_dim": 7}, "model.head_dim=7 must be even"),
+        ({"layers": 0}, "model.layers=0 must be at least 1"),
+    ],
+)
 def test_model_refused(change, message):
     with pytest.raises(UserError, match=message):
         Model(**{**MODEL, **change})
 
 
-@pytest.mark.parametrize(("parallel", "message"), [
-    (Parallel(tp=8), "model.heads=4 is not divisible by parallel.tp=8"),
-    (Parallel(tp=4), "model.kv_heads=2 is not divisible by parallel.tp=4"),
-    (Parallel(pp=3), "model.layers=4 is not divisible by parallel.pp x vpp = 3"),
-    (Parallel(pp=2, vpp=4), "model.layers=4 is not divisible by parallel.pp x vpp = 8"),
-])
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (Parallel(tp=8), "model.heads=4 is not divisible by parallel.tp=8"),
+        (Parallel(tp=4), "model.kv_heads=2 is not divisible by parallel.tp=4"),
+        (Parallel(pp=3), "model.layers=4 is not divisible by parallel.pp x vpp = 3"),
+        (Parallel(pp=2, vpp=4), "model.layers=4 is not divisible by parallel.pp x vpp = 8"),
+    ],
+)
 def test_model_layout_refused(parallel, message):
     with pytest.raises(UserError, match=message):
         config.check_model_layout(Model(**MODEL), parallel)
@@ -85,7 +144,9 @@ def test_model_layout_refused(parallel, message):
 
 def test_ranks():
     assert Parallel(tp=2, pp=2, cp=2).data_parallel(16) == 2
-    with pytest.raises(UserError, match=r"parallel.tp=2 x pp=2 x cp=2 needs a multiple of 8 ranks, but 4 were started"):
+    with pytest.raises(
+        UserError, match=r"parallel.tp=2 x pp=2 x cp=2 needs a multiple of 8 ranks, but 4 were started"
+    ):
         Parallel(tp=2, pp=2, cp=2).data_parallel(4)
     with pytest.raises(UserError, match="needs a multiple of 8 ranks, but 12 were started"):
         Parallel(tp=2, pp=2, cp=2).data_parallel(12)
@@ -95,14 +156,33 @@ def test_ranks():
 
 def test_settings_are_applied_at_once():
     # Each alone would be refused.
-    run = override(RUN, ["rope.factor=8", "rope.type=yarn", "train.seq_length=4K", "train.iterations=1_000", "train.warmup=20"])
+    run = override(
+        RUN,
+        [
+            "rope.factor=8",
+            "rope.type=yarn",
+            "train.seq_length=4K",
+            "train.iterations=1_000",
+            "train.warmup=20",
+        ],
+    )
     assert run.rope == Rope(type="yarn", factor=8.0)
     assert (run.train.seq_length, run.train.iterations, run.train.warmup) == (4096, 1000, 20)
     assert RUN.train.seq_length == 64, "the recipe itself is not touched"
 
 
 def test_values():
-    run = override(RUN, ["train.seq_length=1M", "parallel.dp=none", "data.shuffle=no", "runtime.wandb=my project", "train.lr=3e-5", "train.seed = 7"])
+    run = override(
+        RUN,
+        [
+            "train.seq_length=1M",
+            "parallel.dp=none",
+            "data.shuffle=no",
+            "runtime.wandb=my project",
+            "train.lr=3e-5",
+            "train.seed = 7",
+        ],
+    )
     assert run.train.seq_length == 1024**2 and run.parallel.dp is None and run.data == Data(shuffle=False)
     assert run.runtime == Runtime(wandb="my project") and run.train.lr == 3e-5 and run.train.seed == 7
     assert override(run, ["parallel.dp=4", "runtime.wandb=none"]).parallel.dp == 4
@@ -118,12 +198,25 @@ def test_offload_is_settled_later_unless_given(checkpoint):
 
 def test_settings_of_a_shape():
     run = Run(name="x", model=Model(**MODEL), train=TRAIN)
-    assert override(run, ["model.vocab_size=128", "model.tied_embeddings=true"]).model == Model(**{**MODEL, "vocab_size": 128}, tied_embeddings=True)
+    assert override(run, ["model.vocab_size=128", "model.tied_embeddings=true"]).model == Model(
+        **{**MODEL, "vocab_size": 128}, tied_embeddings=True
+    )
 
 
 def test_stored_run_reads_back():
-    run = Run(name="x", notes="n", base="b", model=Model(**MODEL), rope=Rope(type="yarn", factor=2), parallel=Parallel(cp=2), memory=Memory(loss_chunk=8),
-              data=Data(workers=1), optim=Optim(clip=0.5), train=TRAIN, runtime=Runtime(device="cpu"))
+    run = Run(
+        name="x",
+        notes="n",
+        base="b",
+        model=Model(**MODEL),
+        rope=Rope(type="yarn", factor=2),
+        parallel=Parallel(cp=2),
+        memory=Memory(loss_chunk=8),
+        data=Data(workers=1),
+        optim=Optim(clip=0.5),
+        train=TRAIN,
+        runtime=Runtime(device="cpu"),
+    )
     assert config.from_dict(config.to_dict(run)) == run
     assert config.from_dict(config.to_dict(RUN)) == RUN
     with pytest.raises(UserError, match="stored run cannot be read by this version"):

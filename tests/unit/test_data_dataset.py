@@ -1,4 +1,5 @@
-"""Packed rows: what is refused and how it is said; blends: shares of the weights, and every row before one comes again."""
+"""Packed rows: what is refused and how it is said; blends: shares of the weights, and every row before one
+comes again."""
 
 from __future__ import annotations
 
@@ -11,36 +12,46 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.data.dataset import PackedRows, Rows, open_blend, parse_data_arguments
+from megatron_ultralong.data.packed_rows import PackedRows, Rows, open_blend, parse_data_arguments
+from megatron_ultralong.errors import UserError
 from tests.text import write_rows
 
 
 def rows_of(folder: Path, *sizes: int, weights: list[str] | None = None) -> Rows:
     """Sets of rows of S = 3; set k's row i is [100 k + i, 0, 0, 0]."""
-    sets = [PackedRows(write_rows(folder / f"set{k}", [[100 * k + i, 0, 0, 0] for i in range(size)]), 3)
-            for k, size in enumerate(sizes)]
+    sets = [
+        PackedRows(write_rows(folder / f"set{k}", [[100 * k + i, 0, 0, 0] for i in range(size)]), 3)
+        for k, size in enumerate(sizes)
+    ]
     return Rows(sets, None if weights is None else [Fraction(w) for w in weights])
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
 def test_rows_and_masks_are_read(tmp_path, dtype):
     ids, masks = [[1, 2, 3, 65_000], [5, 6, 7, 8]], [[1, 1, 1, 1], [1, 1, 0, 0]]
-    for prefix in (write_rows(tmp_path / "a", ids, masks, dtype), write_rows(tmp_path / "b", ids, None, dtype)):
+    for prefix in (
+        write_rows(tmp_path / "a", ids, masks, dtype),
+        write_rows(tmp_path / "b", ids, None, dtype),
+    ):
         rows = PackedRows(prefix, 3)
         for again in (rows, pickle.loads(pickle.dumps(rows))):
             assert len(again) == 2
             for i in range(2):
                 tokens, mask = again[i]
                 assert tokens.tolist() == ids[i] and tokens.dtype == dtype
-                assert (mask is None) == rows.prefix.endswith("b") and (mask is None or mask.tolist() == masks[i])
+                assert (mask is None) == rows.prefix.endswith("b") and (
+                    mask is None or mask.tolist() == masks[i]
+                )
 
 
 def test_rows_of_another_length_are_refused(tmp_path):
     prefix = write_rows(tmp_path / "a", [[1] * 9, [1] * 9])
-    with pytest.raises(UserError, match="a has rows of 9 tokens, but sequence length 4096 needs 4097; repack .*-length 4096"):
+    with pytest.raises(
+        UserError, match="a has rows of 9 tokens, but sequence length 4096 needs 4097; repack .*-length 4096"
+    ):
         PackedRows(prefix, 4096)
     with pytest.raises(UserError, match="has rows of 8 tokens"):
         PackedRows(write_rows(tmp_path / "b", [[1] * 9, [1] * 8]), 8)  # a ragged corpus
@@ -53,7 +64,9 @@ def test_rows_of_another_length_are_refused(tmp_path):
 def test_another_vocabulary_is_refused(tmp_path):
     rows = PackedRows(write_rows(tmp_path / "a", [[1, 2, 3, 99]]), 3)
     rows.check_vocabulary(100)
-    with pytest.raises(UserError, match="a holds token id 99, but the model has a vocabulary of 99; it was made with by-hand"):
+    with pytest.raises(
+        UserError, match="a holds token id 99, but the model has a vocabulary of 99; it was made with by-hand"
+    ):
         rows.check_vocabulary(99)
     with pytest.raises(UserError, match="holds token id 99"):
         open_blend([rows.prefix], 3, 50)
@@ -96,15 +109,26 @@ def test_missing_and_broken_files_are_told(tmp_path):
     assert len(PackedRows(prefix, 3)) == 2
 
 
-# ---- blends ----------------------------------------------------------------------------------------------------
+# ---- blends ------------------------------------------------------------------------------------
+
 
 def test_arguments_of_data():
     assert parse_data_arguments(["runs/a"]) == [(1, "runs/a")]
-    assert parse_data_arguments(["0.3", "a", "2", "b", "1/3", "c"]) == [(Fraction(3, 10), "a"), (2, "b"), (Fraction(1, 3), "c")]
-    for words, message in (([], "nothing: expected PREFIX"), (["1", "a", "2"], "1 a 2: expected PREFIX, or WEIGHT PREFIX"),
-                           (["a", "b"], "a: expected a weight before b"), (["nan", "b"], "nan: expected a weight"),
-                           (["1/0", "b"], "1/0: expected a weight"), (["1", "a", "0", "b"], "weight 0 of b must be above 0"),
-                           (["-1", "a"], "weight -1 of a must be above 0"), (["1", "a", "2", "a"], "named twice")):
+    assert parse_data_arguments(["0.3", "a", "2", "b", "1/3", "c"]) == [
+        (Fraction(3, 10), "a"),
+        (2, "b"),
+        (Fraction(1, 3), "c"),
+    ]
+    for words, message in (
+        ([], "nothing: expected PREFIX"),
+        (["1", "a", "2"], "1 a 2: expected PREFIX, or WEIGHT PREFIX"),
+        (["a", "b"], "a: expected a weight before b"),
+        (["nan", "b"], "nan: expected a weight"),
+        (["1/0", "b"], "1/0: expected a weight"),
+        (["1", "a", "0", "b"], "weight 0 of b must be above 0"),
+        (["-1", "a"], "weight -1 of a must be above 0"),
+        (["1", "a", "2", "a"], "named twice"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_data_arguments(words)
 
@@ -120,15 +144,34 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(tmp_path):
 
 
 def test_the_order_is_the_same_on_every_machine(tmp_path):
-    """The order is part of a checkpoint's meaning: written down here, so that no change of numpy or of ours goes unseen."""
+    """The order is part of a checkpoint's meaning: written down here, so that no change of numpy or of ours
+    goes unseen."""
     rows = rows_of(tmp_path, 10, 7)
     assert [rows.locate(n, seed=1234) for n in range(12)] == [
-        (0, 5), (1, 2), (0, 6), (1, 0), (0, 3), (1, 6), (0, 9), (1, 1), (0, 7), (1, 4), (0, 4), (1, 5)]
+        (0, 5),
+        (1, 2),
+        (0, 6),
+        (1, 0),
+        (0, 3),
+        (1, 6),
+        (0, 9),
+        (1, 1),
+        (0, 7),
+        (1, 4),
+        (0, 4),
+        (1, 5),
+    ]
 
 
-@pytest.mark.parametrize("sizes, weights", [
-    ((11, 5), ["1", "1"]), ((11, 5, 7), ["0.7", "0.2", "0.1"]), ((3, 50), ["0.999", "0.001"]),
-    ((4, 4, 4, 4), ["1/3", "2", "5", "0.25"])])
+@pytest.mark.parametrize(
+    "sizes, weights",
+    [
+        ((11, 5), ["1", "1"]),
+        ((11, 5, 7), ["0.7", "0.2", "0.1"]),
+        ((3, 50), ["0.999", "0.001"]),
+        ((4, 4, 4, 4), ["1/3", "2", "5", "0.25"]),
+    ],
+)
 def test_a_blend_keeps_the_weights_all_along_and_visits_every_row(tmp_path, sizes, weights):
     rows = rows_of(tmp_path, *sizes, weights=weights)
     total = sum(rows.weights)
@@ -144,7 +187,7 @@ def test_a_blend_keeps_the_weights_all_along_and_visits_every_row(tmp_path, size
             assert rows.epoch(n + 1) == max(seen[k] // size for k, size in enumerate(sizes))
     for k, size in enumerate(sizes):
         for start in range(0, len(drawn[k]) - size + 1, size):
-            assert sorted(drawn[k][start:start + size]) == list(range(size))
+            assert sorted(drawn[k][start : start + size]) == list(range(size))
     assert seen.total() == 3000
 
 

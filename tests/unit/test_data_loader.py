@@ -1,4 +1,5 @@
-"""The loader: the same samples in every step on every layout, exact resume, context parallel shares that make up the whole."""
+"""The loader: the same samples in every step on every layout, exact resume, context parallel shares that make
+up the whole."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from itertools import islice
 import pytest
 import torch
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.context_parallel import layout
+from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data import loader
-from megatron_ultralong.data.dataset import PackedRows, Rows
+from megatron_ultralong.data.packed_rows import PackedRows, Rows
+from megatron_ultralong.errors import UserError
 from tests.text import write_rows
 
 S = 24
@@ -20,6 +21,7 @@ S = 24
 @pytest.fixture
 def rows(tmp_path) -> Rows:
     """Two sets; every token of every row is another number, and some rows have masked targets."""
+
     def ids(base: int, count: int) -> list[list[int]]:
         return [[base + 100 * i + j for j in range(S + 1)] for i in range(count)]
 
@@ -43,8 +45,14 @@ def test_a_batch_is_the_row_shifted_with_its_mask(rows):
         which, row = rows.locate(n, 7)
         tokens, mask = rows.sets[which][row]
         assert {name: (x.dtype, tuple(x.shape)) for name, x in batch.items()} == {
-            "tokens": (torch.int64, (1, S)), "labels": (torch.int64, (1, S)), "loss_mask": (torch.float32, (1, S))}
-        assert batch["tokens"][0].tolist() == tokens[:-1].tolist() and batch["labels"][0].tolist() == tokens[1:].tolist()
+            "tokens": (torch.int64, (1, S)),
+            "labels": (torch.int64, (1, S)),
+            "loss_mask": (torch.float32, (1, S)),
+        }
+        assert (
+            batch["tokens"][0].tolist() == tokens[:-1].tolist()
+            and batch["labels"][0].tolist() == tokens[1:].tolist()
+        )
         assert batch["loss_mask"][0].tolist() == ([1.0] * S if mask is None else mask[1:].tolist())
         assert torch.equal(batch["labels"], batch["tokens"] + 1)
     assert 0 < batch["loss_mask"].mean() <= 1
@@ -60,14 +68,19 @@ def test_the_same_again_and_another_seed(rows):
 def test_a_step_has_the_same_samples_on_every_layout(rows, dp, micro_batch):
     """8 sequences a step, 6 steps; after 2 of them the run goes on with another data parallel size."""
     want = [sorted(starts(take(rows, 8, consumed=8 * step))) for step in range(6)]
-    assert want == [sorted(starts(take(rows, 48)[8 * step:8 * step + 8])) for step in range(6)]
+    assert want == [sorted(starts(take(rows, 48)[8 * step : 8 * step + 8])) for step in range(6)]
 
     def steps(first: int, last: int, dp: int, micro_batch: int) -> list[list[int]]:
         count = 8 // (dp * micro_batch)
-        ranks = [take(rows, count * (last - first), consumed=8 * first, dp=dp, dp_rank=r, micro_batch=micro_batch)
-                 for r in range(dp)]
+        ranks = [
+            take(rows, count * (last - first), consumed=8 * first, dp=dp, dp_rank=r, micro_batch=micro_batch)
+            for r in range(dp)
+        ]
         assert all(len(batch["tokens"]) == micro_batch for rank in ranks for batch in rank)
-        return [sorted(n for rank in ranks for n in starts(rank[count * i:count * i + count])) for i in range(last - first)]
+        return [
+            sorted(n for rank in ranks for n in starts(rank[count * i : count * i + count]))
+            for i in range(last - first)
+        ]
 
     assert steps(0, 6, dp, micro_batch) == want
     assert steps(0, 2, dp, micro_batch) + steps(2, 6, 2, 2) == want
@@ -82,11 +95,13 @@ def test_context_parallel_shares_make_up_the_whole(rows, cp):
         for name, x in batch.items():
             parts = [share[i][name] for share in shares]
             assert all(part.shape == (2, S // cp) and part.is_contiguous() for part in parts)
-            assert torch.equal(layout.unshard(parts, dim=1), x)
+            assert torch.equal(zigzag.unshard(parts, dim=1), x)
     if cp == 2:  # the zigzag as literal data: of four pieces of 6, rank 0 holds the first and the last
         first = whole[0]["tokens"][0, 0]
         assert (shares[0][0]["tokens"][0] - first).tolist() == [*range(6), *range(18, 24)]
-        assert (shares[1][0]["labels"][0] - first).tolist() == list(range(7, 19)), "labels are shifted before they are shared out"
+        assert (shares[1][0]["labels"][0] - first).tolist() == list(range(7, 19)), (
+            "labels are shifted before they are shared out"
+        )
 
 
 def test_layouts_that_do_not_fit_are_refused(rows):
@@ -102,8 +117,9 @@ def test_held_out_rows_are_counted_once_each(rows, dp, micro_batch, multiple, ev
     want = rows.first(eval_rows)
     seen, numbers, targets = [], set(), 0.0
     for rank in range(dp):
-        iterators, count = loader.held_out(rows, eval_rows, micro_batch=micro_batch, dp=dp, dp_rank=rank, copies=2,
-                                           multiple=multiple)
+        iterators, count = loader.held_out(
+            rows, eval_rows, micro_batch=micro_batch, dp=dp, dp_rank=rank, copies=2, multiple=multiple
+        )
         batches = list(iterators[0])
         assert len(batches) == count and count % multiple == 0
         numbers.add(count)
@@ -122,7 +138,10 @@ def test_held_out_shares(rows):
     shares = [list(loader.held_out(rows, 5, micro_batch=2, cp=2, cp_rank=r)[0][0]) for r in range(2)]
     assert len(whole) == 3
     for i, batch in enumerate(whole):
-        assert all(torch.equal(layout.unshard([share[i][name] for share in shares], dim=1), x) for name, x in batch.items())
+        assert all(
+            torch.equal(zigzag.unshard([share[i][name] for share in shares], dim=1), x)
+            for name, x in batch.items()
+        )
 
 
 def test_leaving_the_iterator_ends_its_thread(rows):
@@ -138,13 +157,23 @@ def test_leaving_the_iterator_ends_its_thread(rows):
 
 def test_document_starts_come_with_the_rows(tmp_path):
     begins = [[0, 5, 6], [0], [0, 1, S]]  # S is the last token, a label only
-    prefix = write_rows(tmp_path / "docs", [[100 * i + j for j in range(S + 1)] for i in range(3)], starts=begins)
+    prefix = write_rows(
+        tmp_path / "docs", [[100 * i + j for j in range(S + 1)] for i in range(3)], starts=begins
+    )
     rows = Rows([PackedRows(prefix, S)])
     found = take(rows, 3, shuffle=False, global_batch=1, masked=True)
     assert [batch["starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
-    assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [[4, 5], [], [0, S - 1]], "first tokens are no targets"
-    shares = [take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)]
-    assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), "starts are those of the whole row on every rank"
+    assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [
+        [4, 5],
+        [],
+        [0, S - 1],
+    ], "first tokens are no targets"
+    shares = [
+        take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)
+    ]
+    assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), (
+        "starts are those of the whole row on every rank"
+    )
     [places], count = loader.held_out(rows, 3, micro_batch=1, dp=2, masked=True)
     assert count == 2 and [batch["starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
     [padding], _ = loader.held_out(rows, 3, micro_batch=1, dp=2, dp_rank=1, masked=True)

@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy
 import pytest
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.data import resample
-from megatron_ultralong.data.sources import Lengths, Source, Sources
+from megatron_ultralong.data.pretrain import length_resampling
+from megatron_ultralong.data.pretrain.sources import Lengths, Source, Sources
+from megatron_ultralong.errors import UserError
 
 
 def lengths(seed: int, count: int = 3000) -> numpy.ndarray:
@@ -25,9 +25,16 @@ def by_rates(*values: float, shares: bool = False) -> Lengths:
     return Lengths(edges=(4096, 8192), values=values, shares=shares)
 
 
-def take(found: numpy.ndarray, wanted: Sources, of: numpy.ndarray | None = None, usable: numpy.ndarray | None = None) -> numpy.ndarray:
+def take(
+    found: numpy.ndarray,
+    wanted: Sources,
+    of: numpy.ndarray | None = None,
+    usable: numpy.ndarray | None = None,
+) -> numpy.ndarray:
     of = numpy.zeros(len(found), numpy.int32) if of is None else of
-    return resample.copies(found, of, numpy.ones(len(found), bool) if usable is None else usable, wanted)
+    return length_resampling.copies(
+        found, of, numpy.ones(len(found), bool) if usable is None else usable, wanted
+    )
 
 
 def masses(found: numpy.ndarray, times: numpy.ndarray) -> list[int]:
@@ -54,7 +61,11 @@ def test_rates(seed):
     for got, mass, rate in zip(masses(found, times), before, (0.25, 1, 2.5), strict=True):
         assert near(got, mass * rate, found)
     place = numpy.searchsorted([4096, 8192], found, side="right")
-    assert [(int(times[place == k].min()), int(times[place == k].max())) for k in range(3)] == [(0, 1), (1, 1), (2, 3)]
+    assert [(int(times[place == k].min()), int(times[place == k].max())) for k in range(3)] == [
+        (0, 1),
+        (1, 1),
+        (2, 3),
+    ]
     edge = take(numpy.array([4095, 4096, 8191, 8192]), Sources(sources=(source(lengths=by_rates(0, 1, 2)),)))
     assert edge.tolist() == [0, 1, 1, 2], "a bucket begins with its first length"
 
@@ -63,7 +74,12 @@ def test_rates(seed):
 def test_shares_and_budget(seed):
     found = lengths(seed)
     budget = 2_000_000
-    times = take(found, Sources(sources=(source(lengths=by_rates(1, 2, 7, shares=True)),), tokens=budget, seed=seed, max_repeats=9))
+    times = take(
+        found,
+        Sources(
+            sources=(source(lengths=by_rates(1, 2, 7, shares=True)),), tokens=budget, seed=seed, max_repeats=9
+        ),
+    )
     for got, share in zip(masses(found, times), (0.1, 0.2, 0.7), strict=True):
         assert near(got, share * budget, found)
     assert times.max() <= 9
@@ -75,7 +91,9 @@ def test_shares_and_budget(seed):
     # Rates keep their proportions under a budget.
     times = take(found, Sources(sources=(source(lengths=by_rates(0.25, 1, 3)),), tokens=budget, seed=seed))
     mass = [b * r for b, r in zip(before, (0.25, 1, 3), strict=True)]
-    assert all(near(g, budget * m / sum(mass), found) for g, m in zip(masses(found, times), mass, strict=True))
+    assert all(
+        near(g, budget * m / sum(mass), found) for g, m in zip(masses(found, times), mass, strict=True)
+    )
 
 
 def test_weights():
@@ -93,19 +111,33 @@ def test_weights():
 def test_the_cap_is_held_or_told():
     found = numpy.array([100, 200, 300])
     assert take(found, Sources(sources=(source(),), tokens=2400, max_repeats=4)).tolist() == [4, 4, 4]
-    with pytest.raises(UserError, match=r"source a: its documents hold 600 tokens, which is less than 2,401 / max_repeats 4; give more"):
+    with pytest.raises(
+        UserError,
+        match=r"source a: its documents hold 600 tokens, which is less than 2,401 / max_repeats 4; give more",
+    ):
         take(found, Sources(sources=(source(),), tokens=2401, max_repeats=4))
-    with pytest.raises(UserError, match=r"documents of >=8K tokens hold 9,000 tokens, which is less than 40,000 / max_repeats 4"):
-        take(numpy.array([5000, 9000]), Sources(sources=(source(lengths=by_rates(0, 1, 4, shares=True)),), tokens=50_000))
+    with pytest.raises(
+        UserError,
+        match=r"documents of >=8K tokens hold 9,000 tokens, which is less than 40,000 / max_repeats 4",
+    ):
+        take(
+            numpy.array([5000, 9000]),
+            Sources(sources=(source(lengths=by_rates(0, 1, 4, shares=True)),), tokens=50_000),
+        )
 
 
 def test_what_cannot_be_had_is_told():
-    for wanted, message in ((by_rates(1, 0, 0), "the lengths it has are wanted 0 times"),
-                            (by_rates(1, 1, 1, shares=True), "no document of <4K tokens, but a share of them is wanted")):
+    for wanted, message in (
+        (by_rates(1, 0, 0), "the lengths it has are wanted 0 times"),
+        (by_rates(1, 1, 1, shares=True), "no document of <4K tokens, but a share of them is wanted"),
+    ):
         with pytest.raises(UserError, match=f"source a: {message}"):
             take(numpy.array([5000]), Sources(sources=(source(lengths=wanted),)))
     with pytest.raises(UserError, match="source b: has no tokens"):
-        take(numpy.array([5]), Sources(sources=(source("a", weight=Fraction(1)), source("b", weight=Fraction(1)))))
+        take(
+            numpy.array([5]),
+            Sources(sources=(source("a", weight=Fraction(1)), source("b", weight=Fraction(1)))),
+        )
 
 
 def test_seeds_orders_and_hashes():
@@ -114,9 +146,11 @@ def test_seeds_orders_and_hashes():
     first, again, other = (take(found, one) for one in wanted)
     assert numpy.array_equal(first, again) and not numpy.array_equal(first, other)
     times = numpy.array([2, 0, 1, 3], numpy.int32)
-    assert resample.order(times, False, 0).tolist() == [0, 0, 2, 3, 3, 3]
-    shuffled = resample.order(numpy.tile(times, 50), True, 0)
-    assert sorted(shuffled) == resample.order(numpy.tile(times, 50), False, 0).tolist() and not numpy.array_equal(sorted(shuffled), shuffled)
+    assert length_resampling.order(times, False, 0).tolist() == [0, 0, 2, 3, 3, 3]
+    shuffled = length_resampling.order(numpy.tile(times, 50), True, 0)
+    assert sorted(shuffled) == length_resampling.order(
+        numpy.tile(times, 50), False, 0
+    ).tolist() and not numpy.array_equal(sorted(shuffled), shuffled)
     low, high = numpy.array([5, 5, 7, 5, 5], numpy.uint64), numpy.array([1, 2, 1, 1, 2], numpy.uint64)
-    assert resample.first_of_equal(low, high).tolist() == [True, True, True, False, False]
-    assert resample.first_of_equal(low[:0], high[:0]).tolist() == []
+    assert length_resampling.first_of_equal(low, high).tolist() == [True, True, True, False, False]
+    assert length_resampling.first_of_equal(low[:0], high[:0]).tolist() == []

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from megatron_ultralong.config import UserError
 from megatron_ultralong.data.tokenizer import as_it_is, load_tokenizer
+from megatron_ultralong.errors import UserError
 from tests import text as made
 
 SAMPLE = made.text(5, 300) + "<|begin|> a<|end|>  <|extra|> <s> <|pad|>\n"
@@ -18,13 +18,19 @@ SAMPLE = made.text(5, 300) + "<|begin|> a<|end|>  <|extra|> <s> <|pad|>\n"
 
 def assert_auto_tokenizer(folder: Path) -> None:
     """Same backend, but for what is put around a text; same special ids; same tokens."""
-    found, want = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    found, want = (
+        load_tokenizer(folder),
+        transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True),
+    )
     ours, theirs = (json.loads(backend.to_str()) for backend in (found.backend, want.backend_tokenizer))
     for part in ("truncation", "padding", "post_processor"):
         ours.pop(part), theirs.pop(part)
     assert ours == theirs
     assert found.special == {name: getattr(want, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    assert found.vocab_size == len(want) and found.ids(SAMPLE) == want(SAMPLE, add_special_tokens=False)["input_ids"]
+    assert (
+        found.vocab_size == len(want)
+        and found.ids(SAMPLE) == want(SAMPLE, add_special_tokens=False)["input_ids"]
+    )
 
 
 def change(folder: Path, name: str, **values: Any) -> None:
@@ -38,38 +44,75 @@ def test_read_here_as_transformers_reads_it(tmp_path, family):
     folder = made.save_tokenizer(tmp_path / "tokenizer", family)
     assert as_it_is(folder)
     assert_auto_tokenizer(folder)
-    token = {"content": "<|begin|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    token = {
+        "content": "<|begin|>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     number = load_tokenizer(folder).special["bos"]
-    # As transformers 4 wrote Llama-3.1's: tokens as objects, all added tokens again, a map of special tokens, no pad token.
-    change(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token=token | {"__type": "AddedToken"},
-           added_tokens_decoder={str(number): token})
+    # As transformers 4 wrote Llama-3.1's: tokens as objects, all added tokens again, a map of special tokens,
+    # no pad token.
+    change(
+        folder,
+        "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=token | {"__type": "AddedToken"},
+        added_tokens_decoder={str(number): token},
+    )
     change(folder, "special_tokens_map.json", bos_token=token, eos_token="<|end|>")
     change(folder, "config.json", model_type="llama")
     assert as_it_is(folder)
     assert_auto_tokenizer(folder)
 
 
-ADDED = {"content": "<|extra|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+ADDED = {
+    "content": "<|extra|>",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+}
 
 
-@pytest.mark.parametrize(("name", "values"), [
-    ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
-    ("tokenizer_config.json", {"tokenizer_class": None}),
-    ("tokenizer_config.json", {"pad_token": "<|pad|>"}),  # not in tokenizer.json: transformers adds it
-    ("tokenizer_config.json", {"bos_token": "the"}),  # there, but no special token: transformers makes it one
-    ("tokenizer_config.json", {"added_tokens_decoder": {"399": ADDED}}),
-    ("tokenizer_config.json", {"extra_special_tokens": ["<|extra|>"]}),
-    ("tokenizer_config.json", {"add_prefix_space": True}),
-    ("tokenizer_config.json", {"split_special_tokens": True}),
-    ("special_tokens_map.json", {"pad_token": "<|end|>"}),
-    ("special_tokens_map.json", {"additional_special_tokens": ["<|extra|>"]}),
-    ("added_tokens.json", {"<|extra|>": 400}),
-    ("config.json", {"model_type": "mistral"}),
-    ("special_tokens_map.json", {"sep_token": "<|extra|>"}),
-    ("special_tokens_map.json", {"split_special_tokens": True}),
-    ("tokenizer.json", {"padding": {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
-                                    "pad_token": "<|end|>"}}),
-])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("tokenizer_config.json", {"tokenizer_class": None}),
+        ("tokenizer_config.json", {"pad_token": "<|pad|>"}),  # not in tokenizer.json: transformers adds it
+        (
+            "tokenizer_config.json",
+            {"bos_token": "the"},
+        ),  # there, but no special token: transformers makes it one
+        ("tokenizer_config.json", {"added_tokens_decoder": {"399": ADDED}}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<|extra|>"]}),
+        ("tokenizer_config.json", {"add_prefix_space": True}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("special_tokens_map.json", {"pad_token": "<|end|>"}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|extra|>"]}),
+        ("added_tokens.json", {"<|extra|>": 400}),
+        ("config.json", {"model_type": "mistral"}),
+        ("special_tokens_map.json", {"sep_token": "<|extra|>"}),
+        ("special_tokens_map.json", {"split_special_tokens": True}),
+        (
+            "tokenizer.json",
+            {
+                "padding": {
+                    "strategy": "BatchLongest",
+                    "direction": "Right",
+                    "pad_to_multiple_of": None,
+                    "pad_id": 1,
+                    "pad_type_id": 0,
+                    "pad_token": "<|end|>",
+                }
+            },
+        ),
+    ],
+)
 def test_what_transformers_might_change_is_left_to_it(tmp_path, name, values):
     folder = made.save_tokenizer(tmp_path / "tokenizer")
     change(folder, name, **values)
@@ -95,7 +138,9 @@ def test_the_tokenizer_is_taken_bare(tmp_path):
     again = load_tokenizer(folder)
     assert len(again.ids("the sky is blue")) > 3
     trained = made.tokenizer("llama3").get_vocab_size()
-    assert again.vocab_size == max(again.backend.get_vocab().values()) + 1 == trained + 1  # the pad token came on top
+    assert (
+        again.vocab_size == max(again.backend.get_vocab().values()) + 1 == trained + 1
+    )  # the pad token came on top
     assert again.special == {"bos": 0, "eos": 1, "pad": trained} and again.sha256 != tokenizer.sha256
 
 
@@ -107,6 +152,8 @@ def test_no_tokenizer(tmp_path):
         load_tokenizer(tmp_path / "empty")
     assert "\n" not in str(error.value)
     (tmp_path / "empty" / "tokenizer.json").write_text("{}")
-    (tmp_path / "empty" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "empty" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     with pytest.raises(UserError, match="empty: cannot be loaded"):
         load_tokenizer(tmp_path / "empty")

@@ -1,4 +1,5 @@
-"""The demo's parts: documents of exact size, and the base model that ships, which finds pass keys in its 512 tokens and no further."""
+"""The demo's parts: documents of exact size, and the base model that ships, which finds pass keys in its 512
+tokens and no further."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultralong.checkpoint import hf
-from megatron_ultralong.evaluate import niah
-from megatron_ultralong.evaluate.huggingface import HuggingFace
+from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+from megatron_ultralong.evaluate.tasks import niah
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "demo" / "base"
@@ -20,7 +21,9 @@ import corpus  # noqa: E402
 
 def test_documents_have_their_exact_size(tmp_path: Path) -> None:
     for length, whole in ((64, 1.0), (513, 0.5), (4096, 1.0)):
-        corpus.write_documents(BASE, tmp_path / "a.jsonl", length=length, rows=6, seed=3, whole=whole)  # asserts the sizes
+        corpus.write_documents(
+            BASE, tmp_path / "a.jsonl", length=length, rows=6, seed=3, whole=whole
+        )  # asserts the sizes
         corpus.write_documents(BASE, tmp_path / "b.jsonl", length=length, rows=6, seed=3, whole=whole)
         assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
         assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
@@ -49,7 +52,16 @@ def test_documents_too_short_are_refused(tmp_path: Path) -> None:
 def test_the_base_model_finds_keys_up_to_its_own_context() -> None:
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 4 * 2**20
     found = hf.read_config(BASE)
-    assert found.rope.type == "none" and json.loads((BASE / "config.json").read_text())["max_position_embeddings"] == 512
-    grid = niah.Grid(lengths=(512, 2048, 4096), depths=(0.0, 25.0, 50.0, 75.0, 100.0), trials=8)  # the demo's own
+    assert (
+        found.rope.type == "none"
+        and json.loads((BASE / "config.json").read_text())["max_position_embeddings"] == 512
+    )
+    grid = niah.Grid(
+        lengths=(512, 2048, 4096), depths=(0.0, 25.0, 50.0, 75.0, 100.0), trials=8
+    )  # the demo's own
     result = niah.run(HuggingFace(BASE, device="cpu"), grid)
-    assert result["by_length"]["512"] >= 0.9 and result["by_length"]["2048"] <= 0.2 and result["by_length"]["4096"] <= 0.1, result["by_length"]
+    assert (
+        result["by_length"]["512"] >= 0.9
+        and result["by_length"]["2048"] <= 0.2
+        and result["by_length"]["4096"] <= 0.1
+    ), result["by_length"]

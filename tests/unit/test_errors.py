@@ -1,4 +1,5 @@
-"""How a tool ends: one line and exit code 2 for a user's mistake, the traceback and 1 for a fault of ours, and no process left behind."""
+"""How a tool ends: one line and exit code 2 for a user's mistake, the traceback and 1 for a fault of ours,
+and no process left behind."""
 
 from __future__ import annotations
 
@@ -20,11 +21,16 @@ errors.main(tool)
 """
 
 
-@pytest.mark.parametrize(("end", "code", "said"), [
-    ("raise UserError('the file is missing')", 2, "error: the file is missing\n"),
-    ("raise ZeroDivisionError", 1, "ZeroDivisionError\n"),
-])
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("raise UserError('the file is missing')", 2, "error: the file is missing\n"),
+        ("raise ZeroDivisionError", 1, "ZeroDivisionError\n"),
+    ],
+)
 def test_no_child_holds_the_output_open(end: str, code: int, said: str) -> None:
-    done = subprocess.run([sys.executable, "-c", TOOL.format(end=end)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", TOOL.format(end=end)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == code and done.stderr.endswith(said)
     assert ("Traceback" in done.stderr) == (code == 1)

@@ -1,4 +1,5 @@
-"""The script that refills the paper's tables, on the demo's model and small files: all but the standard benchmarks, and the report."""
+"""The script that refills the paper's tables, on the demo's model and small files: all but the standard
+benchmarks, and the report."""
 
 from __future__ import annotations
 
@@ -16,14 +17,33 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_table_is_filled(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "books.jsonl", ["The grass is green. The pass key of Ada is 12345. " * 60])
-    settings = {"MODELS": ROOT / "examples" / "demo" / "base", "OUT": tmp_path / "out", "RANKS": 1, "NIAH": "256", "TRIALS": 1, "RULER": "512",
-                "SAMPLES": 1,
-                "LVEVAL": made.lveval(tmp_path / "lveval"), "INFINITEBENCH": infinitebench_files(tmp_path / "infinitebench", ("passkey",)),
-                "STANDARD": "", "BOOKS": tmp_path / "books.jsonl", "PERPLEXITY": "300",
-                "RULER_FILES": "--own-words --tasks niah_single_1"}
-    env = os.environ | {name: str(value) for name, value in settings.items()} | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(["bash", str(ROOT / "examples" / "evaluate.sh")], env=env, capture_output=True, text=True, check=False)
+    settings = {
+        "MODELS": ROOT / "examples" / "demo" / "base",
+        "OUT": tmp_path / "out",
+        "RANKS": 1,
+        "NIAH": "256",
+        "TRIALS": 1,
+        "RULER": "512",
+        "SAMPLES": 1,
+        "LVEVAL": made.lveval(tmp_path / "lveval"),
+        "INFINITEBENCH": infinitebench_files(tmp_path / "infinitebench", ("passkey",)),
+        "STANDARD": "",
+        "BOOKS": tmp_path / "books.jsonl",
+        "PERPLEXITY": "300",
+        "RULER_FILES": "--own-words --tasks niah_single_1",
+    }
+    env = (
+        os.environ
+        | {name: str(value) for name, value in settings.items()}
+        | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+    )
+    run = subprocess.run(
+        ["bash", str(ROOT / "examples" / "evaluate.sh")], env=env, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     report = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
     for heading in ("Passkey", "RULER", "LV-Eval", "InfiniteBench", "erplexity"):

@@ -1,4 +1,5 @@
-"""Reading and writing HF directories: slices, checks that name what is wrong, exports that are whole or absent."""
+"""Reading and writing HF directories: slices, checks that name what is wrong, exports that are whole or
+absent."""
 
 from __future__ import annotations
 
@@ -12,23 +13,37 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_ultralong.checkpoint import card, hf, hf_writer, mapping
-from megatron_ultralong.config import Model, Rope, Run, Train, UserError
+from megatron_ultralong.checkpoint.hf import model_card
+from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint.hf import writer as hf_writer
+from megatron_ultralong.config import Model, Rope, Run, Train
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.model import weight_mapping
 
 MODEL = Model(hidden_size=72, ffn_size=42, layers=2, heads=9, kv_heads=3, head_dim=6, vocab_size=97)
 TIED = dataclasses.replace(MODEL, tied_embeddings=True)
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 72, "intermediate_size": 42,
-    "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "vocab_size": 97,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 72,
+    "intermediate_size": 42,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 6,
+    "vocab_size": 97,
     "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
 }
 ROPE = Rope(type="llama3", theta=10000.0, factor=8.0, original_length=512)
 
 
 def random_tensors(model: Model = MODEL, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {name: torch.randn(shape).to(dtype) for name, shape in mapping.hf_shapes(model).items()}
+    return {name: torch.randn(shape).to(dtype) for name, shape in weight_mapping.hf_shapes(model).items()}
 
 
 def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **config: object) -> Path:
@@ -49,11 +64,14 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
 
 
 def empty_parameters(model: Model, tp: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    shapes = {name: mapping.shard_shape(name, model, tp) for name in mapping.megatron_names(model)}
+    shapes = {
+        name: weight_mapping.shard_shape(name, model, tp) for name in weight_mapping.megatron_names(model)
+    }
     return {name: torch.full(shape, float("nan"), dtype=dtype) for name, shape in shapes.items()}
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize(("model", "tp"), [(MODEL, 1), (MODEL, 3), (TIED, 3)])
@@ -64,20 +82,30 @@ def test_load_equals_split_of_the_whole_tensors(tmp_path, shards, model, tp):
         parameters = empty_parameters(model, tp)
         hf.load_parameters(folder, hf.read_config(folder).model, parameters, rank, tp)
         for name, parameter in parameters.items():
-            assert torch.equal(parameter, mapping.split(name, tensors, model, rank, tp)), (name, rank)
+            assert torch.equal(parameter, weight_mapping.split(name, tensors, model, rank, tp)), (name, rank)
 
 
 def test_load_converts_fills_parameters_in_place_and_knows_transformer_engine_names(tmp_path):
     tensors = random_tensors(TIED)
     folder = write_model(tmp_path / "m", tensors, tie_word_embeddings=True)
-    te, last = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight", mapping.OUTPUT
-    parameters = {te: torch.nn.Parameter(torch.empty(72, dtype=torch.bfloat16)), last: torch.nn.Parameter(torch.empty(33, 72))}
+    te, last = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight", weight_mapping.OUTPUT
+    parameters = {
+        te: torch.nn.Parameter(torch.empty(72, dtype=torch.bfloat16)),
+        last: torch.nn.Parameter(torch.empty(33, 72)),
+    }
     before = parameters[te].data_ptr()
     hf.load_parameters(folder, TIED, parameters, 2, 3)
-    assert parameters[te].data_ptr() == before and parameters[te].requires_grad and parameters[te].grad_fn is None
+    assert (
+        parameters[te].data_ptr() == before
+        and parameters[te].requires_grad
+        and parameters[te].grad_fn is None
+    )
     assert torch.equal(parameters[te], tensors["model.layers.0.post_attention_layernorm.weight"].bfloat16())
     # Rank 2 of 3 holds vocabulary rows 66..96 and two rows of padding.
-    assert torch.equal(parameters[last][:31], tensors["model.embed_tokens.weight"][66:]) and not parameters[last][31:].any()
+    assert (
+        torch.equal(parameters[last][:31], tensors["model.embed_tokens.weight"][66:])
+        and not parameters[last][31:].any()
+    )
 
 
 def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
@@ -92,27 +120,39 @@ def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hf.Weights, "read", counted)
     hf.load_parameters(folder, MODEL, empty_parameters(MODEL, 3), 1, 3)
-    for name, shape in mapping.hf_shapes(MODEL).items():
+    for name, shape in weight_mapping.hf_shapes(MODEL).items():
         whole = torch.Size(shape).numel()
-        share = 33 * 72 if name in (mapping.HF_EMBEDDING, mapping.HF_OUTPUT) else whole if len(shape) == 1 else whole // 3
+        share = (
+            33 * 72
+            if name in (weight_mapping.HF_EMBEDDING, weight_mapping.HF_OUTPUT)
+            else whole
+            if len(shape) == 1
+            else whole // 3
+        )
         assert asked[name] == share, name
 
 
 def test_dtype_of_the_stored_weights(tmp_path):
     tensors = random_tensors()
-    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)):
+    for dtype, expected in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+    ):
         stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         assert hf.Weights(write_model(tmp_path / str(dtype), stored), MODEL).dtype == expected
-    stored = {name: tensor if name == "model.norm.weight" else tensor.bfloat16() for name, tensor in tensors.items()}
+    stored = {
+        name: tensor if name == "model.norm.weight" else tensor.bfloat16() for name, tensor in tensors.items()
+    }
     assert hf.Weights(write_model(tmp_path / "mixed", stored), MODEL).dtype == torch.float32
 
 
 def test_names_set_aside(tmp_path):
     tensors = random_tensors(TIED) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
-    head = {mapping.HF_OUTPUT: tensors[mapping.HF_EMBEDDING].clone()}
+    head = {weight_mapping.HF_OUTPUT: tensors[weight_mapping.HF_EMBEDDING].clone()}
     folder = write_model(tmp_path / "equal", tensors | head, tie_word_embeddings=True)
     hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
-    head[mapping.HF_OUTPUT][90] += 1
+    head[weight_mapping.HF_OUTPUT][90] += 1
     folder = write_model(tmp_path / "differs", tensors | head, tie_word_embeddings=True)
     hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 0, 3)  # row 90 is rank 2's
     with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
@@ -132,7 +172,9 @@ def test_wrong_sets_of_tensors_are_named(tmp_path):
 
     assert f"tensor {q} is missing" in error("missing", {k: v for k, v in good.items() if k != q})
     assert "and 8 more" in error("layers", good | {}, num_hidden_layers=3)
-    assert "lacks tie_word_embeddings" in error("untied", {k: v for k, v in good.items() if k != mapping.HF_OUTPUT})
+    assert "lacks tie_word_embeddings" in error(
+        "untied", {k: v for k, v in good.items() if k != weight_mapping.HF_OUTPUT}
+    )
     bias = "model.layers.0.self_attn.q_proj.bias"
     extra = error("extra", good | {bias: torch.zeros(54)})
     assert "model-00002-of-00002.safetensors" in extra and f"no tensor {bias}" in extra
@@ -172,26 +214,64 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_config_of_a_llama(tmp_path):
-    folder = write_model(tmp_path / "m", random_tensors(), rope_scaling={
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 512})
+    folder = write_model(
+        tmp_path / "m",
+        random_tensors(),
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    )
     found = hf.read_config(folder)
-    assert found.model == MODEL and found.rope == ROPE and found.max_position == 512 and found.raw["hidden_act"] == "silu"
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in CONFIG.items() if key not in (
-        "num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps", "hidden_act")}))
+    assert (
+        found.model == MODEL
+        and found.rope == ROPE
+        and found.max_position == 512
+        and found.raw["hidden_act"] == "silu"
+    )
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                key: value
+                for key, value in CONFIG.items()
+                if key
+                not in (
+                    "num_key_value_heads",
+                    "head_dim",
+                    "tie_word_embeddings",
+                    "rms_norm_eps",
+                    "hidden_act",
+                )
+            }
+        )
+    )
     found = hf.read_config(folder)
-    assert (found.model.kv_heads, found.model.head_dim, found.model.tied_embeddings, found.model.norm_eps) == (9, 8, False, 1e-6)
+    assert (
+        found.model.kv_heads,
+        found.model.head_dim,
+        found.model.tied_embeddings,
+        found.model.norm_eps,
+    ) == (9, 8, False, 1e-6)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "only LlamaForCausalLM"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
-    ({"attention_bias": True}, "attention_bias=true"), ({"mlp_bias": True}, "mlp_bias=true"),
-    ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    ({"quantization_config": {"bits": 4}}, "quantised"), ({"hidden_size": "72"}, "hidden_size='72' should be a whole number"),
-    ({"num_attention_heads": 0}, "at least 1"), ({"num_key_value_heads": 2}, "not a multiple"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "only LlamaForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"hidden_size": "72"}, "hidden_size='72' should be a whole number"),
+        ({"num_attention_heads": 0}, "at least 1"),
+        ({"num_key_value_heads": 2}, "not a multiple"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+    ],
+)
 def test_config_of_something_else_is_refused(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(UserError, match=message) as caught:
@@ -200,8 +280,14 @@ def test_config_of_something_else_is_refused(tmp_path, change, message):
 
 
 def test_base_name(tmp_path):
-    assert hf.base_name(tmp_path / "mine", {"_name_or_path": "meta-llama/Llama-3.1-8B"}) == "meta-llama/Llama-3.1-8B"
-    assert hf.base_name(tmp_path / "models--meta-llama--Llama-3.2-1B" / "snapshots" / "4e20de36", {}) == "meta-llama/Llama-3.2-1B"
+    assert (
+        hf.base_name(tmp_path / "mine", {"_name_or_path": "meta-llama/Llama-3.1-8B"})
+        == "meta-llama/Llama-3.1-8B"
+    )
+    assert (
+        hf.base_name(tmp_path / "models--meta-llama--Llama-3.2-1B" / "snapshots" / "4e20de36", {})
+        == "meta-llama/Llama-3.2-1B"
+    )
     for private in ("/home/me/model", "./model", "~/model", ""):
         assert hf.base_name(tmp_path / "Llama-3.1-8B", {"_name_or_path": private}) == "Llama-3.1-8B"
 
@@ -219,11 +305,30 @@ def test_config_missing_or_broken(tmp_path):
 def test_assets_are_all_but_weights(tmp_path):
     source, blobs = tmp_path / "snapshot", tmp_path / "blobs"
     source.mkdir(), blobs.mkdir()
-    wanted = ["LICENSE", "NOTICE.txt", "README.md", "USE_POLICY.md", "chat_template.jinja", "config.json",
-              "generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
-              "tokenizer_config.json", "vocab.json"]
-    left = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "consolidated.00.pth", "m.gguf",
-            "tokenizer.bin", "a.py"]
+    wanted = [
+        "LICENSE",
+        "NOTICE.txt",
+        "README.md",
+        "USE_POLICY.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+    left = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "consolidated.00.pth",
+        "m.gguf",
+        "tokenizer.bin",
+        "a.py",
+    ]
     for name in wanted + left:
         (blobs / name).write_text(name)
         os.symlink(blobs / name, source / name)  # as the hub's cache does
@@ -231,18 +336,26 @@ def test_assets_are_all_but_weights(tmp_path):
     (source / "original" / "tokenizer.model").write_text("x")
     assert hf.copy_assets(source, tmp_path / "hf") == wanted
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == wanted
-    assert not (tmp_path / "hf" / "LICENSE").is_symlink() and (tmp_path / "hf" / "LICENSE").read_text() == "LICENSE"
+    assert (
+        not (tmp_path / "hf" / "LICENSE").is_symlink()
+        and (tmp_path / "hf" / "LICENSE").read_text() == "LICENSE"
+    )
     with pytest.raises(UserError, match="not a directory"):
         hf.copy_assets(tmp_path / "none", tmp_path / "hf2")
 
 
-# ---- writing -------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------
+
 
 def write_all(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, shard_bytes: int) -> Path:
-    with hf_writer.HFWriter(out, {name: tuple(t.shape) for name, t in tensors.items()}, dtype, shard_bytes) as writer:
+    with hf_writer.HFWriter(
+        out, {name: tuple(t.shape) for name, t in tensors.items()}, dtype, shard_bytes
+    ) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-        hf_writer.write_small_files(writer.folder, None, hf_writer.export_config(MODEL, ROPE, 4096, dtype), {})
+        hf_writer.write_small_files(
+            writer.folder, None, hf_writer.export_config(MODEL, ROPE, 4096, dtype), {}
+        )
         return writer.finish()
 
 
@@ -254,30 +367,47 @@ def test_written_files_are_plain_safetensors(tmp_path, dtype, shard_bytes):
     files = sorted(out.glob("*.safetensors"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (len(files) > 2) == (shard_bytes == 30_000)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert found.keys() == tensors.keys() and all(found[n].dtype == dtype and torch.equal(found[n], tensors[n]) for n in tensors)
+    assert found.keys() == tensors.keys() and all(
+        found[n].dtype == dtype and torch.equal(found[n], tensors[n]) for n in tensors
+    )
     with safe_open(files[0], "pt") as first:
         assert first.metadata() == {"format": "pt"}
     if len(files) > 1:
         index = json.loads((out / hf.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert list(index["weight_map"]) == list(tensors)
-        assert all(torch.equal(load_file(out / file)[name], tensors[name]) for name, file in index["weight_map"].items())
-        assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+        assert all(
+            torch.equal(load_file(out / file)[name], tensors[name])
+            for name, file in index["weight_map"].items()
+        )
+        assert [f.name for f in files] == [
+            f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+        ]
     parameters = empty_parameters(MODEL, 1, dtype)
     hf.load_parameters(out, hf.read_config(out).model, parameters, 0, 1)
-    assert all(torch.equal(p, mapping.split(name, tensors, MODEL, 0, 1)) for name, p in parameters.items())
+    assert all(
+        torch.equal(p, weight_mapping.split(name, tensors, MODEL, 0, 1)) for name, p in parameters.items()
+    )
 
 
 def test_shards_hold_at_most_what_they_may():
-    assert hf_writer.plan_shards({"a": 3, "b": 3, "c": 5, "d": 9, "e": 1}, 6) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert hf_writer.plan_shards({"a": 3, "b": 3, "c": 5, "d": 9, "e": 1}, 6) == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+        ["e"],
+    ]
     assert hf_writer.plan_shards({"a": 3}, 6) == [["a"]]
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path):
     tensors = random_tensors()
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    with pytest.raises(KeyboardInterrupt), hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32, 30_000) as writer:
-        writer.add(mapping.HF_EMBEDDING, tensors[mapping.HF_EMBEDDING])
+    with (
+        pytest.raises(KeyboardInterrupt),
+        hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32, 30_000) as writer,
+    ):
+        writer.add(weight_mapping.HF_EMBEDDING, tensors[weight_mapping.HF_EMBEDDING])
         assert [p.name.startswith(".out.partial-") for p in tmp_path.iterdir()] == [True]
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -329,11 +459,18 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_path):
-    base = {**CONFIG, "eos_token_id": [1, 2], "_name_or_path": "/home/me/model", "torch_dtype": "float16",
-            "rope_scaling": {"type": "linear", "factor": 2.0}}
+    base = {
+        **CONFIG,
+        "eos_token_id": [1, 2],
+        "_name_or_path": "/home/me/model",
+        "torch_dtype": "float16",
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }
     config = hf_writer.export_config(MODEL, ROPE, 4096, torch.bfloat16, base)
     assert config["eos_token_id"] == [1, 2] and "_name_or_path" not in config
-    assert config["torch_dtype"] == config["dtype"] == "bfloat16" and config["max_position_embeddings"] == 4096
+    assert (
+        config["torch_dtype"] == config["dtype"] == "bfloat16" and config["max_position_embeddings"] == 4096
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = hf.read_config(tmp_path)
     assert again.rope == ROPE and again.model == MODEL and again.max_position == 4096
@@ -344,7 +481,9 @@ def test_small_files_of_the_base_go_along(tmp_path):
     base.mkdir(), out.mkdir()
     for name in ("LICENSE", "chat_template.jinja", "generation_config.json", "README.md", "config.json"):
         (base / name).write_text(f"base's {name}")
-    (base / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512, "chat_template": "{{ messages }}"}))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": 512, "chat_template": "{{ messages }}"})
+    )
     hf_writer.write_small_files(out, base, {"max_position_embeddings": 4096}, {"README.md": "card"})
     assert (out / "README.md").read_text() == "card"
     assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 4096}
@@ -353,40 +492,91 @@ def test_small_files_of_the_base_go_along(tmp_path):
     assert tokenizer == {"model_max_length": 4096, "chat_template": "{{ messages }}"}
 
 
-# ---- card ----------------------------------------------------------------------------------------------------
+# ---- card --------------------------------------------------------------------------------------
+
 
 def test_card_of_a_llama_says_what_its_licence_asks(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: llama3.1\nlanguage:\n- en\n---\n# Meta's card\nlicense: mit\n")
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: llama3.1\nlanguage:\n- en\n---\n# Meta's card\nlicense: mit\n"
+    )
     (tmp_path / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n...")
-    license = card.base_license(tmp_path)
-    assert license == card.License(header=(("license", "llama3.1"),), files=("LICENSE",), llama="3.1")
-    run = Run(name="ultralong_1m", base="meta-llama/Llama-3.1-8B-Instruct",
-              train=Train(seq_length=2**20, iterations=125, lr=3e-5, global_batch=8))
+    license = model_card.base_license(tmp_path)
+    assert license == model_card.License(header=(("license", "llama3.1"),), files=("LICENSE",), llama="3.1")
+    run = Run(
+        name="ultralong_1m",
+        base="meta-llama/Llama-3.1-8B-Instruct",
+        train=Train(seq_length=2**20, iterations=125, lr=3e-5, global_batch=8),
+    )
     rope = Rope(type="yarn", factor=128.0)
-    text = card.model_card("my-1M", base=run.base, license=license, run=run, model=MODEL, rope=rope, max_position=2**20,
-                           iterations=125, tokens=125 * 8 * 2**20, dtype=torch.bfloat16)
-    rope_row = ("| RoPE | yarn, theta 500,000, factor 128 over 8,192 positions, alpha 1, beta 4, ramp over rotations, "
-                "without attention temperature |")
-    for part in ("base_model: meta-llama/Llama-3.1-8B-Instruct\nlicense: llama3.1\n", "# Llama-my-1M\n\n**Built with Llama**",
-                 "| recipe | ultralong_1m |", rope_row, "| tokens trained on | 1,048,576,000 |", "1,048,576 tokens", "125 x 8",
-                 "bfloat16"):
+    text = model_card.model_card(
+        "my-1M",
+        base=run.base,
+        license=license,
+        run=run,
+        model=MODEL,
+        rope=rope,
+        max_position=2**20,
+        iterations=125,
+        tokens=125 * 8 * 2**20,
+        dtype=torch.bfloat16,
+    )
+    rope_row = (
+        "| RoPE | yarn, theta 500,000, factor 128 over 8,192 positions, alpha 1, beta 4, ramp over rotations, "
+        "without attention temperature |"
+    )
+    for part in (
+        "base_model: meta-llama/Llama-3.1-8B-Instruct\nlicense: llama3.1\n",
+        "# Llama-my-1M\n\n**Built with Llama**",
+        "| recipe | ultralong_1m |",
+        rope_row,
+        "| tokens trained on | 1,048,576,000 |",
+        "1,048,576 tokens",
+        "125 x 8",
+        "bfloat16",
+    ):
         assert part in text, part
-    assert "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright" in card.notice(license)["NOTICE"]
-    assert card.notice(dataclasses.replace(license, files=("LICENSE", "Notice.txt"))) == {}
+    assert (
+        "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright"
+        in model_card.notice(license)["NOTICE"]
+    )
+    assert model_card.notice(dataclasses.replace(license, files=("LICENSE", "Notice.txt"))) == {}
 
 
 def test_card_of_another_llama_shaped_model(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (tmp_path / "LICENSE.txt").write_text("Apache License, Version 2.0")
-    license = card.base_license(tmp_path)
-    assert license.llama == "" and card.notice(license) == {}
-    text = card.model_card("smol-64k", base="", license=license, run=None, model=MODEL, rope=Rope(), max_position=512,
-                           iterations=0, tokens=0, dtype=torch.float32)
+    license = model_card.base_license(tmp_path)
+    assert license.llama == "" and model_card.notice(license) == {}
+    text = model_card.model_card(
+        "smol-64k",
+        base="",
+        license=license,
+        run=None,
+        model=MODEL,
+        rope=Rope(),
+        max_position=512,
+        iterations=0,
+        tokens=0,
+        dtype=torch.float32,
+    )
     assert "Built with Llama" not in text and "base_model:" not in text
     assert "license: apache-2.0" in text and "`LICENSE.txt`" in text
     assert "| base model | not recorded |" in text and "| recipe | none (converted, not trained) |" in text
-    text = card.model_card("small", base="", license=card.License(), run=None, model=MODEL, rope=Rope(), max_position=512, iterations=0, tokens=0,
-                           dtype=torch.float32)
+    text = model_card.model_card(
+        "small",
+        base="",
+        license=model_card.License(),
+        run=None,
+        model=MODEL,
+        rope=Rope(),
+        max_position=512,
+        iterations=0,
+        tokens=0,
+        dtype=torch.float32,
+    )
     assert "# small\n" in text and "No base model is recorded." in text
-    assert card.base_license(None).files == () and card.base_license(None, "meta-llama/Llama-3.2-1B").llama == "3.2"
-    assert card.base_license(tmp_path / "none", "meta-llama/Meta-Llama-3-8B").llama == "3"
+    assert (
+        model_card.base_license(None).files == ()
+        and model_card.base_license(None, "meta-llama/Llama-3.2-1B").llama == "3.2"
+    )
+    assert model_card.base_license(tmp_path / "none", "meta-llama/Meta-Llama-3-8B").llama == "3"

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel import kernels
-from megatron_ultralong.context_parallel.merge import merge_
+from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.kernels.merge import merge_
 
 HEADS = [(4, 4), (9, 3), (5, 1), (6, 2)]
 # s, t, causal
-SHAPES = [(1, 1, True), (1, 1, False), (7, 7, True), (13, 6, False), (6, 13, False), (1, 70, False), (130, 130, True)]
+SHAPES = [
+    (1, 1, True),
+    (1, 1, False),
+    (7, 7, True),
+    (13, 6, False),
+    (6, 13, False),
+    (1, 70, False),
+    (130, 130, True),
+]
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -25,24 +33,39 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tu
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = torch.einsum("bhsd,bhtd->bhst", q, k) * scale
     if causal:
-        future = torch.arange(k.shape[2], device=q.device)[None, :] > torch.arange(q.shape[2], device=q.device)[:, None]
+        future = (
+            torch.arange(k.shape[2], device=q.device)[None, :]
+            > torch.arange(q.shape[2], device=q.device)[:, None]
+        )
         scores = scores.masked_fill(future, -math.inf)
     return torch.einsum("bhst,bhtd->bhsd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
-def reference_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
+def reference_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, ...]:
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     return torch.autograd.grad(reference(*leaves, causal, scale)[0], leaves, dout.double())
 
 
-def tensors(b: int, h: int, g: int, s: int, t: int, d: int, dtype: torch.dtype = torch.float32, layout: str = "bhsd",
-            device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(
+    b: int,
+    h: int,
+    g: int,
+    s: int,
+    t: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "bhsd",
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, v, dout) in one of the layouts they come in."""
     generator = torch.Generator().manual_seed(b + 10 * h + 100 * s + 1000 * t + d)
 
     def make(heads: int, length: int) -> Tensor:
         def rand(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, dtype)
+
         if layout == "sbhd":
             return rand(length, b, heads, d).permute(1, 2, 0, 3)
         if layout == "half":  # the second half of a longer sequence
@@ -50,6 +73,7 @@ def tensors(b: int, h: int, g: int, s: int, t: int, d: int, dtype: torch.dtype =
         if layout == "strided rows":  # the last dimension is not contiguous
             return rand(b, heads, d, length).transpose(2, 3)
         return rand(b, heads, length, d)
+
     return make(h, s), make(g, t), make(g, t), make(h, s)
 
 
@@ -67,8 +91,12 @@ def test_equal_to_softmax_in_float64(h: int, g: int, layout: str, backend: kerne
             assert_close(out, expected.float(), atol=1e-5, rtol=1e-5)
             assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
             got = kernels.backward(dout, q, k, v, out, lse, causal, scale, backend=backend)
-            for name, x, y in zip(GRADIENTS, got, reference_gradients(dout, q, k, v, causal, scale), strict=True):
-                assert_close(x, y.float(), atol=1e-5, rtol=1e-5, msg=lambda m, at=(name, s, t, d): f"{at}: {m}")
+            for name, x, y in zip(
+                GRADIENTS, got, reference_gradients(dout, q, k, v, causal, scale), strict=True
+            ):
+                assert_close(
+                    x, y.float(), atol=1e-5, rtol=1e-5, msg=lambda m, at=(name, s, t, d): f"{at}: {m}"
+                )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -92,7 +120,9 @@ def test_gradients_of_parts_of_the_keys_add_up(backend: kernels.Backend) -> None
     out, lse = (x.float() for x in reference(q, k, v, False, 0.25))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for part in (slice(0, 5), slice(5, 6), slice(6, 17)):
-        share = kernels.backward(dout, q, k[:, :, part], v[:, :, part], out, lse, False, 0.25, backend=backend)
+        share = kernels.backward(
+            dout, q, k[:, :, part], v[:, :, part], out, lse, False, 0.25, backend=backend
+        )
         dq += share[0]
         dk[:, :, part], dv[:, :, part] = share[1:]
     for x, y in zip((dq, dk, dv), reference_gradients(dout, q, k, v, False, 0.25), strict=True):
@@ -105,7 +135,9 @@ def test_eager_takes_long_queries_in_blocks() -> None:
     expected, expected_lse = kernels.forward(q, k, v, True, backend="cpu")
     assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
-    for x, y in zip(*(kernels.backward(dout, q, k, v, out, lse, True, backend=b) for b in ("eager", "cpu")), strict=True):
+    for x, y in zip(
+        *(kernels.backward(dout, q, k, v, out, lse, True, backend=b) for b in ("eager", "cpu")), strict=True
+    ):
         assert_close(x, y, atol=2e-5, rtol=1e-5)
 
 
@@ -117,7 +149,10 @@ def test_nothing_to_attend_to() -> None:
     assert torch.equal(dq, torch.zeros_like(q)) and dk.shape == dv.shape == k.shape
     none = torch.randn(2, 4, 0, 8)
     assert kernels.forward(none, k, k, True)[0].shape == none.shape
-    assert torch.equal(kernels.backward(none, none, q[:, :2], q[:, :2], none, none[..., 0], False)[1], torch.zeros(2, 2, 3, 8))
+    assert torch.equal(
+        kernels.backward(none, none, q[:, :2], q[:, :2], none, none[..., 0], False)[1],
+        torch.zeros(2, 2, 3, 8),
+    )
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -132,7 +167,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])
-def test_cuda_kernels_are_called_with_arguments_they_take(backend: kernels.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_kernels_are_called_with_arguments_they_take(
+    backend: kernels.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a GPU: the calls against PyTorch's shape functions. The numbers are tested in tests/gpu."""
     q, k = (torch.empty(2, heads, 9, 16, dtype=torch.bfloat16, device="meta") for heads in (6, 2))
     for dims in (3, 4):  # both forms of cuDNN's logsumexp
@@ -143,18 +180,28 @@ def test_cuda_kernels_are_called_with_arguments_they_take(backend: kernels.Backe
         assert shapes == [q.shape, k.shape, k.shape]
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "capability", "cudnn", "deterministic", "expected"), [
-    (torch.bfloat16, 128, (9, 0), 91002, False, "cudnn"),
-    (torch.float16, 64, (10, 0), 91002, False, "cudnn"),
-    (torch.bfloat16, 128, (8, 0), 91002, False, "flash"),
-    (torch.bfloat16, 128, (9, 0), 90100, False, "flash"),
-    (torch.bfloat16, 256, (9, 0), 91002, False, "flash"),
-    (torch.bfloat16, 128, (9, 0), 91002, True, "flash"),
-    (torch.bfloat16, 20, (9, 0), 91002, False, "eager"),
-    (torch.float32, 128, (9, 0), 91002, False, "eager"),
-])
-def test_choice_on_cuda(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], cudnn: int, deterministic: bool,
-                        expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "cudnn", "deterministic", "expected"),
+    [
+        (torch.bfloat16, 128, (9, 0), 91002, False, "cudnn"),
+        (torch.float16, 64, (10, 0), 91002, False, "cudnn"),
+        (torch.bfloat16, 128, (8, 0), 91002, False, "flash"),
+        (torch.bfloat16, 128, (9, 0), 90100, False, "flash"),
+        (torch.bfloat16, 256, (9, 0), 91002, False, "flash"),
+        (torch.bfloat16, 128, (9, 0), 91002, True, "flash"),
+        (torch.bfloat16, 20, (9, 0), 91002, False, "eager"),
+        (torch.float32, 128, (9, 0), 91002, False, "eager"),
+    ],
+)
+def test_choice_on_cuda(
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    cudnn: int,
+    deterministic: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
@@ -170,9 +217,14 @@ def test_choice_elsewhere() -> None:
 def test_merge_equals_attention_over_both(shift: float) -> None:
     """Logits near `shift`, where exp would be inf or 0."""
     q, k, v, _ = tensors(2, 3, 3, 5, 12, 8)
-    q, k = torch.cat((q, torch.full_like(q[..., :1], shift)), -1), torch.cat((k, torch.ones_like(k[..., :1])), -1)
+    q, k = (
+        torch.cat((q, torch.full_like(q[..., :1], shift)), -1),
+        torch.cat((k, torch.ones_like(k[..., :1])), -1),
+    )
     expected, expected_lse = reference(q, k, v, False, 1.0)
-    first, second = (reference(q, k[:, :, part], v[:, :, part], False, 1.0) for part in (slice(0, 5), slice(5, 12)))
+    first, second = (
+        reference(q, k[:, :, part], v[:, :, part], False, 1.0) for part in (slice(0, 5), slice(5, 12))
+    )
     out, lse = first[0].float(), first[1].float()
     merge_(out, lse, second[0].float(), second[1].float())
     tolerance = 1e-6 if shift == 0 else 5e-4  # float32 keeps 3000 to 2.4e-4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.context_parallel import layout
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.errors import UserError
 
 # Sequence of 16 tokens; what each rank holds, in its local order.
 HELD = {
@@ -21,20 +21,20 @@ HELD = {
 def test_positions_and_shards_are_these(cp: int) -> None:
     tokens = torch.arange(16) * 10
     for rank, held in enumerate(HELD[cp]):
-        positions = layout.positions(16, rank, cp)
+        positions = zigzag.positions(16, rank, cp)
         assert positions.dtype == torch.int64 and positions.tolist() == held
-        assert layout.shard(tokens, rank, cp, 0).tolist() == [10 * p for p in held]
+        assert zigzag.shard(tokens, rank, cp, 0).tolist() == [10 * p for p in held]
 
 
 def test_odd_pieces() -> None:
-    assert layout.positions(18, 0, 3).tolist() == [0, 1, 2, 15, 16, 17]
-    assert layout.positions(18, 1, 3).tolist() == [3, 4, 5, 12, 13, 14]
-    assert layout.positions(18, 2, 3).tolist() == [6, 7, 8, 9, 10, 11]
-    assert layout.positions(7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 6]  # nothing to divide with one rank
+    assert zigzag.positions(18, 0, 3).tolist() == [0, 1, 2, 15, 16, 17]
+    assert zigzag.positions(18, 1, 3).tolist() == [3, 4, 5, 12, 13, 14]
+    assert zigzag.positions(18, 2, 3).tolist() == [6, 7, 8, 9, 10, 11]
+    assert zigzag.positions(7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 6]  # nothing to divide with one rank
 
 
 def test_positions_are_exact_at_four_million_tokens() -> None:
-    last = layout.positions(4_194_304, 0, 16)
+    last = zigzag.positions(4_194_304, 0, 16)
     assert last[-1] == 4_194_303 and last[131_072] == 4_063_232 and (last.diff() > 0).all()
 
 
@@ -42,14 +42,14 @@ def test_positions_are_exact_at_four_million_tokens() -> None:
 def test_unshard_is_the_inverse_along_any_dimension(dim: int) -> None:
     x = torch.randn(24, 12, 24)
     for cp in (1, 2, 3):
-        shards = [layout.shard(x, rank, cp, dim) for rank in range(cp)]
+        shards = [zigzag.shard(x, rank, cp, dim) for rank in range(cp)]
         assert all(s.shape[dim] == x.shape[dim] // cp for s in shards)
-        assert torch.equal(layout.unshard(shards, dim), x)
+        assert torch.equal(zigzag.unshard(shards, dim), x)
 
 
 def test_unshard_literally() -> None:
     shards = [torch.tensor([0, 1, 6, 7]), torch.tensor([2, 3, 4, 5])]
-    assert layout.unshard(shards, 0).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert zigzag.unshard(shards, 0).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("cp", "piece"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (8, 3)])
@@ -57,11 +57,11 @@ def test_parts_are_exactly_the_causal_mask(cp: int, piece: int) -> None:
     length = piece * 2 * cp if cp > 1 else piece
     s = length // cp
     for rank in range(cp):
-        queries = layout.positions(length, rank, cp)
+        queries = zigzag.positions(length, rank, cp)
         work = 0
         for source in range(cp):
-            keys = layout.positions(length, source, cp)
-            part = layout.part(rank, source, s)
+            keys = zigzag.positions(length, source, cp)
+            part = zigzag.part(rank, source, s)
             seen = torch.zeros(s, s, dtype=torch.bool)
             block = torch.ones_like(seen[part.queries, part.keys])
             seen[part.queries, part.keys] = block.tril() if part.causal else block
@@ -70,54 +70,74 @@ def test_parts_are_exactly_the_causal_mask(cp: int, piece: int) -> None:
         assert cp == 1 or abs(work - length * (length + 1) / 2 / cp) <= s / 2  # the same work on every rank
 
 
-# ---- groups inside the group -------------------------------------------------------------------------------------
+# ---- groups inside the group -------------------------------------------------------------------
+
 
 def test_groups_are_these() -> None:
-    assert layout.ulysses_ranks(8, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert layout.ring_ranks(8, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert layout.ulysses_ranks(4, 4) == [[0, 1, 2, 3]] and layout.ring_ranks(4, 4) == [[0], [1], [2], [3]]
-    assert layout.ulysses_ranks(4, 1) == [[0], [1], [2], [3]] and layout.ring_ranks(4, 1) == [[0, 1, 2, 3]]
-    for groups in (layout.ulysses_ranks, layout.ring_ranks):
-        with pytest.raises(UserError, match=r"6 context parallel ranks are not divisible by 4 ranks of all-to-all: set parallel\.ulysses"):
+    assert zigzag.ulysses_ranks(8, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert zigzag.ring_ranks(8, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert zigzag.ulysses_ranks(4, 4) == [[0, 1, 2, 3]] and zigzag.ring_ranks(4, 4) == [[0], [1], [2], [3]]
+    assert zigzag.ulysses_ranks(4, 1) == [[0], [1], [2], [3]] and zigzag.ring_ranks(4, 1) == [[0, 1, 2, 3]]
+    for groups in (zigzag.ulysses_ranks, zigzag.ring_ranks):
+        with pytest.raises(
+            UserError,
+            match=r"6 context parallel ranks are not divisible by 4 ranks of all-to-all: set parallel\.ulysses",
+        ):
             groups(6, 4)
 
 
 def test_what_two_adjacent_ranks_of_four_hold_is_what_one_of_two_holds() -> None:
     shares = [torch.tensor(held) for held in HELD[4]]
-    assert layout.unshard(shares[:2], 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
-    assert layout.unshard(shares[2:], 0).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert zigzag.unshard(shares[:2], 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert zigzag.unshard(shares[2:], 0).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("cp", HELD)
 def test_the_order_nests(cp: int) -> None:
     for ulysses in (u for u in (1, 2, 4, 8) if cp % u == 0):
-        for ring_rank, ranks in enumerate(layout.ulysses_ranks(cp, ulysses)):
-            union = layout.unshard([torch.tensor(HELD[cp][rank]) for rank in ranks], 0)
+        for ring_rank, ranks in enumerate(zigzag.ulysses_ranks(cp, ulysses)):
+            union = zigzag.unshard([torch.tensor(HELD[cp][rank]) for rank in ranks], 0)
             assert union.tolist() == HELD[cp // ulysses][ring_rank]
             for place, rank in enumerate(ranks):  # and back
-                assert layout.shard(union, place, ulysses, 0).tolist() == HELD[cp][rank]
+                assert zigzag.shard(union, place, ulysses, 0).tolist() == HELD[cp][rank]
 
 
-# ---- documents in packed rows ------------------------------------------------------------------------------------
+# ---- documents in packed rows ------------------------------------------------------------------
+
 
 def test_parts_of_documents_are_these() -> None:
     """Rank 0 of two holds 0 1 2 3 12 13 14 15, rank 1 holds 4 .. 11; documents 0-1, 2-12, 13, 14-15."""
     starts = (0, 2, 13, 14)
 
     def runs(rank: int, source: int) -> list[tuple[int, ...]]:
-        return [(p.queries.start, p.queries.stop, p.keys.start, p.keys.stop, p.causal) for p in layout.parts(rank, source, 8, 2, starts)]
+        return [
+            (p.queries.start, p.queries.stop, p.keys.start, p.keys.stop, p.causal)
+            for p in zigzag.parts(rank, source, 8, 2, starts)
+        ]
+
     assert runs(0, 0) == [(0, 2, 0, 2, True), (2, 5, 2, 5, True), (5, 6, 5, 6, True), (6, 8, 6, 8, True)]
     assert runs(1, 1) == [(0, 8, 0, 8, True)]
     assert runs(0, 1) == [(4, 5, 0, 8, False)]  # 12 sees 4 .. 11
     assert runs(1, 0) == [(0, 8, 2, 4, False)]  # all see 2 and 3
-    assert [p.queries for p in layout.parts_within(0, 8, 2, starts)] == [slice(*x) for x in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8))]
-    assert layout.parts_before(0, 8, 2, starts) == [layout.Part(slice(4, 5), slice(2, 12), False)]
+    assert [p.queries for p in zigzag.parts_within(0, 8, 2, starts)] == [
+        slice(*x) for x in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8))
+    ]
+    assert zigzag.parts_before(0, 8, 2, starts) == [zigzag.Part(slice(4, 5), slice(2, 12), False)]
 
 
 def packings(length: int, piece: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(length)
-    some = [(torch.rand(length, generator=generator) < share).nonzero().flatten().tolist() for share in (0.05, 0.1, 0.2, 0.5)]
-    return [(0,), tuple(range(length)), tuple(range(0, length, piece)), tuple(sorted({0, length - 1})), *(tuple(sorted({0, *x})) for x in some)]
+    some = [
+        (torch.rand(length, generator=generator) < share).nonzero().flatten().tolist()
+        for share in (0.05, 0.1, 0.2, 0.5)
+    ]
+    return [
+        (0,),
+        tuple(range(length)),
+        tuple(range(0, length, piece)),
+        tuple(sorted({0, length - 1})),
+        *(tuple(sorted({0, *x})) for x in some),
+    ]
 
 
 @pytest.mark.parametrize(("cp", "piece"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (4, 5), (8, 3)])
@@ -127,9 +147,11 @@ def test_parts_of_documents_are_exactly_their_causal_mask(cp: int, piece: int) -
     for starts in packings(length, piece):
         document = torch.bucketize(torch.arange(length), torch.tensor(starts), right=True)
         for rank in range(cp):
-            queries = layout.positions(length, rank, cp)
+            queries = zigzag.positions(length, rank, cp)
 
-            def mask(parts: list[layout.Part], keys: torch.Tensor, queries: torch.Tensor = queries) -> torch.Tensor:
+            def mask(
+                parts: list[zigzag.Part], keys: torch.Tensor, queries: torch.Tensor = queries
+            ) -> torch.Tensor:
                 seen = torch.zeros(len(queries), len(keys), dtype=torch.int64)
                 for part in parts:
                     block = torch.ones_like(seen[part.queries, part.keys])
@@ -137,58 +159,76 @@ def test_parts_of_documents_are_exactly_their_causal_mask(cp: int, piece: int) -
                     seen[part.queries, part.keys] += block.tril() if part.causal else block
                 return seen
 
-            def want(keys: torch.Tensor, queries: torch.Tensor = queries, document: torch.Tensor = document) -> torch.Tensor:
+            def want(
+                keys: torch.Tensor, queries: torch.Tensor = queries, document: torch.Tensor = document
+            ) -> torch.Tensor:
                 return ((queries[:, None] >= keys) & (document[queries][:, None] == document[keys])).long()
 
             for source in range(cp):
-                keys = layout.positions(length, source, cp)
-                parts = layout.parts(rank, source, s, cp, starts)
+                keys = zigzag.positions(length, source, cp)
+                parts = zigzag.parts(rank, source, s, cp, starts)
                 assert torch.equal(mask(parts, keys), want(keys))
                 assert source == rank or len(parts) <= 1
-            whole = mask(layout.parts_before(rank, s, cp, starts), torch.arange(length))
-            within = layout.parts_within(rank, s, cp, starts)
+            whole = mask(zigzag.parts_before(rank, s, cp, starts), torch.arange(length))
+            within = zigzag.parts_within(rank, s, cp, starts)
             whole[:, queries] += mask(within, queries)
             assert torch.equal(whole, want(torch.arange(length)))
-            for parts in (within, layout.parts(rank, rank, s, cp, starts)):
-                assert [p.queries.start for p in parts] == [0, *(p.queries.stop for p in parts[:-1])] and parts[-1].queries.stop == s
+            for parts in (within, zigzag.parts(rank, rank, s, cp, starts)):
+                assert [p.queries.start for p in parts] == [
+                    0,
+                    *(p.queries.stop for p in parts[:-1]),
+                ] and parts[-1].queries.stop == s
                 assert all(p.causal and p.queries == p.keys for p in parts)
 
 
 def test_positions_inside_documents() -> None:
     starts = [0, 2, 13, 14]
-    assert layout.document_positions(starts, 16, 0, 2).tolist() == [0, 1, 0, 1, 10, 0, 0, 1]
-    assert layout.document_positions(torch.tensor(starts, dtype=torch.int32), 16, 1, 2).tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert layout.document_positions([0], 16, 1, 2).tolist() == layout.positions(16, 1, 2).tolist()
-    assert layout.document_positions([0, 6], 7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 0]
-    assert layout.document_positions(range(16), 16, 3, 4).tolist() == [0, 0, 0, 0]
-    far = layout.document_positions([0, 1], 4_194_304, 0, 16)
+    assert zigzag.document_positions(starts, 16, 0, 2).tolist() == [0, 1, 0, 1, 10, 0, 0, 1]
+    assert zigzag.document_positions(torch.tensor(starts, dtype=torch.int32), 16, 1, 2).tolist() == [
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+    ]
+    assert zigzag.document_positions([0], 16, 1, 2).tolist() == zigzag.positions(16, 1, 2).tolist()
+    assert zigzag.document_positions([0, 6], 7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 0]
+    assert zigzag.document_positions(range(16), 16, 3, 4).tolist() == [0, 0, 0, 0]
+    far = zigzag.document_positions([0, 1], 4_194_304, 0, 16)
     assert far.dtype == torch.int64 and far[-1] == 4_194_302
 
 
 def test_document_starts() -> None:
-    assert layout.document_starts(None, 9) == (0,)
-    assert layout.document_starts(torch.tensor([0, 3, 8], dtype=torch.int32), 9) == (0, 3, 8)
+    assert zigzag.document_starts(None, 9) == (0,)
+    assert zigzag.document_starts(torch.tensor([0, 3, 8], dtype=torch.int32), 9) == (0, 3, 8)
     for wrong in ([], [1, 2], [0, 2, 2], [0, 9], [0, 5, 3]):
-        with pytest.raises(UserError, match="are not 0 and then ascending positions below the sequence length 9"):
-            layout.document_starts(wrong, 9)
+        with pytest.raises(
+            UserError, match="are not 0 and then ascending positions below the sequence length 9"
+        ):
+            zigzag.document_starts(wrong, 9)
     with pytest.raises(UserError, match=r"starts \[0, 1, 2, 3, 4, \.\.\.\] are not"):
-        layout.document_starts(range(10), 9)
+        zigzag.document_starts(range(10), 9)
 
 
 def test_a_sequence_that_does_not_divide_is_refused_in_one_line() -> None:
-    for call in (lambda: layout.positions(30, 0, 4), lambda: layout.shard(torch.zeros(2, 30), 3, 4, 1)):
+    for call in (lambda: zigzag.positions(30, 0, 4), lambda: zigzag.shard(torch.zeros(2, 30), 3, 4, 1)):
         with pytest.raises(UserError) as error:
             call()
-        assert str(error.value) == ("sequence length 30 is not divisible by 2 x context parallel size = 8; "
-                                    "the nearest that are: 24 and 32")
+        assert str(error.value) == (
+            "sequence length 30 is not divisible by 2 x context parallel size = 8; "
+            "the nearest that are: 24 and 32"
+        )
     with pytest.raises(UserError, match=r"the nearest that are: 8$"):
-        layout.positions(3, 0, 4)
+        zigzag.positions(3, 0, 4)
 
 
 def test_wrong_use_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
-        layout.positions(16, 2, 2)
+        zigzag.positions(16, 2, 2)
     with pytest.raises(ValueError, match="not the zigzag shares"):
-        layout.unshard([torch.zeros(4), torch.zeros(6)], 0)
+        zigzag.unshard([torch.zeros(4), torch.zeros(6)], 0)
     with pytest.raises(ValueError, match="not the zigzag shares"):
-        layout.unshard([], 0)
+        zigzag.unshard([], 0)

@@ -1,4 +1,5 @@
-"""The chunked loss against torch's cross entropy, on one rank; over tensor parallel ranks tests/distributed/test_model.py has it."""
+"""The chunked loss against torch's cross entropy, on one rank; over tensor parallel ranks
+tests/distributed/test_model.py has it."""
 
 from __future__ import annotations
 
@@ -26,13 +27,19 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     hidden = torch.randn(S, B, H, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(PADDED, H, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(0, V, (B, S), generator=generator)
-    weights = torch.rand(B, S, generator=generator) * (torch.rand(B, S, generator=generator) > 0.3)  # token weights, some zero
+    weights = torch.rand(B, S, generator=generator) * (
+        torch.rand(B, S, generator=generator) > 0.3
+    )  # token weights, some zero
     return hidden, weight, labels, weights
 
 
-def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, z_loss: float) -> torch.Tensor:
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, z_loss: float
+) -> torch.Tensor:
     logits = (hidden.float() @ weight[:V].float().t()).transpose(0, 1)  # [b, s, V]
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(
+        B, S
+    )
     return ((nll + z_loss * logits.logsumexp(-1) ** 2) * weights).sum()
 
 
@@ -44,7 +51,9 @@ def test_value_and_gradients(chunk: int, z_loss: float, block: int, monkeypatch:
     hidden, weight, labels, weights = inputs(torch.float32)
     want = reference(hidden, weight, labels, weights, z_loss)
     want_grads = torch.autograd.grad(want, (hidden, weight))
-    got = sharded_token_loss(hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=chunk, z_loss=z_loss)
+    got = sharded_token_loss(
+        hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=chunk, z_loss=z_loss
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for grad, want_grad in zip(torch.autograd.grad(3 * got, (hidden, weight)), want_grads, strict=True):
         torch.testing.assert_close(grad, 3 * want_grad, rtol=1e-5, atol=1e-5)
@@ -53,7 +62,10 @@ def test_value_and_gradients(chunk: int, z_loss: float, block: int, monkeypatch:
 def test_bf16_sums_chunks_in_float32() -> None:
     hidden, weight, labels, weights = inputs(torch.bfloat16)
     want = torch.autograd.grad(reference(hidden, weight, labels, weights, 0.0), (hidden, weight))
-    got = torch.autograd.grad(sharded_token_loss(hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=1), (hidden, weight))
+    got = torch.autograd.grad(
+        sharded_token_loss(hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=1),
+        (hidden, weight),
+    )
     for grad, want_grad in zip(got, want, strict=True):
         assert grad.dtype == torch.bfloat16
         assert (grad.float() - want_grad.float()).norm() < 0.01 * want_grad.float().norm()
@@ -61,10 +73,22 @@ def test_bf16_sums_chunks_in_float32() -> None:
 
 def test_all_tokens_masked_and_no_graph() -> None:
     hidden, weight, labels, weights = inputs(torch.float32)
-    got = sharded_token_loss(hidden, weight, labels, torch.zeros_like(weights), One(), V, sequence_parallel=False, chunk=4, z_loss=0.1)
+    got = sharded_token_loss(
+        hidden,
+        weight,
+        labels,
+        torch.zeros_like(weights),
+        One(),
+        V,
+        sequence_parallel=False,
+        chunk=4,
+        z_loss=0.1,
+    )
     assert got == 0 and all((grad == 0).all() for grad in torch.autograd.grad(got, (hidden, weight)))
     with torch.no_grad():
-        assert not sharded_token_loss(hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=4).requires_grad
+        assert not sharded_token_loss(
+            hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=4
+        ).requires_grad
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 1000])
@@ -73,7 +97,9 @@ def test_the_loss_of_each_token(chunk: int) -> None:
     norm = torch.nn.RMSNorm(H)
     torch.nn.init.normal_(norm.weight)
     logits = (norm(hidden) @ weight[:V].t()).transpose(0, 1)
-    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(
+        B, S
+    )
     got = sharded_token_nll(hidden, weight, labels, One(), V, sequence_parallel=False, chunk=chunk, norm=norm)
     assert got.shape == (B, S) and not got.requires_grad
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

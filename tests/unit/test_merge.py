@@ -1,4 +1,5 @@
-"""Merging two partial attentions: the Triton kernel, run by Triton's interpreter, against the plain operations and float64."""
+"""Merging two partial attentions: the Triton kernel, run by Triton's interpreter, against the plain
+operations and float64."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ultralong.context_parallel.merge import merge_
+from megatron_ultralong.context_parallel.kernels.merge import merge_
 
 ROOT = Path(__file__).parents[2]
 # b, h, s, d: whole and ragged blocks of tokens, head dimensions that are no power of two, one token
@@ -18,18 +19,23 @@ SHAPES = [(1, 2, 64, 32), (2, 3, 130, 20), (1, 1, 1, 8), (2, 1, 65, 96), (1, 2, 
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """(out, lse, partial, partial_lse): views of other layouts, logsumexps that differ by thousands, some -inf."""
+    """(out, lse, partial, partial_lse): views of other layouts, logsumexps that differ by thousands, some
+    -inf."""
     b, h, s, d = shape
     generator = torch.Generator().manual_seed(b * h * d + s)
     out = torch.randn(s, b, h, d, generator=generator).permute(1, 2, 0, 3)
     partial = torch.randn(b, h, s, d, generator=generator).to(dtype)
-    lse, partial_lse = (torch.randn(b, h, s + 3, generator=generator)[:, :, 3:] * scale for scale in (2.0, 2000.0))
+    lse, partial_lse = (
+        torch.randn(b, h, s + 3, generator=generator)[:, :, 3:] * scale for scale in (2.0, 2000.0)
+    )
     partial_lse[:, :, ::5] = -math.inf
     partial_lse[:, :, 1::5] = lse[:, :, 1::5] + 0.5
     return [x.to(device) for x in (out, lse, partial, partial_lse)]
 
 
-def expected(out: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor) -> list[torch.Tensor]:
+def expected(
+    out: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor
+) -> list[torch.Tensor]:
     out, lse, partial, partial_lse = (x.double() for x in (out, lse, partial, partial_lse))
     both = torch.stack([lse, partial_lse])
     weights = both.softmax(0).unsqueeze(-1)
@@ -55,5 +61,10 @@ def test_plain_operations() -> None:
 def test_triton_kernel_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     # The interpreter is chosen when Triton is imported, so it gets a process of its own.
-    code = "from tests.unit.test_merge import check; from megatron_ultralong.context_parallel.merge_triton import merge_; check(merge_)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={"TRITON_INTERPRET": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)})
+    code = "from tests.unit.test_merge import check; from megatron_ultralong.context_parallel.kernels.merge_triton import merge_; check(merge_)"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        env={"TRITON_INTERPRET": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+    )

@@ -1,4 +1,5 @@
-"""Passkey prompts, scoring, results and the command, with a tokenizer made here and models that are plain functions."""
+"""Passkey prompts, scoring, results and the command, with a tokenizer made here and models that are plain
+functions."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import niah, plots, results
-from megatron_ultralong.evaluate.backends import Completion, Request
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends.protocol import Completion, Request
+from megatron_ultralong.evaluate.pipeline import results
+from megatron_ultralong.evaluate.report import heat_map
+from megatron_ultralong.evaluate.tasks import niah
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 
@@ -24,11 +27,20 @@ CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | tri
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     text = [" ".join(niah.FILLER), niah.needle("Ada", "1"), niah.question("Ben"), niah.INTRODUCTION]
-    bpe.train_from_iterator(text * 5, trainers.BpeTrainer(vocab_size=420, special_tokens=["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"],
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        text * 5,
+        trainers.BpeTrainer(
+            vocab_size=420,
+            special_tokens=["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end|>")
 
 
@@ -47,10 +59,22 @@ class Reader:
     def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
         self.calls.append(len(requests))
         for i, request in reversed(list(enumerate(requests))):  # in any order
-            assert request.text.startswith("Some pass keys") and request.text.endswith("?") and request.prefix.endswith((" is", " are"))
-            match = re.search(r"is (\d+)", self.tokenizer.decode(request.ids[-self.sight:]))
-            tokens = self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[:request.tokens]
-            yield i, Completion(text=self.tokenizer.decode(tokens), tokens_in=len(request.ids), tokens_out=len(tokens), finish="stop")
+            assert (
+                request.text.startswith("Some pass keys")
+                and request.text.endswith("?")
+                and request.prefix.endswith((" is", " are"))
+            )
+            match = re.search(r"is (\d+)", self.tokenizer.decode(request.ids[-self.sight :]))
+            tokens = self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[: request.tokens]
+            yield (
+                i,
+                Completion(
+                    text=self.tokenizer.decode(tokens),
+                    tokens_in=len(request.ids),
+                    tokens_out=len(tokens),
+                    finish="stop",
+                ),
+            )
 
     def describe(self) -> dict:
         return {"path": "reader", "max_position": 200}
@@ -73,10 +97,14 @@ def test_a_prompt_fills_its_length_exactly_and_holds_one_needle(tokenizer, chat,
         text = tokenizer.decode(prompt.tokens)
         assert len(prompt.tokens) + prompt.answer_tokens == length
         assert len(prompt.answer) == 5 and text.count(prompt.answer) == 1
-        assert text.endswith(f"The pass key of {prompt.name} is") and text.count("What is the pass key of") == 1
+        assert (
+            text.endswith(f"The pass key of {prompt.name} is") and text.count("What is the pass key of") == 1
+        )
         needle = tokenizer.encode(niah.needle(prompt.name, prompt.answer), add_special_tokens=False)
-        assert prompt.tokens[prompt.needle_at:prompt.needle_at + len(needle)] == needle
-        assert tokenizer.decode(prompt.tokens[:prompt.needle_at]).endswith("."), "a needle stands between sentences"
+        assert prompt.tokens[prompt.needle_at : prompt.needle_at + len(needle)] == needle
+        assert tokenizer.decode(prompt.tokens[: prompt.needle_at]).endswith("."), (
+            "a needle stands between sentences"
+        )
     tokenizer.chat_template = None
 
 
@@ -88,7 +116,9 @@ def test_depth_moves_the_needle_and_seeds_decide_the_prompt(tokenizer):
     assert [round(4 * (x - first) / room) for x in at] == [0, 1, 2, 3, 4]
     assert builder.prompt(500, 50, 1) == niah.Builder(tokenizer, grid(trials=9)).prompt(500, 50, 1)
     assert builder.prompt(500, 50, 1).tokens != builder.prompt(500, 50, 2).tokens
-    assert builder.prompt(500, 50, 1).answer != niah.Builder(tokenizer, grid(seed=1)).prompt(500, 50, 1).answer
+    assert (
+        builder.prompt(500, 50, 1).answer != niah.Builder(tokenizer, grid(seed=1)).prompt(500, 50, 1).answer
+    )
 
 
 @pytest.mark.parametrize("chat", ["no", "yes"])
@@ -98,13 +128,24 @@ def test_several_needles_are_spread_from_the_depth_on_and_all_asked_for(tokenize
     for depth in (0, 40, 100):
         prompt = builder.prompt(1500, depth, 1)
         text = tokenizer.decode(prompt.tokens)
-        assert len(prompt.tokens) + prompt.answer_tokens == 1500 and len(set(prompt.answers)) == len(set(prompt.names)) == 4
-        found = [(text.index(niah.needle(name, value)) / len(text), text.count(value)) for name, value in zip(prompt.names, prompt.answers, strict=True)]
+        assert (
+            len(prompt.tokens) + prompt.answer_tokens == 1500
+            and len(set(prompt.answers)) == len(set(prompt.names)) == 4
+        )
+        found = [
+            (text.index(niah.needle(name, value)) / len(text), text.count(value))
+            for name, value in zip(prompt.names, prompt.answers, strict=True)
+        ]
         at = sorted(place for place, _ in found)
         assert [count for _, count in found] == [1] * 4
-        assert at == pytest.approx([(depth + (100 - depth) * i / 3) / 100 * 0.8 + 0.05 for i in range(4)], abs=0.12)
+        assert at == pytest.approx(
+            [(depth + (100 - depth) * i / 3) / 100 * 0.8 + 0.05 for i in range(4)], abs=0.12
+        )
         a, b, c, d = prompt.names
-        assert text.endswith(f"The pass keys of {a}, {b}, {c} and {d} are") and f"What are the pass keys of {a}, {b}, {c} and {d}, in this order?" in text
+        assert (
+            text.endswith(f"The pass keys of {a}, {b}, {c} and {d} are")
+            and f"What are the pass keys of {a}, {b}, {c} and {d}, in this order?" in text
+        )
         assert prompt.answer == "{}, {}, {} and {}".format(*prompt.answers)
     tokenizer.chat_template = None
     for count, digits in ((0, 5), (99, 5), (6, 1)):
@@ -113,13 +154,25 @@ def test_several_needles_are_spread_from_the_depth_on_and_all_asked_for(tokenize
 
 
 def test_several_needles_score_the_share_found(tokenizer):
-    result = niah.run(Reader(tokenizer, sight=10**6), grid(needles=3, lengths=(400,), depths=(0.0, 50.0), trials=2))
+    result = niah.run(
+        Reader(tokenizer, sight=10**6), grid(needles=3, lengths=(400,), depths=(0.0, 50.0), trials=2)
+    )
     # The reader gives the first pass key it sees.
-    assert [(cell["needles"], cell["found"], cell["correct"], cell["accuracy"]) for cell in result["cells"]] == [(6, 2, 0, 0.3333)] * 2
+    assert [
+        (cell["needles"], cell["found"], cell["correct"], cell["accuracy"]) for cell in result["cells"]
+    ] == [(6, 2, 0, 0.3333)] * 2
     assert result["accuracy"] == 0.3333 and result["mode"] == "passkeys" and result["grid"] == "own grid"
     single = niah.run(Reader(tokenizer, sight=10**6), grid(lengths=(400,), depths=(0.0,), trials=2))
-    assert single["cells"][0] == {"length": 400, "depth": 0.0, "trials": 2, "correct": 2, "needles": 2, "found": 2, "accuracy": 1.0,
-                                  "refused": 0}
+    assert single["cells"][0] == {
+        "length": 400,
+        "depth": 0.0,
+        "trials": 2,
+        "correct": 2,
+        "needles": 2,
+        "found": 2,
+        "accuracy": 1.0,
+        "refused": 0,
+    }
     assert single["mode"] == "passkey"
 
 
@@ -127,11 +180,15 @@ def test_chat_template_wraps_the_text_and_the_answer_starts_after_it(tokenizer):
     tokenizer.chat_template = CHAT
     prompt = niah.Builder(tokenizer, grid()).prompt(300, 50, 0)
     text = tokenizer.decode(prompt.tokens)
-    assert text.startswith("<|begin|><|user|>Some pass keys") and text.endswith(f"?<|end|><|assistant|>The pass key of {prompt.name} is")
+    assert text.startswith("<|begin|><|user|>Some pass keys") and text.endswith(
+        f"?<|end|><|assistant|>The pass key of {prompt.name} is"
+    )
     assert prompt.tokens[:2] == tokenizer.convert_tokens_to_ids(["<|begin|>", "<|user|>"])
     assert niah.Builder(tokenizer, grid(chat="no")).chat is False
     tokenizer.chat_template = None
-    assert text == f"<|begin|><|user|>{prompt.text}<|end|><|assistant|>{prompt.prefix}", "message and tokens are one prompt"
+    assert text == f"<|begin|><|user|>{prompt.text}<|end|><|assistant|>{prompt.prefix}", (
+        "message and tokens are one prompt"
+    )
     with pytest.raises(UserError, match="no chat template"):
         niah.Builder(tokenizer, grid(chat="yes"))
 
@@ -144,9 +201,20 @@ def test_own_haystack_is_read_in_order(tokenizer):
         niah.Builder(tokenizer, grid(), haystack=" \n ")
 
 
-@pytest.mark.parametrize(("prediction", "right"), [
-    (" 48213.", True), ("48213", True), ("It is **48213**, as told", True), ("4821", False), ("482134", False), ("148213", False),
-    ("48,213", False), ("", False), ("12345 or 48213", True)])
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        (" 48213.", True),
+        ("48213", True),
+        ("It is **48213**, as told", True),
+        ("4821", False),
+        ("482134", False),
+        ("148213", False),
+        ("48,213", False),
+        ("", False),
+        ("12345 or 48213", True),
+    ],
+)
 def test_scoring_wants_exactly_the_digits(prediction, right):
     assert niah.is_correct(prediction, "48213") is right
 
@@ -156,12 +224,21 @@ def test_run_counts_every_cell(tokenizer):
     result = niah.run(backend, grid(), batch=3, progress=done.append)
     cells = {(cell["length"], cell["depth"]): cell["correct"] for cell in result["cells"]}
     # 180 tokens back from the end: all of 150; of 333 only what is deep.
-    assert cells == {(150, 0.0): 4, (150, 50.0): 4, (150, 100.0): 4, (333, 0.0): 0, (333, 50.0): 4, (333, 100.0): 4}
+    assert cells == {
+        (150, 0.0): 4,
+        (150, 50.0): 4,
+        (150, 100.0): 4,
+        (333, 0.0): 0,
+        (333, 50.0): 4,
+        (333, 100.0): 4,
+    }
     assert result["by_length"] == {"150": 1.0, "333": 0.6667} and result["accuracy"] == 0.8333
     assert sum(done) == sum(backend.calls) == len(result["trials"]) == 24 and max(backend.calls) == 3
     assert backend.checked == (333, 3)
     wrong = [trial for trial in result["trials"] if not trial["correct"]]
-    assert {(trial["depth"], trial["prediction"]) for trial in wrong} == {(0.0, " unknown.")} or len(wrong) == 4
+    assert {(trial["depth"], trial["prediction"]) for trial in wrong} == {(0.0, " unknown.")} or len(
+        wrong
+    ) == 4
     assert result["prompt"] == "own wording" and result["format"] == 1 and result["settings"]["chat"] is False
 
 
@@ -170,26 +247,45 @@ def test_results_are_written_whole_with_a_plot_and_a_table(tokenizer, tmp_path):
     results.make_writable(tmp_path / "deep" / "er")
     results.write_json(tmp_path / "a.json", result)
     assert results.read_json(tmp_path / "a.json") == json.loads(json.dumps(result))
-    plots.heat_maps([result, result], ["before", "after"], tmp_path / "a.png", trained=[200, None])
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png", "deep"]
+    heat_map.heat_maps([result, result], ["before", "after"], tmp_path / "a.png", trained=[200, None])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["a.json", "a.png", "deep"]
     table = results.grid_table(result).splitlines()
     assert table[0].split() == ["depth", "150", "333*"] and table[1].split() == ["0%", "100%", "0%"]
     assert table[-2].split() == ["all", "100%", "67%"] and "beyond the 200 positions" in table[-1]
-    assert [plots.tokens(n) for n in (512, 1024, 131072, 1024**2, 1500)] == ["512", "1K", "128K", "1M", "1,500"]
+    assert [heat_map.tokens(n) for n in (512, 1024, 131072, 1024**2, 1500)] == [
+        "512",
+        "1K",
+        "128K",
+        "1M",
+        "1,500",
+    ]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tokenizer, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "model"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                                 num_key_value_heads=1, max_position_embeddings=128, eos_token_id=1, bos_token_id=0)).save_pretrained(path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            eos_token_id=1,
+            bos_token_id=0,
+        )
+    ).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
 def test_hugging_face_backend_is_greedy(model_dir):
-    from megatron_ultralong.evaluate.huggingface import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
 
     backend = HuggingFace(model_dir, device="cpu")
     prompts = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
@@ -200,56 +296,81 @@ def test_hugging_face_backend_is_greedy(model_dir):
         written: list[int] = []
         while len(written) < 4 and 1 not in written:
             written.append(int(model(torch.tensor([prompt + written])).logits[0, -1].argmax()))
-        assert found[place] == Completion(text=backend.tokenizer.decode(written, skip_special_tokens=True), tokens_in=40, tokens_out=len(written),
-                                          finish="stop" if 1 in written else "length")
+        assert found[place] == Completion(
+            text=backend.tokenizer.decode(written, skip_special_tokens=True),
+            tokens_in=40,
+            tokens_out=len(written),
+            finish="stop" if 1 in written else "length",
+        )
     assert backend.describe()["max_position"] == 128 and backend.describe()["dtype"] == "float32"
 
 
 def test_hugging_face_backend_stops_and_samples(model_dir):
-    from megatron_ultralong.evaluate.decode import Sampling
-    from megatron_ultralong.evaluate.huggingface import HuggingFace
+    from megatron_ultralong.evaluate.backends.sampling import Sampling
+    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
 
     def asked(backend: HuggingFace, **more) -> dict[int, Completion]:
-        return dict(backend.generate([Request(id=str(n), ids=list(range(5, 5 + n)), tokens=8, **more) for n in (9, 4, 9)]))
+        return dict(
+            backend.generate(
+                [Request(id=str(n), ids=list(range(5, 5 + n)), tokens=8, **more) for n in (9, 4, 9)]
+            )
+        )
 
     plain = asked(HuggingFace(model_dir, device="cpu"))
-    assert sorted(plain) == [0, 1, 2] and plain[0] == plain[2] and {plain[i].tokens_in for i in (0, 1)} == {9, 4}, "prompts of several sizes in a call"
+    assert (
+        sorted(plain) == [0, 1, 2] and plain[0] == plain[2] and {plain[i].tokens_in for i in (0, 1)} == {9, 4}
+    ), "prompts of several sizes in a call"
     stop = plain[0].text[len(plain[0].text) // 2]
     for i, one in asked(HuggingFace(model_dir, device="cpu"), stop=(stop,)).items():
         whole = plain[i].text
-        assert one.text == whole[:whole.index(stop)] if stop in whole else one == plain[i]
-    drawn = [asked(HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed))) for seed in (1, 1, 2)]
+        assert one.text == whole[: whole.index(stop)] if stop in whole else one == plain[i]
+    drawn = [
+        asked(HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed)))
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     # An answer does not depend on what else is asked: an equal prompt beside it, or nothing.
-    alone = HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=1)).generate([Request(id="x", ids=list(range(5, 14)), tokens=8)])
+    alone = HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=1)).generate(
+        [Request(id="x", ids=list(range(5, 14)), tokens=8)]
+    )
     assert drawn[0][0] == drawn[0][2] == dict(alone)[0]
 
 
 def test_hugging_face_backend_looks_for_stop_texts_in_what_was_written_alone(model_dir):
-    from megatron_ultralong.evaluate.huggingface import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
 
     backend = HuggingFace(model_dir, device="cpu")
     prompts = torch.randint(5, 300, (6, 20), generator=torch.Generator().manual_seed(2)).tolist()
 
     def asked(*places: int, stop: tuple[str, ...] = ()) -> list[Completion]:
-        found = dict(backend.generate([Request(id=str(i), ids=prompts[i], tokens=12, stop=stop) for i in places]))
+        found = dict(
+            backend.generate([Request(id=str(i), ids=prompts[i], tokens=12, stop=stop) for i in places])
+        )
         return [found[i] for i in range(len(places))]
 
     plain = asked(*range(6))
-    over = backend.tokenizer.decode(prompts[0])[-1] + plain[0].text[0]  # the prompt's last sign and the answer's first
+    over = (
+        backend.tokenizer.decode(prompts[0])[-1] + plain[0].text[0]
+    )  # the prompt's last sign and the answer's first
     assert over not in plain[0].text and asked(0, stop=(over,)) == plain[:1]
-    # One stop text, of which some answers of a batch have none: each ends as it does alone, with the token that brings the stop text.
+    # One stop text, of which some answers of a batch have none: each ends as it does alone, with the token
+    # that brings the stop text.
     stop = (plain[1].text[5], plain[2].text[8:10])
     together = asked(*range(6), stop=stop)
-    assert together == [asked(i, stop=stop)[0] for i in range(6)] and len({one.tokens_out for one in together}) > 1
+    assert (
+        together == [asked(i, stop=stop)[0] for i in range(6)]
+        and len({one.tokens_out for one in together}) > 1
+    )
     for one, whole in zip(together, plain, strict=True):
         cut = min((whole.text.index(text) for text in stop if text in whole.text), default=None)
-        assert one.text == whole.text[:cut] and (one.tokens_out < whole.tokens_out or one.tokens_out == whole.tokens_out == 12 or one == whole)
+        assert one.text == whole.text[:cut] and (
+            one.tokens_out < whole.tokens_out or one.tokens_out == whole.tokens_out == 12 or one == whole
+        )
 
 
 @pytest.mark.parametrize("device", ["foo", "mps", "cuda:99"])
 def test_a_device_that_is_none(model_dir, device):
-    from megatron_ultralong.evaluate.huggingface import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
 
     with pytest.raises(UserError, match=f"--device {device}: ") as error:
         HuggingFace(model_dir, device=device)
@@ -264,11 +385,31 @@ def command(monkeypatch, *words) -> None:
 
 
 def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
-    command(monkeypatch, "niah", "--model", model_dir, "--lengths", "100,0.2K".replace("0.2K", "1K"), "--depths", "3", "--trials", "2",
-            "--out", tmp_path / "out", "--device", "cpu")
+    command(
+        monkeypatch,
+        "niah",
+        "--model",
+        model_dir,
+        "--lengths",
+        "100,0.2K".replace("0.2K", "1K"),
+        "--depths",
+        "3",
+        "--trials",
+        "2",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
     result = json.loads((tmp_path / "out" / "niah.json").read_text())
-    assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [(n, d) for n in (100, 1024) for d in (0.0, 50.0, 100.0)]
-    assert result["model"]["path"] == "model" and len(result["trials"]) == 12 and (tmp_path / "out" / "niah.png").exists()
+    assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [
+        (n, d) for n in (100, 1024) for d in (0.0, 50.0, 100.0)
+    ]
+    assert (
+        result["model"]["path"] == "model"
+        and len(result["trials"]) == 12
+        and (tmp_path / "out" / "niah.png").exists()
+    )
     assert "1K*" in capsys.readouterr().out
 
 
@@ -281,13 +422,25 @@ def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
         results.write_json(path, result)
     sizes = []
     for count in (1, 3, 4):
-        command(monkeypatch, "compare", "--results", *paths[:count], "--titles", *"abcd"[:count], "--out", tmp_path / "c.png")
+        command(
+            monkeypatch,
+            "compare",
+            "--results",
+            *paths[:count],
+            "--titles",
+            *"abcd"[:count],
+            "--out",
+            tmp_path / "c.png",
+        )
         sizes.append(struct.unpack(">II", (tmp_path / "c.png").read_bytes()[16:24]))
     (one, low), (three, _), (four, high) = sizes
     assert 2 * one < three == four and high == 2 * low, "three across, then below"
     results.write_json(tmp_path / "x.json", {"task": "ruler"})
-    for words, message in (([tmp_path / "x.json"], "no passkey results"), ([tmp_path / "none.json"], "cannot be read"),
-                           ([*paths[:2], "--titles", "a"], "need 2 titles")):
+    for words, message in (
+        ([tmp_path / "x.json"], "no passkey results"),
+        ([tmp_path / "none.json"], "cannot be read"),
+        ([*paths[:2], "--titles", "a"], "need 2 titles"),
+    ):
         with pytest.raises(UserError, match=message):
             command(monkeypatch, "compare", "--out", tmp_path / "d.png", "--results", *words)
 
@@ -298,13 +451,24 @@ def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
     file.write_text("x")
     good = ["--model", model_dir, "--lengths", "100", "--out", tmp_path / "o", "--device", "cpu"]
     for change, words in (
-            (["--model", tmp_path / "nowhere"], "no such directory"), (["--model", empty], "no config.json"),
-            (["--lengths", "30"], "too short"), (["--lengths", "abc"], "whole number"), (["--lengths", "100,100"], "only once"),
-            (["--depths", "0,101"], "0 to 100"), (["--depths", "nan"], "whole number"), (["--depths", "inf"], "whole number"),
-            (["--depths", "10,nan"], "0 to 100"), (["--depths", "10,10.00001"], "each only once"),
-            (["--depths", "2.5"], "whole number"), (["--depths", "a,b"], "percents"),
-            (["--trials", "0"], "at least 1"), (["--batch", "0"], "at least 1"), (["--out", file / "o"], "cannot be written"),
-            (["--haystack", tmp_path / "none.txt"], "cannot be read"), (["--chat", "yes"], "no chat template")):
+        (["--model", tmp_path / "nowhere"], "no such directory"),
+        (["--model", empty], "no config.json"),
+        (["--lengths", "30"], "too short"),
+        (["--lengths", "abc"], "whole number"),
+        (["--lengths", "100,100"], "only once"),
+        (["--depths", "0,101"], "0 to 100"),
+        (["--depths", "nan"], "whole number"),
+        (["--depths", "inf"], "whole number"),
+        (["--depths", "10,nan"], "0 to 100"),
+        (["--depths", "10,10.00001"], "each only once"),
+        (["--depths", "2.5"], "whole number"),
+        (["--depths", "a,b"], "percents"),
+        (["--trials", "0"], "at least 1"),
+        (["--batch", "0"], "at least 1"),
+        (["--out", file / "o"], "cannot be written"),
+        (["--haystack", tmp_path / "none.txt"], "cannot be read"),
+        (["--chat", "yes"], "no chat template"),
+    ):
         with pytest.raises(UserError, match=words) as error:
             command(monkeypatch, "niah", *good, *change)
         assert "\n" not in str(error.value)

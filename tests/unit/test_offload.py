@@ -9,14 +9,19 @@ import psutil
 import pytest
 import torch
 
-from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory, UserError
-from megatron_ultralong.model.offload import HostStore, Rows
+from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.model.layer.offload import HostStore, Rows
 
 
 def tensors(layer: int) -> list[torch.Tensor]:
     """A contiguous tensor, a transposed one and an empty one, different in every layer."""
     generator = torch.Generator().manual_seed(layer)
-    return [torch.randn(5, 3, generator=generator), torch.randn(4, 2, 3, generator=generator).permute(1, 2, 0).bfloat16(), torch.empty(0, 3)]
+    return [
+        torch.randn(5, 3, generator=generator),
+        torch.randn(4, 2, 3, generator=generator).permute(1, 2, 0).bfloat16(),
+        torch.empty(0, 3),
+    ]
 
 
 def test_everything_comes_back_and_host_memory_is_used_again() -> None:
@@ -54,7 +59,9 @@ def test_micro_batches_that_overlap() -> None:
         if micro_batch:
             for layer in reversed(range(4)):
                 got = passes[micro_batch - 1][layer].get()
-                assert sum(k._device is not None for kept in passes for k in kept) <= 1, "more on the device than what comes next"
+                assert sum(k._device is not None for kept in passes for k in kept) <= 1, (
+                    "more on the device than what comes next"
+                )
                 assert torch.equal(got[0], tensors(10 * (micro_batch - 1) + layer)[0])
     assert store.bytes == 2 * 4 * (15 * 4 + 24 * 2)
 
@@ -75,7 +82,9 @@ def test_rows_come_back_any_number_of_times() -> None:
         for _ in range(3):
             for i in (2, 1, 0):
                 assert torch.equal(rows[chunks[i]], x[chunks[i]])
-                assert [k._device is not None for k in kept] == [j == i - 1 for j in range(3)], "the next is under way, and nothing else is there"
+                assert [k._device is not None for k in kept] == [j == i - 1 for j in range(3)], (
+                    "the next is under way, and nothing else is there"
+                )
         del rows, kept
     assert store.bytes == 10 * 3 * 4
 

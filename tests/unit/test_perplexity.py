@@ -1,4 +1,5 @@
-"""Perplexity by position: buckets against counts by hand, a model against its whole logits, files of documents, the command."""
+"""Perplexity by position: buckets against counts by hand, a model against its whole logits, files of
+documents, the command."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ import numpy
 import pytest
 import torch
 
-from megatron_ultralong.config import Model, UserError
-from megatron_ultralong.evaluate import likelihood, perplexity, positions
+from megatron_ultralong.config import Model
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends import likelihood
+from megatron_ultralong.evaluate.scorers import loss_by_position
+from megatron_ultralong.evaluate.tasks import perplexity
 from tests.text import save_tokenizer, text, write_jsonl, write_rows
 from tests.tiny import hf_model
 
@@ -24,30 +28,56 @@ MODEL = Model(hidden_size=32, ffn_size=64, layers=2, heads=4, kv_heads=2, head_d
 
 
 def test_edges() -> None:
-    assert positions.doubling(5000) == [0, 1024, 2048, 4096, 5000] and positions.doubling(4096) == [0, 1024, 2048, 4096]
-    assert positions.doubling(64) == [0, 64] and positions.doubling(4 << 20)[-2:] == [2 << 20, 4 << 20]
-    assert positions.equal(32) == list(range(0, 33, 2)) and positions.equal(5) == [0, 1, 2, 3, 4, 5]
+    assert loss_by_position.doubling(5000) == [0, 1024, 2048, 4096, 5000] and loss_by_position.doubling(
+        4096
+    ) == [0, 1024, 2048, 4096]
+    assert loss_by_position.doubling(64) == [0, 64] and loss_by_position.doubling(4 << 20)[-2:] == [
+        2 << 20,
+        4 << 20,
+    ]
+    assert loss_by_position.equal(32) == list(range(0, 33, 2)) and loss_by_position.equal(5) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_buckets_are_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positions, "FIRST", 4)
+    monkeypatch.setattr(loss_by_position, "FIRST", 4)
     nll = torch.arange(40, dtype=torch.float32).view(2, 20) / 10
     nll[0, 3] = float("inf")
     counts = torch.ones(2, 20)
     counts[0, 3] = counts[1, 16:] = 0
-    whole = positions.sums(nll, counts, torch.arange(20), 20)
+    whole = loss_by_position.sums(nll, counts, torch.arange(20), 20)
     # The same by parts in any order, as ranks hold them, and with positions beyond the length.
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    parts = sum(positions.sums(nll[:, part], counts[:, part], part, 20) for part in order.split(7))
+    parts = sum(loss_by_position.sums(nll[:, part], counts[:, part], part, 20) for part in order.split(7))
     torch.testing.assert_close(parts, whole)
-    found = positions.summary(whole, 20)
-    assert [(row["from"], row["to"], row["tokens"]) for row in found["by_position"]] == [(0, 4, 7), (4, 8, 8), (8, 16, 16), (16, 20, 4)]
+    found = loss_by_position.summary(whole, 20)
+    assert [(row["from"], row["to"], row["tokens"]) for row in found["by_position"]] == [
+        (0, 4, 7),
+        (4, 8, 8),
+        (8, 16, 16),
+        (16, 20, 4),
+    ]
     assert found["by_position"][0]["nll"] == pytest.approx((0 + 0.1 + 0.2 + 2.0 + 2.1 + 2.2 + 2.3) / 7)
     assert found["by_position"][3]["perplexity"] == pytest.approx(math.exp((1.6 + 1.7 + 1.8 + 1.9) / 4))
-    assert found["tokens"] == 35 and sum(row["tokens"] for row in found["by_sixteenth"]) == 35 and len(found["by_sixteenth"]) == 16
-    short = positions.summary(positions.sums(nll, counts, torch.arange(20), 6), 6)
+    assert (
+        found["tokens"] == 35
+        and sum(row["tokens"] for row in found["by_sixteenth"]) == 35
+        and len(found["by_sixteenth"]) == 16
+    )
+    short = loss_by_position.summary(loss_by_position.sums(nll, counts, torch.arange(20), 6), 6)
     assert short["tokens"] == 11 and short["by_position"][-1]["tokens"] == 4
-    assert positions.summary(torch.zeros(2, len(positions.edges(20)) - 1, dtype=torch.float64), 20)["perplexity"] is None
+    assert (
+        loss_by_position.summary(
+            torch.zeros(2, len(loss_by_position.edges(20)) - 1, dtype=torch.float64), 20
+        )["perplexity"]
+        is None
+    )
 
 
 class Backend:
@@ -65,14 +95,16 @@ class Backend:
 
 def test_a_model_s_losses_are_those_of_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "CHUNK", 7)
-    monkeypatch.setattr(positions, "FIRST", 8)
+    monkeypatch.setattr(loss_by_position, "FIRST", 8)
     generator = torch.Generator().manual_seed(2)
     rows = torch.randint(0, MODEL.vocab_size, (3, 49), generator=generator)
     masks = (torch.rand(3, 49, generator=generator) > 0.3).int()
     backend = Backend()
     prefix = write_rows(tmp_path / "rows", rows.tolist(), masks.tolist())
     tokenizer = range(MODEL.vocab_size)
-    result = perplexity.measure(backend, perplexity.read([prefix], tokenizer), perplexity.Settings(lengths=(48, 20), rows=2))
+    result = perplexity.measure(
+        backend, perplexity.read([prefix], tokenizer), perplexity.Settings(lengths=(48, 20), rows=2)
+    )
     with torch.no_grad():
         logits = backend.model(rows[:2, :-1]).logits
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:2, 1:], reduction="none")
@@ -84,7 +116,9 @@ def test_a_model_s_losses_are_those_of_its_logits(tmp_path: Path, monkeypatch: p
             inside = slice(row["from"], row["to"])
             tokens = int(counts[:, inside].sum())
             assert row["tokens"] == tokens
-            assert row["nll"] == (pytest.approx(float((nll * counts)[:, inside].sum() / tokens), abs=1e-4) if tokens else None)
+            assert row["nll"] == (
+                pytest.approx(float((nll * counts)[:, inside].sum() / tokens), abs=1e-4) if tokens else None
+            )
     with pytest.raises(UserError, match=r"--lengths 49: no row is that long \(the longest has 48 tokens\)"):
         perplexity.measure(backend, perplexity.read([prefix], tokenizer), perplexity.Settings(lengths=(49,)))
 
@@ -99,47 +133,103 @@ def test_documents_that_are_long_enough_each_count_once(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "c.jsonl", texts[3:], key="body")
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl")]
     sizes = [len(row[0]) for row in perplexity.read(files, tokenizer, "body")]
-    assert sizes == [len(tokenizer.encode(text)) for text in texts] and sizes[1] < 30 < 60 < sizes[2] < 400 < min(sizes[0], sizes[3])
+    assert sizes == [len(tokenizer.encode(text)) for text in texts] and sizes[1] < 30 < 60 < sizes[
+        2
+    ] < 400 < min(sizes[0], sizes[3])
     calls: list[int] = []
     backend = Backend()
     backend.model.register_forward_pre_hook(lambda *_: None)
-    backend.model.base_model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    result = perplexity.measure(backend, perplexity.read(files, tokenizer, "body"), perplexity.Settings(lengths=(30, 400), rows=2))
+    backend.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    result = perplexity.measure(
+        backend, perplexity.read(files, tokenizer, "body"), perplexity.Settings(lengths=(30, 400), rows=2)
+    )
     assert {length: values["rows"] for length, values in result["scores"].items()} == {"30": 2, "400": 2}
-    assert calls == [400, 30, 400], "each document once, at its longest; the third for the longer length alone"
+    assert calls == [400, 30, 400], (
+        "each document once, at its longest; the third for the longer length alone"
+    )
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     hf_model(MODEL).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     write_jsonl(tmp_path / "a.jsonl", [text(1, 900), text(2, 900)])
 
     def run(*arguments: Path | str) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "perplexity", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "a.jsonl"),
-                                          "--device", "cpu", *map(str, arguments)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "evaluate.py",
+                "perplexity",
+                "--model",
+                str(tmp_path / "model"),
+                "--data",
+                str(tmp_path / "a.jsonl"),
+                "--device",
+                "cpu",
+                *map(str, arguments),
+            ],
+        )
         runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]()
 
     run("--lengths", "500,1K", "--out", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "perplexity.json").read_text())
-    assert result["task"] == "perplexity" and set(result["scores"]) == {"500", "1024"} and result["model"]["path"] == "model"
+    assert (
+        result["task"] == "perplexity"
+        and set(result["scores"]) == {"500", "1024"}
+        and result["model"]["path"] == "model"
+    )
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "position" in printed and f"{result['scores']['1024']['perplexity']:.3f}" in printed
-    assert result["settings"] == {"lengths": [500, 1024], "rows": 32, "text_key": "text",
-                                  "data": [{"name": "a.jsonl", "bytes": (tmp_path / "a.jsonl").stat().st_size}]}
+    assert result["settings"] == {
+        "lengths": [500, 1024],
+        "rows": 32,
+        "text_key": "text",
+        "data": [{"name": "a.jsonl", "bytes": (tmp_path / "a.jsonl").stat().st_size}],
+    }
     run("--lengths", "1K", "--out", tmp_path / "more", "--beside", tmp_path / "out" / "perplexity.json")
-    for bad, message in (({"task": "niah"}, "is no result of `perplexity`"), ([], "no JSON object"), ({"task": "perplexity", "scores": {}}, "no scores"),
-                         ({"task": "perplexity", "scores": {"4096": {"perplexity": 2.0}}}, "lack perplexity, by_position or by_sixteenth")):
+    for bad, message in (
+        ({"task": "niah"}, "is no result of `perplexity`"),
+        ([], "no JSON object"),
+        ({"task": "perplexity", "scores": {}}, "no scores"),
+        (
+            {"task": "perplexity", "scores": {"4096": {"perplexity": 2.0}}},
+            "lack perplexity, by_position or by_sixteenth",
+        ),
+    ):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
         with pytest.raises(UserError, match=message):  # before the model is looked for
-            run("--model", tmp_path / "none", "--lengths", "1K", "--out", tmp_path / "bad", "--beside", tmp_path / "bad.json")
+            run(
+                "--model",
+                tmp_path / "none",
+                "--lengths",
+                "1K",
+                "--out",
+                tmp_path / "bad",
+                "--beside",
+                tmp_path / "bad.json",
+            )
     with pytest.raises(UserError, match="no-such.jsonl"):
-        run("--model", tmp_path / "none", "--data", tmp_path / "no-such.jsonl", "--lengths", "1K", "--out", tmp_path / "bad")
+        run(
+            "--model",
+            tmp_path / "none",
+            "--data",
+            tmp_path / "no-such.jsonl",
+            "--lengths",
+            "1K",
+            "--out",
+            tmp_path / "bad",
+        )
     assert not (tmp_path / "bad").exists()
 
 
 def test_documents_while_training_need_a_tokenizer_and_length(tmp_path: Path) -> None:
-    from megatron_ultralong.evaluate.perplexity_training import during_training
+    from megatron_ultralong.evaluate.tasks.perplexity_in_training import during_training
 
     save_tokenizer(tmp_path / "tokenizer")
     file = write_jsonl(tmp_path / "a.jsonl", [text(1, 300), text(2, 5), text(3, 300)])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import predictions
-from megatron_ultralong.evaluate.backends import Completion, Request
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends.protocol import Completion, Request
+from megatron_ultralong.evaluate.pipeline import predictions
 
 
 class Echo:
@@ -23,8 +23,16 @@ class Echo:
 
     chat, max_position, tokenizer = "auto", None, None
 
-    def __init__(self, *, model: str = "m", seed: int = 0, fails_at: str = "", refuses: str = "", seconds: float = 0.0) -> None:
-        self.model, self.seed, self.fails_at, self.refuses, self.seconds = model, seed, fails_at, refuses, seconds
+    def __init__(
+        self, *, model: str = "m", seed: int = 0, fails_at: str = "", refuses: str = "", seconds: float = 0.0
+    ) -> None:
+        self.model, self.seed, self.fails_at, self.refuses, self.seconds = (
+            model,
+            seed,
+            fails_at,
+            refuses,
+            seconds,
+        )
         self.calls: list[list[str]] = []
 
     def check(self, length: int, batch: int) -> None: ...
@@ -36,10 +44,24 @@ class Echo:
                 raise UserError("no answer")
             time.sleep(self.seconds)
             refused = request.id == self.refuses
-            yield i, Completion(text="" if refused else f"<{request.text}>", tokens_in=3, tokens_out=2, finish="HTTP 400: long" if refused else "stop")
+            yield (
+                i,
+                Completion(
+                    text="" if refused else f"<{request.text}>",
+                    tokens_in=3,
+                    tokens_out=2,
+                    finish="HTTP 400: long" if refused else "stop",
+                ),
+            )
 
     def describe(self) -> dict:
-        return {"backend": "echo", "path": self.model, "device": str(time.time()), "layout": {"cp": os.getpid()}, "settings": {"seed": self.seed}}
+        return {
+            "backend": "echo",
+            "path": self.model,
+            "device": str(time.time()),
+            "layout": {"cp": os.getpid()},
+            "settings": {"seed": self.seed},
+        }
 
     def close(self) -> None: ...
 
@@ -58,13 +80,31 @@ def test_nothing_answered_is_asked_again(tmp_path):
     backend = Echo()
     found = list(predictions.run(backend, requests(9), path, batch=3, progress=done.append))
     assert backend.calls == [["q3", "q4"], ["q6", "q7", "q8"]], "q5 had its answer before the failure"
-    assert [one.id for one in found] == [f"q{i}" for i in range(9)] and [one.text for one in found] == [f"<text {i}\u2028é>" for i in range(9)]
-    assert sum(done) == 9 and all((one.tokens_in, one.tokens_out, one.finish) == (3, 2, "stop") and one.seconds >= 0 for one in found)
+    assert [one.id for one in found] == [f"q{i}" for i in range(9)] and [one.text for one in found] == [
+        f"<text {i}\u2028é>" for i in range(9)
+    ]
+    assert sum(done) == 9 and all(
+        (one.tokens_in, one.tokens_out, one.finish) == (3, 2, "stop") and one.seconds >= 0 for one in found
+    )
     lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    assert lines[0] == {"journal": "predictions", "format": 1, "model": {"backend": "echo", "path": "m", "settings": {"seed": 0}}}
-    assert len(lines) == 10 and set(lines[1]) == {"key", "prompt_sha256", "prediction", "tokens_in", "tokens_out", "finish", "seconds"}
+    assert lines[0] == {
+        "journal": "predictions",
+        "format": 1,
+        "model": {"backend": "echo", "path": "m", "settings": {"seed": 0}},
+    }
+    assert len(lines) == 10 and set(lines[1]) == {
+        "key",
+        "prompt_sha256",
+        "prediction",
+        "tokens_in",
+        "tokens_out",
+        "finish",
+        "seconds",
+    }
     backend = Echo()
-    assert list(predictions.run(backend, requests(12), path))[:9] == found and backend.calls == [["q9", "q10", "q11"]], "more questions later"
+    assert list(predictions.run(backend, requests(12), path))[:9] == found and backend.calls == [
+        ["q9", "q10", "q11"]
+    ], "more questions later"
     # Without a file all are asked, and none is kept.
     assert [one.text for one in predictions.run(Echo(), requests(9), None)] == [one.text for one in found]
 
@@ -74,10 +114,15 @@ def test_answers_of_something_else_are_refused(tmp_path):
     list(predictions.run(Echo(), requests(2), path))
     before = path.read_bytes()
     for backend, asked, words in (
-            (Echo(model="n"), requests(2), 'is of model.path "m", not "n"; remove it, or choose another --out'),
-            (Echo(seed=1), requests(2), "is of model.settings.seed 0, not 1"),
-            (Echo(), requests(2, tokens=6), "holds an answer to another prompt with the id q0"),
-            (Echo(), [Request(id="q1", text="text 1\u2028é", ids=[1, 2], tokens=5)], "another prompt with the id q1")):
+        (Echo(model="n"), requests(2), 'is of model.path "m", not "n"; remove it, or choose another --out'),
+        (Echo(seed=1), requests(2), "is of model.settings.seed 0, not 1"),
+        (Echo(), requests(2, tokens=6), "holds an answer to another prompt with the id q0"),
+        (
+            Echo(),
+            [Request(id="q1", text="text 1\u2028é", ids=[1, 2], tokens=5)],
+            "another prompt with the id q1",
+        ),
+    ):
         with pytest.raises(UserError, match=words) as error:
             list(predictions.run(backend, asked, path))
         assert "\n" not in str(error.value) and not backend.calls and path.read_bytes() == before
@@ -91,12 +136,20 @@ def test_answers_of_something_else_are_refused(tmp_path):
 def test_what_was_refused_is_told_with_its_reason_and_asked_again(tmp_path):
     path = tmp_path / "p.jsonl"
     first = list(predictions.run(Echo(refuses="q1"), requests(3), path))
-    assert [(one.answered, one.finish) for one in first] == [(True, "stop"), (False, "HTTP 400: long"), (True, "stop")]
+    assert [(one.answered, one.finish) for one in first] == [
+        (True, "stop"),
+        (False, "HTTP 400: long"),
+        (True, "stop"),
+    ]
     assert '"finish": "HTTP 400: long"' in path.read_text()
     for refuses, again in (("q1", [["q1"]]), ("", [["q1"]]), ("", [])):
         backend = Echo(refuses=refuses)
         found = list(predictions.run(backend, requests(3), path))
-        assert backend.calls == again and [one.answered for one in found] == [True, not refuses, True] and len(found) == 3
+        assert (
+            backend.calls == again
+            and [one.answered for one in found] == [True, not refuses, True]
+            and len(found) == 3
+        )
 
 
 def test_batches_are_taken_as_they_are_needed():
@@ -125,7 +178,9 @@ list(predictions.run(Echo(seconds=0.02), requests(500), Path({path!r}), batch=50
 
 def test_a_killed_run_loses_nothing(tmp_path):
     path = tmp_path / "p.jsonl"
-    run = subprocess.Popen([sys.executable, "-c", KILLED.format(path=str(path))], cwd=Path(__file__).parents[2])
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED.format(path=str(path))], cwd=Path(__file__).parents[2]
+    )
     while not path.exists() or path.read_bytes().count(b"\n") < 30:
         assert run.poll() is None
         time.sleep(0.01)

@@ -1,4 +1,5 @@
-"""Attention of some rows at a time: outputs of all chunks, and the sums of their gradients, against the whole in one go."""
+"""Attention of some rows at a time: outputs of all chunks, and the sums of their gradients, against the whole
+in one go."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.context_parallel import layout
 from megatron_ultralong.context_parallel import ring as ring_module
+from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.ring import ring_backward, ring_forward
-from megatron_ultralong.context_parallel.virtual import run_virtual
+from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
 PIECE = 12
 
@@ -19,15 +20,19 @@ PIECE = 12
 @pytest.mark.parametrize("chunk", [1, 5, 12, 24])
 @pytest.mark.parametrize("stretches", [1, 3])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_queries_make_up_the_whole(
+    cp: int, chunk: int, stretches: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ring_module, "KEY_BLOCK", 5)
     length = PIECE * 2 * cp
     generator = torch.Generator().manual_seed(cp)
-    q, k, v, dout = (torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    q, k, v, dout = (
+        torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4)
+    )
     starts = [0, 1, 7, PIECE + 1, length - 3] if packed else None
 
     def rank(ring: Any) -> None:
-        q_, k_, v_, dout_ = (layout.shard(x, ring.rank, cp, 2) for x in (q, k, v, dout))
+        q_, k_, v_, dout_ = (zigzag.shard(x, ring.rank, cp, 2) for x in (q, k, v, dout))
         out, lse = ring_forward(q_, k_, v_, ring, starts=starts)
         want = ring_backward(dout_, q_, k_, v_, out, lse, ring, starts=starts)
         dk, dv = torch.zeros_like(k_), torch.zeros_like(v_)
@@ -40,11 +45,15 @@ def test_chunks_of_queries_make_up_the_whole(cp: int, chunk: int, stretches: int
             out_c, lse_c = ring_forward(q_[here], k_, v_, ring, starts=starts, rows=rows)
             torch.testing.assert_close(out_c, out[here])
             torch.testing.assert_close(lse_c, lse[here])
-            dq, dk_share, dv_share = ring_backward(dout_[here], q_[here], k_, v_, out_c, lse_c, ring, starts=starts, rows=rows)
+            dq, dk_share, dv_share = ring_backward(
+                dout_[here], q_[here], k_, v_, out_c, lse_c, ring, starts=starts, rows=rows
+            )
             torch.testing.assert_close(dq, want[0][here])
             dk += dk_share
             dv += dv_share
-            dq, dk_sum, dv_sum = ring_backward(dout_[here], q_[here], k_, v_, out_c, lse_c, ring, starts=starts, rows=rows, sums=sums)
+            dq, dk_sum, dv_sum = ring_backward(
+                dout_[here], q_[here], k_, v_, out_c, lse_c, ring, starts=starts, rows=rows, sums=sums
+            )
             torch.testing.assert_close(dq, want[0][here])
             assert dk_sum.data_ptr() == sums[0].data_ptr() and dv_sum.data_ptr() == sums[1].data_ptr()
         torch.testing.assert_close(dk, want[1])

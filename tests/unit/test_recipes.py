@@ -6,14 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ultralong import plan, recipes
-from megatron_ultralong.config import Memory, Model, Parallel, Run, Train, UserError, check_model_layout, from_dict, override, to_dict
+from megatron_ultralong import recipes
+from megatron_ultralong.config import (
+    Memory,
+    Model,
+    Parallel,
+    Run,
+    Train,
+    check_model_layout,
+    from_dict,
+    override,
+    to_dict,
+)
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
 
 GIB = 1024**3
 H100 = 80 * 10**9  # bytes, as the vendor counts them
 
-# The paper's figures (arXiv 2504.06214), written out once more: name, S, factor, CP, data parallel on 256 GPUs, iterations, global batch.
+# The paper's figures (arXiv 2504.06214), written out once more: name, S, factor, CP, data parallel on 256
+# GPUs, iterations, global batch.
 PAPER = [
     ("ultralong_1m", 1_048_576, 128, 4, 8, 125, 8),
     ("ultralong_2m", 2_097_152, 256, 16, 2, 125, 4),
@@ -32,7 +45,9 @@ def test_builds(name):
 
 
 def test_unknown_name_gives_the_nearest():
-    with pytest.raises(UserError, match=r"--recipe ultralong-1m: no such recipe; did you mean ultralong_1m\?"):
+    with pytest.raises(
+        UserError, match=r"--recipe ultralong-1m: no such recipe; did you mean ultralong_1m\?"
+    ):
         recipes.get("ultralong-1m")
     with pytest.raises(UserError, match="did you mean"):
         recipes.get("")
@@ -42,18 +57,35 @@ def test_unknown_name_gives_the_nearest():
 def test_paper_figures(name, seq_length, factor, cp, dp, iterations, global_batch):
     run = recipes.get(name)
     assert run.base == "meta-llama/Llama-3.1-8B-Instruct" and run.model is None
-    assert (run.train.seq_length, run.train.iterations, run.train.global_batch, run.train.lr) == (seq_length, iterations, global_batch, 3e-5)
+    assert (run.train.seq_length, run.train.iterations, run.train.global_batch, run.train.lr) == (
+        seq_length,
+        iterations,
+        global_batch,
+        3e-5,
+    )
     assert run.rope is not None
     assert (run.rope.type, run.rope.ramp, run.rope.temperature) == ("yarn", "rotation", False)
-    assert (run.rope.theta, run.rope.factor, run.rope.original_length, run.rope.alpha, run.rope.beta) == (500000, factor, 8192, 1, 4)
+    assert (run.rope.theta, run.rope.factor, run.rope.original_length, run.rope.alpha, run.rope.beta) == (
+        500000,
+        factor,
+        8192,
+        1,
+        4,
+    )
     assert run.rope.factor * run.rope.original_length == seq_length
     assert (run.optim.beta1, run.optim.beta2) == (0.9, 0.95)
     assert run.runtime.device == "cuda", "a node with a broken driver must not train on its CPU"
     # One epoch of a billion tokens.
     assert 1.0e9 <= seq_length * global_batch * iterations <= 1.3e9
-    # The paper's layout on its 256 GPUs: TP 8 (one of 8 KV heads a rank), CP, and what is left as data parallel.
+    # The paper's layout on its 256 GPUs: TP 8 (one of 8 KV heads a rank), CP, and what is left as data
+    # parallel.
     check_model_layout(LLAMA_3_1_8B, run.parallel)
-    assert (run.parallel.tp, run.parallel.pp, run.parallel.cp, run.parallel.data_parallel(256)) == (8, 1, cp, dp)
+    assert (run.parallel.tp, run.parallel.pp, run.parallel.cp, run.parallel.data_parallel(256)) == (
+        8,
+        1,
+        cp,
+        dp,
+    )
     assert run.micro_batches(dp) * dp == global_batch
     assert seq_length % (2 * cp) == 0 and seq_length // cp % 8 == 0
 
@@ -64,7 +96,9 @@ def test_instruction_tuning_figures(size):
     assert (run.train.lr, run.train.global_batch, run.train.seq_length) == (5e-6, 128, 8192)
     assert run.rope is None, "instruction tuning keeps the checkpoint's RoPE"
     assert run.runtime.device == "cuda"
-    assert 128 * (run.train.iterations - 1) < 100_000 <= 128 * run.train.iterations, "one epoch of 100K examples"
+    assert 128 * (run.train.iterations - 1) < 100_000 <= 128 * run.train.iterations, (
+        "one epoch of 100K examples"
+    )
     check_model_layout(LLAMA_3_1_8B, run.parallel)
     assert run.micro_batches(run.parallel.data_parallel(256)) == 4
 
@@ -80,14 +114,19 @@ def test_smollm2():
         check_model_layout(SMOLLM2_135M, Parallel(tp=2))
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------
+
 
 def test_parameters_of_known_models():
     assert plan.stage_parameters(LLAMA_3_1_8B, 1, 1, 0) == 8_030_261_248
     assert plan.stage_parameters(SMOLLM2_135M, 1, 1, 0) == 134_515_008
-    # Over pipeline stages nothing is lost; a tied embedding lies on both ends, and the last stage has the final norm.
+    # Over pipeline stages nothing is lost; a tied embedding lies on both ends, and the last stage has the
+    # final norm.
     assert sum(plan.stage_parameters(LLAMA_3_1_8B, 1, 4, stage) for stage in range(4)) == 8_030_261_248
-    assert sum(plan.stage_parameters(SMOLLM2_135M, 1, 2, stage) for stage in range(2)) == 134_515_008 + 49152 * 576
+    assert (
+        sum(plan.stage_parameters(SMOLLM2_135M, 1, 2, stage) for stage in range(2))
+        == 134_515_008 + 49152 * 576
+    )
     # Over tensor parallel ranks norms are copied: two a layer and the last one.
     assert 8 * plan.stage_parameters(LLAMA_3_1_8B, 8, 1, 0) == 8_030_261_248 + 7 * 65 * 4096
 
@@ -98,14 +137,17 @@ def test_paper_layouts_fit(name):
     parts = plan.memory(run, LLAMA_3_1_8B, 256)
     s = run.train.seq_length // run.parallel.cp
     assert plan.fits(parts, H100)
-    # Published rules of thumb for this model: 2 + 4 bytes a parameter, 12 over all data and context parallel ranks, 8 KiB a token and
-    # layer for its checkpoint, 84 KiB a token for the MLP.
+    # Published rules of thumb for this model: 2 + 4 bytes a parameter, 12 over all data and context parallel
+    # ranks, 8 KiB a token and layer for its checkpoint, 84 KiB a token for the MLP.
     assert parts["weights"] + parts["gradients (fp32)"] == pytest.approx(6 * 8.03e9 / 8, rel=0.01)
     assert parts["optimizer (fp32)"] == pytest.approx(12 * 8.03e9 / 256, rel=0.01)
-    assert parts["layer checkpoints"] == 32 * s // 8 * (2 * 8 * 1024 + 32 * 4)  # input, attention output, float32 logsumexp of 32 heads
+    assert parts["layer checkpoints"] == 32 * s // 8 * (
+        2 * 8 * 1024 + 32 * 4
+    )  # input, attention output, float32 logsumexp of 32 heads
     assert parts["one layer at work"] > s // 8 * 84 * 1024
     assert parts["RoPE tables"] == s * 128 * 4
-    # All of it together is tens of GiB: neither an empty formula nor one that a GPU of 80 GB could never hold.
+    # All of it together is tens of GiB: neither an empty formula nor one that a GPU of 80 GB could never
+    # hold.
     assert 12 * GIB < plan.total(parts) < 60 * GIB
 
 
@@ -114,19 +156,31 @@ def test_without_context_parallelism_1m_does_not_fit():
     assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 8), H100)
     run = override(recipes.get("ultralong_1m"), ["memory.checkpoint=none", "memory.offload=off"])
     assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 256), H100)
-    run = override(recipes.get("ultralong_1m"), ["memory.loss_chunk=0", "memory.offload=off", "parallel.tp=1", "parallel.cp=32"])
-    whole, chunked = (plan.memory(r, LLAMA_3_1_8B, 256)["loss"] for r in (run, override(run, ["memory.loss_chunk=4096"])))
+    run = override(
+        recipes.get("ultralong_1m"),
+        ["memory.loss_chunk=0", "memory.offload=off", "parallel.tp=1", "parallel.cp=32"],
+    )
+    whole, chunked = (
+        plan.memory(r, LLAMA_3_1_8B, 256)["loss"] for r in (run, override(run, ["memory.loss_chunk=4096"]))
+    )
     assert whole - chunked == (32768 - 4096) * 128256 * 2  # logits, whose place their gradient takes
 
 
 def test_memory_of_pipelines():
     model = Model(hidden_size=8, ffn_size=16, layers=8, heads=2, kv_heads=1, head_dim=4, vocab_size=10)
-    run = Run(name="x", parallel=Parallel(pp=4), memory=Memory(checkpoint="full", offload="off"),
-              train=Train(seq_length=32, global_batch=8, iterations=1, lr=1.0))
+    run = Run(
+        name="x",
+        parallel=Parallel(pp=4),
+        memory=Memory(checkpoint="full", offload="off"),
+        train=Train(seq_length=32, global_batch=8, iterations=1, lr=1.0),
+    )
     # The first of four stages holds four micro-batches of two layers' inputs: 1F1B.
     assert plan._stage(run, model, 1, 8, 0)["layer checkpoints"] == 4 * 2 * 32 * 8 * 2
-    assert plan._stage(run, model, 1, 8, 3)["layer checkpoints"] == 1 * 2 * 32 * 8 * 2  # the last hands each straight back
-    # The fullest stage is reported: here the first, whose layer at work is more than the last's loss; with a large vocabulary the last.
+    assert (
+        plan._stage(run, model, 1, 8, 3)["layer checkpoints"] == 1 * 2 * 32 * 8 * 2
+    )  # the last hands each straight back
+    # The fullest stage is reported: here the first, whose layer at work is more than the last's loss; with a
+    # large vocabulary the last.
     assert plan.memory(run, model, 4) == plan._stage(run, model, 1, 8, 0)
     large = replace(model, vocab_size=1000)
     assert plan.memory(run, large, 4) == plan._stage(run, large, 1, 8, 3)
@@ -142,7 +196,10 @@ def test_memory_refuses_what_does_not_divide():
     run = recipes.get("ultralong_1m")
     with pytest.raises(UserError, match="needs a multiple of 32 ranks, but 48 were started"):
         plan.memory(run, LLAMA_3_1_8B, 48)
-    with pytest.raises(UserError, match=r"train.global_batch=8 is not a multiple of train.micro_batch=1 x 16 data parallel ranks"):
+    with pytest.raises(
+        UserError,
+        match=r"train.global_batch=8 is not a multiple of train.micro_batch=1 x 16 data parallel ranks",
+    ):
         plan.memory(run, LLAMA_3_1_8B, 512)
     with pytest.raises(UserError, match=r"model.heads=9 is not divisible"):
         plan.memory(run, SMOLLM2_135M, 256)

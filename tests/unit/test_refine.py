@@ -1,4 +1,5 @@
-"""tools/prepare_data.py refine against a real HTTP server that answers, is late, refuses, breaks off and counts what it was asked."""
+"""tools/prepare_data.py refine against a real HTTP server that answers, is late, refuses, breaks off and
+counts what it was asked."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.data import refine, refine_ask, refine_check, refine_prompts
-from megatron_ultralong.data.journal import Journal
-from megatron_ultralong.data.refine_walk import Settings
-from megatron_ultralong.runtime import endpoint
+from megatron_ultralong.data.refine import prompts as refine_prompts
+from megatron_ultralong.data.refine import requests, validate
+from megatron_ultralong.data.refine import run as refine
+from megatron_ultralong.data.refine.next_step import Settings
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import endpoint_client
+from megatron_ultralong.io.request_log import Journal
 from tests.server import Server
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -44,7 +47,10 @@ def server(monkeypatch):
 
 
 def example(question: str, answer: str, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        **more,
+    }
 
 
 def error_of(status: int, message: str, code: str | None = None) -> dict[str, Any]:
@@ -52,7 +58,9 @@ def error_of(status: int, message: str, code: str | None = None) -> dict[str, An
 
 
 def write(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8"
+    )
     return path
 
 
@@ -64,8 +72,13 @@ def answers(path: Path) -> list[str]:
     return [record["messages"][-1]["content"] for record in read(path)]
 
 
-def run(server: Server, inputs: Path, output: Path, prompts: refine_prompts.Prompts = refine_prompts.Prompts(),  # noqa: B008
-        **settings: Any) -> dict[str, Any]:
+def run(
+    server: Server,
+    inputs: Path,
+    output: Path,
+    prompts: refine_prompts.Prompts = refine_prompts.Prompts(),  # noqa: B008
+    **settings: Any,
+) -> dict[str, Any]:
     settings = {"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, **settings}
     return refine.refine([inputs], output, Settings(**settings), prompts, show_progress=False)
 
@@ -73,27 +86,65 @@ def run(server: Server, inputs: Path, output: Path, prompts: refine_prompts.Prom
 def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server, tmp_path):
     server.delay = 0.02
     # Later ones are answered sooner.
-    server.script = lambda draft, nth: {"text": f"Better: {draft}", "sleep": 0.04 if draft.endswith("0") else 0}
+    server.script = lambda draft, nth: {
+        "text": f"Better: {draft}",
+        "sleep": 0.04 if draft.endswith("0") else 0,
+    }
     records = [example(f"question {i % 25}", f"draft {i % 25}", tag=[i]) for i in range(30)]
     records[3] |= {"id": "three", "domain": "code", "source": "s"}
-    report = run(server, write(tmp_path / "in.jsonl", records), tmp_path / "deep" / "out.jsonl", concurrency=4, price_in=1, price_out=10)
+    report = run(
+        server,
+        write(tmp_path / "in.jsonl", records),
+        tmp_path / "deep" / "out.jsonl",
+        concurrency=4,
+        price_in=1,
+        price_out=10,
+    )
     made = read(tmp_path / "deep" / "out.jsonl")
-    assert [r["messages"] for r in made] == [example(f"question {i % 25}", f"Better: draft {i % 25}")["messages"] for i in range(30)]
+    assert [r["messages"] for r in made] == [
+        example(f"question {i % 25}", f"Better: draft {i % 25}")["messages"] for i in range(30)
+    ]
     assert [r["tag"] for r in made] == [[i] for i in range(30)]
-    assert made[0] == {**example("question 0", "Better: draft 0"), "tag": [0], "id": "in.jsonl:1", "domain": "general", "original": ["draft 0"],
-                       "refined": True, "refine": {"model": "m", "prompt_sha256": refine_prompts.Prompts().sha256("general"), "tokens_in": 100,
-                                                   "tokens_out": 10, "reason": None}}
-    assert made[3]["id"] == "three" and made[3]["source"] == "s" and made[3]["refine"]["prompt_sha256"] == refine_prompts.Prompts().sha256("code")
+    assert made[0] == {
+        **example("question 0", "Better: draft 0"),
+        "tag": [0],
+        "id": "in.jsonl:1",
+        "domain": "general",
+        "original": ["draft 0"],
+        "refined": True,
+        "refine": {
+            "model": "m",
+            "prompt_sha256": refine_prompts.Prompts().sha256("general"),
+            "tokens_in": 100,
+            "tokens_out": 10,
+            "reason": None,
+        },
+    }
+    assert (
+        made[3]["id"] == "three"
+        and made[3]["source"] == "s"
+        and made[3]["refine"]["prompt_sha256"] == refine_prompts.Prompts().sha256("code")
+    )
     assert server.most == 4
-    # Example 28 equals 3 but for the domain, so it is another request; the others that are equal are asked once.
+    # Example 28 equals 3 but for the domain, so it is another request; the others that are equal are asked
+    # once.
     assert server.asked == Counter({f"draft {i}": 1 for i in range(25)} | {"draft 3": 2})
     assert report == json.loads((tmp_path / "deep" / "out.json").read_text())
-    assert report["examples"] == report["refined"] == 30 and report["domains"]["code"] == {"examples": 1, "refined": 1}
-    assert (report["tokens_in"], report["tokens_out"]) == (2600, 260) and report["cost_usd"] == pytest.approx(0.0026 + 0.0026)
+    assert report["examples"] == report["refined"] == 30 and report["domains"]["code"] == {
+        "examples": 1,
+        "refined": 1,
+    }
+    assert (report["tokens_in"], report["tokens_out"]) == (2600, 260) and report["cost_usd"] == pytest.approx(
+        0.0026 + 0.0026
+    )
     assert report["turns"] == {"refined": 30} and report["format"] == 1 and report["settings"]["model"] == "m"
     assert server.keys == {f"Bearer {KEY}"} and {body["model"] for body in server.bodies} == {"m"}
     assert all("temperature" not in body and body["max_tokens"] == 4096 for body in server.bodies)
-    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out.journal.jsonl", "out.json", "out.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == [
+        "out.journal.jsonl",
+        "out.json",
+        "out.jsonl",
+    ]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY in p.read_text()]
     before = (tmp_path / "deep" / "out.jsonl").read_bytes()
     run(server, tmp_path / "in.jsonl", tmp_path / "deep" / "out.jsonl", concurrency=2)
@@ -101,13 +152,23 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
 
 
 def test_what_may_pass_is_tried_again(server, tmp_path):
-    first = {"busy": {"status": 429, "raw": "{}", "headers": {"Retry-After": "0.4"}}, "date": {"status": 429, "raw": "{}",
-             "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}}, "down": {"status": 500, "raw": "oops"}, "odd": {"raw": "not JSON"},
-             "page": {"raw": "<html>", "headers": {"Content-Type": "text/html"}}, "none": {"raw": '{"choices": []}'}, "list": {"raw": "[1]"},
-             "null": {"raw": '{"choices": [{"message": null}]}'}, "half": {"text": "\ud83d"}, "number": {"text": 7},
-             "cut": {"hang_up": True}}
+    first = {
+        "busy": {"status": 429, "raw": "{}", "headers": {"Retry-After": "0.4"}},
+        "date": {"status": 429, "raw": "{}", "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}},
+        "down": {"status": 500, "raw": "oops"},
+        "odd": {"raw": "not JSON"},
+        "page": {"raw": "<html>", "headers": {"Content-Type": "text/html"}},
+        "none": {"raw": '{"choices": []}'},
+        "list": {"raw": "[1]"},
+        "null": {"raw": '{"choices": [{"message": null}]}'},
+        "half": {"text": "\ud83d"},
+        "number": {"text": 7},
+        "cut": {"hang_up": True},
+    }
     server.script = lambda draft, nth: f"Better: {draft}" if nth else first[draft]
-    report = run(server, write(tmp_path / "in.jsonl", [example("q", name) for name in first]), tmp_path / "out.jsonl")
+    report = run(
+        server, write(tmp_path / "in.jsonl", [example("q", name) for name in first]), tmp_path / "out.jsonl"
+    )
     assert answers(tmp_path / "out.jsonl") == [f"Better: {name}" for name in first]
     assert server.asked == Counter(dict.fromkeys(first, 2)) and report["refined"] == len(first)
     assert server.times["busy"][1] - server.times["busy"][0] >= 0.4
@@ -116,13 +177,19 @@ def test_what_may_pass_is_tried_again(server, tmp_path):
 def test_equal_examples_are_asked_for_once(server, tmp_path):
     server.delay = 0.02
     server.script = lambda draft, nth: f"Better: {draft}" if nth == 2 else ""
-    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")] * 12), tmp_path / "out.jsonl", attempts=3, concurrency=6)
+    report = run(
+        server,
+        write(tmp_path / "in.jsonl", [example("q", "a")] * 12),
+        tmp_path / "out.jsonl",
+        attempts=3,
+        concurrency=6,
+    )
     assert server.asked == {"a": 3} and answers(tmp_path / "out.jsonl") == ["Better: a"] * 12
     assert report["refined"] == 12 and report["tokens_in"] == 300
 
 
 def test_openai_takes_another_name_for_the_limit(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint, "OPENAI", server.url)
+    monkeypatch.setattr(endpoint_client, "OPENAI", server.url)
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert server.bodies[0]["max_completion_tokens"] == 4096 and "max_tokens" not in server.bodies[0]
 
@@ -131,44 +198,90 @@ def test_a_slow_drip_is_a_timeout(server, tmp_path):
     """The HTTP client's own limit is one between two bytes."""
     server.script = lambda draft, nth: {"text": "x", "drip": 0.1} if nth == 0 else {"text": "x", "sleep": 5}
     start = time.monotonic()
-    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl", timeout=0.3, retries=1)
-    assert report["turns"] == {"failed: timeout": 1} and server.asked == {"a": 2} and time.monotonic() - start < 4
+    report = run(
+        server,
+        write(tmp_path / "in.jsonl", [example("q", "a")]),
+        tmp_path / "out.jsonl",
+        timeout=0.3,
+        retries=1,
+    )
+    assert (
+        report["turns"] == {"failed: timeout": 1}
+        and server.asked == {"a": 2}
+        and time.monotonic() - start < 4
+    )
 
 
 def test_failures_are_kept_and_asked_again_only_on_demand(server, tmp_path):
     good = False
-    server.script = lambda draft, nth: f"Better: {draft}" if good or draft == "b" else error_of(503, f"busy {KEY}")
-    source, output = write(tmp_path / "in.jsonl", [example("q", "a"), example("q", "b")]), tmp_path / "out.jsonl"
+    server.script = lambda draft, nth: (
+        f"Better: {draft}" if good or draft == "b" else error_of(503, f"busy {KEY}")
+    )
+    source, output = (
+        write(tmp_path / "in.jsonl", [example("q", "a"), example("q", "b")]),
+        tmp_path / "out.jsonl",
+    )
     report = run(server, source, output)
     assert server.asked == Counter(a=3, b=1) and report["turns"] == {"failed: HTTP 503": 1, "refined": 1}
-    assert "busy ***" in (tmp_path / "out.journal.jsonl").read_text() and KEY not in (tmp_path / "out.journal.jsonl").read_text()
+    assert (
+        "busy ***" in (tmp_path / "out.journal.jsonl").read_text()
+        and KEY not in (tmp_path / "out.journal.jsonl").read_text()
+    )
     a, b = read(output)
-    assert not a["refined"] and a["messages"][-1]["content"] == "a" and a["refine"]["reason"] == "failed: HTTP 503" and b["refined"]
+    assert (
+        not a["refined"]
+        and a["messages"][-1]["content"] == "a"
+        and a["refine"]["reason"] == "failed: HTTP 503"
+        and b["refined"]
+    )
     good = True
     assert run(server, source, output) == report and server.asked.total() == 4
-    assert run(server, source, output, retry_failed=True)["refined"] == 2 and server.asked == Counter(a=4, b=1)
+    assert run(server, source, output, retry_failed=True)["refined"] == 2 and server.asked == Counter(
+        a=4, b=1
+    )
     assert run(server, source, output)["refined"] == 2 and server.asked.total() == 5
 
 
 def test_many_failures_in_a_row_end_the_run(server, tmp_path):
     server.script = lambda draft, nth: {"status": 502, "raw": "bad gateway"}
     source = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(100)])
-    with pytest.raises(UserError, match=r"^20 requests in a row failed, the last by HTTP 502 .*--retry-failed$"):
+    with pytest.raises(
+        UserError, match=r"^20 requests in a row failed, the last by HTTP 502 .*--retry-failed$"
+    ):
         run(server, source, tmp_path / "out.jsonl", concurrency=3, retries=0)
     assert 20 <= server.asked.total() <= 23 and not (tmp_path / "out.jsonl").exists()
     server.script = lambda draft, nth: f"Better: {draft}"
     assert run(server, source, tmp_path / "out.jsonl", retry_failed=True)["refined"] == 100
-    server.script = lambda draft, nth: f"Better: {draft}" if draft.endswith("9") else {"status": 502, "raw": "bad gateway"}
-    assert run(server, source, tmp_path / "other.jsonl", concurrency=1, retries=0)["refined"] == 10  # nine in a row are not many
+    server.script = lambda draft, nth: (
+        f"Better: {draft}" if draft.endswith("9") else {"status": 502, "raw": "bad gateway"}
+    )
+    assert (
+        run(server, source, tmp_path / "other.jsonl", concurrency=1, retries=0)["refined"] == 10
+    )  # nine in a row are not many
 
 
-@pytest.mark.parametrize("reply, message", [
-    (error_of(401, f"wrong key {KEY}"), "answers 401: the key in OPENAI_API_KEY is not accepted"),
-    (error_of(403, f"{KEY} is not\nallowed"), r"answers 403: the key in OPENAI_API_KEY may not use model 'm': .*\*\*\* is not allowed"),
-    ({"status": 404, "raw": "{}"}, r"http://127.0.0.1:\d+/v1 answers 404: no model 'm' there, or no such address; check --model and --base-url"),
-    (error_of(400, "temperature is not supported"), "answers 400 and will not be asked again: .*temperature is not"),
-    (error_of(429, "pay", "insufficient_quota"), "answers 429: the account of the key in OPENAI_API_KEY has no quota"),
-])
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        (error_of(401, f"wrong key {KEY}"), "answers 401: the key in OPENAI_API_KEY is not accepted"),
+        (
+            error_of(403, f"{KEY} is not\nallowed"),
+            r"answers 403: the key in OPENAI_API_KEY may not use model 'm': .*\*\*\* is not allowed",
+        ),
+        (
+            {"status": 404, "raw": "{}"},
+            r"http://127.0.0.1:\d+/v1 answers 404: no model 'm' there, or no such address; check --model and --base-url",
+        ),
+        (
+            error_of(400, "temperature is not supported"),
+            "answers 400 and will not be asked again: .*temperature is not",
+        ),
+        (
+            error_of(429, "pay", "insufficient_quota"),
+            "answers 429: the account of the key in OPENAI_API_KEY has no quota",
+        ),
+    ],
+)
 def test_what_no_retry_mends_ends_in_one_line(server, tmp_path, reply, message):
     server.script = lambda draft, nth: reply
     source = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(50)])
@@ -194,50 +307,94 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="answers 401: a key is needed; put it into MY_KEY"):
         run(server, source, tmp_path / "other.jsonl", key_env="MY_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        run(server, source, tmp_path / "third.jsonl", base_url=endpoint.OPENAI)
+        run(server, source, tmp_path / "third.jsonl", base_url=endpoint_client.OPENAI)
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
     with pytest.raises(UserError, match="OPENAI_API_KEY holds signs that no key has") as error:
         run(server, source, tmp_path / "third.jsonl")
     assert "schl" not in str(error.value)
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------
+
 
 def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tmp_path):
-    bad = {"cut off": {"text": "Better, but", "finish": "length"}, "refused": "I’m sorry, but I can’t help with that.", "filtered": {"text": "",
-           "finish": "content_filter"}, "marked": {"text": None, "refusal": "no"}, "open": "Better:\n```python\nprint(1)", "empty": " \n"}
-    server.script = lambda draft, nth: bad[draft.removesuffix(" twice")] if nth == 0 or draft.endswith("twice") else f"Better: {draft}"
+    bad = {
+        "cut off": {"text": "Better, but", "finish": "length"},
+        "refused": "I’m sorry, but I can’t help with that.",
+        "filtered": {"text": "", "finish": "content_filter"},
+        "marked": {"text": None, "refusal": "no"},
+        "open": "Better:\n```python\nprint(1)",
+        "empty": " \n",
+    }
+    server.script = lambda draft, nth: (
+        bad[draft.removesuffix(" twice")] if nth == 0 or draft.endswith("twice") else f"Better: {draft}"
+    )
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write(source, [example("q", name + end) for name in bad for end in ("", " twice")])
     report = run(server, source, output, temperature=0.0)
     assert report["turns"] == {"empty": 1, "refined": 6, "refusal": 3, "truncated": 2}
     made = read(output)
     assert answers(output) == [text for name in bad for text in (f"Better: {name}", f"{name} twice")]
-    assert [r["refined"] for r in made] == [True, False] * 6 and all(r["refine"]["tokens_in"] == 200 for r in made)
-    assert set(server.asked.values()) == {2} and Counter(body["temperature"] for body in server.bodies) == {0.0: 12, 0.7: 12}
+    assert [r["refined"] for r in made] == [True, False] * 6 and all(
+        r["refine"]["tokens_in"] == 200 for r in made
+    )
+    assert set(server.asked.values()) == {2} and Counter(body["temperature"] for body in server.bodies) == {
+        0.0: 12,
+        0.7: 12,
+    }
     run(server, source, output, temperature=0.0)
     assert server.asked.total() == 24
-    run(server, source, output, temperature=0.0, attempts=3, max_tokens=8000)  # asks once more for what was rejected, for nothing else
-    assert {draft for draft, count in server.asked.items() if count == 3} == {f"{name} twice" for name in bad} and server.asked.total() == 30
+    run(
+        server, source, output, temperature=0.0, attempts=3, max_tokens=8000
+    )  # asks once more for what was rejected, for nothing else
+    assert {draft for draft, count in server.asked.items() if count == 3} == {
+        f"{name} twice" for name in bad
+    } and server.asked.total() == 30
 
 
-def against(answer: str, original: str = "An answer.", domain: str = "general", finish: str | None = "stop") -> str | None:
-    return refine_check.reason_against(answer, original, domain=domain, finish=finish, refused=False,
-                                       tags=refine_prompts.Prompts().tags("general"))
+def against(
+    answer: str, original: str = "An answer.", domain: str = "general", finish: str | None = "stop"
+) -> str | None:
+    return validate.reason_against(
+        answer,
+        original,
+        domain=domain,
+        finish=finish,
+        refused=False,
+        tags=refine_prompts.Prompts().tags("general"),
+    )
 
 
-@pytest.mark.parametrize("answer, reason", [
-    ("A good answer.", None), ("I can't stress enough how good it is.", None), ("Sorry to hear that! Try this.", None),
-    ("I can't help but smile.", None), ("I'm afraid of spiders too.", None), ("I'm afraid I have to say no.", "refusal"),
-    ("Here is an improved version of your essay.", None), ("Here is the draft of your letter.", None),
-    ("The error in the draft is", "speaks of the rewriting"),
-    ("", "empty"),
-    ("As an AI language model, I have no body.", "refusal"), ("Sorry, but I cannot do this.", "refusal"), ("I am unable to help.", "refusal"),
-    ("**I cannot assist** with that", "refusal"), ("<draft>\nAn answer", "echoes the request"), ("Text </conversation>", "echoes the request"),
-    ("Here is the rewritten answer: 4", "speaks of the rewriting"), ("The draft's result is wrong.", "speaks of the rewriting"),
-    ("```\ncode\n```", None), ("```\ncode\n", "truncated"), ("````md\n```\n````", None), ("```py\n# ```sh inside\n```", None),
-    ("~~~\n```\n~~~", None), ("```one line```", None), ("  1. x\n     ```c\n     int a;\n     ```\n", None),
-])
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("A good answer.", None),
+        ("I can't stress enough how good it is.", None),
+        ("Sorry to hear that! Try this.", None),
+        ("I can't help but smile.", None),
+        ("I'm afraid of spiders too.", None),
+        ("I'm afraid I have to say no.", "refusal"),
+        ("Here is an improved version of your essay.", None),
+        ("Here is the draft of your letter.", None),
+        ("The error in the draft is", "speaks of the rewriting"),
+        ("", "empty"),
+        ("As an AI language model, I have no body.", "refusal"),
+        ("Sorry, but I cannot do this.", "refusal"),
+        ("I am unable to help.", "refusal"),
+        ("**I cannot assist** with that", "refusal"),
+        ("<draft>\nAn answer", "echoes the request"),
+        ("Text </conversation>", "echoes the request"),
+        ("Here is the rewritten answer: 4", "speaks of the rewriting"),
+        ("The draft's result is wrong.", "speaks of the rewriting"),
+        ("```\ncode\n```", None),
+        ("```\ncode\n", "truncated"),
+        ("````md\n```\n````", None),
+        ("```py\n# ```sh inside\n```", None),
+        ("~~~\n```\n~~~", None),
+        ("```one line```", None),
+        ("  1. x\n     ```c\n     int a;\n     ```\n", None),
+    ],
+)
 def test_check_of_answers(answer, reason):
     assert against(answer) == reason
 
@@ -249,18 +406,34 @@ def test_checks_that_look_at_the_original():
     assert against("Fine", finish="length") == "truncated" and against("Fine", finish=None) is None
 
 
-@pytest.mark.parametrize("new, old, same", [
-    (r"So \boxed{42}.", r"Thus \boxed{42}", True), (r"\boxed{42.0}", "work\n#### 42", True), ("#### 1,234", "#### 1234", True),
-    (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", True), (r"\boxed{\dfrac12}", r"\boxed{1/2}", True), (r"\boxed{-\frac{3}{4}}", r"\boxed{-.75}", True),
-    (r"\boxed{\$18}", "#### 18", True), (r"\boxed{18\text{ apples}}", "#### 18", True), (r"\boxed{20\%}", "#### 20", True),
-    (r"\boxed{\left( 1, 2 \right)}", r"\boxed{(1,2)}", True), (r"\boxed{x^{2}+1}", r"\boxed{x^{2} + 1}", True),
-    ("The answer is 7.", "The answer is: 7", True),
-    (r"first \boxed{1}, then \boxed{2}", "#### 2", True), (r"The final answer is $\boxed{5}$.", "The answer is: 5", True),
-    (r"\boxed{43}", r"\boxed{42}", False), ("It is 42.", "#### 42", False), ("#### 0.33", r"\boxed{1/3}", False),
-    (r"\boxed{(1,3)}", r"\boxed{(1,2)}", False),
-    ("#### 2*3", "#### 23", False), ("#### (1,200)", "#### (1200)", False), (r"\boxed{4", "#### 4", False),
-    ("#### 1/0", "#### 0", False), ("#### 18", "#### 18 \u00bd", False),
-])
+@pytest.mark.parametrize(
+    "new, old, same",
+    [
+        (r"So \boxed{42}.", r"Thus \boxed{42}", True),
+        (r"\boxed{42.0}", "work\n#### 42", True),
+        ("#### 1,234", "#### 1234", True),
+        (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", True),
+        (r"\boxed{\dfrac12}", r"\boxed{1/2}", True),
+        (r"\boxed{-\frac{3}{4}}", r"\boxed{-.75}", True),
+        (r"\boxed{\$18}", "#### 18", True),
+        (r"\boxed{18\text{ apples}}", "#### 18", True),
+        (r"\boxed{20\%}", "#### 20", True),
+        (r"\boxed{\left( 1, 2 \right)}", r"\boxed{(1,2)}", True),
+        (r"\boxed{x^{2}+1}", r"\boxed{x^{2} + 1}", True),
+        ("The answer is 7.", "The answer is: 7", True),
+        (r"first \boxed{1}, then \boxed{2}", "#### 2", True),
+        (r"The final answer is $\boxed{5}$.", "The answer is: 5", True),
+        (r"\boxed{43}", r"\boxed{42}", False),
+        ("It is 42.", "#### 42", False),
+        ("#### 0.33", r"\boxed{1/3}", False),
+        (r"\boxed{(1,3)}", r"\boxed{(1,2)}", False),
+        ("#### 2*3", "#### 23", False),
+        ("#### (1,200)", "#### (1200)", False),
+        (r"\boxed{4", "#### 4", False),
+        ("#### 1/0", "#### 0", False),
+        ("#### 18", "#### 18 \u00bd", False),
+    ],
+)
 def test_final_answer_of_mathematics(new, old, same):
     assert against(new + " ", old, domain="math") == (None if same else "other final answer")
     assert against(new, old, domain="general") is None
@@ -272,11 +445,19 @@ def test_thinking_is_cut_off(server, tmp_path):
     assert answers(tmp_path / "out.jsonl") == ["Better."]
 
 
-# ---- turns, prompts, input -------------------------------------------------------------------------------------
+# ---- turns, prompts, input ---------------------------------------------------------------------
 
-CHAT = {"messages": [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "one"},
-                     {"role": "assistant", "content": "1", "weight": 2}, {"role": "user", "content": "two"}, {"role": "assistant", "content": "{answer}"},
-                     {"role": "user", "content": "bye"}]}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "be kind"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1", "weight": 2},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "{answer}"},
+        {"role": "user", "content": "bye"},
+    ]
+}
 
 
 def test_all_turns_see_the_new_ones_before(server, tmp_path):
@@ -284,16 +465,43 @@ def test_all_turns_see_the_new_ones_before(server, tmp_path):
     run(server, source, tmp_path / "last.jsonl")
     run(server, source, tmp_path / "all.jsonl", turns="all")
     last, every = (read(tmp_path / f"{name}.jsonl")[0] for name in ("last", "all"))
-    assert [m["content"] for m in last["messages"]] == ["be kind", "hello", "one", "1", "two", "Better: {answer}", "bye"]
-    assert [m["content"] for m in every["messages"]] == ["be kind", "hello", "one", "Better: 1", "two", "Better: {answer}", "bye"]
-    assert last["original"] == ["{answer}"] and every["original"] == ["1", "{answer}"] and every["messages"][3]["weight"] == 2
+    assert [m["content"] for m in last["messages"]] == [
+        "be kind",
+        "hello",
+        "one",
+        "1",
+        "two",
+        "Better: {answer}",
+        "bye",
+    ]
+    assert [m["content"] for m in every["messages"]] == [
+        "be kind",
+        "hello",
+        "one",
+        "Better: 1",
+        "two",
+        "Better: {answer}",
+        "bye",
+    ]
+    assert (
+        last["original"] == ["{answer}"]
+        and every["original"] == ["1", "{answer}"]
+        and every["messages"][3]["weight"] == 2
+    )
     assert every["refine"]["tokens_in"] == 200
     before = "[system]\nbe kind\n\n[assistant]\nhello\n\n[user]\none\n\n[assistant]\n{}\n\n[user]\ntwo\n</conversation>"
-    assert before.format("1") in server.bodies[0]["messages"][-1]["content"] and before.format("Better: 1") in server.bodies[2]["messages"][-1]["content"]
+    assert (
+        before.format("1") in server.bodies[0]["messages"][-1]["content"]
+        and before.format("Better: 1") in server.bodies[2]["messages"][-1]["content"]
+    )
     server.script = lambda draft, nth: "" if draft == "1" else f"Better: {draft}"
     report = run(server, source, tmp_path / "part.jsonl", turns="all")
     part = read(tmp_path / "part.jsonl")[0]
-    assert report["turns"] == {"empty": 1, "refined": 1} and part["refined"] and part["refine"]["reason"] == "empty"
+    assert (
+        report["turns"] == {"empty": 1, "refined": 1}
+        and part["refined"]
+        and part["refine"]["reason"] == "empty"
+    )
     assert part["messages"][3] == CHAT["messages"][3]
 
 
@@ -301,15 +509,24 @@ def test_own_prompts(server, tmp_path):
     file = tmp_path / "prompts.yaml"
     file.write_text("system: ''\nmath: |\n  Solve {conversation}; they said {answer}.\n")
     prompts = refine_prompts.load(file)
-    assert prompts.ask("math", CHAT["messages"][2:3], "{conversation}") == [{"role": "user", "content": "Solve [user]\none; they said {conversation}.\n"}]
-    assert prompts.general == refine_prompts.Prompts().general and prompts.sha256("math") != refine_prompts.Prompts().sha256("math")
+    assert prompts.ask("math", CHAT["messages"][2:3], "{conversation}") == [
+        {"role": "user", "content": "Solve [user]\none; they said {conversation}.\n"}
+    ]
+    assert prompts.general == refine_prompts.Prompts().general and prompts.sha256(
+        "math"
+    ) != refine_prompts.Prompts().sha256("math")
     source = write(tmp_path / "in.jsonl", [example("q", "a", domain="math")])
     run(server, source, tmp_path / "out.jsonl")
     run(server, source, tmp_path / "out.jsonl", prompts)
     assert server.asked.total() == 2  # another prompt is another question
-    for text, message in (("maths: x", "no template is called 'maths'; did you mean 'math'"), ("math: x", "the template 'math' lacks {conversation}"),
-                          ("- a", "a mapping with some of system, general"), ("math: 3", "'math' must be text"), ("a: [", "not YAML: "),
-                          ("system: x\nsystem: y", "the key system stands twice")):
+    for text, message in (
+        ("maths: x", "no template is called 'maths'; did you mean 'math'"),
+        ("math: x", "the template 'math' lacks {conversation}"),
+        ("- a", "a mapping with some of system, general"),
+        ("math: 3", "'math' must be text"),
+        ("a: [", "not YAML: "),
+        ("system: x\nsystem: y", "the key system stands twice"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=re.escape(message)):
             refine_prompts.load(file)
@@ -318,59 +535,130 @@ def test_own_prompts(server, tmp_path):
 
 
 def test_broken_lines_are_reported_with_their_places(server, tmp_path):
-    lines = [json.dumps(example("q", "a")), "{", "", "[]", '{"messages": []}', '{"messages": [{"role": "tool", "content": "x"}]}',
-             '{"messages": [{"role": "user", "content": 3}]}', '{"messages": [{"role": "user", "content": "x"}]}',
-             json.dumps(example("q", "a", domain="art")),
-             json.dumps(example("q", "\ud800")), json.dumps(example("q", "b"))]
+    lines = [
+        json.dumps(example("q", "a")),
+        "{",
+        "",
+        "[]",
+        '{"messages": []}',
+        '{"messages": [{"role": "tool", "content": "x"}]}',
+        '{"messages": [{"role": "user", "content": 3}]}',
+        '{"messages": [{"role": "user", "content": "x"}]}',
+        json.dumps(example("q", "a", domain="art")),
+        json.dumps(example("q", "\ud800")),
+        json.dumps(example("q", "b")),
+    ]
     raw = ("\ufeff" + "\n".join(lines)).encode()
-    for name, content in (("a.jsonl", raw), ("a.jsonl.gz", gzip.compress(raw)), ("a.jsonl.zst", zstandard.compress(raw))):
+    for name, content in (
+        ("a.jsonl", raw),
+        ("a.jsonl.gz", gzip.compress(raw)),
+        ("a.jsonl.zst", zstandard.compress(raw)),
+    ):
         (tmp_path / name).write_bytes(content)
         report = run(server, tmp_path / name, tmp_path / "out.jsonl")
         assert [r["id"] for r in read(tmp_path / "out.jsonl")] == [f"{name}:1", f"{name}:11"]
-        assert [broken["place"] for broken in report["broken_lines"]] == [f"{tmp_path / name}, line {i}" for i in (2, 4, 5, 6, 7, 8, 9, 10)]
+        assert [broken["place"] for broken in report["broken_lines"]] == [
+            f"{tmp_path / name}, line {i}" for i in (2, 4, 5, 6, 7, 8, 9, 10)
+        ]
         reasons = [broken["reason"] for broken in report["broken_lines"]]
         assert reasons[0].startswith("not JSON (") and reasons[1:] == [
-            "holds a list, where an object with columns is needed", "no list of messages under 'messages'",
+            "holds a list, where an object with columns is needed",
+            "no list of messages under 'messages'",
             "a message whose role is not system, user or assistant",
-            "a message whose content is not text", "no assistant message that answers a user", "domain 'art' is not one of general, math, code",
-            "holds half of a surrogate pair, which is not text"]
+            "a message whose content is not text",
+            "no assistant message that answers a user",
+            "domain 'art' is not one of general, math, code",
+            "holds half of a surrogate pair, which is not text",
+        ]
     assert server.asked.total() == 2
 
 
 def test_every_form_is_read_and_written_as_messages(server, tmp_path):
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]
-    (tmp_path / "share.json").write_text(json.dumps([{"id": "s", "conversations": turns}, {"id": "t", "conversations": turns[:1]}]))
-    source = write(tmp_path / "a.jsonl", [{"instruction": "do", "input": "this", "output": "c", "domain": "code"},
-                                          example("q", "d", id=5, more=[1]), {"system_prompt": "be kind", "question": "q", "response": "e"}])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "q", "answer": "f", "weight": 1.5}]), tmp_path / "p.parquet")
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+        {"from": "human", "value": "r"},
+        {"from": "gpt", "value": "b"},
+    ]
+    (tmp_path / "share.json").write_text(
+        json.dumps([{"id": "s", "conversations": turns}, {"id": "t", "conversations": turns[:1]}])
+    )
+    source = write(
+        tmp_path / "a.jsonl",
+        [
+            {"instruction": "do", "input": "this", "output": "c", "domain": "code"},
+            example("q", "d", id=5, more=[1]),
+            {"system_prompt": "be kind", "question": "q", "response": "e"},
+        ],
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"question": "q", "answer": "f", "weight": 1.5}]), tmp_path / "p.parquet"
+    )
     settings = Settings(base_url=server.url, model="m", turns="all", domain="math")
-    report = refine.refine([tmp_path / "share.json", source, tmp_path / "p.parquet"], tmp_path / "out" / "x.jsonl", settings, refine_prompts.Prompts(),
-                           show_progress=False)
+    report = refine.refine(
+        [tmp_path / "share.json", source, tmp_path / "p.parquet"],
+        tmp_path / "out" / "x.jsonl",
+        settings,
+        refine_prompts.Prompts(),
+        show_progress=False,
+    )
     found = read(tmp_path / "out" / "x.jsonl")
     assert [(r["id"], r["domain"], [m["content"] for m in r["messages"]], r["original"]) for r in found] == [
-        ("s", "math", ["q", "Better: a", "r", "Better: b"], ["a", "b"]), ("a.jsonl:1", "code", ["do\n\nthis", "Better: c"], ["c"]),
-        (5, "math", ["q", "Better: d"], ["d"]), ("a.jsonl:3", "math", ["be kind", "q", "Better: e"], ["e"]),
-        ("p.parquet:1", "math", ["q", "Better: f"], ["f"])]
+        ("s", "math", ["q", "Better: a", "r", "Better: b"], ["a", "b"]),
+        ("a.jsonl:1", "code", ["do\n\nthis", "Better: c"], ["c"]),
+        (5, "math", ["q", "Better: d"], ["d"]),
+        ("a.jsonl:3", "math", ["be kind", "q", "Better: e"], ["e"]),
+        ("p.parquet:1", "math", ["q", "Better: f"], ["f"]),
+    ]
     assert found[2]["more"] == [1] and all("conversations" not in r and "output" not in r for r in found)
     assert report["form"] == "auto" and report["broken_lines"] == [
-        {"place": f"{tmp_path / 'share.json'}, item 2", "reason": "no question with an answer after it"}]
-    named = refine.refine([source], tmp_path / "out" / "y.jsonl", settings, refine_prompts.Prompts(), form="question/response", show_progress=False)
-    assert named["examples"] == 1 and len(named["broken_lines"]) == 2 and answers(tmp_path / "out" / "y.jsonl") == ["Better: e"]
+        {"place": f"{tmp_path / 'share.json'}, item 2", "reason": "no question with an answer after it"}
+    ]
+    named = refine.refine(
+        [source],
+        tmp_path / "out" / "y.jsonl",
+        settings,
+        refine_prompts.Prompts(),
+        form="question/response",
+        show_progress=False,
+    )
+    assert (
+        named["examples"] == 1
+        and len(named["broken_lines"]) == 2
+        and answers(tmp_path / "out" / "y.jsonl") == ["Better: e"]
+    )
 
 
-# ---- stopping and going on -------------------------------------------------------------------------------------
+# ---- stopping and going on ---------------------------------------------------------------------
+
 
 def test_limit_and_budget(server, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(20)]), tmp_path / "out.jsonl"
-    assert run(server, source, output, limit=3)["examples"] == 3 and server.asked.total() == 3 and len(read(output)) == 3
+    source, output = (
+        write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(20)]),
+        tmp_path / "out.jsonl",
+    )
+    assert (
+        run(server, source, output, limit=3)["examples"] == 3
+        and server.asked.total() == 3
+        and len(read(output)) == 3
+    )
     prices = {"price_in": 10.0, "price_out": 100.0}  # 0.002 USD an answer
     report = run(server, source, output, budget=0.0155, concurrency=1, **prices)
-    assert server.asked.total() == 8 and report["not_asked"] == 12 and report["cost_usd"] == pytest.approx(0.016) and len(read(output)) == 8
-    assert run(server, source, output, budget=0.0155, **prices)["not_asked"] == 12 and server.asked.total() == 8
+    assert (
+        server.asked.total() == 8
+        and report["not_asked"] == 12
+        and report["cost_usd"] == pytest.approx(0.016)
+        and len(read(output)) == 8
+    )
+    assert (
+        run(server, source, output, budget=0.0155, **prices)["not_asked"] == 12 and server.asked.total() == 8
+    )
     assert run(server, source, output, budget=1, **prices)["not_asked"] == 0 and server.asked.total() == 20
     assert answers(output) == [f"Better: {i}" for i in range(20)]
     server.script = lambda draft, nth: {"text": "Better", "usage": None}
-    with pytest.raises(UserError, match="does not say how many tokens an answer took, so --budget cannot be kept"):
+    with pytest.raises(
+        UserError, match="does not say how many tokens an answer took, so --budget cannot be kept"
+    ):
         run(server, source, tmp_path / "other.jsonl", budget=1, **prices)
     report = run(server, source, tmp_path / "other.jsonl")
     assert report["tokens_in"] == 0 and report["cost_usd"] is None and report["refined"] == 20
@@ -378,8 +666,27 @@ def test_limit_and_budget(server, tmp_path):
 
 def start(server: Server, source: Path, output: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    return subprocess.Popen([sys.executable, str(TOOL), "refine", "--input", str(source), "--output", str(output), "--model", "m",
-                             "--base-url", server.url, "--concurrency", "4"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(TOOL),
+            "refine",
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "--model",
+            "m",
+            "--base-url",
+            server.url,
+            "--concurrency",
+            "4",
+        ],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(what, seconds: float = 30) -> None:
@@ -401,7 +708,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
     wait_for(lambda: server.asked.total() >= 16)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and not output.exists() and not (tmp_path / "out.json").exists()
+    assert (
+        process.returncode == -signal.SIGKILL and not output.exists() and not (tmp_path / "out.json").exists()
+    )
     server.delay = 0
     wait_for(lambda: server.in_flight == 0)
     done, asked = Counter(record["key"] for record in read(journal)[1:]), server.asked.total()
@@ -417,7 +726,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
-    source, output = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(200)]), tmp_path / "out.jsonl"
+    source, output = (
+        write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(200)]),
+        tmp_path / "out.jsonl",
+    )
     server.delay = 0.05
     process = start(server, source, output)
     wait_for(lambda: server.asked.total() >= 8)
@@ -425,15 +737,22 @@ def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
     printed = process.communicate(timeout=60)
     last = printed[1].strip().splitlines()[-1]
     assert process.returncode == 130 and "Traceback" not in printed[1] and not output.exists()
-    assert last.endswith("out.journal.jsonl holds every answer so far; run the same command again to go on from it") and "interrupted: " in last
+    assert (
+        last.endswith(
+            "out.journal.jsonl holds every answer so far; run the same command again to go on from it"
+        )
+        and "interrupted: " in last
+    )
     asked = server.asked.total()
-    assert len(read(tmp_path / "out.journal.jsonl")) == 1 + asked < 150  # answers on their way were waited for
+    assert (
+        len(read(tmp_path / "out.journal.jsonl")) == 1 + asked < 150
+    )  # answers on their way were waited for
     server.delay = 0
     assert run(server, source, output)["refined"] == 200 and server.asked.total() == 200
 
 
 def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_ask, "GRACE", 0.1)
+    monkeypatch.setattr(requests, "GRACE", 0.1)
     server.script = lambda draft, nth: {"text": "late", "sleep": 5}
     before = signal.getsignal(signal.SIGTERM)
 
@@ -456,14 +775,16 @@ def test_journal(tmp_path):
         journal.add({"key": "a", "failed": "x"})
         with pytest.raises(UserError, match="is in use by another run"):
             Journal(path)
-        assert [record.get("answer") for record in journal.get("a")] == ["é\ud800", None] and journal.get("b") == []
+        assert [record.get("answer") for record in journal.get("a")] == ["é\ud800", None] and journal.get(
+            "b"
+        ) == []
     whole = path.read_bytes()
     for cut in range(len(whole)):  # wherever it was cut, whole lines are kept and the rest goes
         path.write_bytes(whole[:cut])
         with contextlib.closing(Journal(path)) as journal:
             assert len(journal.get("a")) == max(0, whole[:cut].count(b"\n") - 1)
             kept = path.read_bytes()
-            assert kept == whole[:whole[:cut].rfind(b"\n") + 1]
+            assert kept == whole[: whole[:cut].rfind(b"\n") + 1]
             journal.add({"key": "b"})
             assert journal.get("b") == [{"key": "b"}]
     path.write_bytes(whole)
@@ -479,7 +800,8 @@ def test_journal(tmp_path):
         Journal(tmp_path)
 
 
-# ---- the tool --------------------------------------------------------------------------------------------------
+# ---- the tool ----------------------------------------------------------------------------------
+
 
 def command(monkeypatch, *words: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "refine", *map(str, words)])
@@ -488,36 +810,110 @@ def command(monkeypatch, *words: Any) -> None:
 
 
 def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
-    server.script = lambda draft, nth: f"Better: {draft}" if draft != "b" else {"text": "", "finish": "length"}
+    server.script = lambda draft, nth: (
+        f"Better: {draft}" if draft != "b" else {"text": "", "finish": "length"}
+    )
     source = write(tmp_path / "in.jsonl", [example("q", "a"), "{", example("q", "b"), example("q", "c")])
     monkeypatch.setenv("MINE", KEY)
     (tmp_path / "p.yaml").write_text("system: write well\n")
-    command(monkeypatch, "--input", source, "--output", tmp_path / "out.jsonl", "--base-url", server.url + "/", "--model", "org/m", "--key-env", "MINE",
-            "--price-in", 1, "--price-out", 2.5, "--prompts", tmp_path / "p.yaml", "--domain", "math", "--limit", 2, "--temperature", 0.5,
-            "--max-tokens", 77, "--timeout", 9, "--retries", 1, "--concurrency", 2, "--turns", "all", "--attempts", 1, "--budget", 5)
+    command(
+        monkeypatch,
+        "--input",
+        source,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--base-url",
+        server.url + "/",
+        "--model",
+        "org/m",
+        "--key-env",
+        "MINE",
+        "--price-in",
+        1,
+        "--price-out",
+        2.5,
+        "--prompts",
+        tmp_path / "p.yaml",
+        "--domain",
+        "math",
+        "--limit",
+        2,
+        "--temperature",
+        0.5,
+        "--max-tokens",
+        77,
+        "--timeout",
+        9,
+        "--retries",
+        1,
+        "--concurrency",
+        2,
+        "--turns",
+        "all",
+        "--attempts",
+        1,
+        "--budget",
+        5,
+    )
     printed = capsys.readouterr()
-    assert re.search(r"out.jsonl: 1 of 2 conversations refined; answers kept as they were: 1 truncated; 1 broken lines left out; 200 tokens in, 20 out, "
-                     r"0.00 USD\nbroken: .*in.jsonl, line 2: not JSON", printed.out)
-    assert "refining" in printed.err and "tokens_in=200" in printed.err and "rejected=1" in printed.err and KEY not in printed.err + printed.out
+    assert re.search(
+        r"out.jsonl: 1 of 2 conversations refined; answers kept as they were: 1 truncated; 1 broken lines left out; 200 tokens in, 20 out, "
+        r"0.00 USD\nbroken: .*in.jsonl, line 2: not JSON",
+        printed.out,
+    )
+    assert (
+        "refining" in printed.err
+        and "tokens_in=200" in printed.err
+        and "rejected=1" in printed.err
+        and KEY not in printed.err + printed.out
+    )
     body = server.bodies[0]
-    assert body["messages"][0] == {"role": "system", "content": "write well"} and body["temperature"] == 0.5 and body["max_tokens"] == 77
+    assert (
+        body["messages"][0] == {"role": "system", "content": "write well"}
+        and body["temperature"] == 0.5
+        and body["max_tokens"] == 77
+    )
     assert json.loads((tmp_path / "out.json").read_text())["settings"] == {
-        "model": "org/m", "base_url": server.url, "key_env": "MINE", "concurrency": 2, "timeout": 9.0, "retries": 1, "attempts": 1, "max_tokens": 77,
-        "temperature": 0.5, "domain": "math", "turns": "all", "price_in": 1.0, "price_out": 2.5, "limit": 2, "budget": 5.0, "retry_failed": False,
-        "backoff": 1.0}
+        "model": "org/m",
+        "base_url": server.url,
+        "key_env": "MINE",
+        "concurrency": 2,
+        "timeout": 9.0,
+        "retries": 1,
+        "attempts": 1,
+        "max_tokens": 77,
+        "temperature": 0.5,
+        "domain": "math",
+        "turns": "all",
+        "price_in": 1.0,
+        "price_out": 2.5,
+        "limit": 2,
+        "budget": 5.0,
+        "retry_failed": False,
+        "backoff": 1.0,
+    }
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--concurrency", 0], "--concurrency 0: must be at least 1"), (["--timeout", "nan"], "--timeout nan: must be more than 0"),
-    (["--budget", 3], "--budget: needs --price-in and --price-out"), (["--price-in", 3], "--price-in and --price-out: give both"),
-    (["--output", "out.json"], "--output out.json: the name must end in .jsonl"), (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-    (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"), (["--input", "a.txt"], "a.txt: kind of file not known by its name"),
-    (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
-    (["--base-url", "http://[::1"], "--base-url: expected something like http"), (["--base-url", "http://h:99999/v1"], "--base-url: expected"),
-    (["--base-url", "http://me:pass@host/v1"], "--base-url: give scheme, host, port and path only"),
-    (["--output", "/dev/null/x.jsonl"], "cannot be written"),
-    (["--input", "empty2.jsonl", "--limit", "1"], None), (["--prompts", "none.yaml"], "--prompts none.yaml: cannot be read"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--concurrency", 0], "--concurrency 0: must be at least 1"),
+        (["--timeout", "nan"], "--timeout nan: must be more than 0"),
+        (["--budget", 3], "--budget: needs --price-in and --price-out"),
+        (["--price-in", 3], "--price-in and --price-out: give both"),
+        (["--output", "out.json"], "--output out.json: the name must end in .jsonl"),
+        (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
+        (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"),
+        (["--input", "a.txt"], "a.txt: kind of file not known by its name"),
+        (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
+        (["--base-url", "http://[::1"], "--base-url: expected something like http"),
+        (["--base-url", "http://h:99999/v1"], "--base-url: expected"),
+        (["--base-url", "http://me:pass@host/v1"], "--base-url: give scheme, host, port and path only"),
+        (["--output", "/dev/null/x.jsonl"], "cannot be written"),
+        (["--input", "empty2.jsonl", "--limit", "1"], None),
+        (["--prompts", "none.yaml"], "--prompts none.yaml: cannot be read"),
+    ],
+)
 def test_a_mistake_is_one_line_and_nothing_is_written(server, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     write(Path("in.jsonl"), [example("q", "a")])
@@ -527,7 +923,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(server, tmp_path, monkeypa
     before = sorted(tmp_path.rglob("*"))
     first = ["--input", "empty.jsonl"] if message is None else ["--input", "in.jsonl"]
     with pytest.raises(UserError) as error:
-        command(monkeypatch, *first, "--output", "out.jsonl", "--model", "m", "--base-url", server.url, *words)
-    wanted = message or "no conversation in empty.jsonl and others, 2 broken lines; the first: empty.jsonl, line 1: no known columns among none"
+        command(
+            monkeypatch, *first, "--output", "out.jsonl", "--model", "m", "--base-url", server.url, *words
+        )
+    wanted = (
+        message
+        or "no conversation in empty.jsonl and others, 2 broken lines; the first: empty.jsonl, line 1: no known columns among none"
+    )
     assert wanted in str(error.value) and "\n" not in str(error.value) and "pass@" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before and not server.asked

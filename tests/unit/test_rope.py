@@ -1,4 +1,5 @@
-"""RoPE: published figures, angles at 4M positions, rotation and its gradient, and config.json that is refused."""
+"""RoPE: published figures, angles at 4M positions, rotation and its gradient, and config.json that is
+refused."""
 
 from __future__ import annotations
 
@@ -11,14 +12,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import Rope, UserError
-from megatron_ultralong.context_parallel import layout
+from megatron_ultralong.config import Rope
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import rope as ropes
 from megatron_ultralong.model.rope import apply_rope, cos_sin, from_hf, inverse_frequencies, same_maths, to_hf
 
 M = 1024**2
 ORIGINAL = "original_max_position_embeddings"
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, ORIGINAL: 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    ORIGINAL: 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 YARN = {"rope_type": "yarn", "factor": 16.0, ORIGINAL: 8192}
 
 
@@ -41,13 +49,17 @@ def refused(config: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-# ---- frequencies ---------------------------------------------------------------------------------------------
+# ---- frequencies -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("rope", "ratios"), [
-    (Rope(type="llama3", factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
-    (Rope(type="yarn", factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
-    (Rope(type="yarn", factor=128.0, ramp="dimension"), [1.165, 1.396, 1.740, 2.309, 3.433, 6.687]),
-])
+
+@pytest.mark.parametrize(
+    ("rope", "ratios"),
+    [
+        (Rope(type="llama3", factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
+        (Rope(type="yarn", factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
+        (Rope(type="yarn", factor=128.0, ramp="dimension"), [1.165, 1.396, 1.740, 2.309, 3.433, 6.687]),
+    ],
+)
 def test_only_indices_29_to_34_lie_on_the_ramp(rope, ratios):
     """Llama-3.1 from 8192 positions to 1M: plain frequencies below index 29, divided by 128 from 35 on."""
     plain, factor = inverse_frequencies(Rope(), 128)
@@ -58,9 +70,12 @@ def test_only_indices_29_to_34_lie_on_the_ramp(rope, ratios):
 
 
 def test_rotation_ramp_is_that_of_the_paper():
-    """YaRN paper eq. 17-20 in exact arithmetic but for theta's powers, at ends of the ramp that are no integers."""
+    """YaRN paper eq. 17-20 in exact arithmetic but for theta's powers, at ends of the ramp that are no
+    integers."""
     theta, s, length, alpha, beta = 10000.0, 7.3, 511, 0.7, 11.5
-    found, _ = inverse_frequencies(Rope(type="yarn", theta=theta, factor=s, original_length=length, alpha=alpha, beta=beta), 96)
+    found, _ = inverse_frequencies(
+        Rope(type="yarn", theta=theta, factor=s, original_length=length, alpha=alpha, beta=beta), 96
+    )
     expected = []
     for i in range(48):
         f = theta ** (-2 * i / 96)
@@ -69,7 +84,9 @@ def test_rotation_ramp_is_that_of_the_paper():
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(128.0, 1.485203), (256.0, 1.554518), (512.0, 1.623832), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(128.0, 1.485203), (256.0, 1.554518), (512.0, 1.623832), (1.0, 1.0)]
+)
 @pytest.mark.parametrize("ramp", ["rotation", "dimension"])
 def test_attention_factor(factor, expected, ramp):
     def found(**settings):
@@ -91,17 +108,27 @@ def test_settings_without_meaning_are_refused():
 def test_frequencies_stay_on_the_cpu():
     """Also where another default device is set: a GPU's power function has other last bits."""
     with torch.device("meta"):
-        for rope in (Rope(), Rope(type="llama3", factor=8.0), Rope(type="yarn", ramp="dimension", factor=8.0)):
+        for rope in (
+            Rope(),
+            Rope(type="llama3", factor=8.0),
+            Rope(type="yarn", ramp="dimension", factor=8.0),
+        ):
             assert inverse_frequencies(rope, 64)[0].device.type == "cpu"
 
 
-# ---- angles --------------------------------------------------------------------------------------------------
+# ---- angles ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rope", [Rope(), Rope(type="yarn", factor=512.0, ramp="dimension", temperature=True)])
+
+@pytest.mark.parametrize(
+    "rope", [Rope(), Rope(type="yarn", factor=512.0, ramp="dimension", temperature=True)]
+)
 def test_angles_at_4m_positions(rope):
-    """Against cos and sin of the exact product of position and float32 frequency, at 50 digits; float32 products fail this."""
+    """Against cos and sin of the exact product of position and float32 frequency, at 50 digits; float32
+    products fail this."""
     frequencies, attention_factor = inverse_frequencies(rope, 128)
-    positions = torch.tensor([0, 1, 8191, M - 1, M + 1, 2 * M - 1, 2**24 - 1, 4 * M - 4097, 4 * M - 2, 4 * M - 1])
+    positions = torch.tensor(
+        [0, 1, 8191, M - 1, M + 1, 2 * M - 1, 2**24 - 1, 4 * M - 4097, 4 * M - 2, 4 * M - 1]
+    )
     cos, sin = cos_sin(positions, frequencies, attention_factor)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (10, 64)
     worst = worst_in_float32 = 0.0
@@ -110,9 +137,13 @@ def test_angles_at_4m_positions(rope):
             for column, frequency in enumerate(frequencies.tolist()):
                 angle = mpmath.mpf(frequency) * position
                 for table, function in ((cos, mpmath.cos), (sin, mpmath.sin)):
-                    worst = max(worst, abs(float(table[row, column].item() / attention_factor - function(angle))))
+                    worst = max(
+                        worst, abs(float(table[row, column].item() / attention_factor - function(angle)))
+                    )
                 naive = torch.tensor(float(position)) * torch.tensor(frequency)  # as float32 code has it
-                worst_in_float32 = max(worst_in_float32, abs(float(math.cos(naive.item()) - mpmath.cos(angle))))
+                worst_in_float32 = max(
+                    worst_in_float32, abs(float(math.cos(naive.item()) - mpmath.cos(angle)))
+                )
     assert worst < 1e-6
     assert worst_in_float32 > 0.05
 
@@ -134,9 +165,9 @@ def test_a_rank_computes_only_its_own_positions(cp):
     frequencies, _ = inverse_frequencies(Rope(type="llama3", factor=8.0), 16)
     whole = cos_sin(torch.arange(48), frequencies, 1.0)
     for rank in range(cp):
-        mine = cos_sin(layout.positions(48, rank, cp), frequencies, 1.0)
+        mine = cos_sin(zigzag.positions(48, rank, cp), frequencies, 1.0)
         for table, reference in zip(mine, whole):
-            assert table.shape == (48 // cp, 8) and torch.equal(table, layout.shard(reference, rank, cp, 0))
+            assert table.shape == (48 // cp, 8) and torch.equal(table, zigzag.shard(reference, rank, cp, 0))
 
 
 def test_positions_must_be_whole_numbers():
@@ -146,7 +177,8 @@ def test_positions_must_be_whole_numbers():
 
 
 def test_scores_depend_on_the_distance_only_up_to_4m():
-    """q.k of one pair of vectors, moved along the sequence: float32 to float32 rounding, bf16 to bf16 rounding."""
+    """q.k of one pair of vectors, moved along the sequence: float32 to float32 rounding, bf16 to bf16
+    rounding."""
     torch.manual_seed(0)
     frequencies, _ = inverse_frequencies(Rope(type="yarn", factor=512.0), 128)
     q, k = torch.randn(1, 1, 128), torch.randn(300, 1, 128)  # one query, 300 keys
@@ -161,19 +193,27 @@ def test_scores_depend_on_the_distance_only_up_to_4m():
 
     def scores_in_float32(q_position: int) -> torch.Tensor:
         """As code has it that multiplies position and frequency in float32."""
-        q_angles, k_angles = (torch.outer(p.float(), frequencies) for p in (torch.tensor([q_position]), q_position - distances))
+        q_angles, k_angles = (
+            torch.outer(p.float(), frequencies) for p in (torch.tensor([q_position]), q_position - distances)
+        )
         k_rotated = apply_rope(k.transpose(0, 1), k_angles.cos(), k_angles.sin()).transpose(0, 1)
         return (apply_rope(q, q_angles.cos(), q_angles.sin()) * k_rotated).sum(dim=(1, 2))
 
-    assert (scores_in_float32(4 * M - 1) - scores(5000, torch.float32)).abs().max() > 0.1  # what this test is to find
+    assert (
+        scores_in_float32(4 * M - 1) - scores(5000, torch.float32)
+    ).abs().max() > 0.1  # what this test is to find
     for offset in (M - 3, 2 * M + 1, 4 * M - 1):
-        torch.testing.assert_close(scores(offset, torch.float32), scores(5000, torch.float32), rtol=0, atol=2e-5)
-        # Rounding q and k to 8 bits, by up to 2^-9 of each element, moves a score of 128 products by 0.03 (one sigma) at most.
+        torch.testing.assert_close(
+            scores(offset, torch.float32), scores(5000, torch.float32), rtol=0, atol=2e-5
+        )
+        # Rounding q and k to 8 bits, by up to 2^-9 of each element, moves a score of 128 products by 0.03
+        # (one sigma) at most.
         difference = scores(offset, torch.bfloat16) - scores(5000, torch.bfloat16)
         assert difference.abs().max() < 0.15 and difference.square().mean().sqrt() < 0.04
 
 
-# ---- rotation ------------------------------------------------------------------------------------------------
+# ---- rotation ----------------------------------------------------------------------------------
+
 
 def test_rotation_by_hand():
     """Two pairs, (x0, x2) and (x1, x3), turned by a quarter and by 60 degrees."""
@@ -185,7 +225,10 @@ def test_rotation_by_hand():
 
 def test_gradient():
     torch.manual_seed(0)
-    cos, sin = cos_sin(torch.tensor([3, 500, 4 * M]), *inverse_frequencies(Rope(type="yarn", factor=512.0, temperature=True), 6))
+    cos, sin = cos_sin(
+        torch.tensor([3, 500, 4 * M]),
+        *inverse_frequencies(Rope(type="yarn", factor=512.0, temperature=True), 6),
+    )
     x = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin), (x,))
     assert torch.autograd.gradgradcheck(lambda x: apply_rope(x, cos, sin), (x,))
@@ -216,62 +259,112 @@ def test_shapes_that_do_not_fit():
             apply_rope(torch.zeros(x_shape), torch.zeros(table_shape), torch.zeros(table_shape))
 
 
-# ---- config.json ---------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------
+
 
 def test_what_configs_say():
     assert from_hf({}) == from_hf({"rope_scaling": None}) == Rope(theta=10000.0)
-    assert from_hf({"rope_theta": 500000}) == from_hf({"rope_parameters": {"rope_theta": 500000.0}}) == Rope(theta=500000.0)
+    assert (
+        from_hf({"rope_theta": 500000})
+        == from_hf({"rope_parameters": {"rope_theta": 500000.0}})
+        == Rope(theta=500000.0)
+    )
     llama31 = Rope(type="llama3", theta=500000.0, factor=8.0, original_length=8192, alpha=1.0, beta=4.0)
-    old, new = {"rope_theta": 500000.0, "rope_scaling": LLAMA3}, {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}
+    old, new = (
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+    )
     assert from_hf(old) == from_hf(new) == from_hf({**old, **new}) == llama31
-    yarn = Rope(type="yarn", ramp="dimension", theta=10000.0, factor=16.0, original_length=8192, beta=32.0, temperature=True)
+    yarn = Rope(
+        type="yarn",
+        ramp="dimension",
+        theta=10000.0,
+        factor=16.0,
+        original_length=8192,
+        beta=32.0,
+        temperature=True,
+    )
     assert from_hf({"rope_scaling": YARN}) == yarn
     assert not from_hf({"rope_scaling": {**YARN, "attention_factor": 1.0}}).temperature
-    assert from_hf({"rope_scaling": {**YARN, "attention_factor": 0.1 * math.log(16.0) + 1.0}}).attention_factor is None
+    assert (
+        from_hf({"rope_scaling": {**YARN, "attention_factor": 0.1 * math.log(16.0) + 1.0}}).attention_factor
+        is None
+    )
     outside = {"rope_scaling": {**YARN, ORIGINAL: None}, ORIGINAL: 4096}
     assert from_hf(outside).original_length == 4096
-    assert from_hf({"rope_scaling": {"type": "yarn", "factor": 2.0}}).original_length == 2048  # Llama's default
+    assert (
+        from_hf({"rope_scaling": {"type": "yarn", "factor": 2.0}}).original_length == 2048
+    )  # Llama's default
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope", "proportional", "su", ["yarn"]])
-@pytest.mark.parametrize("style", ["rope_scaling.type", "rope_scaling.rope_type", "rope_parameters.rope_type"])
+@pytest.mark.parametrize(
+    "style", ["rope_scaling.type", "rope_scaling.rope_type", "rope_parameters.rope_type"]
+)
 def test_unknown_types_are_refused_by_name(kind, style):
     block, key = style.split(".")
-    assert f"RoPE type {kind!r} is not supported" in refused({block: {key: kind, "factor": 2.0, "rope_theta": 10000.0}})
+    assert f"RoPE type {kind!r} is not supported" in refused(
+        {block: {key: kind, "factor": 2.0, "rope_theta": 10000.0}}
+    )
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: partial rotation"),
-    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "rope_parameters.partial_rotary_factor=0.25"),
-    ({"rope_scaling": "yarn"}, "rope_scaling='yarn' should be an object"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
-    ({"rope_scaling": {"factor": 8.0}}, "key 'factor' is not known for RoPE type default"),
-    ({"rope_scaling": {**LLAMA3, "attention_factor": 1.2}}, "key 'attention_factor' is not known for RoPE type llama3"),
-    ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, "key 'attn_factor' is not known for RoPE type yarn"),
-    ({"rope_scaling": {**LLAMA3, "type": "linear"}}, "rope_type=llama3 and type=linear contradict"),
-    ({"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 32.0}}, "rope_scaling and rope_parameters contradict"),
-    ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling and rope_parameters contradict"),
-    ({"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 500000.0}}, "rope_parameters.rope_theta=500000.0 contradict"),
-    ({"rope_scaling": YARN, ORIGINAL: 4096}, f"{ORIGINAL}=8192 contradicts {ORIGINAL}=4096 outside"),
-    ({"rope_scaling": {**YARN, ORIGINAL: 81.5}}, "should be a whole number"),
-    ({"rope_theta": "500000"}, "rope_theta='500000' should be a positive number"),
-    ({"rope_theta": -1.0}, "rope_theta=-1.0 should be a positive number"),
-    ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "rope_scaling: low_freq_factor is missing"),
-    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
-    ({"rope_scaling": {**YARN, "factor": True}}, "factor=True should be a positive number"),
-    ({"rope_scaling": {**YARN, "factor": math.nan}}, "factor=nan should be a positive number"),
-    ({"rope_scaling": {**YARN, "factor": 0.5}}, "factor=0.5 must be at least 1"),
-    ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor=4 must be below high_freq_factor=4"),
-    ({"rope_scaling": {**YARN, "beta_slow": 40}}, "beta_slow=40 must be below beta_fast=32"),
-    ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 should be true or false"),
-    ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor=0 should be a positive number"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: partial rotation"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "rope_parameters.partial_rotary_factor=0.25",
+        ),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' should be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
+        ({"rope_scaling": {"factor": 8.0}}, "key 'factor' is not known for RoPE type default"),
+        (
+            {"rope_scaling": {**LLAMA3, "attention_factor": 1.2}},
+            "key 'attention_factor' is not known for RoPE type llama3",
+        ),
+        ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, "key 'attn_factor' is not known for RoPE type yarn"),
+        ({"rope_scaling": {**LLAMA3, "type": "linear"}}, "rope_type=llama3 and type=linear contradict"),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 32.0}},
+            "rope_scaling and rope_parameters contradict",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parameters contradict",
+        ),
+        (
+            {"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 500000.0}},
+            "rope_parameters.rope_theta=500000.0 contradict",
+        ),
+        ({"rope_scaling": YARN, ORIGINAL: 4096}, f"{ORIGINAL}=8192 contradicts {ORIGINAL}=4096 outside"),
+        ({"rope_scaling": {**YARN, ORIGINAL: 81.5}}, "should be a whole number"),
+        ({"rope_theta": "500000"}, "rope_theta='500000' should be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 should be a positive number"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "rope_scaling: low_freq_factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {**YARN, "factor": True}}, "factor=True should be a positive number"),
+        ({"rope_scaling": {**YARN, "factor": math.nan}}, "factor=nan should be a positive number"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "factor=0.5 must be at least 1"),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor=4 must be below high_freq_factor=4",
+        ),
+        ({"rope_scaling": {**YARN, "beta_slow": 40}}, "beta_slow=40 must be below beta_fast=32"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 should be true or false"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor=0 should be a positive number"),
+    ],
+)
 def test_configs_that_are_refused(config, message):
     assert message in refused(config)
 
 
 def test_exported_keys():
-    assert to_hf(Rope(theta=10000.0), 512) == {"max_position_embeddings": 512, "rope_theta": 10000.0, "rope_scaling": None}
+    assert to_hf(Rope(theta=10000.0), 512) == {
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+    }
     scaling = {**LLAMA3, "factor": 128.0}
     exported = to_hf(Rope(type="yarn", factor=128.0), M)
     assert exported == {"max_position_embeddings": M, "rope_theta": 500000.0, "rope_scaling": scaling}
@@ -283,9 +376,14 @@ def test_exported_keys():
 
 
 def test_what_config_json_cannot_say():
-    with pytest.raises(UserError, match=r"cannot say YaRN over rotations with attention temperature.*rope.temperature=false"):
+    with pytest.raises(
+        UserError, match=r"cannot say YaRN over rotations with attention temperature.*rope.temperature=false"
+    ):
         to_hf(Rope(type="yarn", factor=128.0, temperature=True), M)
-    with pytest.raises(UserError, match=r"max_position_embeddings=1073152 must be rope.factor x rope.original_length = 1048576"):
+    with pytest.raises(
+        UserError,
+        match=r"max_position_embeddings=1073152 must be rope.factor x rope.original_length = 1048576",
+    ):
         to_hf(Rope(type="yarn", ramp="dimension", factor=128.0), 1073152)
     with pytest.raises(UserError, match="max_position_embeddings=0"):
         to_hf(Rope(), 0)
@@ -298,7 +396,9 @@ def test_same_maths():
     assert not same_maths(yarn, Rope(type="yarn", factor=128.0, temperature=True), 128)
 
 
-@pytest.mark.parametrize(("name", "factor"), [("ultralong_1m", 128.0), ("ultralong_2m", 256.0), ("ultralong_4m", 512.0)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("ultralong_1m", 128.0), ("ultralong_2m", 256.0), ("ultralong_4m", 512.0)]
+)
 def test_papers_recipes_export_as_llama3(name, factor):
     run = getattr(recipes, name)()
     scaling = to_hf(run.rope, run.train.seq_length)["rope_scaling"]

@@ -1,4 +1,5 @@
-"""Conversations to rows that the trainer reads: which tokens count, which examples are taken, the same bytes whatever the workers."""
+"""Conversations to rows that the trainer reads: which tokens count, which examples are taken, the same bytes
+whatever the workers."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.context_parallel import layout
-from megatron_ultralong.data import dataset, loader, mix, sft
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.data import loader, packed_rows
+from megatron_ultralong.data.sft import pack as sft
+from megatron_ultralong.data.sft import select_examples
+from megatron_ultralong.errors import UserError
 from tests import chat as made
 
 ROOT = Path(__file__).parents[2]
@@ -41,26 +44,47 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     runpy.run_path(str(TOOL))["main"]()
 
 
-def prepared(tmp_path: Path, tokenizer_dir: Path, records: list[Any], name: str = "out", **settings: Any) -> dict[str, Any]:
-    source = mix.Source(name="s", files=(made.write_jsonl(tmp_path / f"{name}.jsonl", records),), domain="general")
-    return sft.prepare([source], tokenizer_dir, str(tmp_path / name), sft.Settings(**{"seq_length": S, **settings}), show_progress=False)
+def prepared(
+    tmp_path: Path, tokenizer_dir: Path, records: list[Any], name: str = "out", **settings: Any
+) -> dict[str, Any]:
+    source = select_examples.Source(
+        name="s", files=(made.write_jsonl(tmp_path / f"{name}.jsonl", records),), domain="general"
+    )
+    return sft.prepare(
+        [source],
+        tokenizer_dir,
+        str(tmp_path / name),
+        sft.Settings(**{"seq_length": S, **settings}),
+        show_progress=False,
+    )
 
 
 def contents(prefix: Path) -> dict[str, bytes]:
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in sorted(prefix.parent.glob(f"{prefix.name}.*"))
-            if not path.name.endswith(".jsonl")}
+    return {
+        path.name.removeprefix(prefix.name): path.read_bytes()
+        for path in sorted(prefix.parent.glob(f"{prefix.name}.*"))
+        if not path.name.endswith(".jsonl")
+    }
 
 
 def expected(tokenizer_dir: Path, record: dict[str, Any]) -> tuple[list[int], list[int]]:
     """(ids, ids trained on), by transformers' own tokens alone."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     ids = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
-    trained = [i for turn in record["messages"] if turn["role"] == "assistant"
-               for i in [*tokenizer(turn["content"].strip(), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    trained = [
+        i
+        for turn in record["messages"]
+        if turn["role"] == "assistant"
+        for i in [
+            *tokenizer(turn["content"].strip(), add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+    ]
     return ids, trained
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("cp", [1, 2])
 def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, cp):
@@ -68,16 +92,31 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
     manifest = prepared(tmp_path, tokenizer_dir, records, cp=cp)
     assert manifest["documents"] == 20
     by_ids = {tuple(ids): trained for ids, trained in (expected(tokenizer_dir, record) for record in records)}
-    rows = dataset.open_blend([str(tmp_path / "out")], S, manifest["tokenizer"]["vocab_size"], masked=True)
+    rows = packed_rows.open_blend(
+        [str(tmp_path / "out")], S, manifest["tokenizer"]["vocab_size"], masked=True
+    )
     assert len(rows) == manifest["rows"] > 2
 
     counted, seen = 0, 0
-    ranks = [list(islice(loader.batches(rows, consumed=0, global_batch=1, micro_batch=1, seed=3, masked=True, cp_rank=rank, cp=cp), len(rows)))
-             for rank in range(cp)]
+    ranks = [
+        list(
+            islice(
+                loader.batches(
+                    rows, consumed=0, global_batch=1, micro_batch=1, seed=3, masked=True, cp_rank=rank, cp=cp
+                ),
+                len(rows),
+            )
+        )
+        for rank in range(cp)
+    ]
     for number in range(len(rows)):
         shares = [rank[number] for rank in ranks]
-        whole = {name: layout.unshard([share[name] for share in shares], dim=1)[0] if cp > 1 else shares[0][name][0]
-                 for name in ("tokens", "labels", "loss_mask")}
+        whole = {
+            name: zigzag.unshard([share[name] for share in shares], dim=1)[0]
+            if cp > 1
+            else shares[0][name][0]
+            for name in ("tokens", "labels", "loss_mask")
+        }
         counted += int(sum(share["loss_mask"].sum() for share in shares))
         row = torch.cat([whole["tokens"], whole["labels"][-1:]])
         marks = torch.cat([torch.zeros(1), whole["loss_mask"]])
@@ -87,7 +126,9 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
         for begin, end in pairwise(starts):
             ids = row[begin:end].tolist()
             if set(ids) == {manifest["pad_id"]}:
-                assert end == S + 1 and not marks[begin:end].any(), "padding is a document of its own, and masked"
+                assert end == S + 1 and not marks[begin:end].any(), (
+                    "padding is a document of its own, and masked"
+                )
                 continue
             assert [i for i, on in zip(ids, marks[begin:end].tolist()) if on] == by_ids[tuple(ids)]
             seen += 1
@@ -105,27 +146,41 @@ def test_padding_is_not_the_token_that_ends_a_turn(tmp_path, tokenizer_dir):
     assert prepared(tmp_path, same, [made.asked(0)])["pad_id"] == ids["<|finetune_right_pad_id|>"]
     chatml = made.save_tokenizer(tmp_path / "chatml", made.CHATML, made.CHATML_TOKENS)
     manifest = prepared(tmp_path, chatml, [made.asked(0)])
-    assert manifest["pad_id"] == AutoTokenizer.from_pretrained(chatml).eos_token_id and manifest["template"]["spans"] == "prefix"
+    assert (
+        manifest["pad_id"] == AutoTokenizer.from_pretrained(chatml).eos_token_id
+        and manifest["template"]["spans"] == "prefix"
+    )
 
 
 def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
-    record, length = next((record, length) for record in map(made.asked, range(20))
-                          if (length := len(expected(tokenizer_dir, record)[0])) % 2)
+    record, length = next(
+        (record, length)
+        for record in map(made.asked, range(20))
+        if (length := len(expected(tokenizer_dir, record)[0])) % 2
+    )
     manifest = prepared(tmp_path, tokenizer_dir, [record], seq_length=length - 1)
-    rows = dataset.PackedRows(str(tmp_path / "out"), length - 1)
-    assert (manifest["rows"], manifest["padding"], rows.starts(0)) == (1, 0, [0]) and rows[0][0].tolist() == expected(tokenizer_dir, record)[0]
+    rows = packed_rows.PackedRows(str(tmp_path / "out"), length - 1)
+    assert (manifest["rows"], manifest["padding"], rows.starts(0)) == (1, 0, [0]) and rows[0][
+        0
+    ].tolist() == expected(tokenizer_dir, record)[0]
 
 
 def test_one_conversation_a_row(tmp_path, tokenizer_dir):
     records = [made.asked(i) for i in range(5)]
     manifest = prepared(tmp_path, tokenizer_dir, records, fit="single")
-    rows = dataset.PackedRows(str(tmp_path / "out"), S)
+    rows = packed_rows.PackedRows(str(tmp_path / "out"), S)
     want = sorted(expected(tokenizer_dir, record)[0] for record in records)
-    assert manifest["rows"] == 5 and manifest["tokens"] == sum(map(len, want)) == 5 * (S + 1) - manifest["padding"]
-    assert sorted(rows[i][0][:rows.starts(i)[1]].tolist() for i in range(5)) == want and all(len(rows.starts(i)) == 2 for i in range(5))
+    assert (
+        manifest["rows"] == 5
+        and manifest["tokens"] == sum(map(len, want)) == 5 * (S + 1) - manifest["padding"]
+    )
+    assert sorted(rows[i][0][: rows.starts(i)[1]].tolist() for i in range(5)) == want and all(
+        len(rows.starts(i)) == 2 for i in range(5)
+    )
 
 
-# ---- which examples --------------------------------------------------------------------------------------------
+# ---- which examples ----------------------------------------------------------------------------
+
 
 def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
     long = made.asked(3, turns=3, words=30)
@@ -135,50 +190,107 @@ def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
     trailing["messages"].append({"role": "user", "content": "thanks"})
     spelled = made.asked(6)
     spelled["messages"][1]["content"] += "<|eot_id|>"
-    records = [made.asked(1), "{", same, made.asked(2), long, trailing, spelled, {"messages": [{"role": "tool", "content": "x"}]}]
+    records = [
+        made.asked(1),
+        "{",
+        same,
+        made.asked(2),
+        long,
+        trailing,
+        spelled,
+        {"messages": [{"role": "tool", "content": "x"}]},
+    ]
     manifest = prepared(tmp_path, tokenizer_dir, records)
     told = manifest["sources"][0]
-    assert {key: told[key] for key in ("read", "broken", "unsupported", "duplicates", "too_long", "usable", "turns_cut", "cut_to_length")} == {
-        "read": 8, "broken": 1, "unsupported": 2, "duplicates": 1, "too_long": 1, "usable": 3, "turns_cut": 1, "cut_to_length": 0}
-    assert manifest["documents"] == told["chosen"] == 3 and told["files"][0]["bytes"] == (tmp_path / "out.jsonl").stat().st_size
+    assert {
+        key: told[key]
+        for key in (
+            "read",
+            "broken",
+            "unsupported",
+            "duplicates",
+            "too_long",
+            "usable",
+            "turns_cut",
+            "cut_to_length",
+        )
+    } == {
+        "read": 8,
+        "broken": 1,
+        "unsupported": 2,
+        "duplicates": 1,
+        "too_long": 1,
+        "usable": 3,
+        "turns_cut": 1,
+        "cut_to_length": 0,
+    }
+    assert (
+        manifest["documents"] == told["chosen"] == 3
+        and told["files"][0]["bytes"] == (tmp_path / "out.jsonl").stat().st_size
+    )
     broken = [json.loads(line) for line in (tmp_path / "out.broken.jsonl").read_text().splitlines()]
-    assert [(b["place"].rsplit(", ")[1], b["kind"]) for b in broken] == [("line 2", "broken"), ("line 7", "unsupported"), ("line 8", "unsupported")]
+    assert [(b["place"].rsplit(", ")[1], b["kind"]) for b in broken] == [
+        ("line 2", "broken"),
+        ("line 7", "unsupported"),
+        ("line 8", "unsupported"),
+    ]
     assert "spells the special token <|eot_id|>" in broken[1]["reason"]
 
     cut = prepared(tmp_path, tokenizer_dir, [long], name="cut", long="cut")
     ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:4]})
     if len(ids) > S + 1:
         ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:2]})
-    rows = dataset.PackedRows(str(tmp_path / "cut"), S)
+    rows = packed_rows.PackedRows(str(tmp_path / "cut"), S)
     row, _ = rows[0]
-    assert cut["sources"][0]["cut_to_length"] == 1 and row[:len(ids)].tolist() == ids and cut["tokens"] == len(ids)
+    assert (
+        cut["sources"][0]["cut_to_length"] == 1
+        and row[: len(ids)].tolist() == ids
+        and cut["tokens"] == len(ids)
+    )
     assert not (tmp_path / "cut.broken.jsonl").exists()
-    with pytest.raises(UserError, match="of 1 records none is a conversation of up to 257 tokens; 1 too long"):
+    with pytest.raises(
+        UserError, match="of 1 records none is a conversation of up to 257 tokens; 1 too long"
+    ):
         prepared(tmp_path, tokenizer_dir, [long], name="none")
 
 
 def test_shares_are_rounded_to_the_sum():
     thirds = dict.fromkeys(("general", "math", "code"), Fraction(1))
-    assert sum(mix.quotas({}, 100, thirds).values()) == 100
-    assert mix.quotas({}, 8, mix.parse("general=0.5,math=0.25,code=0.25")) == {"general": 4, "math": 2, "code": 2}
-    assert mix.quotas({"general": 30, "math": 10}, None, None) == {"general": 30, "math": 10}
-    assert mix.quotas({"general": 30, "math": 10}, 20, None) == {"general": 15, "math": 5}
-    assert mix.quotas({"general": 30, "math": 10}, 100, None) == {"general": 30, "math": 10}
+    assert sum(select_examples.quotas({}, 100, thirds).values()) == 100
+    assert select_examples.quotas({}, 8, select_examples.parse("general=0.5,math=0.25,code=0.25")) == {
+        "general": 4,
+        "math": 2,
+        "code": 2,
+    }
+    assert select_examples.quotas({"general": 30, "math": 10}, None, None) == {"general": 30, "math": 10}
+    assert select_examples.quotas({"general": 30, "math": 10}, 20, None) == {"general": 15, "math": 5}
+    assert select_examples.quotas({"general": 30, "math": 10}, 100, None) == {"general": 30, "math": 10}
     for text in ("general", "general=x", "poems=1", "math=-1", "math=0"):
         with pytest.raises(UserError, match="--mix"):
-            mix.parse(text)
+            select_examples.parse(text)
 
 
 def test_sources_give_the_same_as_far_as_they_can():
-    assert mix.evenly([100, 100, 100], 60) == [20, 20, 20]
-    assert mix.evenly([100, 5, 100], 65) == [30, 5, 30]
-    assert mix.evenly([4, 5, 6], 100) == [4, 5, 6]
-    assert mix.evenly([10, 10, 10], 7) == [2, 2, 3] and mix.evenly([0, 10], 3) == [0, 3] and mix.evenly([], 3) == []
+    assert select_examples.evenly([100, 100, 100], 60) == [20, 20, 20]
+    assert select_examples.evenly([100, 5, 100], 65) == [30, 5, 30]
+    assert select_examples.evenly([4, 5, 6], 100) == [4, 5, 6]
+    assert (
+        select_examples.evenly([10, 10, 10], 7) == [2, 2, 3]
+        and select_examples.evenly([0, 10], 3) == [0, 3]
+        and select_examples.evenly([], 3) == []
+    )
 
 
 def sources_file(tmp_path: Path) -> Path:
     """Six sources of three domains; their examples can be told apart by the question's number."""
-    names = {"share": ("general", 40), "orca": ("general", 5), "gsm": ("math", 30), "meta": ("math", 30), "magic": ("code", 4), "wizard": ("code", 30)}
+    names = {
+        "share": ("general", 40),
+        "orca": ("general", 5),
+        "gsm": ("math", 30),
+        "meta": ("math", 30),
+        "magic": ("code", 4),
+        "wizard": ("code", 30),
+    }
     entries: dict[str, Any] = {}
     for k, (name, (domain, count)) in enumerate(names.items()):
         made.write_jsonl(tmp_path / f"{name}.jsonl", [made.asked(100 * k + i, words=5) for i in range(count)])
@@ -189,17 +301,43 @@ def sources_file(tmp_path: Path) -> Path:
 
 
 def test_from_the_command_line_by_domain_and_source(tmp_path, tokenizer_dir, monkeypatch, capsys):
-    words = ["sft", "--sources", sources_file(tmp_path), "--tokenizer", tokenizer_dir, "--seq-length", S, "--examples", 40, "--mix",
-             "general=0.5,math=0.25,code=0.25", "--workers", 1]
+    words = [
+        "sft",
+        "--sources",
+        sources_file(tmp_path),
+        "--tokenizer",
+        tokenizer_dir,
+        "--seq-length",
+        S,
+        "--examples",
+        40,
+        "--mix",
+        "general=0.5,math=0.25,code=0.25",
+        "--workers",
+        1,
+    ]
     command(monkeypatch, *words, "--output", tmp_path / "a")
     manifest = json.loads((tmp_path / "a.json").read_text())
-    assert {one["name"]: one["chosen"] for one in manifest["sources"]} == {"share": 15, "orca": 5, "gsm": 5, "meta": 5, "magic": 4, "wizard": 6}
-    assert {name: (one["usable"], one["wanted"], one["chosen"]) for name, one in manifest["domains"].items()} == {
-        "general": (45, 20, 20), "math": (60, 10, 10), "code": (34, 10, 10)}
+    assert {one["name"]: one["chosen"] for one in manifest["sources"]} == {
+        "share": 15,
+        "orca": 5,
+        "gsm": 5,
+        "meta": 5,
+        "magic": 4,
+        "wizard": 6,
+    }
+    assert {
+        name: (one["usable"], one["wanted"], one["chosen"]) for name, one in manifest["domains"].items()
+    } == {"general": (45, 20, 20), "math": (60, 10, 10), "code": (34, 10, 10)}
     printed = capsys.readouterr()
-    assert f"{manifest['rows']:,} rows of 256 + 1 tokens, 40 conversations" in printed.out and "encoding" in printed.err
+    assert (
+        f"{manifest['rows']:,} rows of 256 + 1 tokens, 40 conversations" in printed.out
+        and "encoding" in printed.err
+    )
     for total in ("chosen", "tokens", "trained_tokens"):
-        assert sum(one[total] for one in manifest["sources"]) == sum(one[total] for one in manifest["domains"].values())
+        assert sum(one[total] for one in manifest["sources"]) == sum(
+            one[total] for one in manifest["domains"].values()
+        )
 
     command(monkeypatch, *words, "--output", tmp_path / "b")
     command(monkeypatch, *words, "--output", tmp_path / "c", "--seed", 1)
@@ -209,27 +347,66 @@ def test_from_the_command_line_by_domain_and_source(tmp_path, tokenizer_dir, mon
 
 
 def test_a_domain_with_too_few_is_said(tmp_path, tokenizer_dir, monkeypatch, capsys):
-    command(monkeypatch, "sft", "--input", made.write_jsonl(tmp_path / "a.jsonl", [{**made.asked(i), "domain": ("math", "code")[i > 1]}
-                                                                                for i in range(12)]), "--tokenizer", tokenizer_dir, "--seq-length",
-            S, "--examples", 8, "--mix", "math=0.5,code=0.5", "--workers", 1, "--output", tmp_path / "out")
+    command(
+        monkeypatch,
+        "sft",
+        "--input",
+        made.write_jsonl(
+            tmp_path / "a.jsonl", [{**made.asked(i), "domain": ("math", "code")[i > 1]} for i in range(12)]
+        ),
+        "--tokenizer",
+        tokenizer_dir,
+        "--seq-length",
+        S,
+        "--examples",
+        8,
+        "--mix",
+        "math=0.5,code=0.5",
+        "--workers",
+        1,
+        "--output",
+        tmp_path / "out",
+    )
     assert "math: 2 of 4 wanted; there are no more" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out.json").read_text())
     assert manifest["domains"]["code"]["chosen"] == 4 and manifest["documents"] == 6
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------
+
 
 def test_the_same_bytes_for_any_workers_and_after_a_kill(tmp_path, tokenizer_dir):
     records = made.write_jsonl(tmp_path / "a.jsonl", [made.asked(i, words=10 + i % 30) for i in range(3000)])
 
     def call(name: str, workers: int) -> list[str]:
-        return [sys.executable, str(TOOL), "sft", "--input", str(records), "--tokenizer", str(tokenizer_dir), "--seq-length", "512", "--examples",
-                "2000", "--workers", str(workers), "--output", str(tmp_path / name)]
+        return [
+            sys.executable,
+            str(TOOL),
+            "sft",
+            "--input",
+            str(records),
+            "--tokenizer",
+            str(tokenizer_dir),
+            "--seq-length",
+            "512",
+            "--examples",
+            "2000",
+            "--workers",
+            str(workers),
+            "--output",
+            str(tmp_path / name),
+        ]
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(call("out", 2), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        call("out", 2), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.partial-*/lock")) and killed.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(tmp_path.glob(".out.partial-*/lock"))
+        and killed.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -262,46 +439,76 @@ def test_show_prints_tokens_and_marks_and_writes_nothing(tmp_path, tokenizer_dir
     lines = capsys.readouterr().out.splitlines()
     ids, trained = expected(tokenizer_dir, record)
     shown = [line for line in lines if line[:1] in ("*", " ") and line[2:9].strip().isdigit()]
-    assert [int(line[2:9]) for line in shown] == ids and [int(line[2:9]) for line in shown if line[0] == "*"] == trained
-    assert lines[0] == "template llama3.1 (segments); * = trained on" and "line 2: cannot be used: not JSON" in lines[-1]
+    assert [int(line[2:9]) for line in shown] == ids and [
+        int(line[2:9]) for line in shown if line[0] == "*"
+    ] == trained
+    assert (
+        lines[0] == "template llama3.1 (segments); * = trained on"
+        and "line 2: cannot be used: not JSON" in lines[-1]
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--seq-length", "255"], "--seq-length 255: must divide by 2 x CP = 2; use 254"),
-    (["--seq-length", "128", "--max-tokens", "130"], "--max-tokens 130: a row holds 128 + 1 tokens"),
-    (["--cp", "3"], "--seq-length 256: must divide by 2 x CP = 6; use 252"),
-    (["--max-tokens", "300"], "--max-tokens 300: a row holds 256 + 1 tokens"),
-    (["--mix", "math=1"], "--mix: say how many with --examples"),
-    (["--mix", "math=1", "--examples", "3"], "--mix: there is no example of domain math in the input"),
-    (["--workers", "0"], "--workers 0: must be at least 1"),
-    (["--examples", "0"], "--examples 0: must be at least 1"),
-    (["--show", "0"], "--show 0: must be at least 1"),
-    (["--form", "x"], "form x: must be auto"),
-    (["--tokenizer", "none"], "tokenizer none: no such directory"),
-    (["--output", "/dev/null/x"], "--output /dev/null/x: cannot be written"),
-    (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--seq-length", "255"], "--seq-length 255: must divide by 2 x CP = 2; use 254"),
+        (["--seq-length", "128", "--max-tokens", "130"], "--max-tokens 130: a row holds 128 + 1 tokens"),
+        (["--cp", "3"], "--seq-length 256: must divide by 2 x CP = 6; use 252"),
+        (["--max-tokens", "300"], "--max-tokens 300: a row holds 256 + 1 tokens"),
+        (["--mix", "math=1"], "--mix: say how many with --examples"),
+        (["--mix", "math=1", "--examples", "3"], "--mix: there is no example of domain math in the input"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--examples", "0"], "--examples 0: must be at least 1"),
+        (["--show", "0"], "--show 0: must be at least 1"),
+        (["--form", "x"], "form x: must be auto"),
+        (["--tokenizer", "none"], "tokenizer none: no such directory"),
+        (["--output", "/dev/null/x"], "--output /dev/null/x: cannot be written"),
+        (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
+    ],
+)
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, tokenizer_dir, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     path = made.write_jsonl(tmp_path / "a.jsonl", [made.asked(0)])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as error:
-        command(monkeypatch, "sft", "--input", path, "--domain", "code", "--tokenizer", tokenizer_dir, "--seq-length", S, "--workers", 1,
-                "--output", tmp_path / "out", *words)
+        command(
+            monkeypatch,
+            "sft",
+            "--input",
+            path,
+            "--domain",
+            "code",
+            "--tokenizer",
+            tokenizer_dir,
+            "--seq-length",
+            S,
+            "--workers",
+            1,
+            "--output",
+            tmp_path / "out",
+            *words,
+        )
     assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[", "not YAML"), ("sources: {a: {input: x}, a: {input: y}}", "the key a stands twice"),
-    ("a: {input: x}", "must hold `sources:`"), ("sources: {}", "must hold `sources:`"),
-    ("sources: {a: {input: a.jsonl, text: b}}", "a: must hold input, domain and form"), ("sources: {a: {domain: math}}", "a: input must be"),
-    ("sources: {a: {input: a.jsonl, domain: poems}}", "a: domain poems is not known"), ("sources: {a: {input: b.jsonl}}", "b.jsonl: cannot be read"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[", "not YAML"),
+        ("sources: {a: {input: x}, a: {input: y}}", "the key a stands twice"),
+        ("a: {input: x}", "must hold `sources:`"),
+        ("sources: {}", "must hold `sources:`"),
+        ("sources: {a: {input: a.jsonl, text: b}}", "a: must hold input, domain and form"),
+        ("sources: {a: {domain: math}}", "a: input must be"),
+        ("sources: {a: {input: a.jsonl, domain: poems}}", "a: domain poems is not known"),
+        ("sources: {a: {input: b.jsonl}}", "b.jsonl: cannot be read"),
+    ],
+)
 def test_a_mistake_in_the_file_of_sources(tmp_path, text, message):
     made.write_jsonl(tmp_path / "a.jsonl", [made.asked(0)])
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        mix.load(tmp_path / "s.yaml")
+        select_examples.load(tmp_path / "s.yaml")
     assert "\n" not in str(error.value)

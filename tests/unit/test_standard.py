@@ -1,4 +1,5 @@
-"""The standard benchmarks: the harness's own model against ours, the paper's protocol on data made here, and programs that must be held."""
+"""The standard benchmarks: the harness's own model against ours, the paper's protocol on data made here, and
+programs that must be held."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ultralong.config import UserError
-from megatron_ultralong.evaluate import code_run, likelihood, standard
-from megatron_ultralong.evaluate.backends import Completion, Request
-from megatron_ultralong.evaluate.huggingface import HuggingFace
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends import likelihood
+from megatron_ultralong.evaluate.backends.protocol import Completion, Request
+from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+from megatron_ultralong.evaluate.tasks.standard import code_sandbox
+from megatron_ultralong.evaluate.tasks.standard import run as standard
 from tests import text
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -30,8 +33,10 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not in
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "demo" / "base"
 NAMES = "Ada Ben Cleo Dan Eva Finn".split()
-CHAT = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last or add_generation_prompt %}<|end|>{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last or add_generation_prompt %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,43 +48,69 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-# ---- the same answers as the harness's own model ---------------------------------------------------------------------
+# ---- the same answers as the harness's own model -----------------------------------------------
+
 
 def write_tasks(folder: Path) -> list[str]:
-    """Task files in the harness's form with local data: choices of several tokens, of one, answers to write, whole texts."""
+    """Task files in the harness's form with local data: choices of several tokens, of one, answers to write,
+    whole texts."""
     folder.mkdir()
     with (folder / "data.jsonl").open("w") as file:
         for i, name in enumerate(NAMES):
             keys = [str(10000 + 1234 * i), str(20000 + 777 * i), "12345"]
-            file.write(json.dumps({
-                "question": f"The sky is blue today. The pass key of {name} is {keys[i % 3]}. The grass is green in spring. What is the pass key of "
-                            f"{name}? The pass key of {name} is", "keys": [f" {key}" for key in keys], "answer": i % 3}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "question": f"The sky is blue today. The pass key of {name} is {keys[i % 3]}. The grass is green in spring. What is the pass key of "
+                        f"{name}? The pass key of {name} is",
+                        "keys": [f" {key}" for key in keys],
+                        "answer": i % 3,
+                    }
+                )
+                + "\n"
+            )
     data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}\ntest_split: test\nfewshot_split: test\n"
     right = "doc_to_text: '{{question}}'\ndoc_to_target: answer\n"
     accuracy = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    (folder / "many.yaml").write_text(f"task: many\n{data}{right}doc_to_choice: '{{{{keys}}}}'\noutput_type: multiple_choice\n{accuracy}")
-    (folder / "digit.yaml").write_text(f"task: digit\n{data}{right}doc_to_choice: [A, B, C]\noutput_type: multiple_choice\nnum_fewshot: 2\n"
-                                       f"fewshot_config: {{sampler: first_n}}\n{accuracy}")
+    (folder / "many.yaml").write_text(
+        f"task: many\n{data}{right}doc_to_choice: '{{{{keys}}}}'\noutput_type: multiple_choice\n{accuracy}"
+    )
+    (folder / "digit.yaml").write_text(
+        f"task: digit\n{data}{right}doc_to_choice: [A, B, C]\noutput_type: multiple_choice\nnum_fewshot: 2\n"
+        f"fewshot_config: {{sampler: first_n}}\n{accuracy}"
+    )
     (folder / "write.yaml").write_text(
         f"task: write\ntag: written\n{data}doc_to_text: '{{{{question}}}}'\ndoc_to_target: '{{{{keys[answer]}}}}'\noutput_type: generate_until\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: false}\n"
-        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n")
-    (folder / "whole.yaml").write_text(f"task: whole\n{data}doc_to_text: ''\ndoc_to_target: '{{{{question * 7}}}}'\noutput_type: loglikelihood_rolling\n"
-                                       "metric_list: [{metric: word_perplexity}]\n")
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "whole.yaml").write_text(
+        f"task: whole\n{data}doc_to_text: ''\ndoc_to_target: '{{{{question * 7}}}}'\noutput_type: loglikelihood_rolling\n"
+        "metric_list: [{metric: word_perplexity}]\n"
+    )
     return ["many", "digit", "write", "whole"]
 
 
 def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: bool) -> dict[str, Any]:
-    """The same scores, likelihoods to 1e-4 and texts from our adapter and from the harness's `hf`; returns our results."""
+    """The same scores, likelihoods to 1e-4 and texts from our adapter and from the harness's `hf`; returns
+    our results."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     out.mkdir()
-    ours, samples = standard.run(HuggingFace(model, device="cpu"),
-                                 standard.Settings(tasks=tuple(tasks), include_path=folder, chat="yes" if chat else "no"), out)
-    theirs = lm_eval.simple_evaluate(model=HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1), tasks=tasks, bootstrap_iters=0,
-                                     task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-                                     apply_chat_template=chat, fewshot_as_multiturn=chat)
+    ours, samples = standard.run(
+        HuggingFace(model, device="cpu"),
+        standard.Settings(tasks=tuple(tasks), include_path=folder, chat="yes" if chat else "no"),
+        out,
+    )
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1),
+        tasks=tasks,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     for task in tasks:
         for key, value in ours["metrics"][task].items():
             assert value == pytest.approx(theirs["results"][task][key], rel=1e-5), (task, key)
@@ -105,7 +136,9 @@ def test_answers_equal_those_of_the_harness_s_own_model(tmp_path: Path, chat: bo
         (model / "chat_template.jinja").write_text(CHAT)
     ours = assert_parity(model, write_tasks(tmp_path / "tasks"), tmp_path / "tasks", tmp_path / "out", chat)
     if not chat:
-        assert ours["scores"]["write"] == 100 and 0 < ours["scores"]["many"] < 100, "the demo's model reads keys"
+        assert ours["scores"]["write"] == 100 and 0 < ours["scores"]["many"] < 100, (
+            "the demo's model reads keys"
+        )
     assert ours["questions"] == dict.fromkeys(["many", "digit", "write", "whole"], 6)
 
 
@@ -114,7 +147,9 @@ def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(0, backend.model.config.vocab_size, (6, 40), generator=generator).tolist()
     cuts = ((1, 9), (7, 1), (20, 20), (33, 7), (39, 1), (5, 2))
-    pairs = [(rows[0][:30], [a]) for a in range(5)] + [(row[:n], row[n:n + size]) for row, (n, size) in zip(rows, cuts, strict=True)]
+    pairs = [(rows[0][:30], [a]) for a in range(5)] + [
+        (row[:n], row[n : n + size]) for row, (n, size) in zip(rows, cuts, strict=True)
+    ]
     passes = []
     hook = backend.model.base_model.register_forward_hook(lambda *_: passes.append(1))
     got = likelihood.of_pairs(backend.model, pairs, batch_tokens=90)
@@ -122,7 +157,11 @@ def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
     assert len(passes) <= 5  # 7 inputs, of which the short ones share a pass
     for (context, continuation), (value, greedy) in zip(pairs, got, strict=True):
         with torch.no_grad():
-            logits = backend.model(torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1:-1].log_softmax(-1)
+            logits = (
+                backend.model(torch.tensor([[*context, *continuation]]))
+                .logits[0, len(context) - 1 : -1]
+                .log_softmax(-1)
+            )
         assert value == pytest.approx(float(logits[range(len(continuation)), continuation].sum()), abs=1e-4)
         assert greedy == (logits.argmax(-1).tolist() == continuation)
 
@@ -131,20 +170,34 @@ def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
     """Its own way in: a name and arguments, as a dictionary or a text."""
     from lm_eval.tasks import TaskManager
 
-    import megatron_ultralong.evaluate.harness  # noqa: F401
+    import megatron_ultralong.evaluate.tasks.standard.lm_eval_model  # noqa: F401
 
     [task] = [name for name in write_tasks(tmp_path / "tasks") if name == "write"]
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     for arguments in ({"model": str(BASE), "engine": "hf", "chat": "no"}, f"model={BASE},engine=hf"):
-        found = lm_eval.simple_evaluate(model="megatron_ultralong", model_args=arguments, device="cpu", tasks=[task], task_manager=manager,
-                                        bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(
+            model="megatron_ultralong",
+            model_args=arguments,
+            device="cpu",
+            tasks=[task],
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
         assert found["results"][task]["exact_match,none"] == 1
-    for wrong, message in (({"model": str(BASE), "size": 3}, "model_args: size is no option"), ({"engine": "hf"}, "give --model DIR"),
-                           ({"model": str(BASE), "engine": "tensorflow"}, "model_args: .*invalid choice"),
-                           ({"model": str(BASE), "temperature": 0.7}, "--temperature 0.7: this benchmark's answers are greedy"),
-                           ({"model": str(BASE), "max_length": 10}, "12 tokens of answer, but prompt and answer together may have 10")):
+    for wrong, message in (
+        ({"model": str(BASE), "size": 3}, "model_args: size is no option"),
+        ({"engine": "hf"}, "give --model DIR"),
+        ({"model": str(BASE), "engine": "tensorflow"}, "model_args: .*invalid choice"),
+        ({"model": str(BASE), "temperature": 0.7}, "--temperature 0.7: this benchmark's answers are greedy"),
+        (
+            {"model": str(BASE), "max_length": 10},
+            "12 tokens of answer, but prompt and answer together may have 10",
+        ),
+    ):
         with pytest.raises(UserError, match=message):
-            lm_eval.simple_evaluate(model="megatron_ultralong", model_args=wrong, device="cpu", tasks=[task], task_manager=manager)
+            lm_eval.simple_evaluate(
+                model="megatron_ultralong", model_args=wrong, device="cpu", tasks=[task], task_manager=manager
+            )
 
 
 def test_kept_answers_are_those_of_a_model_and_its_tokenizer(tmp_path: Path) -> None:
@@ -152,7 +205,9 @@ def test_kept_answers_are_those_of_a_model_and_its_tokenizer(tmp_path: Path) -> 
     names = {standard._identity(backend, None), standard._identity(backend, 100)}
     backend.tokenizer.chat_template = CHAT
     names.add(standard._identity(backend, None))
-    backend.tokenizer = PreTrainedTokenizerFast(tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>")
+    backend.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>"
+    )
     names.add(standard._identity(backend, None))
     assert len(names) == 4 and standard._identity(HuggingFace(BASE, device="cpu"), None) in names
 
@@ -173,9 +228,18 @@ def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp
     refusing = Scholar(False)
     refusing.refuses = "of Cleo"
     first, _ = standard.run(refusing, settings, tmp_path)
-    assert (first["prompts_cut"], first["unanswered"], first["settings"]["max_length"]) == (4 + 6 * 3, 1, 100), "of `write` and of `digit`"
-    assert [len(refusing.tokenizer.encode(prompt, add_special_tokens=False)) for prompt, _ in refusing.prompts] == [*[100 - 12] * 5, 86]
-    assert "22 prompts lost their beginning, to 100 tokens with the answer\n1 prompts were refused by the endpoint" in standard.table(first)
+    assert (first["prompts_cut"], first["unanswered"], first["settings"]["max_length"]) == (
+        4 + 6 * 3,
+        1,
+        100,
+    ), "of `write` and of `digit`"
+    assert [
+        len(refusing.tokenizer.encode(prompt, add_special_tokens=False)) for prompt, _ in refusing.prompts
+    ] == [*[100 - 12] * 5, 86]
+    assert (
+        "22 prompts lost their beginning, to 100 tokens with the answer\n1 prompts were refused by the endpoint"
+        in standard.table(first)
+    )
     again = Scholar(False)
     second, _ = standard.run(again, settings, tmp_path)
     assert len(again.prompts) == 1 and "of Cleo" in again.prompts[0][0] and not again.choices
@@ -183,7 +247,9 @@ def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp
     third, _ = standard.run(again, settings, tmp_path)
     assert len(again.prompts) == 1 and third["prompts_cut"] == 22
     # Other room, other answers: none of those kept are taken.
-    roomy, _ = standard.run(again, standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks"), tmp_path)
+    roomy, _ = standard.run(
+        again, standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks"), tmp_path
+    )
     assert len(again.prompts) == 7 and roomy["prompts_cut"] == 0
 
 
@@ -191,30 +257,56 @@ def test_nothing_is_cut_where_positions_are_not_known(tmp_path: Path) -> None:
     """As an endpoint's: prompts of more than 2,048 tokens, answers of as many."""
     write_tasks(tmp_path / "tasks")
     path = tmp_path / "tasks" / "write.yaml"
-    path.write_text(path.read_text().replace("'{{question}}'", "'{{question * 40}}'").replace("max_gen_toks: 12", "max_gen_toks: 2048"))
+    path.write_text(
+        path.read_text()
+        .replace("'{{question}}'", "'{{question * 40}}'")
+        .replace("max_gen_toks: 12", "max_gen_toks: 2048")
+    )
     scholar = Scholar(False)
     scholar.max_position = None  # type: ignore[assignment]
     settings = {"tasks": ("write", "many", "whole"), "include_path": tmp_path / "tasks", "limit": 2}
     result, _ = standard.run(scholar, standard.Settings(**settings), tmp_path)
     assert result["prompts_cut"] == 0 and result["settings"]["max_length"] is None
-    assert all(size == 2048 and len(scholar.tokenizer.encode(prompt)) > 2500 for prompt, size in scholar.prompts) and len(scholar.prompts) == 2
+    assert (
+        all(size == 2048 and len(scholar.tokenizer.encode(prompt)) > 2500 for prompt, size in scholar.prompts)
+        and len(scholar.prompts) == 2
+    )
     result, _ = standard.run(scholar, standard.Settings(**settings, max_length=4096), tmp_path)
-    assert all(len(scholar.tokenizer.encode(prompt, add_special_tokens=False)) <= 2048 for prompt, _ in scholar.prompts[2:]) and result["prompts_cut"] == 2
-    with pytest.raises(UserError, match="2048 tokens of answer, but prompt and answer together may have 2048: the model's positions, or --max-length"):
+    assert (
+        all(
+            len(scholar.tokenizer.encode(prompt, add_special_tokens=False)) <= 2048
+            for prompt, _ in scholar.prompts[2:]
+        )
+        and result["prompts_cut"] == 2
+    )
+    with pytest.raises(
+        UserError,
+        match="2048 tokens of answer, but prompt and answer together may have 2048: the model's positions, or --max-length",
+    ):
         standard.run(scholar, standard.Settings(**settings, max_length=2048), tmp_path)
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
-    """kill -9 in the middle of the answers: those that were there are not asked for again, and the results are those of a run left alone."""
+    """kill -9 in the middle of the answers: those that were there are not asked for again, and the results
+    are those of a run left alone."""
     tasks = write_tasks(tmp_path / "tasks")
     command = [sys.executable, str(Path(__file__)), str(tmp_path)]
     (tmp_path / "killed").mkdir()
-    killed = subprocess.run([*command, "killed", "20"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists(), killed.stderr
+    killed = subprocess.run(
+        [*command, "killed", "20"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists(), (
+        killed.stderr
+    )
     (tmp_path / "whole").mkdir()
     results = {}
     for name in ("killed", "whole"):
-        done = subprocess.run([*command, name, "1000"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [*command, name, "1000"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, done.stderr
         results[name] = json.loads((tmp_path / name / "result.json").read_text())
     asked = (tmp_path / "killed" / "asked").read_text().splitlines()
@@ -239,6 +331,7 @@ def _die_after(folder: Path, name: str, answers: int) -> None:
             with (folder / name / "asked").open("a") as file:
                 file.writelines(f"{kind} {question}\n" for question in questions)
             return ask(questions)
+
         return until_killed
 
     def one_by_one(requests: list[Request]) -> Iterator[tuple[int, Completion]]:
@@ -248,18 +341,37 @@ def _die_after(folder: Path, name: str, answers: int) -> None:
     generate = counted("text", backend.generate)
     backend.generate = one_by_one  # type: ignore[method-assign]
     backend.loglikelihood = counted("likelihood", backend.loglikelihood)  # type: ignore[method-assign]
-    from megatron_ultralong.evaluate import harness
+    from megatron_ultralong.evaluate.tasks.standard import lm_eval_model
 
-    harness.SLICE = 3
-    result, _ = standard.run(backend, standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=folder / "tasks"), folder / name)
-    (folder / name / "result.json").write_text(json.dumps({"scores": result["scores"], "metrics": result["metrics"]}))
+    lm_eval_model.SLICE = 3
+    result, _ = standard.run(
+        backend,
+        standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=folder / "tasks"),
+        folder / name,
+    )
+    (folder / name / "result.json").write_text(
+        json.dumps({"scores": result["scores"], "metrics": result["metrics"]})
+    )
 
 
-# ---- the paper's protocol ---------------------------------------------------------------------------------------------
+# ---- the paper's protocol ----------------------------------------------------------------------
 
-MATH = {"problem": "What is half of one?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "1", "type": "Algebra"}
-HUMANEVAL = [{"task_id": f"HumanEval/{i}", "entry_point": "double", "prompt": 'def double(x):\n    """Twice x."""\n', "canonical_solution": "",
-              "test": f"def check(f):\n    assert f({i}) == {2 * i}\n"} for i in (3, 4, 0)]
+MATH = {
+    "problem": "What is half of one?",
+    "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+    "level": "1",
+    "type": "Algebra",
+}
+HUMANEVAL = [
+    {
+        "task_id": f"HumanEval/{i}",
+        "entry_point": "double",
+        "prompt": 'def double(x):\n    """Twice x."""\n',
+        "canonical_solution": "",
+        "test": f"def check(f):\n    assert f({i}) == {2 * i}\n",
+    }
+    for i in (3, 4, 0)
+]
 
 
 def local(path: str, name: str | None = None, **_: Any) -> Any:
@@ -267,22 +379,59 @@ def local(path: str, name: str | None = None, **_: Any) -> Any:
     from datasets import Dataset, DatasetDict
 
     def repeated(count: int, **row: Any) -> Any:
-        return Dataset.from_list([{key: value.replace("NUMBER", str(i)) if isinstance(value, str) else value for key, value in row.items()}
-                                  for i in range(count)])
+        return Dataset.from_list(
+            [
+                {
+                    key: value.replace("NUMBER", str(i)) if isinstance(value, str) else value
+                    for key, value in row.items()
+                }
+                for i in range(count)
+            ]
+        )
+
     if path == "cais/mmlu":
-        row = {"question": f"About {name}, NUMBER?", "choices": ["one", "two", "three", "four"], "answer": 2, "subject": name}
+        row = {
+            "question": f"About {name}, NUMBER?",
+            "choices": ["one", "two", "three", "four"],
+            "answer": 2,
+            "subject": name,
+        }
         return DatasetDict(test=repeated(2, **row), dev=repeated(7, **row))
     if path == "TIGER-Lab/MMLU-Pro":
-        kinds = ["biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law", "math", "other",
-                 "philosophy", "physics", "psychology"]
-        rows = [{"question": f"On {kind}?", "options": ["yes", "no"], "answer": "B", "category": kind,
-                 "cot_content": "A: Let's think step by step. No. The answer is (B)."} for kind in kinds]
+        kinds = [
+            "biology",
+            "business",
+            "chemistry",
+            "computer science",
+            "economics",
+            "engineering",
+            "health",
+            "history",
+            "law",
+            "math",
+            "other",
+            "philosophy",
+            "physics",
+            "psychology",
+        ]
+        rows = [
+            {
+                "question": f"On {kind}?",
+                "options": ["yes", "no"],
+                "answer": "B",
+                "category": kind,
+                "cot_content": "A: Let's think step by step. No. The answer is (B).",
+            }
+            for kind in kinds
+        ]
         return DatasetDict(test=Dataset.from_list(rows), validation=Dataset.from_list(rows * 6))
     if path == "EleutherAI/hendrycks_math":
         return DatasetDict(train=repeated(3, **MATH), test=repeated(1, **MATH))
     if path == "openai/gsm8k":
-        return DatasetDict(train=repeated(9, question="NUMBER?", answer="#### 1"),
-                           test=repeated(2, question="Six and one, NUMBER?", answer="Seven.\n#### 7"))
+        return DatasetDict(
+            train=repeated(9, question="NUMBER?", answer="#### 1"),
+            test=repeated(2, question="Six and one, NUMBER?", answer="Seven.\n#### 7"),
+        )
     assert path == "openai/openai_humaneval", path
     return DatasetDict(test=Dataset.from_list(HUMANEVAL))
 
@@ -295,29 +444,45 @@ class Scholar:
     """Prompts that hold it, as an endpoint would."""
 
     def __init__(self, chat: bool) -> None:
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>")
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>"
+        )
         self.tokenizer.chat_template = CHAT if chat else None
         self.choices: list[str] = []
         self.prompts: list[tuple[str, int]] = []
 
     def loglikelihood(self, pairs: Any) -> list[tuple[float, bool]]:
         self.choices += [self.tokenizer.decode(context) for context, _ in pairs]
-        return [(0.0 if self.tokenizer.decode(continuation).strip() == "C" else -1.0, True) for _, continuation in pairs]
+        return [
+            (0.0 if self.tokenizer.decode(continuation).strip() == "C" else -1.0, True)
+            for _, continuation in pairs
+        ]
 
     def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
         for place, request in enumerate(requests):
             prompt = self.tokenizer.decode(request.ids)
             self.prompts.append((prompt, request.tokens))
             refused = self.refuses is not None and self.refuses in prompt
-            yield place, Completion(text="" if refused else self.answer(prompt), tokens_in=len(request.ids or ()), tokens_out=1,
-                                    finish="HTTP 400: no" if refused else "stop")
+            yield (
+                place,
+                Completion(
+                    text="" if refused else self.answer(prompt),
+                    tokens_in=len(request.ids or ()),
+                    tokens_out=1,
+                    finish="HTTP 400: no" if refused else "stop",
+                ),
+            )
 
     def answer(self, prompt: str) -> str:
         if "def double" in prompt:
             return "    return x + 3\n```\nThat is it." if "```" in prompt else "    return x + 3\n"
         if "half of one" in prompt:
             return "One in two, $x$. \\boxed{\\frac12}"
-        return "So it is no. The answer is (B)." if "Options:" in prompt else "Six and 1 make 7. The final answer is 7"
+        return (
+            "So it is no. The answer is (B)."
+            if "Options:" in prompt
+            else "Six and 1 make 7. The final answer is 7"
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"path": "scholar", "chat": bool(self.tokenizer.chat_template)}
@@ -330,13 +495,29 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(datasets, "load_dataset", local)
     scholar = Scholar(chat)
     result, samples = standard.run(scholar, standard.Settings(limit=3, run_code=True), tmp_path)
-    assert result["scores"] == {"MMLU": 100, "MMLU-Pro": 100, "MATH": 100, "GSM8K": 100, "HumanEval": pytest.approx(33.33)}
+    assert result["scores"] == {
+        "MMLU": 100,
+        "MMLU-Pro": 100,
+        "MATH": 100,
+        "GSM8K": 100,
+        "HumanEval": pytest.approx(33.33),
+    }
     assert sum(result["questions"].values()) >= 114 + 14 + 7 + 2 + 3
-    assert result["code"]["programs"] == 3 and result["settings"]["chat"] is chat and result["prompts_cut"] == 0
+    assert (
+        result["code"]["programs"] == 3 and result["settings"]["chat"] is chat and result["prompts_cut"] == 0
+    )
     assert {sample["pass@1"] for sample in samples if sample["task"] == "humaneval"} == {0, 1}
     turn = "<|assistant|>" if chat else "\nAnswer: C"
-    assert all(prompt.count(turn) == 5 + chat for prompt in scholar.choices) and len(scholar.choices) == 57 * 2 * 4
-    kinds = {"Options:": (14, 6, 2048), "half of one": (7, 1, 2048), "Six and one": (2, 9, 1024), "def double": (3, 1, 1024)}
+    assert (
+        all(prompt.count(turn) == 5 + chat for prompt in scholar.choices)
+        and len(scholar.choices) == 57 * 2 * 4
+    )
+    kinds = {
+        "Options:": (14, 6, 2048),
+        "half of one": (7, 1, 2048),
+        "Six and one": (2, 9, 1024),
+        "def double": (3, 1, 1024),
+    }
     for mark, (count, turns, tokens) in kinds.items():
         found = [(prompt, size) for prompt, size in scholar.prompts if mark in prompt]
         assert len(found) == count and all(size == tokens for _, size in found), mark
@@ -345,16 +526,28 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert all("\\boxed" in prompt for prompt, _ in scholar.prompts if "half of one" in prompt)
 
 
-@pytest.mark.parametrize(("answer", "right"), [
-    ("\\boxed{\\frac{1}{2}}", 1), ("$3$ so \\boxed{0.5}", 1), ("\\boxed{2} no, \\boxed{1/2}", 1), ("\\boxed{1/2} no, \\boxed{2}", 0),
-    ("$\\frac{1}{2}$", 0), ("\\boxed{\\frac12", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("\\boxed{\\frac{1}{2}}", 1),
+        ("$3$ so \\boxed{0.5}", 1),
+        ("\\boxed{2} no, \\boxed{1/2}", 1),
+        ("\\boxed{1/2} no, \\boxed{2}", 0),
+        ("$\\frac{1}{2}$", 0),
+        ("\\boxed{\\frac12", 0),
+        ("", 0),
+    ],
+)
 def test_the_last_box_is_the_answer(answer: str, right: int) -> None:
     assert standard.boxed_match({"answer": "\\frac{1}{2}"}, [answer]) == {"exact_match": right}
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scholar = Scholar(False)
-    with pytest.raises(UserError, match=r"allow it with --run-code .*--tasks paper/mmlu,paper/mmlu_pro,paper/math,paper/gsm8k$"):
+    with pytest.raises(
+        UserError,
+        match=r"allow it with --run-code .*--tasks paper/mmlu,paper/mmlu_pro,paper/math,paper/gsm8k$",
+    ):
         standard.run(scholar, standard.Settings(), tmp_path)
     with pytest.raises(UserError, match="no such task; did you mean gsm8k"):
         standard._load(standard._manager(["paper/gsm8k"], None), "gsm9k", False, standard._CodeRunner())
@@ -370,23 +563,50 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         standard.run(scholar, standard.Settings(tasks=("write",), include_path=tmp_path / "tasks"), tmp_path)
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route"))
+    )
     with pytest.raises(UserError, match=r"paper/gsm8k: cannot be loaded \(no route\).*HF_HOME"):
         standard.run(scholar, standard.Settings(tasks=("paper/gsm8k",)), tmp_path)
-    monkeypatch.setattr(code_run, "run", lambda *_, **__: code_run.Outcome(passed=False, reason="broken"))
+    monkeypatch.setattr(
+        code_sandbox, "run", lambda *_, **__: code_sandbox.Outcome(passed=False, reason="broken")
+    )
     with pytest.raises(UserError, match=r"cannot be run on this machine \(broken\)"):
         standard.run(scholar, standard.Settings(tasks=("paper/humaneval",), run_code=True), tmp_path)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_tasks(tmp_path / "tasks")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "standard", "--model", str(BASE), "--tasks", "many,write", "--include-path", str(tmp_path / "tasks"),
-                                      "--limit", "4", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate.py",
+            "standard",
+            "--model",
+            str(BASE),
+            "--tasks",
+            "many,write",
+            "--include-path",
+            str(tmp_path / "tasks"),
+            "--limit",
+            "4",
+            "--out",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+        ],
+    )
     main = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]
     whole = list(sys.argv)
-    for change, message in ((["--temperature", "0.7"], "--temperature 0.7: this benchmark's answers are greedy; leave it out"),
-                            (["--tasks", ""], "--tasks: give at least one task"), (["--tasks", " ,"], "--tasks: give at least one task"),
-                            (["--max-length", "0"], "--max-length must be at least 1")):
+    for change, message in (
+        (["--temperature", "0.7"], "--temperature 0.7: this benchmark's answers are greedy; leave it out"),
+        (["--tasks", ""], "--tasks: give at least one task"),
+        (["--tasks", " ,"], "--tasks: give at least one task"),
+        (["--max-length", "0"], "--max-length must be at least 1"),
+    ):
         monkeypatch.setattr(sys, "argv", [*whole, *change])
         with pytest.raises(UserError, match=message):
             main()
@@ -395,35 +615,53 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
     assert not stop.value.code
     result = json.loads((tmp_path / "out" / "standard.json").read_text())
-    tag, = standard._load(standard._manager(["write"], tmp_path / "tasks"), "written", False, standard._CodeRunner())
-    assert tag.task_name == "write" and standard._first_share("write", {"results": {"write": {"exact_match,none": 0.5}}}) == {"write": 50}
-    assert result["format"] == 1 and result["task"] == "standard" and result["scores"]["write"] == 100 and result["questions"] == {"many": 4, "write": 4}
+    (tag,) = standard._load(
+        standard._manager(["write"], tmp_path / "tasks"), "written", False, standard._CodeRunner()
+    )
+    assert tag.task_name == "write" and standard._first_share(
+        "write", {"results": {"write": {"exact_match,none": 0.5}}}
+    ) == {"write": 50}
+    assert (
+        result["format"] == 1
+        and result["task"] == "standard"
+        and result["scores"]["write"] == 100
+        and result["questions"] == {"many": 4, "write": 4}
+    )
     assert result["settings"]["max_length"] == 4096
-    lines = [json.loads(line) for line in (tmp_path / "out" / "standard_samples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "standard_samples.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 8 and re.search(r"write +100\.00", capsys.readouterr().out)
 
 
-# ---- programs ------------------------------------------------------------------------------------------------------------
+# ---- programs ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("program", "reason"), [
-    ("assert sum(range(4)) == 6", ""),
-    ("import numpy\nassert numpy.ones(3).sum() == 3", ""),
-    ("open('own', 'w').write('x')\nassert open('own').read() == 'x'", ""),
-    ("assert 1 == 2, 'no'", "AssertionError: no"),
-    ("def f(: pass", "SyntaxError"),
-    ("raise SystemExit(0)", "SystemExit"),
-    ("import os; os._exit(0)", "ended early"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)\nimport sys; sys.exit()", "SystemExit|ended early"),
-    ("while True: pass", "out of time"),
-    ("import time; time.sleep(60)", "out of time"),
-    ("x = bytearray(1 << 36)", "MemoryError"),
-    ("open('big', 'wb').write(bytes(1 << 22))", "OSError"),
-    ("while True: print('x' * 10**6)", "out of time"),
-    ("input()", "EOFError"),
-])
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert sum(range(4)) == 6", ""),
+        ("import numpy\nassert numpy.ones(3).sum() == 3", ""),
+        ("open('own', 'w').write('x')\nassert open('own').read() == 'x'", ""),
+        ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("def f(: pass", "SyntaxError"),
+        ("raise SystemExit(0)", "SystemExit"),
+        ("import os; os._exit(0)", "ended early"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\nimport sys; sys.exit()",
+            "SystemExit|ended early",
+        ),
+        ("while True: pass", "out of time"),
+        ("import time; time.sleep(60)", "out of time"),
+        ("x = bytearray(1 << 36)", "MemoryError"),
+        ("open('big', 'wb').write(bytes(1 << 22))", "OSError"),
+        ("while True: print('x' * 10**6)", "out of time"),
+        ("input()", "EOFError"),
+    ],
+)
 def test_a_program_is_judged(program: str, reason: str) -> None:
     began = time.monotonic()
-    outcome = code_run.run(program, seconds=2)
+    outcome = code_sandbox.run(program, seconds=2)
     assert outcome.passed == (not reason) and re.match(reason, outcome.reason), outcome
     assert time.monotonic() - began < 10
 
@@ -432,20 +670,29 @@ def test_a_program_reaches_nothing_outside(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SECRET_TOKEN", "xyz")
     here, mark = tmp_path / "mine", f"97.{os.getpid()}"
     here.write_text("kept")
-    outcome = code_run.run("import os; assert 'SECRET_TOKEN' not in os.environ", seconds=5)
+    outcome = code_sandbox.run("import os; assert 'SECRET_TOKEN' not in os.environ", seconds=5)
     assert outcome.passed
     if outcome.writes_confined:
-        for attack in (f"open({str(here)!r}, 'w')", f"import os; os.remove({str(here)!r})", f"import os; os.mkdir({str(tmp_path / 'new')!r})",
-                       f"import os; os.truncate({str(here)!r}, 0)", f"import os; os.rename({str(here)!r}, 'moved')"):
-            assert re.match("PermissionError|OSError", code_run.run(attack, seconds=5).reason)
-        assert here.read_text() == "kept" and sorted(path.name for path in tmp_path.iterdir() if path.name != "datasets") == ["mine"]
+        for attack in (
+            f"open({str(here)!r}, 'w')",
+            f"import os; os.remove({str(here)!r})",
+            f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+            f"import os; os.truncate({str(here)!r}, 0)",
+            f"import os; os.rename({str(here)!r}, 'moved')",
+        ):
+            assert re.match("PermissionError|OSError", code_sandbox.run(attack, seconds=5).reason)
+        assert here.read_text() == "kept" and sorted(
+            path.name for path in tmp_path.iterdir() if path.name != "datasets"
+        ) == ["mine"]
     if outcome.network_off:
-        reached = code_run.run("import socket; socket.create_connection(('127.0.0.1', 1), 2)", seconds=5)
+        reached = code_sandbox.run("import socket; socket.create_connection(('127.0.0.1', 1), 2)", seconds=5)
         assert "unreachable" in reached.reason
         stray = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(0.3)"
-        code_run.run(stray, seconds=5)
+        code_sandbox.run(stray, seconds=5)
         time.sleep(0.2)
-        assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])]
+        assert not [
+            process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])
+        ]
 
 
 if __name__ == "__main__":

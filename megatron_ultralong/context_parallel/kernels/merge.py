@@ -1,0 +1,52 @@
+"""Merging attention over one set of keys with attention over another, both known by output and logsumexp."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
+    """Merge `partial` into `out`, in place.
+
+    out [b, h, s, d] and lse [b, h, s] are float32 (or wider), any strides; partial [b, h, s, d] in any dtype,
+    partial_lse [b, h, s]. lse must be finite (a query sees at least itself, so own keys go first);
+    partial_lse may be -inf.
+
+    out <- out + w (partial - out) with w = sigmoid(partial_lse - lse). Only the difference of the logsumexps
+    is exponentiated, so nothing overflows however large the logits are. On CUDA this is one Triton kernel
+    (merge_triton.py).
+    """
+    if out.is_cuda and out.dtype == torch.float32 and _have_triton():
+        from megatron_ultralong.context_parallel.kernels import merge_triton
+
+        return merge_triton.merge_(out, lse, partial, partial_lse)
+    weight = torch.sigmoid(partial_lse - lse).unsqueeze(-1)
+    out.lerp_(partial.to(out.dtype), weight)
+    lse.copy_(torch.logaddexp(lse, partial_lse))
+    return None
+
+
+def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge n partial results at once: outs [n, ..., d] and lses [n, ...] -> (out [..., d], lse [...]),
+    float32 or wider.
+
+    A logsumexp of -inf is a part without keys; where all are, out is 0 and lse -inf.
+    """
+    if len(outs) == 1:
+        return outs[0].to(lses.dtype), lses[0]
+    peak = lses.amax(dim=0)
+    weights = torch.exp(lses - torch.where(peak == -torch.inf, 0.0, peak))  # 1 at the peak: nothing overflows
+    total = weights.sum(dim=0)
+    out = torch.einsum("n...d,n...->...d", outs.to(lses.dtype), weights) / torch.where(
+        total > 0, total, 1.0
+    ).unsqueeze(-1)
+    return out, peak + total.log()
+
+
+@functools.cache
+def _have_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

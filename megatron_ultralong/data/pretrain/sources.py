@@ -1,0 +1,315 @@
+"""What a set of documents is made from: files, directories and globs, in named sources with weights and rates
+by length.
+
+A file of sources, in YAML (every key but `sources` and `input` may be left out):
+
+    tokens: 1B                # wanted in all, separators not counted; B is 10^9
+    seed: 0
+    max_repeats: 4            # times a document may be used
+    shuffle: true             # documents in random order
+    rates: {<4K: 0.25, 4K-8K: 1, ">=8K": 3}     # for all sources without their own; or shares: {...} of a source's tokens
+    sources:
+      books:
+        input: [data/books, data/more/*.jsonl.zst]
+        weight: 0.7           # share of the tokens, relative to the others'
+        text_key: body
+        id_key: name
+        shares: {<8K: 0.2, ">=8K": 0.8}
+      code: {input: corpus.idx, weight: 0.3, strip_id: 128001}      # Megatron's .bin/.idx; that id off the end of documents
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong.data import documents, row_writer
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import yaml_file
+
+EDGES = tuple(1024 << k for k in range(11))
+"""Where length buckets part in reports, tokens: 1K, 2K ... 1M."""
+MAX_REPEATS = 4
+"""Times a document may be used unless told otherwise: up to four epochs repeated tokens are about as good as
+new ones (arXiv 2305.16264)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How documents of each length are wanted. Bucket k holds documents of edges[k - 1] up to edges[k] - 1
+    tokens."""
+
+    edges: tuple[int, ...]
+    """Rising, tokens; one less than the buckets."""
+    values: tuple[float, ...]
+    """Of each bucket, its rate or share."""
+    shares: bool
+    """Shares of the source's tokens, relative to each other; else rates, times that a document is used (0.25
+    = one in four)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Documents of one kind."""
+
+    name: str
+    files: tuple[Path, ...]
+    text_key: str = "text"
+    id_key: str | None = None
+    weight: Fraction | None = None
+    """Share of the tokens, relative to the other sources'; None = what its documents and rates give."""
+    lengths: Lengths | None = None
+    """None = every document once."""
+    folders: tuple[Path, ...] = ()
+    """Directories that were searched for the files."""
+    strip_id: int | None = None
+    """Token taken off the end of a Megatron corpus's documents, such as its end of document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """All sources of a set and what is wanted of them together."""
+
+    sources: tuple[Source, ...]
+    tokens: int | None = None
+    """Tokens wanted in all; None = what weights and rates give."""
+    max_repeats: int = MAX_REPEATS
+    shuffle: bool = False
+    seed: int = 0
+
+    @property
+    def resampled(self) -> bool:
+        """Whether not simply every document is taken once."""
+        return self.tokens is not None or any(s.lengths or s.weight for s in self.sources)
+
+
+def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
+    """Files, directories (all files of known kinds below, sorted) and globs as files. UserError for what
+    names no file."""
+    found: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = [p for p in documents.below(path) if _known(p)]
+            if not inside:
+                raise UserError(
+                    f"{what} {path}: no file of a known kind in it; known are .txt, .jsonl (also .gz, .zst), .parquet, .idx"
+                )
+            found += inside
+        elif not path.exists() and glob.has_magic(str(path)):
+            matched = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+            if not matched:
+                raise UserError(f"{what} {path}: no file matches")
+            found += matched
+        else:
+            found.append(path.with_suffix(".idx") if path.suffix == ".bin" else path)
+    for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{what} {documents.printable(str(path))}: the file's name is not UTF-8; rename it"
+            ) from None
+        if documents.kind(path)[0] == ".idx":
+            _not_packed(path)
+    documents.check(found)
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise UserError(
+                f"{what} {path}: is named twice; to use documents more often, give rates in a file of sources"
+            )
+        seen.add(path.resolve())
+    return tuple(found)
+
+
+def load(path: Path) -> Sources:
+    """A file of sources; paths in it are relative to the folder it lies in. UserError, which names the key,
+    for anything unknown in it."""
+    values = yaml_file.read(path, "--sources")
+    reader = _Reader(path)
+    values = reader.mapping(
+        values, "the file", {"tokens", "seed", "max_repeats", "shuffle", "rates", "shares", "sources"}
+    )
+    everyones = reader.lengths(values, "")
+    entries = values.get("sources")
+    if not isinstance(entries, dict) or not entries:
+        raise reader.wrong("sources", "must hold at least one name with its input")
+    if len({str(name) for name in entries}) < len(entries):
+        raise reader.wrong("sources", "names two sources alike")
+    sources = tuple(reader.source(str(name), entry, everyones) for name, entry in entries.items())
+    if len({s.weight is None for s in sources}) > 1:
+        without = next(s.name for s in sources if s.weight is None)
+        raise reader.wrong(
+            f"sources.{without}", "has no weight though others have; give each a weight, or none"
+        )
+    return Sources(
+        sources=sources,
+        tokens=reader.tokens(values.get("tokens")),
+        max_repeats=reader.whole(values, "max_repeats", MAX_REPEATS, 1),
+        shuffle=reader.flag(values, "shuffle", True),
+        seed=reader.whole(values, "seed", 0, 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Values of one YAML file, checked."""
+
+    path: Path
+
+    def wrong(self, key: str, what: str) -> UserError:
+        return UserError(f"--sources {self.path}: {key} {what}")
+
+    def mapping(self, value: Any, what: str, known: set[str]) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.wrong(what, f"must hold keys like {', '.join(sorted(known))}")
+        for key in value:
+            if key not in known:
+                raise self.wrong(f"{key} in {what}", f"is not known; known are {', '.join(sorted(known))}")
+        return value
+
+    def whole(self, values: dict[str, Any], key: str, default: int, least: int) -> int:
+        value = values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.wrong(key, f"must be a whole number from {least} on")
+        return value
+
+    def flag(self, values: dict[str, Any], key: str, default: bool) -> bool:
+        value = values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "must be true or false")
+        return value
+
+    def tokens(self, value: Any) -> int | None:
+        """1000000 or 1B; None = nothing wanted."""
+        if value is None:
+            return None
+        try:
+            return parse_tokens(str(value))
+        except UserError as error:
+            raise self.wrong("tokens", str(error)) from None
+
+    def source(self, name: str, entry: Any, everyones: Lengths | None) -> Source:
+        what = f"sources.{name}"
+        values = self.mapping(
+            entry, what, {"input", "weight", "text_key", "id_key", "rates", "shares", "strip_id"}
+        )
+        inputs = values.get("input")
+        inputs = [inputs] if isinstance(inputs, str) else inputs
+        if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) for text in inputs):
+            raise self.wrong(f"{what}.input", "must be a file, directory or glob, or a list of them")
+        paths = [self._beside(text) for text in inputs]
+        files = expand(paths, f"--sources {self.path}: {what}.input")
+        weight = None if values.get("weight") is None else _number(values["weight"])
+        if weight is not None and not 0 < weight < 1e12:
+            raise self.wrong(
+                f"{what}.weight", "must be a number above 0; leave the source out instead of weight 0"
+            )
+        for key in ("text_key", "id_key"):
+            if not isinstance(values.get(key, ""), str):
+                raise self.wrong(f"{what}.{key}", "must be a name")
+        return Source(
+            name=name,
+            files=files,
+            text_key=values.get("text_key", "text"),
+            id_key=values.get("id_key"),
+            weight=None if weight is None else Fraction(str(weight)),
+            lengths=self.lengths(values, f"{what}.") or everyones,
+            folders=tuple(path for path in paths if path.is_dir()),
+            strip_id=self.whole(values, "strip_id", 0, 0) if "strip_id" in values else None,
+        )
+
+    def _beside(self, text: str) -> Path:
+        """A path or glob of the file, relative to its folder, whose own name is no glob."""
+        path = Path(text).expanduser()
+        if path.is_absolute() or not glob.has_magic(text):
+            return self.path.parent / path
+        return Path(glob.escape(str(self.path.parent))) / path
+
+    def lengths(self, values: dict[str, Any], what: str) -> Lengths | None:
+        given = [key for key in ("rates", "shares") if key in values]
+        if len(given) > 1:
+            raise self.wrong(f"{what}rates", "and shares: give one of them")
+        if not given:
+            return None
+        key = given[0]
+        buckets = values[key]
+        if not isinstance(buckets, dict) or not buckets:
+            raise self.wrong(f"{what}{key}", 'must be like {<4K: 0.25, 4K-8K: 1, ">=8K": 3}')
+        found = []
+        for name, value in buckets.items():
+            if not 0 <= _number(value) < 1e12:
+                raise self.wrong(f"{what}{key}, {name}:", "must be a number from 0 on")
+            found.append((*self._bucket(str(name), f"{what}{key}"), _number(value)))
+        found.sort()
+        borders = [0.0, *(last for _, last, _ in found)]
+        if borders[-1] != math.inf or any(
+            first != border for (first, _, _), border in zip(found, borders, strict=False)
+        ):
+            raise self.wrong(
+                f"{what}{key}",
+                f"must cover every length once, from <N to >=N; it says {', '.join(map(str, buckets))}",
+            )
+        if not sum(value for *_, value in found) > 0:
+            raise self.wrong(f"{what}{key}", "must not all be 0")
+        return Lengths(
+            edges=tuple(int(last) for _, last, _ in found[:-1]),
+            values=tuple(value for *_, value in found),
+            shares=key == "shares",
+        )
+
+    def _bucket(self, name: str, what: str) -> tuple[float, float]:
+        """(first, last + 1) of "<4K", "4K-8K", ">=8K" or "all"."""
+        size = r"(\d+[KkMm]?)"
+        if name == "all":
+            return 0, math.inf
+        if match := re.fullmatch(rf"<\s*{size}", name):
+            return 0, _count(match[1])
+        if match := re.fullmatch(rf"{size}\s*-\s*{size}", name):
+            return _count(match[1]), _count(match[2])
+        if match := re.fullmatch(rf">=\s*{size}", name):
+            return _count(match[1]), math.inf
+        raise self.wrong(
+            f"{what}, {name}:", 'is no bucket of lengths; they are written <4K, 4K-8K, ">=8K", or all'
+        )
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens wanted: a whole number, or so many billions (10^9) as 1B or 0.5B."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([Bb]?)", text)
+    size = Fraction(match[1].replace("_", "")) * (10**9 if match[2] else 1) if match else Fraction(0)
+    if size < 1 or size.denominator != 1:
+        raise UserError(f"must be a whole number of tokens from 1 on, like 500_000_000 or 0.5B, not {text}")
+    return int(size)
+
+
+def _count(text: str) -> int:
+    scale = {"k": 1024, "m": 1024**2}.get(text[-1].lower(), 1)
+    return int(text.rstrip("KkMm")) * scale
+
+
+def _known(path: Path) -> bool:
+    try:
+        found, _ = documents.kind(path)
+    except UserError:
+        return False
+    return found != ".idx" or not path.name.endswith((".mask.idx", ".docs.idx"))
+
+
+def _number(value: Any) -> float:
+    """NaN where it is none; YAML takes 1e-3 for text."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _not_packed(path: Path) -> None:
+    if row_writer.is_manifest(path.with_suffix(".json")):
+        raise UserError(f"{path}: holds packed rows, not documents; give the documents they were made from")

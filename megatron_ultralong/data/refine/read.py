@@ -1,0 +1,102 @@
+"""The conversations that refinement reads, in the forms of conversations.py; what cannot be used is kept in
+mind, with its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ultralong.data import conversations
+from megatron_ultralong.data.refine.prompts import DOMAINS
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation of the input."""
+
+    record: dict[str, Any]
+    """Its line, with `messages`, `id` and `domain` filled in."""
+    turns: tuple[int, ...]
+    """Which of its messages are to be rewritten; assistant messages that answer a user."""
+
+
+@dataclass(kw_only=True)
+class Input:
+    """The examples of all files in order; may be gone through again and again. UserError where a file cannot
+    be read."""
+
+    paths: list[Path]
+    domain: str
+    """Of lines that name none."""
+    turns: Literal["last", "all"]
+    limit: int | None
+    """Examples at most."""
+    form: str = "auto"
+    broken: list[dict[str, str]] = field(default_factory=list)
+    """Place and reason of the lines that are left out, as of the last time through; with a limit, of the part
+    that was read."""
+
+    def __iter__(self) -> Iterator[Example]:
+        self.broken.clear()
+        return islice(self._all(), self.limit)
+
+    def _all(self) -> Iterator[Example]:
+        for path in self.paths:
+            for number, record in conversations.records(path):
+                try:
+                    found = conversation(record, f"{path.name}:{number}", self.domain, self.form)
+                    yield Example(found, _turns(found["messages"], self.turns))
+                except ValueError as error:
+                    self.broken.append({"place": conversations.place(path, number), "reason": str(error)})
+
+
+def conversation(record: Any, name: str, domain: str, form: str) -> dict[str, Any]:
+    """A record with `messages`; `name` and `domain` where it has no `id` and `domain`. ValueError says what
+    is wrong with it.
+
+    What has `messages` already stays as it is, further columns and turns that nobody answers included.
+    """
+    if (
+        isinstance(record, dict)
+        and form in ("auto", "messages")
+        and conversations.list_column(record, form) == "messages"
+    ):
+        _check(record["messages"])
+        name = name if record.get("id") is None else record["id"]
+    else:
+        record = conversations.as_messages(record, form, name)
+        name = record["id"]
+    found = domain if record.get("domain") is None else record["domain"]
+    if found not in DOMAINS:
+        raise ValueError(f"domain {found!r} is not one of {', '.join(DOMAINS)}")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not text") from None
+    except TypeError as error:  # parquet can hold more than JSON
+        raise ValueError(f"cannot be written as JSON ({error})") from None
+    return {**record, "id": name, "domain": found}
+
+
+def _check(messages: list[Any]) -> None:
+    if not messages:
+        raise ValueError("no list of messages under 'messages'")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"a message whose role is not {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError("a message whose content is not text")
+
+
+def _turns(messages: list[dict[str, Any]], which: Literal["last", "all"]) -> tuple[int, ...]:
+    roles = [message["role"] for message in messages]
+    turns = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
+    if not turns:
+        raise ValueError("no assistant message that answers a user")
+    return tuple(turns if which == "all" else turns[-1:])

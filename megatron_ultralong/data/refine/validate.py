@@ -1,0 +1,137 @@
+"""Whether a rewritten answer may take the place of the original: a reason against it, or None."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+SHORTEST = 0.2
+"""Least characters of a new answer, as a share of the original's."""
+
+_REFUSALS = re.compile(
+    r"(?:i(?:'m| am) (?:very |so |really )?sorry,? but|sorry,? but i|i(?:'m| am) (?:afraid (?:i|that)\b|unable to|not able to)|"
+    r"unfortunately,? i (?:can't|cannot|am|'m)|"
+    r"i (?:apologi[sz]e,? but|can(?:'t|not| not) (?:help(?! but)|assist|do|provide|answer|comply|fulfil|continue|create|write|rewrite|process|complete)|"
+    r"won't (?:help|be able)|must decline|have to decline|will not (?:help|assist))|"
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b)"
+)
+_SPEAKS_OF_DRAFT = re.compile(  # not "an improved version" or "the draft of your letter", which users ask for
+    r"\b(?:rewritten|revised|refined|improved) (?:answer|response|reply)\b|\b(?:in|of|from) the (?:original |given )?draft\b(?! of| for)|"
+    r"\bthe (?:original |given )?draft(?:'s| (?:is|was|has|says|contains|makes|gives|answer|message|response))\b|"
+    r"\bthe (?:original|given) (?:answer|response)\b"
+)
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+
+
+def reason_against(
+    answer: str, original: str, *, domain: str, finish: str | None, refused: bool, tags: frozenset[str]
+) -> str | None:
+    """Why `answer` is not taken, in the words that reports count by.
+
+    finish: the endpoint's finish_reason. refused: it marked the answer as a refusal. tags: marks of the
+    request, like <draft>.
+    """
+    if refused or finish == "content_filter":
+        return "refusal"
+    if finish == "length":
+        return "truncated"
+    if not answer.strip():
+        return "empty"
+    if unclosed_fence(answer):
+        return "truncated"
+    if is_refusal(answer) and not is_refusal(original):  # to refuse again what was refused before is right
+        return "refusal"
+    if any(tag in answer and tag not in original for tag in tags):
+        return "echoes the request"
+    if _SPEAKS_OF_DRAFT.search(_start(answer)) and not _SPEAKS_OF_DRAFT.search(_start(original)):
+        return "speaks of the rewriting"
+    if len(answer.strip()) < SHORTEST * len(original.strip()):
+        return "much shorter"
+    if domain == "math" and (wanted := final_answer(original)) is not None:
+        found = final_answer(answer)
+        if found is None or not same_answer(found, wanted):
+            return "other final answer"
+    return None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an English text begins as refusals do."""
+    return _REFUSALS.match(_start(text)) is not None
+
+
+def _start(text: str) -> str:
+    return text.replace("’", "'").lstrip(' \n\t"*#>-').lower()[:200]
+
+
+def unclosed_fence(text: str) -> bool:
+    """Whether a ``` or ~~~ block of Markdown is open at the end."""
+    opened = ""
+    for line in text.splitlines():
+        fence = re.match(r"\s*(`{3,}|~{3,})(.*)", line)
+        if not fence:
+            continue
+        if not opened:
+            if "`" not in fence[2]:  # ```code``` on one line is no block
+                opened = fence[1]
+        elif fence[1].startswith(opened) and not fence[2].strip():
+            opened = ""
+    return bool(opened)
+
+
+# ---- final answers of mathematics --------------------------------------------------------------
+
+
+def final_answer(text: str) -> str | None:
+    """What the text gives as its result: the last \\boxed{...}, else the last `#### ...`, else `the (final)
+    answer is ...` in its last line."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    if marked := re.findall(r"^[ \t]*####[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE):
+        return marked[-1]
+    last = text.strip().rsplit("\n", 1)[-1]
+    said = re.search(r"\banswer is:?\s*(.+?)\s*$", last, re.IGNORECASE)
+    return said[1] if said else None
+
+
+def _last_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{...} that is closed, braces counted."""
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    start = text.index("{", start) + 1
+    depth = 1
+    for i in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if not depth:
+            return text[start:i]
+    return None
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Equal as numbers where both are numbers, else as text with notation that means nothing taken away."""
+    a, b = _plain(a), _plain(b)
+    x, y = _number(a), _number(b)
+    return (
+        x == y
+        if x is not None and y is not None
+        else a.replace(" ", "").lower() == b.replace(" ", "").lower()
+    )
+
+
+def _plain(answer: str) -> str:
+    """Without dollars, spacing, \\left and \\right, \\text{...} around words, thousands' commas, a full stop."""
+    answer = re.sub(r"\\(?:left|right|displaystyle|[,;!: ])|\\?\$|\*\*|\\[()\[\]]", "", answer)
+    answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
+    answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace(r"\%", "%")
+    answer = " ".join(answer.split()).rstrip(".").strip()
+    return re.sub(r"^[-+]?\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), answer)
+
+
+def _number(answer: str) -> Fraction | None:
+    """A plain answer as a number: 3, -2.50, 3/4, \\frac{3}{4}; a unit or % after it does not count."""
+    answer = re.sub(r"^([-+]?)\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"\1\2/\3", answer)
+    found = re.fullmatch(rf"({_NUMBER})(?:\s*/\s*({_NUMBER}))?(?:\s*%|\s+[A-Za-z][A-Za-z .]*)?", answer)
+    if not found or (found[2] and not float(found[2])):
+        return None
+    return Fraction(found[1]) / Fraction(found[2] or 1)

@@ -1,0 +1,150 @@
+"""Which files instruction data is read from, and which of the examples in them are taken: by domain, evenly
+over a domain's sources.
+
+A file of sources, in YAML (paths in it are relative to the folder it lies in; all but `input` may be left
+out):
+
+    sources:
+      slim_orca: {input: slim_orca/*.jsonl.zst, domain: general, form: sharegpt}
+      orca_math: {input: [orca_math], domain: math}
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from megatron_ultralong.data import conversations
+from megatron_ultralong.data.conversations import DOMAINS
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import yaml_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Examples of one origin."""
+
+    name: str
+    files: tuple[Path, ...]
+    domain: str | None = None
+    """general, math or code; None = each record's own `domain`, general where it names none."""
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.domain is not None and self.domain not in DOMAINS:
+            raise UserError(f"{self.name}: domain {self.domain} is not known; known are {', '.join(DOMAINS)}")
+        conversations.check_form(self.form)
+
+
+def load(path: Path) -> list[Source]:
+    """The sources that a YAML file names. UserError for anything in it that is not known."""
+    values = yaml_file.read(path, "--sources")
+    if (
+        not isinstance(values, dict)
+        or list(values) != ["sources"]
+        or not isinstance(values["sources"], dict)
+        or not values["sources"]
+    ):
+        raise UserError(
+            f"--sources {path}: must hold `sources:` and under it at least one name with its input, and nothing else"
+        )
+    return [_source(path, str(name), entry) for name, entry in values["sources"].items()]
+
+
+def _source(path: Path, name: str, entry: Any) -> Source:
+    what = f"--sources {path}: {name}"
+    if not isinstance(entry, dict) or not set(entry) <= {"input", "domain", "form"}:
+        raise UserError(f"{what}: must hold input, domain and form, and nothing else")
+    inputs = entry.get("input")
+    inputs = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) for text in inputs):
+        raise UserError(f"{what}: input must be a file, directory or glob, or a list of them")
+    files = conversations.files(str(path.parent / Path(text).expanduser()) for text in inputs)
+    return Source(
+        name=name, files=tuple(files), domain=entry.get("domain"), form=str(entry.get("form", "auto"))
+    )
+
+
+def parse(text: str) -> dict[str, Fraction]:
+    """`general=0.5,math=0.25,code=0.25` as shares, relative to each other. UserError where it is not that."""
+    shares: dict[str, Fraction] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        try:
+            shares[name] = Fraction(number)
+        except (ValueError, ZeroDivisionError):
+            raise UserError(f"--mix {text}: expected shares like general=0.5,math=0.25,code=0.25") from None
+        if name not in DOMAINS or shares[name] < 0:
+            raise UserError(
+                f"--mix {text}: {part.strip()} must be one of {', '.join(DOMAINS)} and a share from 0 on"
+            )
+    if not sum(shares.values()):
+        raise UserError(f"--mix {text}: some share must be above 0")
+    return shares
+
+
+def quotas(
+    available: dict[str, int], examples: int | None, mix: dict[str, Fraction] | None
+) -> dict[str, int]:
+    """Examples wanted of each domain. Without `mix` the domains keep their proportions; without `examples`
+    all are wanted.
+
+    Together exactly `examples`, unless there are fewer: rounded by largest remainder.
+    """
+    if examples is None:
+        return dict(available)
+    if mix is None:
+        examples = min(examples, sum(available.values()))
+    shares = mix or {name: Fraction(count) for name, count in available.items()}
+    exact = {name: examples * share / sum(shares.values()) for name, share in shares.items()}
+    wanted = {name: int(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: (wanted[name] - exact[name], name))[
+        : examples - sum(wanted.values())
+    ]:
+        wanted[name] += 1
+    return wanted
+
+
+def evenly(available: list[int], wanted: int) -> list[int]:
+    """How many each source gives of `wanted` in all: the same, as far as it has them; the others give what it
+    lacks."""
+    given = [0] * len(available)
+    left = min(wanted, sum(available))
+    by_size = sorted(range(len(available)), key=lambda k: (available[k], k))
+    for done, k in enumerate(
+        by_size
+    ):  # smallest first: what it cannot give is shared out among those after it
+        given[k] = min(available[k], left // (len(available) - done))
+        left -= given[k]
+    return given
+
+
+def choose(
+    names: list[str], source: NDArray[Any], domain: NDArray[Any], wanted: dict[str, int], seed: int
+) -> NDArray[numpy.int64]:
+    """Numbers of the chosen examples, rising. source: int [examples], into `names`; domain: int [examples],
+    into DOMAINS.
+
+    A source's examples come in an order that only its name and the seed decide. Where a domain has fewer than
+    wanted, all are taken.
+    """
+    chosen = []
+    for d, count in ((DOMAINS.index(name), count) for name, count in wanted.items()):
+        pools = [numpy.flatnonzero((domain == d) & (source == s)) for s in range(len(names))]
+        for name, pool, given in zip(names, pools, evenly([len(pool) for pool in pools], count), strict=True):
+            chosen.append(pool[shuffled(len(pool), seed, zlib.crc32(name.encode()))[:given]])
+    return numpy.sort(numpy.concatenate(chosen)) if chosen else numpy.empty(0, numpy.int64)
+
+
+def shuffled(count: int, *seeds: int) -> NDArray[numpy.int64]:
+    """A permutation, int64 [count]. numpy keeps raw random bits the same in all versions, but not its own
+    shuffles."""
+    return numpy.argsort(
+        numpy.random.PCG64(numpy.random.SeedSequence(seeds)).random_raw(count), kind="stable"
+    )

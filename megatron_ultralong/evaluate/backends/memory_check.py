@@ -1,0 +1,147 @@
+"""Whether a model and the keys and values of its prompts fit the devices, told before the work; and which
+layout would fit.
+
+Bytes of a rank: weights; keys and values, 2 x layers/PP x kv_heads/TP x head_dim x bytes of an element x
+tokens/CP; and what one chunk of a prompt needs while it passes through a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_ultralong.config import Model, Parallel
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.model.inference.kv_cache import kv_bytes
+from megatron_ultralong.runtime.memory import free_bytes
+
+SPARE = 0.05
+"""Share of the device's free memory that is left alone: fragments, communication."""
+
+
+def weight_bytes(model: Model, parallel: Parallel, itemsize: int) -> int:
+    """Of the fullest rank."""
+
+    def numel(name: str) -> int:
+        return math.prod(weight_mapping.shard_shape(name, model, parallel.tp))
+
+    names = weight_mapping.megatron_names(model)
+    layers = sum(numel(name) for name in names if name.startswith("decoder.layers.")) // parallel.pp
+    others = sum(numel(name) for name in names if not name.startswith("decoder.layers."))
+    embedding = numel("embedding.word_embeddings.weight")
+    # First and last stage have an embedding and an output layer; both are one in a tied model on one stage.
+    return itemsize * (layers + (others if parallel.pp == 1 else embedding + model.hidden_size))
+
+
+def chunk_bytes(model: Model, parallel: Parallel, chunk: int, itemsize: int) -> int:
+    """Of activations while `chunk` tokens pass through a layer: projections and MLP of this rank's c, and the
+    queries and partial outputs of all of them, which are sent and merged in float32."""
+    c = -(-chunk // parallel.cp)
+    mlp = 3 * model.ffn_size // parallel.tp
+    heads = model.heads // parallel.tp
+    own = (
+        c
+        * itemsize
+        * (4 * model.hidden_size + max(mlp, 2 * (heads + 2 * model.kv_heads // parallel.tp) * model.head_dim))
+    )
+    attention = (
+        chunk
+        * heads
+        * (2 * model.head_dim * itemsize + 4 * (model.head_dim + 1) * (4 if parallel.cp > 1 else 3))
+    )
+    return own + attention + 8 * model.vocab_size
+
+
+def kept_bytes(model: Model, parallel: Parallel, tokens: int, itemsize: int) -> int:
+    """Of `tokens` of this rank."""
+    return kv_bytes(
+        model.layers // parallel.pp, model.kv_heads // parallel.tp, model.head_dim, tokens, itemsize
+    )
+
+
+def check_plan(
+    model: Model,
+    parallel: Parallel,
+    device: torch.device,
+    *,
+    chunk: int,
+    itemsize: int,
+    tokens: int = 0,
+    loaded: bool = False,
+) -> None:
+    """UserError unless the model and `tokens` (of all ranks and sequences) of keys and values fit. loaded:
+    the weights are there already."""
+    free = int(free_bytes(device) * (1 - SPARE))
+    have = free + (weight_bytes(model, parallel, itemsize) if loaded else 0)
+    if needed(model, parallel, chunk, itemsize, tokens) > have:
+        raise UserError(refusal(model, parallel, chunk=chunk, itemsize=itemsize, tokens=tokens, have=have))
+
+
+def needed(model: Model, parallel: Parallel, chunk: int, itemsize: int, tokens: int) -> int:
+    """Bytes of a rank in all."""
+    return (
+        weight_bytes(model, parallel, itemsize)
+        + chunk_bytes(model, parallel, chunk, itemsize)
+        + kept_bytes(model, parallel, -(-tokens // parallel.cp), itemsize)
+    )
+
+
+def refusal(model: Model, parallel: Parallel, *, chunk: int, itemsize: int, tokens: int, have: int) -> str:
+    """One line: what is needed, what is there, and the smallest --cp and --tp that would do, all else as it
+    is."""
+
+    def fits(**change: Any) -> bool:
+        return needed(model, replace(parallel, **change), chunk, itemsize, tokens) <= have
+
+    cps = [parallel.cp * 2**i for i in range(1, 12)]
+    tps = [
+        tp
+        for tp in range(parallel.tp + 1, model.kv_heads + 1)
+        if model.kv_heads % tp == 0 and model.ffn_size % tp == 0 and tp % parallel.tp == 0
+    ]
+    ways = [
+        f"--{name} {size}"
+        for name, sizes in (("cp", cps), ("tp", tps))
+        for size in [next((s for s in sizes if fits(**{name: s})), None)]
+        if size
+    ]
+    advice = (
+        f"{' or '.join(ways)} on as many more ranks would fit"
+        if ways
+        else "more of --tp and --pp, or fewer tokens at a time (--batch), would fit"
+    )
+    gib = 2**30
+    weights, kept = (
+        weight_bytes(model, parallel, itemsize) / gib,
+        kept_bytes(model, parallel, -(-tokens // parallel.cp), itemsize) / gib,
+    )
+    return (
+        f"a rank needs {needed(model, parallel, chunk, itemsize, tokens) / gib:.3g} GiB ({weights:.3g} of weights, {kept:.3g} of keys and values for "
+        f"{tokens:,} tokens), but has {have / gib:.3g} GiB at --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp}; {advice}"
+    )
+
+
+def check_room(reader: Any, more: int, own: list[int], tokens: int) -> None:
+    """UserError, on all ranks, unless each has room for keys and values of `more` tokens of its own and of
+    `own` of each sequence.
+
+    tokens: of the context that is shared, for the message. Every rank calls it.
+    """
+    ranks, itemsize = reader.ranks, reader.dtype.itemsize
+    parallel = Parallel(tp=ranks.tp, pp=ranks.pp, cp=ranks.cp)
+    need = kept_bytes(reader.model, parallel, max(0, more) + sum(own), itemsize) + chunk_bytes(
+        reader.model, parallel, reader.size, itemsize
+    )
+    free = int(free_bytes(ranks.device) * (1 - SPARE))
+    left = torch.tensor([free - need], dtype=torch.int64, device=ranks.device)
+    torch.distributed.all_reduce(left, op=torch.distributed.ReduceOp.MIN)
+    if int(left) < 0:
+        whole = tokens + sum(own) * ranks.cp
+        have = int(left) + needed(reader.model, parallel, reader.size, itemsize, whole)
+        raise UserError(
+            refusal(reader.model, parallel, chunk=reader.size, itemsize=itemsize, tokens=whole, have=have)
+        )

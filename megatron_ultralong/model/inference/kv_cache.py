@@ -1,0 +1,91 @@
+"""Keys and values of tokens that were read, for every layer of a pipeline stage: this context-parallel rank's
+share.
+
+Two caches make a chain: a question's own tokens after a context that many questions share. Plain torch.
+
+Shapes: g KV heads of this tensor-parallel rank, d head dimension, n tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """One stretch of tokens after those of `before`, filled in order of position."""
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        before: KVCache | None = None,
+        **kind: Any,
+    ) -> None:
+        """capacity: tokens that this rank can keep; more grow it. kind: dtype and device."""
+        assert before is None or before.before is None
+        self.before: KVCache | None = before
+        self.start: int = before.end if before else 0
+        """Position of its first token."""
+        self.end: int = self.start
+        """Position after its last, on whichever rank that is."""
+        self.held = 0
+        """Tokens that this rank keeps."""
+        self._runs: list[tuple[int, int]] = []
+        """(first position, how many) of what this rank keeps."""
+        self._kv = [torch.empty(2, 1, kv_heads, capacity, head_dim, **kind) for _ in range(layers)]
+
+    @property
+    def chain(self) -> list[KVCache]:
+        return [self.before, self] if self.before else [self]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that this rank has room for."""
+        return self._kv[0].shape[3]
+
+    def kept(self, layer: int, more: int = 0) -> tuple[Tensor, Tensor]:
+        """This rank's keys and values of a layer, [1, g, held, d] each; `more` of those that were put but not
+        counted yet."""
+        k, v = self._kv[layer]
+        return k[:, :, : self.held + more], v[:, :, : self.held + more]
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep k and v [1, g, n, d] of a layer behind what is there; `advance` counts them once every layer
+        has put its own."""
+        n = k.shape[2]
+        for kept, new in zip(self._kv[layer], (k, v), strict=True):
+            kept[:, :, self.held : self.held + n] = new
+
+    def advance(self, tokens: int, first: int, n: int) -> None:
+        """`tokens` were read on all ranks; this one put `n`, from position `first` on."""
+        if n:
+            self._runs.append((first, n))
+        self.held += n
+        self.end += tokens
+
+    def truncate(self, end: int) -> None:
+        """Forget the tokens from position `end` on."""
+        assert self.start <= end <= self.end
+        self._runs = [(first, min(n, end - first)) for first, n in self._runs if first < end]
+        self.held = sum(n for _, n in self._runs)
+        self.end = end
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens of this rank, a layer at a time: beside the whole there is at most
+        one layer twice."""
+        for layer, old in enumerate(self._kv):
+            if old.shape[3] < capacity:
+                new = old.new_empty(*old.shape[:3], capacity, old.shape[4])
+                new[:, :, :, : self.held] = old[:, :, :, : self.held]
+                self._kv[layer] = new
+                del old
+
+
+def kv_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int, itemsize: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens."""
+    return 2 * layers * kv_heads * head_dim * itemsize * tokens

@@ -1,0 +1,66 @@
+"""InfiniteBench: TASK.jsonl with id, context, input, answer (a string, a number or a list), options.
+
+`answers` are the answer as strings; in math_calc they are not alternatives but the results after each step,
+in order, and where there are options the text of the right one (a letter may follow). The answer as it was
+read is in meta: code_run, math_find and math_calc compare numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.official_files.records import Example, Record, read_jsonl
+
+TASKS = (
+    "passkey",
+    "number_string",
+    "kv_retrieval",
+    "code_run",
+    "code_debug",
+    "math_find",
+    "math_calc",
+    "longdialogue_qa_eng",
+    "longbook_qa_eng",
+    "longbook_sum_eng",
+    "longbook_choice_eng",
+    "longbook_qa_chn",
+)
+
+
+def split_of(benchmark: str, path: Path) -> str | None:
+    """test for TASK.jsonl; None for other files."""
+    return "test" if path.suffix == ".jsonl" and path.stem in TASKS else None
+
+
+def read(benchmark: str, paths: Iterable[Path]) -> Iterator[Example]:
+    """The examples of the files, in order."""
+    for path in paths:
+        if path.stem not in TASKS:
+            raise UserError(f"{path}: none of InfiniteBench's files, which are called like {TASKS[0]}.jsonl")
+        for record in read_jsonl(path):
+            choices = record.texts("options") if record.data.get("options") else ()
+            if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
+                raise UserError(f"{record.place}: field 'options' holds {len(choices)} choices, not 4")
+            yield Example(
+                benchmark=benchmark,
+                task=path.stem,
+                split="test",
+                id=str(record.get("id", int)),
+                context=record.get("context"),
+                question=record.get("input"),
+                answers=_flat(record).texts("answer"),
+                choices=choices,
+                meta=record.rest("id", "context", "input"),
+                place=record.place,
+            )
+
+
+def _flat(record: Record) -> Record:
+    """math_calc's numbers may stand in a list in a list."""
+    answer = record.data.get("answer")
+    inner = (
+        answer[0] if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], list) else answer
+    )
+    return Record({**record.data, "answer": inner}, record.place) if inner is not answer else record

@@ -1,0 +1,86 @@
+"""What a tool says on stderr: one clear line and exit code 2 for mistakes a user can make, and no notices of
+libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+
+from megatron_ultralong.errors import UserError
+
+
+def main(function: Callable[[], int | None]) -> None:
+    """Run a tool's `function`; a `UserError` becomes `error: ...` on stderr and exit code 2.
+
+    Under torchrun the first rank of a node that meets a given error prints it, and every rank leaves at once:
+    the others raised the same one, or wait in a collective that would otherwise hold the exit up until its
+    timeout.
+    """
+    quiet()
+    try:
+        code = function() or 0
+    except UserError as error:
+        if _first_to_say(str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    sys.exit(code)
+
+
+def quiet() -> None:
+    """Keep library notices that no user can act on out of the log."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
+    # The distributed optimizer reads .grad of its shards, which are views.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _leave(code: int) -> None:
+    """End this process without asking the other ranks, and its own child processes with it: they would hold
+    its output open."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _first_to_say(line: str) -> bool:
+    """Whether no other rank under the same torchrun on this node has printed `line`: decided by who creates a
+    marker file."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run is None:
+        return True
+    key = hashlib.sha256(
+        f"{run} {os.getppid()} {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {line}".encode()
+    ).hexdigest()[:32]
+    marker = os.path.join(tempfile.gettempdir(), f"megatron_ultralong-error-{key}")
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        return True
+    except FileExistsError:
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(marker) > 600:  # of a run long gone that had the same numbers
+                os.utime(marker)
+                return True
+        return False
+    except OSError:
+        return True

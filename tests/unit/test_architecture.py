@@ -1,0 +1,334 @@
+"""The rules of the tree: which room may import which, which files import no Megatron, and that every
+documented command exists."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ultralong import config, recipes
+from megatron_ultralong.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_ultralong"
+
+LEVELS = (  # from the bottom; a package imports only packages of lower levels
+    {"errors"},
+    {"config"},
+    {"recipes", "runtime", "context_parallel", "official_files", "io"},
+    {"model", "data"},
+    {"checkpoint"},
+    {"evaluate", "planning"},
+    {"train", "measure"},
+)
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+APART = {("train", "evaluate")}  # training calls evaluation through a callback it is given
+
+NO_MEGATRON = [
+    "errors.py",
+    "config.py",
+    "recipes.py",
+    "planning",
+    "model/weight_mapping.py",
+    "model/rope.py",
+    "context_parallel",
+    "official_files",
+    "io",
+    "evaluate",
+    "data",
+]
+MEGATRON_ALLOWED = {
+    "data": "megatron.core.datasets.indexed_dataset"
+}  # data/ reads and writes Megatron's packed files
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+
+# ---- imports -----------------------------------------------------------------------------------
+
+
+def imports(source: str) -> set[str]:
+    """Full names of all modules that `source` imports, inside functions too; `from a import b` counts as a
+    and as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def our_modules(path: Path) -> set[str]:
+    """Modules of the package that a file imports, as "package.module"; every one of them exists."""
+    found = set()
+    for name in imports(path.read_text()):
+        if not name.startswith("megatron_ultralong."):
+            continue
+        name = name.removeprefix("megatron_ultralong.")
+        while name and not _is_module(name):
+            name, _, last = name.rpartition(".")
+        assert name or last == "__version__", f"{path} imports what does not exist"
+        if name and (PACKAGE / f"{name.replace('.', '/')}.py").is_file():
+            found.add(name)
+    return found
+
+
+def _is_module(name: str) -> bool:
+    place = PACKAGE / name.replace(".", "/")
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def imported_names_exist(path: Path) -> list[str]:
+    """`from package import module` of ours that name no module: mypy does not see them where imports may be missing."""
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_ultralong."):
+            name = node.module.removeprefix("megatron_ultralong.")
+            if not _is_module(name):
+                missing.append(node.module)
+            elif (PACKAGE / name.replace(".", "/")).is_dir():
+                missing += [
+                    f"{node.module}.{a.name}" for a in node.names if not _is_module(f"{name}.{a.name}")
+                ]
+    return missing
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def runs_up(package: str, module: str) -> bool:
+    """Whether an import of `module` in a file of `package` is against the levels."""
+    other = module.split(".")[0]
+    return other != package and (LEVEL[other] >= LEVEL[package] or (package, other) in APART)
+
+
+def test_levels_are_judged_right():
+    assert not runs_up("model", "context_parallel.zigzag") and not runs_up("model", "model.rope")
+    assert (
+        runs_up("model", "checkpoint.sharded")
+        and runs_up("model", "data.loader")
+        and runs_up("train", "evaluate.tasks.niah")
+    )
+    assert runs_up("runtime", "model.rope") and not runs_up("measure", "evaluate.backends.memory_check")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down(path):
+    package = package_of(path)
+    if path.name == "__init__.py":
+        assert not imports(path.read_text()), "importing a package does no work"
+        return
+    assert package in LEVEL, f"a new package, {package}: give it a level in LEVELS"
+    assert not [module for module in our_modules(path) if runs_up(package, module)]
+
+
+def test_imports_exist():
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *TOOLS,
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+    ]:
+        assert not imported_names_exist(path), path
+
+
+def test_no_import_cycle():
+    """Not even inside functions or under TYPE_CHECKING."""
+    graph = {
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): our_modules(path)
+        for path in PACKAGE.rglob("*.py")
+    }
+    done: set[str] = set()
+    for start in graph:
+        trail: list[str] = []
+
+        def visit(module: str, trail: list[str] = trail) -> None:
+            assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+            if module not in done:
+                trail.append(module)
+                for other in sorted(graph[module] - {module}):
+                    visit(other)
+                done.add(trail.pop())
+
+        visit(start)
+
+
+@pytest.mark.parametrize("name", NO_MEGATRON)
+def test_no_megatron_here(name):
+    place = PACKAGE / name
+    for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+        megatron = {module for module in imports(path.read_text()) if module.split(".")[0] == "megatron"}
+        exception = MEGATRON_ALLOWED.get(name)
+        # An import of a name is listed with the packages on its way; what counts is that nothing leads
+        # elsewhere.
+        assert all(
+            exception and (module.startswith(exception) or exception.startswith(module))
+            for module in megatron
+        ), (path, megatron)
+
+
+def test_library_does_not_import_tools_or_tests():
+    for path in PACKAGE.rglob("*.py"):
+        assert not {module.split(".")[0] for module in imports(path.read_text())} & {
+            "tools",
+            "tests",
+            "examples",
+        }, path
+
+
+# ---- tools -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def help_of(tool: str, *sub: str) -> str:
+    """What `tools/TOOL SUB --help` prints; fails unless it exits with 0."""
+    output, argv = io.StringIO(), sys.argv
+    sys.argv = [tool, *sub, "--help"]
+    try:
+        with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    finally:
+        sys.argv = argv
+    assert not stop.value.code
+    return output.getvalue()
+
+
+def subcommands(tool: str) -> list[str]:
+    """Names in the {a,b} of a tool's help, or in the indented list of a group of subcommands."""
+    text = help_of(tool)
+    braces = re.search(r"^usage:.*?\{([\w,]+)\} \.\.\.", text, re.DOTALL)
+    if braces:
+        return braces[1].split(",")
+    if "..." not in text.split("\n\n")[0]:
+        return []
+    return re.findall(r"^    (\w+)(?:  |$)", text.rsplit(":\n", 1)[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda p: p.name)
+def test_help(tool):
+    text = help_of(tool.name)
+    assert "usage:" in text and ("python" in text or "torchrun" in text), (
+        "a tool's help shows how it is called"
+    )
+    for sub in subcommands(tool.name):
+        assert "--" in help_of(tool.name, sub)
+
+
+def test_tools_have_a_main_guard():
+    for tool in TOOLS:  # checkpoint writers and data loaders start processes, which import the tool again
+        assert 'if __name__ == "__main__":' in tool.read_text(), tool
+
+
+# ---- documents and examples --------------------------------------------------------------------
+
+
+def commands(path: Path) -> list[str]:
+    """Command lines of a document's ``` blocks, or of a script; continuation lines joined, comments dropped."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def check_command(line: str) -> None:
+    """The tool, its subcommand, its options, the recipe and the settings of a command line exist."""
+    for tool, rest in re.findall(r"tools/(\w+\.py)([^|;&>]*)", line):
+        assert (ROOT / "tools" / tool).is_file(), f"{tool} does not exist: {line}"
+        words = shlex.split(rest, comments=True)
+        subs = subcommands(tool)
+        sub: tuple[str, ...] = ()
+        if words and words[0] == "$1":  # a function of a script, whose callers say the subcommand
+            continue
+        if subs:
+            assert words and words[0] in subs, f"{tool} has no such subcommand: {line}"
+            sub = (words[0],)
+        text = help_of(tool, *sub)
+        for word in words:
+            if word.startswith("--"):
+                assert re.search(rf"{re.escape(word.split('=')[0])}\b(?!-)", text), (
+                    f"{tool} has no option {word}: {line}"
+                )
+        if "--recipe" in words and not words[words.index("--recipe") + 1].startswith("$"):
+            run = recipes.get(words[words.index("--recipe") + 1])
+            settings = []
+            for word in words[words.index("--set") + 1 :] if "--set" in words else []:
+                if word.startswith("--"):
+                    break
+                settings += [word] if "$" not in word else []
+            assert config.override(run, settings).name
+    for target in re.findall(r"\bmake ([a-z][\w-]*)", line):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+            f"no make target {target}: {line}"
+        )
+    for script in re.findall(r"examples/[\w./-]+\.(?:sh|py)", line):
+        assert (ROOT / script).is_file(), f"{script} does not exist: {line}"
+
+
+def test_commands_are_judged_right():
+    check_command(
+        "torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --set parallel.cp=2 train.seq_length=64K --data x --save y"
+    )
+    for wrong in (
+        "tools/nothing.py",
+        "tools/train.py --recipe ultralong_9m",
+        "tools/train.py --dat x",
+        "tools/convert_hf.py eksport --ckpt x",
+        "tools/train.py --recipe tiny --set train.sequence=1",
+        "make dmeo",
+        "bash examples/nothing.sh",
+    ):
+        with pytest.raises((AssertionError, UserError)):
+            check_command(wrong)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS + SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documented_commands_exist(path):
+    for line in commands(path):
+        check_command(line)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_parse(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert (
+        path.read_text().startswith(("#!/bin/bash", "#!/usr/bin/env bash"))
+        and "set -euo pipefail" in path.read_text()
+    )
+
+
+def test_annotated_tree_is_true():
+    """Every file that the tree of docs/architecture.md lists exists, and every library file and tool is listed."""
+    tree = re.search(
+        r"^```text\n(megatron_ultralong/.*?)^```",
+        (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert tree, "docs/architecture.md shows the tree in a ```text block"
+    listed, folders = set(), []
+    for line in tree[1].splitlines():
+        entry = re.match(r"( *)(\S+)", line)
+        if not entry:
+            continue
+        depth, name = len(entry[1]) // 2, entry[2]
+        folders[depth:] = [name]
+        listed.add("/".join(part.rstrip("/") for part in folders))
+    missing = sorted(name for name in listed if not (ROOT / name).exists())
+    assert not missing, f"listed but not there: {missing}"
+    files = {str(p.relative_to(ROOT)) for p in [*PACKAGE.rglob("*.py"), *TOOLS] if p.name != "__init__.py"}
+    assert not sorted(files - listed), "not listed in the tree of docs/architecture.md"
