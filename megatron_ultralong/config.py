@@ -116,7 +116,7 @@ class Parallel:
     ulysses: int = 1
     """Of the context parallel ranks, adjacent ones that exchange heads for tokens (all-to-all); cp/ulysses
     such groups form the ring."""
-    cp_way: Literal["ring", "gather"] = "ring"
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
     """Between those groups: ring = keys and values go round; gather = every rank gathers them, a head at a
     time."""
     dp: int | None = None
@@ -152,19 +152,19 @@ class Parallel:
 class Memory:
     """What is kept for the backward."""
 
-    checkpoint: Literal["none", "full", "attention"] = "attention"
-    """none = keep every activation; full = keep each layer's input and recompute the layer; attention = keep
+    recompute: Literal["none", "full", "all_but_attention"] = "all_but_attention"
+    """none = keep every activation; full = keep each layer's input and recompute the layer; all_but_attention = keep
     the attention output and its logsumexp too, and recompute all but attention."""
-    offload: Literal["off", "checkpoints", "attention", "auto"] = "auto"
-    """With checkpoint=attention, what goes to host memory until the backward: nothing; each layer's input;
+    offload: Literal["off", "layer_inputs", "all", "auto"] = "auto"
+    """With recompute=all_but_attention, what goes to host memory until the backward: nothing; each layer's input;
     the attention output and logsumexp as well; auto = settled at start, the first of these that fits the GPU
     (off with another checkpoint, or on a CPU)."""
     query_chunks: bool = False
-    """With checkpoint=attention, queries and attention outputs in chunks as well: of a layer only keys and
+    """With recompute=all_but_attention, queries and attention outputs in chunks as well: of a layer only keys and
     values exist whole, and what is offloaded comes back by chunk. For the longest sequences; keys go round
     the ring once for each chunk, and are projected twice."""
     layer_chunk: int = 16384
-    """With checkpoint=attention, and wherever there is no backward, tokens of norms, projections and MLP
+    """With recompute=all_but_attention, and wherever there is no backward, tokens of norms, projections and MLP
     alive at a time on a rank; 0 = all."""
     loss_chunk: int = 8192
     """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
@@ -173,13 +173,13 @@ class Memory:
         for name in ("layer_chunk", "loss_chunk"):
             if getattr(self, name) < 0:
                 raise UserError(f"memory.{name}={getattr(self, name)} must be 0 or more")
-        if self.offload in ("checkpoints", "attention") and self.checkpoint != "attention":
+        if self.offload in ("layer_inputs", "all") and self.recompute != "all_but_attention":
             raise UserError(
-                f"memory.offload={self.offload} needs memory.checkpoint=attention, not {self.checkpoint}"
+                f"memory.offload={self.offload} needs memory.recompute=all_but_attention, not {self.recompute}"
             )
-        if self.query_chunks and self.checkpoint != "attention":
+        if self.query_chunks and self.recompute != "all_but_attention":
             raise UserError(
-                f"memory.query_chunks=true needs memory.checkpoint=attention, not {self.checkpoint}"
+                f"memory.query_chunks=true needs memory.recompute=all_but_attention, not {self.recompute}"
             )
 
 
@@ -298,8 +298,8 @@ class Run:
 
     def __post_init__(self) -> None:
         s, p = self.train.seq_length, self.parallel
-        if self.memory.query_chunks and (p.ulysses > 1 or p.cp_way != "ring"):
-            raise UserError("memory.query_chunks=true needs parallel.ulysses=1 and parallel.cp_way=ring")
+        if self.memory.query_chunks and (p.ulysses > 1 or p.cp_comm_type != "p2p"):
+            raise UserError("memory.query_chunks=true needs parallel.ulysses=1 and parallel.cp_comm_type=p2p")
         if p.cp > 1 and s % (2 * p.cp):
             raise UserError(
                 f"train.seq_length={s} is not divisible by 2 x parallel.cp = {2 * p.cp}; "
@@ -374,6 +374,39 @@ def divides_heads(heads: int, kv_heads: int, ulysses: int) -> bool:
     return ulysses > 0 and heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 
+# ---- settings of earlier releases --------------------------------------------------------------------
+
+RENAMED: dict[str, tuple[str, dict[str, str]]] = {
+    "memory.checkpoint": ("memory.recompute", {"attention": "all_but_attention"}),
+    "memory.offload": ("memory.offload", {"checkpoints": "layer_inputs", "attention": "all"}),
+    "parallel.cp_way": ("parallel.cp_comm_type", {"ring": "p2p", "gather": "all_gather"}),
+}
+"""Settings as stored runs of format 1 and older command lines have them: their name now, and values that have
+another name now."""
+
+
+def _check_renamed(key: str, text: str) -> None:
+    """UserError that gives the new form of an old setting."""
+    if key not in RENAMED:
+        return
+    name, values = RENAMED[key]
+    if name != key or text in values:
+        raise UserError(f"--set {key}={text}: this setting is now {name}={values.get(text, text)}")
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored run, with settings of earlier releases under their names of today."""
+    new = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for old, (now, renamed) in RENAMED.items():
+        section, _, old_name = old.partition(".")
+        name = now.partition(".")[2]
+        settings = new.get(section)
+        if isinstance(settings, dict) and old_name in settings:
+            value = settings.pop(old_name)
+            settings[name] = renamed.get(value, value)
+    return new
+
+
 # ---- settings from the command line ------------------------------------------------------------
 
 
@@ -390,6 +423,7 @@ def override(run: Run, settings: list[str]) -> Run:
         key = key.strip()
         if not equals:
             raise UserError(f"--set {setting}: expected key=value")
+        _check_renamed(key, text.strip())
         if key not in valid:
             near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.0)[0]
             raise UserError(f"--set {key}: no such setting; did you mean {near}?")
@@ -417,8 +451,8 @@ def to_dict(run: Run) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Run:
-    """Inverse of `to_dict`; UserError for keys this version does not know."""
-    sections = _sections()
+    """Inverse of `to_dict`, also of earlier releases'; UserError for keys this version does not know."""
+    sections, values = _sections(), _with_new_names(values)
     try:
         built = {
             key: sections[key](**value) if key in sections and value is not None else value

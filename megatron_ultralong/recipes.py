@@ -58,7 +58,7 @@ def tiny() -> Run:
             init_std=0.08,
         ),
         rope=Rope(type="none", theta=10000.0, original_length=512),
-        memory=Memory(checkpoint="none"),
+        memory=Memory(recompute="none"),
         optim=Optim(weight_decay=0.01),
         train=Train(
             seq_length=512,
@@ -85,7 +85,7 @@ def tiny_extend() -> Run:
             type="yarn", theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True
         ),
         parallel=Parallel(cp=2),
-        memory=Memory(checkpoint="none"),
+        memory=Memory(recompute="none"),
         optim=Optim(weight_decay=0.01),
         train=Train(
             seq_length=4096,
@@ -187,7 +187,7 @@ def _ultralong(
         base="meta-llama/Llama-3.1-8B-Instruct",
         rope=_yarn(factor, theta=500000.0, original_length=8192),
         parallel=Parallel(tp=8, cp=cp),
-        memory=Memory(checkpoint="attention"),
+        memory=Memory(recompute="all_but_attention"),
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(
             seq_length=seq_length,
@@ -211,7 +211,7 @@ def _ultralong_sft(size: str) -> Run:
         "example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and "
         "seed are this project's own. Attention stays inside documents, so packed rows work too, with fewer rows a step and iterations.",
         parallel=Parallel(tp=8),
-        memory=Memory(checkpoint="attention"),
+        memory=Memory(recompute="all_but_attention"),
         data=Data(documents="masked"),
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(seq_length=8192, global_batch=128, iterations=782, lr=5e-6, warmup=24, save_every=200),

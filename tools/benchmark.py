@@ -1,16 +1,15 @@
-"""Speed and memory of attention over context-parallel ranks, of the loss, of a whole step and of generation,
-on this machine's one GPU or its CPU; of preparing data on its CPU.
+"""Speed and memory of attention over context-parallel ranks, of the loss, of a whole step and of generation, on this machine's one GPU or
+its CPU; of preparing data on its CPU.
 
-    python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark python
-    tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark python tools/benchmark.py
-    step --lengths 64K,128K --settings none,full,attention,offload-attention --out runs/benchmark python
-    tools/benchmark.py step --longest --settings attention,offload-attention python tools/benchmark.py step
-    --longest --optimizer --layers 2 --settings query-chunks-offload python tools/benchmark.py generate
-    --lengths 128K,512K --out runs/benchmark python tools/benchmark.py data --tokenizer DIR --out
-    runs/benchmark
+    python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
+    python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
+    python tools/benchmark.py step --lengths 64K,128K --settings none,full,all-but-attention,offload-all --out runs/benchmark
+    python tools/benchmark.py step --longest --settings all-but-attention,offload-all
+    python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
+    python tools/benchmark.py generate --lengths 128K,512K --out runs/benchmark
+    python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
 
-Each prints a table; --json, --plot and --out keep it, with device, versions, date and command. Defaults are
-smaller on a CPU.
+Each prints a table; --json, --plot and --out keep it, with device, versions, date and command. Defaults are smaller on a CPU.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def arguments() -> argparse.Namespace:
     step.add_argument(
         "--settings",
         metavar="A,B",
-        help="only these of: none, full, attention, offload-checkpoints, offload-attention, query-chunks, "
+        help="only these of: none, full, all-but-attention, offload-layer-inputs, offload-all, query-chunks, "
         "query-chunks-offload, save-on-cpu (default: all)",
     )
     step.add_argument(

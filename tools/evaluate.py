@@ -1,21 +1,19 @@
 #!/usr/bin/env python
 """Evaluate a model. One subcommand a benchmark; results go to --out as JSON, with a plot.
 
-    python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out
-    results/niah torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --cp 2 --lengths
-    128K,1M --out results/niah python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME
-    --tokenizer DIR --lengths 128K --out results/niah python tools/evaluate.py ruler --model DIR --lengths
-    4K,8K,16K --samples 50 --out results/ruler python tools/evaluate.py lveval --model DIR --data LVEval
-    --lengths 16k,32k --official checkouts/LVEval --out results/lveval python tools/evaluate.py infinitebench
-    --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench python
-    tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard torchrun
-    --nproc-per-node 8 tools/evaluate.py perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M --out
-    results/perplexity python tools/evaluate.py report --results results --out results/report python
-    tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
+    python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,25,50,75,100 --trials 8 --out results/niah
+    torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --cp 2 --lengths 128K,1M --out results/niah
+    python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR --lengths 128K --out results/niah
+    python tools/evaluate.py ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
+    python tools/evaluate.py lveval --model DIR --data LVEval --lengths 16k,32k --official checkouts/LVEval --out results/lveval
+    python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey,longbook_qa_eng --out results/infinitebench
+    python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
+    torchrun --nproc-per-node 8 tools/evaluate.py perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M --out results/perplexity
+    python tools/evaluate.py report --results results --out results/report
+    python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
 
-The model is a Hugging Face directory in plain transformers, our own model over many ranks (a checkpoint, or a
-Hugging Face directory read in place), or one behind an OpenAI-compatible endpoint. A run that was stopped
-goes on when the same command is given again.
+The model is a Hugging Face directory in plain transformers, our own model over many ranks (a checkpoint, or a Hugging Face directory read in
+place), or one behind an OpenAI-compatible endpoint. A run that was stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ formulas: docs/plan.md.
     python tools/plan.py --model llama-3.1-8b --seq-length 1M --gpus 256 --gpu h100
     python tools/plan.py --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
 
-With --set, dimensions (parallel.tp, pp, cp, dp) and memory modes (memory.checkpoint, memory.offload) that are
+With --set, dimensions (parallel.tp, pp, cp, dp) and memory modes (memory.recompute, memory.offload) that are
 given stay; the others, and memory.offload=auto, are searched; parallel.ulysses and, where nothing else fits,
 memory.query_chunks as well. Each plan ends in a line of settings for tools/train.py. Exit code 1 where
 nothing fits.

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
-"""Train: continued pretraining or instruction tuning of a recipe. Under torchrun, or alone as a run of one
-rank.
+"""Train: continued pretraining or instruction tuning of a recipe. Under torchrun, or alone as a run of one rank.
 
-torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf Llama-3.1-8B-Instruct --data PREFIX
---save runs/1m
+torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf Llama-3.1-8B-Instruct --data PREFIX --save runs/1m
 """
 
 from __future__ import annotations

@@ -1,18 +1,15 @@
-"""Synthetic text for the demo: a tokenizer, and documents in which names have pass keys that are asked again
-and again.
+"""Synthetic text for the demo: a tokenizer, and documents in which names have pass keys that are asked again and again.
 
-    python examples/demo/corpus.py tokenizer --output DIR python examples/demo/corpus.py documents --tokenizer
-    DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
+    python examples/demo/corpus.py tokenizer --output DIR
+    python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
 
 Everything is made here by a seeded generator, so there is no data to download. Two kinds of document:
 
     keys    filler sentences with "The pass key of Mira is 48213." at random places and questions about them, many a document:
-            few tokens of ordinary text say how good retrieval is, so a model of this size would need far
-            longer to learn it
+            few tokens of ordinary text say how good retrieval is, so a model of this size would need far longer to learn it
     list    names with their pass keys, said over and over in new order
 
-A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row
-of S + 1.
+A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row of S + 1.
 """
 
 from __future__ import annotations

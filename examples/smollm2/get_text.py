@@ -1,5 +1,4 @@
-"""Text to train on where the user has none: the language reference that every Python carries for its help()
-(PSF licence).
+"""Text to train on where the user has none: the language reference that every Python carries for its help() (PSF licence).
 
 python examples/smollm2/get_text.py --output runs/smollm2/text.jsonl --held-out runs/smollm2/held_out.jsonl
 """

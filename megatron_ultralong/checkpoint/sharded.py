@@ -26,7 +26,9 @@ from megatron_ultralong.config import Model, Rope
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime.launch import Ranks
 
-FORMAT = 1
+FORMAT = 2
+"""Of run.json. 1 had other names for some settings of the run (`config.RENAMED`); both are read."""
+READABLE = (1, FORMAT)
 # The whole optimizer state goes by way of the host to data-parallel rank 0, so a save takes no GPU memory.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -234,8 +236,11 @@ def progress_of(path: Path) -> Progress:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    if values.pop("format", None) != FORMAT:
-        raise UserError(f"{file} is of another format version than {FORMAT}; use the release that wrote it")
+    if (version := values.pop("format", None)) not in READABLE:
+        raise UserError(
+            f"{file}: unsupported format version {version} (expected {' or '.join(map(str, READABLE))}); "
+            "use the release that wrote it"
+        )
     return Progress(model=Model(**values.pop("model")), rope=Rope(**values.pop("rope")), **values)
 
 

@@ -28,7 +28,7 @@ from megatron_ultralong.context_parallel.ring import ring_backward, ring_forward
 from megatron_ultralong.context_parallel.ulysses import ulysses_backward, ulysses_forward
 from megatron_ultralong.context_parallel.zigzag import Starts
 
-Way = Literal["ring", "gather"]
+CommType = Literal["p2p", "all_gather"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ContextGroups:
     """The R ranks that hold the same heads: `layout.ring_ranks`."""
     ulysses: PeerGroup = None
     """The U ranks that exchange heads: `layout.ulysses_ranks`."""
-    way: Way = "ring"
+    cp_comm_type: CommType = "p2p"
     """What goes on between the ranks of `ring`."""
 
     @property
@@ -54,7 +54,7 @@ class ContextGroups:
 
 
 def split(
-    group: PeerGroup, ulysses: int = 1, way: Way = "ring", timeout: timedelta | None = None
+    group: PeerGroup, ulysses: int = 1, cp_comm_type: CommType = "p2p", timeout: timedelta | None = None
 ) -> ContextGroups:
     """The groups of a context-parallel group in which `ulysses` adjacent ranks exchange heads.
 
@@ -72,7 +72,7 @@ def split(
         None if len(ranks) == 1 else group if len(ranks) == cp else _subgroup(group, ranks, timeout)
         for ranks in ours
     )
-    return ContextGroups(ring=ring, ulysses=inside, way=way)
+    return ContextGroups(ring=ring, ulysses=inside, cp_comm_type=cp_comm_type)
 
 
 def attention(
@@ -115,10 +115,10 @@ def attention_forward(
     rows: q holds these of the s local tokens only, and so do out and lse; the ring alone can do that.
     """
     if rows is not None:
-        assert groups.way == "ring" and _size(groups.ulysses) == 1
+        assert groups.cp_comm_type == "p2p" and _size(groups.ulysses) == 1
         return ring_forward(q, k, v, groups.ring, scale=scale, starts=starts, rows=rows)
-    way = {"ring": ring_forward, "gather": gather_forward}[groups.way]
-    attend: Forward = partial(way, group=groups.ring, scale=scale, starts=starts)
+    between = {"p2p": ring_forward, "all_gather": gather_forward}[groups.cp_comm_type]
+    attend: Forward = partial(between, group=groups.ring, scale=scale, starts=starts)
     return ulysses_forward(q, k, v, groups.ulysses, attend)
 
 
@@ -142,12 +142,12 @@ def attention_backward(
     float32: to which they are added instead.
     """
     if rows is not None:
-        assert groups.way == "ring" and _size(groups.ulysses) == 1
+        assert groups.cp_comm_type == "p2p" and _size(groups.ulysses) == 1
         return ring_backward(
             dout, q, k, v, out, lse, groups.ring, scale=scale, starts=starts, rows=rows, sums=sums
         )
-    way = {"ring": ring_backward, "gather": gather_backward}[groups.way]
-    attend: Backward = partial(way, group=groups.ring, scale=scale, starts=starts)
+    between = {"p2p": ring_backward, "all_gather": gather_backward}[groups.cp_comm_type]
+    attend: Backward = partial(between, group=groups.ring, scale=scale, starts=starts)
     return ulysses_backward(dout, q, k, v, out, lse, groups.ulysses, attend)
 
 

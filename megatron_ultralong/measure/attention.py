@@ -188,11 +188,11 @@ def run(
 def _methods(settings: Settings, packed: bool, chosen: str) -> Iterator[Method]:
     """The rows in order; the first is the ideal."""
     within = "inside documents" if packed else "on the whole sequence"
-    yield Method(name=f"one kernel ({chosen}) {within}", cp=1, make=_ours(1, "ring"), ours=False)
+    yield Method(name=f"one kernel ({chosen}) {within}", cp=1, make=_ours(1, "p2p"), ours=False)
     have = set(settings.methods)
     for cp in settings.cp:
         if "ring" in have:
-            yield Method(name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "ring"))
+            yield Method(name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
         for ulysses in [
             *([cp] if "all-to-all" in have else []),
             *(u for u in settings.ulysses if "hybrid" in have and 1 < u < cp and cp % u == 0),
@@ -204,11 +204,11 @@ def _methods(settings: Settings, packed: bool, chosen: str) -> Iterator[Method]:
             )
             try:
                 check_heads(settings.heads, settings.kv_heads, ulysses)
-                yield Method(name=name, cp=cp, make=_ours(ulysses, "ring"))
+                yield Method(name=name, cp=cp, make=_ours(ulysses, "p2p"))
             except UserError as error:
                 yield Method(name=name, cp=cp, make=None, note=str(error))
         if "gather" in have:
-            yield Method(name=f"ours: gather, CP {cp}", cp=cp, make=_ours(1, "gather"))
+            yield Method(name=f"ours: gather, CP {cp}", cp=cp, make=_ours(1, "all_gather"))
     if packed:
         return  # the others are for whole sequences
     for cp in settings.cp:
@@ -229,9 +229,9 @@ def _methods(settings: Settings, packed: bool, chosen: str) -> Iterator[Method]:
         yield from (method for key, method in peers.methods(cp, settings.dtype) if key in have)
 
 
-def _ours(ulysses: int, way: api.Way) -> Make:
+def _ours(ulysses: int, cp_comm_type: api.CommType) -> Make:
     def make(group: Any, starts: Sequence[int] | None) -> tuple[Any, Any]:
-        groups = api.ContextGroups() if group is None else api.split(group, ulysses, way)
+        groups = api.ContextGroups() if group is None else api.split(group, ulysses, cp_comm_type)
         return (
             partial(api.attention_forward, groups=groups, starts=starts),
             partial(api.attention_backward, groups=groups, starts=starts),

@@ -28,14 +28,14 @@ from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.planning.flops import FORMULA, flops_per_token, peak_flops
 
 SETTINGS = {
-    "none": Memory(checkpoint="none", offload="off"),
-    "full": Memory(checkpoint="full", offload="off"),
-    "attention": Memory(checkpoint="attention", offload="off"),
-    "offload-checkpoints": Memory(checkpoint="attention", offload="checkpoints"),
-    "offload-attention": Memory(checkpoint="attention", offload="attention"),
-    "query-chunks": Memory(checkpoint="attention", offload="off", query_chunks=True),
-    "query-chunks-offload": Memory(checkpoint="attention", offload="attention", query_chunks=True),
-    "save-on-cpu": Memory(checkpoint="none", offload="off"),
+    "none": Memory(recompute="none", offload="off"),
+    "full": Memory(recompute="full", offload="off"),
+    "all-but-attention": Memory(recompute="all_but_attention", offload="off"),
+    "offload-layer-inputs": Memory(recompute="all_but_attention", offload="layer_inputs"),
+    "offload-all": Memory(recompute="all_but_attention", offload="all"),
+    "query-chunks": Memory(recompute="all_but_attention", offload="off", query_chunks=True),
+    "query-chunks-offload": Memory(recompute="all_but_attention", offload="all", query_chunks=True),
+    "save-on-cpu": Memory(recompute="none", offload="off"),
 }
 """Rows by name. The last is torch.autograd.graph.save_on_cpu around the layers without checkpoints, for
 comparison."""

@@ -222,9 +222,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         perform_initialization=False,
-        recompute_granularity="full" if memory.checkpoint == "full" else None,
-        recompute_method="uniform" if memory.checkpoint == "full" else None,
-        recompute_num_layers=1 if memory.checkpoint == "full" else None,
+        recompute_granularity="full" if memory.recompute == "full" else None,
+        recompute_method="uniform" if memory.recompute == "full" else None,
+        recompute_num_layers=1 if memory.recompute == "full" else None,
         deterministic_mode=deterministic,
         variable_seq_lengths=False,
         # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's
@@ -261,7 +261,7 @@ def build(
         if transformer_engine is None
         else transformer_engine
     )
-    context = api.split(ranks.groups.cp, parallel.ulysses, parallel.cp_way, ranks.timeout)
+    context = api.split(ranks.groups.cp, parallel.ulysses, parallel.cp_comm_type, ranks.timeout)
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []

@@ -1,18 +1,15 @@
-"""Rotary position embedding: frequencies, angles right at millions of positions, rotation, and its words in
-config.json.
+"""Rotary position embedding: frequencies, angles right at millions of positions, rotation, and its words in config.json.
 
-D head dimension, s positions of this rank (cos_sin, apply_rope). Formulas, with b = theta, L =
-original_length, f_i = b^(-2i/D):
+D head dimension, s positions of this rank (cos_sin, apply_rope). Formulas, with b = theta, L = original_length, f_i = b^(-2i/D):
 
-- llama3, and yarn with ramp=rotation: r_i = L f_i / 2 pi rotations within L, g = clip((r - alpha) / (beta -
-  alpha), 0, 1), f' = (1 - g) f / factor + g f. YaRN paper (arXiv 2309.00071) eq. 17-20, and `rope_type:
-  llama3` of Llama-3.1: the same maths.
-- yarn with ramp=dimension: g falls linearly over the index i between the indices that turn beta and alpha
-  times within L, as `rope_type: yarn` of transformers has it.
+- llama3, and yarn with ramp=rotation: r_i = L f_i / 2 pi rotations within L, g = clip((r - alpha) / (beta - alpha), 0, 1),
+  f' = (1 - g) f / factor + g f. YaRN paper (arXiv 2309.00071) eq. 17-20, and `rope_type: llama3` of Llama-3.1: the same maths.
+- yarn with ramp=dimension: g falls linearly over the index i between the indices that turn beta and alpha times within L, as
+  `rope_type: yarn` of transformers has it.
 - temperature: cos and sin times the attention factor, by default 0.1 ln(factor) + 1 (YaRN paper eq. 22).
 
-Frequencies are bit-equal to those of transformers (same float32 operations in the same order): at 4M
-positions a last bit of a frequency is worth up to 0.17 rad.
+Frequencies are bit-equal to those of transformers (same float32 operations in the same order): at 4M positions a last bit of
+a frequency is worth up to 0.17 rad.
 """
 
 from __future__ import annotations

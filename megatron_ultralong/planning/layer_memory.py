@@ -2,7 +2,7 @@
 and what its attention sends.
 
 Sums of the tensors that exist at the same time, at the points where that is most (docs/plan.md). With
-memory.checkpoint=attention they are held to counted tensors by tests/distributed/test_planned_memory.py; what
+memory.recompute=all_but_attention they are held to counted tensors by tests/distributed/test_planned_memory.py; what
 kernels hold inside is estimated.
 
 Letters as in planning/memory.py, on one rank: n tokens (b s), c of them a chunk; `hidden`, `q`, `kv` elements
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
         kv_heads = model.kv_heads // p.tp
         return cls(
             tokens=tokens,
-            chunk=min(m.layer_chunk or tokens, tokens) if m.checkpoint == "attention" else tokens,
+            chunk=min(m.layer_chunk or tokens, tokens) if m.recompute == "all_but_attention" else tokens,
             e=2 if run.train.precision == "bf16" else 4,
             hidden=model.hidden_size // p.tp,
             q=model.heads // p.tp * model.head_dim,
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 def at_work(run: Run, model: Model) -> int:
     """Bytes of the layer at work where most."""
-    if run.memory.checkpoint != "attention":
+    if run.memory.recompute != "all_but_attention":
         return _whole(run, model)
     return max(phases(run, model).values()) + weight_gradients(run, model)
 
@@ -67,7 +67,7 @@ def weight_gradients(run: Run, model: Model) -> int:
 
 
 def phases(run: Run, model: Model) -> dict[str, int]:
-    """With memory.checkpoint=attention, bytes at the points where most is held, weight gradients apart."""
+    """With memory.recompute=all_but_attention, bytes at the points where most is held, weight gradients apart."""
     assert run.memory.offload != "auto", "settle_offload comes first"
     x, p = Shape.of(run, model), run.parallel
     hidden, qkv = x.tokens * x.hidden * x.e, x.tokens * (x.q + 2 * x.kv) * x.e
@@ -101,7 +101,7 @@ def phases(run: Run, model: Model) -> dict[str, int]:
         }
     # Going forward, this layer's own input, output and logsumexp, where the two layers that "layer
     # checkpoints" has are others.
-    own = {"off": 0, "checkpoints": hidden, "attention": hidden + x.tokens * (x.q * x.e + 4 * x.heads)}[
+    own = {"off": 0, "layer_inputs": hidden, "all": hidden + x.tokens * (x.q * x.e + 4 * x.heads)}[
         run.memory.offload
     ]
     out = x.tokens * x.q * x.e
@@ -126,7 +126,7 @@ def _attention_forward(run: Run, model: Model, x: Shape) -> int:
     if x.ring == 1:
         most = 0
     elif (
-        run.parallel.cp_way == "gather"
+        run.parallel.cp_comm_type == "all_gather"
     ):  # the output in float32, and a part of it; a KV head of the whole sequence, twice
         most = x.tokens * x.q * (4 + x.e) + 2 * _head(run, model, x.e)
     else:  # the same, and two KV buffers
@@ -148,7 +148,7 @@ def _attention_backward(run: Run, model: Model, x: Shape) -> int:
         # Of the own part first in e, then summed in float32.
         wide = x.tokens * (x.q + 2 * x.kv_inside) * 4
         if (
-            run.parallel.cp_way == "gather"
+            run.parallel.cp_comm_type == "all_gather"
         ):  # keys and values of a head twice, their float32 gradients twice, and a part's in e
             most = wide + max(
                 gradients + 2 * _head(run, model, 4),
@@ -180,7 +180,7 @@ def _whole(run: Run, model: Model) -> int:
     # Two buffers each of k, v in e and of dk, dv in float32; or a KV head of the whole sequence twice, and
     # its gradients.
     ring = 2 * 2 * x.kv_inside * (x.e + 4) * x.tokens if x.ring > 1 else 0
-    if ring and run.parallel.cp_way == "gather":
+    if ring and run.parallel.cp_comm_type == "all_gather":
         ring = 2 * _head(run, model, x.e + 4)
     # What is sent and received of five tensors in the backward, and what is inside.
     exchange = 3 * (3 * x.q + 2 * x.kv_inside) * x.e if run.parallel.ulysses > 1 else 0
@@ -223,7 +223,7 @@ def sent(run: Run, model: Model) -> tuple[Sent, Sent]:
         share, lse = (u - 1) / u * x.e, (u - 1) / u * 4 * x.tokens * x.heads
         forward, backward = share * (2 * q + kv) + lse, share * (4 * q + 2 * kv) + lse
     others = x.ring - 1
-    if run.parallel.cp_way == "gather":
+    if run.parallel.cp_comm_type == "all_gather":
         heads = x.kv_inside // model.head_dim // u
         # Queries meet all keys before them at once; the gradients of keys are as many as the whole
         # sequence's.

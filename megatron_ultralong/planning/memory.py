@@ -35,11 +35,11 @@ BACKWARD = 2.5
 """Attention FLOPs of the backward over the forward's: five products of scores, keys and values against two."""
 
 MODES = (
-    Memory(checkpoint="none", offload="off"),
-    Memory(checkpoint="full", offload="off"),
-    Memory(checkpoint="attention", offload="off"),
-    Memory(checkpoint="attention", offload="checkpoints"),
-    Memory(checkpoint="attention", offload="attention"),
+    Memory(recompute="none", offload="off"),
+    Memory(recompute="full", offload="off"),
+    Memory(recompute="all_but_attention", offload="off"),
+    Memory(recompute="all_but_attention", offload="layer_inputs"),
+    Memory(recompute="all_but_attention", offload="all"),
 )
 """What can be kept for the backward, and where; of one checkpoint, each keeps less on the GPU than the one
 before."""
@@ -130,7 +130,7 @@ def _stage(run: Run, model: Model, dp: int, micro_batches: int, stage: int) -> d
                 0 if run.memory.query_chunks else size * min(alive, OFFLOADED_LAYERS_ON_GPU)
             )
         else:  # without checkpoints the layer at work holds its own
-            parts["layer checkpoints"] += size * (alive - 1 if run.memory.checkpoint == "none" else alive)
+            parts["layer checkpoints"] += size * (alive - 1 if run.memory.recompute == "none" else alive)
     if stage == p.pp - 1:
         rows = padded_vocab_size(model.vocab_size, p.tp) // p.tp
         chunk = min(run.memory.loss_chunk or tokens, tokens)
@@ -151,9 +151,9 @@ def _kept(run: Run, model: Model) -> dict[str, int]:
     tp, (tokens, e) = run.parallel.tp, _sizes(run)
     h, q, kv = model.hidden_size, model.heads * model.head_dim, model.kv_heads * model.head_dim
     kept = {"layer inputs": h * e}
-    if run.memory.checkpoint == "attention":
+    if run.memory.recompute == "all_but_attention":
         kept["attention outputs"] = q * e + model.heads * 4  # and logsumexps, float32
-    if run.memory.checkpoint == "none":
+    if run.memory.recompute == "none":
         # Out of both norms, and the second norm's input; q and k rotated, the projection they came out of,
         # which v is a view of, the output and its logsumexp; the MLP's gate and up, silu of the gate, a copy
         # of up, their product.
@@ -166,7 +166,7 @@ def _kept(run: Run, model: Model) -> dict[str, int]:
 def _offloaded(memory: Memory) -> tuple[str, ...]:
     """Parts of what is kept that go to host memory."""
     assert memory.offload != "auto", "settle_offload comes first"
-    return {"off": (), "checkpoints": ("layer inputs",), "attention": ("layer inputs", "attention outputs")}[
+    return {"off": (), "layer_inputs": ("layer inputs",), "all": ("layer inputs", "attention outputs")}[
         memory.offload
     ]
 
@@ -242,7 +242,7 @@ def work(run: Run, model: Model, *, last: bool = True, document_length: int | No
     products, output = two - one, 2 * one - two
     attention = (flops_per_token(model, s) - flops_per_token(model, 0)) / model.layers
     here = tokens / p.tp
-    again = {"none": (0, 0), "full": (1, 1), "attention": (0, 1)}[run.memory.checkpoint]
+    again = {"none": (0, 0), "full": (1, 1), "all_but_attention": (0, 1)}[run.memory.recompute]
     hidden = tokens * model.hidden_size * e
     # All-gather or reduce-scatter of the hidden states: 4 a layer forward, 6 backward (inputs are gathered
     # again), 4 in a recompute; 2 at the loss.
@@ -355,10 +355,10 @@ SEARCHED = (
     "parallel.pp",
     "parallel.cp",
     "parallel.dp",
-    "memory.checkpoint",
+    "memory.recompute",
     "memory.offload",
     "parallel.ulysses",
-    "parallel.cp_way",
+    "parallel.cp_comm_type",
     "memory.query_chunks",
 )
 """Settings that a search varies, or settles where they are not given."""
@@ -382,7 +382,7 @@ def layouts(run: Run, model: Model, gpus: int, fixed: Collection[str] = ()) -> I
 
     for tp, pp in itertools.product(sizes("tp", LARGEST_TP), sizes("pp", min(gpus, model.layers))):
         for cp in sizes("cp", gpus // (tp * pp)):
-            try:  # ulysses and cp_way stay, where they can
+            try:  # ulysses and cp_comm_type stay, where they can
                 parallel = replace(
                     old,
                     tp=tp,
@@ -403,7 +403,7 @@ def ways(run: Run, model: Model, fixed: Collection[str] = ()) -> list[Run]:
     eight; or `run` alone, where parallel.ulysses is in `fixed`, it has such groups or query chunks already,
     or gathers."""
     p = run.parallel
-    if "parallel.ulysses" in fixed or p.ulysses > 1 or p.cp_way != "ring" or run.memory.query_chunks:
+    if "parallel.ulysses" in fixed or p.ulysses > 1 or p.cp_comm_type != "p2p" or run.memory.query_chunks:
         return [run]
     sizes = [
         u
@@ -423,11 +423,11 @@ def in_query_chunks(run: Run, fixed: Collection[str] = ()) -> Run | None:
         "memory.query_chunks" in fixed
         or m.query_chunks
         or p.ulysses > 1
-        or p.cp_way != "ring"
-        or ("memory.checkpoint" in fixed and m.checkpoint != "attention")
+        or p.cp_comm_type != "p2p"
+        or ("memory.recompute" in fixed and m.recompute != "all_but_attention")
     ):
         return None
-    return replace(run, memory=replace(m, checkpoint="attention", query_chunks=True))
+    return replace(run, memory=replace(m, recompute="all_but_attention", query_chunks=True))
 
 
 def modes(run: Run, fixed: Collection[str] = ()) -> list[Run]:
@@ -435,21 +435,21 @@ def modes(run: Run, fixed: Collection[str] = ()) -> list[Run]:
     choice of one."""
     old = run.memory
     return [
-        replace(run, memory=replace(old, checkpoint=mode.checkpoint, offload=mode.offload))
+        replace(run, memory=replace(old, recompute=mode.recompute, offload=mode.offload))
         for mode in MODES
-        if (mode.checkpoint == "attention" or not old.query_chunks)
-        and ("memory.checkpoint" not in fixed or mode.checkpoint == old.checkpoint)
+        if (mode.recompute == "all_but_attention" or not old.query_chunks)
+        and ("memory.recompute" not in fixed or mode.recompute == old.recompute)
         and ("memory.offload" not in fixed or old.offload in ("auto", mode.offload))
     ]
 
 
 def settle_offload(run: Run, model: Model, world_size: int, gpu_bytes: int | None) -> Run:
-    """`run` with memory.offload=auto settled: the first of off, checkpoints, attention that fits a GPU of
-    `gpu_bytes`; attention where none does; off on a CPU (None), or where memory.checkpoint leaves no choice.
+    """`run` with memory.offload=auto settled: the first of off, layer_inputs, all that fits a GPU of
+    `gpu_bytes`; all where none does; off on a CPU (None), or where memory.recompute leaves no choice.
     Raises as `memory`."""
     if run.memory.offload != "auto":
         return run
-    choices = modes(run, ["memory.checkpoint"])
+    choices = modes(run, ["memory.recompute"])
     if gpu_bytes is None:
         return choices[0]
     return next(

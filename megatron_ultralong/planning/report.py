@@ -76,7 +76,7 @@ def report(
         "",
     )
     ulysses = int(inside) if inside.isdigit() and int(inside) else start.parallel.ulysses
-    fewest = Parallel(cp=ulysses, ulysses=ulysses, cp_way=start.parallel.cp_way)
+    fewest = Parallel(cp=ulysses, ulysses=ulysses, cp_comm_type=start.parallel.cp_comm_type)
     run = override(dataclasses.replace(start, parallel=fewest), given)
     if document_length is not None and run.data.documents != "masked":
         raise UserError(
@@ -228,7 +228,7 @@ def _name(new: Plan) -> str:
         f" of {p.ulysses} x {p.cp // p.ulysses}" if p.ulysses > 1 else "",
         ", query_chunks=true" if memory.query_chunks else "",
     )
-    return f"TP {p.tp} x PP {p.pp} x CP {p.cp}{more[0]} x DP {new.dp} with checkpoint={memory.checkpoint}, offload={memory.offload}{more[1]}"
+    return f"TP {p.tp} x PP {p.pp} x CP {p.cp}{more[0]} x DP {new.dp} with recompute={memory.recompute}, offload={memory.offload}{more[1]}"
 
 
 # ---- table and JSON ----------------------------------------------------------------------------
@@ -279,10 +279,10 @@ def table(plans: dict[str, Plan], machine: Machine) -> str:
             "CP: all-to-all x ring or gather",
             lambda p: (
                 f"{p.run.parallel.ulysses} x {p.run.parallel.cp // p.run.parallel.ulysses}"
-                + (" gather" if p.run.parallel.cp_way == "gather" else "")
+                + (" gather" if p.run.parallel.cp_comm_type == "all_gather" else "")
             ),
         )
-    row("memory.checkpoint", lambda p: p.run.memory.checkpoint)
+    row("memory.recompute", lambda p: p.run.memory.recompute)
     row("memory.offload", lambda p: p.run.memory.offload)
     if any(p.run.memory.query_chunks for p in plans.values()):
         row("memory.query_chunks", lambda p: str(p.run.memory.query_chunks).lower())
@@ -338,7 +338,7 @@ def as_json(new: Plan, settings: list[str]) -> dict[str, Any]:
     p = new.run.parallel
     return {
         "layout": {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": new.dp},
-        "context": {"ulysses": p.ulysses, "cp_way": p.cp_way},
+        "context": {"ulysses": p.ulysses, "cp_comm_type": p.cp_comm_type},
         "memory": dataclasses.asdict(new.run.memory),
         "set": settings,
         "fits": new.problem is None,

@@ -128,15 +128,15 @@ def as_settings(new: Plan, base: Run, given: list[str], *, whole: bool) -> list[
         "parallel.tp": p.tp,
         "parallel.pp": p.pp,
         "parallel.cp": p.cp,
-        "memory.checkpoint": new.run.memory.checkpoint,
+        "memory.recompute": new.run.memory.recompute,
         "memory.offload": new.run.memory.offload,
     }
     if p.vpp != 1 or base.parallel.vpp != 1:
         values["parallel.vpp"] = p.vpp
     if p.ulysses != 1 or base.parallel.ulysses != 1:
         values["parallel.ulysses"] = p.ulysses
-    if p.cp_way != base.parallel.cp_way:
-        values["parallel.cp_way"] = p.cp_way
+    if p.cp_comm_type != base.parallel.cp_comm_type:
+        values["parallel.cp_comm_type"] = p.cp_comm_type
     if new.run.memory.query_chunks != base.memory.query_chunks:
         values["memory.query_chunks"] = str(new.run.memory.query_chunks).lower()
     if base.parallel.dp is not None:
@@ -236,7 +236,7 @@ def _problem(memory: dict[str, int], host: dict[str, int], run: Run, machine: Ma
         )
     if host and plan.total(host) > share.host_memory * machine.host_memory:
         part = max(host, key=lambda name: host[name])
-        less = " memory.offload=checkpoints," if run.memory.offload == "attention" else ""
+        less = " memory.offload=layer_inputs," if run.memory.offload == "all" else ""
         return (
             f"needs {plan.total(host) / GB:,.0f} GB of host memory a node, {share.host_memory * machine.host_memory / GB:,.0f} are there; "
             f"the largest part is {part} with {host[part] / GB:,.0f} GB; it would help:{less} more parallel.cp (more GPUs), "
@@ -254,10 +254,10 @@ def _help(part: str, run: Run) -> str:
         return "more GPUs, over whose data and context parallel ranks it is spread, or more parallel.tp or parallel.pp"
     if part == "loss":
         return f"a smaller memory.loss_chunk (now {run.memory.loss_chunk or 'all at once'}), more parallel.tp"
-    if part in ("layer checkpoints", "one layer at work") and run.memory.checkpoint != "attention":
-        return f"memory.checkpoint=attention with memory.offload=auto, {more_cp}"
-    if part == "layer checkpoints" and run.memory.offload != "attention":
-        return f"memory.offload=attention, {more_cp}"
+    if part in ("layer checkpoints", "one layer at work") and run.memory.recompute != "all_but_attention":
+        return f"memory.recompute=all_but_attention with memory.offload=auto, {more_cp}"
+    if part == "layer checkpoints" and run.memory.offload != "all":
+        return f"memory.offload=all, {more_cp}"
     return more_cp
 
 

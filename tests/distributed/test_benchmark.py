@@ -57,35 +57,35 @@ def _one_process(index: int, folder: Path) -> None:
     assert (
         token["none"]
         > token["full"]
-        > token["attention"]
-        > token["offload-checkpoints"]
-        > token["offload-attention"]
+        > token["all-but-attention"]
+        > token["offload-layer-inputs"]
+        > token["offload-all"]
     )
     # Offloading two layers' worth of four: input, and output with logsumexp, a token.
-    assert token["attention"] - token["offload-checkpoints"] == pytest.approx(
+    assert token["all-but-attention"] - token["offload-layer-inputs"] == pytest.approx(
         2 * MODEL.hidden_size * 4, rel=0.1
     )
-    for name in ("none", "full", "attention"):
+    for name in ("none", "full", "all-but-attention"):
         assert rows[name]["host_bytes"] == 0 and 0.3 < rows[name]["measured_over_planned"] < 2
     layer = S * MODEL.hidden_size * 4
-    assert rows["offload-checkpoints"]["host_bytes"] == MODEL.layers * layer
-    assert rows["offload-attention"]["host_bytes"] == MODEL.layers * (2 * layer + S * MODEL.heads * 4)
+    assert rows["offload-layer-inputs"]["host_bytes"] == MODEL.layers * layer
+    assert rows["offload-all"]["host_bytes"] == MODEL.layers * (2 * layer + S * MODEL.heads * 4)
     assert "planned_bytes" not in rows["save-on-cpu"]
 
     # A whole step takes the same memory; its optimizer is AdamW.
     whole = step.run(
-        settings(["attention", "query-chunks-offload"], lengths=[S], optimizer=True), cpu, "x"
+        settings(["all-but-attention", "query-chunks-offload"], lengths=[S], optimizer=True), cpu, "x"
     ).rows
     for row in whole:
         assert 0 < row["optimizer_seconds"] < row["seconds"]
         assert row["bytes_per_token"] == token[row["setting"]]
-    assert "optimizer_seconds" not in rows["attention"]
+    assert "optimizer_seconds" not in rows["all-but-attention"]
     _host_adam_is_adam(step)
 
-    limit = int(rows["attention"]["peak_bytes"])
+    limit = int(rows["all-but-attention"]["peak_bytes"])
     longest = step.run(
         settings(
-            ["none", "attention", "offload-attention"],
+            ["none", "all-but-attention", "offload-all"],
             lengths=[S // 4],
             longest=True,
             granularity=32,

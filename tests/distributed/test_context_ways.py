@@ -109,4 +109,4 @@ def _layers(groups: ContextGroups) -> None:
     thread = threading.Thread(target=out.backward, args=(dout,))
     thread.start()
     thread.join()
-    check([out.detach(), *(x.grad for x in leaves)], want, rank, cp, what=("layers", groups.way))
+    check([out.detach(), *(x.grad for x in leaves)], want, rank, cp, what=("layers", groups.cp_comm_type))

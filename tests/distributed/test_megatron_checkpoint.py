@@ -161,7 +161,7 @@ def _gpt(model: Model, ranks: Any, vocabulary: int) -> Any:
 
     from megatron_ultralong.model import llama
 
-    config = llama.transformer_config(model, Parallel(tp=ranks.tp), Memory(checkpoint="none"), "fp32")
+    config = llama.transformer_config(model, Parallel(tp=ranks.tp), Memory(recompute="none"), "fp32")
     config.sequence_parallel = False
     return GPTModel(
         config,

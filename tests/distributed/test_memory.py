@@ -47,9 +47,13 @@ def _one_rank(rank: int, world: int) -> None:
     tokens = torch.randint(0, MODEL.vocab_size, (1, S + 1), generator=torch.Generator().manual_seed(0))
     largest, kept, grads = {}, {}, {}
     for name, memory in {
-        "none": Memory(checkpoint="none", offload="off", loss_chunk=0),
-        "attention": Memory(checkpoint="attention", offload="off", layer_chunk=CHUNK, loss_chunk=CHUNK),
-        "offloaded": Memory(checkpoint="attention", offload="attention", layer_chunk=CHUNK, loss_chunk=CHUNK),
+        "none": Memory(recompute="none", offload="off", loss_chunk=0),
+        "attention": Memory(
+            recompute="all_but_attention", offload="off", layer_chunk=CHUNK, loss_chunk=CHUNK
+        ),
+        "offloaded": Memory(
+            recompute="all_but_attention", offload="all", layer_chunk=CHUNK, loss_chunk=CHUNK
+        ),
     }.items():
         (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
         init.initialise(llama.named_parameters(chunk), MODEL, 1, 0, 1)
@@ -132,12 +136,12 @@ def _shared_gradients(rank: int, world: int) -> None:
 
     want: dict[str, list[torch.Tensor]] = {}
     for memory in (
-        Memory(checkpoint="none", offload="off"),
+        Memory(recompute="none", offload="off"),
         Memory(offload="off", layer_chunk=100),
-        Memory(offload="attention", layer_chunk=100),
+        Memory(offload="all", layer_chunk=100),
         *(
             Memory(offload=where, layer_chunk=100, query_chunks=True)
-            for where in ("off", "checkpoints", "attention")
+            for where in ("off", "layer_inputs", "all")
         ),
     ):
         (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
@@ -169,5 +173,5 @@ def _shared_gradients(rank: int, world: int) -> None:
             ]
             for got, expected in zip(found, want.setdefault(case.__name__, found), strict=True):
                 assert (got - expected).norm() <= 1e-5 * expected.norm(), (memory, case.__name__)
-            if case is _chain and memory.checkpoint == "attention":
+            if case is _chain and memory.recompute == "all_but_attention":
                 assert in_place == [False, True, True], "the last layer's gradient came from elsewhere"

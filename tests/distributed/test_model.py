@@ -34,11 +34,11 @@ TIED = Model(
 )
 # Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
 MEMORY = (
-    Memory(offload="checkpoints", layer_chunk=10, loss_chunk=12),
-    Memory(offload="attention", layer_chunk=0, loss_chunk=12),
-    Memory(checkpoint="full", offload="off", layer_chunk=10, loss_chunk=12),
-    Memory(checkpoint="none", offload="off", loss_chunk=0),
-    Memory(query_chunks=True, offload="attention", layer_chunk=10),
+    Memory(offload="layer_inputs", layer_chunk=10, loss_chunk=12),
+    Memory(offload="all", layer_chunk=0, loss_chunk=12),
+    Memory(recompute="full", offload="off", layer_chunk=10, loss_chunk=12),
+    Memory(recompute="none", offload="off", loss_chunk=0),
+    Memory(query_chunks=True, offload="all", layer_chunk=10),
     Memory(query_chunks=True, offload="off", layer_chunk=0),
 )
 
@@ -85,8 +85,8 @@ PACKED = (
     (Parallel(cp=2), "document"),
     (Parallel(cp=4, ulysses=2), "document"),
     (Parallel(cp=2, ulysses=2), "row"),
-    (Parallel(pp=2, cp=2, cp_way="gather"), "document"),
-    (Parallel(tp=2, cp=2, cp_way="gather"), "row"),
+    (Parallel(pp=2, cp=2, cp_comm_type="all_gather"), "document"),
+    (Parallel(tp=2, cp=2, cp_comm_type="all_gather"), "row"),
     (Parallel(tp=2), "document"),
 )
 # Documents of one token, across every border between ranks, a whole row.
@@ -114,7 +114,7 @@ def _packed(rank: int, world: int) -> None:
     found = {positions: _reference(reference, rows, STARTS, positions) for positions in ("row", "document")}
     for i, (parallel, positions) in enumerate(PACKED):
         ranks = launch.start(Runtime(device="cpu"), parallel)
-        ring = parallel.ulysses == 1 and parallel.cp_way == "ring"
+        ring = parallel.ulysses == 1 and parallel.cp_comm_type == "p2p"
         for memory in (MEMORY[4 + i % 2] if ring else MEMORY[1 + i % 3], MEMORY[0]):
             _check_layout(
                 UNTIED,
@@ -239,7 +239,7 @@ def _check_layout(
     # time.
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
     if starts is None and not memory.query_chunks:
-        assert calls == {"forward": once * (2 if memory.checkpoint == "full" else 1), "backward": once}, where
+        assert calls == {"forward": once * (2 if memory.recompute == "full" else 1), "backward": once}, where
     mean, count = loop._mean_loss(total, tokens, ranks)
     assert count == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
@@ -283,13 +283,13 @@ def _check_planned_checkpoints(
     model: Model, ranks: Any, parallel: Parallel, rows: dict[str, torch.Tensor]
 ) -> None:
     """What autograd keeps of two more layers is what `plan` says."""
-    for mode in ("full", "attention", "none"):
+    for mode in ("full", "all_but_attention", "none"):
         kept, planned = [], []
         for layers in (2, 4):
             run = Run(
                 name="test",
                 parallel=parallel,
-                memory=Memory(checkpoint=mode, offload="off"),
+                memory=Memory(recompute=mode, offload="off"),
                 train=Train(seq_length=S, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"),
             )
             kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))

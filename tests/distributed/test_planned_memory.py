@@ -28,8 +28,8 @@ K = 1024
 LLAMA_3_1_8B = replace(recipes.LLAMA_3_1_8B, layers=2)
 # The loss of a small vocabulary is no more than the layers, so that both are seen.
 LAYERS, MORE = replace(LLAMA_3_1_8B, vocab_size=4 * K), replace(LLAMA_3_1_8B, vocab_size=4 * K, layers=4)
-KEPT = Memory(checkpoint="attention", offload="off", layer_chunk=8 * K, loss_chunk=4 * K)
-CHUNKED = replace(KEPT, offload="attention", query_chunks=True)
+KEPT = Memory(recompute="all_but_attention", offload="off", layer_chunk=8 * K, loss_chunk=4 * K)
+CHUNKED = replace(KEPT, offload="all", query_chunks=True)
 
 
 class Alive(TorchDispatchMode):
@@ -81,7 +81,9 @@ def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Par
     from megatron_ultralong.model import llama
 
     p = parallel or Parallel()
-    groups = api.ContextGroups(ring=Peers(p.cp // p.ulysses), ulysses=Peers(p.ulysses), way=p.cp_way)
+    groups = api.ContextGroups(
+        ring=Peers(p.cp // p.ulysses), ulysses=Peers(p.ulysses), cp_comm_type=p.cp_comm_type
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "split", lambda *args, **kwargs: groups)
         [chunk] = llama.build(model, Rope(), ranks, Parallel(), memory, "bf16")
@@ -121,17 +123,17 @@ def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None
 CASES: dict[str, tuple[Memory, Model, Parallel]] = {
     "loss": (KEPT, LLAMA_3_1_8B, Parallel()),
     "default": (KEPT, LAYERS, Parallel()),
-    "offloaded": (replace(KEPT, offload="attention"), MORE, Parallel()),
-    "inputs offloaded": (replace(KEPT, offload="checkpoints"), MORE, Parallel()),
+    "offloaded": (replace(KEPT, offload="all"), MORE, Parallel()),
+    "inputs offloaded": (replace(KEPT, offload="layer_inputs"), MORE, Parallel()),
     "query chunks": (replace(CHUNKED, offload="off"), LAYERS, Parallel()),
     "query chunks, offloaded": (CHUNKED, LAYERS, Parallel()),
     "query chunks in a ring": (replace(CHUNKED, layer_chunk=2 * K), LAYERS, Parallel(cp=4)),
     "ring": (KEPT, LAYERS, Parallel(cp=4)),
-    "gather": (KEPT, LAYERS, Parallel(cp=4, cp_way="gather")),
+    "gather": (KEPT, LAYERS, Parallel(cp=4, cp_comm_type="all_gather")),
     "all-to-all": (KEPT, LAYERS, Parallel(cp=4, ulysses=4)),
     "all-to-all, KV heads twice": (KEPT, LAYERS, Parallel(cp=16, ulysses=16)),
     "all-to-all and ring": (KEPT, LAYERS, Parallel(cp=8, ulysses=4)),
-    "all-to-all and gather": (KEPT, LAYERS, Parallel(cp=8, ulysses=4, cp_way="gather")),
+    "all-to-all and gather": (KEPT, LAYERS, Parallel(cp=8, ulysses=4, cp_comm_type="all_gather")),
 }
 
 

@@ -175,7 +175,7 @@ def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
 
 def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    settings = ("train.save_every=0", "train.eval_every=3", "memory.checkpoint=attention")
+    settings = ("train.save_every=0", "train.eval_every=3", "memory.recompute=all_but_attention")
     valid = ("--valid", str(inputs / "valid"))
 
     # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number,
@@ -197,7 +197,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
     seen, held_out = tool.iterations(), tool.held_out()
     end = stopped + 4
 
-    others = ("parallel.pp=2", "parallel.vpp=2", "memory.offload=attention")
+    others = ("parallel.pp=2", "parallel.vpp=2", "memory.offload=all")
     with Tool(inputs, save, f"train.iterations={end}", *settings, *others, more=valid, ranks=2) as tool:
         assert tool.finish() == 0, tool.errors()
     assert len([line for line in tool.lines if "causal training FLOPs" in line]) == 1, "rank 0 alone prints"

@@ -71,16 +71,18 @@ def test_step() -> None:
     assert (
         token["none"]
         > token["full"]
-        > token["attention"]
-        > token["offload-checkpoints"]
-        > token["offload-attention"]
+        > token["all-but-attention"]
+        > token["offload-layer-inputs"]
+        > token["offload-all"]
     )
     assert token["save-on-cpu"] < token["none"]
     # Room for the attention setting, not for keeping every activation; what failed leaves nothing behind for
     # the next row.
-    limit = (rows["attention"]["peak_bytes"] + rows["none"]["peak_bytes"]) // 2 + 2**28
+    limit = (rows["all-but-attention"]["peak_bytes"] + rows["none"]["peak_bytes"]) // 2 + 2**28
     long = step.run(
-        settings(["none", "attention"], lengths=[8192], longest=True, granularity=8192, limit=int(limit)),
+        settings(
+            ["none", "all-but-attention"], lengths=[8192], longest=True, granularity=8192, limit=int(limit)
+        ),
         CUDA,
         "test",
     ).rows

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_ultralong.context_parallel import partial_attention, zigzag
-from megatron_ultralong.context_parallel.api import Way, attention, split
+from megatron_ultralong.context_parallel.api import CommType, attention, split
 from megatron_ultralong.context_parallel.comm import Peers
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.gpu.test_kernels_gpu import near
@@ -57,11 +57,11 @@ def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["not packed", "packed"])
-@pytest.mark.parametrize("way", ["ring", "gather"])
+@pytest.mark.parametrize("way", ["p2p", "all_gather"])
 @pytest.mark.parametrize(("cp", "ulysses"), [(1, 1), (2, 2), (4, 1), (4, 2), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_ways_on_virtual_ranks(
-    dtype: torch.dtype, cp: int, ulysses: int, way: Way, starts: list[int] | None
+    dtype: torch.dtype, cp: int, ulysses: int, way: CommType, starts: list[int] | None
 ) -> None:
     q, k, v, dout = tensors(1, 8, 2, 768, 768, 64, dtype, device="cuda")
 

@@ -108,7 +108,7 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
                 found.rope,
                 ranks,
                 Parallel(),
-                Memory(checkpoint="none", offload="off"),
+                Memory(recompute="none", offload="off"),
                 "bf16",
                 transformer_engine=te,
             )
@@ -158,11 +158,11 @@ def test_memory_settings_give_the_same_gradients(base: Path, transformer_engine:
         )
         grads: dict[str, dict[str, torch.Tensor]] = {}
         settings = {
-            "none": Memory(checkpoint="none", offload="off"),
+            "none": Memory(recompute="none", offload="off"),
             "kept": Memory(offload="off", layer_chunk=300),
-            "offloaded": Memory(offload="attention", layer_chunk=300),
-            "inputs offloaded": Memory(offload="checkpoints"),
-            "query chunks": Memory(offload="attention", query_chunks=True, layer_chunk=300),
+            "offloaded": Memory(offload="all", layer_chunk=300),
+            "inputs offloaded": Memory(offload="layer_inputs"),
+            "query chunks": Memory(offload="all", query_chunks=True, layer_chunk=300),
         }
         for name, memory in settings.items():
             (chunk,) = llama.build(

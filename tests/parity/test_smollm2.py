@@ -207,7 +207,7 @@ def _train(folder: Path) -> None:
 
     run = settled(
         "parallel.cp=2",
-        "memory.checkpoint=none",
+        "memory.recompute=none",
         "memory.loss_chunk=256",
         "train.seq_length=2K",
         "train.global_batch=1",

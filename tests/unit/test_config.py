@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_ultralong import config
@@ -78,10 +80,10 @@ MODEL = {
             "1 micro-batches are not a multiple of parallel.pp=2",
         ),
         # Memory.
-        (["memory.offload=on"], "--set memory.offload=on: choose one of off, checkpoints, attention, auto"),
+        (["memory.offload=on"], "--set memory.offload=on: choose one of off, layer_inputs, all, auto"),
         (
-            ["memory.checkpoint=none", "memory.offload=attention"],
-            "memory.offload=attention needs memory.checkpoint=attention, not none",
+            ["memory.recompute=none", "memory.offload=all"],
+            "memory.offload=all needs memory.recompute=all_but_attention, not none",
         ),
         # Schedule.
         (["train.iterations=0"], "train.iterations=0 must be at least 1"),
@@ -191,9 +193,9 @@ def test_values():
         config.parse_count("K", "x")
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full", "attention"])
-def test_offload_is_settled_later_unless_given(checkpoint):
-    assert override(RUN, [f"memory.checkpoint={checkpoint}"]).memory.offload == "auto"
+@pytest.mark.parametrize("recompute", ["none", "full", "all_but_attention"])
+def test_offload_is_settled_later_unless_given(recompute):
+    assert override(RUN, [f"memory.recompute={recompute}"]).memory.offload == "auto"
 
 
 def test_settings_of_a_shape():
@@ -228,3 +230,39 @@ def test_micro_batches():
     assert [run.micro_batches(dp) for dp in (1, 2, 4)] == [12, 6, 3]
     with pytest.raises(UserError, match="not a multiple of train.micro_batch=2 x 5 data parallel ranks"):
         run.micro_batches(5)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("memory.checkpoint=attention", "memory.recompute=all_but_attention"),
+        ("memory.checkpoint=full", "memory.recompute=full"),
+        ("memory.offload=checkpoints", "memory.offload=layer_inputs"),
+        ("memory.offload=attention", "memory.offload=all"),
+        ("parallel.cp_way=gather", "parallel.cp_comm_type=all_gather"),
+        ("parallel.cp_way=ring", "parallel.cp_comm_type=p2p"),
+    ],
+)
+def test_a_renamed_setting_is_answered_with_its_new_form(old, new):
+    with pytest.raises(UserError, match=rf"^--set {re.escape(old)}: this setting is now {re.escape(new)}$"):
+        override(RUN, [old])
+    assert override(RUN, [new])
+
+
+def test_a_run_stored_by_an_earlier_release_is_read():
+    stored = config.to_dict(RUN)
+    stored["memory"] = {
+        "checkpoint": "attention",
+        "offload": "checkpoints",
+        "query_chunks": False,
+        "layer_chunk": 1,
+        "loss_chunk": 2,
+    }
+    stored["parallel"]["cp_way"] = stored["parallel"].pop("cp_comm_type") and "gather"
+    run = config.from_dict(stored)
+    assert run.memory == Memory(
+        recompute="all_but_attention", offload="layer_inputs", layer_chunk=1, loss_chunk=2
+    )
+    assert run.parallel.cp_comm_type == "all_gather" and "cp_way" in stored["parallel"], (
+        "the argument is not changed"
+    )

@@ -28,7 +28,7 @@ from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from megatron_ultralong.errors import UserError
 from tests.distributed.test_ring import check, share, whole
 
-WAYS: list[api.Way] = ["ring", "gather"]
+WAYS: list[api.CommType] = ["p2p", "all_gather"]
 SIZES = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]
 """(CP, ranks that exchange heads)."""
 HEADS = [(24, 24), (24, 12), (24, 3), (24, 2), (24, 1), (8, 4), (9, 3), (6, 3), (7, 7)]
@@ -87,7 +87,7 @@ def fits(h: int, g: int, ulysses: int) -> bool:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("cp", "ulysses"), SIZES)
-def test_equal_to_full_attention(cp: int, ulysses: int, way: api.Way) -> None:
+def test_equal_to_full_attention(cp: int, ulysses: int, way: api.CommType) -> None:
     """All head counts that fit, one of the packings for each, in turn; also not packed, with two sequences."""
     packings = itertools.cycle(documents(cp, 5).items())
     for number, (h, g) in enumerate((h, g) for h, g in HEADS if fits(h, g, ulysses)):
@@ -102,7 +102,7 @@ def test_equal_to_full_attention(cp: int, ulysses: int, way: api.Way) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("cp", "ulysses"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 4)])
 @pytest.mark.parametrize("piece", [1, 2, 7])
-def test_every_packing(cp: int, ulysses: int, piece: int, way: api.Way) -> None:
+def test_every_packing(cp: int, ulysses: int, piece: int, way: api.CommType) -> None:
     """In float64, so that a missing or doubled key shows; starts as a tensor."""
     inputs = whole((1, 4, 2, piece, 8), cp, seed=cp)
     for name, starts in documents(cp, piece).items():
@@ -114,7 +114,7 @@ def test_every_packing(cp: int, ulysses: int, piece: int, way: api.Way) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("cp", "ulysses"), [(1, 1), (4, 1), (4, 2), (4, 4)])
-def test_bf16(cp: int, ulysses: int, way: api.Way) -> None:
+def test_bf16(cp: int, ulysses: int, way: api.CommType) -> None:
     inputs = [x.bfloat16().double() for x in whole((1, 8, 2, 9, 16), cp, seed=4)]
     for starts in (None, documents(cp, 9)["any"]):
         want = expected(inputs, starts)
@@ -136,7 +136,7 @@ def test_scale_and_no_groups() -> None:
         inputs = whole((1, 4, 2, 3, 8), 4, seed=2)
         want = packed_attention(inputs[0] * 0.3 * 8**0.5, *inputs[1:3], [0, 4])
 
-        def run(r: Peers, u: int = ulysses, w: api.Way = way, x: list[Tensor] = inputs) -> Tensor:
+        def run(r: Peers, u: int = ulysses, w: api.CommType = way, x: list[Tensor] = inputs) -> Tensor:
             return attention(*(share(y, r.rank, 4) for y in x[:3]), split(r, u, w), scale=0.3, starts=[0, 4])
 
         assert_close(zigzag.unshard(run_virtual(run, 4), 2).double(), want, atol=1e-5, rtol=1e-5)
@@ -144,7 +144,7 @@ def test_scale_and_no_groups() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("cp", "ulysses"), [(2, 2), (4, 2), (4, 1)])
-def test_logsumexp_is_in_the_callers_order(cp: int, ulysses: int, way: api.Way) -> None:
+def test_logsumexp_is_in_the_callers_order(cp: int, ulysses: int, way: api.CommType) -> None:
     """What a layer keeps between forward and backward is this rank's share, whatever the heads did inside."""
     inputs = whole((1, 4, 2, 3, 8), cp, seed=6)
     starts = [0, 5]
@@ -204,7 +204,9 @@ class Counted:
 @pytest.mark.parametrize(
     ("cp", "ulysses", "g"), [(4, 1, 2), (4, 2, 4), (4, 2, 1), (4, 4, 2), (2, 2, 2), (8, 2, 2)]
 )
-def test_bytes_on_the_wire(cp: int, ulysses: int, g: int, way: api.Way, starts: list[int] | None) -> None:
+def test_bytes_on_the_wire(
+    cp: int, ulysses: int, g: int, way: api.CommType, starts: list[int] | None
+) -> None:
     """The formulas of docs/context_parallel.md, packed or not."""
     h, d, s = 8, 8, 6
     inputs = whole((1, h, g, s // 2, d), cp, seed=1)
@@ -213,7 +215,9 @@ def test_bytes_on_the_wire(cp: int, ulysses: int, g: int, way: api.Way, starts: 
         groups = split(r, ulysses, way)
         counted = [Counted(x) for x in (groups.ring, groups.ulysses) if x is not None]
         groups = ContextGroups(
-            ring=counted[0] if groups.ring else None, ulysses=counted[-1] if groups.ulysses else None, way=way
+            ring=counted[0] if groups.ring else None,
+            ulysses=counted[-1] if groups.ulysses else None,
+            cp_comm_type=way,
         )
         q, k, v, dout = (share(x, r.rank, cp, torch.bfloat16) for x in inputs)
         out, lse = attention_forward(q, k, v, groups, starts=starts)
@@ -238,10 +242,10 @@ def test_bytes_on_the_wire(cp: int, ulysses: int, g: int, way: api.Way, starts: 
             ("all-to-all", half): 2 * (ulysses - 1) * row * (4 * heads + 4 * n),
             ("all-to-all", full): 4 * (ulysses - 1) * s * heads,
         }
-    if ring > 1 and way == "ring":
+    if ring > 1 and way == "p2p":
         forward["hop", half] = backward["hop", half] = 2 * (ring - 1) * kv
         backward["hop", full] = 4 * ring * kv
-    if ring > 1 and way == "gather":
+    if ring > 1 and way == "all_gather":
         forward["all-gather", half] = backward["all-gather", half] = 2 * (ring - 1) * kv
         backward["reduce-scatter", full] = 4 * (ring - 1) * kv
     assert run_virtual(run, cp) == [[forward, backward]] * cp
@@ -427,7 +431,7 @@ def test_groups_that_do_not_divide_are_refused() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_wrong_shapes_and_rows_are_refused(way: api.Way) -> None:
+def test_wrong_shapes_and_rows_are_refused(way: api.CommType) -> None:
     q, odd, k = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
     for cp, ulysses in ((1, 1), (2, 1), (2, 2)):
         with pytest.raises(UserError, match=r"one packed row at a time, not 2: set train\.micro_batch to 1"):

@@ -96,5 +96,7 @@ def test_a_machine_without_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_offload_needs_the_layer_checkpoint() -> None:
-    with pytest.raises(UserError, match=r"memory\.offload=checkpoints needs memory\.checkpoint=attention"):
-        Memory(checkpoint="full", offload="checkpoints")
+    with pytest.raises(
+        UserError, match=r"memory\.offload=checkpoints needs memory\.recompute=all_but_attention"
+    ):
+        Memory(recompute="full", offload="layer_inputs")

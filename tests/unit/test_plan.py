@@ -32,7 +32,7 @@ SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_di
 RUN = Run(
     name="x",
     parallel=Parallel(tp=2, cp=2),
-    memory=Memory(checkpoint="full", offload="off"),
+    memory=Memory(recompute="full", offload="off"),
     train=Train(seq_length=64, global_batch=2, iterations=1, lr=1.0),
 )
 IDEAL = Assumed(
@@ -51,7 +51,7 @@ SLOW = Gpu(
 
 def kept(run: Run, checkpoint: Any, offload: Any = "off", **more: Any) -> Run:
     """`run` with what is kept for the backward, and where."""
-    return replace(run, memory=Memory(checkpoint=checkpoint, offload=offload, **more))
+    return replace(run, memory=Memory(recompute=checkpoint, offload=offload, **more))
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -80,10 +80,14 @@ def test_memory_by_hand():
     [
         (("none",), 3 * (256 + 4736), {}),  # all layers but the one at work
         (("full",), 4 * 256, {}),
-        (("attention",), 4 * (256 + 512), {}),  # the output 32 x 8 x 2 / TP, logsumexps 32 x 4 x 4 / TP
-        (("attention", "checkpoints"), 2 * 256 + 4 * 512, {"layer inputs": 4 * 256}),
         (
-            ("attention", "attention"),
+            ("all_but_attention",),
+            4 * (256 + 512),
+            {},
+        ),  # the output 32 x 8 x 2 / TP, logsumexps 32 x 4 x 4 / TP
+        (("all_but_attention", "layer_inputs"), 2 * 256 + 4 * 512, {"layer inputs": 4 * 256}),
+        (
+            ("all_but_attention", "all"),
             2 * (256 + 512),
             {"layer inputs": 4 * 256, "attention outputs": 4 * 512},
         ),
@@ -99,21 +103,26 @@ def test_published_sizes_of_llama():
     MLP 5 F e in chunks."""
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
     tokens = 1024**2
-    parts = {mode: plan._stage(kept(run, mode), LLAMA_3_1_8B, 1, 8, 0) for mode in ("full", "attention")}
+    parts = {
+        mode: plan._stage(kept(run, mode), LLAMA_3_1_8B, 1, 8, 0) for mode in ("full", "all_but_attention")
+    }
     assert parts["full"]["layer checkpoints"] == 32 * tokens * 2 * 4096
-    assert parts["attention"]["layer checkpoints"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
+    assert parts["all_but_attention"]["layer checkpoints"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
     # All at once, through autograd: attention, RoPE and their gradients 62 KiB, residuals 32, MLP 140.
     assert parts["full"]["one layer at work"] == tokens * (62 + 32 + 140) * 1024
     # The gradient, that of the attention output, q, k, v and their gradients, in kernels a float32 gradient
     # of q; a layer's weight gradients twice.
     weights = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336)
-    assert parts["attention"]["one layer at work"] == tokens * (8 + 8 + 12 + 12 + 16) * 1024 + weights * 6
+    assert (
+        parts["all_but_attention"]["one layer at work"]
+        == tokens * (8 + 8 + 12 + 12 + 16) * 1024 + weights * 6
+    )
     # Where the MLP is most: 7 F and 6 H in bf16.
-    whole = plan._stage(kept(run, "attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
+    whole = plan._stage(kept(run, "all_but_attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
     assert whole["one layer at work"] == tokens * (8 + 8 + 7 * 28 + 6 * 8) * 1024 + weights * 2
     # In query chunks: keys, values and their float32 gradients, one gradient; of a chunk the MLP, its input
     # twice and attention's output.
-    chunked = plan._stage(kept(run, "attention", "attention", query_chunks=True), LLAMA_3_1_8B, 1, 8, 0)
+    chunked = plan._stage(kept(run, "all_but_attention", "all", query_chunks=True), LLAMA_3_1_8B, 1, 8, 0)
     assert (
         chunked["one layer at work"]
         == tokens * (4 + 8 + 8) * 1024 + 16384 * (7 * 28 + 6 * 8 + 3 * 8) * 1024 + weights * 6
@@ -123,7 +132,7 @@ def test_published_sizes_of_llama():
 
 def test_pipelines_keep_what_is_in_flight():
     run = replace(RUN, parallel=Parallel(pp=2, cp=2), train=replace(RUN.train, global_batch=8))
-    offloaded = kept(run, "attention", "attention")
+    offloaded = kept(run, "all_but_attention", "all")
     # The first stage: two layers, two micro-batches in flight, all of them in host memory but two.
     assert plan.host_memory(offloaded, SMALL, 4) == {
         "layer inputs": 2 * 2 * 512,
@@ -174,7 +183,7 @@ def test_work_by_hand():
         pipeline=0.0,
         host=0.0,
     )
-    away = plan.work(kept(RUN, "attention", "attention"), SMALL)
+    away = plan.work(kept(RUN, "all_but_attention", "all"), SMALL)
     assert (away.recompute_attention, away.recompute_products, away.host) == (
         0,
         full.recompute_products,
@@ -198,7 +207,9 @@ def test_work_of_each_way_by_hand():
     """Of a rank and layer, by the table of docs/context_parallel.md; attention and products are those of the
     ring."""
     wide = replace(SMALL, heads=8, kv_heads=4)
-    base = replace(kept(RUN, "attention"), parallel=Parallel(cp=4), train=replace(RUN.train, seq_length=128))
+    base = replace(
+        kept(RUN, "all_but_attention"), parallel=Parallel(cp=4), train=replace(RUN.train, seq_length=128)
+    )
     ring = plan.work(base, wide)
     kv, q = 2 * 32 * 4 * 2, 32 * 8 * 2  # elements of 32 tokens
     assert (ring.ring_forward, ring.ring_backward, ring.hops_forward) == (
@@ -206,7 +217,7 @@ def test_work_of_each_way_by_hand():
         4 * (3 * kv * 2 + 4 * kv * 4),
         16,
     )
-    gather = plan.work(replace(base, parallel=Parallel(cp=4, cp_way="gather")), wide)
+    gather = plan.work(replace(base, parallel=Parallel(cp=4, cp_comm_type="all_gather")), wide)
     assert (gather.ring_forward, gather.ring_backward) == (4 * 3 * kv * 2, 4 * (3 * kv * 2 + 3 * kv * 4))
     assert (gather.hops_forward, gather.hops_backward) == (4 * 4, 4 * 8), "a message a KV head"
     all_to_all = plan.work(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide)
@@ -224,7 +235,7 @@ def test_work_of_each_way_by_hand():
     assert twice.exchange_forward == 4 * 7 * 32 * (4 * (2 + 2) + 4), "each KV head to two ranks"
     # Two chunks of queries: keys go round twice; the projection of q, k and v five times more, as FLOPs of
     # one going forward.
-    chunked = plan.work(kept(base, "attention", "attention", query_chunks=True, layer_chunk=16), wide)
+    chunked = plan.work(kept(base, "all_but_attention", "all", query_chunks=True, layer_chunk=16), wide)
     assert (chunked.ring_forward, chunked.ring_backward, chunked.hops_forward) == (
         2 * ring.ring_forward,
         2 * ring.ring_backward,
@@ -266,7 +277,7 @@ def test_documents_are_attended_to_alone():
 
 def test_all_to_all_is_searched_inside_a_node():
     base = replace(
-        kept(RUN, "attention"),
+        kept(RUN, "all_but_attention"),
         parallel=Parallel(tp=2, cp=16),
         train=replace(RUN.train, seq_length=1024, global_batch=8),
     )
@@ -279,8 +290,8 @@ def test_all_to_all_is_searched_inside_a_node():
     )
     assert [r.parallel.ulysses for r in plan.ways(base, wide, ["parallel.ulysses"])] == [1]
     for other in (
-        replace(base, parallel=Parallel(cp=16, cp_way="gather")),
-        kept(base, "attention", query_chunks=True),
+        replace(base, parallel=Parallel(cp=16, cp_comm_type="all_gather")),
+        kept(base, "all_but_attention", query_chunks=True),
     ):
         assert plan.ways(other, wide) == [other]
 
@@ -294,8 +305,11 @@ def test_query_chunks_are_for_what_does_not_fit_otherwise():
         model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.query_chunks=false"]
     )
     assert not any(p["memory"]["query_chunks"] for p in held.values["plans"].values())
-    assert plan.in_query_chunks(kept(RUN, "full"), ["memory.checkpoint"]) is None
-    assert plan.in_query_chunks(replace(kept(RUN, "attention"), parallel=Parallel(cp=2, ulysses=2))) is None
+    assert plan.in_query_chunks(kept(RUN, "full"), ["memory.recompute"]) is None
+    assert (
+        plan.in_query_chunks(replace(kept(RUN, "all_but_attention"), parallel=Parallel(cp=2, ulysses=2)))
+        is None
+    )
 
 
 def test_time_by_hand():
@@ -336,7 +350,7 @@ def test_transfers_hide_up_to_their_length():
     )
     # 3072 bytes each way; the forward takes 65.536 + 73.728 + 7.68 s, the backward 163.84 + 147.456 + 73.728.
     machine = Machine(gpu=replace(SLOW, pcie=4.0), gpus=4, assumed=IDEAL)
-    exposed = plan.time(kept(RUN, "attention", "attention"), SMALL, machine)["host copies, not hidden"]
+    exposed = plan.time(kept(RUN, "all_but_attention", "all"), SMALL, machine)["host copies, not hidden"]
     assert exposed == pytest.approx(2 * (768 - 146.944 + 768 - 385.024))
 
 
@@ -373,7 +387,7 @@ def test_work_is_that_of_the_mfu_formula(parallel):
     assert here == pytest.approx(64 * flops_per_token(SMALL, 64))
 
 
-@pytest.mark.parametrize("mode", plan.MODES, ids=lambda m: f"{m.checkpoint}-{m.offload}")
+@pytest.mark.parametrize("mode", plan.MODES, ids=lambda m: f"{m.recompute}-{m.offload}")
 def test_longer_takes_more(mode):
     run, machine = (
         replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4), memory=mode),
@@ -438,17 +452,21 @@ def test_layouts():
 
 
 def words(runs) -> list[tuple[str, str]]:
-    return [(r.memory.checkpoint, r.memory.offload) for r in runs]
+    return [(r.memory.recompute, r.memory.offload) for r in runs]
 
 
 def test_modes():
-    attention = [("attention", "off"), ("attention", "checkpoints"), ("attention", "attention")]
+    attention = [
+        ("all_but_attention", "off"),
+        ("all_but_attention", "layer_inputs"),
+        ("all_but_attention", "all"),
+    ]
     run = replace(RUN, memory=Memory(layer_chunk=4096))
     assert words(plan.modes(run)) == [("none", "off"), ("full", "off"), *attention]
-    assert words(plan.modes(run, ["memory.checkpoint", "memory.offload"])) == attention, "auto is all three"
-    assert words(plan.modes(kept(run, "full"), ["memory.checkpoint"])) == [("full", "off")]
-    assert words(plan.modes(kept(run, "attention", "checkpoints"), ["memory.offload"])) == [
-        ("attention", "checkpoints")
+    assert words(plan.modes(run, ["memory.recompute", "memory.offload"])) == attention, "auto is all three"
+    assert words(plan.modes(kept(run, "full"), ["memory.recompute"])) == [("full", "off")]
+    assert words(plan.modes(kept(run, "all_but_attention", "layer_inputs"), ["memory.offload"])) == [
+        ("all_but_attention", "layer_inputs")
     ]
     assert {r.memory.layer_chunk for r in plan.modes(run)} == {4096}
 
@@ -456,11 +474,11 @@ def test_modes():
 def test_auto_is_the_first_that_fits():
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4), memory=Memory(layer_chunk=8192))
     sizes = [
-        plan.total(plan.memory(mode, LLAMA_3_1_8B, 32)) for mode in plan.modes(run, ["memory.checkpoint"])
+        plan.total(plan.memory(mode, LLAMA_3_1_8B, 32)) for mode in plan.modes(run, ["memory.recompute"])
     ]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     for size, before, at_most in zip(
-        sizes, ("checkpoints", "attention", "attention"), ("off", "checkpoints", "attention"), strict=True
+        sizes, ("layer_inputs", "all", "all"), ("off", "layer_inputs", "all"), strict=True
     ):
         for gpu_bytes, settled in ((int(size / 0.9) + 1, at_most), (int(size / 0.9) - 1, before)):
             assert plan.settle_offload(run, LLAMA_3_1_8B, 32, gpu_bytes) == replace(
@@ -471,7 +489,7 @@ def test_auto_is_the_first_that_fits():
         assert words([plan.settle_offload(kept(run, checkpoint, "auto"), LLAMA_3_1_8B, 32, 1)]) == [
             (checkpoint, "off")
         ]
-    asked = kept(run, "attention", "checkpoints")
+    asked = kept(run, "all_but_attention", "layer_inputs")
     assert (
         plan.settle_offload(asked, LLAMA_3_1_8B, 32, 10**15) is asked
         and plan.settle_offload(asked, LLAMA_3_1_8B, 32, None) is asked
@@ -510,7 +528,7 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
         and "data-sheet" in good.text
     )
     bad = plan_report.report(
-        model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.checkpoint=full"]
+        model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.recompute=full"]
     )
     assert not bad.fits and list(bad.values["plans"]) == ["closest"]
     assert not bad.values["plans"]["closest"]["fits"] and bad.values["plans"]["closest"]["set"] == []
@@ -527,7 +545,7 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
     )
     fits = [
         plan_report.report(
-            model="llama-3.1-8b", seq_length=str(s), gpus=n, settings=["memory.checkpoint=full"]
+            model="llama-3.1-8b", seq_length=str(s), gpus=n, settings=["memory.recompute=full"]
         ).fits
         for n, s in ((gpus, 4 * 1024**2), (gpus // 2, 4 * 1024**2), (8, length), (8, 2 * length))
     ]
@@ -538,18 +556,18 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
     ("settings", "part", "help_"),
     [
         (
-            ["memory.checkpoint=none"],
+            ["memory.recompute=none"],
             "layer checkpoints",
-            "memory.checkpoint=attention with memory.offload=auto",
+            "memory.recompute=all_but_attention with memory.offload=auto",
         ),
-        (["memory.offload=off"], "layer checkpoints", "memory.offload=attention"),
+        (["memory.offload=off"], "layer checkpoints", "memory.offload=all"),
         (
-            ["memory.checkpoint=full", "parallel.pp=1"],
+            ["memory.recompute=full", "parallel.pp=1"],
             "one layer at work",
-            "memory.checkpoint=attention with memory.offload=auto, more parallel.cp",
+            "memory.recompute=all_but_attention with memory.offload=auto, more parallel.cp",
         ),
         (
-            ["memory.checkpoint=full", "memory.loss_chunk=0", "parallel.cp=8", "parallel.tp=1"],
+            ["memory.recompute=full", "memory.loss_chunk=0", "parallel.cp=8", "parallel.tp=1"],
             "loss",
             "a smaller memory.loss_chunk (now all at once)",
         ),
@@ -587,7 +605,7 @@ def test_weights_optimizer_and_host_memory_as_reasons():
     assert plan.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8
     assert "of host memory a node, 62 are there" in str(
         short.problem
-    ) and "memory.offload=checkpoints" in str(short.problem)
+    ) and "memory.offload=layer_inputs" in str(short.problem)
 
 
 MODELS = {"tiny": None, "tiny_extend": recipes.tiny().model}
@@ -640,17 +658,16 @@ def test_the_line_to_paste_gives_the_plan():
 
 
 def test_memory_settings_given_stay():
-    settings = ["memory.offload=attention", "memory.layer_chunk=8K"]
+    settings = ["memory.offload=all", "memory.layer_chunk=8K"]
     said = plan_report.report(recipe="ultralong_1m", gpus=32, settings=settings)
     assert said.fits and all(
-        p["memory"] == asdict(Memory(offload="attention", layer_chunk=8192))
-        for p in said.values["plans"].values()
+        p["memory"] == asdict(Memory(offload="all", layer_chunk=8192)) for p in said.values["plans"].values()
     )
     assert "GB of host memory a node" in said.text and "memory.layer_chunk=8K" in said.text
     auto = plan_report.report(
-        recipe="ultralong_1m", gpus=32, settings=["memory.checkpoint=attention", "memory.offload=auto"]
+        recipe="ultralong_1m", gpus=32, settings=["memory.recompute=all_but_attention", "memory.offload=auto"]
     )
-    free = plan_report.report(recipe="ultralong_1m", gpus=32, settings=["memory.checkpoint=attention"])
+    free = plan_report.report(recipe="ultralong_1m", gpus=32, settings=["memory.recompute=all_but_attention"])
     assert auto.text == free.text and "offload=auto" not in auto.text
 
 
@@ -684,12 +701,12 @@ def test_memory_settings_given_stay():
         ),
         ({"recipe": "ultralong_1m", "settings": ["parallel.tq=2"]}, "did you mean parallel.tp?"),
         (
-            {"recipe": "ultralong_1m", "settings": ["memory.checkpoint=some"]},
-            "memory.checkpoint=some: choose one of",
+            {"recipe": "ultralong_1m", "settings": ["memory.recompute=some"]},
+            "memory.recompute=some: choose one of",
         ),
         (
-            {"recipe": "ultralong_1m", "settings": ["memory.checkpoint=full", "memory.offload=attention"]},
-            "memory.offload=attention needs",
+            {"recipe": "ultralong_1m", "settings": ["memory.recompute=full", "memory.offload=all"]},
+            "memory.offload=all needs",
         ),
         ({"recipe": "ultralong_1m", "settings": ["memory.layer_chunk=few"]}, "expected a whole number"),
         ({"recipe": "ultralong_1m", "global_batch": 0}, "train.global_batch=0 must be at least 1"),
@@ -813,12 +830,12 @@ def searched(*settings):
 
 def test_settings_that_are_not_searched_stay():
     for new in searched("memory.query_chunks=true").values():
-        assert new["memory"]["checkpoint"] == "attention"
+        assert new["memory"]["recompute"] == "all_but_attention"
     for new in searched("parallel.ulysses=4").values():
         assert new["layout"]["cp"] % 4 == 0
     # 32 query heads: what all-to-all over 8 ranks leaves for TP.
     assert all(
         new["layout"]["tp"] <= 4
-        for name, new in searched("parallel.ulysses=8", "parallel.cp_way=gather").items()
+        for name, new in searched("parallel.ulysses=8", "parallel.cp_comm_type=all_gather").items()
         if name != "recipe's"
     )

@@ -154,7 +154,7 @@ def test_paper_layouts_fit(name):
 def test_without_context_parallelism_1m_does_not_fit():
     run = override(recipes.get("ultralong_1m"), ["memory.offload=off", "parallel.cp=1"])
     assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 8), H100)
-    run = override(recipes.get("ultralong_1m"), ["memory.checkpoint=none", "memory.offload=off"])
+    run = override(recipes.get("ultralong_1m"), ["memory.recompute=none", "memory.offload=off"])
     assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 256), H100)
     run = override(
         recipes.get("ultralong_1m"),
@@ -171,7 +171,7 @@ def test_memory_of_pipelines():
     run = Run(
         name="x",
         parallel=Parallel(pp=4),
-        memory=Memory(checkpoint="full", offload="off"),
+        memory=Memory(recompute="full", offload="off"),
         train=Train(seq_length=32, global_batch=8, iterations=1, lr=1.0),
     )
     # The first of four stages holds four micro-batches of two layers' inputs: 1F1B.

@@ -193,7 +193,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load {}/newer --data {}/rows",
         1,
-        "run.json is of another format version than 1; use the release that wrote it",
+        "unsupported format version 3 .expected 1 or 2.; use the release that wrote it",
     ),
 ]
 

@@ -1,5 +1,4 @@
-"""Answers of instruction data, rewritten by a model behind an OpenAI-compatible endpoint, as UltraLong
-refines its own by GPT-4o.
+"""Answers of instruction data, rewritten by a model behind an OpenAI-compatible endpoint, as UltraLong refines its own by GPT-4o.
 
 NAME.jsonl          the conversations in the order of the input, each with what became of it; only ever whole
 NAME.json           report: counts, reasons, tokens, cost, settings

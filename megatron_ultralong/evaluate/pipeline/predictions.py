@@ -112,9 +112,10 @@ def _known(journal: Journal | None, request: Request, asked: set[str]) -> Predic
     if not kept.answered:
         return None
     if line["prompt_sha256"] != prompt_hash(request):
+        assert journal is not None
         raise UserError(
             f"{journal.path} holds an answer to another prompt with the id {request.id}; remove it, or choose another --out"
-        )  # type: ignore[union-attr]
+        )
     return kept
 
 

@@ -39,7 +39,7 @@ class Reader:
             rope,
             ranks,
             parallel,
-            Memory(checkpoint="none", offload="off"),
+            Memory(recompute="none", offload="off"),
             precision,
             sequence_parallel=False,
         )

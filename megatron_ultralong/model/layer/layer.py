@@ -1,6 +1,6 @@
 """The transformer layer: attention is computed once, all else in chunks of the sequence.
 
-With memory.checkpoint=attention a layer keeps its input, the attention output and the logsumexp. The backward
+With memory.recompute=all_but_attention a layer keeps its input, the attention output and the logsumexp. The backward
 recomputes norms, projections, RoPE and MLP, a chunk of tokens at a time, and hands the kept output to the
 attention kernels' backward: the forward kernels run once a step (Li et al., DistFlashAttn, arXiv 2310.03294,
 reorder checkpoints to the same end).
@@ -48,7 +48,7 @@ class Layer(TransformerLayer):
             return query_chunks.forward(self, x, starts) if self.memory.query_chunks else self._chunked(
                 x, starts
             )[0], None
-        if self.memory.checkpoint == "attention":
+        if self.memory.recompute == "all_but_attention":
             kind = query_chunks.QueryChunked if self.memory.query_chunks else _KeptAttention
             return kind.apply(x, self, starts), None
         return self.after(
@@ -123,7 +123,7 @@ class _KeptAttention(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Layer, starts: Starts | None) -> Tensor:
         y, out, lse = layer._chunked(x, starts)
         ctx.layer, ctx.starts, ctx.kept = layer, starts, None
-        away = {"off": [], "checkpoints": [x], "attention": [x, out, lse]}[layer.memory.offload]
+        away = {"off": [], "layer_inputs": [x], "all": [x, out, lse]}[layer.memory.offload]
         if away:
             ctx.kept = layer.store.keep(away)
         ctx.save_for_backward(*[x, out, lse][len(away) :])

@@ -78,7 +78,7 @@ class HostStore:
             raise UserError(
                 f"memory.offload: {available / 2**30:.1f} GiB of host memory are left after {self.bytes / 2**30:.1f} GiB of "
                 f"offloaded tensors on this rank, and a layer needs {size / 2**30:.1f} GiB more; raise parallel.cp, tp or pp, or "
-                "use memory.offload=checkpoints"
+                "use memory.offload=layer_inputs"
             )
         self.bytes += size
         return _Buffer(size, pinned=self.cuda)

@@ -38,7 +38,7 @@ class _Keeping:
     def __init__(self, layer: Layer, x: Tensor) -> None:
         away, self.store = layer.memory.offload, layer.store
         self.rows = Rows(self.store, x.shape) if away != "off" else None
-        self.attention_away = away == "attention"
+        self.attention_away = away == "all"
         self.chunks: list[Kept | Sequence[Tensor]] = []
         self._last: Kept | None = None
 

@@ -1,14 +1,11 @@
 """A backend as a model of lm-evaluation-harness: whatever task the harness has can be asked of it.
 
-Texts become tokens as the harness's own `hf` model makes them, so the two give the same answers
-(tests/unit/test_standard.py). A backend is one of protocol.py; for tasks that compare likelihoods its weights
-have to be at hand (backends.Weights).
+Texts become tokens as the harness's own `hf` model makes them, so the two give the same answers (tests/unit/test_standard.py).
+A backend is one of protocol.py; for tasks that compare likelihoods its weights have to be at hand (backends.Weights).
 
-Once this module is imported, the harness knows the model by name too; its arguments are the options of
-tools/evaluate.py:
+Once this module is imported, the harness knows the model by name too; its arguments are the options of tools/evaluate.py:
 
-    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m", "tp": 8},
-    tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m", "tp": 8}, tasks=["arc_easy"])
 """
 
 from __future__ import annotations

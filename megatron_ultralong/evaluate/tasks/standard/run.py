@@ -1,5 +1,4 @@
-"""Standard benchmarks through lm-evaluation-harness: the paper's five by its protocol, and every other task
-the harness has.
+"""Standard benchmarks through lm-evaluation-harness: the paper's five by its protocol, and every other task the harness has.
 
     paper/mmlu        mmlu                  5 shots, accuracy of the likeliest of four letters
     paper/mmlu_pro    mmlu_pro              5 shots with their reasoning, "answer is (X)" is read
@@ -7,8 +6,7 @@ the harness has.
     paper/gsm8k       gsm8k_cot_llama       8 shots with their reasoning, exact match of the last number
     paper/humaneval   humaneval(_instruct)  0 shots, pass@1 of the greedy answer; run by code_sandbox.py, not by the harness
 
-Prompts, examples, answers and comparisons are the harness's own but for those two changes (arXiv 2504.06214
-says shots and metrics, not prompts).
+Prompts, examples, answers and comparisons are the harness's own but for those two changes (arXiv 2504.06214 says shots and metrics, not prompts).
 """
 
 from __future__ import annotations
