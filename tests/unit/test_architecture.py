@@ -35,7 +35,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 APART = {("train", "evaluate")}  # training calls evaluation through a callback it is given
 
 NO_MEGATRON = [
-    "cli.py",
+    "errors.py",
     "config.py",
     "recipes.py",
     "planning",

@@ -26,7 +26,7 @@ from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import GPUS, Assumed, Gpu, Machine
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
 
-TOOL = Path(__file__).parents[2] / "tools" / "planning/memory.py"
+TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_dim=2, vocab_size=10)
 # TP 2 x CP 2: 32 tokens a rank, two micro-batches.
 RUN = Run(
@@ -599,7 +599,7 @@ def test_weights_optimizer_and_host_memory_as_reasons():
     assert "more parallel.tp or parallel.pp" in str(
         search.estimate(wide, big, replace(machine, gpus=64)).problem
     )
-    long = kept(replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "attention", "attention")
+    long = kept(replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all")
     assert search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32)).problem is None
     short = search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32, host_memory=64 * 1024**3))
     assert plan.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8
