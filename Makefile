@@ -6,8 +6,10 @@ PYTHON ?= python3.11
 PYTHON312 ?= python3.12
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
-# More arguments for pytest, like ARGS="tests/unit -k rope".
+# More arguments for pytest, like ARGS="tests/unit -k rope" or ARGS="-n0 --pdb".
 ARGS ?=
+# Tests run on every core, at most on four: those with ranks use several cores each.
+WORKERS = -n logical --maxprocesses 4
 
 # Ranks share the cores: more threads than cores only slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +21,7 @@ help:
 	@echo "make demo         extend a small Llama model 8x on this machine's CPU, and show it (sets up first)"
 	@echo "make test         the whole test suite (sets up first)"
 	@echo "make test-latest  the suite on Python 3.12 with the newest megatron-core that is supported"
-	@echo "make check        ruff and mypy"
+	@echo "make check        ruff (format and rules) and mypy"
 	@echo "make venv         only the set-up: $(VENV), from setup.py and constraints.txt"
 	@echo "make clean        remove build leftovers and caches; $(VENV), $(VENV_LATEST) and runs/ stay"
 
@@ -33,12 +35,13 @@ demo: venv
 	$(VENV)/bin/python examples/demo/demo.py
 
 test: venv
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 test-latest: venv-latest
-	$(VENV_LATEST)/bin/python -m pytest $(ARGS)
+	$(VENV_LATEST)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 check: venv
+	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
 

@@ -3,9 +3,7 @@ nothing left behind."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -16,6 +14,7 @@ import torch
 
 from megatron_ultralong.data import loader
 from megatron_ultralong.data.packed_rows import PackedRows, Rows
+from tests import processes
 from tests import text as made
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,7 @@ SMALL_UNITS = (
 )
 
 
-def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> subprocess.Popen[str]:
+def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> processes.Popen:
     """The tool, with units of 60 KB, so that a small input keeps several processes busy."""
     words = [
         ROOT / "tools" / "prepare_data.py",
@@ -42,12 +41,8 @@ def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> subpr
         "--workers",
         workers,
     ]
-    return subprocess.Popen(
-        [sys.executable, "-c", SMALL_UNITS, *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    return processes.Popen(
+        [sys.executable, "-c", SMALL_UNITS, *words], stdout=processes.DEVNULL, stderr=processes.PIPE
     )
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.config import Model
 from megatron_ultralong.data import packed_rows
+from tests import processes
 from tests.text import write_rows
 from tests.tiny import hf_model
 
@@ -422,19 +422,14 @@ class Tool:
             *more,
         ]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
         self.stderr = inputs / f"{uuid.uuid4()}.stderr"
         with self.stderr.open("w") as file:
-            self.process = subprocess.Popen(
+            self.process = processes.Popen(
                 command,
                 cwd=ROOT,
                 env=environment,
-                stdout=subprocess.PIPE,
+                stdout=processes.PIPE,
                 stderr=file,
-                text=True,
                 start_new_session=True,
             )
         self.lines: list[str] = []

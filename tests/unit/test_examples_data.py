@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -20,6 +19,7 @@ from megatron_ultralong.data import conversations
 from megatron_ultralong.data.pretrain import sources
 from megatron_ultralong.data.sft import select_examples
 from megatron_ultralong.errors import UserError
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -39,15 +39,14 @@ def made(tmp_path_factory):
         "MODEL": "",
         "TOKENIZER": "",
     }
-    env = {
-        **os.environ,
-        **settings,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    run = subprocess.run(
-        ["bash", str(EXAMPLES / "laptop_data.sh")], env=env, capture_output=True, text=True, check=False
-    )
+    with processes.on_path(tmp_path_factory.mktemp("python")) as path:
+        run = subprocess.run(
+            ["bash", EXAMPLES / "laptop_data.sh"],
+            env={**os.environ, **settings, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert run.returncode == 0, run.stderr[-3000:]
     return out, run.stdout
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import runpy
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_ultralong.planning import search
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import GPUS, Assumed, Gpu, Machine
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
+from tests import processes
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_dim=2, vocab_size=10)
@@ -599,7 +599,9 @@ def test_weights_optimizer_and_host_memory_as_reasons():
     assert "more parallel.tp or parallel.pp" in str(
         search.estimate(wide, big, replace(machine, gpus=64)).problem
     )
-    long = kept(replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all")
+    long = kept(
+        replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all"
+    )
     assert search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32)).problem is None
     short = search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32, host_memory=64 * 1024**3))
     assert plan.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8
@@ -813,12 +815,8 @@ def test_tool_prints_and_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_tool_ends_with_one_line():
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--recipe", "ultralong_1m", "--gpus", "7"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = processes.run(
+        [sys.executable, TOOL, "--recipe", "ultralong_1m", "--gpus", "7"], capture_output=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no layout of 7 GPUs") and done.stderr.count("\n") == 1
