@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import inspect
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import socket
@@ -25,26 +27,37 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, TimeoutExpired
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).parents[1]
 SERVER: Any = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preload"])
+# Processes that the library and Megatron-Core spawn come from the server as well.
+_contexts: dict[str, Any] = multiprocessing.context._concrete_contexts
+SPAWN = _contexts["spawn"]
+_contexts["spawn"] = SERVER
 
-__all__ = ["DEVNULL", "PIPE", "Popen", "kill_all", "run", "torchrun"]
+__all__ = ["DEVNULL", "PIPE", "Popen", "kill_all", "on_path", "run", "spawn_by_interpreter", "torchrun"]
 
-_running: set[Popen] = set()
+
+@contextmanager
+def spawn_by_interpreter() -> Iterator[None]:
+    """Have processes spawned as without tests: by new interpreters that are children of this process."""
+    _contexts["spawn"] = SPAWN
+    yield
+    _contexts["spawn"] = SERVER
 
 
 class Popen(subprocess.Popen):
     """`subprocess.Popen` of `[sys.executable, SCRIPT or -c CODE or -m MODULE, ...]`; output is text.
 
-    Repository's modules are importable in it. Python's own options have no effect.
+    `own_children`: what it spawns are its children, for a test that kills or signals all of them.
     """
 
-    def __init__(self, command: list[Any], **settings: Any) -> None:
+    def __init__(self, command: list[Any], *, own_children: bool = False, **settings: Any) -> None:
         assert command[0] == sys.executable, command
-        _running.add(self)
+        self._own_children = own_children
         super().__init__([str(word) for word in command], **{"text": True, **settings})
 
     def _execute_child(self, *args: Any) -> None:
@@ -58,6 +71,7 @@ class Popen(subprocess.Popen):
                 given["cwd"] or os.getcwd(),
                 dict(os.environ if given["env"] is None else given["env"]),
                 given["start_new_session"],
+                self._own_children,
             ),
         )
         self._process.start()
@@ -69,8 +83,6 @@ class Popen(subprocess.Popen):
     def _internal_poll(self, *unused: Any, **more: Any) -> int | None:
         if self.returncode is None:
             self.returncode = self._process.exitcode
-            if self.returncode is not None:
-                _running.discard(self)
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
@@ -193,12 +205,12 @@ def _start_for(client: socket.socket) -> None:
 
 
 def kill_all() -> None:
-    """End the processes that a failed test left behind."""
-    for process in list(_running):
-        if hasattr(process, "_process") and process.poll() is None:
-            process.kill()
-            process.wait()
-    _running.clear()
+    """End the server's children, if a test left any."""
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    if server is not None:
+        for process in psutil.Process(server).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _interpret(
@@ -207,6 +219,7 @@ def _interpret(
     folder: str,
     environment: dict[str, str],
     new_session: bool,
+    own_children: bool,
 ) -> None:
     """Be the interpreter: what `python *words` does."""
     if new_session:
@@ -217,6 +230,8 @@ def _interpret(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if own_children:
+        _contexts["spawn"] = SPAWN
     try:
         if words[0] == "-c":
             sys.argv = ["-c", *words[2:]]

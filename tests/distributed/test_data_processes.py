@@ -42,7 +42,10 @@ def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> proce
         workers,
     ]
     return processes.Popen(
-        [sys.executable, "-c", SMALL_UNITS, *words], stdout=processes.DEVNULL, stderr=processes.PIPE
+        [sys.executable, "-c", SMALL_UNITS, *words],
+        own_children=True,
+        stdout=processes.DEVNULL,
+        stderr=processes.PIPE,
     )
 
 

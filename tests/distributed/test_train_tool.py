@@ -431,6 +431,7 @@ class Tool:
                 stdout=processes.PIPE,
                 stderr=file,
                 start_new_session=True,
+                own_children=True,
             )
         self.lines: list[str] = []
         self.timer = threading.Timer(timeout, self.kill)
