@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,8 +26,8 @@ def test_step(tmp_path: Path) -> None:
 def _one_process(index: int, folder: Path) -> None:
     from megatron_ultralong.measure import report, step
 
-    def settings(names: list[str], **more: object) -> step.Settings:
-        return step.Settings(
+    def settings(names: list[str], **more: object) -> step.StepSettings:
+        return step.StepSettings(
             model=MODEL, settings=names, precision="fp32", layer_chunk=64, loss_chunk=64, repeats=1, **more
         )  # type: ignore[arg-type]
 
@@ -80,7 +79,7 @@ def _one_process(index: int, folder: Path) -> None:
         assert 0 < row["optimizer_seconds"] < row["seconds"]
         assert row["bytes_per_token"] == token[row["setting"]]
     assert "optimizer_seconds" not in rows["all-but-attention"]
-    _host_adam_is_adam(step)
+    _host_adam_is_adam()
 
     limit = int(rows["all-but-attention"]["peak_bytes"])
     longest = step.run(
@@ -112,7 +111,7 @@ def _one_process(index: int, folder: Path) -> None:
 def _generation(folder: Path) -> None:
     from megatron_ultralong.measure import generation, report
 
-    settings = generation.Settings(
+    settings = generation.GenerationSettings(
         model=MODEL, lengths=[S, 4 * S], sequences=3, written=4, chunk=64, precision="fp32", repeats=2
     )
     found = generation.run(settings, torch.device("cpu"), "the command")
@@ -134,17 +133,21 @@ def _generation(folder: Path) -> None:
         long["kv_bytes"] - short["kv_bytes"], rel=0.05
     )
     with pytest.raises(UserError, match="--written 0 must be at least 1"):
-        generation.Settings(model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32")
+        generation.GenerationSettings(
+            model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32"
+        )
 
 
-def _host_adam_is_adam(step: Any) -> None:
+def _host_adam_is_adam() -> None:
+    from megatron_ultralong.measure.host_adam import HostAdam
+
     generator = torch.Generator().manual_seed(0)
     ours = [
         torch.nn.Parameter(torch.randn(5, 3, generator=generator)),
         torch.nn.Parameter(torch.randn(7, generator=generator)),
     ]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    host, adam = step._HostAdam(ours, torch.device("cpu")), torch.optim.AdamW(theirs, lr=1e-5)
+    host, adam = HostAdam(ours, torch.device("cpu")), torch.optim.AdamW(theirs, lr=1e-5)
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             q.grad = torch.randn(p.shape, generator=generator)

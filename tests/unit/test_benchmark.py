@@ -13,8 +13,16 @@ import pytest
 import torch
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import attention, loss, peers_flash, report, ring_baselines, timing
-from megatron_ultralong.measure.virtual_run import VirtualRunner
+from megatron_ultralong.measure import (
+    attention,
+    loss,
+    number_format,
+    peers_flash,
+    report,
+    ring_baselines,
+    timing,
+)
+from megatron_ultralong.measure.virtual_run import VirtualRankRunner
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
@@ -96,7 +104,7 @@ def test_attention(
             )  # bytes of a token's keys and values, and of their gradients in float32
             for way, forward, backward in (
                 ("ring", cp - 1, ((cp - 1) * kv + cp * wide) / cp),
-                ("gather", cp - 1, (cp - 1) * (kv + wide) / cp),
+                ("all_gather", cp - 1, (cp - 1) * (kv + wide) / cp),
             ):
                 row = rows[f"ours: {way}, CP {cp}{packed}"]
                 assert row["sent_forward"] == forward * kv / cp and row["sent_backward"] == backward
@@ -114,7 +122,7 @@ def test_attention(
 
 def test_pytorchs_ring_is_measured() -> None:
     """Where this torch has it; its sums are float32, so in float32 its error is ours."""
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=64,
         cp=[4],
         ulysses=[],
@@ -156,7 +164,7 @@ def test_flash_attns_interface_over_our_kernels() -> None:
 def test_other_packages_rings_are_measured(package: str) -> None:
     if peers_flash.missing(package):
         pytest.skip(peers_flash.missing(package))
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=64,
         cp=[4],
         ulysses=[],
@@ -176,7 +184,7 @@ def test_other_packages_rings_are_measured(package: str) -> None:
 
 def test_float32_sums_show_in_bf16() -> None:
     """The reason for the baselines: with many ranks, sums in bf16 lose what ours keep."""
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=256,
         cp=[8],
         ulysses=[],
@@ -196,7 +204,7 @@ def test_float32_sums_show_in_bf16() -> None:
 
 
 def test_an_ulysses_size_that_does_not_fit_says_why() -> None:
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=64,
         cp=[8],
         ulysses=[4],
@@ -260,8 +268,9 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
         ("attention --heads 9 --kv-heads 2", "--heads 9 is not a multiple of --kv-heads 2"),
         ("attention --documents 9K", "--documents 9216 must be"),
         ("attention --kernel cudnn", "--kernel cudnn, but cpu"),
+        ("attention --methods gather", "--methods gather: this method is now called all_gather"),
         ("attention --methods ring,rings", "--methods rings: choose from"),
-        ("attention --json nowhere/there.json", "there is no folder nowhere"),
+        ("attention --json /dev/null/there.json", "/dev/null/there.json cannot be written"),
         ("loss --chunks 0", "--chunks 0 must be at least 1"),
         ("loss --tokens 0", "--tokens 0 must be at least 1"),
         ("step --settings every", "--settings every: choose from none, full"),
@@ -288,7 +297,7 @@ def test_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peak_counts_what_is_alive() -> None:
     cpu, mebi = torch.device("cpu"), 2**18  # float32 elements of 1 MiB
     before = torch.ones(mebi)
-    with timing.peak(cpu) as found:
+    with timing.peak_memory(cpu) as peak:
         x = before * 2  # 1 MiB
         y = x.view(512, -1)  # none: a view
         x += 1  # none: in place
@@ -296,26 +305,26 @@ def test_peak_counts_what_is_alive() -> None:
         del x, y  # 1 MiB
         z = z * 2  # 2 MiB for a moment
         w = torch.cat((z, z))  # 3 MiB
-    assert found.bytes == 3 * 2**20
+    assert peak.bytes == 3 * 2**20
     del z, w
 
 
 def test_peak_counts_threads() -> None:
-    runner = VirtualRunner(3)
-    with timing.peak(torch.device("cpu")) as found:
-        kept = runner.run(lambda group, rank: torch.ones(2**18), inside=found.threads)
-    assert found.bytes == 3 * 2**20
+    runner = VirtualRankRunner(3)
+    with timing.peak_memory(torch.device("cpu")) as peak:
+        kept = runner.run(lambda group, rank: torch.ones(2**18), context=peak.thread_context)
+    assert peak.bytes == 3 * 2**20
     del kept
 
 
 def test_slow_work_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     assert (
-        timing.seconds(lambda: runs.append(1), torch.device("cpu"), repeats=4, warm_up=3) >= 0
+        timing.median_seconds(lambda: runs.append(1), torch.device("cpu"), repeats=4, warm_up=3) >= 0
         and len(runs) == 7
     )
     monkeypatch.setattr(timing, "SLOW", -1.0)
-    timing.seconds(lambda: runs.append(1), torch.device("cpu"))
+    timing.median_seconds(lambda: runs.append(1), torch.device("cpu"))
     assert len(runs) == 8
 
 
@@ -326,14 +335,14 @@ def test_out_of_memory_of_a_row_lets_the_others_go_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr(loss, "_checkpointed", full)
     monkeypatch.setattr(ring_baselines, "_forward_merged", full)
     rows = loss.run(
-        loss.Settings(
+        loss.LossSettings(
             tokens=32, hidden=8, vocab=50, chunks=[8], dtype=torch.float32, error_tokens=8, repeats=1
         ),
         torch.device("cpu"),
         "test",
     ).rows
     assert [row.get("note") for row in rows[:3]] == [None, None, "out of memory"]
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=64,
         cp=[2],
         ulysses=[],
@@ -354,10 +363,10 @@ def test_out_of_memory_of_a_row_lets_the_others_go_on(monkeypatch: pytest.Monkey
 
 
 def test_figures_as_people_write_them() -> None:
-    assert [report.bytes_(n) for n in (12, 1536, 3 * 2**30, 2**41)] == [
+    assert [number_format.byte_count(n) for n in (12, 1536, 3 * 2**30, 2**41)] == [
         "12 B",
         "1.5 KiB",
         "3.0 GiB",
         "2048.0 GiB",
     ]
-    assert [report.tokens(n) for n in (1000, 4096, 2**21)] == ["1000", "4K", "2M"]
+    assert [number_format.token_count(n) for n in (1000, 4096, 2**21)] == ["1000", "4K", "2M"]

@@ -20,7 +20,7 @@ def test_all_write_the_same_tokens_and_what_is_absent_is_told(tmp_path):
     )
     said: list[str] = []
     found = data_preparation.run(
-        data_preparation.Settings(inputs=inputs, tokenizer=tokenizer, workers=2, repeats=1),
+        data_preparation.DataSettings(inputs=inputs, tokenizer=tokenizer, workers=2, repeats=1),
         torch.device("cpu"),
         "command",
         said.append,
@@ -47,11 +47,12 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     tokenizer = made.save_tokenizer(tmp_path / "tokenizer", "words")
     peaks = []
     for megabytes in (4, 32):
-        inputs = data_preparation.made_input(tmp_path / "made", 2, megabytes)
+        inputs = data_preparation.write_sample_input(tmp_path / "made", 2, megabytes)
         assert sum(path.stat().st_size for path in inputs) == pytest.approx(megabytes * 1e6, rel=0.1)
         peaks.append(
-            data_preparation._apart(
-                "ours", data_preparation.Settings(inputs=inputs, tokenizer=tokenizer, workers=1, repeats=1)
+            data_preparation.measure_in_process(
+                "ours",
+                data_preparation.DataSettings(inputs=inputs, tokenizer=tokenizer, workers=1, repeats=1),
             )["peak_bytes"]
         )
     assert peaks[1] - peaks[0] < 24e6, "less than the input that came in addition"
@@ -61,11 +62,11 @@ def test_mistakes(tmp_path):
     tokenizer = made.save_tokenizer(tmp_path / "tokenizer")
     path = made.write_jsonl(tmp_path / "a.jsonl", ["x"])
     for settings, message in (
-        ({"inputs": ()}, "--input: give .jsonl"),
+        ({"inputs": ()}, "--input: expected existing .jsonl"),
         ({"tokenizer": tmp_path}, "no tokenizer.json"),
-        ({"methods": ("x",)}, "--methods x: known are ours, megatron, datatrove"),
+        ({"methods": ("x",)}, "--methods x: choose from ours, megatron, datatrove"),
     ):
         with pytest.raises(UserError, match=message):
-            data_preparation.Settings(
+            data_preparation.DataSettings(
                 **({"inputs": (path,), "tokenizer": tokenizer, "workers": 1, "repeats": 1} | settings)
             )
