@@ -91,11 +91,11 @@ def report(request: PlanRequest) -> PlanReport:
         f"({len(result.best):,} layouts)"
     ]
     if result.faster is not None:
-        notes.append(f"faster, but does not fit: {_name(result.faster)} {result.faster.problem}")
+        notes.append(f"faster, but does not fit: {_name(result.faster)}: {result.faster.problem}")
     if not result.best:
         assert result.closest is not None
         shown["closest"] = result.closest
-        notes.append(f"nothing fits; the closest, {_name(result.closest)}, {result.closest.problem}")
+        notes.append(f"nothing fits; the closest is {_name(result.closest)}: {result.closest.problem}")
         notes.append(_what_would_fit(run, shape, machine, fixed))
     if request.recipe:
         own = _recipe_layout(start, given, shape, machine)
@@ -248,5 +248,5 @@ def _name(new: Estimate) -> str:
     chunks = ", query_chunks=true" if m.query_chunks else ""
     return (
         f"TP {p.tp} x PP {p.pp} x CP {p.cp}{groups} x DP {new.dp} with recompute={m.recompute}, "
-        f"offload={m.offload}{chunks},"
+        f"offload={m.offload}{chunks}"
     )

@@ -226,7 +226,7 @@ def _problem(gpu: dict[str, int], host: dict[str, int], run: Run, machine: Machi
         return (
             f"needs {memory.total(gpu) / GB:.1f} GB per GPU, but only "
             f"{assumed.gpu_memory * machine.gpu.memory / GB:.1f} GB are usable; the largest part is {part} with "
-            f"{gpu[part] / GB:.1f} GB, to reduce it use {_remedy(part, run)}"
+            f"{gpu[part] / GB:.1f} GB; to reduce it use {_remedy(part, run)}"
         )
     if host and memory.total(host) > assumed.host_memory * machine.host_memory:
         part = max(host, key=lambda name: host[name])
@@ -234,7 +234,7 @@ def _problem(gpu: dict[str, int], host: dict[str, int], run: Run, machine: Machi
         return (
             f"needs {memory.total(host) / GB:,.0f} GB of host memory per node, but only "
             f"{assumed.host_memory * machine.host_memory / GB:,.0f} GB are usable; the largest part is {part} with "
-            f"{host[part] / GB:,.0f} GB, to reduce it use {less}more parallel.cp (more GPUs) or nodes with more "
+            f"{host[part] / GB:,.0f} GB; to reduce it use {less}more parallel.cp (more GPUs) or nodes with more "
             "memory (--host-memory)"
         )
     return None
