@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure speed and memory of this program on one GPU or a CPU.
 
-python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
+    python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
     python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
     python tools/benchmark.py step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
     python tools/benchmark.py step --longest --settings all-but-attention,offload-all

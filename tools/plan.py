@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Estimate memory and time of a run before it is launched, and find the fastest layouts that fit.
 
-python tools/plan.py --model llama-3.1-8b --seq-length 1M --gpus 256 --gpu h100
+    python tools/plan.py --model llama-3.1-8b --seq-length 1M --gpus 256 --gpu h100
     python tools/plan.py --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
 
 All figures are estimates from formulas (docs/plan.md), not measurements. The search varies parallel.tp, pp,
