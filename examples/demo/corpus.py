@@ -6,8 +6,8 @@
 Everything is generated from a seed, so there is no data to download. There are two kinds of documents:
 
     keys    filler sentences with "The pass key of Mira is 48213." at random places, and many questions about
-            them; in ordinary text few tokens depend on retrieval, so a model of this size would take far longer
-            to learn it
+            them; in ordinary text few tokens depend on retrieval, so that a model of this size would take far
+            longer to learn it
     list    names with their pass keys, repeated in new order
 
 A document for packed rows of length S has exactly S tokens: with one separator token it fills a row of S + 1.

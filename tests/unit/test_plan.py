@@ -1,5 +1,5 @@
-"""Planning: sums against numbers worked by hand, layouts as literal lists, what fits, what does not and why,
-and what is refused."""
+"""Planning: estimates against figures worked out by hand, layouts as literal lists, what fits and why not,
+and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_dim=2, vocab_size=10)
-# TP 2 x CP 2: 32 tokens a rank, two micro-batches.
+# TP 2 x CP 2: 32 tokens per rank, two micro-batches.
 RUN = Run(
     name="x",
     parallel=Parallel(tp=2, cp=2),
@@ -96,13 +96,13 @@ def test_memory_by_hand():
         ),
     ],
 )
-def test_what_is_kept_by_hand(mode, on_gpu, on_host):
+def test_saved_activations_by_hand(mode, on_gpu, on_host):
     assert memory.gpu_memory(with_memory(RUN, *mode), SMALL, 4)["saved activations"] == on_gpu
     assert memory.host_memory(with_memory(RUN, *mode), SMALL, 4) == on_host
 
 
 def test_published_sizes_of_llama():
-    """A token and layer: 2 H bytes of input; 2 H + 2 h d + 4 h with the attention's output and logsumexps;
+    """Per token and layer: 2 H bytes of input; 2 H + 2 h d + 4 h with the attention output and logsumexps;
     MLP 5 F e in chunks."""
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
     tokens = 1024**2
@@ -133,10 +133,10 @@ def test_published_sizes_of_llama():
     assert chunked["saved activations"] == 0
 
 
-def test_pipelines_keep_what_is_in_flight():
+def test_pipelines_save_micro_batches_in_flight():
     run = replace(RUN, parallel=Parallel(pp=2, cp=2), train=replace(RUN.train, global_batch=8))
     offloaded = with_memory(run, "all_but_attention", "all")
-    # The first stage: two layers, two micro-batches in flight, all of them in host memory but two.
+    # The first stage: two layers, two micro-batches in flight; all but two are in host memory.
     assert memory.host_memory(offloaded, SMALL, 4) == {
         "layer inputs": 2 * 2 * 512,
         "attention outputs": 2 * 2 * 1024,
@@ -147,7 +147,7 @@ def test_pipelines_keep_what_is_in_flight():
 
 
 @pytest.mark.parametrize("model", [SMALL, LLAMA_3_1_8B, SMOLLM2_135M], ids=["small", "llama", "smollm2"])
-def test_parameters_are_those_of_the_name_table(model):
+def test_parameters_equal_the_weight_table(model):
     for tp in [
         tp
         for tp in (1, 2, 3, 8)
@@ -166,7 +166,7 @@ def test_parameters_are_those_of_the_name_table(model):
 # ---- time --------------------------------------------------------------------------------------
 
 
-def test_work_by_hand():
+def test_workload_by_hand():
     full = time.workload(RUN, SMALL)
     assert full == time.Workload(
         attention=4
@@ -206,8 +206,8 @@ def test_work_by_hand():
     assert time.workload(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL).pipeline == 2 * 2 * 64 * 8 * 2
 
 
-def test_work_of_each_way_by_hand():
-    """Of a rank and layer, by the table of docs/context_parallel.md; attention and products are those of the
+def test_workload_of_each_method_by_hand():
+    """Per rank and layer, by the table of docs/context_parallel.md; attention and products are those of the
     ring."""
     wide = replace(SMALL, heads=8, kv_heads=4)
     base = replace(
@@ -224,7 +224,7 @@ def test_work_of_each_way_by_hand():
     )
     gather = time.workload(replace(base, parallel=Parallel(cp=4, cp_comm_type="all_gather")), wide)
     assert (gather.ring_forward, gather.ring_backward) == (4 * 3 * kv * 2, 4 * (3 * kv * 2 + 3 * kv * 4))
-    assert (gather.hops_forward, gather.hops_backward) == (4 * 4, 4 * 8), "a message a KV head"
+    assert (gather.hops_forward, gather.hops_backward) == (4 * 4, 4 * 8), "one message per KV head"
     all_to_all = time.workload(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide)
     # (U - 1) s (d e (2 h/U + 2 n) + 4 h/U) and (U - 1) s (d e (4 h/U + 4 n) + 4 h/U), n = 1
     assert (all_to_all.exchange_forward, all_to_all.exchange_backward) == (
@@ -237,7 +237,7 @@ def test_work_of_each_way_by_hand():
     twice = time.workload(
         replace(base, parallel=Parallel(cp=8, ulysses=8), train=replace(RUN.train, seq_length=256)), wide
     )
-    assert twice.exchange_forward == 4 * 7 * 32 * (4 * (2 + 2) + 4), "each KV head to two ranks"
+    assert twice.exchange_forward == 4 * 7 * 32 * (4 * (2 + 2) + 4), "each KV head goes to two ranks"
     # Two chunks of queries: keys go round twice; the projection of q, k and v five times more, as FLOPs of
     # one going forward.
     chunked = time.workload(
@@ -249,7 +249,7 @@ def test_work_of_each_way_by_hand():
         32,
     )
     assert chunked.recompute_products - ring.recompute_products == 5 * 4 * 32 * 2 * 8 * 2 * (8 + 2 * 4)
-    assert chunked.host_again == 2 * 4 * 32 * 8 * 2, "the input comes back three times"
+    assert chunked.host_again == 2 * 4 * 32 * 8 * 2, "the input is fetched three times"
     machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
     assert time.iteration_time(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide, machine)[
         "CP all-to-all"
@@ -257,13 +257,11 @@ def test_work_of_each_way_by_hand():
     assert q == 2 * kv / 2
 
 
-def test_documents_are_attended_to_alone():
+def test_attention_inside_documents():
     masked = replace(RUN, data=Data(documents="masked"))
     machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
     joined = time.workload(RUN, SMALL).attention
-    assert time.workload(masked, SMALL).attention == joined, (
-        "documents as long as the row unless said otherwise"
-    )
+    assert time.workload(masked, SMALL).attention == joined, "documents are as long as the row by default"
     assert time.workload(masked, SMALL, document_length=16).attention == joined / 4
     assert (
         time.workload(masked, SMALL, document_length=1000).attention
@@ -272,16 +270,16 @@ def test_documents_are_attended_to_alone():
     )
     short = time.iteration_time(masked, SMALL, replace(machine, document_length=16))
     assert short["attention"] == pytest.approx(time.iteration_time(RUN, SMALL, machine)["attention"] / 4)
-    said = make_report(
+    plan = make_report(
         recipe="ultralong_1m", gpus=64, settings=["data.documents=masked"], document_length="8K"
     )
-    assert "attention inside documents of 8,192 tokens on average" in said.text
+    assert "attention inside documents of 8,192 tokens on average" in plan.text
     whole = make_report(recipe="ultralong_1m", gpus=64)
     assert (
-        said.values["plans"]["best"]["seconds_per_iteration"]["all"]
+        plan.values["plans"]["best"]["seconds_per_iteration"]["all"]
         < whole.values["plans"]["best"]["seconds_per_iteration"]["all"]
     )
-    assert said.values["plans"]["best"]["causal_mfu"] < 1
+    assert plan.values["plans"]["best"]["causal_mfu"] < 1
 
 
 def test_all_to_all_is_searched_inside_a_node():
@@ -296,7 +294,7 @@ def test_all_to_all_is_searched_inside_a_node():
     )
     assert [r.parallel.ulysses for r in layouts.with_ulysses(base, replace(wide, kv_heads=6, heads=18))] == [
         1
-    ], "three KV heads a rank, nine queries"
+    ], "three KV heads per rank, nine query heads"
     assert [r.parallel.ulysses for r in layouts.with_ulysses(base, wide, ["parallel.ulysses"])] == [1]
     for other in (
         replace(base, parallel=Parallel(cp=16, cp_comm_type="all_gather")),
@@ -305,10 +303,10 @@ def test_all_to_all_is_searched_inside_a_node():
         assert layouts.with_ulysses(other, wide) == [other]
 
 
-def test_query_chunks_are_for_what_does_not_fit_otherwise():
-    said = make_report(model="llama-3.1-8b", seq_length="4M", gpus=8, host_memory="4T")
+def test_query_chunks_only_if_nothing_else_fits():
+    plan = make_report(model="llama-3.1-8b", seq_length="4M", gpus=8, host_memory="4T")
     longer = make_report(model="llama-3.1-8b", seq_length="128K", gpus=64)
-    assert any(p["memory"]["query_chunks"] for p in said.values["plans"].values())
+    assert any(p["memory"]["query_chunks"] for p in plan.values["plans"].values())
     assert not any(p["memory"]["query_chunks"] for p in longer.values["plans"].values())
     held = make_report(model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.query_chunks=false"])
     assert not any(p["memory"]["query_chunks"] for p in held.values["plans"].values())
@@ -336,20 +334,20 @@ def test_time_by_hand():
             "DP gradients, weights": 1304 * 6 / 2 / 100,
         }
     )
-    # Assumptions divide: half of the peak takes twice as long; hops cost what they are said to.
+    # Assumptions divide: half of the peak takes twice as long; hops cost what is assumed.
     half = replace(IDEAL, attention_forward=0.5, attention_backward=0.5, hop_microseconds=1e6)
     parts = time.iteration_time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=half))
     assert parts["attention"] == pytest.approx(2 * 2 * 65.536 * 3.5)
     assert parts["CP ring, merges and hops"] == pytest.approx(2 * (2 * 6.912 + 7.68) + 2 * 24)
-    # In float32 the other peak.
+    # float32 has another peak.
     fp32 = replace(RUN, train=replace(RUN.train, precision="fp32"))
     assert time.iteration_time(fp32, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL))[
         "attention"
     ] == pytest.approx(2 * 2 * 65.536 * 3.5)
 
 
-def test_transfers_hide_up_to_their_length():
-    # 1024 bytes forward and 5120 backward, twice; attention beside them takes 65.536 and 163.84 s.
+def test_transfers_overlap_up_to_their_length():
+    # 1024 bytes forward and 5120 backward, twice; the attention they overlap with takes 65.536 and 163.84 s.
     machine = Machine(gpu=replace(SLOW, nvlink=10.0), gpus=4, assumed=IDEAL)
     assert time.iteration_time(with_memory(RUN, "none"), SMALL, machine)[
         "CP ring, not overlapped"
@@ -369,8 +367,8 @@ def test_bubble():
     run = replace(with_memory(RUN, "none"), parallel=Parallel(pp=4), train=replace(RUN.train, global_batch=8))
     machine = Machine(gpu=replace(SLOW, nvlink=1e9), gpus=4, assumed=IDEAL)
     parts = time.iteration_time(run, SMALL, machine)
-    # A layer a stage; the last has the output layer, whose time is no bubble of the first micro-batch's way
-    # through the other three.
+    # One layer per stage; the last has the output layer, whose time is no bubble of the first micro-batch's
+    # way through the other three.
     layer = (1024 * 64 * 3.5 + 3 * 2 * 576 * 64) / 1000
     assert parts["pipeline bubble"] == pytest.approx(3 * layer, rel=1e-4)
     assert parts["attention"] == pytest.approx(8 * 1024 * 64 * 3.5 / 1000)
@@ -380,20 +378,19 @@ def test_bubble():
     )
 
 
-def test_links_follow_the_ranks_places():
+def test_links_follow_the_placement_of_ranks():
     machine = Machine(gpu=SLOW, gpus=16, assumed=IDEAL)
     assert [machine.link_bandwidth(n) for n in (1, 2, 4, 8, 16)] == [100, 100, 100, 100, 10]
-    assert [machine.link_bandwidth(n) for n in (3, 6)] == [10, 10], (
-        "groups of three lie across two nodes now and then"
-    )
+    assert [machine.link_bandwidth(n) for n in (3, 6)] == [10, 10], "some groups of three span two nodes"
     assert replace(machine, gpus=6).link_bandwidth(3) == 100
 
 
 @pytest.mark.parametrize(
     "parallel", [Parallel(), Parallel(tp=2, cp=2), Parallel(pp=4), Parallel(tp=2, pp=2, cp=4)]
 )
-def test_work_is_that_of_the_mfu_formula(parallel):
-    """Over all ranks, without recompute and with the backward twice the forward: the FLOPs that MFU counts."""
+def test_workload_equals_the_mfu_formula(parallel):
+    """Over all ranks, without recompute and with the backward twice the forward: the FLOPs that MFU
+    counts."""
     run = replace(with_memory(RUN, "none"), parallel=parallel)
     todo = [time.workload(run, SMALL, last=stage == parallel.pp - 1) for stage in range(parallel.pp)]
     here = parallel.tp * parallel.cp * sum(3 * w.attention + 3 * w.products + w.output for w in todo)
@@ -431,7 +428,7 @@ def shapes(runs) -> list[tuple[int, int, int]]:
 
 def test_layouts():
     base = replace(RUN, parallel=Parallel())
-    # DP 4 does not divide the batch of 2, TP 4 not the two KV heads.
+    # DP 4 does not divide the batch of 2, and TP 4 not the two KV heads.
     assert shapes(layouts.layouts(base, SMALL, 4)) == [
         (1, 1, 2),
         (1, 1, 4),
@@ -460,7 +457,7 @@ def test_layouts():
         shapes(layouts.layouts(replace(base, parallel=Parallel(cp=8)), SMALL, 4, fixed=("parallel.cp",)))
         == []
     )
-    # A ring of 64 would need 128 pieces; TP stays within 8.
+    # A ring of 64 would need 128 chunks; TP is at most 8.
     wide = replace(SMALL, heads=64, kv_heads=64, ffn_size=64)
     assert max(shapes(layouts.layouts(base, wide, 64)), key=lambda s: s[2]) == (1, 1, 32)
     assert max(tp for tp, _, _ in shapes(layouts.layouts(base, wide, 64))) == 8
@@ -521,20 +518,20 @@ def test_auto_is_the_first_that_fits():
         memory.gpu_memory(run, LLAMA_3_1_8B, 32)
 
 
-def test_search_ranks_by_time_and_keeps_one_plan_a_layout():
+def test_search_ranks_by_time_and_keeps_one_estimate_per_layout():
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
-    found = search.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32))
-    assert found.best and found.fitting > len(found.best)
-    assert [p.seconds for p in found.best] == sorted(p.seconds for p in found.best)
-    assert len({p.run.parallel for p in found.best}) == len(found.best)
-    assert all(p.problem is None and memory.fits(p.memory, 80 * 10**9) for p in found.best)
+    result = search.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32))
+    assert result.best and result.fitting > len(result.best)
+    assert [p.seconds for p in result.best] == sorted(p.seconds for p in result.best)
+    assert len({p.run.parallel for p in result.best}) == len(result.best)
+    assert all(p.problem is None and memory.fits(p.memory, 80 * 10**9) for p in result.best)
     assert (
-        found.closest is not None
-        and found.closest.problem is not None
-        and not memory.fits(found.closest.memory, 80 * 10**9)
+        result.closest is not None
+        and result.closest.problem is not None
+        and not memory.fits(result.closest.memory, 80 * 10**9)
     )
-    assert found.faster is not None and found.faster.seconds < found.best[0].seconds
-    best = found.best[0]
+    assert result.faster is not None and result.faster.seconds < result.best[0].seconds
+    best = result.best[0]
     assert best.tokens_per_second == pytest.approx(8 * 1024**2 / best.seconds / 32)
     assert best.mfu == pytest.approx(best.tokens_per_second * (4.50e10 + 786432 * 1024**2) / 989e12, rel=1e-3)
 
@@ -559,7 +556,7 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
         and "to reduce it use " in reason
         and "more parallel.cp" in reason
     )
-    # The figures said are the border: what fits there, and not at half the GPUs or twice the length.
+    # The reported figures are the limit: it fits there, and not at half the GPUs or twice the length.
     gpus, length = (
         int(number.replace(",", ""))
         for number in re.findall(r"a layout fits on (\S+) GPUs; 8 GPUs fit (\S+) tokens", bad.text)[0]
@@ -572,7 +569,7 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
 
 
 @pytest.mark.parametrize(
-    ("settings", "part", "help_"),
+    ("settings", "part", "remedy"),
     [
         (
             ["memory.recompute=none"],
@@ -592,14 +589,14 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
         ),
     ],
 )
-def test_why_it_does_not_fit(settings, part, help_):
+def test_why_it_does_not_fit(settings, part, remedy):
     run = override(replace(recipes.get("ultralong_1m"), parallel=Parallel()), settings)
-    found = search.search(
+    result = search.search(
         run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=8), [s.partition("=")[0] for s in settings]
     )
-    assert found.best == [] and found.closest is not None
-    assert f"the largest part is {part} with " in str(found.closest.problem) and help_ in str(
-        found.closest.problem
+    assert result.best == [] and result.closest is not None
+    assert f"the largest part is {part} with " in str(result.closest.problem) and remedy in str(
+        result.closest.problem
     )
 
 
@@ -645,19 +642,19 @@ def test_every_recipe_can_be_planned(name):
     assert own.problem is None and own.seconds > 0 and own.dp == 1 and 0 < own.mfu < 1
     assert sum(own.time.values()) == own.seconds
     if run.base or run.model:
-        said = make_report(recipe=name, gpus=ranks)
-        assert said.fits and "recipe" in said.values["plans"]
+        plan = make_report(recipe=name, gpus=ranks)
+        assert plan.fits and "recipe" in plan.values["plans"]
         fastest, theirs = (
-            said.values["plans"][which]["seconds_per_iteration"]["all"] for which in ("best", "recipe")
+            plan.values["plans"][which]["seconds_per_iteration"]["all"] for which in ("best", "recipe")
         )
-        assert fastest <= theirs or not said.values["plans"]["recipe"]["fits"]
+        assert fastest <= theirs or not plan.values["plans"]["recipe"]["fits"]
 
 
-def test_the_line_to_paste_gives_the_plan():
+def test_printed_settings_reproduce_the_estimate():
     for recipe, gpus in (("ultralong_1m", 64), ("smollm2_135m", 4)):
         base = recipes.get(recipe)
-        said = make_report(recipe=recipe, gpus=gpus, settings=["train.global_batch=16", "parallel.pp=1"])
-        for new in said.values["plans"].values():
+        plan = make_report(recipe=recipe, gpus=gpus, settings=["train.global_batch=16", "parallel.pp=1"])
+        for new in plan.values["plans"].values():
             run = override(base, new["set"])
             assert run.train.global_batch == 16
             p = run.parallel
@@ -670,19 +667,19 @@ def test_the_line_to_paste_gives_the_plan():
                 memory.total(again.memory) == new["memory_bytes_per_gpu"]["all"]
                 and again.seconds == new["seconds_per_iteration"]["all"]
             )
-    # Without a recipe it holds length and batch as well, for any.
-    said = make_report(model="llama-3.1-8b", seq_length="512K", gpus=64)
-    run = override(recipes.get("ultralong_4m"), said.values["plans"]["best"]["set"])
+    # Without a recipe the settings include length and batch, and apply to any recipe.
+    plan = make_report(model="llama-3.1-8b", seq_length="512K", gpus=64)
+    run = override(recipes.get("ultralong_4m"), plan.values["plans"]["best"]["set"])
     assert (run.train.seq_length, run.train.global_batch) == (512 * 1024, 16)
 
 
-def test_memory_settings_given_stay():
+def test_given_memory_settings_are_kept():
     settings = ["memory.offload=all", "memory.layer_chunk=8K"]
-    said = make_report(recipe="ultralong_1m", gpus=32, settings=settings)
-    assert said.fits and all(
-        p["memory"] == asdict(Memory(offload="all", layer_chunk=8192)) for p in said.values["plans"].values()
+    plan = make_report(recipe="ultralong_1m", gpus=32, settings=settings)
+    assert plan.fits and all(
+        p["memory"] == asdict(Memory(offload="all", layer_chunk=8192)) for p in plan.values["plans"].values()
     )
-    assert "GB of host memory per node" in said.text and "memory.layer_chunk=8K" in said.text
+    assert "GB of host memory per node" in plan.text and "memory.layer_chunk=8K" in plan.text
     auto = make_report(
         recipe="ultralong_1m", gpus=32, settings=["memory.recompute=all_but_attention", "memory.offload=auto"]
     )
@@ -694,7 +691,7 @@ def test_memory_settings_given_stay():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             {"model": "lama-3.1-8b", "seq_length": "1M"},
@@ -749,10 +746,10 @@ def test_memory_settings_given_stay():
         ({"recipe": "ultralong_1m", "show": 0}, "--show 0: must be at least 1"),
     ],
 )
-def test_refuses(arguments: dict[str, Any], said: str):
+def test_refuses(arguments: dict[str, Any], message: str):
     with pytest.raises(UserError) as refused:
         make_report(**{"gpus": 8, **arguments})
-    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_hugging_face_directory_is_a_model(tmp_path):
@@ -845,12 +842,12 @@ def searched(*settings):
     return make_report(gpus=256, recipe="ultralong_1m", settings=settings).values["plans"]
 
 
-def test_settings_that_are_not_searched_stay():
+def test_settings_that_are_not_searched_are_kept():
     for new in searched("memory.query_chunks=true").values():
         assert new["memory"]["recompute"] == "all_but_attention"
     for new in searched("parallel.ulysses=4").values():
         assert new["layout"]["cp"] % 4 == 0
-    # 32 query heads: what all-to-all over 8 ranks leaves for TP.
+    # 32 query heads: all-to-all over 8 ranks leaves TP up to 4.
     assert all(
         new["layout"]["tp"] <= 4
         for name, new in searched("parallel.ulysses=8", "parallel.cp_comm_type=all_gather").items()
