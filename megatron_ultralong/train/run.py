@@ -11,7 +11,7 @@ import torch
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import loader, packed_rows
-from megatron_ultralong.planning.memory import settle_offload
+from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.runtime import launch
 from megatron_ultralong.train import loop, weights_source
 from megatron_ultralong.train import optimizer as optim
@@ -61,7 +61,7 @@ def train_run(
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
-    run = settle_offload(run, source.progress.model, ranks.world, gpu_bytes)
+    run = plan.settle_offload(run, source.progress.model, ranks.world, gpu_bytes)
     print_run(run, ranks)
     progress = _train(run, ranks, source, rows, held_out, save, prepared)
     launch.stop()  # not after a failure: other ranks may still be in a collective, and leaving the groups would wait for them

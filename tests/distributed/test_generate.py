@@ -136,7 +136,7 @@ def _check_generation(reader: Any, reference: Any, where: Any) -> None:
         tokens: Any = WRITTEN,
         ends: Any = None,
         sampling: Sampling = Sampling(),
-    ) -> list[list[int]]:
+    ) -> list[list[int]]:  # noqa: B008
         most = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
         return session.generate(
             prompts, most, ends or [never] * len(prompts), sampling, lambda n: read.update({name: n})

@@ -18,7 +18,7 @@ from megatron_ultralong.evaluate.backends import likelihood
 from megatron_ultralong.evaluate.scorers import loss_by_position
 from megatron_ultralong.evaluate.tasks import perplexity
 from megatron_ultralong.evaluate.tasks.perplexity_in_training import during_training
-from megatron_ultralong.planning.memory import settle_offload
+from megatron_ultralong.planning import memory as plan
 from tests.spawn import leave_groups, run_ranks
 from tests.text import write_rows
 from tests.tiny import hf_model
@@ -110,7 +110,7 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
         )
         ranks = launch.start(run.runtime, parallel)
         found = hf.read_config(folder / "base")
-        run = settle_offload(run, MODEL, world, None)
+        run = plan.settle_offload(run, MODEL, world, None)
         chunks = llama.build(found.model, found.rope, ranks, parallel, run.memory, run.train.precision)
         for chunk in chunks:
             hf.load_parameters(

@@ -9,13 +9,13 @@ import torch
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import data_preparation
-from tests import text
+from tests import text as made
 
 
 def test_all_methods_write_the_same_tokens(tmp_path):
-    tokenizer = text.save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = made.save_tokenizer(tmp_path / "tokenizer")
     inputs = tuple(
-        text.write_jsonl(tmp_path / f"{k}.jsonl", [text.text(10 * k + i, 50 * i) for i in range(1, 9)])
+        made.write_jsonl(tmp_path / f"{k}.jsonl", [made.text(10 * k + i, 50 * i) for i in range(1, 9)])
         for k in range(2)
     )
     names: list[str] = []
@@ -32,7 +32,7 @@ def test_all_methods_write_the_same_tokens(tmp_path):
         and not megatron["ours"]
     )
     expected = sum(
-        len(text.tokenizer("llama3").encode(json.loads(line)["text"]).ids)
+        len(made.tokenizer("llama3").encode(json.loads(line)["text"]).ids)
         for path in inputs
         for line in path.open()
     )
@@ -44,7 +44,7 @@ def test_all_methods_write_the_same_tokens(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    tokenizer = text.save_tokenizer(tmp_path / "tokenizer", "words")
+    tokenizer = made.save_tokenizer(tmp_path / "tokenizer", "words")
     peaks = []
     for megabytes in (4, 32):
         inputs = data_preparation.write_sample_input(tmp_path / "made", 2, megabytes)
@@ -59,8 +59,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    tokenizer = text.save_tokenizer(tmp_path / "tokenizer")
-    path = text.write_jsonl(tmp_path / "a.jsonl", ["x"])
+    tokenizer = made.save_tokenizer(tmp_path / "tokenizer")
+    path = made.write_jsonl(tmp_path / "a.jsonl", ["x"])
     for settings, message in (
         ({"inputs": ()}, "--input: expected existing .jsonl"),
         ({"tokenizer": tmp_path}, "no tokenizer.json"),
