@@ -16,7 +16,7 @@ SIZE=2m                                    # recipes ultralong_$SIZE and ultralo
 MODEL=models/Llama-3.1-8B-Instruct         # Hugging Face directory, read in place
 TEXT="data/text/*.jsonl.zst"               # raw documents; not used if ROWS is set
 ROWS=                                      # packed rows of 2M + 1 tokens, like data/ultralong/rows_2m of examples/ultralong_data.sh
-SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens a row, like its data/ultralong/sft; empty = no instruction tuning
+SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens per row, like its data/ultralong/sft; empty = no instruction tuning
 RUNS=runs/ultralong_2m
 LENGTHS=32K,128K,255K                      # lengths that fit one GPU in plain transformers
 

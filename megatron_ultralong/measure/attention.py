@@ -23,11 +23,19 @@ from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.ulysses import check_heads
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import number_format, peers, ring_baselines, timing
+from megatron_ultralong.measure import peers, ring_baselines, timing
 from megatron_ultralong.measure.attention_inputs import (
     AttentionShape,
     float64_reference,
     random_inputs,
+)
+from megatron_ultralong.measure.number_format import (
+    byte_count,
+    integer,
+    percent,
+    scientific,
+    three_digits,
+    token_count,
 )
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.virtual_run import (
@@ -49,38 +57,33 @@ METHODS = (
     "yunchang",
 )
 COLUMNS = (
-    ReportColumn("forward_ms", "forward ms", number_format.three_digits),
-    ReportColumn("backward_ms", "backward ms", number_format.three_digits),
-    ReportColumn("both_ms", "both ms", number_format.three_digits),
+    ReportColumn("forward_ms", "forward ms", three_digits),
+    ReportColumn("backward_ms", "backward ms", three_digits),
+    ReportColumn("both_ms", "both ms", three_digits),
     ReportColumn(
         "share_of_ideal",
         "of ideal",
-        number_format.percent,
+        percent,
         "time of one kernel on the whole sequence over the time of this row, forward and backward; for rows with "
         "documents, of the kernel inside documents. On a CPU it says little: ranks are threads on all cores",
     ),
     ReportColumn(
         "workspace_bytes",
         "workspace",
-        number_format.byte_count,
+        byte_count,
         "peak memory of all ranks together beyond inputs, output and gradients",
     ),
     ReportColumn(
-        "sent_forward",
-        "sent fwd B/token",
-        number_format.integer,
-        "bytes that a rank sends in one layer, divided by S",
+        "sent_forward", "sent fwd B/token", integer, "bytes that a rank sends in one layer, divided by S"
     ),
-    ReportColumn("sent_backward", "sent bwd B/token", number_format.integer),
+    ReportColumn("sent_backward", "sent bwd B/token", integer),
     ReportColumn(
         "error_out",
         "error out",
-        number_format.scientific,
+        scientific,
         "relative Frobenius norm against float64, at --error-length tokens",
     ),
-    ReportColumn(
-        "error_gradients", "error grads", number_format.scientific, "the largest one of dq, dk and dv"
-    ),
+    ReportColumn("error_gradients", "error grads", scientific, "the largest one of dq, dk and dv"),
 )
 
 
@@ -154,7 +157,7 @@ def run(
                 command,
                 kernel=kernel,
                 dtype=settings.dtype_name,
-                shape=f"S {number_format.token_count(settings.length)}, {settings.heads} query and "
+                shape=f"S {token_count(settings.length)}, {settings.heads} query and "
                 f"{settings.kv_heads} KV heads of {settings.head_dim}, {settings.dtype_name}",
                 length=settings.length,
                 error_length=settings.error_length,

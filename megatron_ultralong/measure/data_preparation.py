@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import number_format
+from megatron_ultralong.measure.number_format import integer
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 
 DOCUMENTS_PER_TASK = 32
@@ -31,7 +31,7 @@ DOCUMENTS_PER_TASK = 32
 
 
 COLUMNS = (
-    ReportColumn("tokens_per_second", "tokens/s", number_format.integer),
+    ReportColumn("tokens_per_second", "tokens/s", integer),
     ReportColumn("megabytes_per_second", "MB/s", lambda value: f"{value:.2f}", "of input"),
     ReportColumn(
         "seconds",
@@ -45,7 +45,7 @@ COLUMNS = (
         lambda value: f"{value:.1f}",
         "of all its processes; hardly affected by other work on the machine",
     ),
-    ReportColumn("tokens", "tokens", number_format.integer, "of the documents, separators not counted"),
+    ReportColumn("tokens", "tokens", integer, "of the documents, separators not counted"),
     ReportColumn(
         "peak_bytes",
         "peak MB",

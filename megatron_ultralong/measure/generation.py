@@ -17,7 +17,8 @@ from megatron_ultralong.config import Model, Parallel, Rope, Runtime
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
-from megatron_ultralong.measure import number_format, timing
+from megatron_ultralong.measure import timing
+from megatron_ultralong.measure.number_format import byte_count, integer, three_digits, token_count
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.step import model_text
 
@@ -25,30 +26,14 @@ WARM_UP = 256
 """Tokens of a first prefill that loads kernels and is not measured."""
 
 COLUMNS = (
-    ReportColumn("tokens", "prompt", number_format.token_count, "tokens of the prompt"),
-    ReportColumn(
-        "prefill_seconds", "prefill", number_format.three_digits, "seconds to read the whole prompt"
-    ),
-    ReportColumn("prefill_tokens_per_second", "prefill tokens/s", number_format.integer),
-    ReportColumn(
-        "decode_seconds", "step", number_format.three_digits, "seconds for one more token of every sequence"
-    ),
-    ReportColumn(
-        "decode_tokens_per_second", "decode tokens/s", number_format.integer, "of all sequences together"
-    ),
-    ReportColumn("kv_bytes", "KV", number_format.byte_count, "keys and values of the prompt"),
-    ReportColumn(
-        "peak_bytes",
-        "peak",
-        number_format.byte_count,
-        "all memory on the device, weights and KV cache included",
-    ),
-    ReportColumn(
-        "planned_bytes",
-        "planned",
-        number_format.byte_count,
-        "memory that evaluate.py requires before it starts",
-    ),
+    ReportColumn("tokens", "prompt", token_count, "tokens of the prompt"),
+    ReportColumn("prefill_seconds", "prefill", three_digits, "seconds to read the whole prompt"),
+    ReportColumn("prefill_tokens_per_second", "prefill tokens/s", integer),
+    ReportColumn("decode_seconds", "step", three_digits, "seconds for one more token of every sequence"),
+    ReportColumn("decode_tokens_per_second", "decode tokens/s", integer, "of all sequences together"),
+    ReportColumn("kv_bytes", "KV", byte_count, "keys and values of the prompt"),
+    ReportColumn("peak_bytes", "peak", byte_count, "all memory on the device, weights and KV cache included"),
+    ReportColumn("planned_bytes", "planned", byte_count, "memory that evaluate.py requires before it starts"),
 )
 
 
@@ -137,9 +122,9 @@ def run(
     try:
         reader = _reader(settings, ranks)
         for length in settings.lengths:
-            progress(number_format.token_count(length))
+            progress(token_count(length))
             row: dict[str, Any] = {
-                "name": f"{number_format.token_count(length)} + {settings.sequences} x {settings.written}",
+                "name": f"{token_count(length)} + {settings.sequences} x {settings.written}",
                 "ours": True,
                 "tokens": length,
             }

@@ -19,7 +19,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import number_format, timing
+from megatron_ultralong.measure import timing
+from megatron_ultralong.measure.number_format import (
+    byte_count,
+    percent,
+    ratio,
+    scientific,
+    three_digits,
+    token_count,
+)
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.model.loss import sharded_token_loss
 
@@ -27,30 +35,24 @@ LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """(hidden [n, H], weight [V, H], labels [n]) -> the summed cross entropy."""
 
 COLUMNS = (
-    ReportColumn("ms", "ms", number_format.three_digits, "forward and backward"),
-    ReportColumn("ratio", "to whole", number_format.ratio, "time relative to that of whole logits"),
+    ReportColumn("ms", "ms", three_digits, "forward and backward"),
+    ReportColumn("ratio", "to whole", ratio, "time relative to that of whole logits"),
     ReportColumn(
-        "peak_bytes",
-        "peak",
-        number_format.byte_count,
-        "memory beyond hidden states, weight, labels and both gradients",
+        "peak_bytes", "peak", byte_count, "memory beyond hidden states, weight, labels and both gradients"
     ),
     ReportColumn(
         "share_of_logits",
         "of logits",
-        number_format.percent,
+        percent,
         "peak relative to the bytes of whole logits in the dtype of the weight",
     ),
     ReportColumn(
-        "error_loss",
-        "error loss",
-        number_format.scientific,
-        "relative, against float64, with --error-tokens tokens",
+        "error_loss", "error loss", scientific, "relative, against float64, with --error-tokens tokens"
     ),
     ReportColumn(
         "error_gradients",
         "error grads",
-        number_format.scientific,
+        scientific,
         "relative Frobenius norm, the larger one of both gradients",
     ),
 )
@@ -97,7 +99,7 @@ def run(
             command,
             kernel="torch matmul",
             dtype=dtype,
-            shape=f"{number_format.token_count(settings.tokens)} tokens, hidden {settings.hidden}, "
+            shape=f"{token_count(settings.tokens)} tokens, hidden {settings.hidden}, "
             f"vocabulary {settings.vocab}, {dtype}",
             tokens=settings.tokens,
             error_tokens=settings.error_tokens,
@@ -149,10 +151,10 @@ def _rows(settings: LossSettings, device: torch.device) -> Iterator[tuple[str, L
     yield "whole logits", _whole_logits, ""
     for chunk in settings.chunks:
         loss = partial(_ours, chunk=chunk, vocab=settings.vocab)
-        yield f"ours, chunks of {number_format.token_count(chunk)}", loss, ""
+        yield f"ours, chunks of {token_count(chunk)}", loss, ""
     for chunk in settings.chunks:
         loss = partial(_checkpointed, chunk=chunk)
-        yield f"torch.utils.checkpoint, chunks of {number_format.token_count(chunk)}", loss, ""
+        yield f"torch.utils.checkpoint, chunks of {token_count(chunk)}", loss, ""
     name = "Liger fused linear cross entropy"
     if importlib.util.find_spec("liger_kernel") is None:
         yield name, None, "not installed: pip install liger-kernel"

@@ -19,11 +19,20 @@ import torch
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import number_format, timing
+from megatron_ultralong.measure import timing
 from megatron_ultralong.measure.host_adam import HostAdam
+from megatron_ultralong.measure.number_format import (
+    byte_count,
+    integer,
+    percent,
+    ratio,
+    three_digits,
+    token_count,
+)
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.planning.flops import FORMULA, flops_per_token, peak_flops
+from megatron_ultralong.recipes import LLAMA_3_1_8B
 
 SETTINGS = {
     "none": Memory(recompute="none", offload="off"),
@@ -43,41 +52,29 @@ WARM_UP = 256
 """Tokens of a first step that loads kernels and is not measured."""
 
 COLUMNS = (
-    ReportColumn("tokens", "tokens", number_format.token_count),
+    ReportColumn("tokens", "tokens", token_count),
     ReportColumn(
-        "seconds",
-        "s/step",
-        number_format.three_digits,
-        "forward and backward, and the optimizer with --optimizer",
+        "seconds", "s/step", three_digits, "forward and backward, and the optimizer with --optimizer"
     ),
     ReportColumn(
-        "optimizer_seconds",
-        "of which optimizer",
-        number_format.three_digits,
-        "AdamW on the host, copies included",
+        "optimizer_seconds", "of which optimizer", three_digits, "AdamW on the host, copies included"
     ),
-    ReportColumn("tokens_per_second", "tokens/s", number_format.integer),
-    ReportColumn("mfu", "causal MFU", number_format.percent, FORMULA),
+    ReportColumn("tokens_per_second", "tokens/s", integer),
+    ReportColumn("mfu", "causal MFU", percent, FORMULA),
     ReportColumn(
-        "peak_bytes",
-        "peak",
-        number_format.byte_count,
-        "all memory on the device, weights and gradients included",
+        "peak_bytes", "peak", byte_count, "all memory on the device, weights and gradients included"
     ),
     ReportColumn(
-        "bytes_per_token",
-        "B/token",
-        number_format.integer,
-        "peak beyond weights and gradients, divided by the tokens",
+        "bytes_per_token", "B/token", integer, "peak beyond weights and gradients, divided by the tokens"
     ),
-    ReportColumn("host_bytes", "host", number_format.byte_count, "host memory used by offloading"),
+    ReportColumn("host_bytes", "host", byte_count, "host memory used by offloading"),
     ReportColumn(
         "planned_bytes",
         "planned",
-        number_format.byte_count,
+        byte_count,
         "estimate of planning/memory.py, without weights, gradients and optimizer",
     ),
-    ReportColumn("measured_over_planned", "measured/planned", number_format.ratio),
+    ReportColumn("measured_over_planned", "measured/planned", ratio),
 )
 
 
@@ -120,18 +117,9 @@ class StepSettings:
 def slice_of(layers: int, gpu: bool) -> Model:
     """Return a model of `layers` layers in the shape of Llama-3.1-8B, or of a small model on a CPU."""
     if gpu:
-        return Model(
-            hidden_size=4096,
-            ffn_size=14336,
-            layers=layers,
-            heads=32,
-            kv_heads=8,
-            head_dim=128,
-            vocab_size=128256,
-        )
-    return Model(
-        hidden_size=64, ffn_size=128, layers=layers, heads=4, kv_heads=2, head_dim=16, vocab_size=256
-    )
+        return replace(LLAMA_3_1_8B, layers=layers)
+    sizes = {"hidden_size": 64, "ffn_size": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab_size": 256}
+    return Model(layers=layers, **sizes)
 
 
 def model_text(model: Model) -> str:
@@ -189,10 +177,10 @@ def run(
                     report.rows.append(_longest(name, settings, ranks))
                     continue
                 for length in settings.lengths:
-                    progress(f"{name}, {number_format.token_count(length)}")
+                    progress(f"{name}, {token_count(length)}")
                     row, note = _try(name, length, settings, ranks, settings.repeats)
                     report.rows.append(
-                        _row(f"{name}, {number_format.token_count(length)}", name)
+                        _row(f"{name}, {token_count(length)}", name)
                         | {"tokens": length}
                         | (row or {"note": note})
                     )
@@ -323,7 +311,7 @@ def _longest(name: str, settings: StepSettings, ranks: Any) -> dict[str, Any]:
         length = max(1, middle // settings.granularity * settings.granularity) if bad else 2 * length
         if bad and not good < length < bad:
             break
-    ended = f"{number_format.token_count(bad)}: {note}"
+    ended = f"{token_count(bad)}: {note}"
     return _row(f"longest, {name}", name) | (best or {}) | {"note": ended, "fails_at": bad}
 
 
