@@ -118,8 +118,9 @@ def slice_of(layers: int, gpu: bool) -> Model:
     """Return a model of `layers` layers in the shape of Llama-3.1-8B, or of a small model on a CPU."""
     if gpu:
         return replace(LLAMA_3_1_8B, layers=layers)
-    sizes = {"hidden_size": 64, "ffn_size": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab_size": 256}
-    return Model(layers=layers, **sizes)
+    return Model(
+        hidden_size=64, ffn_size=128, layers=layers, heads=4, kv_heads=2, head_dim=16, vocab_size=256
+    )
 
 
 def model_text(model: Model) -> str:
