@@ -14,7 +14,7 @@ import torch
 
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.planning.memory import gpu_memory, stage_parameters
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
@@ -193,7 +193,7 @@ def _check_layout(
     chunks = llama.build(
         model, ROPE, ranks, parallel, memory, "fp32", positions_by_document=positions == "document"
     )
-    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == plan.stage_parameters(
+    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == stage_parameters(
         model, parallel.tp, parallel.pp, ranks.pp_rank
     ), where
     whole = dict(reference.named_parameters())
@@ -295,7 +295,7 @@ def _check_planned_checkpoints(
                 ),
             )
             kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))
-            planned.append(plan.memory(run, replace(model, layers=layers), ranks.world)["layer checkpoints"])
+            planned.append(gpu_memory(run, replace(model, layers=layers), ranks.world)["saved activations"])
         # On the CPU a norm without weights is an operation of its own: its output, float32 as all is here,
         # and a scalar a token are kept too.
         norms = (
