@@ -5,6 +5,7 @@ Imported in the server alone. Nothing here may start a thread, use CUDA or join 
 
 import gc
 import importlib
+import multiprocessing.forkserver
 import os
 import pkgutil
 
@@ -40,5 +41,8 @@ for name in (
         importlib.import_module(name)
     except ImportError:  # an optional one, or one that needs a GPU: whoever needs it says so
         continue
+
+# What the forked processes start themselves is forked from here too.
+multiprocessing.forkserver._forkserver.ensure_running = lambda: None
 
 gc.freeze()  # what is here stays, and need not be searched for garbage in every process

@@ -26,7 +26,9 @@ SMALL_UNITS = (
 )
 
 
-def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> processes.Popen:
+def start(
+    folder: Path, output: str, *inputs: Path | str, workers: int, own_children: bool = False
+) -> processes.Popen:
     """The tool, with units of 60 KB, so that a small input keeps several processes busy."""
     words = [
         ROOT / "tools" / "prepare_data.py",
@@ -43,7 +45,7 @@ def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> proce
     ]
     return processes.Popen(
         [sys.executable, "-c", SMALL_UNITS, *words],
-        own_children=True,
+        own_children=own_children,
         stdout=processes.DEVNULL,
         stderr=processes.PIPE,
     )
@@ -91,7 +93,7 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_pat
     assert start(tmp_path, "whole/text", *arguments, workers=2).wait(timeout=120) == 0
     want, kills, units = files(tmp_path / "whole"), 0, set()
     while True:
-        tool = start(tmp_path, "killed/text", *arguments, workers=2)
+        tool = start(tmp_path, "killed/text", *arguments, workers=2, own_children=True)
         work = tmp_path / "killed" / ".text.work" / "tokens"
         before = len(list(work.glob("0*.json")))
         while tool.poll() is None and (len(list(work.glob("0*.json"))) < before + 2 or kills > 2):
@@ -117,7 +119,7 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_pat
 def test_a_tool_told_to_stop_leaves_nothing_of_a_small_input(tmp_path):
     arguments = mix(tmp_path)
     made.write_jsonl(tmp_path / "lines.jsonl", [made.text(i, 20_000) for i in range(10)] * 50)
-    tool = start(tmp_path, "out/text", *arguments, workers=2)
+    tool = start(tmp_path, "out/text", *arguments, workers=2, own_children=True)
     while not list((tmp_path / "out").glob(".text.work/tokens/0*.json")):
         assert tool.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)

@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 CHUNKS = (5, 100, 1)
 """Rounded up to a multiple of CP."""
-WRITTEN = 6
+WRITTEN = 4
 
 
 def ids(length: int, seed: int) -> list[int]:
@@ -107,12 +107,15 @@ def _answers(rank: int, world: int) -> None:
     for parallel in LAYOUTS[world]:
         ranks = launch.start(Runtime(device="cpu"), parallel)
         for case in range(len(CASES)):
+            if case == 1 and parallel is not LAYOUTS[world][0]:
+                continue  # positions are counted alike whatever their frequencies
             for chunk in CHUNKS[:1] if case else CHUNKS if world < 4 else CHUNKS[:2]:
                 reader = reader_of(case, ranks, parallel, chunk)
                 assert reader.size >= chunk and reader.size % parallel.cp == 0
                 with torch.no_grad():
                     _check_logits(reader, case)
-                    _check_generation(reader, case, (case, chunk, parallel))
+                    if world == 1 or chunk == CHUNKS[0]:
+                        _check_generation(reader, case, (case, chunk, parallel))
                     if chunk == CHUNKS[0]:
                         _check_scores(reader, case)
                         _check_memory(reader)

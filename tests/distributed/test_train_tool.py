@@ -83,7 +83,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "broken"
 
-    with Tool(inputs, save, "train.iterations=100000", "train.save_every=0", "data.workers=1") as tool:
+    settings = ("train.iterations=100000", "train.save_every=0", "data.workers=1")
+    with Tool(inputs, save, *settings, own_children=True) as tool:
         tool.wait_for("iteration      2/100000")
         os.killpg(
             tool.process.pid, signal.SIGTERM
@@ -397,6 +398,7 @@ class Tool:
         ranks: int = 1,
         recipe: str = "tiny",
         base: Path | None = None,
+        own_children: bool = False,
         timeout: float = 300.0,
     ) -> None:
         torchrun = (
@@ -431,7 +433,7 @@ class Tool:
                 stdout=processes.PIPE,
                 stderr=file,
                 start_new_session=True,
-                own_children=True,
+                own_children=own_children,
             )
         self.lines: list[str] = []
         self.timer = threading.Timer(timeout, self.kill)
