@@ -15,7 +15,7 @@ from megatron_ultralong.context_parallel.comm import Transfer
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
 Make: TypeAlias = "Callable[[Any, Sequence[int] | None], tuple[Any, Any]]"
-"""(group, document starts) -> (forward, backward) of a rank, as context_parallel/autograd.py has them; group
+"""(group, document starts) -> (forward, backward) of a rank, as in context_parallel/ulysses.py; group
 None = one rank."""
 Inside: TypeAlias = "Callable[[], contextlib.AbstractContextManager[Any]]"
 
@@ -83,7 +83,7 @@ class Tally:
 
 
 class Counted:
-    """`comm.Peers` that counts what leaves the rank: of a collective, what the other ranks get of it."""
+    """`comm.Communicator` that counts what leaves the rank: of a collective, what the other ranks get of it."""
 
     def __init__(self, peers: Any, tally: Tally) -> None:
         self.rank, self.size = peers.rank, peers.size
@@ -92,8 +92,8 @@ class Counted:
     def subgroup(self, ranks: list[int]) -> Counted:
         return Counted(self._peers.subgroup(ranks), self._tally)
 
-    def start(self, send: Tensor, receive: Tensor) -> Transfer:
-        return self._count(send.nbytes, self._peers.start(send, receive))
+    def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
+        return self._count(send.nbytes, self._peers.send_recv(send, receive))
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> Transfer:
         return self._count(send.nbytes * (self.size - 1) // self.size, self._peers.all_to_all(send, receive))

@@ -1,4 +1,5 @@
-"""tools/benchmark.py's library on a GPU at small sizes: events, the allocator's peak, MFU, and out of memory."""
+"""tools/benchmark.py's library on a GPU at small sizes: events, the allocator's peak, MFU, and out of
+memory."""
 
 from __future__ import annotations
 
