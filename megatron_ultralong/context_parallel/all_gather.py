@@ -71,9 +71,8 @@ def all_gather_backward(
     for head, (heads, (k_all, v_all)) in enumerate(zip(_query_heads(q, k), kv_heads, strict=True)):
         dkv_all.zero_()
         for block in past:
-            dq_block, *dkv_block = kernels.backward_past(
-                *(x[:, heads] for x in (dout, q)), k_all, v_all, out[:, heads], lse[:, heads], block, spec
-            )
+            dout_h, q_h, out_h, lse_h = (x[:, heads] for x in (dout, q, out, lse))
+            dq_block, *dkv_block = kernels.backward_past(dout_h, q_h, k_all, v_all, out_h, lse_h, block, spec)
             dq[:, heads, block.queries] += dq_block
             for total, share in zip(dkv_all, dkv_block, strict=True):
                 total[:, :, block.keys] += share

@@ -177,7 +177,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *attention_backward(dout, *ctx.saved_tensors, ctx.groups, ctx.spec), None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *attention_backward(dout, q, k, v, out, lse, ctx.groups, ctx.spec), None, None
 
 
 def _one_rank(

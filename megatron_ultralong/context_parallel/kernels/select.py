@@ -153,8 +153,8 @@ def backward_diagonal(
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for block in blocks:
         rows = _tokens(block.queries)
-        inputs = (x[rows] for x in (dout, q, k, v, out, lse))
-        partial = backward(*inputs, True, spec.scale, backend=spec.backend)
+        dout_, q_, k_, v_, out_, lse_ = (x[rows] for x in (dout, q, k, v, out, lse))
+        partial = backward(dout_, q_, k_, v_, out_, lse_, True, spec.scale, backend=spec.backend)
         for gradient, x in zip(gradients, partial, strict=True):
             gradient[rows] = x
     return gradients
@@ -182,8 +182,8 @@ def backward_past(
 ) -> QKVGradients:
     """Compute a past block's share of dq (of its queries), dk and dv (of its keys)."""
     rows, keys = _tokens(block.queries), _tokens(block.keys)
-    inputs = (dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows])
-    return backward(*inputs, False, spec.scale, backend=spec.backend)
+    dout, q, out, lse = (x[rows] for x in (dout, q, out, lse))
+    return backward(dout, q, k[keys], v[keys], out, lse, False, spec.scale, backend=spec.backend)
 
 
 def _in_one_call(q: Tensor, blocks: Sequence[AttentionBlock], spec: AttentionSpec) -> bool:

@@ -59,20 +59,14 @@ class _RecomputeAllButAttention(torch.autograd.Function):
                 y = layer.output_and_mlp(x_c, out_c)
             dx[rows], dout_c = chunked.backward([y], [x_c, out_c], [dy[rows]])
             layer.view_rows(dout, rows).copy_(layer.view_rows(dout_c, slice(None)))
-        dqkv = api.attention_backward(
-            dout,
-            *layer.project_qkv_in_chunks(x, document_starts),
-            out,
-            lse,
-            core.groups,
-            core.spec(document_starts),
-        )
-        del out, dout
+        q, k, v = layer.project_qkv_in_chunks(x, document_starts)
+        dqkv = api.attention_backward(dout, q, k, v, out, lse, core.groups, core.spec(document_starts))
+        del q, k, v, out, dout
         for rows in layer.chunks(x):
             with torch.enable_grad():
                 x_c = leaf(x[rows])
-                qkv = layer.project_qkv(x_c, rows, len(x), document_starts)
+                qkv_c = layer.project_qkv(x_c, rows, len(x), document_starts)
             dqkv_c = [layer.view_rows(grad, rows).flatten(2, 3) for grad in dqkv]
-            dx[rows] += chunked.backward(list(qkv), [x_c], dqkv_c)[0]
+            dx[rows] += chunked.backward(list(qkv_c), [x_c], dqkv_c)[0]
         chunked.accumulate_into_params()
         return mark_reusable(ctx, dx), None, None
