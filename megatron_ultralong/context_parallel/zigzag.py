@@ -1,5 +1,4 @@
-"""The zigzag order of context parallelism: which tokens a rank holds, and which blocks of attention it
-computes.
+"""The zigzag order: which tokens a context-parallel rank holds, and which blocks of attention it computes.
 
 S tokens of the complete sequence, cp ranks, s = S/cp tokens per rank. The sequence is cut into 2 cp equal
 chunks; rank r holds chunks r and 2 cp - 1 - r, in that order, so that under a causal mask every rank has the

@@ -258,7 +258,7 @@ class Recorded:
         return Wait()
 
 
-def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes sent are the minimum for grouped heads, two buffers per ring, and every hop is in flight before
     its kernel."""
     cp, b, h, g, s, d = 4, 2, 6, 2, 10, 8

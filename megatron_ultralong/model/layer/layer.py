@@ -13,7 +13,7 @@ of every rank's shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -22,22 +22,13 @@ from torch import Tensor
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.model.attention import DocumentStarts
-from megatron_ultralong.model.layer.offload import HostStore
+from megatron_ultralong.model.layer.offload import HostStore, OffloadedHiddenStates
 
 QKV = tuple[Tensor, Tensor, Tensor]
 LayerForward: TypeAlias = "Callable[[Layer, Tensor, DocumentStarts], Tensor]"
 """(layer, hidden states [t, b, H], document starts) -> hidden states [t, b, H]."""
-
-
-class HiddenStates(Protocol):
-    """[t, b, H] on the device, or in host memory (offload.OffloadedHiddenStates)."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Tensor: ...
+HiddenStates: TypeAlias = Tensor | OffloadedHiddenStates
+"""[t, b, H], on the device or in host memory."""
 
 
 class Layer(TransformerLayer):
