@@ -26,7 +26,7 @@ from megatron_ultralong.errors import UserError
 
 Batch = dict[str, Tensor]
 """tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked
-also starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
+also document_starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
 
 
 def batches(
@@ -158,7 +158,7 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         name: zigzag.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()
     }  # [b, s]
     if masked:
-        batch["starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
+        batch["document_starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
     return batch
 
 

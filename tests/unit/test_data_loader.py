@@ -162,7 +162,7 @@ def test_document_starts_come_with_the_rows(tmp_path):
     )
     rows = Rows([PackedRows(prefix, S)])
     found = take(rows, 3, shuffle=False, global_batch=1, masked=True)
-    assert [batch["starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
+    assert [batch["document_starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
     assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [
         [4, 5],
         [],
@@ -171,11 +171,11 @@ def test_document_starts_come_with_the_rows(tmp_path):
     shares = [
         take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)
     ]
-    assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), (
+    assert all(share["document_starts"].tolist() == [0, 5, 6] for share in shares), (
         "starts are those of the whole row on every rank"
     )
     [places], count = loader.held_out(rows, 3, micro_batch=1, dp=2, masked=True)
-    assert count == 2 and [batch["starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
+    assert count == 2 and [batch["document_starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
     [padding], _ = loader.held_out(rows, 3, micro_batch=1, dp=2, dp_rank=1, masked=True)
-    assert [batch["starts"].tolist() for batch in padding] == [[0], [0]]
-    assert "starts" not in take(rows, 1, global_batch=1)[0]
+    assert [batch["document_starts"].tolist() for batch in padding] == [[0], [0]]
+    assert "document_starts" not in take(rows, 1, global_batch=1)[0]

@@ -121,7 +121,9 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
         marks = torch.cat([torch.zeros(1), whole["loss_mask"]])
         which, place = rows.locate(number, 3)
         starts = [*rows.sets[which].starts(place), S + 1]
-        assert all(share["starts"].tolist() == [start for start in starts if start < S] for share in shares)
+        assert all(
+            share["document_starts"].tolist() == [start for start in starts if start < S] for share in shares
+        )
         for begin, end in pairwise(starts):
             ids = row[begin:end].tolist()
             if set(ids) == {manifest["pad_id"]}:
