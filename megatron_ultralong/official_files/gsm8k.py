@@ -1,0 +1,47 @@
+"""GSM8K: {test,train}.jsonl of openai/grade-school-math; or main/{test,train}-*.parquet of openai/gsm8k. The answer
+is the worked solution, with the final result after ####."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_ultralong.official_files.records import (
+    BenchmarkExample,
+    OfficialFiles,
+    hub_split,
+    numbered,
+    read_parquet_or_jsonl,
+)
+
+
+def split_of(path: Path) -> str | None:
+    if "socratic" in path.parts:
+        return None  # the same questions with answers in another form
+    return path.stem if path.name in ("test.jsonl", "train.jsonl") else hub_split(path)
+
+
+def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
+    return numbered(
+        BenchmarkExample(
+            benchmark="gsm8k",
+            task="gsm8k",
+            split=split_of(path) or "test",
+            id="",
+            question=record.get("question"),
+            answers=(record.get("answer"),),
+            meta=record.without("question", "answer"),
+            place=record.place,
+        )
+        for path in paths
+        for record in read_parquet_or_jsonl(path)
+    )
+
+
+FILES = OfficialFiles(
+    repo="openai/gsm8k",
+    patterns=("main/{split}-*.parquet",),
+    homepage="https://github.com/openai/grade-school-math",
+    split_of=split_of,
+    read=read,
+)
