@@ -65,8 +65,8 @@ def find_files(
 
 
 def read_examples(benchmark: str, paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    """Read the examples of those files, in order. UserError (file, line or row, field) for content that is not
-    official."""
+    """Read the examples of those files, in order. UserError (file, line or row, field) for content that is
+    not official."""
     return _files(benchmark).read(paths)
 
 

@@ -1,5 +1,5 @@
-"""GSM8K: {test,train}.jsonl of openai/grade-school-math; or main/{test,train}-*.parquet of openai/gsm8k. The answer
-is the worked solution, with the final result after ####."""
+"""GSM8K: {test,train}.jsonl of openai/grade-school-math; or main/{test,train}-*.parquet of openai/gsm8k. The
+answer is the worked solution, with the final result after ####."""
 
 from __future__ import annotations
 

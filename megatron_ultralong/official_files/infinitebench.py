@@ -1,8 +1,8 @@
 """InfiniteBench: TASK.jsonl with id, context, input, answer (a string, a number or a list), options.
 
-`answers` are the answer as strings: in math_calc not alternatives but the results after each step, in order; with
-options the text of the right one (a letter may follow). The answer as read is in meta: code_run, math_find and
-math_calc compare numbers.
+`answers` are the answer as strings: in math_calc not alternatives but the results after each step, in order;
+with options the text of the right one (a letter may follow). The answer as read is in meta: code_run,
+math_find and math_calc compare numbers.
 """
 
 from __future__ import annotations

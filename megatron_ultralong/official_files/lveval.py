@@ -1,5 +1,5 @@
-"""LV-Eval: SET_{16k,32k,64k,128k,256k}.jsonl, plain or in SET.zip, with input, context, answers, length, dataset,
-language (and answer_keywords, confusing_facts).
+"""LV-Eval: SET_{16k,32k,64k,128k,256k}.jsonl, plain or in SET.zip, with input, context, answers, length,
+dataset, language (and answer_keywords, confusing_facts).
 
 The task is the set; the length is in meta as `level`. Scoring uses the first answer.
 """
@@ -38,7 +38,8 @@ _NAME = re.compile(rf"({'|'.join(SETS)})_({'|'.join(LEVELS)})")
 
 
 def split_of(path: Path) -> str | None:
-    """Return test for SET_LEVEL.jsonl, and for SET.zip unless it is unpacked next to it; None for other files."""
+    """Return test for SET_LEVEL.jsonl, and for SET.zip unless it is unpacked next to it; None for other
+    files."""
     if path.suffix == ".zip":
         unpacked = [
             *path.parent.glob(f"{path.stem}_*k.jsonl"),

@@ -1,4 +1,5 @@
-"""MMLU-Pro: data/{test,validation}-*.parquet of TIGER-Lab/MMLU-Pro. The answer is the letter of the choice."""
+"""MMLU-Pro: data/{test,validation}-*.parquet of TIGER-Lab/MMLU-Pro. The answer is the letter of the
+choice."""
 
 from __future__ import annotations
 

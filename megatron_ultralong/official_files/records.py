@@ -1,5 +1,5 @@
-"""What the readers of all benchmarks share: the example they yield, and reading jsonl (plain, .gz, in a .zip), json,
-csv and parquet.
+"""What the readers of all benchmarks share: the example they yield, and reading jsonl (plain, .gz, in a
+.zip), json, csv and parquet.
 
 A file that lacks something raises a UserError that names the file, the line or row, and the field.
 """
@@ -96,8 +96,8 @@ class OfficialRecord:
         return tuple(map(str, values))
 
     def choice_letter(self, name: str, choices: int) -> str:
-        """Return the letter of a field that contains a choice as its letter or as its number from 0. UserError if
-        no such choice exists."""
+        """Return the letter of a field that contains a choice as its letter or as its number from 0.
+        UserError if no such choice exists."""
         value = self.get(name, (str, int))
         index = value if isinstance(value, int) else ord(value) - ord("A") if len(value) == 1 else -1
         if not 0 <= index < choices:
@@ -136,8 +136,8 @@ def read_jsonl(path: Path) -> Iterator[OfficialRecord]:
 
 
 def read_zip(path: Path) -> Iterator[tuple[str, Iterator[OfficialRecord]]]:
-    """Yield (member name, its objects) of each .jsonl file in a .zip, sorted by name. Each must be read before
-    the next."""
+    """Yield (member name, its objects) of each .jsonl file in a .zip, sorted by name. Each must be read
+    before the next."""
     with readable(path), zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".jsonl") and not name.startswith("__MACOSX"):
@@ -168,7 +168,8 @@ def _parse(text: bytes, place: str) -> OfficialRecord:
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[OfficialRecord]:
-    """Read the rows of a .csv file without a header. UserError for a row that does not have exactly `columns`."""
+    """Read the rows of a .csv file without a header. UserError for a row that does not have exactly
+    `columns`."""
     with readable(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         for row in reader:

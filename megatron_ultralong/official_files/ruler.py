@@ -1,9 +1,9 @@
 """RULER, as NVIDIA/RULER's scripts/data/prepare.py writes it: TASK/{validation,test}.jsonl with index, input,
 outputs, length, answer_prefix.
 
-`input` is the complete prompt. It is split where its last question starts, so that `context + question` equals
-`input`; an input without one of RULER's questions is all context. `answer_prefix`, with which the model's answer
-begins, is in meta. Scoring requires all of `answers` (niah, vt, cwe, fwe) or one of them (qa).
+`input` is the complete prompt. It is split where its last question starts, so that `context + question`
+equals `input`; an input without one of RULER's questions is all context. `answer_prefix`, with which the
+model's answer begins, is in meta. Scoring requires all of `answers` (niah, vt, cwe, fwe) or one of them (qa).
 """
 
 from __future__ import annotations
