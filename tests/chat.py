@@ -111,9 +111,11 @@ def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def encoded(
-    folder: Path, template: chat_template.Template, messages: Sequence[Message]
+    folder: Path, template: chat_template.ChatTemplate, messages: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
-    ((ids, trained),) = tokenise_chat.encode(load_tokenizer(folder).backend, [template.render(messages)])
+    ((ids, trained),) = tokenise_chat.encode_batch(
+        load_tokenizer(folder).backend, [template.render(messages)]
+    )
     assert ids.dtype == numpy.int32 and trained.dtype == numpy.uint8
     return ids.tolist(), trained.tolist()
 
@@ -136,7 +138,7 @@ def trained_by_growing(tokenizer: Any, messages: Sequence[Message], end: int, **
 
 
 def same_as_transformers(folder: Path, date: str) -> None:
-    template = chat_template.choose(folder, date=date)
+    template = chat_template.select_template(folder, date=date)
     assert (template.name, template.spans) == ("llama3.1", "segments")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for messages in TALKS:

@@ -22,10 +22,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_ultralong.data.refine import prompts as refine_prompts
 from megatron_ultralong.data.refine import requests, validate
-from megatron_ultralong.data.refine import run as refine
-from megatron_ultralong.data.refine.next_step import Settings
+from megatron_ultralong.data.refine.prompts import RewritePrompts, load_prompts
+from megatron_ultralong.data.refine.run import refine
+from megatron_ultralong.data.refine.settings import RefineSettings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
 from megatron_ultralong.io.request_log import RequestLog
@@ -76,11 +76,11 @@ def run(
     server: Server,
     inputs: Path,
     output: Path,
-    prompts: refine_prompts.Prompts = refine_prompts.Prompts(),  # noqa: B008
+    prompts: RewritePrompts = RewritePrompts(),  # noqa: B008
     **settings: Any,
 ) -> dict[str, Any]:
     settings = {"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, **settings}
-    return refine.refine([inputs], output, Settings(**settings), prompts, show_progress=False)
+    return refine([inputs], output, RefineSettings(**settings), prompts, show_progress=False)
 
 
 def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server, tmp_path):
@@ -114,7 +114,7 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
         "refined": True,
         "refine": {
             "model": "m",
-            "prompt_sha256": refine_prompts.Prompts().sha256("general"),
+            "prompt_sha256": RewritePrompts().sha256("general"),
             "tokens_in": 100,
             "tokens_out": 10,
             "reason": None,
@@ -123,7 +123,7 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
     assert (
         made[3]["id"] == "three"
         and made[3]["source"] == "s"
-        and made[3]["refine"]["prompt_sha256"] == refine_prompts.Prompts().sha256("code")
+        and made[3]["refine"]["prompt_sha256"] == RewritePrompts().sha256("code")
     )
     assert server.most == 4
     # Example 28 equals 3 but for the domain, so it is another request; the others that are equal are asked
@@ -246,7 +246,7 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
     server.script = lambda draft, nth: {"status": 502, "raw": "bad gateway"}
     source = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(100)])
     with pytest.raises(
-        UserError, match=r"^20 requests in a row failed, the last by HTTP 502 .*--retry-failed$"
+        UserError, match=r"^20 requests in a row failed, the last with HTTP 502 .*--retry-failed$"
     ):
         run(server, source, tmp_path / "out.jsonl", concurrency=3, retries=0)
     assert 20 <= server.asked.total() <= 23 and not (tmp_path / "out.jsonl").exists()
@@ -355,14 +355,8 @@ def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tm
 def against(
     answer: str, original: str = "An answer.", domain: str = "general", finish: str | None = "stop"
 ) -> str | None:
-    return validate.reason_against(
-        answer,
-        original,
-        domain=domain,
-        finish=finish,
-        refused=False,
-        tags=refine_prompts.Prompts().tags("general"),
-    )
+    reply = endpoint_client.Reply(text=answer, finish=finish, refused=False, tokens=None)
+    return validate.rejection_reason(reply, original, domain=domain, tags=RewritePrompts().tags("general"))
 
 
 @pytest.mark.parametrize(
@@ -505,33 +499,33 @@ def test_all_turns_see_the_new_ones_before(server, tmp_path):
     assert part["messages"][3] == CHAT["messages"][3]
 
 
-def test_own_prompts(server, tmp_path):
+def test_custom_prompts(server, tmp_path):
     file = tmp_path / "prompts.yaml"
     file.write_text("system: ''\nmath: |\n  Solve {conversation}; they said {answer}.\n")
-    prompts = refine_prompts.load(file)
-    assert prompts.ask("math", CHAT["messages"][2:3], "{conversation}") == [
+    prompts = load_prompts(file)
+    assert prompts.messages("math", CHAT["messages"][2:3], "{conversation}") == [
         {"role": "user", "content": "Solve [user]\none; they said {conversation}.\n"}
     ]
-    assert prompts.general == refine_prompts.Prompts().general and prompts.sha256(
+    assert prompts.general == RewritePrompts().general and prompts.sha256("math") != RewritePrompts().sha256(
         "math"
-    ) != refine_prompts.Prompts().sha256("math")
+    )
     source = write(tmp_path / "in.jsonl", [example("q", "a", domain="math")])
     run(server, source, tmp_path / "out.jsonl")
     run(server, source, tmp_path / "out.jsonl", prompts)
     assert server.asked.total() == 2  # another prompt is another question
     for text, message in (
-        ("maths: x", "no template is called 'maths'; did you mean 'math'"),
+        ("maths: x", "no template is named 'maths'; did you mean 'math'"),
         ("math: x", "the template 'math' lacks {conversation}"),
-        ("- a", "a mapping with some of system, general"),
+        ("- a", "expected a mapping with some of system, general"),
         ("math: 3", "'math' must be text"),
         ("a: [", "not YAML: "),
         ("system: x\nsystem: y", "the key system stands twice"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=re.escape(message)):
-            refine_prompts.load(file)
+            load_prompts(file)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        refine_prompts.load(tmp_path / "none.yaml")
+        load_prompts(tmp_path / "none.yaml")
 
 
 def test_broken_lines_are_reported_with_their_places(server, tmp_path):
@@ -594,12 +588,12 @@ def test_every_form_is_read_and_written_as_messages(server, tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([{"question": "q", "answer": "f", "weight": 1.5}]), tmp_path / "p.parquet"
     )
-    settings = Settings(base_url=server.url, model="m", turns="all", domain="math")
-    report = refine.refine(
+    settings = RefineSettings(base_url=server.url, model="m", turns="all", domain="math")
+    report = refine(
         [tmp_path / "share.json", source, tmp_path / "p.parquet"],
         tmp_path / "out" / "x.jsonl",
         settings,
-        refine_prompts.Prompts(),
+        RewritePrompts(),
         show_progress=False,
     )
     found = read(tmp_path / "out" / "x.jsonl")
@@ -614,11 +608,11 @@ def test_every_form_is_read_and_written_as_messages(server, tmp_path):
     assert report["form"] == "auto" and report["broken_lines"] == [
         {"place": f"{tmp_path / 'share.json'}, item 2", "reason": "no question with an answer after it"}
     ]
-    named = refine.refine(
+    named = refine(
         [source],
         tmp_path / "out" / "y.jsonl",
         settings,
-        refine_prompts.Prompts(),
+        RewritePrompts(),
         form="question/response",
         show_progress=False,
     )
@@ -629,7 +623,7 @@ def test_every_form_is_read_and_written_as_messages(server, tmp_path):
     )
 
 
-# ---- stopping and going on ---------------------------------------------------------------------
+# ---- stopping and resuming -----------------------------------------------------------------------
 
 
 def test_limit_and_budget(server, tmp_path):
@@ -657,7 +651,7 @@ def test_limit_and_budget(server, tmp_path):
     assert answers(output) == [f"Better: {i}" for i in range(20)]
     server.script = lambda draft, nth: {"text": "Better", "usage": None}
     with pytest.raises(
-        UserError, match="does not say how many tokens an answer took, so --budget cannot be kept"
+        UserError, match="does not report the tokens of an answer, so --budget cannot be kept"
     ):
         run(server, source, tmp_path / "other.jsonl", budget=1, **prices)
     report = run(server, source, tmp_path / "other.jsonl")
@@ -693,7 +687,7 @@ def wait_for(what, seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
+def test_a_killed_run_resumes_and_ends_the_same(server, tmp_path):
     records = [example(f"q{i}", f"draft {i}", domain="math" if i % 2 else "code") for i in range(40)]
     source = write(tmp_path / "in.jsonl", records)
     server.script = lambda draft, nth: "" if draft.endswith("7") else f"Better: {draft}"
@@ -735,9 +729,7 @@ def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
     last = printed[1].strip().splitlines()[-1]
     assert process.returncode == 130 and "Traceback" not in printed[1] and not output.exists()
     assert (
-        last.endswith(
-            "out.journal.jsonl holds every answer so far; run the same command again to go on from it"
-        )
+        last.endswith("out.journal.jsonl contains every answer so far; run the same command again to resume")
         and "interrupted: " in last
     )
     asked = server.asked.total()
@@ -765,7 +757,7 @@ def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
     assert not (tmp_path / "out.journal.jsonl").exists()  # nothing stood in it
 
 
-def test_journal(tmp_path):
+def test_request_log(tmp_path):
     path = tmp_path / "j.jsonl"
     with contextlib.closing(RequestLog(path)) as journal:
         journal.add({"key": "a", "answer": "é\ud800", "tokens_in": 3})
@@ -854,8 +846,8 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     )
     printed = capsys.readouterr()
     assert re.search(
-        r"out.jsonl: 1 of 2 conversations refined; answers kept as they were: 1 truncated; 1 broken lines left out; 200 tokens in, 20 out, "
-        r"0.00 USD\nbroken: .*in.jsonl, line 2: not JSON",
+        r"out.jsonl: 1 of 2 conversations refined; original answers kept: 1 truncated; 1 broken lines left out; "
+        r"200 prompt and 20 completion tokens, 0.00 USD\nbroken: .*in.jsonl, line 2: not JSON",
         printed.out,
     )
     assert (
@@ -896,11 +888,11 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     [
         (["--concurrency", 0], "--concurrency 0: must be at least 1"),
         (["--timeout", "nan"], "--timeout nan: must be more than 0"),
-        (["--budget", 3], "--budget: needs --price-in and --price-out"),
-        (["--price-in", 3], "--price-in and --price-out: give both"),
+        (["--budget", 3], "--budget requires --price-in and --price-out"),
+        (["--price-in", 3], "--price-in and --price-out: give both or neither"),
         (["--output", "out.json"], "--output out.json: the name must end in .jsonl"),
         (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-        (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"),
+        (["--output", "in.jsonl"], "--input in.jsonl: would be replaced by --output in.jsonl"),
         (["--input", "a.txt"], "a.txt: kind of file not known by its name"),
         (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
         (["--base-url", "http://[::1"], "--base-url: expected something like http"),
@@ -925,7 +917,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(server, tmp_path, monkeypa
         )
     wanted = (
         message
-        or "no conversation in empty.jsonl and others, 2 broken lines; the first: empty.jsonl, line 1: no known columns among none"
+        or "no conversation in empty.jsonl and 1 more, 2 broken lines; the first: empty.jsonl, line 1: "
+        "no known columns among none"
     )
     assert wanted in str(error.value) and "\n" not in str(error.value) and "pass@" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before and not server.asked

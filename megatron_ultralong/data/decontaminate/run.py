@@ -1,7 +1,7 @@
 """Training text searched for n-grams of benchmarks, file by file, by any number of processes. A stopped run
 resumes with the first file that is not complete.
 
-    OUTPUT/NAME                     each input file with its contaminated documents treated, unless they are only
+    OUTPUT/NAME                     each input file with contaminated documents treated, unless they are only
                                     reported; NAME.jsonl for a NAME.json or NAME.parquet of conversations
     OUTPUT/report.json              counts, and some matches of each benchmark
     OUTPUT/{matches,broken}.jsonl   every match; every unreadable line, which is not in the output
