@@ -627,6 +627,12 @@ def test_what_is_done_is_kept_unless_something_changed(tmp_path, bench, capsys):
     assert run([path], [bench], output)["totals"] == again["totals"] and (output / "a.jsonl").exists()
 
 
+def test_the_digest_of_benchmarks_does_not_change():
+    """Otherwise a folder that an earlier version started could not be resumed."""
+    _, index = scan([example("one two three four five six seven eight nine")], [])
+    assert index.digest() == "a922fede30bacfe245d5b067c6c57604f0674816740723ccf94a51f3ae3dc4ea"
+
+
 def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
     import runpy
 

@@ -274,7 +274,7 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
         ),
         (
             error_of(400, "temperature is not supported"),
-            "answers 400 which another try will not change: .*temperature is not",
+            "answers 400, which another try will not change: .*temperature is not",
         ),
         (
             error_of(429, "pay", "insufficient_quota"),
@@ -713,6 +713,24 @@ def test_a_killed_run_resumes_and_ends_the_same(server, tmp_path):
     assert server.asked.total() == asked + 44 - done.total()  # 40 and the second attempts of 4
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert report == whole and len(read(journal)) == 45
+
+
+def test_a_log_of_version_0_1_is_used(server, tmp_path):
+    """Keys of requests do not change: what an earlier version paid for is not requested again."""
+    key = "4860dd3cdedb66e2dca986cac50571e06e7a0beee3bca25e18038cfd51669fc0"
+    record = {
+        "key": key,
+        "id": "in.jsonl:1",
+        "attempt": 0,
+        "answer": "Better: a",
+        "tokens_in": 100,
+        "tokens_out": 10,
+    }
+    write(tmp_path / "out.journal.jsonl", [{"journal": "refine", "format": 1}, record])
+    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
+    assert (
+        not server.asked and answers(tmp_path / "out.jsonl") == ["Better: a"] and report["tokens_in"] == 100
+    )
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])

@@ -73,7 +73,9 @@ def format_table(report: Mapping[str, Any]) -> str:
     """Format a table for the terminal: one line per benchmark and per task with matches, then what became of
     the documents."""
     columns = ("examples", "found", "matches", "documents", "too_short", "common")
-    rows = [("benchmark", "examples", "found", "matches", "documents", "too short", "template n-grams")]
+    rows: list[tuple[str, ...]] = [
+        ("benchmark", "examples", "found", "matches", "documents", "too short", "template n-grams")
+    ]
     for name, counts in report["benchmarks"].items():
         rows.append((name, *(str(counts[column]) for column in columns)))
         for task, of_task in counts["tasks"].items():
