@@ -7,7 +7,10 @@ To add a benchmark, write a file like gsm8k.py that defines `FILES`, and list it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from megatron_ultralong.errors import UserError
@@ -67,7 +70,11 @@ def find_files(
 def read_examples(benchmark: str, paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
     """Read the examples of those files, in order. UserError (file, line or row, field) for content that is
     not official."""
-    return _files(benchmark).read(paths)
+    numbers: Counter[tuple[str, str]] = Counter()  # examples of each task and split so far
+    for example in chain.from_iterable(map(_files(benchmark).read_file, paths)):
+        number = numbers[example.task, example.split]
+        numbers[example.task, example.split] += 1
+        yield example if example.id else replace(example, id=str(number))
 
 
 def read_custom(path: Path) -> Iterator[BenchmarkExample]:

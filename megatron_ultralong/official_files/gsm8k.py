@@ -3,16 +3,10 @@ answer is the worked solution, with the final result after ####."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ultralong.official_files.records import (
-    BenchmarkExample,
-    OfficialFiles,
-    hub_split,
-    numbered,
-    read_parquet_or_jsonl,
-)
+from megatron_ultralong.official_files.records import BenchmarkExample, OfficialFiles, hub_split, read_rows
 
 
 def split_of(path: Path) -> str | None:
@@ -21,21 +15,17 @@ def split_of(path: Path) -> str | None:
     return path.stem if path.name in ("test.jsonl", "train.jsonl") else hub_split(path)
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    return numbered(
-        BenchmarkExample(
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
+    for record in read_rows(path):
+        yield BenchmarkExample(
             benchmark="gsm8k",
             task="gsm8k",
             split=split_of(path) or "test",
-            id="",
             question=record.get("question"),
             answers=(record.get("answer"),),
             meta=record.without("question", "answer"),
             place=record.place,
         )
-        for path in paths
-        for record in read_parquet_or_jsonl(path)
-    )
 
 
 FILES = OfficialFiles(
@@ -43,5 +33,5 @@ FILES = OfficialFiles(
     patterns=("main/{split}-*.parquet",),
     homepage="https://github.com/openai/grade-school-math",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

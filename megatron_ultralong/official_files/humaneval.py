@@ -3,35 +3,29 @@ openai/openai_humaneval. The answer is the body of the function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ultralong.official_files.records import (
-    BenchmarkExample,
-    OfficialFiles,
-    hub_split,
-    read_parquet_or_jsonl,
-)
+from megatron_ultralong.official_files.records import BenchmarkExample, OfficialFiles, hub_split, read_rows
 
 
 def split_of(path: Path) -> str | None:
     return "test" if path.name in ("HumanEval.jsonl", "HumanEval.jsonl.gz") else hub_split(path)
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    for path in paths:
-        for record in read_parquet_or_jsonl(path):
-            record.get("test"), record.get("entry_point")  # scoring needs them
-            yield BenchmarkExample(
-                benchmark="humaneval",
-                task="humaneval",
-                split=split_of(path) or "test",
-                id=record.get("task_id"),
-                question=record.get("prompt"),
-                answers=(record.get("canonical_solution"),),
-                meta=record.without("task_id", "prompt", "canonical_solution"),
-                place=record.place,
-            )
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
+    for record in read_rows(path):
+        record.get("test"), record.get("entry_point")  # scoring needs them
+        yield BenchmarkExample(
+            benchmark="humaneval",
+            task="humaneval",
+            split=split_of(path) or "test",
+            id=record.get("task_id"),
+            question=record.get("prompt"),
+            answers=(record.get("canonical_solution"),),
+            meta=record.without("task_id", "prompt", "canonical_solution"),
+            place=record.place,
+        )
 
 
 FILES = OfficialFiles(
@@ -39,5 +33,5 @@ FILES = OfficialFiles(
     patterns=("openai_humaneval/{split}-*.parquet",),
     homepage="https://github.com/openai/human-eval",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

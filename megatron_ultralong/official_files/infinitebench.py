@@ -7,7 +7,7 @@ math_find and math_calc compare numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ultralong.errors import UserError
@@ -39,28 +39,25 @@ def split_of(path: Path) -> str | None:
     return "test" if path.suffix == ".jsonl" and path.stem in TASKS else None
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    for path in paths:
-        if path.stem not in TASKS:
-            raise UserError(
-                f"{path}: not one of InfiniteBench's files, which are named like {TASKS[0]}.jsonl"
-            )
-        for record in read_jsonl(path):
-            choices = record.texts("options") if record.data.get("options") else ()
-            if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
-                raise UserError(f"{record.place}: field 'options' contains {len(choices)} choices, not 4")
-            yield BenchmarkExample(
-                benchmark="infinitebench",
-                task=path.stem,
-                split="test",
-                id=str(record.get("id", int)),
-                context=record.get("context"),
-                question=record.get("input"),
-                answers=_flat(record).texts("answer"),
-                choices=choices,
-                meta=record.without("id", "context", "input"),
-                place=record.place,
-            )
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
+    if path.stem not in TASKS:
+        raise UserError(f"{path}: not one of InfiniteBench's files, which are named like {TASKS[0]}.jsonl")
+    for record in read_jsonl(path):
+        choices = record.texts("options") if record.data.get("options") else ()
+        if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
+            raise UserError(f"{record.place}: field 'options' contains {len(choices)} choices, not 4")
+        yield BenchmarkExample(
+            benchmark="infinitebench",
+            task=path.stem,
+            split="test",
+            id=str(record.get("id", int)),
+            context=record.get("context"),
+            question=record.get("input"),
+            answers=_flat(record).texts("answer"),
+            choices=choices,
+            meta=record.without("id", "context", "input"),
+            place=record.place,
+        )
 
 
 def _flat(record: OfficialRecord) -> OfficialRecord:
@@ -77,5 +74,5 @@ FILES = OfficialFiles(
     patterns=tuple(f"{name}.jsonl" for name in TASKS),
     homepage="https://github.com/OpenBMB/InfiniteBench",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

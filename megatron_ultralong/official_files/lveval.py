@@ -49,13 +49,12 @@ def split_of(path: Path) -> str | None:
     return "test" if path.suffix == ".jsonl" and _NAME.fullmatch(path.stem) else None
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    for path in paths:
-        if path.suffix == ".zip":
-            for name, records in read_zip(path):
-                yield from _read_set(PurePosixPath(name).stem, path, records)
-        else:
-            yield from _read_set(path.stem, path, read_jsonl(path))
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
+    if path.suffix == ".zip":
+        for name, records in read_zip(path):
+            yield from _read_set(PurePosixPath(name).stem, path, records)
+    else:
+        yield from _read_set(path.stem, path, read_jsonl(path))
 
 
 def _read_set(name: str, path: Path, records: Iterable[OfficialRecord]) -> Iterator[BenchmarkExample]:
@@ -86,5 +85,5 @@ FILES = OfficialFiles(
     patterns=tuple(f"{name}.zip" for name in SETS),
     homepage="https://github.com/infinigence/LVEval",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

@@ -3,16 +3,15 @@ EleutherAI/hendrycks_math. The answer is the worked solution, with the final res
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ultralong.official_files.records import (
     BenchmarkExample,
     OfficialFiles,
     hub_split,
-    numbered,
     read_json,
-    read_parquet_or_jsonl,
+    read_rows,
 )
 
 
@@ -23,13 +22,9 @@ def split_of(path: Path) -> str | None:
     return hub_split(path)
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    return numbered(example for path in paths for example in _read_file(path))
-
-
-def _read_file(path: Path) -> Iterator[BenchmarkExample]:
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
     is_json = path.suffix == ".json"
-    for record in [read_json(path)] if is_json else read_parquet_or_jsonl(path):
+    for record in [read_json(path)] if is_json else read_rows(path):
         yield BenchmarkExample(
             benchmark="math",
             task=record.get("type"),
@@ -47,5 +42,5 @@ FILES = OfficialFiles(
     patterns=("*/{split}-*.parquet",),
     homepage="https://github.com/hendrycks/math",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

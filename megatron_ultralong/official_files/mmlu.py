@@ -4,16 +4,15 @@ all/{test,dev,validation}-*.parquet of cais/mmlu. The answer is the letter of th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ultralong.official_files.records import (
     BenchmarkExample,
     OfficialFiles,
     hub_split,
-    numbered,
     read_csv,
-    read_parquet_or_jsonl,
+    read_rows,
 )
 
 _COLUMNS = ("question", "A", "B", "C", "D", "answer")
@@ -26,19 +25,14 @@ def split_of(path: Path) -> str | None:
     return csv[1].replace("val", "validation") if csv else hub_split(path)
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
-    return numbered(example for path in paths for example in _read_file(path))
-
-
-def _read_file(path: Path) -> Iterator[BenchmarkExample]:
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
     is_csv = path.suffix == ".csv"
-    for record in read_csv(path, _COLUMNS) if is_csv else read_parquet_or_jsonl(path):
+    for record in read_csv(path, _COLUMNS) if is_csv else read_rows(path):
         choices = tuple(map(record.get, "ABCD")) if is_csv else record.texts("choices")
         yield BenchmarkExample(
             benchmark="mmlu",
             task=re.sub(r"_(test|dev|val)$", "", path.stem) if is_csv else record.get("subject"),
             split=split_of(path) or "test",
-            id="",
             question=record.get("question"),
             answers=(record.choice_letter("answer", len(choices)),),
             choices=choices,
@@ -52,5 +46,5 @@ FILES = OfficialFiles(
     patterns=("all/{split}-*.parquet",),
     homepage="https://github.com/hendrycks/test",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

@@ -13,9 +13,8 @@ import json
 import re
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,8 +31,9 @@ class BenchmarkExample:
     """The subset or task of the benchmark that it belongs to."""
     split: str
     """test, dev, validation or train."""
-    id: str
-    """The official id if it has one, otherwise the number of the example, from 0, in its task and split."""
+    id: str = ""
+    """The official id; "" = none, then `find.read_examples` fills in the number of the example, from 0, in
+    its task and split."""
     question: str
     context: str = ""
     """The long text that the question is about, where the files separate the two (RULER's prompts are split:
@@ -61,8 +61,8 @@ class OfficialFiles:
     """The authors' repository."""
     split_of: Callable[[Path], str | None]
     """The split that a file contains, by its name; None for a file that does not belong to the benchmark."""
-    read: Callable[[Iterable[Path]], Iterator[BenchmarkExample]]
-    """The examples of the files, in order. UserError for content that is not official."""
+    read_file: Callable[[Path], Iterator[BenchmarkExample]]
+    """The examples of a file, in order. UserError for content that is not official."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,6 @@ def hub_split(path: Path) -> str | None:
     other names."""
     match = re.fullmatch(r"(test|dev|validation|train)-\d+-of-\d+.*\.parquet", path.name)
     return match[1] if match else None
-
-
-def numbered(examples: Iterable[BenchmarkExample]) -> Iterator[BenchmarkExample]:
-    """Give each example without an id its number, from 0, in its task and split."""
-    numbers: Counter[tuple[str, str]] = Counter()
-    for example in examples:
-        number = numbers[example.task, example.split]
-        numbers[example.task, example.split] += 1
-        yield example if example.id else replace(example, id=str(number))
 
 
 # ---- file formats ------------------------------------------------------------------------------
@@ -197,7 +188,7 @@ def read_parquet(path: Path) -> Iterator[OfficialRecord]:
             raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None
 
 
-def read_parquet_or_jsonl(path: Path) -> Iterator[OfficialRecord]:
+def read_rows(path: Path) -> Iterator[OfficialRecord]:
     """Read a .parquet file by rows, any other file as .jsonl."""
     return read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
 

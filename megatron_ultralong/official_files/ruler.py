@@ -9,7 +9,7 @@ model's answer begins, is in meta. Scoring requires all of `answers` (niah, vt, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ultralong.official_files.records import BenchmarkExample, OfficialFiles, read_jsonl
@@ -39,25 +39,24 @@ def split_of(path: Path) -> str | None:
     return "test" if path.suffix == ".jsonl" and task in TASKS else None
 
 
-def read(paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
     """Read the examples; the task is the name of the file, or of the folder of a validation or test file."""
-    for path in paths:
-        task = path.stem if path.stem not in ("validation", "test") else path.parent.name
-        for record in read_jsonl(path):
-            text = record.get("input")
-            start = max((match.start() for match in _QUESTION.finditer(text)), default=len(text))
-            record.get("length", int)
-            yield BenchmarkExample(
-                benchmark="ruler",
-                task=task,
-                split="test",
-                id=str(record.get("index", int)),
-                context=text[:start],
-                question=text[start:],
-                answers=record.texts("outputs"),
-                meta=record.without("index", "input", "outputs"),
-                place=record.place,
-            )
+    task = path.stem if path.stem not in ("validation", "test") else path.parent.name
+    for record in read_jsonl(path):
+        text = record.get("input")
+        start = max((match.start() for match in _QUESTION.finditer(text)), default=len(text))
+        record.get("length", int)
+        yield BenchmarkExample(
+            benchmark="ruler",
+            task=task,
+            split="test",
+            id=str(record.get("index", int)),
+            context=text[:start],
+            question=text[start:],
+            answers=record.texts("outputs"),
+            meta=record.without("index", "input", "outputs"),
+            place=record.place,
+        )
 
 
 FILES = OfficialFiles(
@@ -65,5 +64,5 @@ FILES = OfficialFiles(
     patterns=(),
     homepage="https://github.com/NVIDIA/RULER",
     split_of=split_of,
-    read=read,
+    read_file=read_file,
 )

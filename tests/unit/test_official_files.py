@@ -92,13 +92,10 @@ def test_ruler_prompts_are_taken_apart_and_nothing_is_lost(tmp_path):
     assert examples["vt"].question.endswith("value 12 in the text above.")
     assert examples["niah_single_2"].question.startswith("What is the special magic number for grey-owl")
     assert examples["qa_1"].answers == ("owl", "an owl")
-    (example,) = ruler.read(
-        [
-            made.jsonl(
-                tmp_path / "cwe.jsonl",
-                [{"index": 5, "input": "no such thing", "outputs": ["a"], "length": 1}],
-            )
-        ],
+    (example,) = ruler.read_file(
+        made.jsonl(
+            tmp_path / "cwe.jsonl", [{"index": 5, "input": "no such thing", "outputs": ["a"], "length": 1}]
+        )
     )
     assert (example.task, example.context, example.question) == ("cwe", "no such thing", "")
 
@@ -125,9 +122,8 @@ def test_lveval_alone_and_zipped(tmp_path):
     assert len(read("lveval", tmp_path / "b")) == 5
     assert [
         e.id
-        for e in lveval.read(
-            official_files.find_files("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
-        )
+        for path in official_files.find_files("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
+        for e in lveval.read_file(path)
     ] == ["16k/0", "16k/1"]
     assert len(lveval.SETS) == 11 and len(lveval.LEVELS) == 5
 
@@ -148,7 +144,7 @@ def test_infinitebench(tmp_path):
         tmp_path / "b" / "math_calc.jsonl",
         [{"id": 0, "context": "1 + 2", "input": "", "answer": [[1, 3]], "options": ""}],
     )
-    assert next(iter(infinitebench.read([nested]))).answers == ("1", "3")
+    assert next(iter(infinitebench.read_file(nested))).answers == ("1", "3")
     assert examples["math_calc"].answers == ("1", "3", "6") and len(infinitebench.TASKS) == 12
 
 
@@ -228,10 +224,10 @@ def test_wrong_csv_parquet_and_json(tmp_path):
     }
     bad = made.parquet(tmp_path / "test-00000-of-00001.parquet", [row])
     with pytest.raises(UserError, match="row 1: field 'answer_index' is 0, but 'answer' is B"):
-        list(mmlu_pro.read([bad]))
+        list(mmlu_pro.read_file(bad))
     bad.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        list(mmlu_pro.read([bad]))
+        list(mmlu_pro.read_file(bad))
     bad = tmp_path / "test.jsonl"
     bad.write_text("{nonsense\n")
     with pytest.raises(UserError, match=r"test.jsonl, line 1: not JSON"):

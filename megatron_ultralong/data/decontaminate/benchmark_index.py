@@ -20,6 +20,9 @@ from megatron_ultralong.data.decontaminate.normalise import Normalisation, Vocab
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.official_files.records import BenchmarkExample
 
+COUNTS = ("examples", "texts", "too_short", "unsearchable", "ngrams", "common")
+"""What the report counts of each benchmark."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NgramRules:
@@ -59,18 +62,7 @@ def build_index(
     example_of_text: list[int] = []
     benchmark_of_example: list[int] = []
     for number, example in enumerate(examples):
-        counts = statistics.setdefault(
-            example.benchmark,
-            {
-                "examples": 0,
-                "texts": 0,
-                "too_short": 0,
-                "unsearchable": 0,
-                "ngrams": 0,
-                "common": 0,
-                "tasks": Counter(),
-            },
-        )
+        counts = statistics.setdefault(example.benchmark, {**dict.fromkeys(COUNTS, 0), "tasks": Counter()})
         counts["examples"] += 1
         counts["tasks"][example.task] += 1
         benchmark_of_example.append(list(statistics).index(example.benchmark))

@@ -24,6 +24,9 @@ from megatron_ultralong.data.sft.settings import SftSettings
 from megatron_ultralong.data.sft.tokenise_chat import encode_chats, tokens_to_keep
 from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 
+COUNTS = ("read", "broken", "unsupported", "duplicates", "too_long", "usable", "turns_cut", "cut_to_length")
+"""What the manifest counts of each source's records."""
+
 
 @dataclass(frozen=True)
 class ChatEncoder:
@@ -114,14 +117,7 @@ def _entry(source: ConversationSource) -> dict[str, Any]:
         "domain": source.domain,
         "form": source.form,
         "files": [_describe_file(path) for path in source.files],
-        "read": 0,
-        "broken": 0,
-        "unsupported": 0,
-        "duplicates": 0,
-        "too_long": 0,
-        "usable": 0,
-        "turns_cut": 0,
-        "cut_to_length": 0,
+        **dict.fromkeys(COUNTS, 0),
     }
 
 

@@ -11,23 +11,13 @@ from typing import Any
 from megatron_ultralong.data import conversations
 from megatron_ultralong.data.conversations import Unusable
 from megatron_ultralong.data.sft.chat_template import NotRendered
-from megatron_ultralong.data.sft.encode_sources import ChatEncoder
+from megatron_ultralong.data.sft.encode_sources import COUNTS, ChatEncoder
 from megatron_ultralong.data.sft.select_examples import ConversationSource
 from megatron_ultralong.data.sft.tokenise_chat import encode_batch
 
 SHOWN_UNUSABLE = 5
 """Records that could not be used, printed at the end."""
-_COLUMNS = (
-    "read",
-    "broken",
-    "unsupported",
-    "duplicates",
-    "too_long",
-    "usable",
-    "chosen",
-    "tokens",
-    "trained_tokens",
-)
+_COLUMNS = (*COUNTS[:6], "chosen", "tokens", "trained_tokens")
 
 
 def summary_lines(manifest: dict[str, Any], broken: Path) -> list[str]:
