@@ -1,5 +1,5 @@
-"""Chat templates: the same tokens as transformers' apply_chat_template, trained on answers and the tokens that
-end them."""
+"""Chat templates: the same tokens as transformers' apply_chat_template, trained on answers and the tokens
+that end them."""
 
 from __future__ import annotations
 

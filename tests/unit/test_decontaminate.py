@@ -71,7 +71,7 @@ def run(
 
 
 def words_of(text: str) -> list[str]:
-    """The rule for words, written anew and character by character: letters, digits and their marks; Han
+    """The rule for words, reimplemented character by character: letters, digits and their marks; Han
     characters one by one."""
     found, word = [], ""
     for character in unicodedata.normalize("NFKC", text).casefold() + " ":
@@ -87,7 +87,7 @@ def words_of(text: str) -> list[str]:
 
 
 def by_sets(texts: list[str], documents: list[str], ngram: int, least: int) -> list[bool]:
-    """Whether each document has an n-gram of the texts, or all of a shorter one; with sets of tuples."""
+    """Whether each document has an n-gram of the texts, or a complete shorter text; with sets of tuples."""
     wanted: set[tuple[str, ...]] = set()
     for text in texts:
         words = words_of(text)
@@ -111,7 +111,7 @@ REPORT = ContaminationPolicy(action="report")
 
 
 def scan(examples, documents, policy=REPORT, **rules):
-    """What a scanner says of .jsonl lines with those texts."""
+    """The result of a scanner for .jsonl lines with those texts, and its index."""
     index = build_index(examples, NgramRules(**rules), Normalisation())
     lines = [json.dumps({"text": document}).encode() + b"\n" for document in documents]
     return BatchScanner(index, policy, "text")(DocumentBatch("x.jsonl", ".jsonl", 1, lines)), index
@@ -255,7 +255,7 @@ def test_long_texts_are_searched_across_strides_and_blocks():
 
 
 def test_same_hash_is_not_the_same_words(monkeypatch):
-    """With all hashes equal, the comparison word by word alone decides."""
+    """With all hashes equal, only the comparison word by word decides."""
     import numpy
 
     from megatron_ultralong.data.decontaminate import ngrams
@@ -275,7 +275,7 @@ def test_same_hash_is_not_the_same_words(monkeypatch):
     assert not list(index.search(encode("d c b a a b c x d")))
 
 
-def test_short_texts_whole_or_not_at_all():
+def test_short_texts_match_completely_or_not_at_all():
     nine, seven = "one two three four five six seven eight nine", "one two three four five six seven"
     outcome, index = scan(
         [example(nine, 0), example(seven, 1), example("", 2)], [f"x {nine} y", f"x {nine[:-5]} y", seven]
@@ -292,11 +292,11 @@ def test_template_text_is_ignored_and_counted():
     documents = [template, f"{template} q3 r3 s3"]
     outcome, index = scan(examples, documents, common=10)
     assert [(match["line"], match["example"]) for match in outcome.matches] == [(2, "3")]
-    assert index.statistics["text"]["common"] == 3  # its 15 words hold 3 n-grams
+    assert index.statistics["text"]["common"] == 3  # its 15 words have 3 n-grams
     assert {match["line"] for match in scan(examples, documents, common=11)[0].matches} == {1, 2}
     same = [
         example(QUESTION, i) for i in range(50)
-    ]  # the same text fifty times is no template: it counts once
+    ]  # the same text fifty times is not a template: it counts once
     assert [match["example"] for match in scan(same, [QUESTION], common=1)[0].matches] == ["0"]
     two = [example(QUESTION, 0, "gsm8k"), example(QUESTION, 1, "math")]  # and counts for each benchmark
     assert [match["benchmark"] for match in scan(two, [QUESTION], common=1)[0].matches] == ["gsm8k", "math"]
@@ -348,7 +348,7 @@ def test_cut_removes_exactly(settings, left):
 
 
 def test_cut_leaves_nothing_to_find():
-    """Also where what was around a match makes another one once it is gone, and in text without spaces."""
+    """Also where the words around a match form another one once it is removed, and in text without spaces."""
     rng = random.Random(4)
     alphabet = ["a", "B", "灯塔", "灯", "ﬁ", "½", "x-y"]
     removed = 0
@@ -510,7 +510,8 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
 
 
 def test_empty_files_and_halves_of_surrogate_pairs(tmp_path):
-    """JSON can hold what UTF-8 cannot: in an id, in a benchmark. Files without any document stay files."""
+    """JSON can contain what UTF-8 cannot: in an id, in a benchmark. Files without any document are
+    written."""
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"text": QUESTION + " \ud800", "id": "\udfff"}) + "\n")
     path = tmp_path / "a.jsonl"
@@ -602,7 +603,7 @@ def test_a_killed_run_resumes(tmp_path, bench):
     assert (tmp_path / "out" / "0.jsonl").stat().st_mtime_ns == before
 
 
-def test_what_is_done_is_kept_unless_something_changed(tmp_path, bench, capsys):
+def test_complete_files_are_kept_unless_something_changed(tmp_path, bench, capsys):
     path, output = training_text(tmp_path / "a.jsonl", 20), tmp_path / "out"
     first = run([path], [bench], output)
     before = (output / "a.jsonl").stat().st_mtime_ns
@@ -673,8 +674,8 @@ def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
 
 
 def test_conversations_of_every_form(tmp_path, bench):
-    """All messages are searched, whatever columns they stand in; what is left is one form, which the next
-    stages read."""
+    """All messages are searched, whatever their columns; the output has one form, which the next stages
+    read."""
     sharegpt = [
         {
             "id": "s1",
@@ -752,7 +753,7 @@ def test_conversations_of_every_form(tmp_path, bench):
     assert read(out / "share.jsonl") == [
         {"id": "s2", "messages": [{"role": "system", "content": "be kind"}, *said("hi", "ho")]}
     ]
-    # A column that is no message is not searched and not kept: it would be taken for the text of a document.
+    # A column that is not a message is neither searched nor kept: it would be read as the text of a document.
     assert read(out / "alpaca.jsonl.zst") == [
         {"id": "alpaca.jsonl.zst:1", "messages": said("do\n\nthis", "done")},
         {"domain": "code", "id": "7", "messages": said("a", "b")},
@@ -778,7 +779,7 @@ def test_conversations_of_every_form(tmp_path, bench):
     for name in ("share.jsonl", "alpaca.jsonl.zst", "pairs.jsonl", "matches.jsonl", "broken.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
 
-    # Done is done; and what is read next is the data, not what was taken out of it.
+    # Complete files are kept; and the next stage reads the data, not the reports about it.
     before = (out / "share.jsonl").stat().st_mtime_ns
     run([tmp_path / "share.json", tmp_path / "alpaca.jsonl.zst", tmp_path / "sub"], [bench], out, form="auto")
     assert (out / "share.jsonl").stat().st_mtime_ns == before

@@ -79,7 +79,7 @@ def test_math_gsm8k_humaneval_in_both_formats(tmp_path):
     assert example.meta["entry_point"] == "f" and example.answers == ("    return 2 * x\n",)
 
 
-def test_ruler_prompts_are_taken_apart_and_nothing_is_lost(tmp_path):
+def test_ruler_prompts_are_split_and_nothing_is_lost(tmp_path):
     examples = {example.task: example for example in read("ruler", made.ruler(tmp_path))}
     for task, example in examples.items():
         path = tmp_path / "4096" / "data" / task / "validation.jsonl"
@@ -118,7 +118,7 @@ def test_lveval_alone_and_zipped(tmp_path):
         and plain[1].meta["answer_keywords"] == "Mira"
     )
     assert "answer_keywords" not in plain[0].meta
-    made.lveval(tmp_path / "b")  # unpacked beside the .zip: read once
+    made.lveval(tmp_path / "b")  # unpacked next to the .zip: read once
     assert len(read("lveval", tmp_path / "b")) == 5
     assert [
         e.id
@@ -264,7 +264,7 @@ def test_finding(tmp_path, monkeypatch):
     ):
         official_files.find_files(
             "infinitebench", "hub", names=["passkey", "code_run"]
-        )  # the snapshot here is another's
+        )  # the snapshot here is of another benchmark
     assert asked["patterns"] == ["code_run.jsonl", "passkey.jsonl"]
 
     def offline(*args, **kwargs):

@@ -1,5 +1,5 @@
-"""tools/prepare_data.py refine against a real HTTP server that answers, is late, refuses, breaks off and
-counts what it was asked."""
+"""tools/prepare_data.py refine against a real HTTP server that answers, is late, refuses, disconnects and
+counts its requests."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run(
     return refine([inputs], output, RefineSettings(**settings), prompts, show_progress=False)
 
 
-def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server, tmp_path):
+def test_answers_keep_their_order_with_limited_concurrency(server, tmp_path):
     server.delay = 0.02
     # Later ones are answered sooner.
     server.script = lambda draft, nth: {
@@ -126,8 +126,8 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
         and made[3]["refine"]["prompt_sha256"] == RewritePrompts().sha256("code")
     )
     assert server.most == 4
-    # Example 28 equals 3 but for the domain, so it is another request; the others that are equal are asked
-    # once.
+    # Example 28 equals 3 but for the domain, so it is another request; the other equal ones are
+    # requested once.
     assert server.asked == Counter({f"draft {i}": 1 for i in range(25)} | {"draft 3": 2})
     assert report == json.loads((tmp_path / "deep" / "out.json").read_text())
     assert report["examples"] == report["refined"] == 30 and report["domains"]["code"] == {
@@ -151,7 +151,7 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
     assert server.asked.total() == 26 and (tmp_path / "deep" / "out.jsonl").read_bytes() == before
 
 
-def test_what_may_pass_is_tried_again(server, tmp_path):
+def test_transient_errors_are_retried(server, tmp_path):
     first = {
         "busy": {"status": 429, "raw": "{}", "headers": {"Retry-After": "0.4"}},
         "date": {"status": 429, "raw": "{}", "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}},
@@ -174,7 +174,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path):
     assert server.times["busy"][1] - server.times["busy"][0] >= 0.4
 
 
-def test_equal_examples_are_asked_for_once(server, tmp_path):
+def test_equal_examples_are_requested_once(server, tmp_path):
     server.delay = 0.02
     server.script = lambda draft, nth: f"Better: {draft}" if nth == 2 else ""
     report = run(
@@ -188,14 +188,14 @@ def test_equal_examples_are_asked_for_once(server, tmp_path):
     assert report["refined"] == 12 and report["tokens_in"] == 300
 
 
-def test_openai_takes_another_name_for_the_limit(server, tmp_path, monkeypatch):
+def test_openai_has_another_name_for_the_token_limit(server, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint_client, "OPENAI", server.url)
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert server.bodies[0]["max_completion_tokens"] == 4096 and "max_tokens" not in server.bodies[0]
 
 
 def test_a_slow_drip_is_a_timeout(server, tmp_path):
-    """The HTTP client's own limit is one between two bytes."""
+    """The HTTP client's own timeout limits the time between two bytes."""
     server.script = lambda draft, nth: {"text": "x", "drip": 0.1} if nth == 0 else {"text": "x", "sleep": 5}
     start = time.monotonic()
     report = run(
@@ -212,7 +212,7 @@ def test_a_slow_drip_is_a_timeout(server, tmp_path):
     )
 
 
-def test_failures_are_kept_and_asked_again_only_on_demand(server, tmp_path):
+def test_failures_are_logged_and_repeated_only_on_demand(server, tmp_path):
     good = False
     server.script = lambda draft, nth: (
         f"Better: {draft}" if good or draft == "b" else error_of(503, f"busy {KEY}")
@@ -282,7 +282,7 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
         ),
     ],
 )
-def test_what_no_retry_mends_ends_in_one_line(server, tmp_path, reply, message):
+def test_errors_that_no_retry_fixes_are_one_line(server, tmp_path, reply, message):
     server.script = lambda draft, nth: reply
     source = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(50)])
     with pytest.raises(UserError, match=message) as error:
@@ -317,7 +317,7 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
 # ---- checks ------------------------------------------------------------------------------------
 
 
-def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tmp_path):
+def test_a_rejected_answer_is_requested_again_then_the_original_stays(server, tmp_path):
     bad = {
         "cut off": {"text": "Better, but", "finish": "length"},
         "refused": "I’m sorry, but I can’t help with that.",
@@ -346,7 +346,7 @@ def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tm
     assert server.asked.total() == 24
     run(
         server, source, output, temperature=0.0, attempts=3, max_tokens=8000
-    )  # asks once more for what was rejected, for nothing else
+    )  # requests the rejected ones once more, nothing else
     assert {draft for draft, count in server.asked.items() if count == 3} == {
         f"{name} twice" for name in bad
     } and server.asked.total() == 30
@@ -393,7 +393,7 @@ def test_check_of_answers(answer, reason):
     assert against(answer) == reason
 
 
-def test_checks_that_look_at_the_original():
+def test_checks_that_compare_with_the_original():
     assert against("I cannot help with that.", "I'm sorry, but I can't do that.") is None
     assert against("As drafts go: <draft> is a tag", "Use the <draft> tag") is None
     assert against("x" * 19, "y" * 100) == "much shorter" and against("x" * 20, "y" * 100) is None
@@ -433,7 +433,7 @@ def test_final_answer_of_mathematics(new, old, same):
     assert against(new, old, domain="general") is None
 
 
-def test_thinking_is_cut_off(server, tmp_path):
+def test_reasoning_is_removed(server, tmp_path):
     server.script = lambda draft, nth: "<think>\nhm\n</think>\n\nBetter."
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert answers(tmp_path / "out.jsonl") == ["Better."]
@@ -512,7 +512,7 @@ def test_custom_prompts(server, tmp_path):
     source = write(tmp_path / "in.jsonl", [example("q", "a", domain="math")])
     run(server, source, tmp_path / "out.jsonl")
     run(server, source, tmp_path / "out.jsonl", prompts)
-    assert server.asked.total() == 2  # another prompt is another question
+    assert server.asked.total() == 2  # another prompt is another request
     for text, message in (
         ("maths: x", "no template is named 'maths'; did you mean 'math'"),
         ("math: x", "the template 'math' lacks {conversation}"),
@@ -636,7 +636,7 @@ def test_limit_and_budget(server, tmp_path):
         and server.asked.total() == 3
         and len(read(output)) == 3
     )
-    prices = {"price_in": 10.0, "price_out": 100.0}  # 0.002 USD an answer
+    prices = {"price_in": 10.0, "price_out": 100.0}  # 0.002 USD per answer
     report = run(server, source, output, budget=0.0155, concurrency=1, **prices)
     assert (
         server.asked.total() == 8
@@ -705,7 +705,7 @@ def test_a_killed_run_resumes_and_ends_the_same(server, tmp_path):
     server.delay = 0
     wait_for(lambda: server.in_flight == 0)
     done, asked = Counter(record["key"] for record in read(journal)[1:]), server.asked.total()
-    assert 8 <= done.total() < 44 and asked - done.total() <= 4  # what was on its way is all that was lost
+    assert 8 <= done.total() < 44 and asked - done.total() <= 4  # only requests in flight were lost
     with journal.open("ab") as file:
         file.write(b'{"key": "half of a l')
     report = run(server, source, output)
@@ -751,19 +751,17 @@ def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
         and "interrupted: " in last
     )
     asked = server.asked.total()
-    assert (
-        len(read(tmp_path / "out.journal.jsonl")) == 1 + asked < 150
-    )  # answers on their way were waited for
+    assert len(read(tmp_path / "out.journal.jsonl")) == 1 + asked < 150  # it waited for requests in flight
     server.delay = 0
     assert run(server, source, output)["refined"] == 200 and server.asked.total() == 200
 
 
-def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
+def test_a_stopped_run_does_not_wait_long(server, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "GRACE", 0.1)
     server.script = lambda draft, nth: {"text": "late", "sleep": 5}
     before = signal.getsignal(signal.SIGTERM)
 
-    def stop() -> None:  # not before the run has its own answer to the signal
+    def stop() -> None:  # not before the run handles the signal
         wait_for(lambda: server.asked)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -772,7 +770,7 @@ def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert time.monotonic() - begin < 4 and signal.getsignal(signal.SIGTERM) is before
-    assert not (tmp_path / "out.journal.jsonl").exists()  # nothing stood in it
+    assert not (tmp_path / "out.journal.jsonl").exists()  # it was empty
 
 
 def test_request_log(tmp_path):
@@ -786,7 +784,7 @@ def test_request_log(tmp_path):
             "b"
         ) == []
     whole = path.read_bytes()
-    for cut in range(len(whole)):  # wherever it was cut, whole lines are kept and the rest goes
+    for cut in range(len(whole)):  # wherever it was cut, complete lines are kept and the rest is removed
         path.write_bytes(whole[:cut])
         with contextlib.closing(RequestLog(path)) as journal:
             assert len(journal.get("a")) == max(0, whole[:cut].count(b"\n") - 1)

@@ -37,9 +37,9 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """Run the tool's main in this process, so that its UserError is seen."""
+    """Run the tool's main in this process, so that its UserError is raised here."""
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
-    monkeypatch.setattr("signal.signal", lambda *args: None)  # the tests keep their own answer to a signal
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # the tests keep their own signal handlers
     runpy.run_path(str(TOOL))["main"]()
 
 
@@ -67,7 +67,7 @@ def contents(prefix: Path) -> dict[str, bytes]:
 
 
 def expected(tokenizer_dir: Path, record: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """(ids, ids trained on), by transformers' own tokens alone."""
+    """(ids, ids trained on), from transformers' tokens alone."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     ids = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
     trained = [
@@ -164,7 +164,7 @@ def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
     ].tolist() == expected(tokenizer_dir, record)[0]
 
 
-def test_one_conversation_a_row(tmp_path, tokenizer_dir):
+def test_one_conversation_per_row(tmp_path, tokenizer_dir):
     records = [made.asked(i) for i in range(5)]
     manifest = prepared(tmp_path, tokenizer_dir, records, fit="single")
     rows = packed_rows.PackedRows(str(tmp_path / "out"), S)
@@ -277,7 +277,7 @@ def test_shares_are_rounded_to_the_sum():
             select_examples.parse_mix(text)
 
 
-def test_sources_give_the_same_as_far_as_they_can():
+def test_sources_give_equal_numbers_as_far_as_available():
     assert select_examples.split_evenly([100, 100, 100], 60) == [20, 20, 20]
     assert select_examples.split_evenly([100, 5, 100], 65) == [30, 5, 30]
     assert select_examples.split_evenly([4, 5, 6], 100) == [4, 5, 6]
@@ -353,7 +353,7 @@ def test_from_the_command_line_by_domain_and_source(tmp_path, tokenizer_dir, mon
     assert json.loads((tmp_path / "all.json").read_text())["documents"] == 139
 
 
-def test_a_domain_with_too_few_is_said(tmp_path, tokenizer_dir, monkeypatch, capsys):
+def test_a_domain_with_too_few_examples_is_reported(tmp_path, tokenizer_dir, monkeypatch, capsys):
     command(
         monkeypatch,
         "sft",

@@ -1,5 +1,4 @@
-"""The prompts that ask a model to rewrite an answer: one template per domain, replaceable by a YAML \
-file."""
+"""The prompts that ask a model to rewrite an answer: one template per domain, replaceable by YAML."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ _MATH = (
     + """Write the assistant's message as a full solution. Work through the problem step by step, each \
 step following from those before, with the arithmetic shown and checked. Keep the draft's result if it is \
 right; if your own work gives another, trust your work. End with one line of its own that gives the result \
-in the draft's way (\\boxed{...} or #### ...), or, if it has none, as: The final answer is $\\boxed{...}$. \
-"""
+in the draft's way (\\boxed{...} or #### ...), or, if it has none, as: The final answer is $\\boxed{...}$. """
     + _END
 )
 
