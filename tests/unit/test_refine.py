@@ -29,7 +29,7 @@ from megatron_ultralong.data.refine import run as refine
 from megatron_ultralong.data.refine.next_step import Settings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 from tests.server import Server
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -270,11 +270,11 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
         ),
         (
             {"status": 404, "raw": "{}"},
-            r"http://127.0.0.1:\d+/v1 answers 404: no model 'm' there, or no such address; check --model and --base-url",
+            r"http://127.0.0.1:\d+/v1 answers 404: no model 'm', or no such address; check --model and --base-url",
         ),
         (
             error_of(400, "temperature is not supported"),
-            "answers 400 and will not be asked again: .*temperature is not",
+            "answers 400 which another try will not change: .*temperature is not",
         ),
         (
             error_of(429, "pay", "insufficient_quota"),
@@ -304,12 +304,12 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
     source = write(tmp_path / "in.jsonl", [example("q", "a")])
     assert run(server, source, tmp_path / "out.jsonl")["refined"] == 1
     server.script = lambda draft, nth: {"status": 401, "raw": "{}"}
-    with pytest.raises(UserError, match="answers 401: a key is needed; put it into MY_KEY"):
+    with pytest.raises(UserError, match="answers 401: a key is required; put it into MY_KEY"):
         run(server, source, tmp_path / "other.jsonl", key_env="MY_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         run(server, source, tmp_path / "third.jsonl", base_url=endpoint_client.OPENAI)
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
-    with pytest.raises(UserError, match="OPENAI_API_KEY holds signs that no key has") as error:
+    with pytest.raises(UserError, match="OPENAI_API_KEY contains characters that no key has") as error:
         run(server, source, tmp_path / "third.jsonl")
     assert "schl" not in str(error.value)
 
@@ -770,34 +770,34 @@ def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
 
 def test_journal(tmp_path):
     path = tmp_path / "j.jsonl"
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(RequestLog(path)) as journal:
         journal.add({"key": "a", "answer": "é\ud800", "tokens_in": 3})
         journal.add({"key": "a", "failed": "x"})
-        with pytest.raises(UserError, match="is in use by another run"):
-            Journal(path)
+        with pytest.raises(UserError, match="is being written by another run"):
+            RequestLog(path)
         assert [record.get("answer") for record in journal.get("a")] == ["é\ud800", None] and journal.get(
             "b"
         ) == []
     whole = path.read_bytes()
     for cut in range(len(whole)):  # wherever it was cut, whole lines are kept and the rest goes
         path.write_bytes(whole[:cut])
-        with contextlib.closing(Journal(path)) as journal:
+        with contextlib.closing(RequestLog(path)) as journal:
             assert len(journal.get("a")) == max(0, whole[:cut].count(b"\n") - 1)
             kept = path.read_bytes()
             assert kept == whole[: whole[:cut].rfind(b"\n") + 1]
             journal.add({"key": "b"})
             assert journal.get("b") == [{"key": "b"}]
     path.write_bytes(whole)
-    with contextlib.closing(Journal(path, forget="failed")) as journal:
+    with contextlib.closing(RequestLog(path, forget="failed")) as journal:
         assert len(journal.get("a")) == 1 and journal.tokens_in == 3
     path.write_bytes(whole.replace(b'"key": "a", "answer"', b'"key", "a" "answer"'))
-    with pytest.raises(UserError, match="line 2: is broken; remove that line"):
-        Journal(path)
+    with pytest.raises(UserError, match="line 2: is not a JSON object; remove that line"):
+        RequestLog(path)
     path.write_bytes(b'{"other": 1}\n')
-    with pytest.raises(UserError, match="line 1: is no journal of format 1"):
-        Journal(path)
-    with pytest.raises(UserError, match="cannot be used: Is a directory"):
-        Journal(tmp_path)
+    with pytest.raises(UserError, match="is not a refine log of format 1"):
+        RequestLog(path)
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        RequestLog(tmp_path)
 
 
 # ---- the tool ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from megatron_ultralong.data.decontaminate.benchmark_index import Rules
 from megatron_ultralong.data.decontaminate.normalise import Normalise
 from megatron_ultralong.data.decontaminate.scan import Outcome, Scanner, Treatment, to_json
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io.workers import Workers
+from megatron_ultralong.io.workers import WorkerPool
 from megatron_ultralong.official_files import find as official_files
 from megatron_ultralong.official_files.records import Example
 
@@ -90,7 +90,7 @@ def run(
         del index  # from here on each process has its own, on that file
         with (
             tqdm(total=size, unit="B", unit_scale=True, desc="searching", disable=not show_progress) as bar,
-            Workers(workers, Scanner.open, (work / "partial" / "index", treatment, text_key)) as pool,
+            WorkerPool(workers, Scanner.open, (work / "partial" / "index", treatment, text_key)) as pool,
         ):
             for path in inputs:
                 if _done(path, output, work, form) is None:
@@ -199,7 +199,7 @@ def _search(
     treatment: Treatment,
     text_key: str,
     form: str | None,
-    pool: Workers,
+    pool: WorkerPool,
     bar: Any,
 ) -> None:
     """One file, from its first line to the renaming of what came of it."""

@@ -15,7 +15,7 @@ from megatron_ultralong.data.refine.prompts import Prompts
 from megatron_ultralong.data.refine.read import Example
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Settings:
             raise UserError("--price-in and --price-out: give both or none")
         if self.budget is not None and self.price_in is None:
             raise UserError("--budget: needs --price-in and --price-out, USD per million tokens")
-        object.__setattr__(self, "base_url", endpoint_client.checked_url(self.base_url))
+        object.__setattr__(self, "base_url", endpoint_client.check_base_url(self.base_url))
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """USD; None without prices."""
@@ -106,7 +106,7 @@ class Result:
     tokens_out: int
 
 
-def advance(example: Example, settings: Settings, prompts: Prompts, journal: Journal) -> Request | Result:
+def advance(example: Example, settings: Settings, prompts: Prompts, journal: RequestLog) -> Request | Result:
     """The next request for an example, or its result."""
     messages = list(example.record["messages"])
     outcomes, tokens_in, tokens_out = [], 0, 0

@@ -19,7 +19,7 @@ from megatron_ultralong.data.refine.prompts import Prompts
 from megatron_ultralong.data.refine.read import Example
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 
 FAILURES_IN_A_ROW = 20
 """Requests that fail one after another before the run gives up."""
@@ -33,20 +33,21 @@ def ask_all(
     count: int,
     settings: Settings,
     prompts: Prompts,
-    journal: Journal,
+    journal: RequestLog,
     show_progress: bool,
 ) -> None:
     """UserError where asking on has no use. KeyboardInterrupt after Ctrl-C or SIGTERM."""
 
     async def ask() -> bool:
         client = endpoint_client.Client(
-            settings.base_url,
-            settings.model,
-            settings.key_env,
-            timeout=settings.timeout,
-            retries=settings.retries,
-            max_tokens=settings.max_tokens,
-            backoff=settings.backoff,
+            endpoint_client.Endpoint(
+                base_url=settings.base_url,
+                model=settings.model,
+                key_env=settings.key_env,
+                timeout=settings.timeout,
+                retries=settings.retries,
+                backoff=settings.backoff,
+            )
         )
         with tqdm(total=count, unit="example", desc="refining", disable=not show_progress) as bar:
             run = _Run(settings, prompts, journal, client, bar)
@@ -85,7 +86,12 @@ class _Run:
     """All requests of one run, some at a time."""
 
     def __init__(
-        self, settings: Settings, prompts: Prompts, journal: Journal, client: endpoint_client.Client, bar: Any
+        self,
+        settings: Settings,
+        prompts: Prompts,
+        journal: RequestLog,
+        client: endpoint_client.Client,
+        bar: Any,
     ) -> None:
         self.settings, self.prompts, self.journal, self.client, self.bar = (
             settings,
@@ -152,12 +158,12 @@ class _Run:
             "attempt": request.attempt,
         }
         try:
-            reply = await self.client.ask(
-                self.prompts.ask(domain, request.before, request.answer), temperature
+            reply = await self.client.chat(
+                self.prompts.ask(domain, request.before, request.answer), temperature, settings.max_tokens
             )
         except endpoint_client.Failure as failure:
             self.journal.add({**record, "failed": failure.kind, "detail": str(failure)})
-            self._row += failure.again  # what is wrong with one example says nothing of the endpoint
+            self._row += failure.retryable  # what is wrong with one example says nothing of the endpoint
             self._show("failed")
             if self._row >= FAILURES_IN_A_ROW:
                 raise UserError(

@@ -23,7 +23,7 @@ from megatron_ultralong.data.refine.read import Input
 from megatron_ultralong.data.refine.requests import ask_all
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 
 FORMAT = 1
 """Of output and report."""
@@ -55,7 +55,9 @@ def refine(
             raise UserError(
                 f"--input {path}: is what --output {output} writes; keep the two in different folders"
             )
-    endpoint_client.key(settings.key_env, settings.base_url)  # a missing key is said before anything is made
+    endpoint_client.api_key(
+        settings.key_env, settings.base_url
+    )  # a missing key is said before anything is made
     examples = Input(
         paths=inputs, domain=settings.domain, turns=settings.turns, limit=settings.limit, form=form
     )
@@ -74,7 +76,7 @@ def refine(
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
     with contextlib.closing(
-        Journal(journal_path, forget="failed" if settings.retry_failed else None)
+        RequestLog(journal_path, forget="failed" if settings.retry_failed else None)
     ) as journal:
         ask_all(examples, count, settings, prompts, journal, show_progress)
         return _write(output, examples, settings, prompts, journal)
@@ -84,7 +86,7 @@ def refine(
 
 
 def _write(
-    output: Path, examples: Input, settings: Settings, prompts: Prompts, journal: Journal
+    output: Path, examples: Input, settings: Settings, prompts: Prompts, journal: RequestLog
 ) -> dict[str, Any]:
     """The conversations, then the report, each renamed when whole; returns the report. Examples not asked for
     yet are left out."""

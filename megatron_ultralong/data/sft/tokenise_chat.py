@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_ultralong.data.sft.chat_template import Rendered
-from megatron_ultralong.io.workers import Workers
+from megatron_ultralong.io.workers import WorkerPool
 
 BATCH = 1 << 19
 """Characters encoded in one go."""
@@ -39,7 +39,7 @@ def encode(backend: Any, batch: list[Rendered]) -> list[Encoded]:
 
 def encode_all(rendered: Iterable[Rendered], backend: Any, workers: int) -> Iterator[Encoded]:
     """`encode` of all, in order. workers: processes; 1 = this one, with the tokenizer's own threads."""
-    with Workers(workers, _encoder, (backend.to_str(),)) as processes:
+    with WorkerPool(workers, _encoder, (backend.to_str(),)) as processes:
         for _, _, found in processes.map((batch, None) for batch in _batches(rendered)):
             yield from found
 
