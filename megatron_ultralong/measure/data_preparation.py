@@ -146,10 +146,10 @@ def _child(name: str, settings: Settings, folder: str, answer: Any) -> None:
 
 
 def _ours(settings: Settings, folder: Path) -> int:
-    from megatron_ultralong.data.pretrain import pack
+    from megatron_ultralong.data.pretrain import pack, sources
 
     made = pack.pack(
-        pack.plain(list(settings.inputs)),
+        sources.from_inputs(list(settings.inputs)),
         settings.tokenizer,
         pack.Packing(seq_length=settings.seq_length),
         str(folder / "rows"),

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megatron_ultralong.data import conversations, documents
+from megatron_ultralong.data import conversations, input_files
 from megatron_ultralong.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -44,7 +44,7 @@ class Batch:
 def kind(path: Path) -> tuple[str, str]:
     """(kind, compression) by the file's name; UserError for others."""
     name = path.name.lower()
-    compression = next((end for end in documents.COMPRESSIONS if name.endswith(end)), "")
+    compression = next((end for end in input_files.COMPRESSIONS if name.endswith(end)), "")
     found = next((end for end in KINDS if name.removesuffix(compression).endswith(end)), None)
     if found is None or (found == ".parquet" and compression):
         raise UserError(
@@ -72,11 +72,11 @@ def batches(
         yield from _conversations(path, form, progress)
         return
     found, compression = kind(path)
-    with documents.readable(path), path.open("rb") as file:
+    with input_files.readable(path), path.open("rb") as file:
         if found == ".parquet":
             yield from _rows(path, file, text_key, progress)
             return
-        stream, done = documents.decompressed(file, compression), 0
+        stream, done = input_files.decompressed(file, compression), 0
         items: list[bytes] = []
         first, size = 1, 0
         for line in [stream.read()] if found == ".txt" else stream:
@@ -158,7 +158,7 @@ def writer(source: Path, target: Path, text_key: str, form: str | None) -> Lines
     conversations."""
     if form is not None:
         return Lines(
-            target, next((end for end in documents.COMPRESSIONS if target.name.lower().endswith(end)), "")
+            target, next((end for end in input_files.COMPRESSIONS if target.name.lower().endswith(end)), "")
         )
     found, compression = kind(source)
     return Table(source, target, text_key) if found == ".parquet" else Lines(target, compression)
@@ -193,7 +193,7 @@ class Table:
     def __init__(self, source: Path, target: Path, text_key: str) -> None:
         import pyarrow.parquet
 
-        with documents.readable(source), _parquet(source):
+        with input_files.readable(source), _parquet(source):
             metadata, self._schema = (
                 pyarrow.parquet.read_metadata(source),
                 pyarrow.parquet.read_schema(source),

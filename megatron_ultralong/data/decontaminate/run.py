@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_ultralong.data import conversations, documents
+from megatron_ultralong.data import conversations, documents, input_files
 from megatron_ultralong.data.decontaminate import benchmark_index, filter_files
 from megatron_ultralong.data.decontaminate import report as contamination_report
 from megatron_ultralong.data.decontaminate.benchmark_index import Rules
@@ -133,7 +133,7 @@ def _check(inputs: Sequence[Path], output: Path, treatment: Treatment, form: str
                 f"{names[name]} and {path} have the same name, and both would be written as {output / name}; "
                 "search them into two directories, or rename one"
             )
-        if name in documents.REPORTS:
+        if name in input_files.REPORTS:
             raise UserError(f"{path}: {name} is the name of a result; rename the file")
         names[name] = path
         if path.parent.resolve() == output.resolve():

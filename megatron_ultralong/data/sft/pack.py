@@ -25,10 +25,11 @@ import numpy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_ultralong.data import conversations, documents, megatron_index, row_writer
+from megatron_ultralong.data import conversations, input_files, megatron_index, row_writer
 from megatron_ultralong.data.best_fit import best_fit, contents
 from megatron_ultralong.data.conversations import DOMAINS, Unusable
 from megatron_ultralong.data.packed_rows import FORMAT
+from megatron_ultralong.data.permutation import permutation
 from megatron_ultralong.data.sft import chat_template, select_examples, tokenise_chat
 from megatron_ultralong.data.sft.sample_buffer import Spill
 from megatron_ultralong.data.sft.select_examples import Source
@@ -131,7 +132,7 @@ def prepare(
             stage,
             settings.seq_length + 1,
             megatron_index.token_dtype(tokenizer.vocab_size),
-            masked=True,
+            masks=True,
             starts=True,
         )
         _pack(writer, spill, chosen, lengths, pad, settings, show_progress)
@@ -268,7 +269,7 @@ def _question(messages: Sequence[conversations.Message]) -> bytes:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    with documents.readable(path), path.open("rb") as file:
+    with input_files.opened(path) as file, input_files.readable(path):
         return {
             "path": str(path),
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
@@ -308,7 +309,7 @@ def _pack(
         best_fit(lengths[chosen], writer.length) if settings.fit == "best" else numpy.arange(len(chosen))
     )
     for which in tqdm(
-        select_examples.shuffled(len(bins), settings.seed),
+        permutation(len(bins), [settings.seed]),
         unit="row",
         desc="packing",
         disable=not show_progress,
@@ -327,7 +328,7 @@ def _pack(
             )
             starts.append(at)
             at += length
-        writer.add(row, mask, [*starts, at] if at < writer.length else starts)
+        writer.add(row[None], mask[None], [[*starts, at] if at < writer.length else starts])
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_ultralong.data import conversations
 from megatron_ultralong.data.conversations import DOMAINS
+from megatron_ultralong.data.permutation import permutation
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import yaml_file
 
@@ -138,13 +139,5 @@ def choose(
     for d, count in ((DOMAINS.index(name), count) for name, count in wanted.items()):
         pools = [numpy.flatnonzero((domain == d) & (source == s)) for s in range(len(names))]
         for name, pool, given in zip(names, pools, evenly([len(pool) for pool in pools], count), strict=True):
-            chosen.append(pool[shuffled(len(pool), seed, zlib.crc32(name.encode()))[:given]])
+            chosen.append(pool[permutation(len(pool), [seed, zlib.crc32(name.encode())])[:given]])
     return numpy.sort(numpy.concatenate(chosen)) if chosen else numpy.empty(0, numpy.int64)
-
-
-def shuffled(count: int, *seeds: int) -> NDArray[numpy.int64]:
-    """A permutation, int64 [count]. numpy keeps raw random bits the same in all versions, but not its own
-    shuffles."""
-    return numpy.argsort(
-        numpy.random.PCG64(numpy.random.SeedSequence(seeds)).random_raw(count), kind="stable"
-    )
