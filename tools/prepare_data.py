@@ -131,7 +131,7 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--tokens-dir",
         type=Path,
         metavar="DIR",
-        help="keep the documents' tokens in this folder, to use them again for other sequence lengths and mixes of the same inputs",
+        help="keep the documents' tokens in this folder, for other sequence lengths and mixes of the same inputs",
     )
     parser.add_argument(
         "--workers",

@@ -359,7 +359,7 @@ def test_rows_go_on_where_they_are_on_the_disk(tmp_path, tokenizer_dir, fit, mon
         tmp_path.glob(".cut*")
     )
 
-    # Other settings do not go on with what was for these.
+    # Other settings do not resume from these rows.
     most, calls = 40, 0
     with pytest.raises(MemoryError):
         packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "cut", fit=fit)
@@ -381,23 +381,23 @@ def test_nothing_of_others_is_lost(tmp_path, tokenizer_dir):
     own = corpus(tmp_path / "own", [[5, 6, 7], [8]])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for mix, output, message in (
-        (sources.from_inputs([own]), "own", "would take the place of the input .*own.idx"),
-        (sources.from_inputs([path]), "own", "files of that name are there which no earlier run made"),
+        (sources.from_inputs([own]), "own", "would replace the input .*own.idx"),
+        (sources.from_inputs([path]), "own", "files of that name exist which no earlier run made"),
         (
             sources.from_inputs([tmp_path / "in"]),
             "in/b",
-            "lies in the input directory .*in; choose a place outside",
+            "is in the input directory .*in; choose a place outside",
         ),
     ):
         with pytest.raises(UserError, match=message):
             packed(mix, tokenizer_dir, tmp_path / output)
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(UserError, match="files of that name are there"):
+    with pytest.raises(UserError, match="files of that name exist"):
         packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "c")
     (tmp_path / "c.json").unlink()
     with token_cache.locked(tmp_path / ".out.work"):
         (tmp_path / ".out.work" / "kept").touch()
-        with pytest.raises(UserError, match=r".out.work: another process is preparing data there"):
+        with pytest.raises(UserError, match=r".out.work: another process prepares data in it"):
             packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "out")
         assert (tmp_path / ".out.work" / "kept").exists()
     assert {p: p.read_bytes() for p in before} == before
