@@ -83,8 +83,9 @@ def encode_all(texts: Iterable[str], backend: Any) -> Iterator[NDArray[numpy.int
     """Yield the token ids of each text, int32 [n], in order. backend: a tokenizers.Tokenizer, which uses its
     own threads.
 
-    Texts are encoded complete, which takes up to 120 bytes of memory per byte of the longest one (2 GB for 16
-    MB, by Llama 3's tokenizer): what encoding pieces of it gives is not always the same.
+    Each text is encoded as a whole: what encoding pieces of it gives is not always the same. That takes about
+    110 bytes of memory per byte of the longest text with Llama 3's tokenizer (2 GB for 16 MB), and up to 180
+    with a Unigram model.
     """
     batch: list[str] = []
     size = 0
