@@ -123,7 +123,7 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
         row = torch.cat([whole["tokens"], whole["labels"][-1:]])
         marks = torch.cat([torch.zeros(1), whole["loss_mask"]])
         which, place = rows.locate(number, 3)
-        starts = [*rows.sets[which].starts(place), S + 1]
+        starts = [*rows.datasets[which].document_starts(place), S + 1]
         assert all(
             share["document_starts"].tolist() == [start for start in starts if start < S] for share in shares
         )
