@@ -19,7 +19,7 @@ from megatron_ultralong import config
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.sharded import Progress
 from megatron_ultralong.config import Model, Run
-from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import flops
 from megatron_ultralong.runtime.launch import Ranks
@@ -28,7 +28,9 @@ from megatron_ultralong.runtime.launch import Ranks
 class Log:
     """Lines on rank 0's standard output, scalars in `SAVE/tensorboard`; silent on the other ranks."""
 
-    def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: Rows) -> None:
+    def __init__(
+        self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: BlendedDataset
+    ) -> None:
         self.run, self.ranks, self.rows = run, ranks, rows
         masked = run.data.documents == "masked"
         self.flops = flops.flops_per_token(model, 0 if masked else run.train.seq_length)

@@ -186,7 +186,7 @@ def token_losses(
     def forward_step(batches: Batches, model: torch.nn.Module) -> Any:
         batch = next(batches)
         tokens, labels = (batch[name].to(ranks.device, non_blocking=True) for name in ("tokens", "labels"))
-        output = model(tokens, labels, starts=batch.get("starts"))
+        output = model(tokens, labels, starts=batch.get("document_starts"))
         return output, lambda nll: (
             nll.sum(),
             torch.tensor(nll.numel(), dtype=torch.int, device=nll.device),
@@ -237,7 +237,7 @@ def evaluate(
 def _forward_step(device: torch.device, z_loss: float) -> Callable[..., Any]:
     def forward_step(batches: Batches, model: torch.nn.Module) -> Any:
         batch = next(batches)
-        starts = batch.get("starts")  # numbers for the host
+        starts = batch.get("document_starts")  # numbers for the host
         tokens, labels, loss_mask = (
             batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -72,8 +71,8 @@ def _train(
     run: Run,
     ranks: launch.Ranks,
     source: weights_source.Source,
-    rows: packed_rows.Rows,
-    held_out: packed_rows.Rows | None,
+    rows: packed_rows.BlendedDataset,
+    held_out: packed_rows.BlendedDataset | None,
     save: Path,
     evaluations: Sequence[loop.Evaluation],
 ) -> sharded.Progress:
@@ -96,15 +95,14 @@ def _train(
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
         sharded.load(source.resume, chunks, optimizer)
-    share: dict[str, Any] = {
-        "seed": run.train.seed,
-        "dp_rank": ranks.dp_rank,
-        "dp": ranks.dp,
-        "cp_rank": ranks.cp_rank,
-        "cp": ranks.cp,
-        "micro_batch": run.train.micro_batch,
-        "masked": run.data.documents == "masked",
-    }
+    shard = loader.BatchShard(
+        micro_batch=run.train.micro_batch,
+        dp_rank=ranks.dp_rank,
+        dp=ranks.dp,
+        cp_rank=ranks.cp_rank,
+        cp=ranks.cp,
+        document_starts=run.data.documents == "masked",
+    )
 
     try:
         log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
@@ -125,22 +123,22 @@ def _train(
             data=lambda consumed: [
                 loader.batches(
                     rows,
+                    shard,
                     consumed=consumed,
-                    global_batch=run.train.global_batch,
+                    seed=run.train.seed,
                     shuffle=run.data.shuffle,
                     workers=run.data.workers,
-                    **share,
                 )
                 for _ in chunks
             ],
             valid=None
             if held_out is None
-            else lambda: loader.held_out(
+            else lambda: loader.validation_batches(
                 held_out,
                 run.train.eval_rows,
+                shard,
                 copies=len(chunks),
                 multiple=run.parallel.pp if run.parallel.vpp > 1 else 1,
-                **share,
             ),
             save_dir=save,
             assets=source.assets,

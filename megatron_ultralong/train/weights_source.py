@@ -13,7 +13,7 @@ from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.hf import reader as hf
 from megatron_ultralong.checkpoint.sharded import Progress
 from megatron_ultralong.config import Model, Rope, Run
-from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
 from megatron_ultralong.runtime.launch import Ranks
@@ -108,7 +108,7 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: Source, ranks:
             init.initialise(parameters, model, run.train.seed, ranks.tp_rank, ranks.tp)
 
 
-def with_run(progress: Progress, run: Run, rows: Rows) -> Progress:
+def with_run(progress: Progress, run: Run, rows: BlendedDataset) -> Progress:
     """Progress that carries the resolved run and what it is trained on into its checkpoints."""
     data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
     return replace(

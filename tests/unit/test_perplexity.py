@@ -246,4 +246,4 @@ def test_documents_while_training_need_a_tokenizer_and_length(tmp_path: Path) ->
     packed = write_rows(tmp_path / "rows", [[1] * 9])
     with pytest.raises(UserError, match="not both"):
         during_training([str(file), packed], tmp_path)(run, None, 420)
-    assert numpy.shape(perplexity.PackedRows(packed, 8)[0][0]) == (9,)
+    assert numpy.shape(perplexity.PackedDataset(packed, 8)[0][0]) == (9,)

@@ -173,7 +173,7 @@ def test_batches_are_taken_as_they_are_needed():
 
 KILLED = """
 from pathlib import Path
-from megatron_ultralong.evaluate import predictions
+from megatron_ultralong.evaluate.pipeline import predictions
 from tests.unit.test_predictions import Echo, requests
 list(predictions.run(Echo(seconds=0.02), requests(500), Path({path!r}), batch=50))
 """

@@ -556,13 +556,13 @@ def test_broken_lines_are_reported_with_their_places(server, tmp_path):
         ]
         reasons = [broken["reason"] for broken in report["broken_lines"]]
         assert reasons[0].startswith("not JSON (") and reasons[1:] == [
-            "holds a list, where an object with columns is needed",
+            "contains a list, not an object with columns",
             "no list of messages under 'messages'",
             "a message whose role is not system, user or assistant",
             "a message whose content is not text",
             "no assistant message that answers a user",
             "domain 'art' is not one of general, math, code",
-            "holds half of a surrogate pair, which is not text",
+            "holds a lone surrogate, which is not text",
         ]
     assert server.asked.total() == 2
 
@@ -909,7 +909,7 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
         (["--output", "out.json"], "--output out.json: the name must end in .jsonl"),
         (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
         (["--output", "in.jsonl"], "--input in.jsonl: would be replaced by --output in.jsonl"),
-        (["--input", "a.txt"], "a.txt: kind of file not known by its name"),
+        (["--input", "a.txt"], "a.txt: unknown kind of file"),
         (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
         (["--base-url", "http://[::1"], "--base-url: expected something like http"),
         (["--base-url", "http://h:99999/v1"], "--base-url: expected"),

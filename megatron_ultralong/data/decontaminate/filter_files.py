@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO
 
 import zstandard
 
-from megatron_ultralong.data import conversations, documents
+from megatron_ultralong.data import conversations, input_files
 from megatron_ultralong.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -45,18 +45,14 @@ class DocumentBatch:
 
 def kind_of(path: Path) -> tuple[str, str]:
     """Return (kind, compression) by the file's name. UserError for unknown kinds."""
-    name = path.name.lower()
-    compression = _compression(name)
-    kind = next((end for end in KINDS if name.removesuffix(compression).endswith(end)), None)
+    compression = input_files.compression(path)
+    name = path.name.lower().removesuffix(compression)
+    kind = next((end for end in KINDS if name.endswith(end)), None)
     if kind is None or (kind == ".parquet" and compression):
         raise UserError(
-            f"{path}: kind of file not known by its name; known are .txt and .jsonl, also as .gz or .zst, and .parquet"
+            f"{path}: unknown kind of file; known are .txt and .jsonl, also as .gz or .zst, and .parquet"
         )
     return kind, compression
-
-
-def _compression(name: str) -> str:
-    return next((end for end in documents.COMPRESSIONS if name.lower().endswith(end)), "")
 
 
 def output_name(path: Path, form: str | None) -> str:
@@ -81,11 +77,11 @@ def read_batches(
         yield from _read_conversations(path, form, progress)
         return
     kind, compression = kind_of(path)
-    with documents.readable(path), path.open("rb") as file:
+    with input_files.readable(path), path.open("rb") as file:
         if kind == ".parquet":
             yield from _read_rows(path, file, text_key, progress)
             return
-        stream, done = documents.decompressed(file, compression), 0
+        stream, done = input_files.decompressed(file, compression), 0
         items: list[bytes] = []
         first, size = 1, 0
         for line in [stream.read()] if kind == ".txt" else stream:
@@ -168,7 +164,7 @@ def open_writer(
     """Return the writer to `file` of the kind and compression of `source`; of lines for conversations."""
     if form is None and kind_of(source)[0] == ".parquet":
         return ParquetFileWriter(source, file, text_key)
-    return LineFileWriter(file, _compression(output_name(source, form)))
+    return LineFileWriter(file, input_files.compression(Path(output_name(source, form))))
 
 
 class LineFileWriter:
@@ -200,7 +196,7 @@ class ParquetFileWriter:
     def __init__(self, source: Path, file: IO[bytes], text_key: str) -> None:
         import pyarrow.parquet
 
-        with documents.readable(source), _parquet_errors(source):
+        with input_files.readable(source), _parquet_errors(source):
             metadata = pyarrow.parquet.read_metadata(source)
             self._schema = pyarrow.parquet.read_schema(source)
         self._text_key = text_key

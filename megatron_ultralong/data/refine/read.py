@@ -77,7 +77,7 @@ def conversation(record: Any, name: str, domain: str, form: str) -> dict[str, An
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is not text") from None
+        raise ValueError("holds a lone surrogate, which is not text") from None
     except TypeError as error:  # parquet has types that JSON lacks
         raise ValueError(f"cannot be written as JSON ({error})") from None
     return {**record, "id": name, "domain": domain}

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ultralong.data import documents, megatron_index
-from megatron_ultralong.data.packed_rows import PackedRows
+from megatron_ultralong.data.packed_rows import PackedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.report.heat_map import tokens as short
 from megatron_ultralong.evaluate.scorers import loss_by_position
@@ -60,17 +60,15 @@ def read(names: list[str], tokenizer: Any, text_key: str = "text") -> Iterator[R
     for name in names:
         if is_packed(name):
             row_length = int(megatron_index.read_index(Path(f"{name}.idx")).lengths[0])
-            packed = PackedRows(name, row_length - 1)
+            packed = PackedDataset(name, row_length - 1)
             packed.check_vocabulary(len(tokenizer))
             for i in range(len(packed)):
                 yield packed[i]
         else:
             documents.check([Path(name)])
-            for document in documents.read(documents.Part(Path(name)), text_key=text_key):
+            for document in documents.read(documents.FileRange(Path(name)), text_key=text_key):
                 yield (
-                    numpy.asarray(
-                        tokenizer.encode("".join(document.pieces), verbose=False), dtype=numpy.int64
-                    ),
+                    numpy.asarray(tokenizer.encode(document.text, verbose=False), dtype=numpy.int64),
                     None,
                 )
 

@@ -39,19 +39,19 @@ class TextRows:
     def __init__(self, names: list[str], tokenizer: Any, seq_length: int, most: int) -> None:
         """UserError where no document is long enough."""
         self.seq_length = seq_length
-        self.sets = [
+        self.datasets = [
             [
                 (row[0][: seq_length + 1], None)
                 for row in _first_long(perplexity.read(names, tokenizer), seq_length, most)
             ]
         ]
-        if not self.sets[0]:
+        if not self.datasets[0]:
             raise UserError(
                 f"--perplexity: no document is longer than train.seq_length={seq_length} tokens; give longer ones, or packed rows"
             )
 
     def first(self, count: int) -> list[tuple[int, int]]:
-        return [(0, i) for i in range(min(count, len(self.sets[0])))]
+        return [(0, i) for i in range(min(count, len(self.datasets[0])))]
 
 
 def during_training(
@@ -73,14 +73,17 @@ def during_training(
 
         def evaluate(iteration: int, ranks: Ranks, losses: Losses) -> dict[str, float]:
             places = zigzag.positions(length, ranks.cp_rank, ranks.cp, ranks.device)
-            batches, count = loader.held_out(
-                rows,
-                run.train.eval_rows,
+            shard = loader.BatchShard(
                 micro_batch=run.train.micro_batch,
                 dp_rank=ranks.dp_rank,
                 dp=ranks.dp,
                 cp_rank=ranks.cp_rank,
                 cp=ranks.cp,
+            )
+            batches, count = loader.validation_batches(
+                rows,
+                run.train.eval_rows,
+                shard,
                 copies=run.parallel.vpp,
                 multiple=run.parallel.pp if run.parallel.vpp > 1 else 1,
             )
@@ -122,10 +125,10 @@ def during_training(
 def _open(names: list[str], run: Run, assets: Path | None, vocab_size: int) -> Any:
     packed = [perplexity.is_packed(name) for name in names]
     if all(packed):
-        sets = [packed_rows.PackedRows(name, run.train.seq_length) for name in names]
+        sets = [packed_rows.PackedDataset(name, run.train.seq_length) for name in names]
         for one in sets:
             one.check_vocabulary(vocab_size)
-        return packed_rows.Rows(sets, [Fraction(1)] * len(sets))
+        return packed_rows.BlendedDataset(sets, [Fraction(1)] * len(sets))
     if any(packed):
         raise UserError("--perplexity: give packed rows or files of documents, not both")
     if assets is None:
@@ -139,7 +142,7 @@ def _open(names: list[str], run: Run, assets: Path | None, vocab_size: int) -> A
             f"--perplexity: the tokenizer in {assets} cannot be read: {str(error).splitlines()[0]}"
         ) from None
     rows = TextRows(names, tokenizer, run.train.seq_length, run.train.eval_rows)
-    largest = max(int(ids.max()) for ids, _ in rows.sets[0])
+    largest = max(int(ids.max()) for ids, _ in rows.datasets[0])
     if largest >= vocab_size:
         raise UserError(
             f"--perplexity: the tokenizer in {assets} gives token {largest}, but the model has {vocab_size}"
