@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,41 +20,67 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from megatron_ultralong.config import Run
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data.packed_rows import Rows
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime.launch import Ranks
 
 Batch = dict[str, Tensor]
 """tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked
 also starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
 
 
-def batches(
-    rows: Rows,
-    *,
-    consumed: int,
-    global_batch: int,
-    micro_batch: int,
-    seed: int,
-    shuffle: bool = True,
-    dp_rank: int = 0,
-    dp: int = 1,
-    cp_rank: int = 0,
-    cp: int = 1,
-    masked: bool = False,
-    workers: int = 0,
-) -> Iterator[Batch]:
-    """This rank's micro-batches, endlessly, from sample `consumed` on; the next one is made ready ahead.
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which sequences, and which tokens of them, this rank gets in a micro-batch."""
 
-    masked: attention stays inside documents (b = 1). workers: processes that read; 0 = a thread. UserError
-    where `global_batch` is not a multiple of micro_batch x dp.
-    """
-    if global_batch % (micro_batch * dp):
-        raise UserError(
-            f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} "
-            f"x {dp} data parallel ranks"
+    micro_batch: int
+    """Sequences per micro-batch and data parallel rank, b."""
+    dp_rank: int = 0
+    dp: int = 1
+    cp_rank: int = 0
+    cp: int = 1
+    masked: bool = False
+    """Attention stays inside documents (b = 1)."""
+    seed: int = 0
+    shuffle: bool = True
+    """Shuffle training rows by `seed`; held-out rows are never shuffled."""
+
+    @classmethod
+    def of(cls, run: Run, ranks: Ranks) -> BatchPlan:
+        return cls(
+            micro_batch=run.train.micro_batch,
+            dp_rank=ranks.dp_rank,
+            dp=ranks.dp,
+            cp_rank=ranks.cp_rank,
+            cp=ranks.cp,
+            masked=run.data.documents == "masked",
+            seed=run.train.seed,
+            shuffle=run.data.shuffle,
         )
-    make = _TrainingBatches(rows, consumed, micro_batch, seed, shuffle, dp_rank, dp, cp_rank, cp, masked)
+
+    def samples(self, consumed: int, number: int) -> range:
+        """Numbers of the samples in this rank's micro-batch `number` after `consumed`."""
+        first = consumed + (number * self.dp + self.dp_rank) * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+
+def batches(
+    rows: Rows, plan: BatchPlan, *, consumed: int, global_batch: int, workers: int = 0
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches endlessly, from sample `consumed` on; the next one is prepared in
+    advance.
+
+    workers: processes that read; 0 = a thread. UserError where `global_batch` is not a multiple of
+    micro_batch x dp.
+    """
+    if global_batch % (plan.micro_batch * plan.dp):
+        raise UserError(
+            f"train.global_batch={global_batch} is not a multiple of train.micro_batch={plan.micro_batch} "
+            f"x {plan.dp} data parallel ranks"
+        )
+    make = _TrainingBatches(rows, plan, consumed)
     if workers:
         return iter(
             DataLoader(
@@ -71,70 +97,40 @@ def batches(
 
 
 def held_out(
-    rows: Rows,
-    eval_rows: int,
-    *,
-    micro_batch: int,
-    dp_rank: int = 0,
-    dp: int = 1,
-    cp_rank: int = 0,
-    cp: int = 1,
-    copies: int = 1,
-    multiple: int = 1,
-    masked: bool = False,
-    seed: int = 0,
+    rows: Rows, plan: BatchPlan, eval_rows: int, *, copies: int = 1, multiple: int = 1
 ) -> tuple[list[Iterator[Batch]], int]:
-    """The first `eval_rows` rows (all, if fewer), never shuffled, over the data parallel ranks.
+    """Divide the first `eval_rows` rows (all, if fewer), never shuffled, over the data parallel ranks.
 
     Returns (`copies` equal iterators, number of micro-batches of each). The number is the same on every rank,
-    and a multiple of `multiple` (an interleaved pipeline wants its size); places left over hold a row with
-    every token masked. `seed` is not used.
+    and a multiple of `multiple` (an interleaved pipeline requires a multiple of its size); the remaining
+    places hold a row with every token masked.
     """
-    found = rows.first(eval_rows)
-    count = -(-len(found) // (micro_batch * dp))
+    places = rows.first(eval_rows)
+    count = -(-len(places) // (plan.micro_batch * plan.dp))
     count = -(-count // multiple) * multiple
 
     def make(number: int) -> Batch:
-        samples = _samples(0, number, micro_batch, dp_rank, dp)
-        places = [found[n] if n < len(found) else None for n in samples]
-        return _batch(rows, places, cp_rank, cp, masked)
+        return _batch(rows, plan, [places[n] if n < len(places) else None for n in plan.samples(0, number)])
 
     return [map(make, range(count)) for _ in range(copies)], count
 
 
 @dataclass(frozen=True)
 class _TrainingBatches:
-    """Micro-batch number m of this rank; a torch map-style dataset, so that worker processes can make them."""
+    """Micro-batch number m of this rank; a torch map-style dataset, so that worker processes can make
+    them."""
 
     rows: Rows
+    plan: BatchPlan
     consumed: int
-    micro_batch: int
-    seed: int
-    shuffle: bool
-    dp_rank: int
-    dp: int
-    cp_rank: int
-    cp: int
-    masked: bool
 
     def __getitem__(self, number: int) -> Batch:
-        samples = _samples(self.consumed, number, self.micro_batch, self.dp_rank, self.dp)
-        return _batch(
-            self.rows,
-            [self.rows.locate(n, self.seed, self.shuffle) for n in samples],
-            self.cp_rank,
-            self.cp,
-            self.masked,
-        )
+        plan = self.plan
+        samples = plan.samples(self.consumed, number)
+        return _batch(self.rows, plan, [self.rows.locate(n, plan.seed, plan.shuffle) for n in samples])
 
 
-def _samples(consumed: int, number: int, micro_batch: int, dp_rank: int, dp: int) -> range:
-    """Numbers of the samples in this rank's micro-batch `number`."""
-    first = consumed + (number * dp + dp_rank) * micro_batch
-    return range(first, first + micro_batch)
-
-
-def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: int, masked: bool) -> Batch:
+def _batch(rows: Rows, plan: BatchPlan, places: Sequence[tuple[int, int] | None]) -> Batch:
     """This rank's share of the rows at `places` (set, row); None = any row, fully masked."""
     tokens = numpy.zeros((len(places), rows.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
     targets = numpy.zeros(tokens.shape, dtype=numpy.float32)
@@ -146,7 +142,7 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         ids, counts = rows.sets[which][row]
         tokens[i] = ids
         targets[i] = 1.0 if counts is None else counts
-        if masked:
+        if plan.masked:
             starts = rows.sets[which].starts(row)
             targets[i, starts] = 0.0  # nothing that it may look at foretells a document's first token
     whole = {
@@ -155,9 +151,10 @@ def _batch(rows: Rows, places: list[tuple[int, int] | None], cp_rank: int, cp: i
         "loss_mask": targets[:, 1:],
     }  # shifted first, then shared out
     batch = {
-        name: zigzag.shard(torch.from_numpy(x), cp_rank, cp, dim=1).contiguous() for name, x in whole.items()
+        name: zigzag.shard(torch.from_numpy(x), plan.cp_rank, plan.cp, dim=1).contiguous()
+        for name, x in whole.items()
     }  # [b, s]
-    if masked:
+    if plan.masked:
         batch["starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
     return batch
 

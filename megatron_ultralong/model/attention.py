@@ -15,7 +15,8 @@ from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.zigzag import Starts
-from megatron_ultralong.model.rope import apply_rope, cos_sin, inverse_frequencies
+from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.rope.methods import inverse_frequencies
 
 
 class RotaryTable:

@@ -1,7 +1,7 @@
-"""Llama from Megatron-Core's lasting parts: embedding, transformer block, output layer. Parameter names are
-GPTModel's.
+"""Llama composed of Megatron-Core's stable parts: embedding, transformer block, output layer. Parameter names
+are those of GPTModel.
 
-Shapes: b sequences, S whole sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V
+Shapes: b sequences, S complete sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V
 vocabulary padded to a multiple of the tensor parallel size, v = V/TP.
 """
 
@@ -32,8 +32,8 @@ from megatron_ultralong.runtime.launch import Ranks
 
 
 class _Layers(TransformerBlock):
-    """Megatron's layers of a stage. The last norm has its place and its name here, but whoever takes the
-    layers' output applies it."""
+    """Megatron's layers of a stage. The final norm has its parameter name here, but is applied by the code
+    that uses the layers' output."""
 
     final_layernorm: Any
 
@@ -104,7 +104,7 @@ class Llama(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Hand over the hidden states of the stage before (Megatron's pipeline schedules call this)."""
+        """Set the hidden states of the previous stage (called by Megatron's pipeline schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
@@ -115,19 +115,19 @@ class Llama(LanguageModule):
         z_loss: float = 0.0,
         starts: Tensor | None = None,
     ) -> Tensor:
-        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag share. starts: where
-        in the whole row (b = 1) documents start, where attention is to stay inside them; on the CPU.
+        """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag share. starts:
+        document starts in the complete row (b = 1), on the CPU, if attention is to stay inside documents.
 
-        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's
-        tokens (float32 scalar); with labels and no loss_mask the cross entropy of each token (float32 [b, s],
-        no gradients); without labels the logits [b, s, v] with the padded rows at -inf. Other stages: hidden
-        states [s (/TP), b, H].
+        Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x
+        logsumexp^2) over this rank's tokens (float32 scalar); with labels only, the cross entropy of each
+        token (float32 [b, s], no gradients); without labels, the logits [b, s, v] with padded rows at -inf.
+        On other stages: hidden states [s (/TP), b, H].
         """
         self.store.begin()
         hidden = self.embedding(tokens, None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden.requires_grad_()  # a frozen embedding: the layers' checkpoints hang on their input's gradient
-        # Wrapped, so that nothing here holds on to the embeddings while the layers run.
+            hidden.requires_grad_()  # frozen embedding: recomputed layers need an input with a gradient
+        # Wrapped, so that no reference here keeps the embeddings alive while the layers run.
         states, hidden = None if hidden is None else WrappedTensor(hidden), None
         hidden = self.decoder(
             hidden_states=states,
@@ -173,8 +173,8 @@ class Llama(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there
-        does not expect."""
+        """As in GPTModel, without the output layer's extra state, which is empty and which GPTModel's strict
+        load does not expect."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
@@ -188,8 +188,8 @@ def transformer_config(
     deterministic: bool = False,
     sequence_parallel: bool = True,
 ) -> TransformerConfig:
-    """Megatron's TransformerConfig of a Llama model under a layout. sequence_parallel: with tensor
-    parallelism, that is."""
+    """Return Megatron's TransformerConfig for a Llama model under a layout. sequence_parallel: applies with
+    tensor parallelism only."""
     bf16 = precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
@@ -217,7 +217,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=True,  # see train/loss_normalisation.py
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -227,9 +227,9 @@ def transformer_config(
         recompute_num_layers=1 if memory.recompute == "full" else None,
         deterministic_mode=deterministic,
         variable_seq_lengths=False,
-        # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's
-        # tensor to the other. Interleaved, outputs are sent behind the next computation, and gloo would send
-        # what was freed.
+        # Interleaved over two ranks, both neighbours are the same peer, and batched communication would mix
+        # up their tensors. Interleaved, outputs are sent during the next computation, and gloo would send
+        # freed memory.
         deallocate_pipeline_outputs=parallel.vpp == 1,
         batch_p2p_comm=parallel.vpp == 1,
         overlap_p2p_comm=parallel.vpp > 1,
@@ -249,11 +249,12 @@ def build(
     transformer_engine: bool | None = None,
     sequence_parallel: bool = True,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
+    """Build this rank's model chunks (one, or `parallel.vpp`) on the rank's device, with weights not yet set.
 
-    `memory.offload` is settled. Raises UserError where the model cannot be split as `parallel` says.
+    transformer_engine: None = where installed, on GPUs. UserError where the model cannot be split as
+    `parallel` says.
     """
-    assert memory.offload != "auto", "plan.settle_offload comes first"
+    assert memory.offload != "auto", "memory.offload=auto must be resolved first"
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic, sequence_parallel)
     use_te = (
@@ -288,10 +289,10 @@ def build(
 
 
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
-    """Say which weights are split over tensor parallel ranks, and how.
+    """Mark the weights that are split over tensor parallel ranks, and how.
 
-    Megatron marks them only where it also draws their first values, which we never ask for; unmarked, a split
-    weight counts as a copy, and the gradient norm leaves out every rank's share but the first.
+    Megatron marks them only when it initialises them, which it does not do here. An unmarked split weight
+    would count as replicated, and the gradient norm would include the first rank's shard only.
     """
     for name, module in chunk.named_modules():
         if isinstance(module, tensor_parallel.RowParallelLinear):
@@ -314,9 +315,9 @@ def unwrap(chunk: torch.nn.Module) -> Llama:
 
 
 def named_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters of a chunk by GPTModel's names, with layer numbers counted over the whole model from 0.
+    """Parameters of a chunk by GPTModel's names, with layer numbers counted over the complete model from 0.
 
-    The last pipeline stage's copy of a tied embedding goes by `output_layer.weight`.
+    The last pipeline stage's copy of a tied embedding is named `output_layer.weight`.
     """
     llama = unwrap(chunk)
     names: dict[str, torch.nn.Parameter] = {}

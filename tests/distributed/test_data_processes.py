@@ -141,17 +141,8 @@ def test_loader_processes(tmp_path):
         )
         for name, base in (("a", 0), ("b", 5000))
     ]
-    settings = {
-        "consumed": 4,
-        "global_batch": 4,
-        "micro_batch": 2,
-        "seed": 3,
-        "dp": 2,
-        "dp_rank": 1,
-        "cp": 2,
-        "cp_rank": 1,
-    }
-    here = list(islice(loader.batches(Rows(sets), **settings), 12))
-    there = list(islice(loader.batches(Rows(sets), **settings, workers=2), 12))
+    plan = loader.BatchPlan(micro_batch=2, seed=3, dp=2, dp_rank=1, cp=2, cp_rank=1)
+    here = list(islice(loader.batches(Rows(sets), plan, consumed=4, global_batch=4), 12))
+    there = list(islice(loader.batches(Rows(sets), plan, consumed=4, global_batch=4, workers=2), 12))
     for a, b in zip(here, there, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

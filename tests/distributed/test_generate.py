@@ -17,8 +17,8 @@ from megatron_ultralong.config import Model, Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
 from megatron_ultralong.evaluate.backends.sampling import Sampling, Session
-from megatron_ultralong.model import rope as ropes
 from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.rope.hf_config import from_hf
 from tests.spawn import leave_groups, run_ranks
 from tests.text import write_jsonl
 from tests.tiny import LLAMA3, hf_model
@@ -67,13 +67,13 @@ def written_by(reference: Any, prompt: list[int], sampling: Sampling, tokens: in
 
 def reader_of(case: int, ranks: Any, parallel: Parallel, chunk: int) -> tuple[Any, Any]:
     from megatron_ultralong.model import llama
-    from megatron_ultralong.model.inference.prefill_decode import Reader
+    from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
     model, rope = CASES[case]
     reference = hf_model(model, rope)
-    reader = Reader(
+    reader = InferenceModel(
         model,
-        ropes.from_hf({"rope_parameters": rope, "max_position_embeddings": 512}),
+        from_hf({"rope_parameters": rope, "max_position_embeddings": 512}),
         ranks,
         parallel,
         "fp32",
@@ -98,7 +98,7 @@ def _answers(rank: int, world: int) -> None:
         for case in range(len(CASES)):
             for chunk in CHUNKS[:1] if case else CHUNKS if world < 4 else CHUNKS[:2]:
                 reader, reference = reader_of(case, ranks, parallel, chunk)
-                assert reader.size >= chunk and reader.size % parallel.cp == 0
+                assert reader.chunk_tokens >= chunk and reader.chunk_tokens % parallel.cp == 0
                 with torch.no_grad():
                     _check_logits(reader, reference)
                     _check_generation(reader, reference, (case, chunk, parallel))
@@ -110,14 +110,14 @@ def _answers(rank: int, world: int) -> None:
 
 def _check_logits(reader: Any, reference: Any) -> None:
     for prompt in PROMPTS:
-        cache = reader.cache(reader.share(len(prompt)))
+        cache = reader.cache(reader.tokens_per_rank(len(prompt)))
         last = None
         for place, hidden in reader.read(prompt, cache):
             if place + len(hidden) == len(prompt):
                 last = hidden[-1]
         assert cache.end == len(prompt) and cache.held <= cache.capacity
         if reader.last:
-            logits = reader.logits(reader.ends([last]))
+            logits = reader.logits(reader.gather_hidden([last]))
             assert (
                 logits.shape == (1, 97)
                 and (logits[0] - reference(torch.tensor([prompt])).logits[0, -1]).abs().max() < 1e-4

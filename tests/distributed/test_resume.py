@@ -98,7 +98,7 @@ def _refused(rank: int, world: int, folder: str) -> None:
             sharded.load(save / "iter_0000001", chunks)
             continue
         with pytest.raises(
-            UserError, match=f"62 rows, which is no padding of the model's vocabulary of {vocab_size}"
+            UserError, match=f"62 rows, which is not a padded size of the model's vocabulary of {vocab_size}"
         ):
             sharded.load(save / "iter_0000001", chunks)
     assert [sharded._pads(rows, 97) for rows in (97, 98, 100, 128, 256, 96, 101)] == [
@@ -154,12 +154,15 @@ def _train(
 
     spoilt: (iteration, weight of one token's loss on rank 1).
     """
-    from megatron_ultralong.checkpoint import optimizer_state, sharded
+    from megatron_ultralong.checkpoint import optimizer_state, sharded, training_state
+    from megatron_ultralong.checkpoint.hf.assets import AssetFolders
+    from megatron_ultralong.checkpoint.training_state import TrainingState
     from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import init, llama
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
+    from megatron_ultralong.train.step import Trainer
 
     train = Train(
         seq_length=S,
@@ -188,10 +191,10 @@ def _train(
                 init.initialise(llama.named_parameters(chunk), model, 1, ranks.tp_rank, ranks.tp)
         chunks = optim.data_parallel(chunks, ranks)
         optimizer = optim.build(chunks, run.optim, train, ranks)
-        progress = sharded.Progress(model=model, rope=ROPE)
+        state = TrainingState(model=model, rope=ROPE)
         if resume is not None:
             sharded.load(resume, chunks, optimizer)
-            progress = sharded.progress_of(resume)
+            state = training_state.read(resume)
 
         def batches(consumed: int) -> Any:
             while True:
@@ -207,16 +210,11 @@ def _train(
 
         log = _Losses()
         loop.train(
-            run,
-            ranks,
-            chunks,
-            optimizer,
-            progress,
-            data=lambda consumed: [batches(consumed) for _ in chunks],
-            valid=None,
-            save_dir=save,
-            assets=None,
-            log=log,
+            Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer),
+            state,
+            loop.TrainingData(training=lambda consumed: [batches(consumed) for _ in chunks]),
+            loop.Checkpoints(save, AssetFolders(), keep=0),
+            log,
         )
         return {
             "losses": log.losses,
@@ -237,7 +235,7 @@ class _Losses:
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def step(self, progress: Any, *, loss: float, **unused: Any) -> None:
+    def step(self, state: Any, *, loss: float, **unused: Any) -> None:
         self.losses.append(loss)
 
     def saving(self, iteration: int) -> Any:

@@ -14,7 +14,9 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_ultralong.config import Rope
-from megatron_ultralong.model.rope import apply_rope, cos_sin, from_hf, inverse_frequencies, same_maths, to_hf
+from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.rope.hf_config import from_hf, to_hf
+from megatron_ultralong.rope.methods import inverse_frequencies, same_maths
 
 ORIGINAL = "original_max_position_embeddings"
 HEAD_DIMS = (6, 16, 64, 96, 128)

@@ -31,8 +31,11 @@ def rows(tmp_path) -> Rows:
 
 
 def take(rows: Rows, count: int, **settings) -> list[loader.Batch]:
-    settings = {"consumed": 0, "global_batch": 8, "micro_batch": 1, "seed": 7, **settings}
-    return list(islice(loader.batches(rows, **settings), count))
+    stream = {
+        name: settings.pop(name) for name in ("consumed", "global_batch", "workers") if name in settings
+    }
+    plan = loader.BatchPlan(**{"micro_batch": 1, "seed": 7, **settings})
+    return list(islice(loader.batches(rows, plan, **{"consumed": 0, "global_batch": 8, **stream}), count))
 
 
 def starts(batches: list[loader.Batch]) -> list[int]:
@@ -117,9 +120,8 @@ def test_held_out_rows_are_counted_once_each(rows, dp, micro_batch, multiple, ev
     want = rows.first(eval_rows)
     seen, numbers, targets = [], set(), 0.0
     for rank in range(dp):
-        iterators, count = loader.held_out(
-            rows, eval_rows, micro_batch=micro_batch, dp=dp, dp_rank=rank, copies=2, multiple=multiple
-        )
+        plan = loader.BatchPlan(micro_batch=micro_batch, dp=dp, dp_rank=rank)
+        iterators, count = loader.held_out(rows, plan, eval_rows, copies=2, multiple=multiple)
         batches = list(iterators[0])
         assert len(batches) == count and count % multiple == 0
         numbers.add(count)
@@ -134,8 +136,9 @@ def test_held_out_rows_are_counted_once_each(rows, dp, micro_batch, multiple, ev
 
 
 def test_held_out_shares(rows):
-    whole = list(loader.held_out(rows, 5, micro_batch=2)[0][0])
-    shares = [list(loader.held_out(rows, 5, micro_batch=2, cp=2, cp_rank=r)[0][0]) for r in range(2)]
+    whole = list(loader.held_out(rows, loader.BatchPlan(micro_batch=2), 5)[0][0])
+    plans = [loader.BatchPlan(micro_batch=2, cp=2, cp_rank=r) for r in range(2)]
+    shares = [list(loader.held_out(rows, plan, 5)[0][0]) for plan in plans]
     assert len(whole) == 3
     for i, batch in enumerate(whole):
         assert all(
@@ -148,7 +151,7 @@ def test_leaving_the_iterator_ends_its_thread(rows):
     import threading
 
     before = threading.active_count()
-    batches = loader.batches(rows, consumed=0, global_batch=8, micro_batch=1, seed=7)
+    batches = loader.batches(rows, loader.BatchPlan(micro_batch=1, seed=7), consumed=0, global_batch=8)
     next(batches)
     assert threading.active_count() == before + 1
     batches.close()
@@ -174,8 +177,9 @@ def test_document_starts_come_with_the_rows(tmp_path):
     assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), (
         "starts are those of the whole row on every rank"
     )
-    [places], count = loader.held_out(rows, 3, micro_batch=1, dp=2, masked=True)
+    first, second = (loader.BatchPlan(micro_batch=1, dp=2, dp_rank=r, masked=True) for r in range(2))
+    [places], count = loader.held_out(rows, first, 3)
     assert count == 2 and [batch["starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
-    [padding], _ = loader.held_out(rows, 3, micro_batch=1, dp=2, dp_rank=1, masked=True)
+    [padding], _ = loader.held_out(rows, second, 3)
     assert [batch["starts"].tolist() for batch in padding] == [[0], [0]]
     assert "starts" not in take(rows, 1, global_batch=1)[0]

@@ -102,7 +102,10 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
         list(
             islice(
                 loader.batches(
-                    rows, consumed=0, global_batch=1, micro_batch=1, seed=3, masked=True, cp_rank=rank, cp=cp
+                    rows,
+                    loader.BatchPlan(micro_batch=1, seed=3, masked=True, cp_rank=rank, cp=cp),
+                    consumed=0,
+                    global_batch=1,
                 ),
                 len(rows),
             )

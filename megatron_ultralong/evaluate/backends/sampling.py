@@ -1,7 +1,7 @@
 """Answers and log-likelihoods from our own model: what is read once for many questions, what is written, when
 it ends.
 
-Every rank runs this with the same arguments. The model is a `model.generate.Reader`; nothing here knows of
+Every rank runs this with the same arguments. The model is a `model.inference.prefill_decode.InferenceModel`; nothing here knows of
 layers.
 """
 
@@ -21,7 +21,7 @@ from megatron_ultralong.evaluate.backends import memory_check
 from megatron_ultralong.model.inference.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from megatron_ultralong.model.inference.prefill_decode import Reader
+    from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
 Ends = Callable[[list[int]], bool]
 """Whether an answer is at its end, from all its tokens so far."""
@@ -74,7 +74,7 @@ class Sampling:
 class Session:
     """A model, and the keys and values of the context it read last, which the next questions may share."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: InferenceModel) -> None:
         self.reader = reader
         self._ids: list[int] = []
         self._context: KVCache | None = None
@@ -99,7 +99,7 @@ class Session:
         reader, prompts = self.reader, [list(prompt) for prompt in prompts]
         common = _common(prompts)
         own = [
-            reader.share(len(prompt) - common) + reader.share(most)
+            reader.tokens_per_rank(len(prompt) - common) + reader.tokens_per_rank(most)
             for prompt, most in zip(prompts, tokens, strict=True)
         ]
         context = self._read_context(prompts[0][:common], own, progress)
@@ -107,8 +107,8 @@ class Session:
         for prompt, capacity in zip(prompts, own, strict=True):
             caches.append(reader.cache(capacity, context))
             found.append(self._read_last(prompt[common:], caches[-1], progress))
-        hidden = reader.ends(found) if reader.last else None
-        speaks = reader.ranks.rank == reader.speaker
+        hidden = reader.gather_hidden(found) if reader.last else None
+        speaks = reader.ranks.rank == reader.output_rank
         generators = [sampling.generator(prompt) for prompt in prompts] if speaks else []
         written: list[list[int]] = [[] for _ in prompts]
         rest = [i for i, most in enumerate(tokens) if most > 0]
@@ -123,7 +123,7 @@ class Session:
                     chosen = torch.tensor(
                         [sampling.choose(row, generators[i]) for i, row in zip(rest, logits, strict=True)]
                     ).to(chosen)
-            torch.distributed.broadcast(chosen, src=reader.speaker)
+            torch.distributed.broadcast(chosen, src=reader.output_rank)
             going = []
             for i, token in zip(rest, chosen.tolist(), strict=True):
                 written[i].append(token)
@@ -170,7 +170,7 @@ class Session:
         self._ids = ids[:-1]
         if reader.last:
             torch.distributed.all_reduce(found, group=reader.ranks.groups.cp)
-        torch.distributed.broadcast(found, src=reader.speaker)
+        torch.distributed.broadcast(found, src=reader.output_rank)
         scores, likeliest = found.cpu()
         return scores, likeliest > 0
 
@@ -193,8 +193,8 @@ class Session:
         return last
 
     def _told(self, ids: Sequence[int], cache: KVCache, progress: Callable[[int], Any]) -> Any:
-        """`Reader.read`, which reports its progress."""
-        size = self.reader.size
+        """`InferenceModel.read`, which reports its progress."""
+        size = self.reader.chunk_tokens
         for start in range(0, len(ids), size):
             part = ids[start : start + size]
             for place, hidden in self.reader.read(part, cache):
@@ -215,7 +215,7 @@ class Session:
         reader = self.reader
         if not self._ids:
             self._context = None  # its room goes before new room is taken
-        needed = (self._context.held if self._context else 0) + reader.share(len(more))
+        needed = (self._context.held if self._context else 0) + reader.tokens_per_rank(len(more))
         memory_check.check_room(
             reader, needed - (self._context.capacity if self._context else 0), own, len(self._ids) + len(more)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,8 @@ def during_training(
             places = zigzag.positions(length, ranks.cp_rank, ranks.cp, ranks.device)
             batches, count = loader.held_out(
                 rows,
+                replace(loader.BatchPlan.of(run, ranks), masked=False),
                 run.train.eval_rows,
-                micro_batch=run.train.micro_batch,
-                dp_rank=ranks.dp_rank,
-                dp=ranks.dp,
-                cp_rank=ranks.cp_rank,
-                cp=ranks.cp,
                 copies=run.parallel.vpp,
                 multiple=run.parallel.pp if run.parallel.vpp > 1 else 1,
             )
