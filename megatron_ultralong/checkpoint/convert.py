@@ -8,6 +8,7 @@ rank 0, which streams it to disk.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -120,10 +121,10 @@ def export_hf(
         lambda: HFWriter(out, shapes, dtype, shard_bytes) if ranks.is_main else None
     )
 
-    def write(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if writer is not None:
-                writer.add(name, tensor)
+    def write(name: str, shards: list[Tensor]) -> None:
+        if writer is not None:
+            for hf_name, tensor in weight_mapping.merge(name, shards, model).items():
+                writer.add(hf_name, tensor)
 
     def finish() -> None:
         if writer is not None:
@@ -140,9 +141,7 @@ def export_hf(
         for name in tqdm(names, desc="writing weights", unit="tensor", disable=not ranks.is_main):
             shape = weight_mapping.shard_shape(name, model, ranks.tp)
             shards = _gather(parameters.get(name), owners[name], shape, stored, ranks)
-            agreement.on_every_rank(
-                lambda: write(weight_mapping.merge(name, shards, model)) if shards else None
-            )
+            agreement.on_every_rank(functools.partial(write, name, shards))
         agreement.on_every_rank(finish)
     finally:
         if writer is not None:

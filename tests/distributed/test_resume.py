@@ -65,6 +65,7 @@ def test_bad_checkpoints_and_figures_are_refused(tmp_path: Path) -> None:
 
 
 def _refused(rank: int, world: int, folder: str) -> None:
+    _agreement(rank)
     save = Path(folder) / "run"
     _train(MODEL, Parallel(tp=2), "fp32", save, iterations=1)
     wrong = {
@@ -112,6 +113,33 @@ def _refused(rank: int, world: int, folder: str) -> None:
     ]
     leave_groups()
     _not_finite(Path(folder))
+
+
+def _agreement(rank: int) -> None:
+    """What one rank meets, all ranks raise; a fault of the program keeps its type where it occurs."""
+    from megatron_ultralong.runtime import agreement
+
+    def fails(on: tuple[int, ...], kind: type[Exception]) -> Any:
+        def act() -> int:
+            if rank in on:
+                raise kind(f"of rank {rank}\nsecond line" if kind is OSError else f"of rank {rank}")
+            return rank
+
+        return act
+
+    assert agreement.on_every_rank(fails((), UserError)) == rank
+    for on, first in (((1,), 1), ((0, 1), 0)):
+        with pytest.raises(UserError, match=f"^of rank {first}$"):
+            agreement.on_every_rank(fails(on, UserError))
+    with pytest.raises(OSError if rank == 1 else UserError) as error:
+        agreement.on_every_rank(fails((1,), OSError))
+    assert rank == 1 or str(error.value) == "rank 1 failed: OSError: of rank 1"
+    assert agreement.on_main_rank(fails((1,), UserError)) == 0, "rank 1 does nothing"
+    with pytest.raises(UserError, match="^of rank 0$"):
+        agreement.on_main_rank(fails((0,), UserError))
+    device = torch.device("cpu")
+    firsts = [agreement.first_rank_where(rank in on, device) for on in ((), (1,), (0, 1))]
+    assert firsts == [None, 1, 0]
 
 
 def _not_finite(folder: Path) -> None:

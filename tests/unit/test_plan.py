@@ -599,9 +599,7 @@ def test_weights_optimizer_and_host_memory_as_reasons():
     assert "more parallel.tp or parallel.pp" in str(
         search.estimate(wide, big, replace(machine, gpus=64)).problem
     )
-    long = kept(
-        replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all"
-    )
+    long = kept(replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all")
     assert search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32)).problem is None
     short = search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32, host_memory=64 * 1024**3))
     assert plan.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8

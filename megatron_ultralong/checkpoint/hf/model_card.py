@@ -141,7 +141,10 @@ class ModelCard:
 def _license_text(license: License, base: str) -> str:
     files = ", ".join(f"`{name}`" for name in license.files)
     if not base and license == License():
-        return "No base model is recorded. Where there is one, its licence holds; a model from scratch has the licence that its makers give it."
+        return (
+            "No base model is recorded. Where there is one, its licence holds; a model from scratch has the "
+            "licence that its makers give it."
+        )
     if not license.llama:
         return "This model comes under the licence of its base model" + (
             f": see {files}." if files else "; its directory held no licence file to carry along."
