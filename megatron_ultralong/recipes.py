@@ -43,8 +43,8 @@ def tiny() -> Run:
     return Run(
         name="tiny",
         notes="A toy model from scratch; every figure is this project's own choice.",
-        # Larger initial weights than a large model's: at 0.02 a model this narrow would spend hundreds of steps
-        # growing them.
+        # Larger initial weights than a large model's: at 0.02 a model this narrow would spend hundreds of
+        # steps growing them.
         model=Model(
             hidden_size=128,
             ffn_size=256,
@@ -74,12 +74,13 @@ def tiny() -> Run:
 
 
 def tiny_extend() -> Run:
-    """The model of `tiny`, or another of context 512, extended to 4,096 tokens on two context parallel ranks."""
+    """The model of `tiny`, or another of context 512, extended to 4,096 tokens on two context parallel
+    ranks."""
     return Run(
         name="tiny_extend",
         notes="A toy extension by 8; every figure is this project's own choice.",
-        # Unlike the paper: with temperature, so small a model retrieves keys at eight times its length almost at
-        # once.
+        # Unlike the paper: with temperature, so small a model retrieves keys at eight times its length almost
+        # at once.
         rope=Rope(
             type="yarn", theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True
         ),
@@ -199,8 +200,8 @@ def _pretraining(seq_length: int, *, global_batch: int, iterations: int) -> Trai
 
 
 def _ultralong_sft(size: str) -> Run:
-    """100K examples under 8K tokens. RoPE is that of the loaded checkpoint: instruction tuning must not rescale
-    it."""
+    """100K examples under 8K tokens. RoPE is that of the loaded checkpoint: instruction tuning must not
+    rescale it."""
     return Run(
         name=f"ultralong_{size}_sft",
         notes="arXiv 2504.06214: learning rate 5e-6, global batch 128 and 100K examples under 8K tokens are published; "

@@ -26,7 +26,7 @@ from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
-from megatron_ultralong.model.loss import sharded_token_loss, sharded_token_nll
+from megatron_ultralong.model.loss import LossSpec, sharded_token_loss, sharded_token_nll
 from megatron_ultralong.model.weight_mapping import padded_vocab_size
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -146,29 +146,17 @@ class Llama(LanguageModule):
             first = self.tp_group.rank() * logits.shape[-1]
             rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
             return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
-        if loss_mask is None:
-            return sharded_token_nll(
-                hidden,
-                weight,
-                labels,
-                self.tp_group,
-                self.vocab_size,
-                sequence_parallel=self.config.sequence_parallel,
-                chunk=self.loss_chunk,
-                norm=self.decoder.final_layernorm,
-            )
-        return sharded_token_loss(
-            hidden,
-            weight,
-            labels,
-            loss_mask,
-            self.tp_group,
-            self.vocab_size,
+        spec = LossSpec(
+            group=self.tp_group,
+            vocab_size=self.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             chunk=self.loss_chunk,
             z_loss=z_loss,
-            norm=self.decoder.final_layernorm,
         )
+        norm = self.decoder.final_layernorm
+        if loss_mask is None:
+            return sharded_token_nll(hidden, weight, labels, spec, norm)
+        return sharded_token_loss(hidden, weight, labels, loss_mask, spec, norm)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -11,6 +11,7 @@ vocabulary, t = s/TP with sequence parallelism (otherwise s), c tokens of a chun
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,41 +21,46 @@ from megatron_ultralong.config import LOSS_BLOCK
 from megatron_ultralong.model.layer.gradients import Gradients, hand_down, leaf
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """How the loss is computed."""
+
+    group: Any
+    """The tensor parallel group; rank r of it has the vocabulary's rows from r x v on."""
+    vocab_size: int
+    """Rows of the vocabulary; later ones are padding, excluded from the softmax."""
+    sequence_parallel: bool = False
+    """Hidden states are split over the group."""
+    chunk: int = 0
+    """Tokens of s x b at a time; 0 = all."""
+    z_loss: float = 0.0
+    """Adds z_loss x logsumexp(logits)^2 to each token's cross entropy (PaLM, arXiv 2204.02311, section 5)."""
+
+    @property
+    def parts(self) -> int:
+        """Ranks that the sequence is split over."""
+        return self.group.size() if self.sequence_parallel else 1
+
+    def local_rows(self, t: int, b: int) -> int:
+        """Rows of the local hidden states [t, b, H] per chunk."""
+        return max(1, self.chunk // (b * self.parts)) if self.chunk else t
+
+
 def sharded_token_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     loss_mask: Tensor,
-    group: Any,
-    vocab_size: int,
-    *,
-    sequence_parallel: bool,
-    chunk: int,
-    z_loss: float = 0.0,
+    spec: LossSpec,
     norm: torch.nn.Module | None = None,
 ) -> Tensor:
     """Sum loss_mask x cross entropy: float32 scalar, equal on every tensor-parallel rank.
 
-    hidden: [t, b, H]. weight: [v, H], rows of the vocabulary from rank x v on; those from `vocab_size` on are
-    padding, excluded from the softmax. labels: int64 [b, s]. loss_mask: float [b, s]. chunk: tokens of s x b
-    at a time (0 = all). z_loss: adds z_loss x logsumexp(logits)^2 to each token's cross entropy (PaLM, arXiv
-    2204.02311, section 5). norm: applied to hidden first, chunk by chunk; its parameters' gradients are
-    accumulated here, not by autograd.
+    hidden: [t, b, H]. weight: [v, H]. labels: int64 [b, s]. loss_mask: float [b, s]. norm: applied to hidden
+    first, chunk by chunk; its parameters' gradients are accumulated here, not by autograd.
     """
     # Inside forward, grad mode is always off, and needs_input_grad ignores no_grad.
-    return _ShardedTokenLoss.apply(
-        hidden,
-        weight,
-        labels,
-        loss_mask,
-        group,
-        vocab_size,
-        sequence_parallel,
-        chunk,
-        z_loss,
-        norm,
-        torch.is_grad_enabled(),
-    )
+    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, spec, norm, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -62,25 +68,20 @@ def sharded_token_nll(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    group: Any,
-    vocab_size: int,
-    *,
-    sequence_parallel: bool,
-    chunk: int,
+    spec: LossSpec,
     norm: torch.nn.Module,
 ) -> Tensor:
     """Compute the cross entropy of each token: float32 [b, s], equal on every tensor-parallel rank, without
     gradients. Arguments as in `sharded_token_loss`."""
     t, b, _ = hidden.shape
-    parts = group.size() if sequence_parallel else 1
+    group, parts, rows = spec.group, spec.parts, spec.local_rows(t, b)
     labels = labels.t()  # [s, b]
-    rows = max(1, chunk // (b * parts)) if chunk else t
     nll = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     for start in range(0, t, rows):
         x_cbH = _gather(norm(hidden[start : start + rows]), group, parts)
         take = _chunk_positions(start, min(start + rows, t), t, parts).to(labels.device)
         logits = torch.matmul(x_cbH.flatten(0, 1), weight.t())  # [c, v]
-        log_sum, picked, _ = _statistics(logits, labels[take].flatten(), group, group.rank(), vocab_size)
+        log_sum, picked, _ = _statistics(logits, labels[take].flatten(), spec)
         nll[take] = (log_sum - picked).view(-1, b)
     return nll.t()
 
@@ -93,19 +94,13 @@ class _ShardedTokenLoss(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         loss_mask: Tensor,
-        group: Any,
-        vocab_size: int,
-        sequence_parallel: bool,
-        chunk: int,
-        z_loss: float,
+        spec: LossSpec,
         norm: torch.nn.Module | None,
         grad_enabled: bool,
     ) -> Tensor:
         t, b, _ = hidden.shape
-        tp, rank = group.size(), group.rank()
-        parts = tp if sequence_parallel else 1
+        group, parts, rows = spec.group, spec.parts, spec.local_rows(t, b)
         labels, loss_mask = labels.t(), loss_mask.t()  # [s, b]
-        rows = max(1, chunk // (b * parts)) if chunk else t
         need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = (
@@ -125,9 +120,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
             logits = torch.matmul(x, weight.t())  # [c, v]
-            loss, grad = _cross_entropy(
-                logits, target, mask, group, rank, vocab_size, z_loss, need_hidden or need_weight
-            )
+            loss, grad = _cross_entropy(logits, target, mask, spec, need_hidden or need_weight)
             del logits  # overwritten by the gradient
             total += loss
             if grad is None:
@@ -156,17 +149,14 @@ class _ShardedTokenLoss(torch.autograd.Function):
             ctx.norm_gradients.hand_over(grad_total)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 9
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 def _cross_entropy(
     logits: Tensor,
     target: Tensor,
     mask: Tensor,
-    group: Any,
-    rank: int,
-    vocab_size: int,
-    z_loss: float,
+    spec: LossSpec,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (masked sum, its gradient with respect to the logits [c, v], which overwrites them).
@@ -175,13 +165,13 @@ def _cross_entropy(
     all logits exists.
     """
     v = logits.shape[1]
-    log_sum, picked, peak = _statistics(logits, target, group, rank, vocab_size)
+    log_sum, picked, peak = _statistics(logits, target, spec)
     lse = log_sum + peak
-    loss = torch.where(mask > 0, mask * (log_sum - picked + z_loss * lse.square()), 0.0).sum()
+    loss = torch.where(mask > 0, mask * (log_sum - picked + spec.z_loss * lse.square()), 0.0).sum()
     if not need_grad:
         return loss, None
-    scale = mask * (1 + 2 * z_loss * lse)
-    local, inside = _local(target, rank, v)
+    scale = mask * (1 + 2 * spec.z_loss * lse)
+    local, inside = _local(target, spec.group.rank(), v)
     start = 0
     for block in logits.split(max(1, LOSS_BLOCK // v)):
         rows = slice(start, start + len(block))
@@ -193,14 +183,13 @@ def _cross_entropy(
     return loss, logits
 
 
-def _statistics(
-    logits: Tensor, target: Tensor, group: Any, rank: int, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (log of the softmax's sum, target's logit, both minus the largest logit; the largest logit):
     float32 [c] each. Padded columns of logits [c, v] become -inf."""
     v = logits.shape[1]
-    if (rank + 1) * v > vocab_size:
-        logits[:, max(0, vocab_size - rank * v) :] = float("-inf")
+    group, rank = spec.group, spec.group.rank()
+    if (rank + 1) * v > spec.vocab_size:
+        logits[:, max(0, spec.vocab_size - rank * v) :] = float("-inf")
     blocks = logits.split(max(1, LOSS_BLOCK // v))
     local, inside = _local(target, rank, v)
     peak = torch.cat([block.max(dim=1).values.float() for block in blocks])

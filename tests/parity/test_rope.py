@@ -181,7 +181,8 @@ def test_exports_are_read_alike(tmp_path, rope, max_position):
 
 
 def test_cos_sin_and_rotation_equal_transformers():
-    """At positions small enough for transformers' float32 angles; q and k of [b, h, s, d] and [b, g, s, d]."""
+    """At positions small enough for transformers' float32 angles; q and k of [b, h, s, d] and [b, g, s,
+    d]."""
     torch.manual_seed(0)
     block = {"rope_type": "yarn", "factor": 128.0, ORIGINAL: 8192}
     config, theirs = hf_rope(500000.0, block, 64, "rope_parameters")
