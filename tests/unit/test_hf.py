@@ -204,7 +204,7 @@ def test_damaged_files_are_named(tmp_path):
     second.unlink()
     assert "shard model-00002-of-00003.safetensors" in error() and "missing" in error()
     save_file({"other": torch.zeros(1)}, second)
-    assert "which model.safetensors.index.json places there, is missing" in error()
+    assert "which model.safetensors.index.json lists there, is missing" in error()
     (folder / hf_reader.INDEX).write_text("{")
     assert "model.safetensors.index.json cannot be read" in error()
     (folder / hf_reader.INDEX).unlink()

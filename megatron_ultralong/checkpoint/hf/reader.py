@@ -47,12 +47,14 @@ def load_parameters(
     """
     if group is not None and torch.distributed.get_world_size(group) == 1:
         group = None
+    reader: HFReader | None
     if group is None:
-        reader, source, is_main = HFReader(folder, model), None, _rank() == 0
+        reader, source = HFReader(folder, model), None
     else:
         reads = torch.distributed.get_rank(group) == 0
         reader = agreement.on_every_rank(lambda: HFReader(folder, model) if reads else None, group)
-        source, is_main = torch.distributed.get_global_rank(group, 0), _rank() == 0
+        source = torch.distributed.get_global_rank(group, 0)
+    is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for name, parameter in tqdm(
         parameters.items(), desc="reading weights", unit="tensor", disable=None if is_main else True
     ):
@@ -184,10 +186,6 @@ def _open(file: Path) -> Any:
         return safe_open(str(file), "pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or not a safetensors file; copy it again ({error})") from None
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _more(names: list[str]) -> str:
