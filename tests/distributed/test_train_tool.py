@@ -92,7 +92,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         stopped = int(tool.lines[-1].split()[4].rstrip(";"))
         assert (
             tool.lines[-1]
-            == f"stop requested: saved iteration {stopped}; start the same command again to go on"
+            == f"SIGTERM received: saved iteration {stopped}; run the same command again to resume"
         )
         assert "Error" not in tool.errors()
     assert _saved(save) == [stopped] and not list(save.glob(".iter_*"))
@@ -108,7 +108,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
 
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=4", "train.keep=2") as tool:
         tool.wait_for(
-            f"resuming from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences done"
+            f"resuming from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences consumed"
         )
         tool.wait_for(f"iteration {stopped + 13:6d}/100000")
         tool.kill()
@@ -121,7 +121,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     before = set(save.glob(".iter_*"))
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=1") as tool:
         tool.wait_for(
-            f"resuming from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences done"
+            f"resuming from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences consumed"
         )
         partial = _halted_while_saving(tool, save, before)
         tool.kill()
@@ -186,7 +186,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
         tool.finish()
         stopped = _saved(save)[-1]
         assert (
-            f"stop requested: saved iteration {stopped}; start the same command again to go on" in tool.lines
+            f"SIGTERM received: saved iteration {stopped}; run the same command again to resume" in tool.lines
         )
         assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
             "auto is settled before it is printed"
@@ -249,7 +249,7 @@ def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, shard, {"format": "pt"})
     refused(
-        "loss is not finite at iteration 1, first on rank 0; no checkpoint was saved yet",
+        "loss is not finite at iteration 1, first on rank 0; no checkpoint has been saved",
         "train.save_every=1",
         base=poisoned,
     )
