@@ -7,6 +7,7 @@ vocabulary padded to a multiple of the tensor parallel size, v = V/TP.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
 from megatron_ultralong.context_parallel import api
-from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
@@ -45,30 +45,35 @@ class _Layers(TransformerBlock):
             self.final_layernorm = norm
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A model chunk's place in the pipeline, and its layers."""
+
+    pre_process: bool
+    """It has the embedding."""
+    post_process: bool
+    """It has the final norm and the output layer."""
+    vp_stage: int | None
+    """Its number on this rank in an interleaved pipeline."""
+    block: Any
+    """Megatron's specification of its layers."""
+    store: HostStore
+    """Where its layers keep offloaded tensors."""
+    loss_chunk: int
+    """`memory.loss_chunk`."""
+
+
 class Llama(LanguageModule):
     """One pipeline stage (or model chunk) of a Llama model."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        model: Model,
-        rotary: RotaryTable,
-        groups: Any,
-        context: ContextGroups,
-        *,
-        pre_process: bool,
-        post_process: bool,
-        vp_stage: int | None,
-        transformer_engine: bool,
-        memory: Memory,
-        store: HostStore,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, model: Model, groups: Any, stage: Stage) -> None:
         super().__init__(config=config, pg_collection=groups)
+        pre_process, post_process, vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.vocab_size, self.loss_chunk = model.vocab_size, memory.loss_chunk
-        self.store = store
+        self.vocab_size, self.loss_chunk = model.vocab_size, stage.loss_chunk
+        self.store = stage.store
         padded = padded_vocab_size(model.vocab_size, groups.tp.size())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -78,11 +83,9 @@ class Llama(LanguageModule):
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
-        block = spec.block_spec(rotary, context, layers, memory, store, transformer_engine)
         self.decoder = _Layers(
             config,
-            block,
+            stage.block,
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
@@ -254,22 +257,18 @@ def build(
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []
-    for stage in range(parallel.vpp):
-        first = ranks.pp_rank == 0 and stage == 0
-        last = ranks.pp_rank == ranks.pp - 1 and stage == parallel.vpp - 1
-        chunk = Llama(
-            config,
-            model,
-            rotary,
-            ranks.groups,
-            context,
-            pre_process=first,
-            post_process=last,
-            vp_stage=stage if parallel.vpp > 1 else None,
-            transformer_engine=use_te,
-            memory=memory,
+    for number in range(parallel.vpp):
+        vp_stage = number if parallel.vpp > 1 else None
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=ranks.pp_rank)
+        stage = Stage(
+            pre_process=ranks.pp_rank == 0 and number == 0,
+            post_process=ranks.pp_rank == ranks.pp - 1 and number == parallel.vpp - 1,
+            vp_stage=vp_stage,
+            block=spec.block_spec(rotary, context, layers, memory, store, use_te),
             store=store,
+            loss_chunk=memory.loss_chunk,
         )
+        chunk = Llama(config, model, ranks.groups, stage)
         _mark_tensor_parallel(chunk)
         chunk = chunk.to(ranks.device)
         chunks.append(Float16Module(config, chunk) if precision == "bf16" else chunk)
