@@ -1,27 +1,29 @@
-# Two commands on a fresh machine with Python 3.11 and nothing else:  make demo  and  make test
-# Each sets up what it needs first (make venv); a set-up that is there and current is used again.
+# Two commands on a fresh machine with only Python 3.11:  make demo  and  make test
+# Each first sets up what it needs (make venv); an existing, current set-up is reused.
 
 SHELL := /bin/sh
 PYTHON ?= python3.11
 PYTHON312 ?= python3.12
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
-# More arguments for pytest, like ARGS="tests/unit -k rope".
+# More arguments for pytest, like ARGS="tests/unit -k rope" or ARGS="-n0 --pdb".
 ARGS ?=
+# Tests run on every core, at most on four: those with ranks use several cores each.
+WORKERS = -n logical --maxprocesses 4
 
-# Ranks share the cores: more threads than cores only slow each other down.
+# Ranks share the cores: more threads than cores only slow down each other.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help venv venv-latest demo test test-latest check clean
 
 help:
-	@echo "make demo         extend a small Llama model 8x on this machine's CPU, and show it (sets up first)"
-	@echo "make test         the whole test suite (sets up first)"
-	@echo "make test-latest  the suite on Python 3.12 with the newest megatron-core that is supported"
-	@echo "make check        ruff and mypy"
-	@echo "make venv         only the set-up: $(VENV), from setup.py and constraints.txt"
-	@echo "make clean        remove build leftovers and caches; $(VENV), $(VENV_LATEST) and runs/ stay"
+	@echo "make demo         extend a small Llama model 8x on this machine's CPU and evaluate it (sets up first)"
+	@echo "make test         the complete test suite (sets up first)"
+	@echo "make test-latest  the suite on Python 3.12 with the newest supported megatron-core"
+	@echo "make check        ruff (format and rules) and mypy"
+	@echo "make venv         only the set-up of $(VENV) from setup.py and constraints.txt"
+	@echo "make clean        remove build files and caches; $(VENV), $(VENV_LATEST) and runs/ are kept"
 
 venv:
 	@$(call set_up,$(VENV),$(PYTHON),3.11)
@@ -33,12 +35,13 @@ demo: venv
 	$(VENV)/bin/python examples/demo/demo.py
 
 test: venv
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 test-latest: venv-latest
-	$(VENV_LATEST)/bin/python -m pytest $(ARGS)
+	$(VENV_LATEST)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 check: venv
+	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
 
@@ -46,8 +49,8 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
-# $(1) folder, $(2) Python to use, $(3) version it has to be. The folder's set-up file says what it was made from and where;
-# another setup.py, constraints.txt or place makes it anew.
+# $(1) folder, $(2) Python to use, $(3) its required version. The folder's set-up file records what it was made from and where;
+# another setup.py, constraints.txt or location makes it again.
 define set_up
 want="$$(cat setup.py constraints.txt | cksum) $(CURDIR)"; \
 if [ "$$(cat $(1)/set-up 2>/dev/null)" = "$$want" ] && $(1)/bin/python -c "" 2>/dev/null; then exit 0; fi; \

@@ -56,6 +56,7 @@ setup(
         "wandb": ["wandb"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.7",
             "ruff",
             "mypy",
             *gguf,

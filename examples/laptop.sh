@@ -1,6 +1,6 @@
 #!/bin/bash
-# The whole pipeline on a laptop's CPU with two ranks: a toy model from scratch at 512 tokens, extended 8x, given back as a Hugging Face
-# directory. Every stage is the one the cluster runs; this model is trained too little to be of use (make demo shows one that is).
+# The complete pipeline on a laptop's CPU with two ranks: a toy model trained from scratch at 512 tokens, extended 8x, and exported to a
+# Hugging Face directory. The stages are those of a cluster; this model is trained too little to be useful (see make demo for one that is).
 #   bash examples/laptop.sh TOKENIZER_DIR TEXT_FILE...
 set -euo pipefail
 
@@ -21,7 +21,7 @@ VOCAB=$(python -c "import sys, transformers; print(len(transformers.AutoTokenize
 python tools/prepare_data.py pretrain --input "${TEXT[@]}" --tokenizer "$TOKENIZER" --seq-length 512 --output "$RUNS/text_512"
 python tools/prepare_data.py pretrain --input "${TEXT[@]}" --tokenizer "$TOKENIZER" --seq-length 4K --output "$RUNS/text_4k"
 
-# From scratch over two data parallel ranks, then longer over two context parallel ranks.
+# From scratch on two data parallel ranks, then extended on two context parallel ranks.
 torchrun --standalone --nproc-per-node 2 tools/train.py --recipe tiny --tokenizer "$TOKENIZER" \
     --set runtime.device=cpu model.vocab_size="$VOCAB" train.iterations="$BASE_STEPS" --data "$RUNS/text_512" --save "$RUNS/base"
 torchrun --standalone --nproc-per-node 2 tools/train.py --recipe tiny_extend \

@@ -1,19 +1,18 @@
-"""Text that comes with every Python, as raw data sets: documents, conversations in published forms, and
-questions that some of them hold.
+"""Write raw data sets from text that comes with Python: documents, conversations in published formats, and
+benchmark questions, some of which are planted in them.
 
     python examples/laptop_data.py runs/laptop_data/raw [--mib 3]
 
-    text/library.jsonl.zst      the standard library's modules, one a document (PSF licence, as all here)
-    text/reference.parquet      the language reference, one topic a document
-    text/packages/*.txt         modules of some of its packages, and its licence, one a file
-    chat/modules.json           ShareGPT's form: what is the module for, and which functions does it have
-    chat/functions.jsonl        Alpaca's: write the function that does this
-    chat/numbers.parquet        question and answer: what does this function of mathematics do
-    benchmark.jsonl             questions of a made-up benchmark; every other one is planted in a document or a conversation
+    text/library.jsonl.zst      the standard library's modules, one per document (all texts: PSF licence)
+    text/reference.parquet      the language reference, one topic per document
+    text/packages/*.txt         modules of some packages, and Python's licence, one per file
+    chat/modules.json           ShareGPT format: what is the module for, and which functions does it have
+    chat/functions.jsonl        Alpaca format: write the function that does this
+    chat/numbers.parquet        question and answer: what does this mathematical function do
+    benchmark.jsonl             questions of an invented benchmark; every other one is planted in the data
     tokenizer/                  the demo's, with a chat template and its tokens
 
-So that the reports have something to say, there are also an empty document, one that is there twice, and
-lines that cannot be read.
+To exercise the reports, the data also has an empty document, a duplicate, and lines that cannot be read.
 """
 
 from __future__ import annotations
@@ -53,14 +52,15 @@ PLACES = (
     "the tower",
 )
 QUESTIONS = [
-    f"At {place} there are {12 + 7 * i} crates of {3 + i} lamps each, and {5 + i} lamps are broken; how many lamps still burn tonight?"
+    f"At {place} there are {12 + 7 * i} crates of {3 + i} lamps each, and {5 + i} lamps are broken; "
+    "how many lamps still burn tonight?"
     for i, place in enumerate(PLACES)
 ]
-"""The made-up benchmark. Those with even numbers are planted."""
+"""The invented benchmark. Questions with even numbers are planted."""
 
 
 def modules(folder: Path, most: int) -> Iterator[tuple[str, str]]:
-    """(name, source) of the library's modules, up to `most` bytes, short and long ones alike."""
+    """Yield (name, source) of the library's modules, short and long ones, up to `most` bytes."""
     size = 0
     for path in sorted(folder.glob("*.py"), key=lambda path: (hash_of(path.name), path.name)):
         text = path.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def modules(folder: Path, most: int) -> Iterator[tuple[str, str]]:
 
 
 def hash_of(name: str) -> int:
-    """Some order that is not the alphabet's, the same in each run."""
+    """A number for an order that is not alphabetical, and the same in each run."""
     return sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 1009
 
 
@@ -96,8 +96,9 @@ def about_functions(sources: Iterable[tuple[str, str]]) -> Iterator[dict[str, An
     for name, text in sources:
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                arguments = ", ".join(argument.arg for argument in node.args.args)
                 yield {
-                    "instruction": f"Write a Python function `{node.name}({', '.join(argument.arg for argument in node.args.args)})`, as in `{name}`.",
+                    "instruction": f"Write a Python function `{node.name}({arguments})`, as in `{name}`.",
                     "input": ast.get_docstring(node),
                     "output": f"```python\n{ast.get_source_segment(text, node)}\n```",
                 }
@@ -121,7 +122,7 @@ def first_line(node: ast.FunctionDef) -> str:
 
 
 def write(folder: Path, most: int) -> None:
-    """All files. most: bytes of modules."""
+    """Write all files. most: bytes of modules."""
     library = Path(sysconfig.get_path("stdlib"))
     sources = list(modules(library, most))
     for name in ("text/packages", "chat"):
@@ -159,7 +160,7 @@ def write(folder: Path, most: int) -> None:
         {"instruction": "Say nothing.", "output": ""},
         {"something": "else"},
         tasks[1],
-    ]  # the last one is there twice
+    ]  # the last one is a duplicate
     (folder / "chat" / "functions.jsonl").write_text(
         "".join(json.dumps(task) + "\n" for task in [*tasks, *broken]), encoding="utf-8"
     )

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Both data sets, pretraining and instruction tuning, made on a laptop in about a minute, without a network, from text that comes with
-# Python: each stage is the one that examples/ultralong_data.sh runs on public sources. A stage whose output is there is not run again.
+# Both data sets, for pretraining and instruction tuning, prepared on a laptop in about a minute, without a network, from text that comes with
+# Python. The stages are those that examples/ultralong_data.sh runs on public sources. A stage whose output exists is skipped.
 #   bash examples/laptop_data.sh
-# With a model behind an OpenAI-compatible endpoint, answers are refined too:
+# With a model behind an OpenAI-compatible endpoint, answers are refined as well:
 #   BASE_URL=http://localhost:8000/v1 MODEL=... bash examples/laptop_data.sh
 set -euo pipefail
 
@@ -10,7 +10,7 @@ OUT=${OUT:-runs/laptop_data}
 MIB=${MIB:-3}                   # of the standard library's modules
 SEQ_LENGTH=${SEQ_LENGTH:-64K}
 TOKENS=${TOKENS:-2_000_000}     # of the pretraining set
-EXAMPLES=${EXAMPLES:-300}       # conversations of the other
+EXAMPLES=${EXAMPLES:-300}       # conversations of the instruction data
 TOKENIZER=${TOKENIZER:-}        # Hugging Face directory with a chat template; empty = the demo's
 BASE_URL=${BASE_URL:-}
 MODEL=${MODEL:-}
@@ -23,15 +23,15 @@ RAW="$OUT/raw"
 TOKENIZER=${TOKENIZER:-$RAW/tokenizer}
 BENCHMARKS=("text=$RAW/benchmark.jsonl")
 
-# Raw data: the tokenizer is written last.
+# Raw data. The tokenizer is written last.
 [ -d "$RAW/tokenizer" ] || python examples/laptop_data.py "$RAW" --mib "$MIB"
 
-# 1. Documents, without what they share with the benchmark: cut out of the long ones.
+# 1. Documents, with the text that they share with the benchmark cut out.
 [ -f "$OUT/text/report.json" ] || python tools/prepare_data.py decontaminate --input "$RAW"/text/*.* "$RAW"/text/packages/*.txt \
     --benchmark "${BENCHMARKS[@]}" --action cut --margin 20 --output "$OUT/text"
 
-# 2. Documents to rows: a mix of sources and lengths in which short documents count less and long ones more. In one set documents go
-#    on in the next row, in the other they stay whole where they fit.
+# 2. Documents to rows: a mix of sources and lengths in which short documents are used less often and long ones more often. In one data
+#    set documents continue in the next row, in the other they are kept whole where they fit.
 cat > "$OUT/text.yaml" <<EOF
 tokens: $TOKENS
 rates: {<4K: 0.25, 4K-8K: 1, ">=8K": 3}
@@ -45,7 +45,7 @@ EOF
 [ -f "$OUT/rows_best.json" ] || python tools/prepare_data.py pretrain --sources "$OUT/text.yaml" --tokenizer "$TOKENIZER" \
     --seq-length "$SEQ_LENGTH" --fit best --document-starts --duplicates drop --tokens-dir "$OUT/tokens" --output "$OUT/rows_best"
 
-# 3. Conversations, in three published forms: refined where there is a model, then without what they share with the benchmark.
+# 3. Conversations in three published formats: refined if a model is given, then without those that match the benchmark.
 CHAT=("$RAW"/chat/{modules.json,functions.jsonl,numbers.parquet})
 if [ -n "$MODEL" ]; then
     refine() {  # name, file, domain
@@ -60,7 +60,7 @@ fi
 [ -f "$OUT/chat/report.json" ] || python tools/prepare_data.py decontaminate --input "${CHAT[@]}" --form auto \
     --benchmark "${BENCHMARKS[@]}" --output "$OUT/chat"
 
-# 4. Conversations to rows, one in each; loss on the answers.
+# 4. Conversations to rows, one per row; loss on the answers.
 cat > "$OUT/chat.yaml" <<EOF
 sources:
   modules:   {input: chat/modules.jsonl, domain: general}
@@ -73,5 +73,5 @@ if [ ! -f "$OUT/sft.json" ]; then
         --mix general=0.2,code=0.6,math=0.2 --fit single --output "$OUT/sft"
 fi
 
-echo "rows: $OUT/rows, $OUT/rows_best and $OUT/sft (.bin, .idx; .json says what they hold)"
+echo "rows: $OUT/rows, $OUT/rows_best and $OUT/sft (.bin, .idx; .json describes the content)"
 echo "plots: $OUT/rows.lengths.png, $OUT/rows_best.lengths.png; reports: $OUT/text/report.json, $OUT/chat/report.json"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Llama-3.1-8B-Instruct to 256K tokens on one node of 8 GPUs: the recipe of the 1M run with a shorter length and no context parallelism.
+# Llama-3.1-8B-Instruct to 256K tokens on one node of 8 GPUs: the recipe of the 1M run with a shorter length, without context parallelism.
 #   bash examples/one_node.sh MODEL_DIR "data/text/*.jsonl" [RUN_DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."

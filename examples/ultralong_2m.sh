@@ -9,16 +9,16 @@
 #SBATCH --output=%x-%j.log
 #
 # Llama-3.1-8B-Instruct to 2M tokens as in arXiv 2504.06214: continued pretraining, instruction tuning, export, passkey grid.
-#   sbatch examples/ultralong_2m.sh       from the top of the repository; submit again to go on where it stopped
+#   sbatch examples/ultralong_2m.sh       from the top of the repository; submit again to resume
 set -euo pipefail
 
 SIZE=2m                                    # recipes ultralong_$SIZE and ultralong_${SIZE}_sft
 MODEL=models/Llama-3.1-8B-Instruct         # Hugging Face directory, read in place
-TEXT="data/text/*.jsonl.zst"               # raw documents; not read where there are ROWS
+TEXT="data/text/*.jsonl.zst"               # raw documents; not used if ROWS is set
 ROWS=                                      # packed rows of 2M + 1 tokens, like data/ultralong/rows_2m of examples/ultralong_data.sh
-SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens a row, like its data/ultralong/sft; empty = no instruction tuning
+SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens per row, like its data/ultralong/sft; empty = no instruction tuning
 RUNS=runs/ultralong_2m
-LENGTHS=32K,128K,255K                      # what plain transformers holds on one GPU
+LENGTHS=32K,128K,255K                      # lengths that fit one GPU in plain transformers
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 source examples/ultralong_stages.sh

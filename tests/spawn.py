@@ -1,10 +1,9 @@
-"""Run a function on several gloo ranks: spawned once, first failure wins."""
+"""Run a function on several gloo ranks, processes of their own; the first failure wins."""
 
 from __future__ import annotations
 
 import gc
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -14,23 +13,39 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from tests import processes  # starts the server with what ranks import
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> None:
-    """Call `function(rank, world_size, *args)` on `world_size` spawned gloo ranks; raise with the first
-    rank's traceback.
+    """Call `function(rank, world_size, *args)` on `world_size` new gloo ranks; raise with the first rank's
+    traceback, or TimeoutError after `timeout` seconds.
 
     `function` must be importable (top level of a test module). The default process group is initialised
     before it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _enter, (function, world_size, folder, timeout, args), nprocs=world_size, start_method="spawn"
-        )
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = mp.start_processes(
+        _enter,
+        (function, world_size, store.port, timeout, dict(os.environ), args),
+        nprocs=world_size,
+        join=False,
+        start_method=processes.SERVER.get_start_method(),
+    )
+    end = time.monotonic() + timeout
+    try:
+        while not ranks.join(max(0.0, end - time.monotonic())):
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"{function.__name__} on {world_size} ranks took more than {timeout:.0f} s"
+                )
+    finally:
+        for process in ranks.processes:
+            process.kill()
 
 
 def leave_groups() -> None:
     """End all process groups of this rank and join the other ranks anew: for the next of several layouts in
-    one spawn.
+    one call.
 
     Groups that are only forgotten keep their threads, and each of gloo's wakes a hundred times a second.
     """
@@ -47,11 +62,14 @@ def _enter(
     rank: int,
     function: Callable[..., Any],
     world_size: int,
-    folder: str,
+    port: int,
     timeout: float,
+    environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
@@ -60,7 +78,7 @@ def _enter(
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
         times=0,
-        store=_meet(rank, world_size, folder),
+        store=torch.distributed.TCPStore("127.0.0.1", port, is_master=False),
     )
     _join()
     try:
@@ -68,24 +86,24 @@ def _enter(
     except BaseException:
         traceback.print_exc()
         raise
-    torch.distributed.barrier()  # rank 0 keeps the store: it must not leave first
+    if os.environ.get("SUITE_CPU_LOG"):
+        import resource
+
+        r, c = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        with open(os.environ["SUITE_CPU_LOG"], "a") as file:
+            print(
+                function.__module__,
+                function.__name__,
+                world_size,
+                rank,
+                "cpu",
+                round(r.ru_utime + r.ru_stime, 1),
+                "children",
+                round(c.ru_utime + c.ru_stime, 1),
+                file=file,
+            )
+    torch.distributed.barrier()  # the first one that ends is not taken for a failure by the others
     torch.distributed.destroy_process_group()
-
-
-def _meet(rank: int, world_size: int, folder: str) -> torch.distributed.TCPStore:
-    """The ranks' store, on a port that rank 0 was given and wrote down. A file as the store would take
-    seconds for each layout."""
-    place = os.path.join(folder, "port")
-    if rank == 0:
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        with open(f"{place}.partial", "w") as file:
-            file.write(str(store.port))
-        os.rename(f"{place}.partial", place)
-        return store
-    while not os.path.exists(place):
-        time.sleep(0.05)
-    with open(place) as file:
-        return torch.distributed.TCPStore("127.0.0.1", int(file.read()), is_master=False)
 
 
 def _forget_optimizers() -> None:
@@ -99,7 +117,7 @@ def _forget_optimizers() -> None:
 
 
 _place: dict[str, Any] = {}
-"""Where this process stands among the spawned ranks."""
+"""Where this process stands among the ranks."""
 
 
 def _join() -> None:

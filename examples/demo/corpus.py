@@ -1,15 +1,16 @@
-"""Synthetic text for the demo: a tokenizer, and documents in which names have pass keys that are asked again and again.
+"""Synthetic text for the demo: a tokenizer, and documents with many questions about the pass keys of names.
 
     python examples/demo/corpus.py tokenizer --output DIR
-    python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --seed 1 --output FILE.jsonl
+    python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --output FILE.jsonl
 
-Everything is made here by a seeded generator, so there is no data to download. Two kinds of document:
+Everything is generated from a seed, so there is no data to download. There are two kinds of documents:
 
-    keys    filler sentences with "The pass key of Mira is 48213." at random places and questions about them, many a document:
-            few tokens of ordinary text say how good retrieval is, so a model of this size would need far longer to learn it
-    list    names with their pass keys, said over and over in new order
+    keys    filler sentences with "The pass key of Mira is 48213." at random places, and many questions about
+            them; in ordinary text few tokens depend on retrieval, so that a model of this size would take far
+            longer to learn it
+    list    names with their pass keys, repeated in new order
 
-A document in the packed rows of length S has exactly S tokens: with the separator's one token it fills a row of S + 1.
+A document for packed rows of length S has exactly S tokens: with one separator token it fills a row of S + 1.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ Piece = tuple[str, int]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on documents of this file: any text can be encoded, the demo's words are one
-    token each.
+    """Train a byte-level BPE on documents of this file: it encodes any text, and each word of the demo is one
+    token.
 
-    Numbers are cut into groups of two digits, like Llama-3's into three: a pass key of five digits is three
-    tokens. "Mira is" is one token (superwords: Liu et al., arXiv 2503.13423): the key then follows the token
-    that names it, and looking it up is the one-step copying that a model of this size learns in minutes.
+    Numbers are split into groups of two digits (Llama-3 has three): a pass key of five digits is three
+    tokens. "Mira is" is one token (superwords: Liu et al., arXiv 2503.13423), so that a key directly follows
+    the token that names it, and retrieval is one-step copying, which a model of this size learns in minutes.
     """
     bpe = Tokenizer(models.BPE())
     words = Regex(r" \p{Lu}\p{Ll}+ is\b| ?\p{N}{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -81,7 +82,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Writer:
-    """Documents of exact size for one tokenizer."""
+    """Writes documents of exact size for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
@@ -173,7 +174,7 @@ class Writer:
         return out
 
     def listed(self, length: int) -> str:
-        """Names and their pass keys, said again and again in new order."""
+        """Names and their pass keys, repeated in new order."""
         names = self.rng.sample(niah.NAMES, self.rng.randint(1, max(1, min(len(niah.NAMES), length // 20))))
         values = {name: niah.pass_key(self.rng, DIGITS) for name in names}
         form = self.rng.choice((" {} {}.", " {} is {}.", " The pass key of {} is {}."))
@@ -185,7 +186,7 @@ class Writer:
         return self._cut(text, length)
 
     def _cut(self, text: str, length: int) -> str:
-        """The first `length` tokens of `text`."""
+        """Return the first `length` tokens of `text`."""
         return self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False)[:length])
 
 
@@ -203,7 +204,7 @@ def write_documents(
     listed: float = 0.1,
     whole: float = 1.0,
 ) -> None:
-    """`rows` texts of exactly `length` tokens each as JSON lines."""
+    """Write `rows` texts of exactly `length` tokens each as JSON lines."""
     if length < SHORTEST or rows < 1:
         raise UserError(f"--length must be at least {SHORTEST} tokens and --rows at least 1")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -231,17 +232,20 @@ def main() -> None:
     one = commands.add_parser("documents", help="write documents as JSON lines")
     one.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
     one.add_argument("--output", type=Path, required=True, metavar="FILE")
-    one.add_argument("--length", required=True, help="tokens of every text: the sequence length of training")
+    one.add_argument("--length", required=True, help="tokens per text: the sequence length of training")
     one.add_argument("--rows", type=int, required=True, help="texts to write")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument(
-        "--list", type=float, default=0.1, help="share of lists of names and pass keys (default: %(default)s)"
+        "--list",
+        type=float,
+        default=0.1,
+        help="fraction of documents of the kind list (default: %(default)s)",
     )
     one.add_argument(
         "--whole",
         type=float,
         default=1.0,
-        help="share of texts that are one document, not several (default: %(default)s)",
+        help="fraction of texts that are a single document (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.command == "tokenizer":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The demo: a small Llama of 512 tokens of context goes through the whole pipeline and comes out with 4,096.
+"""The demo: extend the context of a small Llama from 512 to 4,096 tokens with the complete pipeline.
 
     python examples/demo/demo.py      (make demo sets up first)
 
-Passkey grid before, documents, packed rows, YaRN continued pretraining over two context parallel ranks on the
-CPU, export to Hugging Face, passkey grid after: each stage is the tool that a cluster runs. The model,
-`base/`, was made by `make_base.sh`.
+The stages are the passkey grid before training, documents, packed rows, YaRN continued pretraining on two
+context parallel CPU ranks, export to Hugging Face, and the passkey grid after training. Each uses the same
+tool as a cluster does. The base model, `base/`, was trained by `make_base.sh`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from megatron_ultralong.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(__file__).resolve().parent / "base"
-OUT = Path("runs/demo")  # below ROOT, where every stage runs
+OUT = Path("runs/demo")  # relative to ROOT, where every stage runs
 
 FACTOR, BASE_LENGTH = 8, 512
 LENGTH = FACTOR * BASE_LENGTH
 LENGTHS = (512, 1024, 2048, 4096)
 DEPTHS, TRIALS = "0,25,50,75,100", 8
-"""Five depths of eight prompts: 40 a length."""
+"""Five depths of eight prompts: 40 per length."""
 ITERATIONS, BATCH = 60, 2
 ENOUGH = 0.95
-"""Accuracy at every length that counts as shown."""
+"""Accuracy required at every length."""
 
 
 def main() -> int:
@@ -44,9 +44,9 @@ def main() -> int:
     for name in ("train", "hf", "before", "after"):
         shutil.rmtree(ROOT / OUT / name, ignore_errors=True)
 
-    say(f"1/5  the passkey grid of the model as it is: context {BASE_LENGTH}")
+    say(f"1/5  passkey grid of the base model: context {BASE_LENGTH}")
     before = passkey(BASE, "before")
-    say(f"2/5  documents, packed to rows of {LENGTH} + 1 tokens")
+    say(f"2/5  documents, packed into rows of {LENGTH} + 1 tokens")
     corpus.write_documents(
         BASE, ROOT / OUT / "text.jsonl", length=LENGTH, rows=ITERATIONS * BATCH, seed=1, listed=0
     )
@@ -87,7 +87,7 @@ def main() -> int:
     )
     say("4/5  export to Hugging Face")
     tool("convert_hf.py", "export", "--ckpt", OUT / "train", "--out", OUT / "hf")
-    say("5/5  the passkey grid of the export, in plain transformers")
+    say("5/5  passkey grid of the export, in plain transformers")
     after = passkey(OUT / "hf", "after")
 
     seconds = round(time.time() - began)
@@ -106,9 +106,8 @@ def main() -> int:
 
 
 def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
-    """The last lines: what was shown, and where the files are. Exit code 1 where the longer context did not
-    come out."""
-    say("passkeys found, of 40 a length")
+    """Print the result and the paths of the files; return the exit code, 1 if the accuracy is too low."""
+    say("pass keys found, of 40 per length")
     print("tokens".rjust(9) + "".join(f"{heat_map.tokens(length):>8}" for length in LENGTHS))
     for name, values in summary.items():
         print(name.rjust(9) + "".join(f"{values[str(length)]:>8.0%}" for length in LENGTHS))
@@ -116,10 +115,10 @@ def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
     print(
         f"\ncontext {BASE_LENGTH} -> {LENGTH} in {seconds} s"
         if shown
-        else f"\nnot shown: below {ENOUGH:.0%} at a length after {seconds} s of training and evaluation"
+        else f"\nfailed: accuracy below {ENOUGH:.0%} at some length after {seconds} s of training and evaluation"
     )
     print(
-        f"the model in Hugging Face form   {OUT}/hf\nits passkey grid before and after {OUT}/passkey.png\nthe figures"
+        f"Hugging Face model                {OUT}/hf\npasskey grid before and after     {OUT}/passkey.png\nall figures"
         f"                       {OUT}/summary.json"
     )
     return 0 if shown else 1
@@ -146,8 +145,10 @@ def passkey(model: Path, name: str) -> dict[str, Any]:
 
 
 def tool(name: str, *arguments: Any, ranks: int = 1) -> None:
-    """Run one of the project's tools as its users do, from the top of the tree; UserError where it fails (it
-    has said why)."""
+    """Run one of the project's tools as users do, from the top of the repository.
+
+    Raises UserError if it fails; the tool has printed the reason.
+    """
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     )

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Makes the demo's base model, examples/demo/base: a Llama of 0.6 million parameters from scratch with 512 tokens of context. About
-# ten minutes on two cores. Retrieval is learned at 64 tokens first, in hundreds of steps instead of thousands; then the texts grow.
-#   bash examples/demo/make_base.sh [RUN_DIR]        the result is in RUN_DIR/hf; to ship it, copy it to examples/demo/base
+# Trains the demo's base model, examples/demo/base: a Llama of 0.6 million parameters from scratch, with 512 tokens of context. Takes about
+# ten minutes on two cores. Retrieval is learned at 64 tokens first, in hundreds of steps instead of thousands; then the length grows.
+#   bash examples/demo/make_base.sh [RUN_DIR]        the result is in RUN_DIR/hf; to distribute it, copy it to examples/demo/base
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -11,12 +11,12 @@ mkdir -p "$RUNS"
 
 [ -d "$RUNS/tokenizer" ] || python examples/demo/corpus.py tokenizer --output "$RUNS/tokenizer"
 
-# Documents and packed rows of them: name, length, more arguments.
+# Write documents and pack them into rows: name, length, more arguments.
 rows_of() {
     python examples/demo/corpus.py documents --tokenizer "$RUNS/tokenizer" --length "$2" --output "$RUNS/$1.jsonl" "${@:3}"
     python tools/prepare_data.py pretrain --input "$RUNS/$1.jsonl" --tokenizer "$RUNS/tokenizer" --seq-length "$2" --separator-token eos --output "$RUNS/$1"
 }
-# Length in tokens, rows an iteration, rows of a micro-batch, iterations, learning rate at the start and at the end, and what to start from.
+# Length in tokens, global batch, micro-batch, iterations, first and last learning rate, and the weights to start from.
 stage() {
     local length=$1 rows=$2 micro=$3 steps=$4 lr=$5 min_lr=$6
     local last="$RUNS/$length/iter_$(printf %07d "$steps")"

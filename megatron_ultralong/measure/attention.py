@@ -1,9 +1,8 @@
-"""Context-parallel attention of one layer, all ranks' work on one device, beside one kernel on the whole
-sequence.
+"""Speed, memory and error of one layer's context parallel attention, all ranks' work on one device.
 
-Every rank is a thread (context_parallel/virtual_ranks.py) and copies inside the device stand for the network:
-what is measured is the work that a way of context parallelism adds to the kernel, not how well it hides the
-network. The ideal has the same total work.
+Compared with one kernel on the whole sequence, which has the same total work. Every rank is a thread
+(context_parallel/virtual_ranks.py), and copies inside the device take the place of the network: this measures
+the work that a method adds to the kernel, not how well it hides the network.
 
 Shapes: S tokens of the whole sequence, h query heads, g KV heads, d head dimension; b = 1.
 """
@@ -11,6 +10,7 @@ Shapes: S tokens of the whole sequence, h query heads, g KV heads, d head dimens
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,17 +23,33 @@ from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.ulysses import check_heads
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import peers, problems, ring_baselines, timing
-from megatron_ultralong.measure import report as reports
-from megatron_ultralong.measure.problems import Problem
-from megatron_ultralong.measure.report import Column, Report
-from megatron_ultralong.measure.virtual_run import Make, Method, Runner, VirtualRunner
+from megatron_ultralong.measure import peers, ring_baselines, timing
+from megatron_ultralong.measure.attention_inputs import (
+    AttentionShape,
+    float64_reference,
+    random_inputs,
+)
+from megatron_ultralong.measure.number_format import (
+    byte_count,
+    integer,
+    percent,
+    scientific,
+    three_digits,
+    token_count,
+)
+from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.virtual_run import (
+    AttentionMethod,
+    MakeAttention,
+    RankRunner,
+    VirtualRankRunner,
+)
 
 METHODS = (
     "ring",
     "all-to-all",
     "hybrid",
-    "gather",
+    "all_gather",
     "te-style",
     "naive",
     "torch",
@@ -41,46 +57,38 @@ METHODS = (
     "yunchang",
 )
 COLUMNS = (
-    Column(key="forward_ms", title="forward ms", show=reports.milliseconds),
-    Column(key="backward_ms", title="backward ms", show=reports.milliseconds),
-    Column(key="both_ms", title="both ms", show=reports.milliseconds),
-    Column(
-        key="share_of_ideal",
-        title="of ideal",
-        show=reports.share,
-        meaning="time of one kernel on the whole sequence over this row's, forward and backward; for rows with documents, of the kernel "
-        "inside documents. On a CPU it says little: ranks are threads on all cores",
+    ReportColumn("forward_ms", "forward ms", three_digits),
+    ReportColumn("backward_ms", "backward ms", three_digits),
+    ReportColumn("both_ms", "both ms", three_digits),
+    ReportColumn(
+        "share_of_ideal",
+        "of ideal",
+        percent,
+        "time of one kernel on the whole sequence over the time of this row, forward and backward; for rows with "
+        "documents, of the kernel inside documents. On a CPU it says little: ranks are threads on all cores",
     ),
-    Column(
-        key="workspace_bytes",
-        title="workspace",
-        show=reports.bytes_,
-        meaning="peak memory of all ranks together above inputs, output and gradients",
+    ReportColumn(
+        "workspace_bytes",
+        "workspace",
+        byte_count,
+        "peak memory of all ranks together beyond inputs, output and gradients",
     ),
-    Column(
-        key="sent_forward",
-        title="sent fwd B/token",
-        show=reports.number,
-        meaning="bytes that a rank sends in one layer, over S",
+    ReportColumn(
+        "sent_forward", "sent fwd B/token", integer, "bytes that a rank sends in one layer, divided by S"
     ),
-    Column(key="sent_backward", title="sent bwd B/token", show=reports.number),
-    Column(
-        key="error_out",
-        title="error out",
-        show=reports.scientific,
-        meaning="relative Frobenius norm against float64, at the error length",
+    ReportColumn("sent_backward", "sent bwd B/token", integer),
+    ReportColumn(
+        "error_out",
+        "error out",
+        scientific,
+        "relative Frobenius norm against float64, at --error-length tokens",
     ),
-    Column(
-        key="error_gradients",
-        title="error grads",
-        show=reports.scientific,
-        meaning="the largest of dq, dk and dv",
-    ),
+    ReportColumn("error_gradients", "error grads", scientific, "the largest one of dq, dk and dv"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class AttentionSettings:
     """What is measured."""
 
     length: int
@@ -110,7 +118,7 @@ class Settings:
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
         for cp in self.cp:
             if cp < 2:
-                raise UserError(f"--cp {cp} must be at least 2: one rank alone is the first row")
+                raise UserError(f"--cp {cp} must be at least 2: the first row is one rank alone")
             for name, length in (("length", self.length), ("error-length", self.error_length)):
                 if length % (2 * cp):
                     raise UserError(f"--{name} {length} is not divisible by 2 x --cp = {2 * cp}")
@@ -118,33 +126,39 @@ class Settings:
             raise UserError(
                 f"--documents {self.documents} must be at least 1 and at most --length and --error-length"
             )
+        if "gather" in self.methods:
+            raise UserError("--methods gather: this method is now called all_gather")
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise UserError(f"--methods {unknown[0]}: choose from {', '.join(METHODS)}")
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
 
 def run(
-    settings: Settings,
+    settings: AttentionSettings,
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
-) -> Report:
-    """Measure all rows; `progress` is told each before it starts. UserError where the kernel is not there."""
-    with _kernel(settings, device) as chosen:
-        shape = (
-            f"S {reports.tokens(settings.length)}, {settings.heads} query and {settings.kv_heads} KV heads of {settings.head_dim}, "
-            f"{str(settings.dtype).removeprefix('torch.')}"
-        )
-        report = Report(
+) -> SpeedReport:
+    """Measure all rows; `progress` is called with the name of each before it starts.
+
+    Raises UserError if the kernel is not available.
+    """
+    with _selected_kernel(settings, device) as kernel:
+        report = SpeedReport(
             kind="attention",
             columns=COLUMNS,
             bars=("share_of_ideal", "workspace_bytes", "error_out"),
-            about=reports.about(
+            about=about(
                 device,
                 command,
-                kernel=chosen,
-                dtype=str(settings.dtype).removeprefix("torch."),
-                shape=shape,
+                kernel=kernel,
+                dtype=settings.dtype_name,
+                shape=f"S {token_count(settings.length)}, {settings.heads} query and "
+                f"{settings.kv_heads} KV heads of {settings.head_dim}, {settings.dtype_name}",
                 length=settings.length,
                 error_length=settings.error_length,
                 documents=settings.documents,
@@ -152,50 +166,38 @@ def run(
                 memory=timing.CPU_MEMORY if device.type == "cpu" else "torch's allocator",
             ),
         )
-        for packed in (False, True) if settings.documents is not None else (False,):
-            problem, small = (
-                problems.draw(
-                    length,
-                    settings.heads,
-                    settings.kv_heads,
-                    settings.head_dim,
-                    settings.dtype,
-                    device,
-                    documents=settings.documents if packed else None,
-                    seed=settings.seed,
-                )
-                for length in (settings.length, settings.error_length)
+        for documents in (None,) if settings.documents is None else (None, settings.documents):
+            shape = AttentionShape(
+                length=settings.length,
+                heads=settings.heads,
+                kv_heads=settings.kv_heads,
+                head_dim=settings.head_dim,
+                dtype=settings.dtype,
+                documents=documents,
             )
-            want = problems.reference(small)
-            ideal: dict[str, Any] | None = None
-            for method in _methods(settings, packed, chosen):
-                name = f"{method.name}, {settings.documents} documents" if packed else method.name
+            measurement = _Measurement(shape, settings, device)
+            for method in _methods(settings, documents is not None, kernel):
+                name = method.name if documents is None else f"{method.name}, {documents} documents"
                 progress(name)
-                row = {
-                    "name": name,
-                    "ours": method.ours,
-                    "cp": method.cp,
-                    "documents": settings.documents if packed else None,
-                }
-                report.rows.append(row | _measured(method, problem, small, want, settings, device, ideal))
-                ideal = ideal or report.rows[-1]
+                row = {"name": name, "ours": method.ours, "cp": method.cp, "documents": documents}
+                report.rows.append(row | measurement.row(method))
     return report
 
 
-# ---- rows --------------------------------------------------------------------------------------
+# ---- methods -----------------------------------------------------------------------------------
 
 
-def _methods(settings: Settings, packed: bool, chosen: str) -> Iterator[Method]:
+def _methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator[AttentionMethod]:
     """The rows in order; the first is the ideal."""
     within = "inside documents" if packed else "on the whole sequence"
-    yield Method(name=f"one kernel ({chosen}) {within}", cp=1, make=_ours(1, "p2p"), ours=False)
-    have = set(settings.methods)
+    yield AttentionMethod(name=f"one kernel ({kernel}) {within}", cp=1, make=_ours(1, "p2p"), ours=False)
+    selected = set(settings.methods)
     for cp in settings.cp:
-        if "ring" in have:
-            yield Method(name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
+        if "ring" in selected:
+            yield AttentionMethod(name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
         for ulysses in [
-            *([cp] if "all-to-all" in have else []),
-            *(u for u in settings.ulysses if "hybrid" in have and 1 < u < cp and cp % u == 0),
+            *([cp] if "all-to-all" in selected else []),
+            *(u for u in settings.ulysses if "hybrid" in selected and 1 < u < cp and cp % u == 0),
         ]:
             name = (
                 f"ours: all-to-all, CP {cp}"
@@ -204,32 +206,24 @@ def _methods(settings: Settings, packed: bool, chosen: str) -> Iterator[Method]:
             )
             try:
                 check_heads(settings.heads, settings.kv_heads, ulysses)
-                yield Method(name=name, cp=cp, make=_ours(ulysses, "p2p"))
+                yield AttentionMethod(name=name, cp=cp, make=_ours(ulysses, "p2p"))
             except UserError as error:
-                yield Method(name=name, cp=cp, make=None, note=str(error))
-        if "gather" in have:
-            yield Method(name=f"ours: gather, CP {cp}", cp=cp, make=_ours(1, "all_gather"))
+                yield AttentionMethod(name=name, cp=cp, make=None, note=str(error))
+        if "all_gather" in selected:
+            yield AttentionMethod(name=f"ours: all_gather, CP {cp}", cp=cp, make=_ours(1, "all_gather"))
     if packed:
-        return  # the others are for whole sequences
+        return  # the other methods do not support documents
     for cp in settings.cp:
-        if "te-style" in have:
-            yield Method(
-                name=f"TE-style schedule (written here), CP {cp}",
-                cp=cp,
-                make=ring_baselines.te_style,
-                ours=False,
-            )
-        if "naive" in have:
-            yield Method(
-                name=f"naive ring, sums in {str(settings.dtype).removeprefix('torch.')}, CP {cp}",
-                cp=cp,
-                make=ring_baselines.naive,
-                ours=False,
-            )
-        yield from (method for key, method in peers.methods(cp, settings.dtype) if key in have)
+        if "te-style" in selected:
+            name = f"TE-style schedule (written here), CP {cp}"
+            yield AttentionMethod(name=name, cp=cp, make=ring_baselines.te_style, ours=False)
+        if "naive" in selected:
+            name = f"naive ring, sums in {settings.dtype_name}, CP {cp}"
+            yield AttentionMethod(name=name, cp=cp, make=ring_baselines.naive, ours=False)
+        yield from (method for key, method in peers.methods(cp, settings.dtype) if key in selected)
 
 
-def _ours(ulysses: int, cp_comm_type: api.CommType) -> Make:
+def _ours(ulysses: int, cp_comm_type: api.CommType) -> MakeAttention:
     def make(group: Any, starts: Sequence[int] | None) -> tuple[Any, Any]:
         groups = api.ContextGroups() if group is None else api.split(group, ulysses, cp_comm_type)
         return (
@@ -240,106 +234,112 @@ def _ours(ulysses: int, cp_comm_type: api.CommType) -> Make:
     return make
 
 
-def _measured(
-    method: Method,
-    problem: Problem,
-    small: Problem,
-    want: list[Tensor],
-    settings: Settings,
-    device: torch.device,
-    ideal: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The figures of one row, or why there are none."""
-    if method.make is None:
-        return {"note": method.note}
-    timing.release()
-    runner: Runner | None = None
-    try:
-        runner = (method.runner or VirtualRunner)(method.cp)
-        row = _figures(method, runner, problem, settings, device)
-        row["share_of_ideal"] = (
-            1.0 if ideal is None else ideal["both_ms"] / row["both_ms"] if ideal.get("both_ms") else None
-        )
-        row |= _errors(method, runner, small, want)
-        return row | ({"note": method.note} if method.note else {})
-    except Exception as error:
-        if isinstance(error, RuntimeError) and timing.is_out_of_memory(error):
-            return {"note": "out of memory"}
-        if method.ours:
-            raise
-        # What another package does here must not end the comparison.
-        return {
-            "note": f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
-                :150
-            ]
-        }
-    finally:
-        if runner is not None:
-            runner.close()
-
-
-def _figures(
-    method: Method, runner: Runner, problem: Problem, settings: Settings, device: torch.device
-) -> dict[str, Any]:
-    shards, starts, make = problem.shards(method.cp), problem.starts, method.make
-    assert make is not None
-
-    def forward(group: Any, rank: int) -> tuple[Any, Any]:
-        return make(group, starts)[0](*shards[rank][1:])
-
-    def backward(group: Any, rank: int) -> Any:
-        return make(group, starts)[1](*shards[rank], *kept[rank])
-
-    def both(group: Any, rank: int) -> Any:
-        go, back = make(group, starts)
-        out, lse = go(*shards[rank][1:])
-        return out, back(*shards[rank], out, lse)
-
-    kept = runner.run(forward)
-    sent_forward = runner.sent
-    runner.run(backward)
-    sent_backward = runner.sent
-    with timing.peak(device) as peak:
-        results = runner.run(both, inside=peak.threads)
-    results_size = sum(timing.size(out, *gradients) for out, gradients in results)
-    del results
-    row: dict[str, Any] = {"workspace_bytes": max(0, peak.bytes - results_size)}
-    for key, work in (("forward_ms", forward), ("backward_ms", backward), ("both_ms", both)):
-        row[key] = 1e3 * timing.seconds(lambda work=work: runner.run(work), device, settings.repeats)  # type: ignore[misc]
-    if sent_forward is not None and sent_backward is not None:
-        tokens = problem.q.shape[2] * method.cp
-        row |= {"sent_forward": sent_forward / tokens, "sent_backward": sent_backward / tokens}
-    return row
-
-
-def _errors(method: Method, runner: Runner, small: Problem, want: list[Tensor]) -> dict[str, Any]:
-    shards, make = small.shards(method.cp), method.make
-    assert make is not None
-
-    def both(group: Any, rank: int) -> list[Tensor]:
-        go, back = make(group, small.starts)
-        out, lse = go(*shards[rank][1:])
-        return [out, *back(*shards[rank], out, lse)]
-
-    found = [zigzag.unshard(list(parts), 2) for parts in zip(*runner.run(both), strict=True)]
-    errors = [timing.error(x, y) for x, y in zip(found, want, strict=True)]
-    return {"error_out": errors[0], "error_gradients": max(errors[1:])}
-
-
 @contextlib.contextmanager
-def _kernel(settings: Settings, device: torch.device) -> Iterator[str]:
-    """The kernel that is used inside: --kernel flash rules cuDNN out, as
-    torch.backends.cuda.enable_cudnn_sdp(False) does."""
+def _selected_kernel(settings: AttentionSettings, device: torch.device) -> Iterator[str]:
+    """The kernel that all methods use; --kernel flash disables cuDNN meanwhile, by torch's own switch."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         if settings.kernel == "flash":
             torch.backends.cuda.enable_cudnn_sdp(False)
-        chosen = kernels.choose(device, settings.dtype, settings.head_dim)
-        if settings.kernel not in ("auto", chosen):
+        kernel = kernels.choose(device, settings.dtype, settings.head_dim)
+        if settings.kernel not in ("auto", kernel):
             raise UserError(
-                f"--kernel {settings.kernel}, but {device.type} with {settings.dtype} and --head-dim {settings.head_dim} takes {chosen}; "
-                "use --kernel auto"
+                f"--kernel {settings.kernel}, but {device.type} with {settings.dtype} and --head-dim "
+                f"{settings.head_dim} uses {kernel}; use --kernel auto"
             )
-        yield chosen
+        yield kernel
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+class _Measurement:
+    """Measures methods on the same inputs; the first method measured is the ideal."""
+
+    def __init__(self, shape: AttentionShape, settings: AttentionSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.inputs = random_inputs(shape, device, settings.seed)
+        short = dataclasses.replace(shape, length=settings.error_length)
+        self.error_inputs = random_inputs(short, device, settings.seed)
+        self.reference = float64_reference(self.error_inputs)
+        self._ideal: dict[str, Any] | None = None
+
+    def row(self, method: AttentionMethod) -> dict[str, Any]:
+        """Return the figures of one method, or a note why there are none."""
+        row = self._try(method)
+        self._ideal = self._ideal or row
+        return row
+
+    def _try(self, method: AttentionMethod) -> dict[str, Any]:
+        if method.make is None:
+            return {"note": method.note}
+        timing.free_memory()
+        runner: RankRunner | None = None
+        try:
+            runner = (method.runner or VirtualRankRunner)(method.cp)
+            row = self._figures(method, runner)
+            if self._ideal is None:
+                row["share_of_ideal"] = 1.0
+            else:
+                both_ms = self._ideal.get("both_ms")
+                row["share_of_ideal"] = both_ms / row["both_ms"] if both_ms else None
+            row |= self._errors(method, runner)
+            return row | ({"note": method.note} if method.note else {})
+        except Exception as error:
+            if isinstance(error, RuntimeError) and timing.is_out_of_memory(error):
+                return {"note": "out of memory"}
+            if method.ours:
+                raise
+            # A failure inside another package must not end the comparison.
+            first_line = (str(error).splitlines() or [""])[0]
+            return {"note": f"failed: {type(error).__name__}: {first_line}"[:150]}
+        finally:
+            if runner is not None:
+                runner.close()
+
+    def _figures(self, method: AttentionMethod, runner: RankRunner) -> dict[str, Any]:
+        shards, starts, make = self.inputs.shards(method.cp), self.inputs.starts, method.make
+        assert make is not None
+
+        def forward(group: Any, rank: int) -> tuple[Any, Any]:
+            return make(group, starts)[0](*shards[rank][1:])
+
+        def backward(group: Any, rank: int) -> Any:
+            return make(group, starts)[1](*shards[rank], *outputs[rank])
+
+        def both(group: Any, rank: int) -> Any:
+            attention_forward, attention_backward = make(group, starts)
+            out, lse = attention_forward(*shards[rank][1:])
+            return out, attention_backward(*shards[rank], out, lse)
+
+        outputs = runner.run(forward)
+        sent_forward = runner.sent
+        runner.run(backward)
+        sent_backward = runner.sent
+        with timing.peak_memory(self.device) as peak:
+            results = runner.run(both, context=peak.thread_context)
+        result_bytes = sum(timing.tensor_bytes(out, *gradients) for out, gradients in results)
+        del results
+        row: dict[str, Any] = {"workspace_bytes": max(0, peak.bytes - result_bytes)}
+        for key, work in (("forward_ms", forward), ("backward_ms", backward), ("both_ms", both)):
+            seconds = timing.median_seconds(partial(runner.run, work), self.device, self.settings.repeats)
+            row[key] = 1e3 * seconds
+        if sent_forward is not None and sent_backward is not None:
+            tokens = self.inputs.q.shape[2] * method.cp
+            row |= {"sent_forward": sent_forward / tokens, "sent_backward": sent_backward / tokens}
+        return row
+
+    def _errors(self, method: AttentionMethod, runner: RankRunner) -> dict[str, Any]:
+        shards, make = self.error_inputs.shards(method.cp), method.make
+        assert make is not None
+
+        def both(group: Any, rank: int) -> list[Tensor]:
+            attention_forward, attention_backward = make(group, self.error_inputs.starts)
+            out, lse = attention_forward(*shards[rank][1:])
+            return [out, *attention_backward(*shards[rank], out, lse)]
+
+        results = [zigzag.unshard(list(ranks), 2) for ranks in zip(*runner.run(both), strict=True)]
+        errors = [timing.relative_error(x, y) for x, y in zip(results, self.reference, strict=True)]
+        return {"error_out": errors[0], "error_gradients": max(errors[1:])}

@@ -1,10 +1,11 @@
-"""Documents to tokens on disk: this project's stage beside Megatron-Core's IndexedDatasetBuilder and
-datatrove, same files and tokenizer.
+"""Speed and memory of tokenising documents: this project, Megatron-Core's IndexedDatasetBuilder and
+datatrove.
 
-Each runs whole in a process of its own, its worker processes included: reading .jsonl, encoding, writing.
-Ours goes on to packed rows, with hashes of files and documents, and the table of all documents; Megatron's
-writes .bin/.idx of whole documents, fed by a pool of processes as Megatron-LM's preprocessing does it;
-datatrove its own token files, unshuffled, a task for each file.
+All use the same files and tokenizer. Each runs completely in a process of its own, including its worker
+processes: reading .jsonl, encoding, writing. This project also packs rows, hashes files and documents, and
+writes the table of all documents. Megatron's builder writes .bin/.idx of whole documents, fed by a process
+pool as in Megatron-LM's preprocessing. datatrove writes its own token files, unshuffled, with one task per
+file.
 """
 
 from __future__ import annotations
@@ -22,14 +23,41 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure.report import Column, Report, about
+from megatron_ultralong.measure.number_format import integer
+from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 
-_CHUNK = 32  # documents handed to a process of Megatron's pool at a time
+DOCUMENTS_PER_TASK = 32
+"""Documents that a worker of Megatron's pool gets at a time."""
+
+
+COLUMNS = (
+    ReportColumn("tokens_per_second", "tokens/s", integer),
+    ReportColumn("megabytes_per_second", "MB/s", lambda value: f"{value:.2f}", "of input"),
+    ReportColumn(
+        "seconds",
+        "seconds",
+        lambda value: f"{value:.1f}",
+        "median of the runs, including process start and imports",
+    ),
+    ReportColumn(
+        "cpu_seconds",
+        "CPU s",
+        lambda value: f"{value:.1f}",
+        "of all its processes; hardly affected by other work on the machine",
+    ),
+    ReportColumn("tokens", "tokens", integer, "of the documents, separators not counted"),
+    ReportColumn(
+        "peak_bytes",
+        "peak MB",
+        lambda value: f"{value / 1e6:.0f}",
+        "largest resident size of one of its processes",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured on."""
+class DataSettings:
+    """What is measured."""
 
     inputs: tuple[Path, ...]
     """.jsonl files with `text`; at least as many as workers, so that datatrove can use all."""
@@ -37,55 +65,29 @@ class Settings:
     workers: int
     repeats: int
     methods: tuple[str, ...] = ()
-    """Only these; empty = all."""
+    """Names in `METHODS`; empty = all."""
     seq_length: int = 1 << 17
 
     def __post_init__(self) -> None:
         if not self.inputs or any(path.suffix != ".jsonl" or not path.is_file() for path in self.inputs):
-            raise UserError("--input: give .jsonl files that exist")
+            raise UserError("--input: expected existing .jsonl files")
         if not (self.tokenizer / "tokenizer.json").is_file():
             raise UserError(f"--tokenizer {self.tokenizer}: no tokenizer.json in it")
         for name in self.methods:
             if name not in METHODS:
-                raise UserError(f"--methods {name}: known are {', '.join(METHODS)}")
+                raise UserError(f"--methods {name}: choose from {', '.join(METHODS)}")
 
 
 def run(
-    settings: Settings, device: Any, command: str, say: Callable[[str], Any] = lambda name: None
-) -> Report:
-    """Median tokens a second of each, in turns, so that a slow minute of the machine meets all alike."""
+    settings: DataSettings, device: Any, command: str, progress: Callable[[str], None] = lambda line: None
+) -> SpeedReport:
+    """Measure all methods in turns, so that a slow phase of the machine affects all of them, and report
+    medians."""
     size = sum(path.stat().st_size for path in settings.inputs)
-    report = Report(
+    report = SpeedReport(
         kind="data",
         bars=["tokens_per_second"],
-        columns=[
-            Column(key="tokens_per_second", title="tokens/s", show=lambda v: f"{v:,.0f}"),
-            Column(key="megabytes_per_second", title="MB/s", show=lambda v: f"{v:.2f}", meaning="of input"),
-            Column(
-                key="seconds",
-                title="seconds",
-                show=lambda v: f"{v:.1f}",
-                meaning="median of the runs, process start and imports included",
-            ),
-            Column(
-                key="cpu_seconds",
-                title="CPU s",
-                show=lambda v: f"{v:.1f}",
-                meaning="of all its processes: what other work on the machine leaves alone",
-            ),
-            Column(
-                key="tokens",
-                title="tokens",
-                show=lambda v: f"{v:,}",
-                meaning="of the documents, separators not counted",
-            ),
-            Column(
-                key="peak_bytes",
-                title="peak MB",
-                show=lambda v: f"{v / 1e6:.0f}",
-                meaning="largest resident size of one of its processes",
-            ),
-        ],
+        columns=COLUMNS,
         about=about(device, command, workers=settings.workers, input_bytes=size, files=len(settings.inputs)),
     )
     methods = settings.methods or tuple(METHODS)
@@ -93,8 +95,8 @@ def run(
     last: dict[str, dict[str, Any]] = {}
     for turn in range(settings.repeats):
         for name in methods:
-            say(f"{name}, {turn + 1} of {settings.repeats}")
-            last[name] = _apart(name, settings)
+            progress(f"{name}, {turn + 1} of {settings.repeats}")
+            last[name] = measure_in_process(name, settings)
             if "note" not in last[name]:
                 times[name].append(last[name]["seconds"])
     for name in methods:
@@ -112,8 +114,8 @@ def run(
     return report
 
 
-def _apart(name: str, settings: Settings) -> dict[str, Any]:
-    """One run in a new process: seconds, tokens, peak memory; or a note of why not."""
+def measure_in_process(name: str, settings: DataSettings) -> dict[str, Any]:
+    """Run one method in a new process; return seconds, tokens and peak memory, or a note why it failed."""
     context = multiprocessing.get_context("spawn")
     with TemporaryDirectory(prefix="benchmark-data-") as folder:
         ours, theirs = context.Pipe(duplex=False)
@@ -122,14 +124,14 @@ def _apart(name: str, settings: Settings) -> dict[str, Any]:
         process.start()
         theirs.close()
         try:
-            found: dict[str, Any] = ours.recv()
+            figures: dict[str, Any] = ours.recv()
         except EOFError:
-            found = {"note": "ended suddenly"}
+            figures = {"note": "the process died"}
         process.join()
-        return found if "note" in found else found | {"seconds": time.perf_counter() - started}
+        return figures if "note" in figures else figures | {"seconds": time.perf_counter() - started}
 
 
-def _child(name: str, settings: Settings, folder: str, answer: Any) -> None:
+def _child(name: str, settings: DataSettings, folder: str, answer: Any) -> None:
     import resource
 
     sys.argv = sys.argv[:1]
@@ -145,10 +147,10 @@ def _child(name: str, settings: Settings, folder: str, answer: Any) -> None:
     )
 
 
-def _ours(settings: Settings, folder: Path) -> int:
+def _ours(settings: DataSettings, folder: Path) -> int:
     from megatron_ultralong.data.pretrain import pack
 
-    made = pack.pack(
+    manifest = pack.pack(
         pack.plain(list(settings.inputs)),
         settings.tokenizer,
         pack.Packing(seq_length=settings.seq_length),
@@ -156,7 +158,7 @@ def _ours(settings: Settings, folder: Path) -> int:
         workers=settings.workers,
         show_progress=False,
     )
-    return int(made["sources"][0]["tokens"])
+    return int(manifest["sources"][0]["tokens"])
 
 
 _tokenizer: Any = None
@@ -173,7 +175,7 @@ def _encode(line: bytes) -> list[int]:
     return list(_tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids)
 
 
-def _megatron(settings: Settings, folder: Path) -> int:
+def _megatron(settings: DataSettings, folder: Path) -> int:
     import numpy
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -184,7 +186,7 @@ def _megatron(settings: Settings, folder: Path) -> int:
     )
     tokens = 0
     with multiprocessing.get_context("spawn").Pool(settings.workers, _load, (path,)) as pool:
-        for ids in pool.imap(_encode, _lines(settings.inputs), _CHUNK):
+        for ids in pool.imap(_encode, _lines(settings.inputs), DOCUMENTS_PER_TASK):
             import torch
 
             builder.add_document(torch.from_numpy(numpy.array(ids, dtype=numpy.int64)), [len(ids)])
@@ -199,7 +201,7 @@ def _lines(paths: tuple[Path, ...]) -> Iterator[bytes]:
             yield from file
 
 
-def _datatrove(settings: Settings, folder: Path) -> int:
+def _datatrove(settings: DataSettings, folder: Path) -> int:
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -226,16 +228,19 @@ def _datatrove(settings: Settings, folder: Path) -> int:
     return sum(sizes)
 
 
-METHODS: dict[str, Callable[[Settings, Path], int]] = {
+METHODS: dict[str, Callable[[DataSettings, Path], int]] = {
     "ours": _ours,
     "megatron": _megatron,
     "datatrove": _datatrove,
 }
 
 
-def made_input(folder: Path, files: int, megabytes: int, seed: int = 0) -> tuple[Path, ...]:
-    """.jsonl files of about so many MB together: cuts of Python's own source files, of 2 to 200 KB, no two
-    equal. Made once in a folder."""
+def write_sample_input(folder: Path, files: int, megabytes: int, seed: int = 0) -> tuple[Path, ...]:
+    """Write `files` .jsonl files of about `megabytes` MB together, unless `folder` contains them; return
+    their paths.
+
+    Documents are random pieces of Python's own source files, 2 to 200 KB each.
+    """
     import random
     import sysconfig
 

@@ -1,9 +1,8 @@
-"""Reading a prompt and writing tokens after it, on one device, with the weights of a Llama-3.2-1B's shape set
-at random.
+"""Speed and memory of prefill and decode on one device, in the shape of Llama-3.2-1B with random weights.
 
-What is timed is what every answer of `evaluate.py --engine megatron` is made of: the prompt's chunks through
-all layers into the KV cache, then one token after another of n sequences that share the prompt, the output
-layer and the choice of the likeliest included.
+These are the steps of every answer of `evaluate.py --engine megatron`: the prompt is read in chunks through
+all layers into the KV cache; then n sequences that share the prompt are decoded token by token, including
+output layer and argmax.
 """
 
 from __future__ import annotations
@@ -18,63 +17,39 @@ from megatron_ultralong.config import Model, Parallel, Rope, Runtime
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
-from megatron_ultralong.measure import report as reports
 from megatron_ultralong.measure import timing
-from megatron_ultralong.measure.report import Column, Report
+from megatron_ultralong.measure.number_format import byte_count, integer, three_digits, token_count
+from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.step import model_text
 
 WARM_UP = 256
-"""Tokens that are read first, to load kernels."""
+"""Tokens of a first prefill that loads kernels and is not measured."""
 
 COLUMNS = (
-    Column(key="tokens", title="prompt", show=reports.tokens, meaning="tokens of it"),
-    Column(
-        key="prefill_seconds",
-        title="prefill",
-        show=reports.milliseconds,
-        meaning="time to read the whole prompt",
-    ),
-    Column(key="prefill_tokens_per_second", title="prefill tokens/s", show=reports.number),
-    Column(
-        key="decode_seconds",
-        title="a step",
-        show=reports.milliseconds,
-        meaning="one more token of every sequence",
-    ),
-    Column(
-        key="decode_tokens_per_second",
-        title="decode tokens/s",
-        show=reports.number,
-        meaning="of all sequences together",
-    ),
-    Column(key="kv_bytes", title="KV", show=reports.bytes_, meaning="keys and values of the prompt"),
-    Column(
-        key="peak_bytes",
-        title="peak",
-        show=reports.bytes_,
-        meaning="weights, keys and values and all else on the device",
-    ),
-    Column(
-        key="planned_bytes",
-        title="planned",
-        show=reports.bytes_,
-        meaning="what evaluate.py asks for before it starts",
-    ),
+    ReportColumn("tokens", "prompt", token_count, "tokens of the prompt"),
+    ReportColumn("prefill_seconds", "prefill", three_digits, "seconds to read the whole prompt"),
+    ReportColumn("prefill_tokens_per_second", "prefill tokens/s", integer),
+    ReportColumn("decode_seconds", "step", three_digits, "seconds for one more token of every sequence"),
+    ReportColumn("decode_tokens_per_second", "decode tokens/s", integer, "of all sequences together"),
+    ReportColumn("kv_bytes", "KV", byte_count, "keys and values of the prompt"),
+    ReportColumn("peak_bytes", "peak", byte_count, "all memory on the device, weights and KV cache included"),
+    ReportColumn("planned_bytes", "planned", byte_count, "memory that evaluate.py requires before it starts"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class GenerationSettings:
     """What is measured."""
 
     model: Model
     lengths: Sequence[int]
-    """Tokens of the prompt, a row each."""
+    """Tokens of the prompt, one row each."""
     sequences: int
-    """That go on after the prompt, n."""
+    """Sequences that continue the prompt, n."""
     written: int
-    """Tokens of each."""
+    """Tokens decoded in each sequence."""
     chunk: int
-    """Tokens of the prompt read at a time."""
+    """Tokens of the prompt per prefill chunk."""
     precision: str
     repeats: int = 3
 
@@ -86,8 +61,8 @@ class Settings:
                 raise UserError(f"--{name} {value} must be at least 1")
 
 
-def shape(gpu: bool) -> Model:
-    """Llama-3.2-1B's; a small model's on a CPU."""
+def model_shape(gpu: bool) -> Model:
+    """Return the shape of Llama-3.2-1B, or of a small model on a CPU."""
     if gpu:
         return Model(
             hidden_size=2048,
@@ -112,30 +87,30 @@ def shape(gpu: bool) -> Model:
 
 
 def run(
-    settings: Settings,
+    settings: GenerationSettings,
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
-) -> Report:
-    """Measure all rows; `progress` is told each before it starts. It starts, and ends, torch.distributed with
-    one rank."""
+) -> SpeedReport:
+    """Measure all rows; `progress` is called with the name of each before it starts.
+
+    Starts and ends torch.distributed with one rank.
+    """
     from megatron_ultralong.runtime import launch
 
     if launch.world_size() > 1:
         raise UserError("tools/benchmark.py runs in one process: start it without torchrun")
-    m = settings.model
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
-    report = Report(
+    dtype = timing.DTYPES[settings.precision]
+    report = SpeedReport(
         kind="generate",
         columns=COLUMNS,
         bars=("prefill_tokens_per_second", "decode_tokens_per_second"),
-        about=reports.about(
+        about=about(
             device,
             command,
-            kernel=kernels.choose(device, dtype, m.head_dim),
+            kernel=kernels.choose(device, dtype, settings.model.head_dim),
             dtype=settings.precision,
-            shape=f"{m.layers} layers, hidden {m.hidden_size}, MLP {m.ffn_size}, {m.heads} query and {m.kv_heads} KV heads of {m.head_dim}, "
-            f"vocabulary {m.vocab_size}, {settings.precision}",
+            shape=f"{model_text(settings.model)}, {settings.precision}",
             sequences=settings.sequences,
             written=settings.written,
             read_chunk=settings.chunk,
@@ -147,9 +122,9 @@ def run(
     try:
         reader = _reader(settings, ranks)
         for length in settings.lengths:
-            progress(reports.tokens(length))
+            progress(token_count(length))
             row: dict[str, Any] = {
-                "name": f"{reports.tokens(length)} + {settings.sequences} x {settings.written}",
+                "name": f"{token_count(length)} + {settings.sequences} x {settings.written}",
                 "ours": True,
                 "tokens": length,
             }
@@ -159,14 +134,14 @@ def run(
                 if not timing.is_out_of_memory(error):
                     raise
                 row["note"] = "out of memory"
-            timing.release()
+            timing.free_memory()
             report.rows.append(row)
     finally:
         launch.stop()
     return report
 
 
-def _reader(settings: Settings, ranks: Any) -> Any:
+def _reader(settings: GenerationSettings, ranks: Any) -> Any:
     from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
     reader = InferenceModel(settings.model, Rope(), ranks, Parallel(), settings.precision, settings.chunk)
@@ -176,11 +151,11 @@ def _reader(settings: Settings, ranks: Any) -> Any:
     return reader
 
 
-def _measured(reader: Any, length: int, settings: Settings) -> dict[str, Any]:
+def _measured(reader: Any, length: int, settings: GenerationSettings) -> dict[str, Any]:
     model, device, n = settings.model, reader.ranks.device, settings.sequences
     prompt = torch.randint(model.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    weights = timing.size(*reader.chunk.parameters())
-    found: dict[str, Any] = {}
+    weights = timing.tensor_bytes(*reader.chunk.parameters())
+    figures: dict[str, Any] = {}
 
     def read(tokens: list[int], cache: Any) -> None:
         cache.truncate(0)
@@ -194,20 +169,21 @@ def _measured(reader: Any, length: int, settings: Settings) -> dict[str, Any]:
         for turn in range(settings.written):
             chosen = reader.logits(reader.step(chosen, caches, turn)).argmax(dim=-1).tolist()
 
-    with timing.peak(device) as peak:
+    with timing.peak_memory(device) as peak:
         context = reader.cache(length)
         read(prompt[:WARM_UP], context)
-        found["prefill_seconds"] = timing.seconds(
+        figures["prefill_seconds"] = timing.median_seconds(
             lambda: read(prompt, context), device, settings.repeats, warm_up=0
         )
         caches = [reader.cache(settings.written, context) for _ in range(n)]
-        found["decode_seconds"] = (
-            timing.seconds(lambda: write(caches), device, settings.repeats, warm_up=1) / settings.written
+        figures["decode_seconds"] = (
+            timing.median_seconds(lambda: write(caches), device, settings.repeats, warm_up=1)
+            / settings.written
         )
     tokens = length + n * settings.written
-    return found | {
-        "prefill_tokens_per_second": length / found["prefill_seconds"],
-        "decode_tokens_per_second": n / found["decode_seconds"],
+    return figures | {
+        "prefill_tokens_per_second": length / figures["prefill_seconds"],
+        "decode_tokens_per_second": n / figures["decode_seconds"],
         "kv_bytes": memory_check.kept_bytes(model, Parallel(), length, reader.dtype.itemsize),
         "peak_bytes": weights + peak.bytes,
         "planned_bytes": memory_check.needed(

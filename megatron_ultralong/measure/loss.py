@@ -1,7 +1,8 @@
-"""Output layer and cross entropy of one rank: in our chunks, whole, with chunks recomputed by
-torch.utils.checkpoint, and by Liger's kernel.
+"""Speed and memory of output layer and cross entropy on one rank, in our chunks and in other ways.
 
-Shapes: n tokens, H hidden size, V vocabulary; every row goes from hidden states [n, H] and the weight [V, H]
+Compared with: whole logits, chunks recomputed by torch.utils.checkpoint, and Liger's kernel.
+
+Shapes: n tokens, H hidden size, V vocabulary. Every row goes from hidden states [n, H] and the weight [V, H]
 to the summed loss and the gradients of both.
 """
 
@@ -18,53 +19,54 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import report as reports
 from megatron_ultralong.measure import timing
-from megatron_ultralong.measure.report import Column, Report
+from megatron_ultralong.measure.number_format import (
+    byte_count,
+    percent,
+    ratio,
+    scientific,
+    three_digits,
+    token_count,
+)
+from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.model.loss import LossSpec, sharded_token_loss
 
-Loss: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
+LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """(hidden [n, H], weight [V, H], labels [n]) -> the summed cross entropy."""
 
 COLUMNS = (
-    Column(key="ms", title="ms", show=reports.milliseconds, meaning="forward and backward"),
-    Column(key="ratio", title="to whole", show=reports.ratio, meaning="time over that of whole logits"),
-    Column(
-        key="peak_bytes",
-        title="peak",
-        show=reports.bytes_,
-        meaning="memory above hidden states, weight, labels and both gradients",
+    ReportColumn("ms", "ms", three_digits, "forward and backward"),
+    ReportColumn("ratio", "to whole", ratio, "time relative to that of whole logits"),
+    ReportColumn(
+        "peak_bytes", "peak", byte_count, "memory beyond hidden states, weight, labels and both gradients"
     ),
-    Column(
-        key="share_of_logits",
-        title="of logits",
-        show=reports.share,
-        meaning="peak over the bytes of whole logits in the dtype of the weight",
+    ReportColumn(
+        "share_of_logits",
+        "of logits",
+        percent,
+        "peak relative to the bytes of whole logits in the dtype of the weight",
     ),
-    Column(
-        key="error_loss",
-        title="error loss",
-        show=reports.scientific,
-        meaning="relative, against float64, at the error tokens",
+    ReportColumn(
+        "error_loss", "error loss", scientific, "relative, against float64, with --error-tokens tokens"
     ),
-    Column(
-        key="error_gradients",
-        title="error grads",
-        show=reports.scientific,
-        meaning="relative Frobenius norm, the larger of both gradients",
+    ReportColumn(
+        "error_gradients",
+        "error grads",
+        scientific,
+        "relative Frobenius norm, the larger one of both gradients",
     ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class LossSettings:
     """What is measured."""
 
     tokens: int
     hidden: int
     vocab: int
     chunks: Sequence[int]
-    """Tokens of a chunk, one row each."""
+    """Tokens per chunk, one row each."""
     dtype: torch.dtype
     error_tokens: int
     """Tokens of the comparison with float64."""
@@ -81,23 +83,23 @@ class Settings:
 
 
 def run(
-    settings: Settings,
+    settings: LossSettings,
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
-) -> Report:
-    """Measure all rows; `progress` is told each before it starts."""
+) -> SpeedReport:
+    """Measure all rows; `progress` is called with the name of each before it starts."""
     dtype = str(settings.dtype).removeprefix("torch.")
-    report = Report(
+    report = SpeedReport(
         kind="loss",
         columns=COLUMNS,
         bars=("ms", "peak_bytes"),
-        about=reports.about(
+        about=about(
             device,
             command,
             kernel="torch matmul",
             dtype=dtype,
-            shape=f"{reports.tokens(settings.tokens)} tokens, hidden {settings.hidden}, "
+            shape=f"{token_count(settings.tokens)} tokens, hidden {settings.hidden}, "
             f"vocabulary {settings.vocab}, {dtype}",
             tokens=settings.tokens,
             error_tokens=settings.error_tokens,
@@ -105,8 +107,8 @@ def run(
             memory=timing.CPU_MEMORY if device.type == "cpu" else "torch's allocator",
         ),
     )
-    inputs, small = (_inputs(settings, n, device) for n in (settings.tokens, settings.error_tokens))
-    want = _both(_whole, small[0].double(), small[1].double(), small[2])
+    inputs, small = (_random_inputs(settings, n, device) for n in (settings.tokens, settings.error_tokens))
+    reference = _loss_and_gradients(_whole_logits, small[0].double(), small[1].double(), small[2])
     logits = settings.tokens * settings.vocab * inputs[1].element_size()
     whole_ms: float | None = None
     for name, loss, note in _rows(settings, device):
@@ -115,22 +117,24 @@ def run(
         if loss is None:
             report.rows.append(row | {"note": note})
             continue
-        timing.release()
+        timing.free_memory()
         try:
-            errors = [timing.error(x, y) for x, y in zip(_both(loss, *small), want, strict=True)]
+            pairs = zip(_loss_and_gradients(loss, *small), reference, strict=True)
+            errors = [timing.relative_error(x, y) for x, y in pairs]
             row |= {"error_loss": errors[0], "error_gradients": max(errors[1:])}
-            with timing.peak(device) as peak:
-                results = _both(loss, *inputs)
-            # The gradients are results; what a row holds of its own beside them is counted.
-            row["peak_bytes"] = max(0, peak.bytes - timing.size(*results[1:]))
+            with timing.peak_memory(device) as peak:
+                results = _loss_and_gradients(loss, *inputs)
+            # The gradients are results; everything else that a row holds is counted.
+            row["peak_bytes"] = max(0, peak.bytes - timing.tensor_bytes(*results[1:]))
             del results
-            row["ms"] = 1e3 * timing.seconds(partial(_both, loss, *inputs), device, settings.repeats)
+            work = partial(_loss_and_gradients, loss, *inputs)
+            row["ms"] = 1e3 * timing.median_seconds(work, device, settings.repeats)
         except RuntimeError as error:
             if not timing.is_out_of_memory(error):
                 raise
             row["note"] = "out of memory"
         else:
-            whole_ms = row["ms"] if loss is _whole else whole_ms
+            whole_ms = row["ms"] if loss is _whole_logits else whole_ms
             row |= {
                 "ratio": row["ms"] / whole_ms if whole_ms else None,
                 "share_of_logits": row["peak_bytes"] / logits,
@@ -142,21 +146,15 @@ def run(
 # ---- rows --------------------------------------------------------------------------------------
 
 
-def _rows(settings: Settings, device: torch.device) -> Iterator[tuple[str, Loss | None, str]]:
-    """(name, loss, why there is none); whole logits first."""
-    yield "whole logits", _whole, ""
+def _rows(settings: LossSettings, device: torch.device) -> Iterator[tuple[str, LossFunction | None, str]]:
+    """(name, loss, why it cannot be run) of every row; whole logits first."""
+    yield "whole logits", _whole_logits, ""
     for chunk in settings.chunks:
-        yield (
-            f"ours, chunks of {reports.tokens(chunk)}",
-            partial(_ours, chunk=chunk, vocab=settings.vocab),
-            "",
-        )
+        loss = partial(_ours, chunk=chunk, vocab=settings.vocab)
+        yield f"ours, chunks of {token_count(chunk)}", loss, ""
     for chunk in settings.chunks:
-        yield (
-            f"torch.utils.checkpoint, chunks of {reports.tokens(chunk)}",
-            partial(_checkpointed, chunk=chunk),
-            "",
-        )
+        loss = partial(_checkpointed, chunk=chunk)
+        yield f"torch.utils.checkpoint, chunks of {token_count(chunk)}", loss, ""
     name = "Liger fused linear cross entropy"
     if importlib.util.find_spec("liger_kernel") is None:
         yield name, None, "not installed: pip install liger-kernel"
@@ -166,7 +164,7 @@ def _rows(settings: Settings, device: torch.device) -> Iterator[tuple[str, Loss 
         yield name, _liger, ""
 
 
-def _whole(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = hidden @ weight.t()
     return torch.nn.functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
@@ -192,21 +190,23 @@ class _OneRank:
 
 
 def _checkpointed(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
-    parts = [
-        checkpoint(_whole, x, weight, y, use_reentrant=False)
+    losses = [
+        checkpoint(_whole_logits, x, weight, y, use_reentrant=False)
         for x, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
     ]
-    return torch.stack(parts).sum()
+    return torch.stack(losses).sum()
 
 
 def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    found = liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="sum")
-    return found[0] if isinstance(found, tuple) else found
+    result = liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="sum")
+    return result[0] if isinstance(result, tuple) else result
 
 
-def _both(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_and_gradients(
+    loss: LossFunction, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of hidden, gradient of weight)."""
     leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
     total = loss(leaves[0], leaves[1], labels)
@@ -214,11 +214,13 @@ def _both(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
     return total.detach(), grad_hidden, grad_weight
 
 
-def _inputs(settings: Settings, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _random_inputs(
+    settings: LossSettings, tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(settings.seed)
     hidden, weight = (
         torch.randn(rows, settings.hidden, generator=generator, device=device, dtype=settings.dtype)
         for rows in (tokens, settings.vocab)
     )
-    weight *= settings.hidden**-0.5  # logits of the size of one
+    weight *= settings.hidden**-0.5  # so that logits are of order one
     return hidden, weight, torch.randint(settings.vocab, (tokens,), generator=generator, device=device)

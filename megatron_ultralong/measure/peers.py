@@ -1,9 +1,8 @@
-"""Other packages' rings on the same virtual ranks and with the same kernels, where they are installed; none
-is a dependency.
+"""Other packages' rings, where installed, on the same virtual ranks and with the same kernels.
 
-PyTorch's own ring (torch.distributed.tensor.experimental, a private interface: checked with torch 2.13) runs
-on threads too, which share a process group that PyTorch's tests use. The kernels it is handed are ours, so
-that only the schedules differ. ring-flash-attn and yunchang are in peers_flash.py.
+None of them is a dependency. PyTorch's own ring (torch.distributed.tensor.experimental, a private interface:
+checked with torch 2.13) also runs on threads, which share a process group from PyTorch's tests. It is given
+our kernels, so that only the schedules differ. ring-flash-attn and yunchang are in peers_flash.py.
 """
 
 from __future__ import annotations
@@ -21,28 +20,32 @@ from torch import Tensor
 
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.measure import peers_flash
-from megatron_ultralong.measure.virtual_run import Inside, Method
+from megatron_ultralong.measure.virtual_run import AttentionMethod, ThreadContext
 
 TIMEOUT = 600.0
-"""Seconds after which a rank of another package counts as hung."""
+"""Seconds after which a rank of another package is considered hung."""
 
 
-def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, Method]]:
-    """(name in --methods, row) of each package; a row without `make` says why it cannot be run here."""
+def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, AttentionMethod]]:
+    """Yield (name in --methods, row) of each package; the note of a row without `make` says why it cannot be
+    run."""
     missing = _no_torch_ring()
     for rotate in ("allgather", "alltoall"):
         name = f"PyTorch's context parallel ({rotate}), CP {cp}"
         make = None if missing else partial(_torch_ring, rotate)
-        yield "torch", Method(name=name, cp=cp, make=make, ours=False, note=missing, runner=ThreadedGroup)
-    # In float32 its buffers would be its sums as well, and its gradients wrong: flash_attn has no such
-    # kernels.
+        yield (
+            "torch",
+            AttentionMethod(name=name, cp=cp, make=make, ours=False, note=missing, runner=ThreadedRankRunner),
+        )
+    # flash_attn has no float32 kernels. In float32 these packages would use one buffer for inputs and sums,
+    # and return wrong gradients.
     for package in peers_flash.PACKAGES:
         missing = peers_flash.missing(package) or (
             "needs --dtype bf16, as flash_attn does" if dtype == torch.float32 else ""
         )
         yield (
             package,
-            Method(
+            AttentionMethod(
                 name=f"{package}, zigzag, CP {cp}",
                 cp=cp,
                 make=None if missing else partial(peers_flash.zigzag, package),
@@ -56,7 +59,7 @@ def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, Method]]:
 
 
 def _no_torch_ring() -> str:
-    """Why PyTorch's ring cannot be called here; empty where it can."""
+    """Why PyTorch's ring cannot be called here; empty if it can."""
     try:
         from torch.distributed.tensor.experimental._context_parallel import _attention
         from torch.testing._internal.distributed import multi_threaded_pg
@@ -73,8 +76,8 @@ def _no_torch_ring() -> str:
 
 
 def _torch_ring(rotate: str, group: dist.ProcessGroup, starts: Sequence[int] | None) -> tuple[Any, Any]:
-    """(forward, backward) of this rank: zigzag ("load balance") order, float32 sums, as PyTorch has by
-    default."""
+    """(forward, backward) of this rank: zigzag ("load balance") order and float32 sums, PyTorch's
+    defaults."""
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
     assert starts is None
@@ -110,9 +113,11 @@ def _torch_ring(rotate: str, group: dist.ProcessGroup, starts: Sequence[int] | N
     return forward, backward
 
 
-class ThreadedGroup:
-    """Ranks as threads that live until `close` and share a torch ProcessGroup of PyTorch's own tests. One at
-    a time in a process."""
+class ThreadedRankRunner:
+    """Runs ranks as threads that live until `close` and share a torch ProcessGroup from PyTorch's own tests.
+
+    Only one may exist at a time in a process.
+    """
 
     sent: int | None = None
 
@@ -125,45 +130,47 @@ class ThreadedGroup:
         multi_threaded_pg._install_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(True)
         store = dist.HashStore()
-        self._todo: list[queue.Queue[Any]] = [queue.Queue() for _ in range(cp)]
+        self._work: list[queue.Queue[Any]] = [queue.Queue() for _ in range(cp)]
         self._done: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue()
         self._threads = [
-            threading.Thread(target=self._live, args=(rank, store), daemon=True) for rank in range(cp)
+            threading.Thread(target=self._serve, args=(rank, store), daemon=True) for rank in range(cp)
         ]
         for thread in self._threads:
             thread.start()
 
-    def run(self, function: Callable[[Any, int], Any], inside: Inside = contextlib.nullcontext) -> list[Any]:
-        for todo in self._todo:
-            todo.put((function, inside))
+    def run(
+        self, function: Callable[[Any, int], Any], context: ThreadContext = contextlib.nullcontext
+    ) -> list[Any]:
+        for work in self._work:
+            work.put((function, context))
         results: list[Any] = [None] * self.cp
         for _ in range(self.cp):
             rank, result, failure = self._done.get(timeout=TIMEOUT)
             if failure is not None:
-                # The others may wait in a collective for this rank, for ever: end them.
+                # Other ranks may wait in a collective for this rank forever: end them.
                 self._module.ProcessLocalGroup.exception_handle(failure)
                 raise failure
             results[rank] = result
         return results
 
     def close(self) -> None:
-        for todo in self._todo:
-            todo.put(None)
+        for work in self._work:
+            work.put(None)
         for thread in self._threads:
             thread.join(timeout=10.0)
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
         self._module._uninstall_threaded_pg()
 
-    def _live(self, rank: int, store: dist.Store) -> None:
+    def _serve(self, rank: int, store: dist.Store) -> None:
         try:
             dist.init_process_group("threaded", rank=rank, world_size=self.cp, store=store)
         except BaseException as failure:
             self._done.put((rank, None, failure))
             return
-        while (todo := self._todo[rank].get()) is not None:
-            function, inside = todo
+        while (work := self._work[rank].get()) is not None:
+            function, context = work
             try:
-                with torch.no_grad(), inside():
+                with torch.no_grad(), context():
                     self._done.put((rank, function(dist.group.WORLD, rank), None))
             except BaseException as failure:
                 self._done.put((rank, None, failure))

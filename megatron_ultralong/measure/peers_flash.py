@@ -1,12 +1,11 @@
-"""The zigzag rings of ring-flash-attn (MIT) and yunchang (Apache-2.0) on our virtual ranks, where they are
-installed.
+"""The zigzag rings of ring-flash-attn (MIT) and yunchang (Apache-2.0), where installed, on our virtual ranks.
 
-Their functions are called as they are. What they ask others for is ours: the network (`_Comm`), and the
-kernels of flash_attn's interface: for ring-flash-attn, where flash_attn is not installed, by a module of that
-name that lives in this process only; for yunchang in the place of what it would choose. Checked with
-ring-flash-attn 0.1.8 and yunchang 0.6.4.
+Their functions are called unchanged, but use our network (`_Comm`) and our kernels through flash_attn's
+interface. For ring-flash-attn, if flash_attn is not installed, a module of that name is created in this
+process; for yunchang the function that selects a kernel is replaced. Checked with ring-flash-attn 0.1.8 and
+yunchang 0.6.4.
 
-Shapes: their tensors are [b, s, h, d]; ours are [b, h, s, d], and views of them are handed over.
+Shapes: their tensors are [b, s, h, d]; ours are [b, h, s, d], and views of them are passed.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from megatron_ultralong.context_parallel.comm import Ring, Transfer
 from megatron_ultralong.context_parallel.kernels import select as kernels
 
 PACKAGES = {"ring-flash-attn": "ring_flash_attn", "yunchang": "yunchang"}
-"""Names on PyPI, and of what they install."""
-_STAND_INS: set[str] = set()
+"""Name on PyPI: name of the module."""
+_STUBS: set[str] = set()
 
 
 def missing(package: str) -> str:
-    """Why it cannot be run here; empty where it can."""
+    """Return why the package cannot be run here; empty if it can."""
     if importlib.util.find_spec(PACKAGES[package]) is None:
         return f"not installed: pip install {package}"
     try:
         _module(package)
-    except Exception as error:  # whatever another package's import may raise
+    except Exception as error:  # an import may raise anything
         return f"cannot be imported: {type(error).__name__}: {error}"[:150]
     return ""
 
 
 def note(package: str) -> str:
-    """What is not the same for it as for the other rows."""
+    """Return what differs from the other rows, or an empty text."""
     return (
         "with flash_attn's own kernels"
         if package == "ring-flash-attn" and hasattr(sys.modules.get("flash_attn"), "__version__")
@@ -50,73 +49,74 @@ def note(package: str) -> str:
 
 
 def zigzag(package: str, ring: Ring, starts: Sequence[int] | None) -> tuple[Any, Any]:
-    """(forward, backward) of this rank; `starts` is not for it."""
+    """Return (forward, backward) of this rank; packed documents are not supported."""
     assert starts is None
     module = _module(package)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = module.zigzag_ring_flash_attn_forward(
-            ring, *map(_turn, (q, k, v)), softmax_scale=q.shape[3] ** -0.5
+            ring, *map(_swap_axes, (q, k, v)), softmax_scale=q.shape[3] ** -0.5
         )
-        return _turn(out), lse
+        return _swap_axes(out), lse
 
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> kernels.Gradients:
         dq, dk, dv = module.zigzag_ring_flash_attn_backward(
-            ring, *map(_turn, (dout, q, k, v, out)), lse, softmax_scale=q.shape[3] ** -0.5
+            ring, *map(_swap_axes, (dout, q, k, v, out)), lse, softmax_scale=q.shape[3] ** -0.5
         )
-        return _turn(dq), _turn(dk), _turn(dv)
+        return _swap_axes(dq), _swap_axes(dk), _swap_axes(dv)
 
     return forward, backward
 
 
-def _turn(x: Tensor) -> Tensor:
+def _swap_axes(x: Tensor) -> Tensor:
+    """[b, s, h, d] <-> [b, h, s, d]."""
     return x.transpose(1, 2)
 
 
 def _module(package: str) -> Any:
-    """Its file of the zigzag ring, with our network in it."""
+    """The package's module of the zigzag ring, using our network."""
     if package == "yunchang":
-        # It would take the stand-in below for the real thing.
-        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name in _STAND_INS}
+        # It would mistake the stub below for the real flash_attn.
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name in _STUBS}
         try:
             import yunchang.ring.zigzag_ring_flash_attn as theirs
         finally:
             sys.modules.update(hidden)
-        theirs.RingComm, theirs.select_flash_attn_impl = _Comm, _kernels_of
+        theirs.RingComm, theirs.select_flash_attn_impl = _Comm, _select_kernels
         return theirs
     if importlib.util.find_spec("flash_attn") is None:
-        interface = _stand_in(
+        interface = _stub(
             "flash_attn.flash_attn_interface",
             _flash_attn_forward,
             _flash_attn_backward,
             _flash_attn_varlen_forward,
             _flash_attn_varlen_backward,
         )
-        _stand_in("flash_attn").flash_attn_interface = interface
-    # Its package also imports patches of transformers, which newer versions of that break; the ring has no
-    # need of them.
-    _stand_in("ring_flash_attn.adapters", substitute_hf_flash_attn, update_ring_flash_attn_params)
-    import ring_flash_attn.zigzag_ring_flash_attn as found
+        _stub("flash_attn").flash_attn_interface = interface
+    # The package also imports patches for transformers, which fail with newer versions; the ring does not
+    # need them.
+    _stub("ring_flash_attn.adapters", substitute_hf_flash_attn, update_ring_flash_attn_params)
+    import ring_flash_attn.zigzag_ring_flash_attn as theirs
 
-    found.RingComm = _Comm
-    return found
+    theirs.RingComm = _Comm
+    return theirs
 
 
-def _stand_in(name: str, *functions: Any) -> Any:
-    """A module of this name with these functions, for this process."""
+def _stub(name: str, *functions: Any) -> Any:
+    """Create a module of this name with these functions in this process."""
     module: Any = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     for function in functions:
         setattr(module, function.__name__, function)
-    _STAND_INS.add(name)
+    _STUBS.add(name)
     sys.modules.setdefault(name, module)
     return module
 
 
 class _Comm:
-    """What its functions ask of the network: tensors to the next rank, others from the one before."""
+    """Their interface to the network: send tensors to the next rank, receive others from the previous one."""
 
     def __init__(self, ring: Ring) -> None:
         self.rank, self.world_size = ring.rank, ring.size
@@ -134,7 +134,7 @@ class _Comm:
         return receive
 
     def commit(self) -> None:
-        """Nothing: what was handed over is under way already."""
+        """Do nothing: transfers start when they are requested."""
 
     def wait(self) -> None:
         for transfer in self._transfers:
@@ -158,8 +158,8 @@ def _flash_attn_forward(
     alibi_slopes: Any = None,
     return_softmax: bool = False,
 ) -> tuple[Tensor, Tensor, None, None]:
-    out, lse = kernels.forward(_turn(q), _turn(k), _turn(v), causal, softmax_scale)
-    return _turn(out), lse, None, None
+    out, lse = kernels.forward(_swap_axes(q), _swap_axes(k), _swap_axes(v), causal, softmax_scale)
+    return _swap_axes(out), lse, None, None
 
 
 def _flash_attn_backward(
@@ -182,15 +182,22 @@ def _flash_attn_backward(
     deterministic: bool = False,
     rng_state: Any = None,
 ) -> None:
-    found = kernels.backward(
-        _turn(dout), _turn(q), _turn(k), _turn(v), _turn(out), softmax_lse, causal, softmax_scale
+    gradients = kernels.backward(
+        _swap_axes(dout),
+        _swap_axes(q),
+        _swap_axes(k),
+        _swap_axes(v),
+        _swap_axes(out),
+        softmax_lse,
+        causal,
+        softmax_scale,
     )
-    for to, gradient in zip((dq, dk, dv), found, strict=True):
-        to.copy_(_turn(gradient))
+    for buffer, gradient in zip((dq, dk, dv), gradients, strict=True):
+        buffer.copy_(_swap_axes(gradient))
 
 
-def _kernels_of(attn_type: Any, stage: str) -> Any:
-    """What yunchang chooses its kernels by, forward and backward."""
+def _select_kernels(attn_type: Any, stage: str) -> Any:
+    """Replaces yunchang's selection of kernels, for forward and backward."""
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         q, k, v, _, scale = args

@@ -1,11 +1,11 @@
-"""Two rings to compare ours with, in the zigzag order and with the same kernels: what they do differently is
-how partial results are added.
+"""Two baselines for the ring, in zigzag order and with the same kernels: they merge partial results
+differently.
 
-`te_style` keeps to the schedule of TransformerEngine's ring, as far as it is known from outside: every hop's
-output stays, in the dtype of q, until the last hop, and all are weighted by their logsumexps at the end;
+`te_style` follows the schedule of TransformerEngine's ring, as far as it is publicly known: every hop's
+output is kept in the dtype of q until the last hop, and all are weighted by their logsumexps at the end;
 every hop has its own KV buffer; gradients are summed in the dtype of q. `naive` merges each hop into an
-output of the dtype of q. Neither is that library's code: what it fuses into kernels are single torch
-operations here, so of these rows errors and memory say more than times.
+output in the dtype of q. Neither is that library's code: what it fuses into kernels is done by single torch
+operations here, so errors and memory of these rows say more than their times.
 
 Shapes: s tokens of this rank, h query heads, g KV heads, d head dimension.
 """
@@ -26,13 +26,13 @@ from megatron_ultralong.context_parallel.kernels.select import Gradients
 
 
 def te_style(ring: Ring, starts: Sequence[int] | None) -> tuple[Any, Any]:
-    """(forward, backward) of this rank; `starts` is not for it."""
+    """Return (forward, backward) of this rank; packed documents are not supported."""
     assert starts is None
     return partial(_forward_kept, ring=ring), partial(_backward, ring=ring, keep_buffers=True)
 
 
 def naive(ring: Ring, starts: Sequence[int] | None) -> tuple[Any, Any]:
-    """(forward, backward) of this rank; `starts` is not for it."""
+    """Return (forward, backward) of this rank; packed documents are not supported."""
     assert starts is None
     return partial(_forward_merged, ring=ring), partial(_backward, ring=ring, keep_buffers=False)
 
@@ -92,8 +92,10 @@ def _forward_merged(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: Ring, keep_buffers: bool
 ) -> Gradients:
-    """Keys go round with their gradients, both in the dtype of q. keep_buffers: two KV and gradient buffers a
-    hop, not two in all."""
+    """Send keys round the ring together with their gradients, both in the dtype of q.
+
+    keep_buffers: new KV and gradient buffers for every hop, instead of two in total.
+    """
     s, size = q.shape[2], ring.size
     here = torch.stack((k, v))
     spare, dq, dkv = torch.empty_like(here), torch.zeros_like(q), torch.zeros_like(here)
@@ -115,7 +117,7 @@ def _backward(
         dq[:, :, rows] += dq_part
         for whole, share in zip(dkv, dkv_part, strict=True):
             whole[:, :, keys] += share
-        ring.start(dkv, dkv_spare).wait()  # on to the next rank, with the keys; after `size` hops it is home
+        ring.start(dkv, dkv_spare).wait()  # follows the keys; after `size` hops it is back
         dkv, dkv_spare = dkv_spare, dkv
         if transfer is not None:
             transfer.wait()

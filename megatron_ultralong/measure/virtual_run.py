@@ -1,5 +1,5 @@
-"""Running one function as every rank of a context-parallel group in this process, and counting what the ranks
-send each other."""
+"""Run one function as every rank of a context parallel group in this process, and count the bytes the ranks
+send."""
 
 from __future__ import annotations
 
@@ -14,63 +14,70 @@ from torch import Tensor
 from megatron_ultralong.context_parallel.comm import Transfer
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
-Make: TypeAlias = "Callable[[Any, Sequence[int] | None], tuple[Any, Any]]"
-"""(group, document starts) -> (forward, backward) of a rank, as context_parallel/autograd.py has them; group
-None = one rank."""
-Inside: TypeAlias = "Callable[[], contextlib.AbstractContextManager[Any]]"
+MakeAttention: TypeAlias = "Callable[[Any, Sequence[int] | None], tuple[Any, Any]]"
+"""(group, document starts) -> (forward, backward) of one rank, with the signatures of
+context_parallel/autograd.py; group None = one rank."""
+ThreadContext: TypeAlias = "Callable[[], contextlib.AbstractContextManager[Any]]"
+"""Makes a context manager that each rank's thread enters."""
 
 
-class Runner(Protocol):
-    """Runs ranks."""
+class RankRunner(Protocol):
+    """Runs a function as every rank of a group."""
 
     sent: int | None
-    """Bytes that all ranks together sent in the last run; None where that is not counted."""
+    """Bytes that all ranks together sent in the last run; None if not counted."""
 
     def __init__(self, cp: int) -> None: ...
 
-    def run(self, function: Callable[[Any, int], Any], inside: Inside = contextlib.nullcontext) -> list[Any]:
-        """function(group, rank) of every rank, inside `inside` in its thread; the results in rank order."""
+    def run(
+        self, function: Callable[[Any, int], Any], context: ThreadContext = contextlib.nullcontext
+    ) -> list[Any]:
+        """Call function(group, rank) for every rank, inside `context` in its thread; return results in rank
+        order."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of the attention benchmark."""
+class AttentionMethod:
+    """One way of computing attention over ranks, a row of the attention report."""
 
     name: str
     cp: int
-    make: Make | None
-    """None: cannot be run here, and `note` says why."""
+    make: MakeAttention | None
+    """None: cannot be run here; `note` says why."""
     ours: bool = True
     note: str = ""
-    runner: Callable[[int], Runner] | None = None
-    """Default `VirtualRunner`."""
+    runner: Callable[[int], RankRunner] | None = None
+    """None = `VirtualRankRunner`."""
 
 
-class VirtualRunner:
-    """Ranks as threads by context_parallel/virtual_ranks.py; a single rank in this thread, without a group."""
+class VirtualRankRunner:
+    """Runs ranks as threads (context_parallel/virtual_ranks.py); a single rank in this thread, without a
+    group."""
 
     def __init__(self, cp: int) -> None:
         self.cp = cp
         self.sent: int | None = None
 
-    def run(self, function: Callable[[Any, int], Any], inside: Inside = contextlib.nullcontext) -> list[Any]:
-        tally = Tally()
+    def run(
+        self, function: Callable[[Any, int], Any], context: ThreadContext = contextlib.nullcontext
+    ) -> list[Any]:
+        counter = ByteCounter()
 
         def rank(ring: Any) -> Any:
-            with inside():
-                return function(Counted(ring, tally), ring.rank)
+            with context():
+                return function(CountingPeers(ring, counter), ring.rank)
 
-        # One rank runs in the thread that measures, which is inside already.
+        # A single rank runs in the measuring thread, which has entered the context already.
         results = [function(None, 0)] if self.cp == 1 else run_virtual(rank, self.cp, timeout=3600.0)
-        self.sent = tally.bytes
+        self.sent = counter.bytes
         return results
 
     def close(self) -> None: ...
 
 
-class Tally:
+class ByteCounter:
     """A sum over threads."""
 
     def __init__(self) -> None:
@@ -82,15 +89,16 @@ class Tally:
             self.bytes += count
 
 
-class Counted:
-    """`comm.Peers` that counts what leaves the rank: of a collective, what the other ranks get of it."""
+class CountingPeers:
+    """`comm.Peers` that counts the bytes that leave the rank; of a collective, what the other ranks
+    receive."""
 
-    def __init__(self, peers: Any, tally: Tally) -> None:
+    def __init__(self, peers: Any, counter: ByteCounter) -> None:
         self.rank, self.size = peers.rank, peers.size
-        self._peers, self._tally = peers, tally
+        self._peers, self._counter = peers, counter
 
-    def subgroup(self, ranks: list[int]) -> Counted:
-        return Counted(self._peers.subgroup(ranks), self._tally)
+    def subgroup(self, ranks: list[int]) -> CountingPeers:
+        return CountingPeers(self._peers.subgroup(ranks), self._counter)
 
     def start(self, send: Tensor, receive: Tensor) -> Transfer:
         return self._count(send.nbytes, self._peers.start(send, receive))
@@ -107,5 +115,5 @@ class Counted:
         )
 
     def _count(self, size: int, transfer: Transfer) -> Transfer:
-        self._tally.add(size)
+        self._counter.add(size)
         return transfer

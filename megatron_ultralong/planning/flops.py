@@ -1,4 +1,4 @@
-"""FLOPs of a training step, and the share of the GPU's peak they make: causal MFU."""
+"""FLOPs of a training step, and the peak FLOP/s of GPUs: the two sides of causal MFU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import torch
 
 from megatron_ultralong.config import Model
 
-FORMULA = "causal training FLOPs per token = 6 x (weights of all matrix products) + 6 x layers x heads x head_dim x S; no recompute counted"
+FORMULA = (
+    "causal training FLOPs per token = 6 x (weights of all matrix products) + "
+    "6 x layers x heads x head_dim x S; no recompute counted"
+)
 
-# Dense bf16 peak of the whole GPU, FLOP/s (vendor data sheets, without sparsity), by a part of the name torch
-# reports.
+# Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets, without sparsity. The keys are
+# substrings of the device name that torch reports; the first match counts.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -25,8 +28,10 @@ PEAKS = {
 
 
 def flops_per_token(model: Model, seq_length: int) -> float:
-    """Forward and backward FLOPs a token of a causal sequence of `seq_length`; attention counts the lower
-    triangle only."""
+    """Return the forward and backward FLOPs per token of a causal sequence of `seq_length` tokens.
+
+    Attention counts only the lower triangle of the score matrix.
+    """
     h, d = model.hidden_size, model.head_dim
     attention = h * d * (model.heads + 2 * model.kv_heads) + model.heads * d * h
     matrices = model.layers * (attention + 3 * h * model.ffn_size) + h * model.vocab_size
@@ -34,7 +39,8 @@ def flops_per_token(model: Model, seq_length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of this GPU; None where it is not known (a CPU, say): then no MFU is printed."""
+    """Return the dense bf16 peak of this GPU in FLOP/s, or None if it is unknown (e.g. a CPU): no MFU is
+    printed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

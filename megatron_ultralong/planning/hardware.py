@@ -1,24 +1,24 @@
-"""Figures of GPUs and links to plan with: data-sheet peaks, and the shares of them that are assumed to be
-reached.
+"""Data-sheet figures of GPUs and links, and the fraction of each that a plan assumes to be reached.
 
-Nothing here is measured by this project. Link figures are of one direction and one GPU.
+Nothing here is measured by this project. Link bandwidths are per direction and per GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning.flops import PEAKS
 
 GPUS_PER_NODE = 8
-"""GPUs that NVLink joins, and that share a host's memory."""
+"""GPUs that are connected by NVLink and share the memory of one host."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Gpu:
-    """One GPU in a node of eight, by its vendor's data sheets."""
+    """One GPU of a node of eight, by its vendor's data sheet."""
 
     name: str
     memory: int
@@ -28,82 +28,46 @@ class Gpu:
     fp32: float
     """float32 without tensor cores, FLOP/s."""
     hbm: float
-    """Bytes/s of its own memory."""
+    """Bandwidth of the GPU's own memory, bytes/s."""
     nvlink: float
-    """Bytes/s to the other GPUs of the node together."""
+    """Bandwidth to all other GPUs of the node together, bytes/s."""
     infiniband: float
-    """Bytes/s of the GPU's own network card."""
+    """Bandwidth of the GPU's own network card, bytes/s."""
     pcie: float
-    """Bytes/s to the host's memory."""
+    """Bandwidth to host memory, bytes/s."""
 
 
-# On boards of eight: H100, H200 SXM5 and HGX B200 with 400 Gbit/s InfiniBand a GPU, A100 SXM4 with 200.
+# Boards of eight: H100 and H200 SXM5 and HGX B200 with 400 Gbit/s InfiniBand per GPU, A100 SXM4 with 200.
 GPUS = {
     gpu.name: gpu
-    for gpu in (
-        Gpu(
-            name="h100",
-            memory=80 * 10**9,
-            bf16=PEAKS["H100"],
-            fp32=67e12,
-            hbm=3.35e12,
-            nvlink=450e9,
-            infiniband=50e9,
-            pcie=64e9,
-        ),
-        Gpu(
-            name="h200",
-            memory=141 * 10**9,
-            bf16=PEAKS["H200"],
-            fp32=67e12,
-            hbm=4.8e12,
-            nvlink=450e9,
-            infiniband=50e9,
-            pcie=64e9,
-        ),
-        Gpu(
-            name="a100",
-            memory=80 * 10**9,
-            bf16=PEAKS["A100"],
-            fp32=19.5e12,
-            hbm=2.04e12,
-            nvlink=300e9,
-            infiniband=25e9,
-            pcie=32e9,
-        ),
-        Gpu(
-            name="b200",
-            memory=180 * 10**9,
-            bf16=PEAKS["B200"],
-            fp32=75e12,
-            hbm=8e12,
-            nvlink=900e9,
-            infiniband=50e9,
-            pcie=64e9,
-        ),
+    for gpu in (  # memory, bf16, fp32, hbm, nvlink, infiniband, pcie
+        Gpu("h100", 80 * 10**9, PEAKS["H100"], 67e12, 3.35e12, 450e9, 50e9, 64e9),
+        Gpu("h200", 141 * 10**9, PEAKS["H200"], 67e12, 4.8e12, 450e9, 50e9, 64e9),
+        Gpu("a100", 80 * 10**9, PEAKS["A100"], 19.5e12, 2.04e12, 300e9, 25e9, 32e9),
+        Gpu("b200", 180 * 10**9, PEAKS["B200"], 75e12, 8e12, 900e9, 50e9, 64e9),
     )
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assumed:
-    """Shares of the data sheets' figures that a plan assumes. They are no measurements."""
+class Assumptions:
+    """Fractions of the data-sheet figures that a plan assumes to be reached. They are not measurements."""
 
     attention_forward: float = 0.60
-    """Of the GPU's peak, by attention kernels going forward; lower triangle counted."""
+    """Of the GPU's peak, by attention kernels in the forward; only the lower triangle is counted."""
     attention_backward: float = 0.50
-    """The same going backward, 2.5 times the forward's FLOPs counted."""
+    """The same in the backward, which counts 2.5 times the FLOPs of the forward."""
     products: float = 0.65
-    """Of the GPU's peak, by all other matrix products, with norms, RoPE and activations in their time."""
+    """Of the GPU's peak, by all other matrix products; includes the time of norms, RoPE and activations."""
     links: float = 0.80
     """Of the bandwidth of GPU memory, NVLink, InfiniBand and PCIe."""
     gpu_memory: float = 0.90
-    """Of the GPU's memory; the rest is for fragmentation, the CUDA context and communication buffers."""
+    """Of the GPU's memory; the rest is left for fragmentation, the CUDA context and communication buffers."""
     host_memory: float = 0.90
-    """Of a node's memory; the rest is for the processes themselves."""
+    """Of a node's memory; the rest is left for the processes themselves."""
     hop_microseconds: float = 30.0
-    """No share: what each hop of the context parallel ring costs beside its work, for launches and waiting on
-    neighbours."""
+    """Not a fraction: fixed cost of each hop of the context parallel ring, for launches and
+    synchronisation."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -111,21 +75,21 @@ class Assumed:
                 if not 0 <= value < float("inf"):
                     raise UserError(f"--assume {name}={value}: must be 0 or more")
             elif not 0 < value <= 1:
-                raise UserError(f"--assume {name}={value}: a share must be above 0 and at most 1")
+                raise UserError(f"--assume {name}={value}: must be a fraction above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run is planned for."""
+    """The machine that a run is planned for."""
 
     gpu: Gpu
     gpus: int
-    """GPUs of all nodes together."""
+    """GPUs on all nodes together."""
     host_memory: int = 2 * 1024**4
-    """Bytes a node; an assumption like the others."""
-    assumed: Assumed = dataclasses.field(default_factory=Assumed)
+    """Bytes of host memory per node; an assumption like the others."""
+    assumed: Assumptions = dataclasses.field(default_factory=Assumptions)
     document_length: int | None = None
-    """Mean tokens of a document, where attention stays inside documents; None = that of the row."""
+    """Mean tokens of a document, where attention stays inside documents; None = the length of the row."""
 
     def __post_init__(self) -> None:
         if self.document_length is not None and self.document_length < 1:
@@ -136,22 +100,24 @@ class Machine:
             raise UserError(f"--host-memory {self.host_memory}: must be above 0")
 
     @property
-    def gpus_a_node(self) -> int:
+    def gpus_per_node(self) -> int:
         return min(GPUS_PER_NODE, self.gpus)
 
-    def link(self, neighbours: int) -> float:
-        """Bytes/s, as assumed, inside a group that spans `neighbours` consecutive ranks: NVLink where each
-        such group lies in one node."""
-        inside = self.gpus <= GPUS_PER_NODE or (
-            neighbours <= GPUS_PER_NODE and GPUS_PER_NODE % neighbours == 0
-        )
+    def link_bandwidth(self, span: int) -> float:
+        """Return the assumed bandwidth, in bytes/s, inside a group that spans `span` consecutive ranks.
+
+        NVLink if every such group lies inside one node, otherwise InfiniBand.
+        """
+        inside = self.gpus <= GPUS_PER_NODE or (span <= GPUS_PER_NODE and GPUS_PER_NODE % span == 0)
         return (self.gpu.nvlink if inside else self.gpu.infiniband) * self.assumed.links
 
 
-def assume(settings: list[str]) -> Assumed:
-    """The assumptions with `name=value` settings changed. UserError for an unknown name or a value out of
-    range."""
-    names = [field.name for field in dataclasses.fields(Assumed)]
+def parse_assumptions(settings: Sequence[str]) -> Assumptions:
+    """Return the default assumptions with `name=value` settings applied.
+
+    Raises UserError for an unknown name or a value out of range.
+    """
+    names = [field.name for field in dataclasses.fields(Assumptions)]
     values: dict[str, float] = {}
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -161,4 +127,4 @@ def assume(settings: list[str]) -> Assumed:
             values[name] = float(text)
         except ValueError:
             raise UserError(f"--assume {setting}: expected a number") from None
-    return Assumed(**values)
+    return Assumptions(**values)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
+from tests import processes
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
@@ -276,16 +275,8 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
 # ---- the command, one process ------------------------------------------------------------------
 
 
-def command(*args: object) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_hf.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        check=False,
-    )
+def command(*args: object) -> processes.CompletedProcess[str]:
+    return processes.run([sys.executable, ROOT / "tools" / "convert_hf.py", *args], capture_output=True)
 
 
 def test_command_there_and_back(tmp_path):

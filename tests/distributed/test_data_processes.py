@@ -3,9 +3,7 @@ nothing left behind."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -16,6 +14,7 @@ import torch
 
 from megatron_ultralong.data import loader
 from megatron_ultralong.data.packed_rows import PackedRows, Rows
+from tests import processes
 from tests import text as made
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,9 @@ SMALL_UNITS = (
 )
 
 
-def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> subprocess.Popen[str]:
+def start(
+    folder: Path, output: str, *inputs: Path | str, workers: int, own_children: bool = False
+) -> processes.Popen:
     """The tool, with units of 60 KB, so that a small input keeps several processes busy."""
     words = [
         ROOT / "tools" / "prepare_data.py",
@@ -42,12 +43,11 @@ def start(folder: Path, output: str, *inputs: Path | str, workers: int) -> subpr
         "--workers",
         workers,
     ]
-    return subprocess.Popen(
-        [sys.executable, "-c", SMALL_UNITS, *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    return processes.Popen(
+        [sys.executable, "-c", SMALL_UNITS, *words],
+        own_children=own_children,
+        stdout=processes.DEVNULL,
+        stderr=processes.PIPE,
     )
 
 
@@ -93,7 +93,7 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_pat
     assert start(tmp_path, "whole/text", *arguments, workers=2).wait(timeout=120) == 0
     want, kills, units = files(tmp_path / "whole"), 0, set()
     while True:
-        tool = start(tmp_path, "killed/text", *arguments, workers=2)
+        tool = start(tmp_path, "killed/text", *arguments, workers=2, own_children=True)
         work = tmp_path / "killed" / ".text.work" / "tokens"
         before = len(list(work.glob("0*.json")))
         while tool.poll() is None and (len(list(work.glob("0*.json"))) < before + 2 or kills > 2):
@@ -119,7 +119,7 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(tmp_pat
 def test_a_tool_told_to_stop_leaves_nothing_of_a_small_input(tmp_path):
     arguments = mix(tmp_path)
     made.write_jsonl(tmp_path / "lines.jsonl", [made.text(i, 20_000) for i in range(10)] * 50)
-    tool = start(tmp_path, "out/text", *arguments, workers=2)
+    tool = start(tmp_path, "out/text", *arguments, workers=2, own_children=True)
     while not list((tmp_path / "out").glob(".text.work/tokens/0*.json")):
         assert tool.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)

@@ -14,12 +14,12 @@ import torch
 
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.planning.memory import gpu_memory, stage_parameters
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
 ROPE = Rope(type="llama3", theta=10000.0, factor=4.0, original_length=32)
-S, ROWS = 64, 8
+S = 64
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
 TIED = Model(
@@ -55,7 +55,7 @@ def _layouts(rank: int, world: int) -> None:
 
     for model in (UNTIED, TIED):
         reference = hf_model(model, LLAMA3)
-        rows = _rows(model)
+        rows = _rows(model, 4)
         logits, loss, grads = _reference(reference, rows)
         for tp, pp, cp in itertools.product((1, 2), repeat=3):
             if (tp * pp * cp == 8) != (world == 8):
@@ -110,7 +110,7 @@ def _packed(rank: int, world: int) -> None:
     from megatron_ultralong.runtime import launch
 
     reference = hf_model(UNTIED, LLAMA3)
-    rows = _rows(UNTIED)
+    rows = _rows(UNTIED, 8)
     found = {positions: _reference(reference, rows, STARTS, positions) for positions in ("row", "document")}
     for i, (parallel, positions) in enumerate(PACKED):
         ranks = launch.start(Runtime(device="cpu"), parallel)
@@ -130,12 +130,12 @@ def _packed(rank: int, world: int) -> None:
         leave_groups()
 
 
-def _rows(model: Model) -> dict[str, torch.Tensor]:
-    """ROWS packed rows of S + 1 tokens; masks that differ by row, whole rows and a whole rank's stretch
+def _rows(model: Model, count: int) -> dict[str, torch.Tensor]:
+    """`count` packed rows of S + 1 tokens; masks that differ by row, whole rows and a whole rank's stretch
     masked."""
     generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, model.vocab_size, (ROWS, S + 1), generator=generator)
-    mask = (torch.rand(ROWS, S, generator=generator) > torch.linspace(0.1, 0.8, ROWS)[:, None]).float()
+    tokens = torch.randint(0, model.vocab_size, (count, S + 1), generator=generator)
+    mask = (torch.rand(count, S, generator=generator) > torch.linspace(0.1, 0.8, count)[:, None]).float()
     mask[2] = 0
     mask[3, : S // 4] = 0
     mask[3, 3 * S // 4 :] = 0
@@ -143,25 +143,25 @@ def _rows(model: Model) -> dict[str, torch.Tensor]:
 
 
 def _reference(
-    reference: Any, rows: dict[str, torch.Tensor], starts: Any = ((0,),) * ROWS, positions: str = "row"
+    reference: Any, rows: dict[str, torch.Tensor], starts: Any = None, positions: str = "row"
 ) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
     """Each document on its own. Its positions count from the start of the row or of the document."""
     reference.zero_grad()
-    logits = torch.cat(
-        [
-            torch.cat(
-                [
-                    reference(
-                        row[None, a:b],
-                        position_ids=torch.arange(a, b)[None] - (a if positions == "document" else 0),
-                    ).logits
-                    for a, b in itertools.pairwise([*begins, S])
-                ],
-                dim=1,
-            )
-            for row, begins in zip(rows["tokens"], starts, strict=True)
-        ]
-    )
+    tokens = rows["tokens"]
+    documents = [
+        (row, a, b)
+        for row, begins in enumerate(starts or [[0]] * len(tokens))
+        for a, b in itertools.pairwise([*begins, S])
+    ]
+    logits = torch.zeros(*tokens.shape, reference.config.vocab_size)
+    for length in {b - a for _, a, b in documents}:  # those of one length in one call
+        same = [document for document in documents if document[2] - document[1] == length]
+        places = [torch.arange(a, b) - (a if positions == "document" else 0) for _, a, b in same]
+        out = reference(
+            torch.stack([tokens[row, a:b] for row, a, b in same]), position_ids=torch.stack(places)
+        ).logits
+        for (row, a, b), one in zip(same, out, strict=True):
+            logits[row, a:b] = one
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), rows["labels"].flatten(), reduction="none"
     )
@@ -189,11 +189,11 @@ def _check_layout(
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
 
-    where = f"{parallel} {memory}"
+    where, count = f"{parallel} {memory}", len(rows["tokens"])
     chunks = llama.build(
         model, ROPE, ranks, parallel, memory, "fp32", positions_by_document=positions == "document"
     )
-    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == plan.stage_parameters(
+    assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == stage_parameters(
         model, parallel.tp, parallel.pp, ranks.pp_rank
     ), where
     whole = dict(reference.named_parameters())
@@ -206,16 +206,16 @@ def _check_layout(
             )
 
     def batches() -> Any:
-        for row in range(ranks.dp_rank, ROWS, ranks.dp):
+        for row in range(ranks.dp_rank, count, ranks.dp):
             batch = {
                 name: zigzag.shard(x[row : row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()
             }
             yield batch if starts is None else batch | {"starts": torch.tensor(starts[row])}
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
-    mine = _logits(chunks, [batches() for _ in chunks], ROWS // ranks.dp)
-    assert len(mine) == (ROWS // ranks.dp if ranks.pp_rank == ranks.pp - 1 else 0), where
-    for part, row in zip(mine, range(ranks.dp_rank, ROWS, ranks.dp)):
+    mine = _logits(chunks, [batches() for _ in chunks], count // ranks.dp)
+    assert len(mine) == (count // ranks.dp if ranks.pp_rank == ranks.pp - 1 else 0), where
+    for part, row in zip(mine, range(ranks.dp_rank, count, ranks.dp)):
         parts = [torch.empty_like(part) for _ in range(ranks.tp)]
         torch.distributed.all_gather(parts, part, group=ranks.groups.tp)
         got = torch.cat(parts, dim=-1)[..., : model.vocab_size]
@@ -224,7 +224,7 @@ def _check_layout(
 
     run = Run(
         name="test",
-        train=Train(seq_length=S, micro_batch=1, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"),
+        train=Train(seq_length=S, micro_batch=1, global_batch=count, iterations=1, lr=1e-3, precision="fp32"),
         parallel=parallel,
     )
     chunks = optim.data_parallel(chunks, ranks)
@@ -240,8 +240,8 @@ def _check_layout(
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
     if starts is None and not memory.query_chunks:
         assert calls == {"forward": once * (2 if memory.recompute == "full" else 1), "backward": once}, where
-    mean, count = loop._mean_loss(total, tokens, ranks)
-    assert count == int(rows["loss_mask"].sum()), where
+    mean, targets = loop._mean_loss(total, tokens, ranks)
+    assert targets == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
     for chunk in chunks:
         for buffer in chunk.buffers:
@@ -290,10 +290,12 @@ def _check_planned_checkpoints(
                 name="test",
                 parallel=parallel,
                 memory=Memory(recompute=mode, offload="off"),
-                train=Train(seq_length=S, global_batch=ROWS, iterations=1, lr=1e-3, precision="fp32"),
+                train=Train(
+                    seq_length=S, global_batch=len(rows["tokens"]), iterations=1, lr=1e-3, precision="fp32"
+                ),
             )
             kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))
-            planned.append(plan.memory(run, replace(model, layers=layers), ranks.world)["layer checkpoints"])
+            planned.append(gpu_memory(run, replace(model, layers=layers), ranks.world)["saved activations"])
         # On the CPU a norm without weights is an operation of its own: its output, float32 as all is here,
         # and a scalar a token are kept too.
         norms = (

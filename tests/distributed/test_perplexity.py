@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_ultralong.evaluate.scorers import loss_by_position
 from megatron_ultralong.evaluate.tasks import perplexity
 from megatron_ultralong.evaluate.tasks.perplexity_in_training import during_training
 from megatron_ultralong.planning import memory as plan
+from tests import processes
 from tests.spawn import leave_groups, run_ranks
 from tests.text import write_rows
 from tests.tiny import hf_model
@@ -158,7 +158,7 @@ def test_training_writes_it_when_the_held_out_loss_is_due(tmp_path: Path) -> Non
         "--save",
         str(tmp_path / "run"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = processes.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "perplexity.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4, 5] and done.stdout.count(
@@ -170,7 +170,7 @@ def test_training_writes_it_when_the_held_out_loss_is_due(tmp_path: Path) -> Non
     assert [event.step for event in board.Scalars("perplexity/all")] == [2, 4, 5]
     from transformers import LlamaForCausalLM
 
-    subprocess.run(
+    processes.run(
         [
             sys.executable,
             "tools/convert_hf.py",

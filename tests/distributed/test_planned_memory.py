@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from megatron_ultralong import recipes
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from megatron_ultralong.planning import layer_memory
-from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.planning.memory import gpu_memory, total
 from tests.spawn import run_ranks
 
 K = 1024
@@ -109,9 +109,9 @@ def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None
         train=Train(seq_length=tokens * p.cp, global_batch=1, iterations=1, lr=1.0),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_memory, "_kernel", lambda shape, rows: 0)
-        parts = plan.memory(run, model, p.cp)
-    return plan.total(
+        patch.setattr(layer_memory, "_kernel_workspace", lambda shape, rows: 0)
+        parts = gpu_memory(run, model, p.cp)
+    return total(
         {
             part: size
             for part, size in parts.items()

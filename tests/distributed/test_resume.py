@@ -31,33 +31,33 @@ def _resume(rank: int, world: int, folder: str, precision: str) -> None:
     first = Parallel(cp=2)  # x dp 2
     for model in (MODEL, TIED) if precision == "fp32" else (MODEL,):
         save = Path(folder) / ("tied" if model.tied_embeddings else "untied")
-        whole = _train(model, first, precision, save / "whole", iterations=8, save_every=3)
+        whole = _train(model, first, precision, save / "whole", iterations=5, save_every=2)
         assert [p.name for p in sorted((save / "whole").glob("iter_*"))] == [
-            "iter_0000003",
-            "iter_0000006",
-            "iter_0000008",
+            "iter_0000002",
+            "iter_0000004",
+            "iter_0000005",
         ]
         assert not list((save / "whole").glob(".*partial"))
 
         again = _train(
-            model, first, precision, save / "again", iterations=8, resume=save / "whole" / "iter_0000003"
+            model, first, precision, save / "again", iterations=5, resume=save / "whole" / "iter_0000002"
         )
-        assert again["losses"] == whole["losses"][3:]
+        assert again["losses"] == whole["losses"][2:]
         assert all(torch.equal(again["weights"][name], weight) for name, weight in whole["weights"].items())
-        assert again["steps"] == {8}
+        assert again["steps"] == {5}
 
         for other in (Parallel(tp=2, pp=2), Parallel(pp=2, vpp=2), Parallel(tp=2, cp=2), Parallel()):
             moved = _train(
-                model, other, precision, save / "other", iterations=8, resume=save / "whole" / "iter_0000003"
+                model, other, precision, save / "other", iterations=5, resume=save / "whole" / "iter_0000002"
             )
             tolerance = 1e-5 if precision == "fp32" else 2e-2
-            for ours, theirs in zip(moved["losses"], whole["losses"][3:], strict=True):
+            for ours, theirs in zip(moved["losses"], whole["losses"][2:], strict=True):
                 assert abs(ours - theirs) <= tolerance * abs(theirs), (
                     other,
                     moved["losses"],
-                    whole["losses"][3:],
+                    whole["losses"][2:],
                 )
-            assert moved["steps"] == {8}, moved["steps"]
+            assert moved["steps"] == {5}, moved["steps"]
 
 
 def test_bad_checkpoints_and_figures_are_refused(tmp_path: Path) -> None:

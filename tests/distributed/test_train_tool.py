@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import sharded, training_state
 from megatron_ultralong.config import Model
 from megatron_ultralong.data import packed_rows
+from tests import processes
 from tests.text import write_rows
 from tests.tiny import hf_model
 
@@ -83,7 +83,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "broken"
 
-    with Tool(inputs, save, "train.iterations=100000", "train.save_every=0", "data.workers=1") as tool:
+    settings = ("train.iterations=100000", "train.save_every=0", "data.workers=1")
+    with Tool(inputs, save, *settings, own_children=True) as tool:
         tool.wait_for("iteration      2/100000")
         os.killpg(
             tool.process.pid, signal.SIGTERM
@@ -397,6 +398,7 @@ class Tool:
         ranks: int = 1,
         recipe: str = "tiny",
         base: Path | None = None,
+        own_children: bool = False,
         timeout: float = 300.0,
     ) -> None:
         torchrun = (
@@ -422,20 +424,16 @@ class Tool:
             *more,
         ]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
         self.stderr = inputs / f"{uuid.uuid4()}.stderr"
         with self.stderr.open("w") as file:
-            self.process = subprocess.Popen(
+            self.process = processes.Popen(
                 command,
                 cwd=ROOT,
                 env=environment,
-                stdout=subprocess.PIPE,
+                stdout=processes.PIPE,
                 stderr=file,
-                text=True,
                 start_new_session=True,
+                own_children=own_children,
             )
         self.lines: list[str] = []
         self.timer = threading.Timer(timeout, self.kill)

@@ -94,7 +94,7 @@ def left(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Or the comparison would not notice which of the two RoPEs is in use.
     assert (reference["base"] - reference["yarn"]).abs().max() > 1
     torch.save((tokens, reference), folder / "reference.pt")
-    write_rows(folder / "rows", [tokens_of_text(2049)])
+    write_rows(folder / "rows", [tokens_of_text(513)])
     run_ranks(_ranks, 2, folder)
     return folder
 
@@ -200,7 +200,7 @@ def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
 
 
 def _train(folder: Path) -> None:
-    """Two steps and a held-out loss, all on one row of 2,048 tokens: three losses of the same tokens."""
+    """Two steps and a held-out loss, all on one row of 512 tokens: three losses of the same tokens."""
     from megatron.core import parallel_state
 
     from megatron_ultralong.runtime import launch
@@ -210,7 +210,7 @@ def _train(folder: Path) -> None:
         "parallel.cp=2",
         "memory.recompute=none",
         "memory.loss_chunk=256",
-        "train.seq_length=2K",
+        "train.seq_length=512",
         "train.global_batch=1",
         "train.iterations=2",
         "train.warmup=0",
@@ -286,7 +286,7 @@ def test_loss_falls(left: Path) -> None:
     losses = [event.value for name in ("train/loss", "valid/loss") for event in board.Scalars(name)]
     assert len(losses) == 3 and losses[0] > losses[1] > losses[2] > 1, losses
     progress = training_state.read(sharded.resolve(left / "trained"))
-    assert progress.iteration == 2 and progress.tokens == 4096
+    assert progress.iteration == 2 and progress.tokens == 1024
 
 
 def test_export_answers_in_transformers(base: Path, left: Path) -> None:

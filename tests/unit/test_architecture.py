@@ -1,5 +1,5 @@
-"""The rules of the tree: which room may import which, which files import no Megatron, and that every
-documented command exists."""
+"""Rules of the source tree: which package may import which, which files must not import Megatron, and that
+every documented command exists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"train", "measure"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-APART = {("train", "evaluate")}  # training calls evaluation through a callback it is given
+FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbacks
 
 NO_MEGATRON = [
     "errors.py",
@@ -62,40 +62,43 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 
 def imports(source: str) -> set[str]:
-    """Full names of all modules that `source` imports, inside functions too; `from a import b` counts as a
-    and as a.b."""
-    found = set()
+    """Return the full names of all modules that `source` imports, also inside functions.
+
+    `from a import b` counts as a and as a.b.
+    """
+    modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute here"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, "imports must be absolute"
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
 def our_modules(path: Path) -> set[str]:
-    """Modules of the package that a file imports, as "package.module"; every one of them exists."""
-    found = set()
+    """Return the modules of the package that a file imports, as "package.module"; checks that they exist."""
+    modules = set()
     for name in imports(path.read_text()):
         if not name.startswith("megatron_ultralong."):
             continue
         name = name.removeprefix("megatron_ultralong.")
         while name and not _is_module(name):
             name, _, last = name.rpartition(".")
-        assert name or last == "__version__", f"{path} imports what does not exist"
+        assert name or last == "__version__", f"{path} imports a module that does not exist"
         if name and (PACKAGE / f"{name.replace('.', '/')}.py").is_file():
-            found.add(name)
-    return found
+            modules.add(name)
+    return modules
 
 
 def _is_module(name: str) -> bool:
-    place = PACKAGE / name.replace(".", "/")
-    return place.is_dir() or place.with_suffix(".py").is_file()
+    path = PACKAGE / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def imported_names_exist(path: Path) -> list[str]:
-    """`from package import module` of ours that name no module: mypy does not see them where imports may be missing."""
+def missing_imports(path: Path) -> list[str]:
+    """Return our own `from package import module` that name no module; mypy misses them if imports may be
+    missing."""
     missing = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_ultralong."):
@@ -113,30 +116,32 @@ def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def runs_up(package: str, module: str) -> bool:
-    """Whether an import of `module` in a file of `package` is against the levels."""
+def breaks_levels(package: str, module: str) -> bool:
+    """Return whether an import of `module` in a file of `package` violates the levels."""
     other = module.split(".")[0]
-    return other != package and (LEVEL[other] >= LEVEL[package] or (package, other) in APART)
+    return other != package and (LEVEL[other] >= LEVEL[package] or (package, other) in FORBIDDEN)
 
 
-def test_levels_are_judged_right():
-    assert not runs_up("model", "context_parallel.zigzag") and not runs_up("model", "model.rope")
+def test_breaks_levels():
+    assert not breaks_levels("model", "context_parallel.zigzag") and not breaks_levels("model", "model.rope")
     assert (
-        runs_up("model", "checkpoint.sharded")
-        and runs_up("model", "data.loader")
-        and runs_up("train", "evaluate.tasks.niah")
+        breaks_levels("model", "checkpoint.sharded")
+        and breaks_levels("model", "data.loader")
+        and breaks_levels("train", "evaluate.tasks.niah")
     )
-    assert runs_up("runtime", "model.rope") and not runs_up("measure", "evaluate.backends.memory_check")
+    assert breaks_levels("runtime", "model.rope") and not breaks_levels(
+        "measure", "evaluate.backends.memory_check"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_down(path):
+def test_imports_follow_the_levels(path):
     package = package_of(path)
     if path.name == "__init__.py":
-        assert not imports(path.read_text()), "importing a package does no work"
+        assert not imports(path.read_text()), "importing a package must do no work"
         return
-    assert package in LEVEL, f"a new package, {package}: give it a level in LEVELS"
-    assert not [module for module in our_modules(path) if runs_up(package, module)]
+    assert package in LEVEL, f"new package {package}: add it to LEVELS"
+    assert not [module for module in our_modules(path) if breaks_levels(package, module)]
 
 
 def test_imports_exist():
@@ -146,11 +151,11 @@ def test_imports_exist():
         *(ROOT / "tests").rglob("*.py"),
         *(ROOT / "examples").rglob("*.py"),
     ]:
-        assert not imported_names_exist(path), path
+        assert not missing_imports(path), path
 
 
 def test_no_import_cycle():
-    """Not even inside functions or under TYPE_CHECKING."""
+    """Also not inside functions or under TYPE_CHECKING."""
     graph = {
         str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): our_modules(path)
         for path in PACKAGE.rglob("*.py")
@@ -171,13 +176,12 @@ def test_no_import_cycle():
 
 
 @pytest.mark.parametrize("name", NO_MEGATRON)
-def test_no_megatron_here(name):
-    place = PACKAGE / name
-    for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+def test_no_megatron_imports(name):
+    file_or_folder = PACKAGE / name
+    for path in [file_or_folder] if file_or_folder.is_file() else sorted(file_or_folder.rglob("*.py")):
         megatron = {module for module in imports(path.read_text()) if module.split(".")[0] == "megatron"}
         exception = MEGATRON_ALLOWED.get(name)
-        # An import of a name is listed with the packages on its way; what counts is that nothing leads
-        # elsewhere.
+        # An import is listed together with its parent packages, which are prefixes of the exception.
         assert all(
             exception and (module.startswith(exception) or exception.startswith(module))
             for module in megatron
@@ -198,7 +202,7 @@ def test_library_does_not_import_tools_or_tests():
 
 @functools.cache
 def help_of(tool: str, *sub: str) -> str:
-    """What `tools/TOOL SUB --help` prints; fails unless it exits with 0."""
+    """Return what `tools/TOOL SUB --help` prints; fails unless it exits with 0."""
     output, argv = io.StringIO(), sys.argv
     sys.argv = [tool, *sub, "--help"]
     try:
@@ -211,7 +215,7 @@ def help_of(tool: str, *sub: str) -> str:
 
 
 def subcommands(tool: str) -> list[str]:
-    """Names in the {a,b} of a tool's help, or in the indented list of a group of subcommands."""
+    """Return the names in the {a,b} of a tool's help, or in the indented list of a group of subcommands."""
     text = help_of(tool)
     braces = re.search(r"^usage:.*?\{([\w,]+)\} \.\.\.", text, re.DOTALL)
     if braces:
@@ -225,14 +229,14 @@ def subcommands(tool: str) -> list[str]:
 def test_help(tool):
     text = help_of(tool.name)
     assert "usage:" in text and ("python" in text or "torchrun" in text), (
-        "a tool's help shows how it is called"
+        "a tool's help must show an example command"
     )
     for sub in subcommands(tool.name):
         assert "--" in help_of(tool.name, sub)
 
 
 def test_tools_have_a_main_guard():
-    for tool in TOOLS:  # checkpoint writers and data loaders start processes, which import the tool again
+    for tool in TOOLS:  # the processes of checkpoint writers and data loaders import the tool again
         assert 'if __name__ == "__main__":' in tool.read_text(), tool
 
 
@@ -240,7 +244,8 @@ def test_tools_have_a_main_guard():
 
 
 def commands(path: Path) -> list[str]:
-    """Command lines of a document's ``` blocks, or of a script; continuation lines joined, comments dropped."""
+    """Return the command lines of a document's ``` blocks, or of a script, without comments; joins
+    continuation lines."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
@@ -249,13 +254,13 @@ def commands(path: Path) -> list[str]:
 
 
 def check_command(line: str) -> None:
-    """The tool, its subcommand, its options, the recipe and the settings of a command line exist."""
+    """Check that tool, subcommand, options, recipe and settings of a command line exist."""
     for tool, rest in re.findall(r"tools/(\w+\.py)([^|;&>]*)", line):
         assert (ROOT / "tools" / tool).is_file(), f"{tool} does not exist: {line}"
         words = shlex.split(rest, comments=True)
         subs = subcommands(tool)
         sub: tuple[str, ...] = ()
-        if words and words[0] == "$1":  # a function of a script, whose callers say the subcommand
+        if words and words[0] == "$1":  # a shell function whose callers give the subcommand
             continue
         if subs:
             assert words and words[0] in subs, f"{tool} has no such subcommand: {line}"
@@ -282,9 +287,10 @@ def check_command(line: str) -> None:
         assert (ROOT / script).is_file(), f"{script} does not exist: {line}"
 
 
-def test_commands_are_judged_right():
+def test_check_command():
     check_command(
-        "torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --set parallel.cp=2 train.seq_length=64K --data x --save y"
+        "torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m "
+        "--set parallel.cp=2 train.seq_length=64K --data x --save y"
     )
     for wrong in (
         "tools/nothing.py",
@@ -314,14 +320,14 @@ def test_scripts_parse(path):
     )
 
 
-def test_annotated_tree_is_true():
-    """Every file that the tree of docs/architecture.md lists exists, and every library file and tool is listed."""
+def test_annotated_tree():
+    """Every file in the tree of docs/architecture.md exists, and it lists every library file and tool."""
     tree = re.search(
         r"^```text\n(megatron_ultralong/.*?)^```",
         (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"),
         re.DOTALL | re.MULTILINE,
     )
-    assert tree, "docs/architecture.md shows the tree in a ```text block"
+    assert tree, "docs/architecture.md must contain the tree in a ```text block"
     listed, folders = set(), []
     for line in tree[1].splitlines():
         entry = re.match(r"( *)(\S+)", line)
@@ -331,6 +337,6 @@ def test_annotated_tree_is_true():
         folders[depth:] = [name]
         listed.add("/".join(part.rstrip("/") for part in folders))
     missing = sorted(name for name in listed if not (ROOT / name).exists())
-    assert not missing, f"listed but not there: {missing}"
+    assert not missing, f"listed, but missing: {missing}"
     files = {str(p.relative_to(ROOT)) for p in [*PACKAGE.rglob("*.py"), *TOOLS] if p.name != "__init__.py"}
     assert not sorted(files - listed), "not listed in the tree of docs/architecture.md"

@@ -3,10 +3,11 @@ and no process left behind."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+
+from tests import processes
 
 TOOL = """
 import multiprocessing, time
@@ -29,8 +30,6 @@ cli.main(tool)
     ],
 )
 def test_no_child_holds_the_output_open(end: str, code: int, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TOOL.format(end=end)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = processes.run([sys.executable, "-c", TOOL.format(end=end)], capture_output=True, timeout=120)
     assert done.returncode == code and done.stderr.endswith(said)
     assert ("Traceback" in done.stderr) == (code == 1)

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import unicodedata
@@ -33,6 +31,7 @@ from megatron_ultralong.data.pretrain import sources
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.official_files.records import Example
 from tests import benchmark_files as made
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 QUESTION = made.QUESTION  # 18 words
@@ -578,12 +577,7 @@ def test_a_killed_run_goes_on(tmp_path, bench):
         "--workers",
         "2",
     ]
-    tool = subprocess.Popen(
-        list(map(str, words)),
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    tool = processes.Popen(words, stdout=processes.DEVNULL, stderr=processes.DEVNULL)
     partial = tmp_path / "out" / ".decontaminate" / "partial" / "1.jsonl"
     while not (partial.exists() and partial.stat().st_size):
         assert tool.poll() is None, "it ended before it could be killed"

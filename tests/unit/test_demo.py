@@ -1,5 +1,5 @@
-"""The demo's parts: documents of exact size, and the base model that ships, which finds pass keys in its 512
-tokens and no further."""
+"""Parts of the demo: documents of exact size, and the included base model, which finds pass keys up to its
+512 tokens."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def test_documents_have_their_exact_size(tmp_path: Path) -> None:
         assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
 
 
-def test_keys_are_answered_as_they_were_told() -> None:
+def test_answers_equal_the_stated_keys() -> None:
     from transformers import AutoTokenizer
 
     writer = corpus.Writer(AutoTokenizer.from_pretrained(BASE), seed=5)
     for _ in range(20):
         text = writer.keys(600, 8)
-        told: dict[str, str] = {}
+        keys: dict[str, str] = {}
         for sentence in text.split(". "):
             before, found, value = sentence.partition(" is ")
             if found and "The pass key of" in before and value.strip(". ").isdigit():
                 name = before.rsplit("The pass key of ", 1)[1]
-                assert told.setdefault(name, value.strip(". ")) == value.strip(". ")
-        assert told
+                assert keys.setdefault(name, value.strip(". ")) == value.strip(". ")
+        assert keys
 
 
 def test_documents_too_short_are_refused(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_documents_too_short_are_refused(tmp_path: Path) -> None:
         corpus.write_documents(BASE, tmp_path / "a.jsonl", length=63, rows=1, seed=0)
 
 
-def test_the_base_model_finds_keys_up_to_its_own_context() -> None:
+def test_the_base_model_finds_keys_up_to_its_context() -> None:
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 4 * 2**20
     found = hf_config.read_config(BASE)
     assert (

@@ -1,5 +1,5 @@
-"""The scripts that make data sets: the laptop's runs from end to end; the other's lists of sources are read,
-and agree with each other."""
+"""Example scripts that prepare data sets: the laptop script runs from end to end; the source lists of the
+other one are read and agree with each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -20,6 +19,7 @@ from megatron_ultralong.data import conversations
 from megatron_ultralong.data.pretrain import sources
 from megatron_ultralong.data.sft import select_examples
 from megatron_ultralong.errors import UserError
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -27,7 +27,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of the laptop's script, in small, and what it printed."""
+    """Output folder of the laptop script at a small scale, and what it printed."""
     out = tmp_path_factory.mktemp("laptop")
     settings = {
         "OUT": str(out),
@@ -39,20 +39,19 @@ def made(tmp_path_factory):
         "MODEL": "",
         "TOKENIZER": "",
     }
-    env = {
-        **os.environ,
-        **settings,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    run = subprocess.run(
-        ["bash", str(EXAMPLES / "laptop_data.sh")], env=env, capture_output=True, text=True, check=False
-    )
+    with processes.on_path(tmp_path_factory.mktemp("python")) as path:
+        run = subprocess.run(
+            ["bash", EXAMPLES / "laptop_data.sh"],
+            env={**os.environ, **settings, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert run.returncode == 0, run.stderr[-3000:]
     return out, run.stdout
 
 
-def test_laptop_takes_out_what_was_planted(made):
+def test_laptop_removes_planted_questions(made):
     out, printed = made
     reports = {name: json.loads((out / name / "report.json").read_text()) for name in ("text", "chat")}
     found = {
@@ -93,7 +92,7 @@ def test_laptop_rows(made):
         documents = pyarrow.parquet.read_table(out / f"{name}.documents.parquet").to_pylist()
         for source in manifest[name][
             "sources"
-        ]:  # Python's texts differ with its version: what is wanted comes within a document
+        ]:  # texts differ with Python's version: targets are met within one document
             largest = max(row["tokens"] for row in documents if row["source"] == source["name"])
             assert abs(source["packed"]["tokens"] - source["weight"] * 150_000) <= largest, source
     assert (out / "rows_best.docs.idx").is_file() and not (out / "rows.docs.idx").exists()
@@ -111,12 +110,12 @@ def test_laptop_rows(made):
 
 
 def of_script(function: str) -> list[list[str]]:
-    """The words of every call of a function in the script of the public sources."""
+    """Return the arguments of every call of a function in ultralong_data.sh."""
     lines = (EXAMPLES / "ultralong_data.sh").read_text().splitlines()
     return [line.split()[1:] for line in lines if line.startswith(f"{function} ")]
 
 
-def test_sources_of_documents_are_those_that_the_script_makes(tmp_path):
+def test_document_sources_equal_those_of_the_script(tmp_path):
     shutil.copy(EXAMPLES / "ultralong_text.yaml", tmp_path / "text.yaml")
     with pytest.raises(UserError, match="text/clean/web"):
         sources.load(tmp_path / "text.yaml")
@@ -129,7 +128,7 @@ def test_sources_of_documents_are_those_that_the_script_makes(tmp_path):
             "matches.jsonl",
             "broken.jsonl",
             "report.json",
-        ):  # what stands beside the output is no document
+        ):  # files next to the output are not documents
             (folder / file).write_text("")
     found = sources.load(tmp_path / "text.yaml")
     assert sorted(source.name for source in found.sources) == sorted(name for name, *_ in of_script("text"))
@@ -140,7 +139,7 @@ def test_sources_of_documents_are_those_that_the_script_makes(tmp_path):
     assert all(source.lengths.edges == (4096, 8192) for source in found.sources)
 
 
-def test_sources_of_conversations_are_those_that_the_script_makes(tmp_path):
+def test_conversation_sources_equal_those_of_the_script(tmp_path):
     shutil.copy(EXAMPLES / "ultralong_chat.yaml", tmp_path / "chat.yaml")
     for name, *_ in of_script("chat"):
         folder = tmp_path / "chat" / "clean" / name
@@ -167,6 +166,6 @@ def test_documentation_has_every_source():
 
 
 def test_conversations_of_other_data_are_not_hidden(tmp_path):
-    """A file of such a name is left out only where decontamination wrote it."""
+    """A file with such a name is ignored only if decontamination wrote it."""
     (tmp_path / "matches.jsonl").write_text("")
     assert [path.name for path in conversations.files([str(tmp_path)])] == ["matches.jsonl"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from tests import benchmark_files as made
+from tests import processes
 from tests.text import write_jsonl
 from tests.unit.test_infinitebench import data as infinitebench_files
 
@@ -32,18 +32,15 @@ def test_every_table_is_filled(tmp_path: Path) -> None:
         "PERPLEXITY": "300",
         "RULER_FILES": "--own-words --tasks niah_single_1",
     }
-    env = (
-        os.environ
-        | {name: str(value) for name, value in settings.items()}
-        | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
-    )
-    run = subprocess.run(
-        ["bash", str(ROOT / "examples" / "evaluate.sh")], env=env, capture_output=True, text=True, check=False
-    )
+    env = os.environ | {name: str(value) for name, value in settings.items()}
+    with processes.on_path(tmp_path) as path:
+        run = subprocess.run(
+            ["bash", ROOT / "examples" / "evaluate.sh"],
+            env=env | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert run.returncode == 0, run.stderr[-3000:]
     report = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
     for heading in ("Passkey", "RULER", "LV-Eval", "InfiniteBench", "erplexity"):

@@ -1,5 +1,5 @@
-"""Planning: sums against numbers worked by hand, layouts as literal lists, what fits, what does not and why,
-and what is refused."""
+"""Planning: estimates against figures worked out by hand, layouts as literal lists, what fits and why not,
+and refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import runpy
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,23 +18,22 @@ from megatron_ultralong import recipes
 from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train, override
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.planning import memory as plan
-from megatron_ultralong.planning import report as plan_report
-from megatron_ultralong.planning import search
+from megatron_ultralong.planning import layouts, memory, report, search, time
 from megatron_ultralong.planning.flops import flops_per_token
-from megatron_ultralong.planning.hardware import GPUS, Assumed, Gpu, Machine
+from megatron_ultralong.planning.hardware import GPUS, Assumptions, Gpu, Machine
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
+from tests import processes
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_dim=2, vocab_size=10)
-# TP 2 x CP 2: 32 tokens a rank, two micro-batches.
+# TP 2 x CP 2: 32 tokens per rank, two micro-batches.
 RUN = Run(
     name="x",
     parallel=Parallel(tp=2, cp=2),
     memory=Memory(recompute="full", offload="off"),
     train=Train(seq_length=64, global_batch=2, iterations=1, lr=1.0),
 )
-IDEAL = Assumed(
+IDEAL = Assumptions(
     attention_forward=1.0,
     attention_backward=1.0,
     products=1.0,
@@ -49,9 +47,14 @@ SLOW = Gpu(
 )
 
 
-def kept(run: Run, checkpoint: Any, offload: Any = "off", **more: Any) -> Run:
-    """`run` with what is kept for the backward, and where."""
-    return replace(run, memory=Memory(recompute=checkpoint, offload=offload, **more))
+def with_memory(run: Run, recompute: Any, offload: Any = "off", **more: Any) -> Run:
+    """Return `run` with these memory settings."""
+    return replace(run, memory=Memory(recompute=recompute, offload=offload, **more))
+
+
+def make_report(**arguments: Any) -> report.PlanReport:
+    """Return the report for these arguments of tools/plan.py."""
+    return report.report(report.PlanRequest(**arguments))
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -60,19 +63,19 @@ def kept(run: Run, checkpoint: Any, offload: Any = "off", **more: Any) -> Run:
 def test_memory_by_hand():
     # A rank: 4 layers of (192 + 384) / 2 weights and two norms of 8, two embeddings of 5 x 8, the last norm.
     parameters = 4 * (288 + 16) + 2 * 40 + 8
-    assert plan.memory(RUN, SMALL, 4) == {
+    assert memory.gpu_memory(RUN, SMALL, 4) == {
         "weights": parameters * 2,
         "gradients (fp32)": parameters * 4,
         "optimizer (fp32)": parameters * 12 // 2,
-        "layer checkpoints": 4 * 256,  # 32 tokens x 8 x 2 bytes / TP
-        "one layer at work": 32 * (76 + 48 + 80 + 32 + 32),
+        "saved activations": 4 * 256,  # 32 tokens x 8 x 2 bytes / TP
+        "working layer": 32 * (76 + 48 + 80 + 32 + 32),
         "RoPE tables": 32 * 2 * 4,
         "loss": 32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2,
-        "layer and loss take turns": -(32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2),
+        "shared by layer and loss": -(32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2),
     }
     fp32 = replace(RUN, train=replace(RUN.train, precision="fp32"))
-    assert plan.memory(fp32, SMALL, 4)["optimizer (fp32)"] == parameters * 8 // 2
-    assert plan.memory(fp32, SMALL, 4)["layer checkpoints"] == 4 * 512
+    assert memory.gpu_memory(fp32, SMALL, 4)["optimizer (fp32)"] == parameters * 8 // 2
+    assert memory.gpu_memory(fp32, SMALL, 4)["saved activations"] == 4 * 512
 
 
 @pytest.mark.parametrize(
@@ -93,58 +96,58 @@ def test_memory_by_hand():
         ),
     ],
 )
-def test_what_is_kept_by_hand(mode, on_gpu, on_host):
-    assert plan.memory(kept(RUN, *mode), SMALL, 4)["layer checkpoints"] == on_gpu
-    assert plan.host_memory(kept(RUN, *mode), SMALL, 4) == on_host
+def test_saved_activations_by_hand(mode, on_gpu, on_host):
+    assert memory.gpu_memory(with_memory(RUN, *mode), SMALL, 4)["saved activations"] == on_gpu
+    assert memory.host_memory(with_memory(RUN, *mode), SMALL, 4) == on_host
 
 
 def test_published_sizes_of_llama():
-    """A token and layer: 2 H bytes of input; 2 H + 2 h d + 4 h with the attention's output and logsumexps;
+    """Per token and layer: 2 H bytes of input; 2 H + 2 h d + 4 h with the attention output and logsumexps;
     MLP 5 F e in chunks."""
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
     tokens = 1024**2
     parts = {
-        mode: plan._stage(kept(run, mode), LLAMA_3_1_8B, 1, 8, 0) for mode in ("full", "all_but_attention")
+        mode: memory.stage_memory(with_memory(run, mode), LLAMA_3_1_8B, 1, 8, 0)
+        for mode in ("full", "all_but_attention")
     }
-    assert parts["full"]["layer checkpoints"] == 32 * tokens * 2 * 4096
-    assert parts["all_but_attention"]["layer checkpoints"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
+    assert parts["full"]["saved activations"] == 32 * tokens * 2 * 4096
+    assert parts["all_but_attention"]["saved activations"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
     # All at once, through autograd: attention, RoPE and their gradients 62 KiB, residuals 32, MLP 140.
-    assert parts["full"]["one layer at work"] == tokens * (62 + 32 + 140) * 1024
+    assert parts["full"]["working layer"] == tokens * (62 + 32 + 140) * 1024
     # The gradient, that of the attention output, q, k, v and their gradients, in kernels a float32 gradient
     # of q; a layer's weight gradients twice.
     weights = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336)
-    assert (
-        parts["all_but_attention"]["one layer at work"]
-        == tokens * (8 + 8 + 12 + 12 + 16) * 1024 + weights * 6
-    )
+    assert parts["all_but_attention"]["working layer"] == tokens * (8 + 8 + 12 + 12 + 16) * 1024 + weights * 6
     # Where the MLP is most: 7 F and 6 H in bf16.
-    whole = plan._stage(kept(run, "all_but_attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
-    assert whole["one layer at work"] == tokens * (8 + 8 + 7 * 28 + 6 * 8) * 1024 + weights * 2
+    whole = memory.stage_memory(with_memory(run, "all_but_attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
+    assert whole["working layer"] == tokens * (8 + 8 + 7 * 28 + 6 * 8) * 1024 + weights * 2
     # In query chunks: keys, values and their float32 gradients, one gradient; of a chunk the MLP, its input
     # twice and attention's output.
-    chunked = plan._stage(kept(run, "all_but_attention", "all", query_chunks=True), LLAMA_3_1_8B, 1, 8, 0)
+    chunked = memory.stage_memory(
+        with_memory(run, "all_but_attention", "all", query_chunks=True), LLAMA_3_1_8B, 1, 8, 0
+    )
     assert (
-        chunked["one layer at work"]
+        chunked["working layer"]
         == tokens * (4 + 8 + 8) * 1024 + 16384 * (7 * 28 + 6 * 8 + 3 * 8) * 1024 + weights * 6
     )
-    assert chunked["layer checkpoints"] == 0
+    assert chunked["saved activations"] == 0
 
 
-def test_pipelines_keep_what_is_in_flight():
+def test_pipelines_save_micro_batches_in_flight():
     run = replace(RUN, parallel=Parallel(pp=2, cp=2), train=replace(RUN.train, global_batch=8))
-    offloaded = kept(run, "all_but_attention", "all")
-    # The first stage: two layers, two micro-batches in flight, all of them in host memory but two.
-    assert plan.host_memory(offloaded, SMALL, 4) == {
+    offloaded = with_memory(run, "all_but_attention", "all")
+    # The first stage: two layers, two micro-batches in flight; all but two are in host memory.
+    assert memory.host_memory(offloaded, SMALL, 4) == {
         "layer inputs": 2 * 2 * 512,
         "attention outputs": 2 * 2 * 1024,
     }
-    assert plan._stage(offloaded, SMALL, 1, 8, 0)["layer checkpoints"] == 2 * (512 + 1024)
-    assert plan._stage(run, SMALL, 1, 8, 0)["layer checkpoints"] == 4 * 512
-    assert plan._stage(run, SMALL, 1, 8, 1)["layer checkpoints"] == 2 * 512
+    assert memory.stage_memory(offloaded, SMALL, 1, 8, 0)["saved activations"] == 2 * (512 + 1024)
+    assert memory.stage_memory(run, SMALL, 1, 8, 0)["saved activations"] == 4 * 512
+    assert memory.stage_memory(run, SMALL, 1, 8, 1)["saved activations"] == 2 * 512
 
 
 @pytest.mark.parametrize("model", [SMALL, LLAMA_3_1_8B, SMOLLM2_135M], ids=["small", "llama", "smollm2"])
-def test_parameters_are_those_of_the_name_table(model):
+def test_parameters_equal_the_weight_table(model):
     for tp in [
         tp
         for tp in (1, 2, 3, 8)
@@ -155,7 +158,7 @@ def test_parameters_are_those_of_the_name_table(model):
             rows, *columns = weight_mapping.shard_shape(name, model, tp)
             return rows * (columns[0] if columns else 1)
 
-        assert plan.stage_parameters(model, tp, 1, 0) == sum(
+        assert memory.stage_parameters(model, tp, 1, 0) == sum(
             size(name) for name in weight_mapping.megatron_names(model)
         )
 
@@ -163,9 +166,9 @@ def test_parameters_are_those_of_the_name_table(model):
 # ---- time --------------------------------------------------------------------------------------
 
 
-def test_work_by_hand():
-    full = plan.work(RUN, SMALL)
-    assert full == plan.Work(
+def test_workload_by_hand():
+    full = time.workload(RUN, SMALL)
+    assert full == time.Workload(
         attention=4
         * 16
         * 1024,  # 16 = 32 tokens / TP; 2 x 4 heads x 2 dims x 64 tokens, the lower triangle of two products
@@ -183,15 +186,15 @@ def test_work_by_hand():
         pipeline=0.0,
         host=0.0,
     )
-    away = plan.work(kept(RUN, "all_but_attention", "all"), SMALL)
+    away = time.workload(with_memory(RUN, "all_but_attention", "all"), SMALL)
     assert (away.recompute_attention, away.recompute_products, away.host) == (
         0,
         full.recompute_products,
         4 * (256 + 512),
     )
-    none = plan.work(kept(RUN, "none"), SMALL)
+    none = time.workload(with_memory(RUN, "none"), SMALL)
     assert (none.recompute_products, none.tensor) == (0, (4 * 10 + 2) * 512 / 2)
-    alone = plan.work(replace(RUN, parallel=Parallel()), SMALL)
+    alone = time.workload(replace(RUN, parallel=Parallel()), SMALL)
     assert (
         alone.ring_forward,
         alone.ring_backward,
@@ -199,195 +202,202 @@ def test_work_by_hand():
         alone.hops_forward,
         alone.tensor,
     ) == (0, 0, 0, 0, 0)
-    assert plan.work(replace(RUN, parallel=Parallel(pp=2)), SMALL).pipeline == 2 * 64 * 8 * 2
-    assert plan.work(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL).pipeline == 2 * 2 * 64 * 8 * 2
+    assert time.workload(replace(RUN, parallel=Parallel(pp=2)), SMALL).pipeline == 2 * 64 * 8 * 2
+    assert time.workload(replace(RUN, parallel=Parallel(pp=2, vpp=2)), SMALL).pipeline == 2 * 2 * 64 * 8 * 2
 
 
-def test_work_of_each_way_by_hand():
-    """Of a rank and layer, by the table of docs/context_parallel.md; attention and products are those of the
+def test_workload_of_each_method_by_hand():
+    """Per rank and layer, by the table of docs/context_parallel.md; attention and products are those of the
     ring."""
     wide = replace(SMALL, heads=8, kv_heads=4)
     base = replace(
-        kept(RUN, "all_but_attention"), parallel=Parallel(cp=4), train=replace(RUN.train, seq_length=128)
+        with_memory(RUN, "all_but_attention"),
+        parallel=Parallel(cp=4),
+        train=replace(RUN.train, seq_length=128),
     )
-    ring = plan.work(base, wide)
+    ring = time.workload(base, wide)
     kv, q = 2 * 32 * 4 * 2, 32 * 8 * 2  # elements of 32 tokens
     assert (ring.ring_forward, ring.ring_backward, ring.hops_forward) == (
         4 * 3 * kv * 2,
         4 * (3 * kv * 2 + 4 * kv * 4),
         16,
     )
-    gather = plan.work(replace(base, parallel=Parallel(cp=4, cp_comm_type="all_gather")), wide)
+    gather = time.workload(replace(base, parallel=Parallel(cp=4, cp_comm_type="all_gather")), wide)
     assert (gather.ring_forward, gather.ring_backward) == (4 * 3 * kv * 2, 4 * (3 * kv * 2 + 3 * kv * 4))
-    assert (gather.hops_forward, gather.hops_backward) == (4 * 4, 4 * 8), "a message a KV head"
-    all_to_all = plan.work(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide)
+    assert (gather.hops_forward, gather.hops_backward) == (4 * 4, 4 * 8), "one message per KV head"
+    all_to_all = time.workload(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide)
     # (U - 1) s (d e (2 h/U + 2 n) + 4 h/U) and (U - 1) s (d e (4 h/U + 4 n) + 4 h/U), n = 1
     assert (all_to_all.exchange_forward, all_to_all.exchange_backward) == (
         4 * 3 * 32 * (4 * (4 + 2) + 8),
         4 * 3 * 32 * (4 * (8 + 4) + 8),
     )
     assert (all_to_all.ring_forward, all_to_all.hops_backward, all_to_all.merge_backward) == (0, 0, 0)
-    both = plan.work(replace(base, parallel=Parallel(cp=4, ulysses=2)), wide)
+    both = time.workload(replace(base, parallel=Parallel(cp=4, ulysses=2)), wide)
     assert (both.ring_forward, both.hops_forward) == (4 * kv * 2, 4 * 2)
-    twice = plan.work(
+    twice = time.workload(
         replace(base, parallel=Parallel(cp=8, ulysses=8), train=replace(RUN.train, seq_length=256)), wide
     )
-    assert twice.exchange_forward == 4 * 7 * 32 * (4 * (2 + 2) + 4), "each KV head to two ranks"
+    assert twice.exchange_forward == 4 * 7 * 32 * (4 * (2 + 2) + 4), "each KV head goes to two ranks"
     # Two chunks of queries: keys go round twice; the projection of q, k and v five times more, as FLOPs of
     # one going forward.
-    chunked = plan.work(kept(base, "all_but_attention", "all", query_chunks=True, layer_chunk=16), wide)
+    chunked = time.workload(
+        with_memory(base, "all_but_attention", "all", query_chunks=True, layer_chunk=16), wide
+    )
     assert (chunked.ring_forward, chunked.ring_backward, chunked.hops_forward) == (
         2 * ring.ring_forward,
         2 * ring.ring_backward,
         32,
     )
     assert chunked.recompute_products - ring.recompute_products == 5 * 4 * 32 * 2 * 8 * 2 * (8 + 2 * 4)
-    assert chunked.host_again == 2 * 4 * 32 * 8 * 2, "the input comes back three times"
+    assert chunked.host_again == 2 * 4 * 32 * 8 * 2, "the input is fetched three times"
     machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
-    assert plan.time(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide, machine)[
+    assert time.iteration_time(replace(base, parallel=Parallel(cp=4, ulysses=4)), wide, machine)[
         "CP all-to-all"
     ] == pytest.approx(2 * (all_to_all.exchange_forward + all_to_all.exchange_backward) / 100)
     assert q == 2 * kv / 2
 
 
-def test_documents_are_attended_to_alone():
+def test_attention_inside_documents():
     masked = replace(RUN, data=Data(documents="masked"))
     machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
-    joined = plan.work(RUN, SMALL).attention
-    assert plan.work(masked, SMALL).attention == joined, "documents as long as the row unless said otherwise"
-    assert plan.work(masked, SMALL, document_length=16).attention == joined / 4
+    joined = time.workload(RUN, SMALL).attention
+    assert time.workload(masked, SMALL).attention == joined, "documents are as long as the row by default"
+    assert time.workload(masked, SMALL, document_length=16).attention == joined / 4
     assert (
-        plan.work(masked, SMALL, document_length=1000).attention
-        == plan.work(RUN, SMALL, document_length=16).attention
+        time.workload(masked, SMALL, document_length=1000).attention
+        == time.workload(RUN, SMALL, document_length=16).attention
         == joined
     )
-    short = plan.time(masked, SMALL, replace(machine, document_length=16))
-    assert short["attention"] == pytest.approx(plan.time(RUN, SMALL, machine)["attention"] / 4)
-    said = plan_report.report(
+    short = time.iteration_time(masked, SMALL, replace(machine, document_length=16))
+    assert short["attention"] == pytest.approx(time.iteration_time(RUN, SMALL, machine)["attention"] / 4)
+    plan = make_report(
         recipe="ultralong_1m", gpus=64, settings=["data.documents=masked"], document_length="8K"
     )
-    assert "attention inside documents, of 8,192 tokens on average" in said.text
-    whole = plan_report.report(recipe="ultralong_1m", gpus=64)
+    assert "attention inside documents of 8,192 tokens on average" in plan.text
+    whole = make_report(recipe="ultralong_1m", gpus=64)
     assert (
-        said.values["plans"]["best"]["seconds_an_iteration"]["all"]
-        < whole.values["plans"]["best"]["seconds_an_iteration"]["all"]
+        plan.values["plans"]["best"]["seconds_per_iteration"]["all"]
+        < whole.values["plans"]["best"]["seconds_per_iteration"]["all"]
     )
-    assert said.values["plans"]["best"]["causal_mfu"] < 1
+    assert plan.values["plans"]["best"]["causal_mfu"] < 1
 
 
 def test_all_to_all_is_searched_inside_a_node():
     base = replace(
-        kept(RUN, "all_but_attention"),
+        with_memory(RUN, "all_but_attention"),
         parallel=Parallel(tp=2, cp=16),
         train=replace(RUN.train, seq_length=1024, global_batch=8),
     )
     wide = replace(SMALL, heads=32, kv_heads=8, ffn_size=64)
-    assert [r.parallel.ulysses for r in plan.ways(base, wide)] == [1, 2, 4], (
+    assert [r.parallel.ulysses for r in layouts.with_ulysses(base, wide)] == [1, 2, 4], (
         "TP 2 x 4 is a node; 8 would be two"
     )
-    assert [r.parallel.ulysses for r in plan.ways(base, replace(wide, kv_heads=6, heads=18))] == [1], (
-        "three KV heads a rank, nine queries"
-    )
-    assert [r.parallel.ulysses for r in plan.ways(base, wide, ["parallel.ulysses"])] == [1]
+    assert [r.parallel.ulysses for r in layouts.with_ulysses(base, replace(wide, kv_heads=6, heads=18))] == [
+        1
+    ], "three KV heads per rank, nine query heads"
+    assert [r.parallel.ulysses for r in layouts.with_ulysses(base, wide, ["parallel.ulysses"])] == [1]
     for other in (
         replace(base, parallel=Parallel(cp=16, cp_comm_type="all_gather")),
-        kept(base, "all_but_attention", query_chunks=True),
+        with_memory(base, "all_but_attention", query_chunks=True),
     ):
-        assert plan.ways(other, wide) == [other]
+        assert layouts.with_ulysses(other, wide) == [other]
 
 
-def test_query_chunks_are_for_what_does_not_fit_otherwise():
-    said = plan_report.report(model="llama-3.1-8b", seq_length="4M", gpus=8, host_memory="4T")
-    longer = plan_report.report(model="llama-3.1-8b", seq_length="128K", gpus=64)
-    assert any(p["memory"]["query_chunks"] for p in said.values["plans"].values())
+def test_query_chunks_only_if_nothing_else_fits():
+    plan = make_report(model="llama-3.1-8b", seq_length="4M", gpus=8, host_memory="4T")
+    longer = make_report(model="llama-3.1-8b", seq_length="128K", gpus=64)
+    assert any(p["memory"]["query_chunks"] for p in plan.values["plans"].values())
     assert not any(p["memory"]["query_chunks"] for p in longer.values["plans"].values())
-    held = plan_report.report(
-        model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.query_chunks=false"]
-    )
+    held = make_report(model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.query_chunks=false"])
     assert not any(p["memory"]["query_chunks"] for p in held.values["plans"].values())
-    assert plan.in_query_chunks(kept(RUN, "full"), ["memory.recompute"]) is None
+    assert layouts.with_query_chunks(with_memory(RUN, "full"), ["memory.recompute"]) is None
     assert (
-        plan.in_query_chunks(replace(kept(RUN, "all_but_attention"), parallel=Parallel(cp=2, ulysses=2)))
+        layouts.with_query_chunks(
+            replace(with_memory(RUN, "all_but_attention"), parallel=Parallel(cp=2, ulysses=2))
+        )
         is None
     )
 
 
 def test_time_by_hand():
-    assert plan.time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL)) == pytest.approx(
+    assert time.iteration_time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL)) == pytest.approx(
         {
             "attention": 2 * 65.536 * 3.5,
             "other matrix products": 2 * (3 * 73.728 + 7.68),
             "recompute": 2 * (65.536 + 73.728),
             "CP ring, merges and hops": 2 * (2 * 6.912 + 7.68),
-            "CP ring, not hidden": 0.0,
+            "CP ring, not overlapped": 0.0,
             "TP collectives": 2 * 148.48,
             "pipeline transfers": 0.0,
-            "host copies, not hidden": 0.0,
+            "host copies, not overlapped": 0.0,
             "pipeline bubble": 0.0,
             "DP gradients, weights": 1304 * 6 / 2 / 100,
         }
     )
-    # Assumptions divide: half of the peak takes twice as long; hops cost what they are said to.
+    # Assumptions divide: half of the peak takes twice as long; hops cost what is assumed.
     half = replace(IDEAL, attention_forward=0.5, attention_backward=0.5, hop_microseconds=1e6)
-    parts = plan.time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=half))
+    parts = time.iteration_time(RUN, SMALL, Machine(gpu=SLOW, gpus=4, assumed=half))
     assert parts["attention"] == pytest.approx(2 * 2 * 65.536 * 3.5)
     assert parts["CP ring, merges and hops"] == pytest.approx(2 * (2 * 6.912 + 7.68) + 2 * 24)
-    # In float32 the other peak.
+    # float32 has another peak.
     fp32 = replace(RUN, train=replace(RUN.train, precision="fp32"))
-    assert plan.time(fp32, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL))["attention"] == pytest.approx(
-        2 * 2 * 65.536 * 3.5
-    )
+    assert time.iteration_time(fp32, SMALL, Machine(gpu=SLOW, gpus=4, assumed=IDEAL))[
+        "attention"
+    ] == pytest.approx(2 * 2 * 65.536 * 3.5)
 
 
-def test_transfers_hide_up_to_their_length():
-    # 1024 bytes forward and 5120 backward, twice; attention beside them takes 65.536 and 163.84 s.
+def test_transfers_overlap_up_to_their_length():
+    # 1024 bytes forward and 5120 backward, twice; the attention they overlap with takes 65.536 and 163.84 s.
     machine = Machine(gpu=replace(SLOW, nvlink=10.0), gpus=4, assumed=IDEAL)
-    assert plan.time(kept(RUN, "none"), SMALL, machine)["CP ring, not hidden"] == pytest.approx(
-        2 * (102.4 - 65.536 + 512 - 163.84)
-    )
-    assert plan.time(RUN, SMALL, machine)["CP ring, not hidden"] == pytest.approx(
+    assert time.iteration_time(with_memory(RUN, "none"), SMALL, machine)[
+        "CP ring, not overlapped"
+    ] == pytest.approx(2 * (102.4 - 65.536 + 512 - 163.84))
+    assert time.iteration_time(RUN, SMALL, machine)["CP ring, not overlapped"] == pytest.approx(
         2 * (2 * (102.4 - 65.536) + 512 - 163.84)
     )
     # 3072 bytes each way; the forward takes 65.536 + 73.728 + 7.68 s, the backward 163.84 + 147.456 + 73.728.
     machine = Machine(gpu=replace(SLOW, pcie=4.0), gpus=4, assumed=IDEAL)
-    exposed = plan.time(kept(RUN, "all_but_attention", "all"), SMALL, machine)["host copies, not hidden"]
+    exposed = time.iteration_time(with_memory(RUN, "all_but_attention", "all"), SMALL, machine)[
+        "host copies, not overlapped"
+    ]
     assert exposed == pytest.approx(2 * (768 - 146.944 + 768 - 385.024))
 
 
 def test_bubble():
-    run = replace(kept(RUN, "none"), parallel=Parallel(pp=4), train=replace(RUN.train, global_batch=8))
+    run = replace(with_memory(RUN, "none"), parallel=Parallel(pp=4), train=replace(RUN.train, global_batch=8))
     machine = Machine(gpu=replace(SLOW, nvlink=1e9), gpus=4, assumed=IDEAL)
-    parts = plan.time(run, SMALL, machine)
-    # A layer a stage; the last has the output layer, whose time is no bubble of the first micro-batch's way
-    # through the other three.
+    parts = time.iteration_time(run, SMALL, machine)
+    # One layer per stage; the last has the output layer, whose time is no bubble of the first micro-batch's
+    # way through the other three.
     layer = (1024 * 64 * 3.5 + 3 * 2 * 576 * 64) / 1000
     assert parts["pipeline bubble"] == pytest.approx(3 * layer, rel=1e-4)
     assert parts["attention"] == pytest.approx(8 * 1024 * 64 * 3.5 / 1000)
     halved = replace(run, parallel=Parallel(pp=2, vpp=2))
-    assert plan.time(halved, SMALL, replace(machine, gpus=2))["pipeline bubble"] == pytest.approx(
+    assert time.iteration_time(halved, SMALL, replace(machine, gpus=2))["pipeline bubble"] == pytest.approx(
         layer, rel=1e-4
     )
 
 
-def test_links_follow_the_ranks_places():
+def test_links_follow_the_placement_of_ranks():
     machine = Machine(gpu=SLOW, gpus=16, assumed=IDEAL)
-    assert [machine.link(n) for n in (1, 2, 4, 8, 16)] == [100, 100, 100, 100, 10]
-    assert [machine.link(n) for n in (3, 6)] == [10, 10], "groups of three lie across two nodes now and then"
-    assert replace(machine, gpus=6).link(3) == 100
+    assert [machine.link_bandwidth(n) for n in (1, 2, 4, 8, 16)] == [100, 100, 100, 100, 10]
+    assert [machine.link_bandwidth(n) for n in (3, 6)] == [10, 10], "some groups of three span two nodes"
+    assert replace(machine, gpus=6).link_bandwidth(3) == 100
 
 
 @pytest.mark.parametrize(
     "parallel", [Parallel(), Parallel(tp=2, cp=2), Parallel(pp=4), Parallel(tp=2, pp=2, cp=4)]
 )
-def test_work_is_that_of_the_mfu_formula(parallel):
-    """Over all ranks, without recompute and with the backward twice the forward: the FLOPs that MFU counts."""
-    run = replace(kept(RUN, "none"), parallel=parallel)
-    todo = [plan.work(run, SMALL, last=stage == parallel.pp - 1) for stage in range(parallel.pp)]
+def test_workload_equals_the_mfu_formula(parallel):
+    """Over all ranks, without recompute and with the backward twice the forward: the FLOPs that MFU
+    counts."""
+    run = replace(with_memory(RUN, "none"), parallel=parallel)
+    todo = [time.workload(run, SMALL, last=stage == parallel.pp - 1) for stage in range(parallel.pp)]
     here = parallel.tp * parallel.cp * sum(3 * w.attention + 3 * w.products + w.output for w in todo)
     assert here == pytest.approx(64 * flops_per_token(SMALL, 64))
 
 
-@pytest.mark.parametrize("mode", plan.MODES, ids=lambda m: f"{m.recompute}-{m.offload}")
+@pytest.mark.parametrize("mode", memory.MEMORY_MODES, ids=lambda m: f"{m.recompute}-{m.offload}")
 def test_longer_takes_more(mode):
     run, machine = (
         replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4), memory=mode),
@@ -398,12 +408,14 @@ def test_longer_takes_more(mode):
         for s in (128, 256, 512, 1024, 2048, 4096)
     ]
     for short, long in itertools.pairwise(plans):
-        assert plan.total(short.memory) < plan.total(long.memory)
-        assert plan.total(short.host) < plan.total(long.host) or mode.offload == "off"
+        assert memory.total(short.memory) < memory.total(long.memory)
+        assert memory.total(short.host) < memory.total(long.host) or mode.offload == "off"
         assert 2 * short.seconds < long.seconds + 1.0, "attention grows faster than the tokens do"
         assert short.tokens_per_second > long.tokens_per_second
         assert all(
-            short.time[part] <= long.time[part] for part in short.time if part != "host copies, not hidden"
+            short.time[part] <= long.time[part]
+            for part in short.time
+            if part != "host copies, not overlapped"
         )
 
 
@@ -416,8 +428,8 @@ def shapes(runs) -> list[tuple[int, int, int]]:
 
 def test_layouts():
     base = replace(RUN, parallel=Parallel())
-    # DP 4 does not divide the batch of 2, TP 4 not the two KV heads.
-    assert shapes(plan.layouts(base, SMALL, 4)) == [
+    # DP 4 does not divide the batch of 2, and TP 4 not the two KV heads.
+    assert shapes(layouts.layouts(base, SMALL, 4)) == [
         (1, 1, 2),
         (1, 1, 4),
         (1, 2, 1),
@@ -427,25 +439,30 @@ def test_layouts():
         (2, 1, 2),
         (2, 2, 1),
     ]
-    assert shapes(plan.layouts(replace(base, parallel=Parallel(tp=2)), SMALL, 4, fixed=("parallel.tp",))) == [
+    assert shapes(
+        layouts.layouts(replace(base, parallel=Parallel(tp=2)), SMALL, 4, fixed=("parallel.tp",))
+    ) == [
         (2, 1, 1),
         (2, 1, 2),
         (2, 2, 1),
     ]
-    assert shapes(plan.layouts(replace(base, parallel=Parallel(dp=2)), SMALL, 4, fixed=("parallel.dp",))) == [
+    assert shapes(
+        layouts.layouts(replace(base, parallel=Parallel(dp=2)), SMALL, 4, fixed=("parallel.dp",))
+    ) == [
         (1, 1, 2),
         (1, 2, 1),
         (2, 1, 1),
     ]
     assert (
-        shapes(plan.layouts(replace(base, parallel=Parallel(cp=8)), SMALL, 4, fixed=("parallel.cp",))) == []
+        shapes(layouts.layouts(replace(base, parallel=Parallel(cp=8)), SMALL, 4, fixed=("parallel.cp",)))
+        == []
     )
-    # A ring of 64 would need 128 pieces; TP stays within 8.
+    # A ring of 64 would need 128 chunks; TP is at most 8.
     wide = replace(SMALL, heads=64, kv_heads=64, ffn_size=64)
-    assert max(shapes(plan.layouts(base, wide, 64)), key=lambda s: s[2]) == (1, 1, 32)
-    assert max(tp for tp, _, _ in shapes(plan.layouts(base, wide, 64))) == 8
+    assert max(shapes(layouts.layouts(base, wide, 64)), key=lambda s: s[2]) == (1, 1, 32)
+    assert max(tp for tp, _, _ in shapes(layouts.layouts(base, wide, 64))) == 8
     interleaved = replace(base, parallel=Parallel(pp=2, vpp=2))
-    assert {(r.parallel.pp, r.parallel.vpp) for r in plan.layouts(interleaved, SMALL, 4)} == {
+    assert {(r.parallel.pp, r.parallel.vpp) for r in layouts.layouts(interleaved, SMALL, 4)} == {
         (1, 1),
         (2, 2),
     }  # PP 4 has no 8 layers to interleave
@@ -462,56 +479,59 @@ def test_modes():
         ("all_but_attention", "all"),
     ]
     run = replace(RUN, memory=Memory(layer_chunk=4096))
-    assert words(plan.modes(run)) == [("none", "off"), ("full", "off"), *attention]
-    assert words(plan.modes(run, ["memory.recompute", "memory.offload"])) == attention, "auto is all three"
-    assert words(plan.modes(kept(run, "full"), ["memory.recompute"])) == [("full", "off")]
-    assert words(plan.modes(kept(run, "all_but_attention", "layer_inputs"), ["memory.offload"])) == [
-        ("all_but_attention", "layer_inputs")
-    ]
-    assert {r.memory.layer_chunk for r in plan.modes(run)} == {4096}
+    assert words(memory.memory_modes(run)) == [("none", "off"), ("full", "off"), *attention]
+    assert words(memory.memory_modes(run, ["memory.recompute", "memory.offload"])) == attention, (
+        "auto is all three"
+    )
+    assert words(memory.memory_modes(with_memory(run, "full"), ["memory.recompute"])) == [("full", "off")]
+    assert words(
+        memory.memory_modes(with_memory(run, "all_but_attention", "layer_inputs"), ["memory.offload"])
+    ) == [("all_but_attention", "layer_inputs")]
+    assert {r.memory.layer_chunk for r in memory.memory_modes(run)} == {4096}
 
 
 def test_auto_is_the_first_that_fits():
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4), memory=Memory(layer_chunk=8192))
     sizes = [
-        plan.total(plan.memory(mode, LLAMA_3_1_8B, 32)) for mode in plan.modes(run, ["memory.recompute"])
+        memory.total(memory.gpu_memory(mode, LLAMA_3_1_8B, 32))
+        for mode in memory.memory_modes(run, ["memory.recompute"])
     ]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     for size, before, at_most in zip(
         sizes, ("layer_inputs", "all", "all"), ("off", "layer_inputs", "all"), strict=True
     ):
         for gpu_bytes, settled in ((int(size / 0.9) + 1, at_most), (int(size / 0.9) - 1, before)):
-            assert plan.settle_offload(run, LLAMA_3_1_8B, 32, gpu_bytes) == replace(
+            assert memory.settle_offload(run, LLAMA_3_1_8B, 32, gpu_bytes) == replace(
                 run, memory=replace(run.memory, offload=settled)
             )
-    assert plan.settle_offload(run, LLAMA_3_1_8B, 32, None).memory.offload == "off", "a CPU"
+    assert memory.settle_offload(run, LLAMA_3_1_8B, 32, None).memory.offload == "off", "a CPU"
     for checkpoint in ("none", "full"):
-        assert words([plan.settle_offload(kept(run, checkpoint, "auto"), LLAMA_3_1_8B, 32, 1)]) == [
+        assert words([memory.settle_offload(with_memory(run, checkpoint, "auto"), LLAMA_3_1_8B, 32, 1)]) == [
             (checkpoint, "off")
         ]
-    asked = kept(run, "all_but_attention", "layer_inputs")
+    asked = with_memory(run, "all_but_attention", "layer_inputs")
     assert (
-        plan.settle_offload(asked, LLAMA_3_1_8B, 32, 10**15) is asked
-        and plan.settle_offload(asked, LLAMA_3_1_8B, 32, None) is asked
+        memory.settle_offload(asked, LLAMA_3_1_8B, 32, 10**15) is asked
+        and memory.settle_offload(asked, LLAMA_3_1_8B, 32, None) is asked
     )
     with pytest.raises(AssertionError, match="settle_offload comes first"):
-        plan.memory(run, LLAMA_3_1_8B, 32)
+        memory.gpu_memory(run, LLAMA_3_1_8B, 32)
 
 
-def test_search_ranks_by_time_and_keeps_one_plan_a_layout():
+def test_search_ranks_by_time_and_keeps_one_estimate_per_layout():
     run = replace(recipes.get("ultralong_1m"), parallel=Parallel())
-    found = search.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32))
-    assert found.best and found.fitting > len(found.best)
-    assert [p.seconds for p in found.best] == sorted(p.seconds for p in found.best)
-    assert len({p.run.parallel for p in found.best}) == len(found.best)
-    assert all(p.problem is None and plan.fits(p.memory, 80 * 10**9) for p in found.best)
+    result = search.search(run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32))
+    assert result.best and result.fitting > len(result.best)
+    assert [p.seconds for p in result.best] == sorted(p.seconds for p in result.best)
+    assert len({p.run.parallel for p in result.best}) == len(result.best)
+    assert all(p.problem is None and memory.fits(p.memory, 80 * 10**9) for p in result.best)
     assert (
-        found.closest is not None
-        and found.closest.problem is not None
-        and not plan.fits(found.closest.memory, 80 * 10**9)
+        result.closest is not None
+        and result.closest.problem is not None
+        and not memory.fits(result.closest.memory, 80 * 10**9)
     )
-    assert found.faster is not None and found.faster.seconds < found.best[0].seconds
-    best = found.best[0]
+    assert result.faster is not None and result.faster.seconds < result.best[0].seconds
+    best = result.best[0]
     assert best.tokens_per_second == pytest.approx(8 * 1024**2 / best.seconds / 32)
     assert best.mfu == pytest.approx(best.tokens_per_second * (4.50e10 + 786432 * 1024**2) / 989e12, rel=1e-3)
 
@@ -520,50 +540,46 @@ def test_search_ranks_by_time_and_keeps_one_plan_a_layout():
 
 
 def test_1m_on_256_fits_and_4m_on_8_does_not():
-    good = plan_report.report(model="llama-3.1-8b", seq_length="1M", gpus=256)
+    good = make_report(model="llama-3.1-8b", seq_length="1M", gpus=256)
     assert good.fits and set(good.values["plans"]) == {"best", "no. 2", "no. 3", "no. 4"}
     assert (
         "best: --set train.seq_length=1M" in good.text
         and "assumed, not measured" in good.text
         and "data-sheet" in good.text
     )
-    bad = plan_report.report(
-        model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.recompute=full"]
-    )
+    bad = make_report(model="llama-3.1-8b", seq_length="4M", gpus=8, settings=["memory.recompute=full"])
     assert not bad.fits and list(bad.values["plans"]) == ["closest"]
     assert not bad.values["plans"]["closest"]["fits"] and bad.values["plans"]["closest"]["set"] == []
     reason = next(note for note in bad.values["notes"] if note.startswith("nothing fits"))
     assert (
-        "72.0 are there; the largest part is one layer at work with" in reason
-        and "it would help: " in reason
+        "72.0 GB are usable; the largest part is working layer with" in reason
+        and "to reduce it use " in reason
         and "more parallel.cp" in reason
     )
-    # The figures said are the border: what fits there, and not at half the GPUs or twice the length.
+    # The reported figures are the limit: it fits there, and not at half the GPUs or twice the length.
     gpus, length = (
         int(number.replace(",", ""))
-        for number in re.findall(r"something fits on (\S+) GPUs; 8 take (\S+) tokens", bad.text)[0]
+        for number in re.findall(r"a layout fits on (\S+) GPUs; 8 GPUs fit (\S+) tokens", bad.text)[0]
     )
     fits = [
-        plan_report.report(
-            model="llama-3.1-8b", seq_length=str(s), gpus=n, settings=["memory.recompute=full"]
-        ).fits
+        make_report(model="llama-3.1-8b", seq_length=str(s), gpus=n, settings=["memory.recompute=full"]).fits
         for n, s in ((gpus, 4 * 1024**2), (gpus // 2, 4 * 1024**2), (8, length), (8, 2 * length))
     ]
     assert fits == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
-    ("settings", "part", "help_"),
+    ("settings", "part", "remedy"),
     [
         (
             ["memory.recompute=none"],
-            "layer checkpoints",
+            "saved activations",
             "memory.recompute=all_but_attention with memory.offload=auto",
         ),
-        (["memory.offload=off"], "layer checkpoints", "memory.offload=all"),
+        (["memory.offload=off"], "saved activations", "memory.offload=all"),
         (
             ["memory.recompute=full", "parallel.pp=1"],
-            "one layer at work",
+            "working layer",
             "memory.recompute=all_but_attention with memory.offload=auto, more parallel.cp",
         ),
         (
@@ -573,14 +589,14 @@ def test_1m_on_256_fits_and_4m_on_8_does_not():
         ),
     ],
 )
-def test_why_it_does_not_fit(settings, part, help_):
+def test_why_it_does_not_fit(settings, part, remedy):
     run = override(replace(recipes.get("ultralong_1m"), parallel=Parallel()), settings)
-    found = search.search(
+    result = search.search(
         run, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=8), [s.partition("=")[0] for s in settings]
     )
-    assert found.best == [] and found.closest is not None
-    assert f"the largest part is {part} with " in str(found.closest.problem) and help_ in str(
-        found.closest.problem
+    assert result.best == [] and result.closest is not None
+    assert f"the largest part is {part} with " in str(result.closest.problem) and remedy in str(
+        result.closest.problem
     )
 
 
@@ -599,11 +615,13 @@ def test_weights_optimizer_and_host_memory_as_reasons():
     assert "more parallel.tp or parallel.pp" in str(
         search.estimate(wide, big, replace(machine, gpus=64)).problem
     )
-    long = kept(replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all")
+    long = with_memory(
+        replace(recipes.get("ultralong_1m"), parallel=Parallel(tp=8, cp=4)), "all_but_attention", "all"
+    )
     assert search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32)).problem is None
     short = search.estimate(long, LLAMA_3_1_8B, Machine(gpu=GPUS["h100"], gpus=32, host_memory=64 * 1024**3))
-    assert plan.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8
-    assert "of host memory a node, 62 are there" in str(
+    assert memory.total(short.host) == 8 * 32 * (1024**2 // 4) * (2 * 4096 + 2 * 4096 + 128) // 8
+    assert "of host memory per node, but only 62 GB are usable" in str(
         short.problem
     ) and "memory.offload=layer_inputs" in str(short.problem)
 
@@ -617,28 +635,26 @@ def test_every_recipe_can_be_planned(name):
     model = run.model or MODELS.get(name) or recipes.SHAPES.get(run.base, LLAMA_3_1_8B)
     ranks = run.parallel.tp * run.parallel.pp * run.parallel.cp
     own = search.estimate(
-        plan.settle_offload(run, model, ranks, GPUS["h100"].memory),
+        memory.settle_offload(run, model, ranks, GPUS["h100"].memory),
         model,
         Machine(gpu=GPUS["h100"], gpus=ranks),
     )
     assert own.problem is None and own.seconds > 0 and own.dp == 1 and 0 < own.mfu < 1
     assert sum(own.time.values()) == own.seconds
     if run.base or run.model:
-        said = plan_report.report(recipe=name, gpus=ranks)
-        assert said.fits and "recipe's" in said.values["plans"]
+        plan = make_report(recipe=name, gpus=ranks)
+        assert plan.fits and "recipe" in plan.values["plans"]
         fastest, theirs = (
-            said.values["plans"][which]["seconds_an_iteration"]["all"] for which in ("best", "recipe's")
+            plan.values["plans"][which]["seconds_per_iteration"]["all"] for which in ("best", "recipe")
         )
-        assert fastest <= theirs or not said.values["plans"]["recipe's"]["fits"]
+        assert fastest <= theirs or not plan.values["plans"]["recipe"]["fits"]
 
 
-def test_the_line_to_paste_gives_the_plan():
+def test_printed_settings_reproduce_the_estimate():
     for recipe, gpus in (("ultralong_1m", 64), ("smollm2_135m", 4)):
         base = recipes.get(recipe)
-        said = plan_report.report(
-            recipe=recipe, gpus=gpus, settings=["train.global_batch=16", "parallel.pp=1"]
-        )
-        for new in said.values["plans"].values():
+        plan = make_report(recipe=recipe, gpus=gpus, settings=["train.global_batch=16", "parallel.pp=1"])
+        for new in plan.values["plans"].values():
             run = override(base, new["set"])
             assert run.train.global_batch == 16
             p = run.parallel
@@ -648,26 +664,26 @@ def test_the_line_to_paste_gives_the_plan():
             assert asdict(run.memory) == new["memory"]
             again = search.estimate(run, recipes.SHAPES[base.base], Machine(gpu=GPUS["h100"], gpus=gpus))
             assert (
-                plan.total(again.memory) == new["memory_bytes_a_gpu"]["all"]
-                and again.seconds == new["seconds_an_iteration"]["all"]
+                memory.total(again.memory) == new["memory_bytes_per_gpu"]["all"]
+                and again.seconds == new["seconds_per_iteration"]["all"]
             )
-    # Without a recipe it holds length and batch as well, for any.
-    said = plan_report.report(model="llama-3.1-8b", seq_length="512K", gpus=64)
-    run = override(recipes.get("ultralong_4m"), said.values["plans"]["best"]["set"])
+    # Without a recipe the settings include length and batch, and apply to any recipe.
+    plan = make_report(model="llama-3.1-8b", seq_length="512K", gpus=64)
+    run = override(recipes.get("ultralong_4m"), plan.values["plans"]["best"]["set"])
     assert (run.train.seq_length, run.train.global_batch) == (512 * 1024, 16)
 
 
-def test_memory_settings_given_stay():
+def test_given_memory_settings_are_kept():
     settings = ["memory.offload=all", "memory.layer_chunk=8K"]
-    said = plan_report.report(recipe="ultralong_1m", gpus=32, settings=settings)
-    assert said.fits and all(
-        p["memory"] == asdict(Memory(offload="all", layer_chunk=8192)) for p in said.values["plans"].values()
+    plan = make_report(recipe="ultralong_1m", gpus=32, settings=settings)
+    assert plan.fits and all(
+        p["memory"] == asdict(Memory(offload="all", layer_chunk=8192)) for p in plan.values["plans"].values()
     )
-    assert "GB of host memory a node" in said.text and "memory.layer_chunk=8K" in said.text
-    auto = plan_report.report(
+    assert "GB of host memory per node" in plan.text and "memory.layer_chunk=8K" in plan.text
+    auto = make_report(
         recipe="ultralong_1m", gpus=32, settings=["memory.recompute=all_but_attention", "memory.offload=auto"]
     )
-    free = plan_report.report(recipe="ultralong_1m", gpus=32, settings=["memory.recompute=all_but_attention"])
+    free = make_report(recipe="ultralong_1m", gpus=32, settings=["memory.recompute=all_but_attention"])
     assert auto.text == free.text and "offload=auto" not in auto.text
 
 
@@ -675,22 +691,22 @@ def test_memory_settings_given_stay():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             {"model": "lama-3.1-8b", "seq_length": "1M"},
-            "--model lama-3.1-8b: no such directory, and no known name; did you mean llama-3.1-8b?",
+            "--model lama-3.1-8b: neither a directory nor a known name; did you mean llama-3.1-8b?",
         ),
-        ({}, "say what to plan: --model with --seq-length, or --recipe"),
+        ({}, "nothing to plan: give --model with --seq-length, or --recipe"),
         ({"model": "llama-3.1-8b"}, "needs --seq-length"),
         ({"model": "llama-3.1-8b", "seq_length": "long"}, "--seq-length=long: expected a whole number"),
         ({"model": "llama-3.1-8b", "seq_length": "0"}, "train.seq_length=0 must be at least 1"),
         ({"recipe": "ultralong_9m"}, "did you mean ultralong_"),
-        ({"recipe": "tiny", "model": "llama-3.1-8b"}, "recipe tiny has a model of its own"),
-        ({"recipe": "ultralong_1m_sft"}, "say which with --model"),
+        ({"recipe": "tiny", "model": "llama-3.1-8b"}, "recipe tiny defines its own model"),
+        ({"recipe": "ultralong_1m_sft"}, "give it with --model"),
         (
             {"recipe": "ultralong_1m", "gpu": "v100"},
-            "--gpu v100: not known; choose one of h100, h200, a100, b200",
+            "--gpu v100: unknown; choose one of h100, h200, a100, b200",
         ),
         ({"recipe": "ultralong_1m", "gpus": 0}, "--gpus 0: must be at least 1"),
         ({"recipe": "ultralong_1m", "gpus": 7}, "no layout of 7 GPUs divides 32 heads, 8 KV heads"),
@@ -714,7 +730,7 @@ def test_memory_settings_given_stay():
         ({"recipe": "ultralong_1m", "host_memory": "0T"}, "--host-memory 0: must be above 0"),
         (
             {"recipe": "ultralong_1m", "document_length": "8K"},
-            "--document-length counts where attention stays inside documents",
+            "--document-length applies only where attention stays inside documents",
         ),
         (
             {"recipe": "ultralong_1m", "document_length": "0", "settings": ["data.documents=masked"]},
@@ -723,17 +739,17 @@ def test_memory_settings_given_stay():
         ({"recipe": "ultralong_1m", "assumptions": ["speed=1"]}, "--assume speed=1: expected NAME=NUMBER"),
         (
             {"recipe": "ultralong_1m", "assumptions": ["products=2"]},
-            "--assume products=2.0: a share must be above 0 and at most 1",
+            "--assume products=2.0: must be a fraction above 0 and at most 1",
         ),
-        ({"recipe": "ultralong_1m", "assumptions": ["products=nan"]}, "a share must be above 0"),
+        ({"recipe": "ultralong_1m", "assumptions": ["products=nan"]}, "must be a fraction above 0"),
         ({"recipe": "ultralong_1m", "assumptions": ["hop_microseconds=-1"]}, "must be 0 or more"),
         ({"recipe": "ultralong_1m", "show": 0}, "--show 0: must be at least 1"),
     ],
 )
-def test_refuses(arguments: dict[str, Any], said: str):
+def test_refuses(arguments: dict[str, Any], message: str):
     with pytest.raises(UserError) as refused:
-        plan_report.report(**{"gpus": 8, **arguments})
-    assert said in str(refused.value) and "\n" not in str(refused.value)
+        make_report(**{"gpus": 8, **arguments})
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_hugging_face_directory_is_a_model(tmp_path):
@@ -752,16 +768,14 @@ def test_a_hugging_face_directory_is_a_model(tmp_path):
         "rms_norm_eps": 1e-5,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    from_directory = plan_report.report(model=str(tmp_path), seq_length="64K", gpus=4)
+    from_directory = make_report(model=str(tmp_path), seq_length="64K", gpus=4)
     assert (
         from_directory.values["plans"]
-        == plan_report.report(model="smollm2-135m", seq_length="64K", gpus=4).values["plans"]
+        == make_report(model="smollm2-135m", seq_length="64K", gpus=4).values["plans"]
     )
     assert (
         from_directory.values["plans"]
-        == plan_report.report(model="HuggingFaceTB/SmolLM2-135M-Instruct", seq_length="64K", gpus=4).values[
-            "plans"
-        ]
+        == make_report(model="HuggingFaceTB/SmolLM2-135M-Instruct", seq_length="64K", gpus=4).values["plans"]
     )
 
 
@@ -799,8 +813,8 @@ def test_tool_prints_and_writes(tmp_path, monkeypatch, capsys):
         "weights",
         "gradients (fp32)",
         "optimizer (fp32)",
-        "layer checkpoints",
-        "one layer at work",
+        "saved activations",
+        "working layer",
         "RoPE tables",
         "loss",
         "attention",
@@ -813,29 +827,25 @@ def test_tool_prints_and_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_tool_ends_with_one_line():
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--recipe", "ultralong_1m", "--gpus", "7"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = processes.run(
+        [sys.executable, TOOL, "--recipe", "ultralong_1m", "--gpus", "7"], capture_output=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no layout of 7 GPUs") and done.stderr.count("\n") == 1
 
 
 def searched(*settings):
-    return plan_report.report(gpus=256, recipe="ultralong_1m", settings=settings).values["plans"]
+    return make_report(gpus=256, recipe="ultralong_1m", settings=settings).values["plans"]
 
 
-def test_settings_that_are_not_searched_stay():
+def test_settings_that_are_not_searched_are_kept():
     for new in searched("memory.query_chunks=true").values():
         assert new["memory"]["recompute"] == "all_but_attention"
     for new in searched("parallel.ulysses=4").values():
         assert new["layout"]["cp"] % 4 == 0
-    # 32 query heads: what all-to-all over 8 ranks leaves for TP.
+    # 32 query heads: all-to-all over 8 ranks leaves TP up to 4.
     assert all(
         new["layout"]["tp"] <= 4
         for name, new in searched("parallel.ulysses=8", "parallel.cp_comm_type=all_gather").items()
-        if name != "recipe's"
+        if name != "recipe"
     )

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends.protocol import Completion, Request
 from megatron_ultralong.evaluate.pipeline import predictions
+from tests import processes
 
 
 class Echo:
@@ -178,9 +177,7 @@ list(predictions.run(Echo(seconds=0.02), requests(500), Path({path!r}), batch=50
 
 def test_a_killed_run_loses_nothing(tmp_path):
     path = tmp_path / "p.jsonl"
-    run = subprocess.Popen(
-        [sys.executable, "-c", KILLED.format(path=str(path))], cwd=Path(__file__).parents[2]
-    )
+    run = processes.Popen([sys.executable, "-c", KILLED.format(path=str(path))])
     while not path.exists() or path.read_bytes().count(b"\n") < 30:
         assert run.poll() is None
         time.sleep(0.01)

@@ -19,7 +19,7 @@ from megatron_ultralong.config import (
     to_dict,
 )
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.planning import memory
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
 
 GIB = 1024**3
@@ -118,50 +118,51 @@ def test_smollm2():
 
 
 def test_parameters_of_known_models():
-    assert plan.stage_parameters(LLAMA_3_1_8B, 1, 1, 0) == 8_030_261_248
-    assert plan.stage_parameters(SMOLLM2_135M, 1, 1, 0) == 134_515_008
+    assert memory.stage_parameters(LLAMA_3_1_8B, 1, 1, 0) == 8_030_261_248
+    assert memory.stage_parameters(SMOLLM2_135M, 1, 1, 0) == 134_515_008
     # Over pipeline stages nothing is lost; a tied embedding lies on both ends, and the last stage has the
     # final norm.
-    assert sum(plan.stage_parameters(LLAMA_3_1_8B, 1, 4, stage) for stage in range(4)) == 8_030_261_248
+    assert sum(memory.stage_parameters(LLAMA_3_1_8B, 1, 4, stage) for stage in range(4)) == 8_030_261_248
     assert (
-        sum(plan.stage_parameters(SMOLLM2_135M, 1, 2, stage) for stage in range(2))
+        sum(memory.stage_parameters(SMOLLM2_135M, 1, 2, stage) for stage in range(2))
         == 134_515_008 + 49152 * 576
     )
     # Over tensor parallel ranks norms are copied: two a layer and the last one.
-    assert 8 * plan.stage_parameters(LLAMA_3_1_8B, 8, 1, 0) == 8_030_261_248 + 7 * 65 * 4096
+    assert 8 * memory.stage_parameters(LLAMA_3_1_8B, 8, 1, 0) == 8_030_261_248 + 7 * 65 * 4096
 
 
 @pytest.mark.parametrize("name", [figures[0] for figures in PAPER])
 def test_paper_layouts_fit(name):
     run = override(recipes.get(name), ["memory.offload=off"])
-    parts = plan.memory(run, LLAMA_3_1_8B, 256)
+    parts = memory.gpu_memory(run, LLAMA_3_1_8B, 256)
     s = run.train.seq_length // run.parallel.cp
-    assert plan.fits(parts, H100)
+    assert memory.fits(parts, H100)
     # Published rules of thumb for this model: 2 + 4 bytes a parameter, 12 over all data and context parallel
     # ranks, 8 KiB a token and layer for its checkpoint, 84 KiB a token for the MLP.
     assert parts["weights"] + parts["gradients (fp32)"] == pytest.approx(6 * 8.03e9 / 8, rel=0.01)
     assert parts["optimizer (fp32)"] == pytest.approx(12 * 8.03e9 / 256, rel=0.01)
-    assert parts["layer checkpoints"] == 32 * s // 8 * (
+    assert parts["saved activations"] == 32 * s // 8 * (
         2 * 8 * 1024 + 32 * 4
     )  # input, attention output, float32 logsumexp of 32 heads
-    assert parts["one layer at work"] > s // 8 * 84 * 1024
+    assert parts["working layer"] > s // 8 * 84 * 1024
     assert parts["RoPE tables"] == s * 128 * 4
     # All of it together is tens of GiB: neither an empty formula nor one that a GPU of 80 GB could never
     # hold.
-    assert 12 * GIB < plan.total(parts) < 60 * GIB
+    assert 12 * GIB < memory.total(parts) < 60 * GIB
 
 
 def test_without_context_parallelism_1m_does_not_fit():
     run = override(recipes.get("ultralong_1m"), ["memory.offload=off", "parallel.cp=1"])
-    assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 8), H100)
+    assert not memory.fits(memory.gpu_memory(run, LLAMA_3_1_8B, 8), H100)
     run = override(recipes.get("ultralong_1m"), ["memory.recompute=none", "memory.offload=off"])
-    assert not plan.fits(plan.memory(run, LLAMA_3_1_8B, 256), H100)
+    assert not memory.fits(memory.gpu_memory(run, LLAMA_3_1_8B, 256), H100)
     run = override(
         recipes.get("ultralong_1m"),
         ["memory.loss_chunk=0", "memory.offload=off", "parallel.tp=1", "parallel.cp=32"],
     )
     whole, chunked = (
-        plan.memory(r, LLAMA_3_1_8B, 256)["loss"] for r in (run, override(run, ["memory.loss_chunk=4096"]))
+        memory.gpu_memory(r, LLAMA_3_1_8B, 256)["loss"]
+        for r in (run, override(run, ["memory.loss_chunk=4096"]))
     )
     assert whole - chunked == (32768 - 4096) * 128256 * 2  # logits, whose place their gradient takes
 
@@ -175,31 +176,31 @@ def test_memory_of_pipelines():
         train=Train(seq_length=32, global_batch=8, iterations=1, lr=1.0),
     )
     # The first of four stages holds four micro-batches of two layers' inputs: 1F1B.
-    assert plan._stage(run, model, 1, 8, 0)["layer checkpoints"] == 4 * 2 * 32 * 8 * 2
+    assert memory.stage_memory(run, model, 1, 8, 0)["saved activations"] == 4 * 2 * 32 * 8 * 2
     assert (
-        plan._stage(run, model, 1, 8, 3)["layer checkpoints"] == 1 * 2 * 32 * 8 * 2
+        memory.stage_memory(run, model, 1, 8, 3)["saved activations"] == 1 * 2 * 32 * 8 * 2
     )  # the last hands each straight back
     # The fullest stage is reported: here the first, whose layer at work is more than the last's loss; with a
     # large vocabulary the last.
-    assert plan.memory(run, model, 4) == plan._stage(run, model, 1, 8, 0)
+    assert memory.gpu_memory(run, model, 4) == memory.stage_memory(run, model, 1, 8, 0)
     large = replace(model, vocab_size=1000)
-    assert plan.memory(run, large, 4) == plan._stage(run, large, 1, 8, 3)
+    assert memory.gpu_memory(run, large, 4) == memory.stage_memory(run, large, 1, 8, 3)
     # With fewer micro-batches than stages, no more than there are.
     few = replace(run, train=replace(run.train, global_batch=2))
-    assert plan._stage(few, model, 1, 2, 0)["layer checkpoints"] == 2 * 2 * 32 * 8 * 2
+    assert memory.stage_memory(few, model, 1, 2, 0)["saved activations"] == 2 * 2 * 32 * 8 * 2
     # Interleaved in two chunks: 2 x 3 + 4 + 1 forward passes of one layer each.
     interleaved = replace(run, parallel=Parallel(pp=4, vpp=2))
-    assert plan._stage(interleaved, model, 1, 8, 0)["layer checkpoints"] == 11 * 1 * 32 * 8 * 2
+    assert memory.stage_memory(interleaved, model, 1, 8, 0)["saved activations"] == 11 * 1 * 32 * 8 * 2
 
 
 def test_memory_refuses_what_does_not_divide():
     run = recipes.get("ultralong_1m")
     with pytest.raises(UserError, match="needs a multiple of 32 ranks, but 48 were started"):
-        plan.memory(run, LLAMA_3_1_8B, 48)
+        memory.gpu_memory(run, LLAMA_3_1_8B, 48)
     with pytest.raises(
         UserError,
         match=r"train.global_batch=8 is not a multiple of train.micro_batch=1 x 16 data parallel ranks",
     ):
-        plan.memory(run, LLAMA_3_1_8B, 512)
+        memory.gpu_memory(run, LLAMA_3_1_8B, 512)
     with pytest.raises(UserError, match=r"model.heads=9 is not divisible"):
-        plan.memory(run, SMOLLM2_135M, 256)
+        memory.gpu_memory(run, SMOLLM2_135M, 256)

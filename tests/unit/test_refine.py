@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from megatron_ultralong.data.refine.next_step import Settings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
 from megatron_ultralong.io.request_log import Journal
+from tests import processes
 from tests.server import Server
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -664,9 +664,8 @@ def test_limit_and_budget(server, tmp_path):
     assert report["tokens_in"] == 0 and report["cost_usd"] is None and report["refined"] == 20
 
 
-def start(server: Server, source: Path, output: Path) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    return subprocess.Popen(
+def start(server: Server, source: Path, output: Path) -> processes.Popen:
+    return processes.Popen(
         [
             sys.executable,
             str(TOOL),
@@ -682,10 +681,8 @@ def start(server: Server, source: Path, output: Path) -> subprocess.Popen[str]:
             "--concurrency",
             "4",
         ],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        stdout=processes.PIPE,
+        stderr=processes.PIPE,
     )
 
 

@@ -4,10 +4,8 @@ whatever the workers."""
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -26,6 +24,7 @@ from megatron_ultralong.data.sft import pack as sft
 from megatron_ultralong.data.sft import select_examples
 from megatron_ultralong.errors import UserError
 from tests import chat as made
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -400,10 +399,7 @@ def test_the_same_bytes_for_any_workers_and_after_a_kill(tmp_path, tokenizer_dir
             str(tmp_path / name),
         ]
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(
-        call("out", 2), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = processes.Popen(call("out", 2), stdout=processes.DEVNULL, stderr=processes.DEVNULL)
     deadline = time.monotonic() + 120
     while (
         not list(tmp_path.glob(".out.partial-*/lock"))
@@ -415,9 +411,9 @@ def test_the_same_bytes_for_any_workers_and_after_a_kill(tmp_path, tokenizer_dir
     killed.wait()
     assert not (tmp_path / "out.json").exists() and len(list(tmp_path.glob(".out.partial-*"))) == 1
 
-    subprocess.run(call("out", 4), env=environment, check=True, capture_output=True)
+    processes.run(call("out", 4), check=True, capture_output=True)
     assert not list(tmp_path.glob(".out.partial-*")), "what the killed run left is gone"
-    subprocess.run(call("one", 1), env=environment, check=True, capture_output=True)
+    processes.run(call("one", 1), check=True, capture_output=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "one.json").read_text())["documents"] == 2000
 

@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from megatron_ultralong.evaluate.backends.protocol import Completion, Request
 from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
 from megatron_ultralong.evaluate.tasks.standard import code_sandbox
 from megatron_ultralong.evaluate.tasks.standard import run as standard
-from tests import text
+from tests import processes, text
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -292,21 +291,14 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     command = [sys.executable, str(Path(__file__)), str(tmp_path)]
     (tmp_path / "killed").mkdir()
-    killed = subprocess.run(
-        [*command, "killed", "20"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    killed = processes.run([*command, "killed", "20"], capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists(), (
         killed.stderr
     )
     (tmp_path / "whole").mkdir()
     results = {}
     for name in ("killed", "whole"):
-        done = subprocess.run(
-            [*command, name, "1000"],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        done = processes.run([*command, name, "1000"], capture_output=True)
         assert done.returncode == 0, done.stderr
         results[name] = json.loads((tmp_path / name / "result.json").read_text())
     asked = (tmp_path / "killed" / "asked").read_text().splitlines()

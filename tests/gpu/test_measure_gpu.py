@@ -1,4 +1,4 @@
-"""tools/benchmark.py's library on a GPU at small sizes: events, the allocator's peak, MFU, and out of memory."""
+"""The library of tools/benchmark.py on a GPU at small sizes: events, the allocator's peak, MFU, out of memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_peak_and_time() -> None:
-    with timing.peak(CUDA) as found:
+    with timing.peak_memory(CUDA) as peak:
         x = torch.ones(2**20, device=CUDA)  # 4 MiB
         y = x + 1
-    assert found.bytes == 8 * 2**20
+    assert peak.bytes == 8 * 2**20
     del x, y
-    assert 0 < timing.seconds(lambda: torch.ones(2**20, device=CUDA), CUDA, repeats=3) < 1
+    assert 0 < timing.median_seconds(lambda: torch.ones(2**20, device=CUDA), CUDA, repeats=3) < 1
 
 
 def test_attention() -> None:
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=4096,
         cp=[2, 4],
         ulysses=[2],
@@ -43,7 +43,7 @@ def test_attention() -> None:
 
 
 def test_loss() -> None:
-    settings = loss.Settings(
+    settings = loss.LossSettings(
         tokens=4096, hidden=256, vocab=8000, chunks=[512], dtype=torch.bfloat16, error_tokens=256, repeats=2
     )
     rows = loss.run(settings, CUDA, "test").rows
@@ -57,8 +57,8 @@ def test_step() -> None:
 
     model = Model(hidden_size=512, ffn_size=1024, layers=4, heads=8, kv_heads=2, head_dim=64, vocab_size=1000)
 
-    def settings(names: list[str], **more: object) -> step.Settings:
-        return step.Settings(
+    def settings(names: list[str], **more: object) -> step.StepSettings:
+        return step.StepSettings(
             model=model, settings=names, precision="bf16", layer_chunk=1024, loss_chunk=512, repeats=2, **more
         )  # type: ignore[arg-type]
 
@@ -104,7 +104,7 @@ def test_generate() -> None:
         vocab_size=1000,
         tied_embeddings=True,
     )
-    settings = generation.Settings(
+    settings = generation.GenerationSettings(
         model=model, lengths=[2048, 16384], sequences=4, written=8, chunk=1024, precision="bf16", repeats=2
     )
     for row in generation.run(settings, CUDA, "test").rows:

@@ -1,5 +1,5 @@
-"""tools/benchmark.py attention and loss at tiny sizes on a CPU: the figures that do not depend on the clock
-are right; refusals."""
+"""tools/benchmark.py attention and loss at tiny sizes on a CPU: figures that do not depend on time, and
+refusals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ import pytest
 import torch
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import attention, loss, peers_flash, report, ring_baselines, timing
-from megatron_ultralong.measure.virtual_run import VirtualRunner
+from megatron_ultralong.measure import (
+    attention,
+    loss,
+    number_format,
+    peers_flash,
+    report,
+    ring_baselines,
+    timing,
+)
+from megatron_ultralong.measure.virtual_run import VirtualRankRunner
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
-    """What the tool's main returns, in this process."""
+    """Run the tool in this process; return what its main returns."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
     return runpy.run_path(str(TOOL))["main"]()
 
@@ -87,18 +95,18 @@ def test_attention(
         assert row["error_out"] < 1e-6 and row["error_gradients"] < 1e-6, name
         assert row["share_of_ideal"] > 0 and row["both_ms"] > 0, (
             name
-        )  # how much is the clock's: other tests run beside this one
+        )  # no bound on times: other tests run at the same time
     for packed in ("", ", 5 documents"):
         for cp in (2, 4):
             kv, wide = (
                 2 * 4 * 16 * 4,
                 2 * 4 * 16 * 4,
-            )  # bytes of a token's keys and values, and of their gradients in float32
-            for way, forward, backward in (
+            )  # bytes per token of keys and values, and of their gradients in float32
+            for method, forward, backward in (
                 ("ring", cp - 1, ((cp - 1) * kv + cp * wide) / cp),
-                ("gather", cp - 1, (cp - 1) * (kv + wide) / cp),
+                ("all_gather", cp - 1, (cp - 1) * (kv + wide) / cp),
             ):
-                row = rows[f"ours: {way}, CP {cp}{packed}"]
+                row = rows[f"ours: {method}, CP {cp}{packed}"]
                 assert row["sent_forward"] == forward * kv / cp and row["sent_backward"] == backward
         # ulysses.py's docstring, b = 1: forward q, k and v in, out and logsumexp out
         heads, n, u, d = 8, 2, 2, 16
@@ -113,8 +121,8 @@ def test_attention(
 
 
 def test_pytorchs_ring_is_measured() -> None:
-    """Where this torch has it; its sums are float32, so in float32 its error is ours."""
-    settings = attention.Settings(
+    """If this torch has it. Its sums are float32, so in float32 its error equals ours."""
+    settings = attention.AttentionSettings(
         length=64,
         cp=[4],
         ulysses=[],
@@ -136,19 +144,19 @@ def test_pytorchs_ring_is_measured() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_flash_attns_interface_over_our_kernels() -> None:
-    """What ring-flash-attn is handed: its layout, and gradients written where it says."""
+def test_flash_attn_interface_with_our_kernels() -> None:
+    """What ring-flash-attn calls: its tensor layout, and gradients written to the given buffers."""
     generator = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(1, 32, 4, 8, generator=generator) for _ in range(2))  # [b, s, h, d]
     k, v = (torch.randn(1, 32, 2, 8, generator=generator) for _ in range(2))
     leaves = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
-    want = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-    grads = torch.autograd.grad(want, leaves, dout.transpose(1, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    grads = torch.autograd.grad(expected, leaves, dout.transpose(1, 2))
     out, lse, *_ = peers_flash._flash_attn_forward(q, k, v, 0.0, 8**-0.5, True)
-    torch.testing.assert_close(out, want.detach().transpose(1, 2))
-    found = [torch.empty_like(x) for x in (q, k, v)]
-    peers_flash._flash_attn_backward(dout, q, k, v, out, lse, *found, 0.0, 8**-0.5, True)
-    for x, y in zip(found, grads, strict=True):
+    torch.testing.assert_close(out, expected.detach().transpose(1, 2))
+    buffers = [torch.empty_like(x) for x in (q, k, v)]
+    peers_flash._flash_attn_backward(dout, q, k, v, out, lse, *buffers, 0.0, 8**-0.5, True)
+    for x, y in zip(buffers, grads, strict=True):
         torch.testing.assert_close(x, y.transpose(1, 2))
 
 
@@ -156,7 +164,7 @@ def test_flash_attns_interface_over_our_kernels() -> None:
 def test_other_packages_rings_are_measured(package: str) -> None:
     if peers_flash.missing(package):
         pytest.skip(peers_flash.missing(package))
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=64,
         cp=[4],
         ulysses=[],
@@ -175,8 +183,8 @@ def test_other_packages_rings_are_measured(package: str) -> None:
 
 
 def test_float32_sums_show_in_bf16() -> None:
-    """The reason for the baselines: with many ranks, sums in bf16 lose what ours keep."""
-    settings = attention.Settings(
+    """The reason for the baselines: with many ranks, sums in bf16 lose precision that ours keep."""
+    settings = attention.AttentionSettings(
         length=256,
         cp=[8],
         ulysses=[],
@@ -190,13 +198,13 @@ def test_float32_sums_show_in_bf16() -> None:
         repeats=1,
     )
     one, ours, te_style, naive = attention.run(settings, torch.device("cpu"), "test").rows
-    assert ours["error_out"] < 1.25 * one["error_out"]  # what is left is that kernels give bf16
+    assert ours["error_out"] < 1.25 * one["error_out"]  # the remaining error is that kernels return bf16
     assert te_style["error_out"] > ours["error_out"] and naive["error_out"] > ours["error_out"]
     assert te_style["workspace_bytes"] > 0 and te_style["sent_forward"] == ours["sent_forward"]
 
 
-def test_an_ulysses_size_that_does_not_fit_says_why() -> None:
-    settings = attention.Settings(
+def test_an_invalid_ulysses_size_has_a_note() -> None:
+    settings = attention.AttentionSettings(
         length=64,
         cp=[8],
         ulysses=[4],
@@ -260,8 +268,9 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
         ("attention --heads 9 --kv-heads 2", "--heads 9 is not a multiple of --kv-heads 2"),
         ("attention --documents 9K", "--documents 9216 must be"),
         ("attention --kernel cudnn", "--kernel cudnn, but cpu"),
+        ("attention --methods gather", "--methods gather: this method is now called all_gather"),
         ("attention --methods ring,rings", "--methods rings: choose from"),
-        ("attention --json nowhere/there.json", "there is no folder nowhere"),
+        ("attention --json /dev/null/there.json", "/dev/null/there.json cannot be written"),
         ("loss --chunks 0", "--chunks 0 must be at least 1"),
         ("loss --tokens 0", "--tokens 0 must be at least 1"),
         ("step --settings every", "--settings every: choose from none, full"),
@@ -275,20 +284,20 @@ def test_refusals(line: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None
         call(monkeypatch, *line.split(), "--device", "cpu")
 
 
-def test_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a GPU is available")
     with pytest.raises(UserError, match="sees no GPU"):
         call(monkeypatch, "loss", "--device", "cuda")
 
 
-# ---- what it measures with ---------------------------------------------------------------------
+# ---- timing, memory and formats ---------------------------------------------------------------------
 
 
-def test_peak_counts_what_is_alive() -> None:
+def test_peak_memory_counts_live_tensors() -> None:
     cpu, mebi = torch.device("cpu"), 2**18  # float32 elements of 1 MiB
     before = torch.ones(mebi)
-    with timing.peak(cpu) as found:
+    with timing.peak_memory(cpu) as peak:
         x = before * 2  # 1 MiB
         y = x.view(512, -1)  # none: a view
         x += 1  # none: in place
@@ -296,44 +305,44 @@ def test_peak_counts_what_is_alive() -> None:
         del x, y  # 1 MiB
         z = z * 2  # 2 MiB for a moment
         w = torch.cat((z, z))  # 3 MiB
-    assert found.bytes == 3 * 2**20
+    assert peak.bytes == 3 * 2**20
     del z, w
 
 
-def test_peak_counts_threads() -> None:
-    runner = VirtualRunner(3)
-    with timing.peak(torch.device("cpu")) as found:
-        kept = runner.run(lambda group, rank: torch.ones(2**18), inside=found.threads)
-    assert found.bytes == 3 * 2**20
+def test_peak_memory_counts_threads() -> None:
+    runner = VirtualRankRunner(3)
+    with timing.peak_memory(torch.device("cpu")) as peak:
+        kept = runner.run(lambda group, rank: torch.ones(2**18), context=peak.thread_context)
+    assert peak.bytes == 3 * 2**20
     del kept
 
 
 def test_slow_work_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     assert (
-        timing.seconds(lambda: runs.append(1), torch.device("cpu"), repeats=4, warm_up=3) >= 0
+        timing.median_seconds(lambda: runs.append(1), torch.device("cpu"), repeats=4, warm_up=3) >= 0
         and len(runs) == 7
     )
     monkeypatch.setattr(timing, "SLOW", -1.0)
-    timing.seconds(lambda: runs.append(1), torch.device("cpu"))
+    timing.median_seconds(lambda: runs.append(1), torch.device("cpu"))
     assert len(runs) == 8
 
 
-def test_out_of_memory_of_a_row_lets_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_affects_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **more: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loss, "_checkpointed", full)
     monkeypatch.setattr(ring_baselines, "_forward_merged", full)
     rows = loss.run(
-        loss.Settings(
+        loss.LossSettings(
             tokens=32, hidden=8, vocab=50, chunks=[8], dtype=torch.float32, error_tokens=8, repeats=1
         ),
         torch.device("cpu"),
         "test",
     ).rows
     assert [row.get("note") for row in rows[:3]] == [None, None, "out of memory"]
-    settings = attention.Settings(
+    settings = attention.AttentionSettings(
         length=64,
         cp=[2],
         ulysses=[],
@@ -346,18 +355,18 @@ def test_out_of_memory_of_a_row_lets_the_others_go_on(monkeypatch: pytest.Monkey
         methods=["ring", "te-style", "naive"],
         repeats=1,
     )
-    found = attention.run(settings, torch.device("cpu"), "test")
-    assert [row.get("note") for row in found.rows] == [None, None, None, "out of memory"]
+    result = attention.run(settings, torch.device("cpu"), "test")
+    assert [row.get("note") for row in result.rows] == [None, None, None, "out of memory"]
     assert (
-        "out of memory" in report.text(found).splitlines()[-2 - sum(bool(c.meaning) for c in found.columns)]
+        "out of memory" in report.text(result).splitlines()[-2 - sum(bool(c.meaning) for c in result.columns)]
     )
 
 
-def test_figures_as_people_write_them() -> None:
-    assert [report.bytes_(n) for n in (12, 1536, 3 * 2**30, 2**41)] == [
+def test_number_formats() -> None:
+    assert [number_format.byte_count(n) for n in (12, 1536, 3 * 2**30, 2**41)] == [
         "12 B",
         "1.5 KiB",
         "3.0 GiB",
         "2048.0 GiB",
     ]
-    assert [report.tokens(n) for n in (1000, 4096, 2**21)] == ["1000", "4K", "2M"]
+    assert [number_format.token_count(n) for n in (1000, 4096, 2**21)] == ["1000", "4K", "2M"]

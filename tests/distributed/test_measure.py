@@ -1,11 +1,10 @@
-"""tools/benchmark.py step, its search for the longest sequence, and generate: a process of its own, for
+"""tools/benchmark.py step, its search for the longest sequence, and generate, in a process of their own for
 Megatron's groups."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,16 +26,16 @@ def test_step(tmp_path: Path) -> None:
 def _one_process(index: int, folder: Path) -> None:
     from megatron_ultralong.measure import report, step
 
-    def settings(names: list[str], **more: object) -> step.Settings:
-        return step.Settings(
+    def settings(names: list[str], **more: object) -> step.StepSettings:
+        return step.StepSettings(
             model=MODEL, settings=names, precision="fp32", layer_chunk=64, loss_chunk=64, repeats=1, **more
         )  # type: ignore[arg-type]
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
-    found = step.run(settings(list(step.SETTINGS), lengths=[S]), cpu, "the command")
-    report.write_json(found, folder / "step.json")
-    report.plot(found, folder / "step.png")
+    result = step.run(settings(list(step.SETTINGS), lengths=[S]), cpu, "the command")
+    report.write_json(result, folder / "step.json")
+    report.plot(result, folder / "step.png")
     values = json.loads((folder / "step.json").read_text())
     assert (
         values["about"]["command"] == "the command"
@@ -52,7 +51,7 @@ def _one_process(index: int, folder: Path) -> None:
             and "mfu" not in row
             and ("note" in row) == (row["setting"] == "save-on-cpu")
         )
-        assert row["peak_bytes"] > row["bytes_per_token"] * S, "weights and gradients come on top"
+        assert row["peak_bytes"] > row["bytes_per_token"] * S, "peak_bytes includes weights and gradients"
     token = {name: row["bytes_per_token"] for name, row in rows.items()}
     assert (
         token["none"]
@@ -61,7 +60,7 @@ def _one_process(index: int, folder: Path) -> None:
         > token["offload-layer-inputs"]
         > token["offload-all"]
     )
-    # Offloading two layers' worth of four: input, and output with logsumexp, a token.
+    # Of four layers, two are offloaded: per token the input, or also output and logsumexp.
     assert token["all-but-attention"] - token["offload-layer-inputs"] == pytest.approx(
         2 * MODEL.hidden_size * 4, rel=0.1
     )
@@ -72,7 +71,7 @@ def _one_process(index: int, folder: Path) -> None:
     assert rows["offload-all"]["host_bytes"] == MODEL.layers * (2 * layer + S * MODEL.heads * 4)
     assert "planned_bytes" not in rows["save-on-cpu"]
 
-    # A whole step takes the same memory; its optimizer is AdamW.
+    # A complete step takes the same memory; its optimizer is AdamW.
     whole = step.run(
         settings(["all-but-attention", "query-chunks-offload"], lengths=[S], optimizer=True), cpu, "x"
     ).rows
@@ -80,7 +79,7 @@ def _one_process(index: int, folder: Path) -> None:
         assert 0 < row["optimizer_seconds"] < row["seconds"]
         assert row["bytes_per_token"] == token[row["setting"]]
     assert "optimizer_seconds" not in rows["all-but-attention"]
-    _host_adam_is_adam(step)
+    _host_adam_is_adam()
 
     limit = int(rows["all-but-attention"]["peak_bytes"])
     longest = step.run(
@@ -105,19 +104,19 @@ def _one_process(index: int, folder: Path) -> None:
     nothing = step.run(settings(["none"], lengths=[S], limit=1000), cpu, "x").rows
     assert nothing[0]["note"] == "out of memory" and "seconds" not in nothing[0]
 
-    _a_store_gives_its_memory_back()
+    _store_frees_its_memory()
     _generation(folder)
 
 
 def _generation(folder: Path) -> None:
     from megatron_ultralong.measure import generation, report
 
-    settings = generation.Settings(
+    settings = generation.GenerationSettings(
         model=MODEL, lengths=[S, 4 * S], sequences=3, written=4, chunk=64, precision="fp32", repeats=2
     )
-    found = generation.run(settings, torch.device("cpu"), "the command")
-    report.write_json(found, folder / "generate.json")
-    report.plot(found, folder / "generate.png")
+    result = generation.run(settings, torch.device("cpu"), "the command")
+    report.write_json(result, folder / "generate.json")
+    report.plot(result, folder / "generate.png")
     short, long = json.loads((folder / "generate.json").read_text())["rows"]
     for row, length in ((short, S), (long, 4 * S)):
         assert row["tokens"] == length and row["prefill_tokens_per_second"] == pytest.approx(
@@ -129,22 +128,26 @@ def _generation(folder: Path) -> None:
         )
         assert row["kv_bytes"] == 2 * MODEL.layers * MODEL.kv_heads * MODEL.head_dim * 4 * length
         assert 0.5 < row["peak_bytes"] / row["planned_bytes"] < 1.3
-    # What grows with the prompt is its keys and values: it is read in chunks.
+    # Only keys and values grow with the prompt, because it is read in chunks.
     assert long["peak_bytes"] - short["peak_bytes"] == pytest.approx(
         long["kv_bytes"] - short["kv_bytes"], rel=0.05
     )
     with pytest.raises(UserError, match="--written 0 must be at least 1"):
-        generation.Settings(model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32")
+        generation.GenerationSettings(
+            model=MODEL, lengths=[S], sequences=1, written=0, chunk=64, precision="fp32"
+        )
 
 
-def _host_adam_is_adam(step: Any) -> None:
+def _host_adam_is_adam() -> None:
+    from megatron_ultralong.measure.host_adam import HostAdam
+
     generator = torch.Generator().manual_seed(0)
     ours = [
         torch.nn.Parameter(torch.randn(5, 3, generator=generator)),
         torch.nn.Parameter(torch.randn(7, generator=generator)),
     ]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    host, adam = step._HostAdam(ours, torch.device("cpu")), torch.optim.AdamW(theirs, lr=1e-5)
+    host, adam = HostAdam(ours, torch.device("cpu")), torch.optim.AdamW(theirs, lr=1e-5)
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             q.grad = torch.randn(p.shape, generator=generator)
@@ -157,7 +160,7 @@ def _host_adam_is_adam(step: Any) -> None:
     assert len(host.seconds) == 3
 
 
-def _a_store_gives_its_memory_back() -> None:
+def _store_frees_its_memory() -> None:
     from megatron_ultralong.model.layer.offload import HostStore
 
     assert Memory().offload == "auto"
