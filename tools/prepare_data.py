@@ -10,6 +10,7 @@ python tools/prepare_data.py sft --sources chat.yaml --tokenizer Llama-3.1-8B-In
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -25,11 +26,11 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     text = "documents joined by a separator, in rows of S + 1 tokens (Megatron's .bin/.idx)"
     add_pretrain(commands.add_parser("pretrain", help=text, description=text))
-    text = "answers of instruction data rewritten by a model behind an OpenAI-compatible endpoint; goes on where it was stopped"
+    text = "rewrite the answers of instruction data by a model behind an OpenAI-compatible endpoint; a stopped run resumes"
     add_refine(commands.add_parser("refine", help=text, description=text))
-    text = "documents that share n-grams with benchmarks, reported, left out or cut"
+    text = "find documents that share n-grams with benchmarks, and report, drop or cut them"
     add_decontaminate(commands.add_parser("decontaminate", help=text, description=text))
-    text = "conversations in rows of S + 1 tokens with loss masks and document starts; only answers are trained on"
+    text = "pack conversations into rows of S + 1 tokens with loss masks and document starts; only answers are trained on"
     add_sft(commands.add_parser("sft", help=text, description=text))
     return parser.parse_args()
 
@@ -188,23 +189,23 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="FILE",
-        help="conversations: .jsonl (also .gz, .zst), .json (one list) or .parquet, as sft reads them; directories and globs of "
-        'them. Of {"messages": [{"role": ..., "content": ...}, ...]} other keys than "id" and "domain" are kept too',
+        help="conversations: .jsonl (also .gz, .zst), .json (one list) or .parquet, in the forms that sft reads; directories and "
+        'globs of them. Records with "messages" keep their other keys',
     )
     parser.add_argument(
         "--form",
         default="auto",
-        help="auto (default: found out record by record), sharegpt, messages, alpaca, or two columns "
-        "like question/answer; written as messages",
+        help="form of the records: auto (detected record by record), sharegpt, messages, alpaca, or two columns like "
+        "question/answer; the output has the form messages (default: auto)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="NAME.jsonl",
-        help="writes it whole or not at all, with NAME.json (report) and NAME.journal.jsonl (every answer, to go on from)",
+        help="output file; also writes NAME.json (report) and NAME.journal.jsonl (log of all answers, to resume from)",
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="as the endpoint calls it")
+    parser.add_argument("--model", required=True, metavar="NAME", help="name of the model at the endpoint")
     parser.add_argument(
         "--base-url",
         metavar="URL",
@@ -214,47 +215,47 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
         "--key-env",
         default="OPENAI_API_KEY",
         metavar="VARIABLE",
-        help="environment variable that holds the key (default: OPENAI_API_KEY); it may be unset for local servers",
+        help="environment variable that contains the key (default: OPENAI_API_KEY); may be unset for local servers",
     )
     parser.add_argument(
         "--domain",
         choices=("general", "math", "code"),
         default="general",
-        help='which prompt and checks lines without "domain" get (default: general)',
+        help='prompt and checks of records without "domain" (default: general)',
     )
     parser.add_argument(
         "--turns",
         choices=("last", "all"),
         default="last",
-        help="rewrite each conversation's last assistant message (default), or all, later ones seeing the new ones before",
+        help="rewrite the last assistant message of each conversation (default), or all of them in order, each after the "
+        "rewritten ones before it",
     )
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE.yaml",
-        help="other prompts: any of system, general, math, code; the last three with the places {conversation} and {answer}",
+        help="custom prompts: any of system, general, math, code; the last three with the placeholders {conversation} and "
+        "{answer}",
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="(default: the endpoint's own)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature (default: the endpoint's)"
+    )
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=4096,
         metavar="N",
-        help="longest answer, thinking included (default: 4096)",
+        help="tokens of the longest answer, reasoning included (default: 4096)",
     )
     parser.add_argument(
         "--attempts",
         type=int,
         default=2,
         metavar="N",
-        help="answers asked for until one passes the checks; then the original is kept (default: 2)",
+        help="answers requested until one passes the checks; after that the original is kept (default: 2)",
     )
     parser.add_argument(
-        "--concurrency",
-        type=int,
-        default=16,
-        metavar="N",
-        help="requests on their way at a time (default: 16)",
+        "--concurrency", type=int, default=16, metavar="N", help="requests in flight at a time (default: 16)"
     )
     parser.add_argument(
         "--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)"
@@ -264,66 +265,51 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=6,
         metavar="N",
-        help="tries after the first where the endpoint is busy, broken or silent, after growing waits (default: 6)",
+        help="further tries, after increasing waits, if the endpoint is busy, broken or silent (default: 6)",
     )
     parser.add_argument(
         "--retry-failed",
         action="store_true",
-        help="ask again for what failed in earlier runs, after all retries",
+        help="repeat the requests that failed in earlier runs, after all retries",
     )
     parser.add_argument(
-        "--price-in", type=float, metavar="USD", help="price of a million tokens sent, to show the cost"
+        "--price-in", type=float, metavar="USD", help="price of a million prompt tokens, to show the cost"
     )
-    parser.add_argument("--price-out", type=float, metavar="USD", help="price of a million tokens answered")
+    parser.add_argument("--price-out", type=float, metavar="USD", help="price of a million completion tokens")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
     parser.add_argument(
         "--budget",
         type=float,
         metavar="USD",
-        help="stop asking once the journal's answers, of earlier runs too, have cost this much; those on their way still count",
+        help="stop once the answers in the log, including earlier runs, have cost this much; requests in flight still count",
     )
 
 
 def refine(args: argparse.Namespace) -> None:
-    from megatron_ultralong.data.refine import next_step
-    from megatron_ultralong.data.refine import prompts as refine_prompts
-    from megatron_ultralong.data.refine import run as refine
+    from megatron_ultralong.data.refine import run as refinement
+    from megatron_ultralong.data.refine.prompts import RewritePrompts, load_prompts
+    from megatron_ultralong.data.refine.settings import RefineSettings
     from megatron_ultralong.io import endpoint_client
 
-    names = (
-        "model",
-        "key_env",
-        "domain",
-        "turns",
-        "temperature",
-        "max_tokens",
-        "attempts",
-        "concurrency",
-        "timeout",
-        "retries",
-        "retry_failed",
-        "price_in",
-        "price_out",
-        "limit",
-        "budget",
+    flags = {field.name for field in dataclasses.fields(RefineSettings)} - {"base_url", "backoff"}
+    settings = RefineSettings(
+        base_url=args.base_url or endpoint_client.OPENAI, **{name: getattr(args, name) for name in flags}
     )
-    settings = next_step.Settings(
-        base_url=args.base_url or endpoint_client.OPENAI, **{name: getattr(args, name) for name in names}
-    )
-    prompts = refine_prompts.load(args.prompts) if args.prompts else refine_prompts.Prompts()
-    made = refine.refine(args.input, args.output, settings, prompts, form=args.form)
-    kept = ", ".join(f"{count} {reason}" for reason, count in made["turns"].items() if reason != "refined")
-    cost = "" if made["cost_usd"] is None else f", {made['cost_usd']:.2f} USD"
+    prompts = load_prompts(args.prompts) if args.prompts else RewritePrompts()
+    report = refinement.refine(args.input, args.output, settings, prompts, form=args.form)
+    kept = ", ".join(f"{count} {reason}" for reason, count in report["turns"].items() if reason != "refined")
+    cost = "" if report["cost_usd"] is None else f", {report['cost_usd']:.2f} USD"
     print(
-        f"{args.output}: {made['refined']} of {made['examples']} conversations refined; answers kept as they were: {kept or 'none'}; "
-        f"{len(made['broken_lines'])} broken lines left out; {made['tokens_in']} tokens in, {made['tokens_out']} out{cost}"
+        f"{args.output}: {report['refined']} of {report['examples']} conversations refined; original answers kept: "
+        f"{kept or 'none'}; {len(report['broken_lines'])} broken lines left out; {report['tokens_in']} prompt and "
+        f"{report['tokens_out']} completion tokens{cost}"
     )
-    for line in made["broken_lines"][:3]:
+    for line in report["broken_lines"][:3]:
         print(f"broken: {line['place']}: {line['reason']}")
-    if made["not_asked"]:
+    if report["not_asked"]:
         print(
-            f"the budget of {args.budget:g} USD is used up: {made['not_asked']} conversations are not asked for and not in {args.output}; "
-            "the same command with a larger --budget goes on"
+            f"the budget of {args.budget:g} USD is spent: {report['not_asked']} conversations were not requested and are not in "
+            f"{args.output}; run the same command with a larger --budget to resume"
         )
 
 
@@ -336,8 +322,8 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="FILE",
-        help=".txt (one document a file), .jsonl (one a line, or a conversation in `messages`), both also as .gz and .zst; "
-        ".parquet (one a row)",
+        help=".txt (one document per file), .jsonl (one per line, or a conversation in `messages`), both also as .gz and .zst; "
+        ".parquet (one per row)",
     )
     parser.add_argument(
         "--benchmark",
@@ -345,89 +331,89 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="NAME=WHERE",
-        help="what to search for: NAME of mmlu, mmlu_pro, math, gsm8k, humaneval, ruler, lveval, infinitebench, in WHERE = its "
-        "folder, a file of it, or `hub`; or text=FILE.jsonl, own strings",
+        help="benchmarks to search for: NAME is one of mmlu, mmlu_pro, math, gsm8k, humaneval, ruler, lveval, infinitebench, and "
+        "WHERE its folder, a file of it, or `hub`; or text=FILE.jsonl, your own strings",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="DIR",
-        help="gets a file for each of the input, report.json, matches.jsonl, broken.jsonl; a stopped run goes on there",
+        help="folder for one file per input file, report.json, matches.jsonl, broken.jsonl; a stopped run resumes there",
     )
     parser.add_argument(
         "--action",
         choices=("report", "drop", "cut"),
         default="drop",
-        help="a contaminated document is only reported, left out (default), or what was found is cut out of it; a "
-        "conversation is left out either way",
+        help="only report contaminated documents, drop them (default), or cut the matches out of them; conversations are "
+        "dropped, not cut",
     )
     parser.add_argument(
         "--text-key",
         default="text",
         metavar="NAME",
-        help="field or column that holds the text (default: text)",
+        help="field or column that contains the text (default: text)",
     )
     parser.add_argument(
         "--form",
-        help="the input is conversations, as sft reads them (.json lists, directories and globs too): auto = found out "
-        "record by record, sharegpt, messages, alpaca, or two columns like question/answer; all messages are searched, and what "
-        "is left is written as .jsonl with `messages`",
+        help="the input is conversations, in the forms that sft reads (also .json lists, directories and globs): auto (detected "
+        "record by record), sharegpt, messages, alpaca, or two columns like question/answer; all messages are searched, and the "
+        "output is .jsonl with `messages`",
     )
     parser.add_argument(
-        "--ngram", type=int, default=13, metavar="N", help="words in a row that make a match (default: 13)"
+        "--ngram", type=int, default=13, metavar="N", help="consecutive words that make a match (default: 13)"
     )
     parser.add_argument(
         "--min-words",
         type=int,
         default=8,
         metavar="N",
-        help="a shorter text of a benchmark is searched for whole from so many words on (default: 8)",
+        help="search for benchmark texts shorter than an n-gram as a whole, if they have at least N words (default: 8)",
     )
     parser.add_argument(
         "--common",
         type=int,
         default=10,
         metavar="K",
-        help="n-grams that more than K examples of a benchmark share are its template's, and ignored (default: 10)",
+        help="ignore n-grams that more than K examples of a benchmark share: they belong to its template (default: 10)",
     )
     parser.add_argument(
         "--contexts",
         action="store_true",
-        help="search for the long contexts (RULER, LV-Eval, InfiniteBench) too, not only questions, choices and answers",
+        help="also search for the long contexts (RULER, LV-Eval, InfiniteBench), not only for questions, choices and answers",
     )
     parser.add_argument(
         "--normalise",
         default="words",
         metavar="HOW",
-        help="words (default: Unicode forms, case and punctuation do not count, a Chinese or Japanese character is a word), "
-        "exact (what stands between white space), or some of nfkc,lower,punctuation,cjk",
+        help="words (ignore Unicode forms, case and punctuation; each Chinese or Japanese character is a word), exact (split at "
+        "white space only), or some of nfkc,lower,punctuation,cjk (default: words)",
     )
     parser.add_argument(
         "--margin",
         type=int,
         default=0,
         metavar="N",
-        help="--action cut: words cut before and after a match too (default: 0)",
+        help="--action cut: also cut N words before and after each match (default: 0)",
     )
     parser.add_argument(
         "--pieces",
         choices=("join", "split"),
         default="join",
-        help="--action cut: what is left stays one document (default), or each piece becomes one",
+        help="--action cut: the remaining pieces stay one document (default), or become one document each",
     )
     parser.add_argument(
         "--min-piece",
         type=int,
         default=0,
         metavar="N",
-        help="--action cut: pieces of fewer characters go too (default: 0)",
+        help="--action cut: also cut pieces of fewer characters (default: 0)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that search (default: one a core); the output is the same",
+        help="processes that search (default: one per core); the output does not depend on it",
     )
 
 
@@ -436,29 +422,28 @@ def decontaminate(args: argparse.Namespace) -> None:
         raise UserError("--text-key is for documents, --form for conversations: give one of them")
 
     # Imported here so that --help and mistakes in the arguments answer at once.
-    from megatron_ultralong.data.decontaminate import normalise, scan
-    from megatron_ultralong.data.decontaminate import report as contamination_report
     from megatron_ultralong.data.decontaminate import run as decontamination
+    from megatron_ultralong.data.decontaminate.benchmark_index import NgramRules
+    from megatron_ultralong.data.decontaminate.normalise import Normalisation
+    from megatron_ultralong.data.decontaminate.report import format_table
+    from megatron_ultralong.data.decontaminate.scan import ContaminationPolicy
 
-    rules = decontamination.Rules(
-        ngram=args.ngram, min_words=args.min_words, common=args.common, contexts=args.contexts
-    )
-    treatment = scan.Treatment(
-        action=args.action, margin=args.margin, pieces=args.pieces, min_piece=args.min_piece
-    )
-    report = decontamination.run(
-        args.input,
-        args.benchmark,
-        args.output,
-        rules=rules,
-        normalise=normalise.Normalise.parse(args.normalise),
-        treatment=treatment,
+    settings = decontamination.DecontaminationSettings(
+        rules=NgramRules(
+            ngram=args.ngram, min_words=args.min_words, common=args.common, contexts=args.contexts
+        ),
+        normalisation=Normalisation.parse(args.normalise),
+        policy=ContaminationPolicy(
+            action=args.action, margin=args.margin, pieces=args.pieces, min_piece=args.min_piece
+        ),
         text_key=args.text_key,
         form=args.form,
-        workers=_workers(args),
     )
-    print(contamination_report.table(report))
-    print(f"{args.output / 'report.json'}: the same with samples; matches.jsonl has every match")
+    report = decontamination.decontaminate(
+        args.input, args.benchmark, args.output, settings, workers=_workers(args)
+    )
+    print(format_table(report))
+    print(f"{args.output / 'report.json'}: the same with samples; matches.jsonl lists every match")
 
 
 def add_sft(parser: argparse.ArgumentParser) -> None:
@@ -468,7 +453,7 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
         "--sources",
         type=Path,
         metavar="FILE",
-        help="YAML file with `sources:`, a name each with input, domain and form; paths in it are relative to it",
+        help="YAML file with `sources:`, one name each with input, domain and form; paths are relative to its folder",
     )
     given.add_argument(
         "--input",
@@ -480,14 +465,13 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--domain",
         choices=("general", "math", "code"),
-        help="with --input: what all of it is (default: as each record's own "
-        "`domain` says, general where it says none)",
+        help="with --input: domain of all records (default: each record's own `domain`, general if it has none)",
     )
     parser.add_argument(
         "--form",
         default="auto",
-        help="with --input: auto (default: found out record by record), sharegpt, messages, alpaca, or "
-        "two columns like question/answer",
+        help="with --input: form of the records: auto (detected record by record), sharegpt, messages, alpaca, or two columns "
+        "like question/answer (default: auto)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -499,117 +483,120 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .mask.bin, .mask.idx, .docs.bin, .docs.idx, .json, and "
-        ".broken.jsonl if records could not be used; replaces old ones",
+        help="writes PREFIX.bin, .idx, .mask.bin, .mask.idx, .docs.bin, .docs.idx, .json, and .broken.jsonl if records could not "
+        "be used; replaces earlier files",
     )
     parser.add_argument(
         "--seq-length",
         default="8K",
         metavar="S",
-        help="tokens of a sequence (default: 8K); must divide by 2 x CP",
+        help="tokens per sequence; must divide by 2 x CP (default: 8K)",
     )
     parser.add_argument(
-        "--cp", type=int, default=1, metavar="N", help="context parallel ranks it is for (default: 1)"
+        "--cp", type=int, default=1, metavar="N", help="context parallel size of the training (default: 1)"
     )
     parser.add_argument(
-        "--max-tokens", metavar="N", help="longest example (default: 8K, or S + 1 where that is less)"
+        "--max-tokens",
+        metavar="N",
+        help="tokens of the longest example (default: 8K, or S + 1 if that is less)",
     )
     parser.add_argument(
         "--long",
         choices=("drop", "cut"),
         default="drop",
-        help="longer ones: leave them out (default), or cut them after the last answer that fits",
+        help="drop longer examples (default), or cut them after the last answer that fits",
     )
     parser.add_argument(
         "--examples",
         type=int,
         metavar="N",
-        help="examples in all, the same from each source of a domain as far as it has them (default: all)",
+        help="number of examples in all, the same from each source of a domain as far as it has them (default: all)",
     )
     parser.add_argument(
         "--mix",
         metavar="SHARES",
-        help="with --examples: like general=0.5,math=0.25,code=0.25 (default: as there are)",
+        help="with --examples: shares like general=0.5,math=0.25,code=0.25 (default: as available)",
     )
     parser.add_argument(
         "--fit",
         choices=("best", "single"),
         default="best",
-        help="whole conversations together in rows, by best fit (default), or each in a row of its own, the rest padded",
+        help="several complete conversations per row, by best fit (default), or one per row, the rest padded",
     )
     parser.add_argument(
         "--template",
         choices=("auto", "llama3.1", "tokenizer"),
         default="auto",
-        help="chat template: Llama-3.1's, the tokenizer's own, or (auto, default) the former where both are the same",
+        help="chat template: Llama-3.1's, the tokenizer's own, or auto: Llama-3.1's if both render the same text, otherwise the "
+        "tokenizer's own (default: auto)",
     )
     parser.add_argument(
         "--date",
         default="26 Jul 2024",
-        help="'Today Date' in Llama-3.1's system header (default: 26 Jul 2024, its own)",
+        help="'Today Date' in Llama-3.1's system header (default: 26 Jul 2024, the template's own)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of which examples are taken and of the order of rows (default: 0)",
+        help="random seed of the selected examples and of the order of rows (default: 0)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that encode (default: one a core); the output is the same",
+        help="processes that encode (default: one per core); the output does not depend on it",
     )
     parser.add_argument(
         "--show",
         type=int,
         metavar="N",
-        help="print the first N conversations token by token, trained ones marked; write nothing",
+        help="print the first N conversations token by token, trained tokens marked, and write nothing",
     )
 
 
 def sft(args: argparse.Namespace) -> None:
     if args.output is None and args.show is None:
-        raise UserError("--output PREFIX is needed; or --show N to look at conversations first")
+        raise UserError("give --output PREFIX, or --show N to look at conversations first")
     if args.show is not None and args.show < 1:
         raise UserError(f"--show {args.show}: must be at least 1")
     if args.sources and (args.domain or args.form != "auto"):
-        raise UserError("--domain and --form go with --input; in --sources they stand in the file")
+        raise UserError("--domain and --form belong to --input; with --sources, set them in the file")
 
     # Imported here so that --help answers at once.
     from megatron_ultralong.data import conversations
-    from megatron_ultralong.data.sft import pack as prepare_sft
-    from megatron_ultralong.data.sft import report as sft_report
-    from megatron_ultralong.data.sft import select_examples
+    from megatron_ultralong.data.sft import pack, report, select_examples
+    from megatron_ultralong.data.sft.encode_sources import ChatEncoder
+    from megatron_ultralong.data.sft.settings import SftSettings
 
-    settings = prepare_sft.Settings(
+    settings = SftSettings(
         seq_length=parse_count(args.seq_length, "--seq-length"),
         cp=args.cp,
         long=args.long,
         examples=args.examples,
         max_tokens=None if args.max_tokens is None else parse_count(args.max_tokens, "--max-tokens"),
-        mix=None if args.mix is None else select_examples.parse(args.mix),
+        mix=None if args.mix is None else select_examples.parse_mix(args.mix),
         fit=args.fit,
         template=args.template,
         date=args.date,
         seed=args.seed,
         workers=_workers(args),
     )
-    sources = (
-        select_examples.load(args.sources)
-        if args.sources
-        else [
-            select_examples.Source(
-                name="input", files=tuple(conversations.files(args.input)), domain=args.domain, form=args.form
-            )
+    if args.sources:
+        sources = select_examples.load_sources(args.sources)
+    else:
+        files = tuple(conversations.files(args.input))
+        sources = [
+            select_examples.ConversationSource(name="input", files=files, domain=args.domain, form=args.form)
         ]
-    )
     if args.show is not None:
-        for line in sft_report.show(sources, args.tokenizer, args.template, args.date, args.show):
+        encoder = ChatEncoder.load(args.tokenizer, args.template, args.date)
+        for line in report.show_conversations(sources, encoder, args.show):
             print(line)
         return
-    made = prepare_sft.prepare(sources, args.tokenizer, args.output, settings)
-    print("\n".join([f"{args.output}:", *sft_report.report(made, Path(f"{args.output}.broken.jsonl"))]))
+    manifest = pack.pack_conversations(sources, args.tokenizer, args.output, settings)
+    summary = report.summary_lines(manifest, Path(f"{args.output}.broken.jsonl"))
+    print("\n".join([f"{args.output}:", *summary]))
 
 
 def _workers(args: argparse.Namespace) -> int:

@@ -1,125 +1,122 @@
-"""Attention of a context-parallel rank, whichever way its ranks work together: what the model calls.
+"""Attention of a context-parallel rank, for every cp_comm_type: what the model calls.
 
-CP = U x R ranks. Inside groups of U adjacent ranks heads are exchanged for tokens (ulysses.py); between the R
-ranks that then hold the same heads, keys go round (ring.py) or are gathered (all_gather.py). Any of U, R and
-CP may be 1. Whatever the way, a rank holds the zigzag share of the sequence that zigzag.py gives it among CP.
+CP = U x R ranks. Inside groups of U adjacent ranks heads are exchanged for tokens (ulysses.py); the R ranks
+that then hold the same heads pass keys round (p2p: ring.py) or gather them (all_gather.py). Any of U, R and
+CP may be 1. In every case a rank holds the zigzag shard of the sequence that zigzag.py gives it among CP.
 
-Shapes: S tokens of the whole sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d head
-dimension.
+Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d
+head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.all_gather import gather_backward, gather_forward
-from megatron_ultralong.context_parallel.autograd import Backward, Forward, differentiable
-from megatron_ultralong.context_parallel.comm import PeerGroup, as_peers
-from megatron_ultralong.context_parallel.kernels.select import Gradients
+from megatron_ultralong.context_parallel import query_rows, zigzag
+from megatron_ultralong.context_parallel.all_gather import all_gather_backward, all_gather_forward
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.comm import Communicator, Group, communicator, rank_and_size
+from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.ring import ring_backward, ring_forward
-from megatron_ultralong.context_parallel.ulysses import ulysses_backward, ulysses_forward
-from megatron_ultralong.context_parallel.zigzag import Starts
+from megatron_ultralong.context_parallel.ulysses import (
+    AttentionBackward,
+    AttentionForward,
+    ulysses_backward,
+    ulysses_forward,
+)
+from megatron_ultralong.errors import UserError
 
 CommType = Literal["p2p", "all_gather"]
+_DEFAULT = AttentionSpec()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextGroups:
-    """Whom a rank shares a sequence with, and how. The default is one rank alone."""
+    """The ranks that share a sequence with this one, and how they communicate. The default is one rank."""
 
-    ring: PeerGroup = None
-    """The R ranks that hold the same heads: `layout.ring_ranks`."""
-    ulysses: PeerGroup = None
-    """The U ranks that exchange heads: `layout.ulysses_ranks`."""
+    ring: Group = None
+    """The R ranks that hold the same heads: `zigzag.ring_ranks`."""
+    ulysses: Group = None
+    """The U ranks that exchange heads: `zigzag.ulysses_ranks`."""
     cp_comm_type: CommType = "p2p"
-    """What goes on between the ranks of `ring`."""
+    """Between the ranks of `ring`."""
 
     @property
     def size(self) -> int:
         """CP."""
-        return _size(self.ring) * _size(self.ulysses)
+        return rank_and_size(self.ring)[1] * rank_and_size(self.ulysses)[1]
 
     @property
     def rank(self) -> int:
-        """This rank's place among CP, as zigzag.py counts."""
-        return _rank(self.ring) * _size(self.ulysses) + _rank(self.ulysses)
+        """This rank's index among CP, as in zigzag.py."""
+        (ring_rank, _), (ulysses_rank, ulysses_size) = map(rank_and_size, (self.ring, self.ulysses))
+        return ring_rank * ulysses_size + ulysses_rank
 
 
-def split(
-    group: PeerGroup, ulysses: int = 1, cp_comm_type: CommType = "p2p", timeout: timedelta | None = None
+def split_group(
+    group: Group, ulysses: int = 1, cp_comm_type: CommType = "p2p", timeout: timedelta | None = None
 ) -> ContextGroups:
-    """The groups of a context-parallel group in which `ulysses` adjacent ranks exchange heads.
+    """Make the groups inside a context-parallel group in which `ulysses` adjacent ranks exchange heads.
 
-    A collective call of all ranks of `group` (of no others), once at start. timeout: of the new groups; None
-    = torch's own. UserError where CP is no multiple of `ulysses`; ValueError where torch.distributed was
-    started with a `device_id`: NCCL then splits communicators, in which all ranks of the world would have to
-    take part. Make the groups of `layout.ring_ranks` and `layout.ulysses_ranks` yourself there.
+    A collective call of all ranks of `group` (and no others), once at start. timeout: of the new groups; None
+    = torch's default. Raises UserError if CP is not a multiple of `ulysses`; ValueError if torch.distributed
+    was started with a `device_id`: NCCL then splits communicators, in which all ranks of the world would have
+    to take part. In that case make the groups of `zigzag.ring_ranks` and `zigzag.ulysses_ranks` yourself.
     """
-    cp, rank = _size(group), _rank(group)
-    ours = [
+    rank, cp = rank_and_size(group)
+    members = [
         next(ranks for ranks in groups if rank in ranks)
         for groups in (zigzag.ring_ranks(cp, ulysses), zigzag.ulysses_ranks(cp, ulysses))
     ]
     ring, inside = (
         None if len(ranks) == 1 else group if len(ranks) == cp else _subgroup(group, ranks, timeout)
-        for ranks in ours
+        for ranks in members
     )
     return ContextGroups(ring=ring, ulysses=inside, cp_comm_type=cp_comm_type)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: ContextGroups,
-    *,
-    scale: float | None = None,
-    starts: Starts | None = None,
+    q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, spec: AttentionSpec = _DEFAULT
 ) -> Tensor:
-    """Causal attention of q [b, h, s, d] over k, v [b, g, s, d] of all ranks -> [b, h, s, d]; differentiable.
+    """Compute causal attention of q [b, h, s, d] over k, v [b, g, s, d] of all ranks -> [b, h, s, d];
+    differentiable.
 
     Any strides, one floating dtype; h a multiple of g. All ranks must call it, and run its backward, in the
-    same order. scale: of the logits, default d ** -0.5. starts: positions in the whole row (b = 1) at which
-    documents start, where attention is to stay inside them; the same on all ranks. ValueError for shapes that
-    do not fit; UserError for heads or starts that do not.
+    same order. Raises ValueError for shapes that do not fit; UserError for heads or document starts that do
+    not.
     """
-    return differentiable(
-        q,
-        k,
-        v,
-        partial(attention_forward, groups=groups, scale=scale, starts=starts),
-        partial(attention_backward, groups=groups, scale=scale, starts=starts),
-    )
+    return _Attention.apply(q, k, v, groups, spec)
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: ContextGroups,
-    *,
-    scale: float | None = None,
-    starts: Starts | None = None,
-    rows: Sequence[slice] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, spec: AttentionSpec = _DEFAULT
 ) -> tuple[Tensor, Tensor]:
-    """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `attention`, outside autograd.
+    """Return (out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `attention`, outside autograd.
 
-    rows: q holds these of the s local tokens only, and so do out and lse; the ring alone can do that.
+    With `spec.query_rows` q, out and lse have these rows only; cp_comm_type p2p without Ulysses supports
+    that.
     """
-    if rows is not None:
-        assert groups.cp_comm_type == "p2p" and _size(groups.ulysses) == 1
-        return ring_forward(q, k, v, groups.ring, scale=scale, starts=starts, rows=rows)
-    between = {"p2p": ring_forward, "all_gather": gather_forward}[groups.cp_comm_type]
-    attend: Forward = partial(between, group=groups.ring, scale=scale, starts=starts)
-    return ulysses_forward(q, k, v, groups.ulysses, attend)
+    spec = _check(q, k, v, groups, spec)
+    ring, ulysses = communicator(groups.ring), communicator(groups.ulysses)
+    if spec.query_rows is not None:
+        return query_rows.forward_rows(q, k, v, ring, spec)
+    attend: AttentionForward
+    if ring is None:
+        attend = partial(kernels.forward_diagonal, blocks=_one_rank(q, k, ulysses, spec), spec=spec)
+    elif groups.cp_comm_type == "p2p":
+        attend = partial(ring_forward, ring=ring, spec=spec)
+    else:
+        attend = partial(all_gather_forward, comm=ring, spec=spec)
+    return attend(q, k, v) if ulysses is None else ulysses_forward(q, k, v, ulysses, attend)
 
 
 def attention_backward(
@@ -130,42 +127,98 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     groups: ContextGroups,
-    *,
-    scale: float | None = None,
-    starts: Starts | None = None,
-    rows: Sequence[slice] | None = None,
-    sums: Tensor | None = None,
-) -> Gradients:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `attention_forward` gave them.
+    spec: AttentionSpec = _DEFAULT,
+) -> QKVGradients:
+    """Return gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as returned by
+    `attention_forward`."""
+    spec = _check(q, k, v, groups, spec)
+    ring, ulysses = communicator(groups.ring), communicator(groups.ulysses)
+    attend: AttentionBackward
+    if ring is None:
+        attend = partial(kernels.backward_diagonal, blocks=_one_rank(q, k, ulysses, spec), spec=spec)
+    elif groups.cp_comm_type == "p2p":
+        attend = partial(ring_backward, ring=ring, spec=spec)
+    else:
+        attend = partial(all_gather_backward, comm=ring, spec=spec)
+    if ulysses is None:
+        return attend(dout, q, k, v, out, lse)
+    return ulysses_backward(dout, q, k, v, out, lse, ulysses, attend)
 
-    rows: as there; dk and dv are then these rows' shares, in float32, to be added up. sums [2, b, g, s, d],
-    float32: to which they are added instead.
-    """
-    if rows is not None:
-        assert groups.cp_comm_type == "p2p" and _size(groups.ulysses) == 1
-        return ring_backward(
-            dout, q, k, v, out, lse, groups.ring, scale=scale, starts=starts, rows=rows, sums=sums
+
+def attention_backward_rows(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    groups: ContextGroups,
+    spec: AttentionSpec,
+    dkv_sum: Tensor,
+) -> Tensor:
+    """Return dq of the queries of `spec.query_rows`, and add their shares of dK and dV to dkv_sum [2, b, g,
+    s, d], float32."""
+    spec = _check(q, k, v, groups, spec)
+    return query_rows.backward_rows(dout, q, k, v, out, lse, communicator(groups.ring), spec, dkv_sum)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, out and lse for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, spec: AttentionSpec
+    ) -> Tensor:
+        out, lse = attention_forward(q, k, v, groups, spec)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.groups, ctx.spec = groups, spec
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *attention_backward(dout, q, k, v, out, lse, ctx.groups, ctx.spec), None, None
+
+
+def _one_rank(
+    q: Tensor, k: Tensor, ulysses: Communicator | None, spec: AttentionSpec
+) -> list[zigzag.AttentionBlock]:
+    """The blocks of a rank that has the complete sequence, by itself or after the exchange of heads."""
+    return zigzag.blocks_between(0, 0, k.shape[2] * rank_and_size(ulysses)[1], 1, spec.document_starts)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, spec: AttentionSpec) -> AttentionSpec:
+    """Return `spec` with checked document starts and its backend. Raises as `attention`; the kernels check
+    the rest."""
+    cp = groups.size
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[3] == q.shape[3]
+    s = k.shape[2] if fits else 0
+    rows = [slice(0, s)] if spec.query_rows is None else spec.query_rows
+    fits = fits and q.dtype == k.dtype == v.dtype and all(0 <= r.start <= r.stop <= s for r in rows)
+    if not fits or q.shape[2] != sum(r.stop - r.start for r in rows) or (cp > 1 and s % 2):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not [b, h, s, d] and [b, g, s, d] "
+            f"twice, with {'s even and ' if cp > 1 else ''}all of one dtype"
         )
-    between = {"p2p": ring_backward, "all_gather": gather_backward}[groups.cp_comm_type]
-    attend: Backward = partial(between, group=groups.ring, scale=scale, starts=starts)
-    return ulysses_backward(dout, q, k, v, out, lse, groups.ulysses, attend)
+    if spec.query_rows is not None and (groups.cp_comm_type != "p2p" or communicator(groups.ulysses)):
+        raise ValueError("query rows require cp_comm_type p2p without Ulysses")
+    starts = zigzag.check_document_starts(spec.document_starts, s * cp)
+    if len(starts) == 1:
+        return replace(spec, document_starts=starts)
+    if q.shape[0] != 1:
+        raise UserError(
+            f"attention inside documents takes one packed row at a time, not {q.shape[0]}: set train.micro_batch to 1"
+        )
+    # Packed rows always have blocks of new shapes.
+    return replace(spec, document_starts=starts, backend=spec.backend or kernels.without_cudnn(q))
 
 
-def _size(group: PeerGroup) -> int:
-    peers = as_peers(group)
-    return 1 if peers is None else peers.size
-
-
-def _rank(group: PeerGroup) -> int:
-    peers = as_peers(group)
-    return 0 if peers is None else peers.rank
-
-
-def _subgroup(group: Any, ranks: list[int], timeout: timedelta | None) -> PeerGroup:
+def _subgroup(group: Any, ranks: list[int], timeout: timedelta | None) -> Group:
     if isinstance(group, dist.ProcessGroup):
         if dist.group.WORLD.bound_device_id is not None:
             raise ValueError(
-                "groups of some ranks cannot be made on their own where torch.distributed was started with a device_id"
+                "cannot make groups of some of the ranks when torch.distributed was started with a device_id"
             )
         return dist.new_group(
             [dist.get_global_rank(group, rank) for rank in ranks],

@@ -1,8 +1,6 @@
-"""How context parallelism passes buffers from rank to rank.
+"""How context-parallel ranks exchange buffers: one hop of a ring, and three collectives.
 
-The ring needs little: who am I, how many are we, and "send this to the next rank while the previous one fills
-that". The other ways need three collectives. Both come over a torch ProcessGroup, or over threads
-(virtual_ranks.py).
+A `Communicator` does both, over a torch ProcessGroup (here) or over threads (virtual_ranks.py).
 """
 
 from __future__ import annotations
@@ -12,38 +10,31 @@ from typing import Any, Protocol, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-# Older versions of PyTorch only know the longer names, newer ones warn of them.
+# Older versions of PyTorch only have the longer names, newer ones warn about them.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Transfer(Protocol):
-    """A transfer under way."""
+    """A transfer in flight."""
 
     def wait(self) -> None:
         """Return when the received buffer may be read and the sent one overwritten (by what is launched from
         now on)."""
 
 
-class Ring(Protocol):
-    """One rank's place in a ring."""
+class Communicator(Protocol):
+    """One rank's place in a group of ranks.
+
+    No call blocks. Buffers are contiguous, and every rank starts the same transfers in the same order.
+    Neither buffer may be written, nor `receive` read, before the transfer was waited for.
+    """
 
     rank: int
     size: int
 
-    def start(self, send: Tensor, receive: Tensor) -> Transfer:
-        """Send `send` to rank + 1 and fill `receive` from rank - 1, without blocking.
-
-        Both are contiguous; every rank starts the same transfers in the same order. Neither may be written,
-        nor `receive` read, before the transfer was waited for.
-        """
-
-
-class Peers(Ring, Protocol):
-    """One rank among others with which it also runs collectives.
-
-    None of them blocks; the rules of `Ring.start` hold for their buffers.
-    """
+    def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
+        """Send `send` to rank + 1 and fill `receive` from rank - 1: one hop of the ring."""
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> Transfer:
         """send[j] goes to rank j, receive[j] comes from rank j; both [size, ...]."""
@@ -55,27 +46,25 @@ class Peers(Ring, Protocol):
         """receive [...] becomes the sum of send[this rank] over all ranks; send [size, ...]."""
 
 
-Group: TypeAlias = "Ring | dist.ProcessGroup | None"
-"""What the ring takes as its group; None = one rank."""
-PeerGroup: TypeAlias = "Peers | dist.ProcessGroup | None"
-"""What the other ways take as theirs."""
+Group: TypeAlias = "Communicator | dist.ProcessGroup | None"
+"""What callers pass as a group of ranks; None = one rank."""
 
 
-def as_ring(group: Group) -> Ring | None:
-    """The ring over `group`; None where there is just one rank (None stands for that too)."""
-    ring: Ring | None = GroupRing(group) if isinstance(group, dist.ProcessGroup) else group
-    return ring if ring is not None and ring.size > 1 else None
+def communicator(group: Group) -> Communicator | None:
+    """Return the communicator of `group`; None if it has just one rank."""
+    comm: Communicator | None
+    comm = ProcessGroupCommunicator(group) if isinstance(group, dist.ProcessGroup) else group
+    return comm if comm is not None and comm.size > 1 else None
 
 
-def as_peers(group: PeerGroup) -> Peers | None:
-    """As `as_ring`, with collectives."""
-    peers: Peers | None = GroupRing(group) if isinstance(group, dist.ProcessGroup) else group
-    return peers if peers is not None and peers.size > 1 else None
+def rank_and_size(group: Group) -> tuple[int, int]:
+    """Return (rank, size) of `group`: (0, 1) for None."""
+    comm = communicator(group)
+    return (0, 1) if comm is None else (comm.rank, comm.size)
 
 
-class GroupRing:
-    """`Peers` over the ranks of a torch ProcessGroup, in group order; hops are batched point-to-point
-    operations (NCCL, gloo)."""
+class ProcessGroupCommunicator:
+    """`Communicator` over the ranks of a torch ProcessGroup (NCCL or gloo), in group order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -83,13 +72,13 @@ class GroupRing:
         self._next, self._previous = (
             dist.get_global_rank(group, (self.rank + step) % self.size) for step in (1, -1)
         )
-        self._started = 0
+        self._hops_started = 0
 
-    def start(self, send: Tensor, receive: Tensor) -> _Works:
-        # Two transfers may be under way between the same two ranks (KV and its gradient): the tag keeps them
-        # apart where the backend knows tags; NCCL keeps the order in which they were started.
-        tag = self._started
-        self._started += 1
+    def send_recv(self, send: Tensor, receive: Tensor) -> _Works:
+        # Two hops may be in flight between the same two ranks (KV and its gradient). The tag tells them apart
+        # if the backend supports tags; NCCL keeps the order in which they were started.
+        tag = self._hops_started
+        self._hops_started += 1
         return _Works(
             dist.batch_isend_irecv(
                 [

@@ -1,94 +1,45 @@
-"""Ring attention: exact causal attention over a sequence of which every rank holds two zigzag pieces.
+"""Ring attention: exact causal attention over a sequence of which every rank holds two zigzag chunks.
 
 Keys and values travel from rank to rank while queries stay (Liu et al., arXiv 2310.01889); the zigzag order
-(zigzag.py) gives every rank the same work. The backward is its own ring: it takes the final output and
+(zigzag.py) gives every rank the same work. The backward is a ring of its own: it takes the final output and
 logsumexp, so it never computes the forward again (as FlashAttention's backward, arXiv 2205.14135), and the
-gradients of keys and values travel with them, in float32, until they are home. In packed rows (`starts`,
-zigzag.py) a hop computes only what shares a document.
+gradients of keys and values travel with them, in float32, until they are home. In packed rows a hop computes
+only what shares a document.
 
-Shapes: S tokens of the whole sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d head
-dimension. Memory beyond inputs and outputs, at any CP: two KV buffers [2, b, g, s, d] and the float32 output;
-in the backward also dQ in float32 and two float32 dKV buffers. On the wire, a rank and layer: forward CP - 1
-KV buffers; backward CP - 1 KV buffers and CP float32 dKV buffers.
+Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d
+head dimension. Memory beyond inputs and outputs, at any CP: two KV buffers [2, b, g, s, d] and the float32
+output; in the backward also dQ in float32 and two float32 dKV buffers. Sent per rank and layer: forward CP -
+1 KV buffers; backward CP - 1 KV buffers and CP float32 dKV buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import KEY_BLOCK
-from megatron_ultralong.context_parallel import partial_attention, zigzag
-from megatron_ultralong.context_parallel.autograd import differentiable
-from megatron_ultralong.context_parallel.comm import Group, Transfer, as_ring
-from megatron_ultralong.context_parallel.kernels.select import Gradients
-from megatron_ultralong.context_parallel.zigzag import Starts
-
-
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float | None = None, starts: Starts | None = None
-) -> Tensor:
-    """Causal attention of q [b, h, s, d] over k, v [b, g, s, d] of all ranks of `group` -> [b, h, s, d];
-    differentiable.
-
-    Any strides and floating dtype; h a multiple of g. Every rank of the group must call it, and run its
-    backward, in the same order as the others. group: a torch ProcessGroup, a `comm.Ring`, or None for one
-    rank that holds the whole sequence. scale: of the logits, default d ** -0.5. starts: positions in the
-    whole row (b = 1) at which documents start, where attention is to stay inside them. ValueError for shapes
-    that do not fit, UserError for starts that do not.
-    """
-    ring = as_ring(group)
-    return differentiable(
-        q,
-        k,
-        v,
-        partial(ring_forward, group=ring, scale=scale, starts=starts),
-        partial(ring_backward, group=ring, scale=scale, starts=starts),
-    )
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.comm import Communicator, Transfer
+from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
+from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
 
 
 def ring_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: Group,
-    *,
-    scale: float | None = None,
-    starts: Starts | None = None,
-    rows: Sequence[slice] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, ring: Communicator, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """(out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `ring_attention`, outside autograd.
-
-    With them, `ring_backward` needs no second forward. rows: q holds these of the s local tokens
-    only, one after the other, and so do out and lse.
-    """
-    ring = as_ring(group)
-    rank, size = (0, 1) if ring is None else (ring.rank, ring.size)
-    s, documents = partial_attention.check(q, k, v, starts, size, rows)
-    rows, backend = rows or [slice(0, s)], partial_attention.backend(q, documents)
-    here, spare = (
-        ((k, v), None) if ring is None else _pack(k, v)
-    )  # KV of `source`, and of the rank before it once it has arrived
-    for hop in range(size):
-        transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
-        causal, others = zigzag.rows_of(zigzag.parts(rank, (rank - hop) % size, s, size, documents), rows)
-        k_here, v_here = here
-        if hop == 0:
-            out, lse = partial_attention.forward_own(
-                q, _pick(k_here, rows), _pick(v_here, rows), causal, scale, backend
-            )
-            if size > 1 or others:
-                out = torch.empty_like(q, dtype=partial_attention.wide(q)).copy_(
-                    out
-                )  # the layout of q, so that the backward need not copy
-        for part in others:
-            partial_attention.merge_part(out, lse, q, k_here, v_here, part, scale, backend)
-        if transfer is not None:
-            transfer.wait()
-            here, spare = spare, here
+    """Return (out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `api.attention`."""
+    for source, (k_source, v_source) in rotate(k, v, ring):
+        blocks = zigzag.blocks_between(ring.rank, source, k.shape[2], ring.size, spec.document_starts)
+        if source == ring.rank:
+            out, lse = kernels.forward_diagonal(q, k_source, v_source, blocks, spec)
+            # In the memory layout of q, so that the backward need not copy.
+            out = torch.empty_like(q, dtype=accumulation_dtype(q)).copy_(out)
+        else:
+            for block in blocks:
+                kernels.merge_past(out, lse, q, k_source, v_source, block, spec)
     return out.to(q.dtype), lse
 
 
@@ -99,92 +50,90 @@ def ring_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    group: Group,
-    *,
-    scale: float | None = None,
-    starts: Starts | None = None,
-    rows: Sequence[slice] | None = None,
-    sums: Tensor | None = None,
-) -> Gradients:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as `ring_forward` gave them.
+    ring: Communicator,
+    spec: AttentionSpec,
+) -> QKVGradients:
+    """Return gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as returned by `ring_forward`."""
+    dkv = RotatingSum.zeros(k, ring)
+    for source, (k_source, v_source) in rotate(k, v, ring):
+        blocks = zigzag.blocks_between(ring.rank, source, k.shape[2], ring.size, spec.document_starts)
+        if source == ring.rank:
+            dq, *dkv_own = kernels.backward_diagonal(dout, q, k_source, v_source, out, lse, blocks, spec)
+            dq = dq.to(accumulation_dtype(q))
+            dkv.add(slice(None), dkv_own)
+            del dkv_own
+        else:
+            for block in blocks:
+                dq_block, *dkv_block = kernels.backward_past(
+                    dout, q, k_source, v_source, out, lse, block, spec
+                )
+                dq[:, :, block.queries] += dq_block
+                dkv.add(block.keys, dkv_block)
+        dkv.send()
+    dk, dv = dkv.home()
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    rows: as there; dk and dv are then these rows' shares, in float32, to be added up. sums [2, b, g, s, d]:
-    those of the rows before, to which these are added; dk and dv are then its halves.
+
+def rotate(k: Tensor, v: Tensor, ring: Communicator | None) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Yield (rank, its (K, V)) for every rank, this one first, then the one before it, and so on.
+
+    The next hop is in flight while the caller computes with what was yielded, which is valid until the next
+    step. K and V are one buffer, so that a hop is one message.
     """
-    ring = as_ring(group)
-    rank, size = (0, 1) if ring is None else (ring.rank, ring.size)
-    s, documents = partial_attention.check(q, k, v, starts, size, rows)
-    backend = partial_attention.backend(q, documents)
-    if ring is None and rows is None:
-        return partial_attention.backward_own(
-            dout, q, k, v, out, lse, zigzag.parts(0, 0, s, 1, documents), scale, backend
-        )
-    kv_dtype = k.dtype if rows is None else partial_attention.wide(k)
-    rows = rows or [slice(0, s)]
-    here, spare = ((k, v), None) if ring is None else _pack(k, v)
-    # dKV visits the ranks as KV does, one hop behind: each adds its share and passes it on; CP hops bring it
-    # home.
-    dkv_here = (
-        torch.zeros((2, *k.shape), dtype=partial_attention.wide(k), device=k.device) if sums is None else sums
-    )
-    dkv_spare = dkv_here if ring is None else torch.empty_like(dkv_here)
-    dkv_transfer: Transfer | None = None
-    for hop in range(size):
-        transfer = ring.start(here, spare) if ring is not None and hop < size - 1 else None
-        causal, others = zigzag.rows_of(zigzag.parts(rank, (rank - hop) % size, s, size, documents), rows)
-        if sums is not None:
-            others = zigzag.key_blocks(others, KEY_BLOCK)
-        k_here, v_here = here
-        shares: list[tuple[slice, Sequence[Tensor]]] = []
-        if hop == 0:
-            dq_own, *dkv_own = partial_attention.backward_own(
-                dout, q, _pick(k_here, rows), _pick(v_here, rows), out, lse, causal, scale, backend
-            )
-            dq = dq_own.to(partial_attention.wide(q))
-            sizes = [run.stop - run.start for run in rows]
-            shares += zip(
-                rows, zip(*(share.split(sizes, dim=2) for share in dkv_own), strict=True), strict=True
-            )
-            del dq_own, dkv_own
-        for part in others:
-            if dkv_transfer is None:
-                _add(dkv_here, shares)  # none waits for the sums to arrive
-            dq_share, dk_share, dv_share = partial_attention.part_gradients(
-                dout, q, k_here, v_here, out, lse, part, scale, backend
-            )
-            dq[:, :, part.queries] += dq_share
-            shares.append((part.keys, (dk_share, dv_share)))
-        if dkv_transfer is not None:
-            dkv_transfer.wait()
-            dkv_here, dkv_spare = dkv_spare, dkv_here
-        _add(dkv_here, shares)
-        if ring is not None:
-            dkv_transfer = ring.start(dkv_here, dkv_spare)
+    if ring is None:
+        yield 0, (k, v)
+        return
+    here = torch.empty((2, *k.shape), dtype=k.dtype, device=k.device)
+    here[0].copy_(k)
+    here[1].copy_(v)
+    arriving = torch.empty_like(here)
+    for hop in range(ring.size):
+        transfer = ring.send_recv(here, arriving) if hop < ring.size - 1 else None
+        yield (ring.rank - hop) % ring.size, here
         if transfer is not None:
             transfer.wait()
-            here, spare = spare, here
-    if dkv_transfer is not None:
-        dkv_transfer.wait()
-    dk, dv = dkv_spare if sums is None or sums is dkv_spare else sums.copy_(dkv_spare)
-    return dq.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype)
+            here, arriving = arriving, here
 
 
-def _add(sums: Tensor, shares: list[tuple[slice, Sequence[Tensor]]]) -> None:
-    """Empties `shares` of the gradients of some keys and values into the whole [2, b, g, s, d]."""
-    while shares:
-        keys, dkv_share = shares.pop(0)
-        for whole, share in zip(sums, dkv_share, strict=True):
-            whole[:, :, keys] += share
+class RotatingSum:
+    """dKV on its way round the ring, one hop behind KV: each rank adds its share and sends the sum on; after
+    CP hops it is home. Without a ring, a plain sum."""
 
+    def __init__(self, total: Tensor, ring: Communicator | None) -> None:
+        """total [2, b, g, s, d], to which is added in place."""
+        self._ring = ring
+        self._here = total
+        self._arriving = total if ring is None else torch.empty_like(total)
+        self._transfer: Transfer | None = None
+        self._pending: list[tuple[slice, Sequence[Tensor]]] = []
 
-def _pick(x: Tensor, rows: Sequence[slice]) -> Tensor:
-    """`rows` of x [b, g, s, d], one after the other; a view where it is one run."""
-    return x[:, :, rows[0]] if len(rows) == 1 else torch.cat([x[:, :, run] for run in rows], dim=2)
+    @classmethod
+    def zeros(cls, k: Tensor, ring: Communicator | None) -> RotatingSum:
+        return cls(torch.zeros((2, *k.shape), dtype=accumulation_dtype(k), device=k.device), ring)
 
+    def add(self, keys: slice, dkv: Sequence[Tensor]) -> None:
+        """Add (dk, dv) of these keys: at once, or if the sum is still on its way, when it has arrived."""
+        self._pending.append((keys, dkv))
+        if self._transfer is None:
+            self._add_pending()
 
-def _pack(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V as one buffer [2, b, g, s, d], so that a hop is one message, and an empty one to receive into."""
-    packed = torch.empty((2, *k.shape), dtype=k.dtype, device=k.device)
-    packed[0].copy_(k)
-    packed[1].copy_(v)
-    return packed, torch.empty_like(packed)
+    def send(self) -> None:
+        """Send the sum on, with the shares of this rank."""
+        if self._transfer is not None:
+            self._transfer.wait()
+            self._here, self._arriving = self._arriving, self._here
+        self._add_pending()
+        if self._ring is not None:
+            self._transfer = self._ring.send_recv(self._here, self._arriving)
+
+    def home(self) -> Tensor:
+        """Return the complete dKV [2, b, g, s, d] of this rank's own keys."""
+        if self._transfer is not None:
+            self._transfer.wait()
+        return self._arriving
+
+    def _add_pending(self) -> None:
+        while self._pending:
+            keys, dkv = self._pending.pop(0)
+            for total, share in zip(self._here, dkv, strict=True):
+                total[:, :, keys] += share

@@ -1,5 +1,4 @@
-"""Virtual ranks: every rank of a group in one process, as threads on one device; copies stand for the
-network.
+"""Virtual ranks: every rank of a group in one process, as threads on one device; copies replace the network.
 
 For tests and benchmarks of context parallelism on a machine with a single GPU, or with none.
 """
@@ -15,17 +14,19 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 Key: TypeAlias = tuple[tuple[int, ...], int, int, int]
-"""A transfer: its group, sender and receiver in that group, and how many they had started before."""
-Take: TypeAlias = Callable[[Tensor], object]
+"""A transfer: its group, sender and receiver in that group, and how many the sender had started before."""
+Receive: TypeAlias = Callable[[Tensor], object]
 
 
-def run_virtual(function: Callable[[VirtualRing], Result], size: int, timeout: float = 120.0) -> list[Result]:
-    """Call `function(ring)` in `size` threads, one a rank; the results in rank order, or the first failure
-    raised.
+def run_virtual(
+    function: Callable[[VirtualCommunicator], Result], size: int, timeout: float = 120.0
+) -> list[Result]:
+    """Call `function(communicator)` in `size` threads, one per rank, and return the results in rank order.
+    Raises the first failure.
 
-    Backward passes inside run in the rank's own thread: autograd has only one thread a GPU, in which the
-    ranks would wait for each other for ever. A rank that waits longer than `timeout` seconds for its
-    neighbour fails.
+    Backward passes inside run in the rank's own thread: autograd has only one thread per GPU, in which the
+    ranks would wait for each other for ever. A rank that waits longer than `timeout` seconds for another
+    fails.
     """
     exchange = _Exchange(timeout)
     results: list[Result | None] = [None] * size
@@ -34,7 +35,7 @@ def run_virtual(function: Callable[[VirtualRing], Result], size: int, timeout: f
     def run(rank: int) -> None:
         try:
             with torch.autograd.set_multithreading_enabled(False):
-                results[rank] = function(VirtualRing(rank, size, exchange))
+                results[rank] = function(VirtualCommunicator(rank, size, exchange))
         except BaseException as failure:
             failures.append(failure)
             exchange.fail()
@@ -51,8 +52,8 @@ def run_virtual(function: Callable[[VirtualRing], Result], size: int, timeout: f
     return results  # type: ignore[return-value]
 
 
-class VirtualRing:
-    """One rank's place among threads (`comm.Peers`). All ranks must use the same CUDA stream."""
+class VirtualCommunicator:
+    """`comm.Communicator` of one rank among threads. All ranks must use the same CUDA stream."""
 
     def __init__(
         self, rank: int, size: int, exchange: _Exchange, members: tuple[int, ...] | None = None
@@ -62,30 +63,31 @@ class VirtualRing:
         self._exchange = exchange
         self._started = 0
 
-    def subgroup(self, ranks: list[int]) -> VirtualRing:
-        """The group of these of our ranks, this one among them; made once, and in the same order, by each of
-        them."""
-        return VirtualRing(
+    def subgroup(self, ranks: list[int]) -> VirtualCommunicator:
+        """Make the group of these ranks, which include this one; each of them makes it once, and in the same
+        order."""
+        return VirtualCommunicator(
             ranks.index(self.rank), len(ranks), self._exchange, tuple(self.members[rank] for rank in ranks)
         )
 
-    def start(self, send: Tensor, receive: Tensor) -> _Copies:
+    def send_recv(self, send: Tensor, receive: Tensor) -> _Copies:
         return self._launch({(self.rank + 1) % self.size: send}, {(self.rank - 1) % self.size: receive.copy_})
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> _Copies:
-        return self._launch(dict(enumerate(send)), {rank: part.copy_ for rank, part in enumerate(receive)})
+        return self._launch(dict(enumerate(send)), {rank: x.copy_ for rank, x in enumerate(receive)})
 
     def all_gather(self, send: Tensor, receive: Tensor) -> _Copies:
         return self._launch(
-            dict.fromkeys(range(self.size), send), {rank: part.copy_ for rank, part in enumerate(receive)}
+            dict.fromkeys(range(self.size), send), {rank: x.copy_ for rank, x in enumerate(receive)}
         )
 
     def reduce_scatter(self, send: Tensor, receive: Tensor) -> _Copies:
-        first: dict[int, Take] = {0: receive.copy_}
+        first: dict[int, Receive] = {0: receive.copy_}
         return self._launch(dict(enumerate(send)), first | dict.fromkeys(range(1, self.size), receive.add_))
 
-    def _launch(self, sends: dict[int, Tensor], takes: dict[int, Take]) -> _Copies:
-        """sends: what goes to which rank. takes: what to do with what comes from which, in this order."""
+    def _launch(self, sends: dict[int, Tensor], receives: dict[int, Receive]) -> _Copies:
+        """sends: the buffer for each rank. receives: what to do with the buffer of each rank, in this
+        order."""
         number = self._started
         self._started += 1
         sent = [(self.members, self.rank, to, number) for to in sends]
@@ -94,25 +96,25 @@ class VirtualRing:
         return _Copies(
             self._exchange,
             sent,
-            {(self.members, source, self.rank, number): take for source, take in takes.items()},
+            {(self.members, source, self.rank, number): receive for source, receive in receives.items()},
         )
 
 
 class _Copies:
-    """Receiving is copying out of the senders' buffers, when waited for; a sender waits until that is done."""
+    """Receiving copies out of the senders' buffers when waited for; a sender waits until that is done."""
 
-    def __init__(self, exchange: _Exchange, sent: list[Key], awaited: dict[Key, Take]) -> None:
+    def __init__(self, exchange: _Exchange, sent: list[Key], awaited: dict[Key, Receive]) -> None:
         self._exchange, self._sent, self._awaited = exchange, sent, awaited
 
     def wait(self) -> None:
-        for key, take in self._awaited.items():
-            self._exchange.take(key, take)
+        for key, receive in self._awaited.items():
+            self._exchange.take(key, receive)
         for key in self._sent:
             self._exchange.wait_taken(key)
 
 
 class _Exchange:
-    """Buffers on offer."""
+    """The buffers that ranks have sent and not yet received."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -125,12 +127,12 @@ class _Exchange:
             self._offers[key] = buffer
             self._changed.notify_all()
 
-    def take(self, key: Key, take: Take) -> None:
+    def take(self, key: Key, receive: Receive) -> None:
         with self._changed:
             self._wait_until(lambda: key in self._offers)
-            # On a GPU this only queues the copy; whatever either rank launches later comes after it on their
-            # one stream.
-            take(self._offers.pop(key))
+            # On a GPU this only queues the copy; what either rank launches later follows it on their common
+            # stream.
+            receive(self._offers.pop(key))
             self._changed.notify_all()
 
     def wait_taken(self, key: Key) -> None:
@@ -144,6 +146,6 @@ class _Exchange:
 
     def _wait_until(self, done: Callable[[], bool]) -> None:
         if not self._changed.wait_for(lambda: done() or self._failed, self._timeout):
-            raise TimeoutError(f"a virtual rank waited more than {self._timeout} s for its neighbour")
+            raise TimeoutError(f"a virtual rank waited more than {self._timeout} s for another rank")
         if not done():
             raise RuntimeError("another virtual rank failed")

@@ -28,7 +28,7 @@ from megatron_ultralong.runtime.launch import Ranks
 
 Batch = dict[str, Tensor]
 """tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked
-also starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
+also document_starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def _batch(rows: Rows, plan: BatchPlan, places: Sequence[tuple[int, int] | None]
         for name, x in whole.items()
     }  # [b, s]
     if plan.masked:
-        batch["starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
+        batch["document_starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
     return batch
 
 

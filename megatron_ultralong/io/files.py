@@ -1,8 +1,9 @@
-"""Files and folders that appear whole or not at all, and locks: every writer of the library goes through here.
+"""Files and folders that appear complete or not at all, and locks: every writer of the library uses this
+module.
 
-What is being written has a hidden name beside the final one (`.NAME.partial`, `.NAME.partial-XXXX` for folders),
-is synced to the disk, and is renamed once it is complete. A killed process leaves at most such a hidden name.
-"""
+What is being written has a hidden name next to the final one (`.NAME.partial`, `.NAME.partial-XXXX` for
+folders), is synced to the disk, and is renamed once it is complete. A killed process leaves at most such a
+hidden name."""
 
 from __future__ import annotations
 
@@ -14,36 +15,37 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from megatron_ultralong.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, what: str | None = None) -> Iterator[IO[bytes]]:
-    """A binary file to write to, which gets the name `path` when the block ends without an exception.
+def whole_file(path: Path, *, what: str | None = None, busy: str | None = None) -> Iterator[IO[bytes]]:
+    """Yield a binary file to write to, which is renamed to `path` when the block ends without an exception.
 
-    The folder must exist. what: how messages name the file; its path if None. UserError where it cannot be
-    written; the file that was at `path` before then stays as it was.
-    """
-    partial = path.with_name(
-        f".{path.name}.partial"
-    )  # one name: the next run overwrites what a killed one left
+    The folder must exist. what: how messages name the file; its path if None. busy: the message where another
+    process is writing the same file; None = do not lock. UserError where it cannot be written; an earlier
+    file at `path` then stays as it was."""
+    partial = path.with_name(f".{path.name}.partial")  # one name: the next run overwrites a killed run's file
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with partial.open("wb") if busy is None else open_locked(partial, busy) as file:
+            try:
+                file.truncate(0)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise cannot_write(what or str(path), error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, what: str | None = None) -> None:
-    """Write `text` as UTF-8, whole or not at all. UserError where it cannot be written.
+    """Write `text` as UTF-8, completely or not at all. UserError where it cannot be written.
 
     A lone surrogate, which a model's text may contain, is written as its backslash escape.
     """
@@ -52,12 +54,12 @@ def write_text(path: Path, text: str, *, what: str | None = None) -> None:
 
 
 def write_json(path: Path, values: Any, *, indent: int | None = 1, what: str | None = None) -> None:
-    """Write `values` as JSON, whole or not at all. UserError where it cannot be written."""
+    """Write `values` as JSON, completely or not at all. UserError where it cannot be written."""
     write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n", what=what)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. UserError that names the file where it is missing, unreadable or not an object."""
+    """Read a JSON object. UserError names the file where it is missing, unreadable or not an object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,8 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def staging_folder(final: Path) -> Path:
-    """A new hidden folder beside `final`, with the permissions of any new folder. OSError where it cannot be
-    made."""
+    """Create a hidden folder next to `final`, with a new folder's usual permissions. OSError where that
+    fails."""
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
     umask = os.umask(0)
     os.umask(umask)
@@ -81,8 +83,8 @@ def staging_folder(final: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(final: Path, *, what: str | None = None) -> Iterator[Path]:
-    """A hidden folder to fill, which is renamed to `final` when the block ends without an exception and is
-    removed otherwise. `final` must not exist. UserError where it cannot be written."""
+    """Yield a hidden folder to fill, which is renamed to `final` when the block ends without an exception and
+    is removed otherwise. `final` must not exist. UserError where it cannot be written."""
     folder: Path | None = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +116,10 @@ def sync(path: Path) -> None:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Create `folder` where it is missing. UserError where files cannot be written in it; called before the
-    work, not after it. what: how the message names it, like "--out DIR"."""
+    """Create `folder` if missing. UserError where files cannot be written in it; call it before the work.
+
+    what: how the message names it, like "--out DIR".
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -124,9 +128,25 @@ def check_writable(folder: Path, what: str) -> None:
         raise cannot_write(what, error) from None
 
 
+def open_locked(path: Path, busy: str) -> BinaryIO:
+    """Open `path` to read and append, created if missing, with its exclusive lock. UserError with the line
+    `busy` where another process has it; OSError where it cannot be opened."""
+    while True:
+        file = path.open("a+b")
+        try:
+            lock(file, busy)
+            # The last owner may have renamed or removed it between our opening and our lock.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
 def lock(file: IO[Any], busy: str) -> None:
-    """Take the exclusive lock of an open file, until it is closed. UserError with the line `busy` where another
-    process has it."""
+    """Take the exclusive lock of an open file, until it is closed. UserError with the line `busy` where
+    another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -134,5 +154,5 @@ def lock(file: IO[Any], busy: str) -> None:
 
 
 def cannot_write(what: str, error: OSError) -> UserError:
-    """The error of everything that cannot be written: one wording for all."""
+    """The error of anything that cannot be written: one wording for all."""
     return UserError(f"{what} cannot be written: {error.strerror or error}")

@@ -1,7 +1,8 @@
-"""Work spread over processes that end with the main one, whose progress is seen while they work."""
+"""Work spread over processes: the library's only process pool. The processes end with the main one."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,161 +17,140 @@ from typing import Any
 from megatron_ultralong.errors import UserError
 
 POLL = 0.25
-"""Seconds between two looks at the progress."""
-
-Advance = Callable[[int], None]
+"""Seconds between two calls of `progress`."""
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def spread(
-    function: Callable[..., Any],
-    tasks: Iterable[tuple[Any, ...]],
-    shared: tuple[Any, ...],
-    workers: int,
-    advance: Advance,
-) -> Iterator[Any]:
-    """function(*shared, *task, advance) of every task, in processes, as they end (not in order). The first
-    error stops all.
+class WorkerPool:
+    """A context with `workers` processes, each of which calls `make(*arguments)` once and applies the
+    function that it returns to items. 0 or 1: this process does the work.
 
-    advance: called here with what the tasks passed to theirs. Tokenizers' own threads share the cores with
-    the processes. One worker or one task: no other process. UserError where a process ends suddenly.
+    An exception that leaves the context terminates the processes. Tokenizers share the cores with them.
     """
-    todo = list(tasks)
-    if workers == 1 or len(todo) < 2:
-        for task in todo:
-            yield function(*shared, *task, advance)
-        return
-    workers = min(workers, len(todo))
-    others = set(multiprocessing.active_children())
-    waiting: set[Future[Any]] = set()
-    context = get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=_start, initargs=(function, shared, counter, max(1, cores() // workers))
-    )
-    seen = 0
-    try:
-        waiting = {pool.submit(_work, task) for task in todo}
-        while waiting:
-            ended, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
-            now = counter.value
-            advance(now - seen)
-            seen = now
-            yield from (future.result() for future in ended)
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process ended suddenly (out of memory?); try again with fewer --workers, what was done is kept"
-        ) from None
-    finally:
-        for process in (
-            set(multiprocessing.active_children()) - others if waiting else ()
-        ):  # an error: nobody wants what is under way
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
-        waiting.clear()
-        del (
-            pool,
-            counter,
-        )  # an error's traceback would keep their semaphores past the end of the process, which complains of them then
-
-
-_function: Callable[..., Any] | None = None
-_shared: tuple[Any, ...] = ()
-_counter: Any = None
-
-
-def _start(function: Callable[..., Any], shared: tuple[Any, ...], counter: Any, threads: int) -> None:
-    global _function, _shared, _counter
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    _follow_main()
-    _function, _shared, _counter = function, shared, counter
-
-
-def _work(task: tuple[Any, ...]) -> Any:
-    assert _function is not None
-    return _function(*_shared, *task, _advance)
-
-
-def _advance(count: int) -> None:
-    with _counter.get_lock():
-        _counter.value += count
-
-
-class Workers:
-    """`workers` processes that hold what `make(*arguments)` returns, a function; 0 or 1 = this process does
-    the work itself."""
 
     def __init__(
-        self, workers: int, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]
+        self,
+        workers: int,
+        make: Callable[..., Callable[[Any], Any]],
+        arguments: tuple[Any, ...],
+        progress: Callable[[int], Any] | None = None,
     ) -> None:
-        self._here = make(*arguments) if workers <= 1 else None
-        self._pool = None
-        if workers > 1:
-            self._pool = ProcessPoolExecutor(
-                workers, get_context("spawn"), initializer=_start_made, initargs=(make, arguments)
-            )
-        self._most = 2 * workers
+        """progress: where given, `make` gets a further argument, a function of a number that may be called in
+        any process; `progress` is called in this one with the sums."""
+        self._apply = self._pool = self._counter = None
+        self._progress, self._reported = progress, 0
+        if workers <= 1:
+            self._apply = make(*arguments, *([progress] if progress else []))
+            return
+        context = get_context("spawn")
+        self._counter = context.Value("q", 0) if progress else None
+        self._others = set(multiprocessing.active_children())
+        self._in_flight = 2 * workers
+        threads = max(1, cores() // workers)
+        self._pool = ProcessPoolExecutor(
+            workers, context, initializer=_start, initargs=(make, arguments, self._counter, threads)
+        )
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        if error is not None:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+        # A traceback would keep their semaphores until the interpreter exits, which then warns of them.
+        self._pool = self._counter = None
 
     def map(self, items: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, Any]]:
-        """(item, rest, result) of each (item, rest), in order; `rest` stays in this process. Few items are on
-        their way at a time."""
-        if self._pool is None:
-            assert self._here is not None
+        """Yield (item, rest, result) of each (item, rest), in order. `rest` stays in this process. Items are
+        taken as they are needed."""
+        if self._apply is not None:
             for item, rest in items:
-                yield item, rest, self._here(item)
+                yield item, rest, self._apply(item)
             return
+        assert self._pool is not None
         waiting: deque[tuple[Any, Any, Future[Any]]] = deque()
-        try:
+        with _sudden_end():
             for item, rest in items:
-                waiting.append((item, rest, self._pool.submit(_work_item, item)))
-                if len(waiting) > self._most:
+                waiting.append((item, rest, self._pool.submit(_work, item)))
+                if len(waiting) > self._in_flight:
                     item, rest, future = waiting.popleft()
                     yield item, rest, future.result()
             while waiting:
                 item, rest, future = waiting.popleft()
                 yield item, rest, future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process ended suddenly (out of memory?); try again with fewer --workers"
-            ) from None
+
+    def unordered(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield the result of each item, in order of completion. All items are taken at once."""
+        if self._apply is not None:
+            yield from map(self._apply, items)
+            return
+        assert self._pool is not None
+        waiting = {self._pool.submit(_work, item) for item in items}
+        with _sudden_end():
+            while waiting:
+                done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
+                self._report()
+                yield from (future.result() for future in done)
+
+    def _report(self) -> None:
+        if self._counter is not None and self._progress is not None:
+            total = self._counter.value
+            self._progress(total - self._reported)
+            self._reported = total
 
 
-_made: Callable[[Any], Any] | None = None
+@contextlib.contextmanager
+def _sudden_end() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process ended suddenly (out of memory?); use fewer --workers, finished work is kept"
+        ) from None
 
 
-def _start_made(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
-    global _made
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    _follow_main()
-    _made = make(*arguments)
+# ---- in a worker process -----------------------------------------------------------------------
+
+_function: Callable[[Any], Any] | None = None
 
 
-def _work_item(item: Any) -> Any:
-    assert _made is not None
-    return _made(item)
+def _start(
+    make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], counter: Any, threads: int
+) -> None:
+    global _function
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    _end_with_main()
+
+    def advance(count: int) -> None:
+        with counter.get_lock():
+            counter.value += count
+
+    _function = make(*arguments, *([] if counter is None else [advance]))
 
 
-def _follow_main() -> None:
-    """A worker ends with the main process: a killed one would leave it waiting forever. Ctrl-C is the main
-    process's to answer."""
+def _work(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)
+
+
+def _end_with_main() -> None:
+    """Exit when the main process ends: a killed one would leave this one waiting forever. Ctrl-C is handled
+    by the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main = parent_process()
     assert main is not None
 
-    def end_with_main() -> None:
+    def exit_with_main() -> None:
         connection.wait([main.sentinel])
         os._exit(1)
 
-    threading.Thread(target=end_with_main, daemon=True).start()
+    threading.Thread(target=exit_with_main, daemon=True).start()

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ultralong.config import check_heads
 from megatron_ultralong.context_parallel import api, zigzag
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.context_parallel.kernels import select as kernels
-from megatron_ultralong.context_parallel.ulysses import check_heads
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import peers, ring_baselines, timing
 from megatron_ultralong.measure.attention_inputs import (
@@ -225,10 +226,11 @@ def _methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator
 
 def _ours(ulysses: int, cp_comm_type: api.CommType) -> MakeAttention:
     def make(group: Any, starts: Sequence[int] | None) -> tuple[Any, Any]:
-        groups = api.ContextGroups() if group is None else api.split(group, ulysses, cp_comm_type)
+        groups = api.ContextGroups() if group is None else api.split_group(group, ulysses, cp_comm_type)
+        spec = AttentionSpec(document_starts=(0,) if starts is None else starts)
         return (
-            partial(api.attention_forward, groups=groups, starts=starts),
-            partial(api.attention_backward, groups=groups, starts=starts),
+            partial(api.attention_forward, groups=groups, spec=spec),
+            partial(api.attention_backward, groups=groups, spec=spec),
         )
 
     return make

@@ -95,7 +95,7 @@ def _torch_ring(rotate: str, group: dist.ProcessGroup, starts: Sequence[int] | N
         out: Tensor,
         logsumexp: Tensor,
         is_causal: bool,
-    ) -> kernels.Gradients:
+    ) -> kernels.QKVGradients:
         return kernels.backward(grad_out, query, key, value, out, logsumexp, is_causal)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def _torch_ring(rotate: str, group: dist.ProcessGroup, starts: Sequence[int] | N
 
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> kernels.Gradients:
+    ) -> kernels.QKVGradients:
         dq, dk, dv = _attention._templated_ring_attention_backward(
             group, 2, kernel_backward, dout, "grad_out", q, k, v, out, lse, True
         )[:3]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel.comm import Ring, Transfer
+from megatron_ultralong.context_parallel.comm import Communicator, Transfer
 from megatron_ultralong.context_parallel.kernels import select as kernels
 
 PACKAGES = {"ring-flash-attn": "ring_flash_attn", "yunchang": "yunchang"}
@@ -48,7 +48,7 @@ def note(package: str) -> str:
     )
 
 
-def zigzag(package: str, ring: Ring, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def zigzag(package: str, ring: Communicator, starts: Sequence[int] | None) -> tuple[Any, Any]:
     """Return (forward, backward) of this rank; packed documents are not supported."""
     assert starts is None
     module = _module(package)
@@ -61,7 +61,7 @@ def zigzag(package: str, ring: Ring, starts: Sequence[int] | None) -> tuple[Any,
 
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> kernels.Gradients:
+    ) -> kernels.QKVGradients:
         dq, dk, dv = module.zigzag_ring_flash_attn_backward(
             ring, *map(_swap_axes, (dout, q, k, v, out)), lse, softmax_scale=q.shape[3] ** -0.5
         )
@@ -118,7 +118,7 @@ def _stub(name: str, *functions: Any) -> Any:
 class _Comm:
     """Their interface to the network: send tensors to the next rank, receive others from the previous one."""
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Communicator) -> None:
         self.rank, self.world_size = ring.rank, ring.size
         self._ring = ring
         self._transfers: list[Transfer] = []
@@ -130,7 +130,7 @@ class _Comm:
 
     def send_recv(self, send: Tensor, receive: Tensor | None = None) -> Tensor:
         receive = torch.empty_like(send) if receive is None else receive
-        self._transfers.append(self._ring.start(send, receive))
+        self._transfers.append(self._ring.send_recv(send, receive))
         return receive
 
     def commit(self) -> None:

@@ -20,30 +20,30 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.comm import Ring
+from megatron_ultralong.context_parallel.comm import Communicator
 from megatron_ultralong.context_parallel.kernels import select as kernels
-from megatron_ultralong.context_parallel.kernels.select import Gradients
+from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 
 
-def te_style(ring: Ring, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def te_style(ring: Communicator, starts: Sequence[int] | None) -> tuple[Any, Any]:
     """Return (forward, backward) of this rank; packed documents are not supported."""
     assert starts is None
     return partial(_forward_kept, ring=ring), partial(_backward, ring=ring, keep_buffers=True)
 
 
-def naive(ring: Ring, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def naive(ring: Communicator, starts: Sequence[int] | None) -> tuple[Any, Any]:
     """Return (forward, backward) of this rank; packed documents are not supported."""
     assert starts is None
     return partial(_forward_merged, ring=ring), partial(_backward, ring=ring, keep_buffers=False)
 
 
-def _forward_kept(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+def _forward_kept(q: Tensor, k: Tensor, v: Tensor, ring: Communicator) -> tuple[Tensor, Tensor]:
     s, size = q.shape[2], ring.size
     buffers = [torch.stack((k, v))] + [q.new_empty((2, *k.shape)) for _ in range(size - 1)]
     kept = []
     for hop in range(size):
-        transfer = ring.start(buffers[hop], buffers[hop + 1]) if hop < size - 1 else None
-        part = zigzag.part(ring.rank, (ring.rank - hop) % size, s)
+        transfer = ring.send_recv(buffers[hop], buffers[hop + 1]) if hop < size - 1 else None
+        part = zigzag.block_between(ring.rank, (ring.rank - hop) % size, s)
         k_here, v_here = buffers[hop]
         kept.append(
             (
@@ -64,14 +64,14 @@ def _forward_kept(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, 
     return out, lse
 
 
-def _forward_merged(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+def _forward_merged(q: Tensor, k: Tensor, v: Tensor, ring: Communicator) -> tuple[Tensor, Tensor]:
     s, size = q.shape[2], ring.size
     here = torch.stack((k, v))
     spare = torch.empty_like(here)
     out, lse = torch.empty(0), torch.empty(0)
     for hop in range(size):
-        transfer = ring.start(here, spare) if hop < size - 1 else None
-        part = zigzag.part(ring.rank, (ring.rank - hop) % size, s)
+        transfer = ring.send_recv(here, spare) if hop < size - 1 else None
+        part = zigzag.block_between(ring.rank, (ring.rank - hop) % size, s)
         k_here, v_here = here
         part_out, part_lse = kernels.forward(
             q[:, :, part.queries], k_here[:, :, part.keys], v_here[:, :, part.keys], part.causal
@@ -90,8 +90,8 @@ def _forward_merged(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: Ring, keep_buffers: bool
-) -> Gradients:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: Communicator, keep_buffers: bool
+) -> QKVGradients:
     """Send keys round the ring together with their gradients, both in the dtype of q.
 
     keep_buffers: new KV and gradient buffers for every hop, instead of two in total.
@@ -102,8 +102,8 @@ def _backward(
     dkv_spare = torch.empty_like(dkv)
     kept = []
     for hop in range(size):
-        transfer = ring.start(here, spare) if hop < size - 1 else None
-        part = zigzag.part(ring.rank, (ring.rank - hop) % size, s)
+        transfer = ring.send_recv(here, spare) if hop < size - 1 else None
+        part = zigzag.block_between(ring.rank, (ring.rank - hop) % size, s)
         (k_here, v_here), rows, keys = here, part.queries, part.keys
         dq_part, *dkv_part = kernels.backward(
             dout[:, :, rows],
@@ -117,7 +117,7 @@ def _backward(
         dq[:, :, rows] += dq_part
         for whole, share in zip(dkv, dkv_part, strict=True):
             whole[:, :, keys] += share
-        ring.start(dkv, dkv_spare).wait()  # follows the keys; after `size` hops it is back
+        ring.send_recv(dkv, dkv_spare).wait()  # follows the keys; after `size` hops it is back
         dkv, dkv_spare = dkv_spare, dkv
         if transfer is not None:
             transfer.wait()

@@ -16,7 +16,7 @@ from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
 MakeAttention: TypeAlias = "Callable[[Any, Sequence[int] | None], tuple[Any, Any]]"
 """(group, document starts) -> (forward, backward) of one rank, with the signatures of
-context_parallel/autograd.py; group None = one rank."""
+context_parallel/ulysses.py; group None = one rank."""
 ThreadContext: TypeAlias = "Callable[[], contextlib.AbstractContextManager[Any]]"
 """Makes a context manager that each rank's thread enters."""
 
@@ -100,8 +100,8 @@ class CountingPeers:
     def subgroup(self, ranks: list[int]) -> CountingPeers:
         return CountingPeers(self._peers.subgroup(ranks), self._counter)
 
-    def start(self, send: Tensor, receive: Tensor) -> Transfer:
-        return self._count(send.nbytes, self._peers.start(send, receive))
+    def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
+        return self._count(send.nbytes, self._peers.send_recv(send, receive))
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> Transfer:
         return self._count(send.nbytes * (self.size - 1) // self.size, self._peers.all_to_all(send, receive))

@@ -6,6 +6,7 @@ tensor-parallel rank, d head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,31 +15,39 @@ from torch import Tensor
 from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
-from megatron_ultralong.context_parallel.zigzag import Starts
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.model.rope import apply_rope, cos_sin
 from megatron_ultralong.rope.methods import inverse_frequencies
 
+DocumentStarts = Sequence[int] | None
+"""Positions in the complete row (b = 1) at which documents start, to keep attention inside them; None = one
+document."""
+
 
 class RotaryTable:
-    """cos and sin of the positions that one rank holds; one table serves every layer of the stage.
+    """cos and sin of the positions of one rank; one table serves every layer of the stage.
 
-    Kept for the last sequence length only: 8 bytes a token and frequency (128 MiB at 256K tokens a rank and
+    Caches the last sequence length only: 8 bytes per token and frequency (128 MiB at 256K tokens per rank and
     head_dim 128).
     """
 
     def __init__(self, rope: Rope, head_dim: int, by_document: bool = False) -> None:
-        """by_document: positions count anew in each document of a packed row."""
+        """by_document: positions restart in each document of a packed row."""
         self.by_document = by_document
         self.inverse_frequencies, self.attention_factor = inverse_frequencies(rope, head_dim)
         self._key: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(
-        self, seq_length: int, cp_rank: int, cp: int, device: torch.device, starts: Starts | None = None
+        self,
+        seq_length: int,
+        cp_rank: int,
+        cp: int,
+        device: torch.device,
+        document_starts: DocumentStarts = None,
     ) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each float32 [S/CP, d/2], of the zigzag positions of `cp_rank`. starts: of the row's
-        documents."""
-        starts = starts if self.by_document else None
+        """Return (cos, sin), each float32 [S/CP, d/2], of the zigzag positions of `cp_rank`."""
+        starts = document_starts if self.by_document else None
         key = (seq_length, cp_rank, cp, device, starts)
         if key != self._key or self._tables is None:
             positions = (
@@ -52,11 +61,11 @@ class RotaryTable:
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention over the whole sequence, of which each context-parallel rank holds two zigzag pieces.
+    """Causal attention over the complete sequence, of which each context-parallel rank holds two zigzag
+    chunks.
 
-    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `rotate`; out [b, h, s, d], lse float32 [b,
-    h, s]. starts: where documents start in the row, where attention is to stay inside them; None = one
-    document.
+    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `apply_rotary`. Layers that run outside
+    autograd call the functions of context_parallel/api.py with `groups` and `spec`.
     """
 
     def __init__(
@@ -73,41 +82,29 @@ class CoreAttention(torch.nn.Module):
         self.groups = groups
         self.scale = softmax_scale
 
-    def rotate(
-        self, q: Tensor, k: Tensor, rows: slice, whole: int, parts: int, starts: Starts | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """RoPE of q [b, h, c, d] and k [b, g, c, d], which hold `rows` of each of `parts` equal stretches of
-        this rank's s tokens, `whole` tokens each."""
-        cp = self.groups.size
-        angles = self.rotary(whole * parts * cp, self.groups.rank, cp, q.device, starts)
-        cos, sin = (x.unflatten(0, (parts, whole))[:, rows].flatten(0, 1) for x in angles)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Starts | None = None) -> Tensor:
-        """out, differentiable."""
-        return api.attention(q, k, v, self.groups, scale=self.scale, starts=starts)
-
-    def forward_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, starts: Starts | None, rows: list[slice] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse), outside autograd; with them `backward` needs no second forward. rows: the local tokens
-        that q holds; None = all."""
-        return api.attention_forward(q, k, v, self.groups, scale=self.scale, starts=starts, rows=rows)
-
-    def backward(
+    def apply_rotary(
         self,
-        dout: Tensor,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        starts: Starts | None,
-        rows: list[slice] | None = None,
-        sums: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv); with rows dk and dv are their shares, in float32, added to the two halves of `sums`
-        where it is given."""
-        return api.attention_backward(
-            dout, q, k, v, out, lse, self.groups, scale=self.scale, starts=starts, rows=rows, sums=sums
-        )
+        rows: slice,
+        t: int,
+        tp_shards: int,
+        document_starts: DocumentStarts = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Apply RoPE to q [b, h, c, d] and k [b, g, c, d], which hold `rows` of each of the `tp_shards`
+        shards of t tokens that make up this rank's s tokens."""
+        cp = self.groups.size
+        angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, q.device, document_starts)
+        cos, sin = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+    def spec(
+        self, document_starts: DocumentStarts, query_rows: Sequence[slice] | None = None
+    ) -> AttentionSpec:
+        """Return what this layer computes, for api.py; query_rows: the local tokens of q, None = all."""
+        starts = (0,) if document_starts is None else document_starts
+        return AttentionSpec(scale=self.scale, document_starts=starts, query_rows=query_rows)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, document_starts: DocumentStarts = None) -> Tensor:
+        """Return the output [b, h, s, d], differentiable."""
+        return api.attention(q, k, v, self.groups, self.spec(document_starts))

@@ -116,17 +116,18 @@ class Llama(LanguageModule):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         z_loss: float = 0.0,
-        starts: Tensor | None = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
-        """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag share. starts:
-        document starts in the complete row (b = 1), on the CPU, if attention is to stay inside documents.
+        """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard.
+        document_starts: positions in the complete row (b = 1) at which documents start, to keep attention inside
+        them; on the CPU.
 
         Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x
         logsumexp^2) over this rank's tokens (float32 scalar); with labels only, the cross entropy of each
         token (float32 [b, s], no gradients); without labels, the logits [b, s, v] with padded rows at -inf.
         On other stages: hidden states [s (/TP), b, H].
         """
-        self.store.begin()
+        self.store.begin_forward()
         hidden = self.embedding(tokens, None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # frozen embedding: recomputed layers need an input with a gradient
@@ -135,7 +136,7 @@ class Llama(LanguageModule):
         hidden = self.decoder(
             hidden_states=states,
             attention_mask=None,
-            packed_seq_params=None if starts is None else tuple(starts.tolist()),
+            packed_seq_params=None if document_starts is None else tuple(document_starts.tolist()),
         )
         if not self.post_process:
             return hidden
@@ -253,7 +254,7 @@ def build(
         if transformer_engine is None
         else transformer_engine
     )
-    context = api.split(ranks.groups.cp, parallel.ulysses, parallel.cp_comm_type, ranks.timeout)
+    context = api.split_group(ranks.groups.cp, parallel.ulysses, parallel.cp_comm_type, ranks.timeout)
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.config import LOSS_BLOCK
-from megatron_ultralong.model.layer.gradients import Gradients, hand_down, leaf
+from megatron_ultralong.model.layer.gradients import ChunkedBackward, leaf, mark_reusable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         )
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        norm_gradients = Gradients(list(norm.parameters()) if norm is not None else [])
+        norm_backward = ChunkedBackward(list(norm.parameters()) if norm is not None else [])
         for start in range(0, t, rows):
             stop = min(start + rows, t)
             before = after = hidden[start:stop]
@@ -131,11 +131,11 @@ class _ShardedTokenLoss(torch.autograd.Function):
                 grad_x = torch.matmul(grad, weight).view_as(x_cbH)
                 share = _reduce(grad_x, group, parts)
                 grad_hidden[start:stop] = (
-                    share if norm is None else norm_gradients.of([after], [before], [share])[0]
+                    share if norm is None else norm_backward.backward([after], [before], [share])[0]
                 )
             del grad  # free it before the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.norm_gradients = norm_gradients
+        ctx.norm_backward = norm_backward
         ctx.weight_dtype = weight.dtype
         return total
 
@@ -143,10 +143,10 @@ class _ShardedTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = hand_down(
+            grad_hidden = mark_reusable(
                 ctx, grad_hidden.mul_(grad_total.to(grad_hidden.dtype))
             )  # in place: autograd refuses a second backward
-            ctx.norm_gradients.hand_over(grad_total)
+            ctx.norm_backward.accumulate_into_params(grad_total)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 5

@@ -1,5 +1,5 @@
-"""The transformer layer as a Megatron-Core spec: TransformerEngine's linears and norms where installed,
-Megatron's own else.
+"""The transformer layer as a Megatron-Core spec: TransformerEngine's linears and norms if installed,
+otherwise Megatron's own.
 
 A checkpoint of one loads in the other: without TransformerEngine the norms are modules of their own, stored
 under the names that TransformerEngine's fused linears give them.
@@ -29,7 +29,7 @@ def block_spec(
     store: HostStore,
     transformer_engine: bool,
 ) -> Any:
-    """Megatron's TransformerBlockSubmodules for `layers` layers of one pipeline stage."""
+    """Return Megatron's TransformerBlockSubmodules for `layers` layers of one pipeline stage."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -45,36 +45,25 @@ def block_spec(
     if transformer_engine:
         from megatron.core.extensions import transformer_engine as te
 
-        qkv, fc1, row, norm, final_norm = (
-            te.TELayerNormColumnParallelLinear,
-            te.TELayerNormColumnParallelLinear,
-            te.TERowParallelLinear,
-            IdentityOp,
-            te.TENorm,
-        )
-        renamed = {}
+        column, row = te.TELayerNormColumnParallelLinear, te.TERowParallelLinear
+        norm, final_norm, renamed = IdentityOp, te.TENorm, {}
     else:
-        qkv, fc1, row, norm, final_norm = (
-            ColumnParallelLinear,
-            ColumnParallelLinear,
-            RowParallelLinear,
-            RMSNorm,
-            RMSNorm,
-        )
+        column, row = ColumnParallelLinear, RowParallelLinear
+        norm = final_norm = RMSNorm
         renamed = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         }
     layer = ModuleSpec(
         module=Layer,
-        params={"memory": memory, "store": store},
+        params={"memory": memory, "store": store, "layer_forward": _layer_forward(memory)},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=qkv,
+                    linear_qkv=column,
                     core_attention=_core_attention(rotary, groups),
                     linear_proj=row,
                     q_layernorm=IdentityOp,
@@ -83,12 +72,23 @@ def block_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=row)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renamed,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
+
+
+def _layer_forward(memory: Memory) -> Any:
+    """How a layer computes its forward, and what its backward recomputes."""
+    from megatron_ultralong.model.layer.layer import forward_in_one_graph
+    from megatron_ultralong.model.layer.query_chunks import forward_query_chunks
+    from megatron_ultralong.model.layer.recompute import forward_all_but_attention
+
+    if memory.query_chunks:
+        return forward_query_chunks
+    return forward_all_but_attention if memory.recompute == "all_but_attention" else forward_in_one_graph
 
 
 def _core_attention(rotary: RotaryTable, groups: ContextGroups) -> Any:

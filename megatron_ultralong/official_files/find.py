@@ -1,121 +1,86 @@
-"""The benchmarks by name: where their official files come from, finding them on disk or on the hub, and
-reading them.
+"""The benchmarks by name: finding their official files on disk or on the Hugging Face hub, and reading them.
 
-for example in files.read("gsm8k", files.find("gsm8k", "hub")): ...
+    for example in read_examples("gsm8k", find_files("gsm8k", "hub")): ...
+
+To add a benchmark, write a file like gsm8k.py that defines `FILES`, and list it in `BENCHMARKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.official_files import infinitebench, lveval, ruler, standard
-from megatron_ultralong.official_files.records import Example, read_jsonl
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a benchmark's files come from."""
-
-    repo: str
-    """Data set on the Hugging Face hub; empty where the files are made by a program."""
-    patterns: tuple[str, ...]
-    """Files to download; {split} stands for the split."""
-    official: str
-    """The authors' own place."""
-    split_of: Callable[[str, Path], str | None]
-    read: Callable[[str, Iterable[Path]], Iterator[Example]]
-
-
-def _standard(repo: str, pattern: str, official: str) -> Source:
-    return Source(
-        repo=repo, patterns=(pattern,), official=official, split_of=standard.split_of, read=standard.read
-    )
-
+from megatron_ultralong.official_files import (
+    gsm8k,
+    humaneval,
+    infinitebench,
+    lveval,
+    math,
+    mmlu,
+    mmlu_pro,
+    ruler,
+)
+from megatron_ultralong.official_files.records import BenchmarkExample, OfficialFiles, read_jsonl
 
 BENCHMARKS = {
-    "mmlu": _standard("cais/mmlu", "all/{split}-*.parquet", "https://github.com/hendrycks/test"),
-    "mmlu_pro": _standard(
-        "TIGER-Lab/MMLU-Pro", "data/{split}-*.parquet", "https://github.com/TIGER-AI-Lab/MMLU-Pro"
-    ),
-    "math": _standard(
-        "EleutherAI/hendrycks_math", "*/{split}-*.parquet", "https://github.com/hendrycks/math"
-    ),
-    "gsm8k": _standard(
-        "openai/gsm8k", "main/{split}-*.parquet", "https://github.com/openai/grade-school-math"
-    ),
-    "humaneval": _standard(
-        "openai/openai_humaneval",
-        "openai_humaneval/{split}-*.parquet",
-        "https://github.com/openai/human-eval",
-    ),
-    "ruler": Source(
-        repo="",
-        patterns=(),
-        official="https://github.com/NVIDIA/RULER",
-        split_of=ruler.split_of,
-        read=ruler.read,
-    ),
-    "lveval": Source(
-        repo="Infinigence/LVEval",
-        patterns=tuple(f"{name}.zip" for name in lveval.SETS),
-        official="https://github.com/infinigence/LVEval",
-        split_of=lveval.split_of,
-        read=lveval.read,
-    ),
-    "infinitebench": Source(
-        repo="xinrongzhang2022/InfiniteBench",
-        patterns=tuple(f"{name}.jsonl" for name in infinitebench.TASKS),
-        official="https://github.com/OpenBMB/InfiniteBench",
-        split_of=infinitebench.split_of,
-        read=infinitebench.read,
-    ),
+    "mmlu": mmlu.FILES,
+    "mmlu_pro": mmlu_pro.FILES,
+    "math": math.FILES,
+    "gsm8k": gsm8k.FILES,
+    "humaneval": humaneval.FILES,
+    "ruler": ruler.FILES,
+    "lveval": lveval.FILES,
+    "infinitebench": infinitebench.FILES,
 }
 
 
-def find(
+def find_files(
     benchmark: str, where: str | Path, splits: Sequence[str] = ("test",), names: Collection[str] | None = None
 ) -> list[Path]:
-    """The benchmark's files, sorted: in a directory, or one file, or `hub` = downloaded from (or found in the
-    cache of) the hub.
+    """Return the benchmark's files, sorted.
 
-    splits: of a directory's files, those to take (test, dev, validation, train); a file that is named is
-    taken whatever it holds. names: only files that are called so, their endings aside; the hub is asked for
-    no others. None = all. UserError where there are none, with what to download from where.
+    where: a directory, one file, or `hub` = downloaded from the hub or taken from its cache. splits: which
+    files of a directory to take (test, dev, validation, train); a single file is taken whatever its split.
+    names: take, and download, only files of these names without their suffix; None = all. UserError if none
+    exist, with what to download from where.
     """
-    source = _source(benchmark)
-    root = _download(benchmark, source, splits, names) if str(where) == "hub" else Path(where)
+    files = _files(benchmark)
+    root = _download(benchmark, files, splits, names) if str(where) == "hub" else Path(where)
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise UserError(f"{benchmark}: {root}: no such file or directory; {_by_hand(source)}")
-    found = sorted(
+        raise UserError(f"{benchmark}: {root}: no such file or directory; {_how_to_get(files)}")
+    paths = sorted(
         path
         for path in root.rglob("*")
-        if source.split_of(benchmark, path) in splits
-        and path.is_file()
-        and (names is None or path.stem in names)
+        if files.split_of(path) in splits and path.is_file() and (names is None or path.stem in names)
     )
-    if not found:
+    if not paths:
         raise UserError(
-            f"{benchmark}: {root} holds none of its files for {' or '.join(splits)}{' that are asked for' if names else ''}; "
-            f"{_by_hand(source)}"
+            f"{benchmark}: {root} contains none of its files for {' or '.join(splits)}"
+            f"{' among those requested' if names else ''}; {_how_to_get(files)}"
         )
-    return found
+    return paths
 
 
-def read(benchmark: str, paths: Iterable[Path]) -> Iterator[Example]:
-    """The examples of those files, one after another, in order. UserError (file, line or row, field) for what
-    is not official."""
-    return _source(benchmark).read(benchmark, paths)
+def read_examples(benchmark: str, paths: Iterable[Path]) -> Iterator[BenchmarkExample]:
+    """Read the examples of those files, in order. UserError (file, line or row, field) for content that is
+    not official."""
+    numbers: Counter[tuple[str, str]] = Counter()  # examples of each task and split so far
+    for example in chain.from_iterable(map(_files(benchmark).read_file, paths)):
+        number = numbers[example.task, example.split]
+        numbers[example.task, example.split] += 1
+        yield example if example.id else replace(example, id=str(number))
 
 
-def read_own(path: Path) -> Iterator[Example]:
-    """Own strings as a benchmark called text: a .jsonl file with `text`, and `id` where wanted."""
+def read_custom(path: Path) -> Iterator[BenchmarkExample]:
+    """Read your own strings as a benchmark named text: a .jsonl file with `text` and an optional `id`."""
     for number, record in enumerate(read_jsonl(path)):
-        yield Example(
+        yield BenchmarkExample(
             benchmark="text",
             task=path.name,
             split="test",
@@ -125,36 +90,43 @@ def read_own(path: Path) -> Iterator[Example]:
         )
 
 
-def _source(benchmark: str) -> Source:
+def _files(benchmark: str) -> OfficialFiles:
     if benchmark not in BENCHMARKS:
-        raise UserError(f"benchmark {benchmark!r}: known are {', '.join(BENCHMARKS)}")
+        raise UserError(f"unknown benchmark {benchmark!r}; known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[benchmark]
 
 
-def _by_hand(source: Source) -> str:
-    if not source.repo:
-        return f"write them with {source.official} (scripts/data/prepare.py) and give that folder"
-    return f"download the data set {source.repo} from the Hugging Face hub, or the files of {source.official}, and give their folder"
+def _how_to_get(files: OfficialFiles) -> str:
+    if not files.repo:
+        return f"generate them with {files.homepage} (scripts/data/prepare.py) and give that folder"
+    return (
+        f"download the data set {files.repo} from the Hugging Face hub, or the files of {files.homepage}, and give "
+        "their folder"
+    )
 
 
-def _download(benchmark: str, source: Source, splits: Sequence[str], names: Collection[str] | None) -> Path:
-    """The hub's files of the splits and names, in its cache."""
-    if not source.repo:
-        raise UserError(f"{benchmark}: not on the hub; {_by_hand(source)}")
+def _download(
+    benchmark: str, files: OfficialFiles, splits: Sequence[str], names: Collection[str] | None
+) -> Path:
+    """Download the files of the splits and names into the hub's cache; return their folder."""
+    if not files.repo:
+        raise UserError(f"{benchmark}: not on the hub; {_how_to_get(files)}")
     import huggingface_hub
 
     patterns = sorted(
         {
             pattern.format(split=split)
-            for pattern in source.patterns
+            for pattern in files.patterns
             for split in splits
             if names is None or Path(pattern).stem in names
         }
     )
     try:
         return Path(
-            huggingface_hub.snapshot_download(source.repo, repo_type="dataset", allow_patterns=patterns)
+            huggingface_hub.snapshot_download(files.repo, repo_type="dataset", allow_patterns=patterns)
         )
     except Exception as error:  # offline, refused, absent: the hub's client raises almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{benchmark}: the hub gave no files ({reason}); {_by_hand(source)}") from None
+        raise UserError(
+            f"{benchmark}: cannot be downloaded from the hub ({reason}); {_how_to_get(files)}"
+        ) from None

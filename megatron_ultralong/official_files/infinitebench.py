@@ -1,17 +1,22 @@
 """InfiniteBench: TASK.jsonl with id, context, input, answer (a string, a number or a list), options.
 
-`answers` are the answer as strings; in math_calc they are not alternatives but the results after each step,
-in order, and where there are options the text of the right one (a letter may follow). The answer as it was
-read is in meta: code_run, math_find and math_calc compare numbers.
+`answers` are the answer as strings: in math_calc not alternatives but the results after each step, in order;
+with options the text of the right one (a letter may follow). The answer as read is in meta: code_run,
+math_find and math_calc compare numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.official_files.records import Example, Record, read_jsonl
+from megatron_ultralong.official_files.records import (
+    BenchmarkExample,
+    OfficialFiles,
+    OfficialRecord,
+    read_jsonl,
+)
 
 TASKS = (
     "passkey",
@@ -29,38 +34,45 @@ TASKS = (
 )
 
 
-def split_of(benchmark: str, path: Path) -> str | None:
-    """test for TASK.jsonl; None for other files."""
+def split_of(path: Path) -> str | None:
+    """Return test for TASK.jsonl, None for other files."""
     return "test" if path.suffix == ".jsonl" and path.stem in TASKS else None
 
 
-def read(benchmark: str, paths: Iterable[Path]) -> Iterator[Example]:
-    """The examples of the files, in order."""
-    for path in paths:
-        if path.stem not in TASKS:
-            raise UserError(f"{path}: none of InfiniteBench's files, which are called like {TASKS[0]}.jsonl")
-        for record in read_jsonl(path):
-            choices = record.texts("options") if record.data.get("options") else ()
-            if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
-                raise UserError(f"{record.place}: field 'options' holds {len(choices)} choices, not 4")
-            yield Example(
-                benchmark=benchmark,
-                task=path.stem,
-                split="test",
-                id=str(record.get("id", int)),
-                context=record.get("context"),
-                question=record.get("input"),
-                answers=_flat(record).texts("answer"),
-                choices=choices,
-                meta=record.rest("id", "context", "input"),
-                place=record.place,
-            )
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
+    if path.stem not in TASKS:
+        raise UserError(f"{path}: not one of InfiniteBench's files, which are named like {TASKS[0]}.jsonl")
+    for record in read_jsonl(path):
+        choices = record.texts("options") if record.data.get("options") else ()
+        if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
+            raise UserError(f"{record.place}: field 'options' contains {len(choices)} choices, not 4")
+        yield BenchmarkExample(
+            benchmark="infinitebench",
+            task=path.stem,
+            split="test",
+            id=str(record.get("id", int)),
+            context=record.get("context"),
+            question=record.get("input"),
+            answers=_flat(record).texts("answer"),
+            choices=choices,
+            meta=record.without("id", "context", "input"),
+            place=record.place,
+        )
 
 
-def _flat(record: Record) -> Record:
-    """math_calc's numbers may stand in a list in a list."""
+def _flat(record: OfficialRecord) -> OfficialRecord:
+    """Unpack math_calc's numbers, which may be in a nested list."""
     answer = record.data.get("answer")
     inner = (
         answer[0] if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], list) else answer
     )
-    return Record({**record.data, "answer": inner}, record.place) if inner is not answer else record
+    return OfficialRecord({**record.data, "answer": inner}, record.place) if inner is not answer else record
+
+
+FILES = OfficialFiles(
+    repo="xinrongzhang2022/InfiniteBench",
+    patterns=tuple(f"{name}.jsonl" for name in TASKS),
+    homepage="https://github.com/OpenBMB/InfiniteBench",
+    split_of=split_of,
+    read_file=read_file,
+)

@@ -1,6 +1,8 @@
-"""LV-Eval: SET_{16k,32k,64k,128k,256k}.jsonl, alone or in SET.zip, with input, context, answers, length,
-dataset, language (and answer_keywords, confusing_facts). The task is the set, the length is in meta as
-`level`. Scoring uses the first answer."""
+"""LV-Eval: SET_{16k,32k,64k,128k,256k}.jsonl, plain or in SET.zip, with input, context, answers, length,
+dataset, language (and answer_keywords, confusing_facts).
+
+The task is the set; the length is in meta as `level`. Scoring uses the first answer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.official_files.records import Example, Record, read_jsonl, read_zip
+from megatron_ultralong.official_files.records import (
+    BenchmarkExample,
+    OfficialFiles,
+    OfficialRecord,
+    read_jsonl,
+    read_zip,
+)
 
 SETS = (
     "hotpotwikiqa_mixup",
@@ -29,8 +37,9 @@ LEVELS = ("16k", "32k", "64k", "128k", "256k")
 _NAME = re.compile(rf"({'|'.join(SETS)})_({'|'.join(LEVELS)})")
 
 
-def split_of(benchmark: str, path: Path) -> str | None:
-    """test for SET_LEVEL.jsonl and SET.zip (unless it was unpacked beside); None for other files."""
+def split_of(path: Path) -> str | None:
+    """Return test for SET_LEVEL.jsonl, and for SET.zip unless it is unpacked next to it; None for other
+    files."""
     if path.suffix == ".zip":
         unpacked = [
             *path.parent.glob(f"{path.stem}_*k.jsonl"),
@@ -40,34 +49,41 @@ def split_of(benchmark: str, path: Path) -> str | None:
     return "test" if path.suffix == ".jsonl" and _NAME.fullmatch(path.stem) else None
 
 
-def read(benchmark: str, paths: Iterable[Path]) -> Iterator[Example]:
-    """The examples of the files, in order."""
-    for path in paths:
-        if path.suffix == ".zip":
-            for name, records in read_zip(path):
-                yield from _examples(benchmark, PurePosixPath(name).stem, path, records)
-        else:
-            yield from _examples(benchmark, path.stem, path, read_jsonl(path))
+def read_file(path: Path) -> Iterator[BenchmarkExample]:
+    if path.suffix == ".zip":
+        for name, records in read_zip(path):
+            yield from _read_set(PurePosixPath(name).stem, path, records)
+    else:
+        yield from _read_set(path.stem, path, read_jsonl(path))
 
 
-def _examples(benchmark: str, name: str, path: Path, records: Iterable[Record]) -> Iterator[Example]:
-    found = _NAME.fullmatch(name)
-    if found is None:
+def _read_set(name: str, path: Path, records: Iterable[OfficialRecord]) -> Iterator[BenchmarkExample]:
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise UserError(
-            f"{path}: {name}.jsonl is none of LV-Eval's files, which are called like {SETS[0]}_{LEVELS[0]}.jsonl"
+            f"{path}: {name}.jsonl is not one of LV-Eval's files, which are named like {SETS[0]}_{LEVELS[0]}.jsonl"
         )
     for number, record in enumerate(records):
         record.get("length", int)
         if record.data.get("answer_keywords") is not None:
             record.get("answer_keywords")
-        yield Example(
-            benchmark=benchmark,
-            task=found[1],
+        yield BenchmarkExample(
+            benchmark="lveval",
+            task=match[1],
             split="test",
-            id=f"{found[2]}/{number}",
+            id=f"{match[2]}/{number}",
             context=record.get("context"),
             question=record.get("input"),
             answers=record.texts("answers"),
             place=record.place,
-            meta={"level": found[2], **record.rest("input", "context", "answers")},
+            meta={"level": match[2], **record.without("input", "context", "answers")},
         )
+
+
+FILES = OfficialFiles(
+    repo="Infinigence/LVEval",
+    patterns=tuple(f"{name}.zip" for name in SETS),
+    homepage="https://github.com/infinigence/LVEval",
+    split_of=split_of,
+    read_file=read_file,
+)

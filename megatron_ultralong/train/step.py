@@ -62,7 +62,7 @@ def token_losses(
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
         batch = next(batches)
         tokens, labels = _to_device(batch, ("tokens", "labels"), trainer.ranks.device)
-        output = model(tokens, labels, starts=batch.get("starts"))
+        output = model(tokens, labels, document_starts=batch.get("document_starts"))
         return output, lambda nll: (
             nll.sum(),
             torch.tensor(nll.numel(), dtype=torch.int, device=nll.device),
@@ -76,8 +76,10 @@ def _loss_step(trainer: Trainer, z_loss: float) -> Callable[..., Any]:
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
         batch = next(batches)
         tokens, labels, loss_mask = _to_device(batch, ("tokens", "labels", "loss_mask"), trainer.ranks.device)
-        # By keyword: Float16Module converts positional floats to bf16. `starts` is read on the host.
-        output = model(tokens, labels, loss_mask=loss_mask, z_loss=z_loss, starts=batch.get("starts"))
+        # By keyword: Float16Module converts positional floats to bf16. `document_starts` is read on the host.
+        output = model(
+            tokens, labels, loss_mask=loss_mask, z_loss=z_loss, document_starts=batch.get("document_starts")
+        )
         return output, loss_normalisation.loss_function(loss_mask)
 
     return forward_step

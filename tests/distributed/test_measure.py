@@ -165,9 +165,9 @@ def _store_frees_its_memory() -> None:
 
     assert Memory().offload == "auto"
     store = HostStore(torch.device("cpu"))
-    kept = [store.keep([torch.full((10,), float(i))]) for i in range(4)]
+    kept = [store.offload([torch.full((10,), float(i))]) for i in range(4)]
     assert store.bytes == 160
     assert [float(k.get()[0][0]) for k in reversed(kept)] == [3, 2, 1, 0]
     store.close()
     assert store.bytes == 0
-    assert float(store.keep([torch.ones(10)]).get()[0][0]) == 1 and store.bytes == 40
+    assert float(store.offload([torch.ones(10)]).fetch()[0][0]) == 1 and store.bytes == 40

@@ -119,20 +119,20 @@ def test_gradients_are_overwritten_only_where_nobody_else_holds_them() -> None:
 def _shared_gradients(rank: int, world: int) -> None:
     """Against layers that autograd goes through."""
     from megatron_ultralong.model import llama
-    from megatron_ultralong.model.layer.layer import gradients
+    from megatron_ultralong.model.layer import gradients
     from megatron_ultralong.runtime import launch
 
     ranks = launch.start(Runtime(device="cpu"), Parallel())
     generator = torch.Generator().manual_seed(1)
     x0, bias0, w = (torch.randn(S, 1, MODEL.hidden_size, generator=generator) for _ in range(3))
     given = w.clone()
-    place_for = gradients.place_for
+    reuse_or_allocate = gradients.reuse_or_allocate
     in_place: list[bool] = []
 
     def counting(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
-        place = place_for(ctx, dy)
-        in_place.append(place is dy)
-        return place
+        dx = reuse_or_allocate(ctx, dy)
+        in_place.append(dx is dy)
+        return dx
 
     want: dict[str, list[torch.Tensor]] = {}
     for memory in (
@@ -162,8 +162,8 @@ def _shared_gradients(rank: int, world: int) -> None:
             chunk.zero_grad()
             in_place.clear()
             with pytest.MonkeyPatch.context() as patch:
-                for module in ("layer", "query_chunks"):
-                    patch.setattr(f"megatron_ultralong.model.{module}.place_for", counting)
+                for module in ("recompute", "query_chunks"):
+                    patch.setattr(f"megatron_ultralong.model.layer.{module}.reuse_or_allocate", counting)
                 case(call, x, bias, w)
             assert torch.equal(w, given), (memory, case.__name__)
             found = [

@@ -210,7 +210,7 @@ def _check_layout(
             batch = {
                 name: zigzag.shard(x[row : row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()
             }
-            yield batch if starts is None else batch | {"starts": torch.tensor(starts[row])}
+            yield batch if starts is None else batch | {"document_starts": torch.tensor(starts[row])}
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
     mine = _logits(chunks, [batches() for _ in chunks], count // ranks.dp)
@@ -334,7 +334,7 @@ def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[t
     def forward_step(batches: Any, chunk: Any) -> Any:
         batch = next(batches)
         return chunk(
-            batch["tokens"], starts=batch.get("starts")
+            batch["tokens"], document_starts=batch.get("document_starts")
         ), lambda logits, non_loss_data: logits.contiguous()
 
     many = len(chunks) > 1

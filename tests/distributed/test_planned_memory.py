@@ -60,16 +60,16 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-class Peers:
-    """One of `size` ranks whose transfers are over at once."""
+class FakeCommunicator:
+    """One of `size` ranks whose transfers end at once."""
 
     def __init__(self, size: int) -> None:
         self.rank, self.size = size - 1, size
 
-    def start(self, send: torch.Tensor, receive: torch.Tensor) -> Any:
+    def send_recv(self, send: torch.Tensor, receive: torch.Tensor) -> Any:
         return self
 
-    all_to_all = all_gather = reduce_scatter = start
+    all_to_all = all_gather = reduce_scatter = send_recv
 
     def wait(self) -> None:
         pass
@@ -82,10 +82,12 @@ def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Par
 
     p = parallel or Parallel()
     groups = api.ContextGroups(
-        ring=Peers(p.cp // p.ulysses), ulysses=Peers(p.ulysses), cp_comm_type=p.cp_comm_type
+        ring=FakeCommunicator(p.cp // p.ulysses),
+        ulysses=FakeCommunicator(p.ulysses),
+        cp_comm_type=p.cp_comm_type,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "split", lambda *args, **kwargs: groups)
+        patch.setattr(api, "split_group", lambda *args, **kwargs: groups)
         [chunk] = llama.build(model, Rope(), ranks, Parallel(), memory, "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in chunk.modules():

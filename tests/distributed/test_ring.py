@@ -16,13 +16,19 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.comm import GroupRing, Ring
+from megatron_ultralong.context_parallel.api import (
+    ContextGroups,
+    attention,
+    attention_backward,
+    attention_forward,
+)
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.comm import Communicator, ProcessGroupCommunicator
 from megatron_ultralong.context_parallel.kernels import select as kernels
-from megatron_ultralong.context_parallel.ring import ring_attention, ring_backward, ring_forward
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.spawn import run_ranks
 
-# b, query heads, KV heads, tokens a zigzag piece, head dimension
+# b, query heads, KV heads, tokens per zigzag chunk, head dimension
 CASES = [(1, 4, 2, 8, 16), (2, 9, 3, 5, 20), (3, 5, 1, 1, 8), (1, 3, 3, 7, 13)]
 
 
@@ -35,11 +41,11 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     return scores.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
-def whole(case: tuple[int, ...], cp: int, seed: int) -> list[Tensor]:
-    """(q, k, v, dout) of the whole sequence in float64; size and mean differ from token to token, so on every
-    rank."""
-    b, h, g, piece, d = case
-    length = piece * 2 * cp if cp > 1 else piece
+def sequence(case: tuple[int, ...], cp: int, seed: int) -> list[Tensor]:
+    """(q, k, v, dout) of the complete sequence in float64; size and mean differ from token to token, so on
+    every rank."""
+    b, h, g, chunk, d = case
+    length = chunk * 2 * cp if cp > 1 else chunk
     generator = torch.Generator().manual_seed(seed)
     trend = torch.linspace(0.3, 0.8, length, dtype=torch.float64)[:, None]
     # Rounded to float32, so that the reference sees the same numbers.
@@ -50,14 +56,14 @@ def whole(case: tuple[int, ...], cp: int, seed: int) -> list[Tensor]:
 
 
 def expected(inputs: list[Tensor], scale: float | None = None) -> list[Tensor]:
-    """[out, dq, dk, dv] of the whole sequence in float64."""
+    """[out, dq, dk, dv] of the complete sequence in float64."""
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
     out = full_attention(q, k, v, scale)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
 
-def share(x: Tensor, rank: int, cp: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """This rank's share, a view of [s, b, h, d] as Megatron hands it over."""
+def shard(x: Tensor, rank: int, cp: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """This rank's shard, a view of [s, b, h, d] as Megatron passes it."""
     return zigzag.shard(x, rank, cp, 2).to(dtype).permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
 
 
@@ -70,9 +76,9 @@ def compute(
     scale: float | None = None,
 ) -> list[Tensor]:
     """[out, dq, dk, dv] of this rank, through autograd."""
-    q, k, v, dout = (share(x, rank, cp, dtype) for x in inputs)
+    q, k, v, dout = (shard(x, rank, cp, dtype) for x in inputs)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = ring_attention(*leaves, group, scale=scale)
+    out = attention(*leaves, ContextGroups(ring=group), AttentionSpec(scale=scale))
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -105,9 +111,9 @@ def _over_gloo(rank: int, world_size: int) -> None:
         index = rank % (8 // cp)
         group, place = groups[index], rank // (8 // cp)
         for number, case in enumerate(CASES):
-            inputs = whole(case, cp, seed=100 * number + index)
+            inputs = sequence(case, cp, seed=100 * number + index)
             check(compute(inputs, place, cp, group), expected(inputs), place, cp, what=case)
-        inputs = whole(CASES[1], cp, seed=7 + index)
+        inputs = sequence(CASES[1], cp, seed=7 + index)
         check(compute(inputs, place, cp, group, scale=0.4), expected(inputs, 0.4), place, cp, what="scale")
         half = [x.bfloat16().double() for x in inputs]
         got, want = compute(half, place, cp, group, torch.bfloat16), expected(half)
@@ -122,7 +128,7 @@ def _over_gloo(rank: int, world_size: int) -> None:
 
 def _layers(group: dist.ProcessGroup, rank: int, cp: int, index: int) -> None:
     """Three layers, one of them recomputed, on ranks that are out of step; the backward on another thread."""
-    inputs = whole((2, 6, 2, 3, 8), cp, seed=11 + index)
+    inputs = sequence((2, 6, 2, 3, 8), cp, seed=11 + index)
 
     def stack(
         q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], recompute: Callable[..., Tensor]
@@ -132,13 +138,13 @@ def _layers(group: dist.ProcessGroup, rank: int, cp: int, index: int) -> None:
         return attend(x + q, k, v - x[:, 2:4])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ring_attention(q, k, v, OutOfStep(GroupRing(group)))
+        return attention(q, k, v, ContextGroups(ring=OutOfStep(ProcessGroupCommunicator(group))))
 
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     out = stack(*leaves, full_attention, lambda f, *x: f(*x))
     want = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
     for reentrant in (False, True):
-        q, k, v, dout = (share(x, rank, cp) for x in inputs)
+        q, k, v, dout = (shard(x, rank, cp) for x in inputs)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = stack(*leaves, attend, lambda f, *x, r=reentrant: checkpoint(f, *x, use_reentrant=r))
         thread = threading.Thread(target=out.backward, args=(dout,))
@@ -150,15 +156,15 @@ def _layers(group: dist.ProcessGroup, rank: int, cp: int, index: int) -> None:
 
 
 class OutOfStep:
-    """A ring whose ranks start and wait at different moments."""
+    """A communicator whose ranks start and wait at different moments."""
 
-    def __init__(self, inner: Ring) -> None:
+    def __init__(self, inner: Communicator) -> None:
         self.inner, self.rank, self.size = inner, inner.rank, inner.size
         self.delay = 0.0005 * ((5 * inner.rank) % 3)
 
-    def start(self, send: Tensor, receive: Tensor) -> Any:
+    def send_recv(self, send: Tensor, receive: Tensor) -> Any:
         time.sleep(self.delay)
-        transfer = self.inner.start(send, receive)
+        transfer = self.inner.send_recv(send, receive)
         time.sleep(0.001 - self.delay)
         return transfer
 
@@ -169,7 +175,7 @@ class OutOfStep:
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
 def test_over_virtual_ranks(cp: int) -> None:
     for number, case in enumerate(CASES):
-        inputs = whole(case, cp, seed=number)
+        inputs = sequence(case, cp, seed=number)
         want = expected(inputs)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
             got = run_virtual(lambda r, x=inputs, t=dtype: compute(x, r.rank, cp, r, t), cp)
@@ -178,24 +184,25 @@ def test_over_virtual_ranks(cp: int) -> None:
 
 
 def test_any_strides() -> None:
-    inputs = whole((2, 6, 3, 3, 8), 2, seed=5)
+    inputs = sequence((2, 6, 3, 3, 8), 2, seed=5)
     want = expected(inputs)
 
-    def strided(r: Ring) -> list[Tensor]:
-        q, k, v, dout = (share(x, r.rank, 2) for x in inputs)
+    def strided(r: Communicator) -> list[Tensor]:
+        q, k, v, dout = (shard(x, r.rank, 2) for x in inputs)
         q, dout = (
             x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, dout)
         )  # last dimension not contiguous
         k = torch.cat((k, v), 3)[..., :8]
-        out, lse = ring_forward(q, k, v.contiguous(), r)
-        return [out, *ring_backward(dout, q, k, v, out, lse, r)]
+        groups = ContextGroups(ring=r)
+        out, lse = attention_forward(q, k, v.contiguous(), groups)
+        return [out, *attention_backward(dout, q, k, v, out, lse, groups)]
 
     for rank, got in enumerate(run_virtual(strided, 2)):
         check(got, want, rank, 2)
 
 
 def test_large_logits_do_not_overflow() -> None:
-    inputs = whole((1, 2, 1, 4, 8), 4, seed=3)
+    inputs = sequence((1, 2, 1, 4, 8), 4, seed=3)
     inputs[0] *= 256  # logits of thousands: exp of them is inf
     want = expected(inputs, 8.0)
     for rank, got in enumerate(run_virtual(lambda r: compute(inputs, r.rank, 4, r, torch.float64, 8.0), 4)):
@@ -210,8 +217,8 @@ def test_large_logits_do_not_overflow() -> None:
 def test_error_does_not_grow_with_ranks_in_bf16(
     cp: int, length: int, heads: int, kv_heads: int, d: int, bound: float
 ) -> None:
-    """Accumulated in float32: many ranks stay within 15% of one kernel over the whole sequence, and within 8%
-    of two ranks."""
+    """Accumulated in float32: many ranks stay within 15% of one kernel over the complete sequence, and within
+    8% of two ranks."""
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(1, n, length, d, generator=generator).bfloat16().double()
@@ -230,17 +237,17 @@ def test_error_does_not_grow_with_ranks_in_bf16(
 
 
 class Recorded:
-    """A ring that writes down what happens, in order."""
+    """A communicator that records what happens, in order."""
 
-    def __init__(self, inner: Ring, events: list[tuple[Any, ...]]) -> None:
+    def __init__(self, inner: Communicator, events: list[tuple[Any, ...]]) -> None:
         self.inner, self.rank, self.size, self.events = inner, inner.rank, inner.size, events
 
-    def start(self, send: Tensor, receive: Tensor) -> Any:
+    def send_recv(self, send: Tensor, receive: Tensor) -> Any:
         assert send.is_contiguous() and receive.is_contiguous() and send.dtype == receive.dtype
         self.events.append(
-            ("start", send.dtype, send.numel() * send.element_size(), send.data_ptr(), receive.data_ptr())
+            ("send", send.dtype, send.numel() * send.element_size(), send.data_ptr(), receive.data_ptr())
         )
-        transfer = self.inner.start(send, receive)
+        transfer = self.inner.send_recv(send, receive)
         events = self.events
 
         class Wait:
@@ -251,11 +258,11 @@ class Recorded:
         return Wait()
 
 
-def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes on the wire are the least for grouped heads, two buffers a ring, and every hop is under way
-    before its kernel."""
+def test_bytes_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes sent are the minimum for grouped heads, two buffers per ring, and every hop is in flight before
+    its kernel."""
     cp, b, h, g, s, d = 4, 2, 6, 2, 10, 8
-    inputs = whole((b, h, g, s // 2, d), cp, seed=1)
+    inputs = sequence((b, h, g, s // 2, d), cp, seed=1)
     events: dict[int, list[tuple[Any, ...]]] = {rank: [] for rank in range(cp)}
     mine = threading.local()
 
@@ -269,46 +276,46 @@ def test_wire_buffers_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "forward", watched(kernels.forward))
     monkeypatch.setattr(kernels, "backward", watched(kernels.backward))
 
-    def run(r: Ring) -> None:
+    def run(r: Communicator) -> None:
         mine.events = events[r.rank]
-        recorded = Recorded(r, mine.events)
-        q, k, v, dout = (share(x, r.rank, cp, torch.bfloat16) for x in inputs)
-        out, lse = ring_forward(q, k, v, recorded)
+        groups = ContextGroups(ring=Recorded(r, mine.events))
+        q, k, v, dout = (shard(x, r.rank, cp, torch.bfloat16) for x in inputs)
+        out, lse = attention_forward(q, k, v, groups)
         assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
         assert lse.shape == (b, h, s)
         mine.events.append(("backward",))
-        ring_backward(dout, q, k, v, out, lse, recorded)
+        attention_backward(dout, q, k, v, out, lse, groups)
 
     run_virtual(run, cp)
     kv = 2 * b * g * s * d  # elements
-    hop = [("start", torch.bfloat16), ("kernel",), ("wait", torch.bfloat16)]
+    hop = [("send", torch.bfloat16), ("kernel",), ("wait", torch.bfloat16)]
     for rank in range(cp):
         split = events[rank].index(("backward",))
         forward, backward = events[rank][:split], events[rank][split + 1 :]
         assert [e[:2] for e in forward] == hop * 3 + [("kernel",)]
-        assert sum(e[2] for e in forward if e[0] == "start") == 3 * kv * 2
-        assert len({p for e in forward if e[0] == "start" for p in e[3:]}) == 2
-        sent = {t: [e for e in backward if e[:2] == ("start", t)] for t in (torch.bfloat16, torch.float32)}
+        assert sum(e[2] for e in forward if e[0] == "send") == 3 * kv * 2
+        assert len({p for e in forward if e[0] == "send" for p in e[3:]}) == 2
+        sent = {t: [e for e in backward if e[:2] == ("send", t)] for t in (torch.bfloat16, torch.float32)}
         assert sum(e[2] for e in sent[torch.bfloat16]) == 3 * kv * 2
         assert sum(e[2] for e in sent[torch.float32]) == 4 * kv * 4
-        assert all(len({p for e in starts for p in e[3:]}) == 2 for starts in sent.values())
+        assert all(len({p for e in sends for p in e[3:]}) == 2 for sends in sent.values())
         names = [e[:2] for e in backward]
         assert names == [
-            ("start", torch.bfloat16),
+            ("send", torch.bfloat16),
             ("kernel",),
-            ("start", torch.float32),
+            ("send", torch.float32),
             ("wait", torch.bfloat16),
             *[
-                ("start", torch.bfloat16),
+                ("send", torch.bfloat16),
                 ("kernel",),
                 ("wait", torch.float32),
-                ("start", torch.float32),
+                ("send", torch.float32),
                 ("wait", torch.bfloat16),
             ]
             * 2,
             ("kernel",),
             ("wait", torch.float32),
-            ("start", torch.float32),
+            ("send", torch.float32),
             ("wait", torch.float32),
         ]
 
@@ -318,24 +325,24 @@ def test_what_is_kept_for_the_backward() -> None:
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(tuple(x.shape)), x)[1], lambda x: x):
 
-        def forward(r: Ring) -> Tensor:
-            return ring_attention(q, k, v, r)
+        def forward(r: Communicator) -> Tensor:
+            return attention(q, k, v, ContextGroups(ring=r))
 
         assert all(out.grad_fn is None for out in run_virtual(forward, 2)) and kept == []
-        assert ring_attention(q, k, v, None).grad_fn is None and kept == []
+        assert attention(q, k, v, ContextGroups()).grad_fn is None and kept == []
         q.requires_grad_()
-        ring_attention(q, k, v, None)
+        attention(q, k, v, ContextGroups())
     assert kept == [(1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8), (1, 4, 6, 8), (1, 4, 6)]
 
 
 def test_gradient_of_one_input_only() -> None:
-    inputs = whole((1, 4, 2, 3, 8), 2, seed=9)
+    inputs = sequence((1, 4, 2, 3, 8), 2, seed=9)
     want = expected(inputs)
 
-    def only_k(r: Ring) -> Tensor:
-        q, k, v, dout = (share(x, r.rank, 2) for x in inputs)
+    def only_k(r: Communicator) -> Tensor:
+        q, k, v, dout = (shard(x, r.rank, 2) for x in inputs)
         k.requires_grad_()
-        return torch.autograd.grad(ring_attention(q, k, v, r), k, dout)[0]
+        return torch.autograd.grad(attention(q, k, v, ContextGroups(ring=r)), k, dout)[0]
 
     for rank, dk in enumerate(run_virtual(only_k, 2)):
         assert_close(dk.double(), zigzag.shard(want[2], rank, 2, 2), atol=1e-5, rtol=1e-5)
@@ -345,18 +352,20 @@ def test_shapes_that_do_not_fit_are_refused_by_every_rank() -> None:
     q, odd, other = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 8), torch.randn(1, 2, 4, 8)
     for q_, k, v in ((odd, odd, odd), (q, other, other), (q, q, q[:, :2]), (q, q, q.double())):
         with pytest.raises(ValueError, match=r"\[b, h, s, d\] and \[b, g, s, d\] twice, with s even"):
-            run_virtual(lambda r, x=(q_, k, v): ring_attention(*x, r), 2)
+            run_virtual(lambda r, x=(q_, k, v): attention(*x, ContextGroups(ring=r)), 2)
 
 
 def test_a_failing_virtual_rank_ends_the_others() -> None:
-    def one_fails(r: Ring) -> None:
+    def one_fails(r: Communicator) -> None:
         if r.rank == 1:
             raise KeyError("rank 1")
-        ring_attention(*[torch.randn(1, 1, 2, 8)] * 3, r)
+        attention(*[torch.randn(1, 1, 2, 8)] * 3, ContextGroups(ring=r))
 
     with pytest.raises(KeyError, match="rank 1"):
         run_virtual(one_fails, 3)
     with pytest.raises(TimeoutError, match="waited more than"):
         run_virtual(
-            lambda r: r.rank == 1 or ring_attention(*[torch.randn(1, 1, 2, 8)] * 3, r), 2, timeout=0.2
+            lambda r: r.rank == 1 or attention(*[torch.randn(1, 1, 2, 8)] * 3, ContextGroups(ring=r)),
+            2,
+            timeout=0.2,
         )

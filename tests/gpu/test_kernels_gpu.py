@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.comm import Ring
+from megatron_ultralong.context_parallel.api import ContextGroups, attention
+from megatron_ultralong.context_parallel.comm import Communicator
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.merge import merge_
-from megatron_ultralong.context_parallel.ring import ring_attention
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.unit import test_merge
 from tests.unit.test_kernels import reference, reference_gradients, tensors
@@ -99,9 +99,9 @@ def test_ring_on_virtual_ranks(backend: str, cp: int) -> None:
     dtype, tolerance = (torch.float32, 1e-5) if backend == "eager" else (torch.bfloat16, 2e-2)
     q, k, v, dout = tensors(2, 9, 3, 96 * cp, 96 * cp, 64, dtype, device="cuda")
 
-    def run(r: Ring) -> list[Tensor]:
+    def run(r: Communicator) -> list[Tensor]:
         leaves = [zigzag.shard(x, r.rank, cp, 2).requires_grad_() for x in (q, k, v)]
-        out = ring_attention(*leaves, r)
+        out = attention(*leaves, ContextGroups(ring=r))
         return [out.detach(), *torch.autograd.grad(out, leaves, zigzag.shard(dout, r.rank, cp, 2))]
 
     allowed = torch.backends.cuda.cudnn_sdp_enabled()

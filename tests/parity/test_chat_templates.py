@@ -25,7 +25,7 @@ def test_llama31s_own_tokenizer_and_template(tmp_path):
     tokenizer.chat_template = template.decode()
     tokenizer.save_pretrained(tmp_path)
     same_as_transformers(tmp_path, chat_template.DATE)
-    ids, trained = encoded(tmp_path, chat_template.choose(tmp_path), talk("Hi", "Hello!"))
+    ids, trained = encoded(tmp_path, chat_template.select_template(tmp_path), talk("Hi", "Hello!"))
     assert ids[:4] == [128000, 128006, 9125, 128007] and [i for i, on in zip(ids, trained) if on] == [
         9906,
         0,
@@ -36,7 +36,7 @@ def test_llama31s_own_tokenizer_and_template(tmp_path):
 def test_smollm2s_template():
     if not SMOLLM2.exists():
         pytest.skip("SmolLM2 is not here; examples/smollm2.sh and tests/parity/test_smollm2.py fetch it")
-    template = chat_template.choose(SMOLLM2)
+    template = chat_template.select_template(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     for messages in TALKS[0], TALKS[2]:
         ids, trained = encoded(SMOLLM2, template, messages)

@@ -165,7 +165,7 @@ def test_document_starts_come_with_the_rows(tmp_path):
     )
     rows = Rows([PackedRows(prefix, S)])
     found = take(rows, 3, shuffle=False, global_batch=1, masked=True)
-    assert [batch["starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
+    assert [batch["document_starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
     assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [
         [4, 5],
         [],
@@ -174,12 +174,12 @@ def test_document_starts_come_with_the_rows(tmp_path):
     shares = [
         take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)
     ]
-    assert all(share["starts"].tolist() == [0, 5, 6] for share in shares), (
+    assert all(share["document_starts"].tolist() == [0, 5, 6] for share in shares), (
         "starts are those of the whole row on every rank"
     )
     first, second = (loader.BatchPlan(micro_batch=1, dp=2, dp_rank=r, masked=True) for r in range(2))
     [places], count = loader.held_out(rows, first, 3)
-    assert count == 2 and [batch["starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
+    assert count == 2 and [batch["document_starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
     [padding], _ = loader.held_out(rows, second, 3)
-    assert [batch["starts"].tolist() for batch in padding] == [[0], [0]]
-    assert "starts" not in take(rows, 1, global_batch=1)[0]
+    assert [batch["document_starts"].tolist() for batch in padding] == [[0], [0]]
+    assert "document_starts" not in take(rows, 1, global_batch=1)[0]

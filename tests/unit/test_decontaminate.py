@@ -21,15 +21,15 @@ import zstandard
 
 from megatron_ultralong.data import conversations
 from megatron_ultralong.data.decontaminate import benchmark_index
-from megatron_ultralong.data.decontaminate import report as contamination_report
-from megatron_ultralong.data.decontaminate import run as decontaminate
-from megatron_ultralong.data.decontaminate.benchmark_index import Rules
-from megatron_ultralong.data.decontaminate.filter_files import Batch
-from megatron_ultralong.data.decontaminate.normalise import Normalise, Vocabulary
-from megatron_ultralong.data.decontaminate.scan import Scanner, Treatment
+from megatron_ultralong.data.decontaminate.benchmark_index import NgramRules, build_index
+from megatron_ultralong.data.decontaminate.filter_files import DocumentBatch
+from megatron_ultralong.data.decontaminate.normalise import Normalisation, Vocabulary
+from megatron_ultralong.data.decontaminate.report import SAMPLES, format_table
+from megatron_ultralong.data.decontaminate.run import DecontaminationSettings, decontaminate
+from megatron_ultralong.data.decontaminate.scan import BatchScanner, ContaminationPolicy
 from megatron_ultralong.data.pretrain import sources
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.official_files.records import Example
+from megatron_ultralong.official_files.records import BenchmarkExample
 from tests import benchmark_files as made
 from tests import processes
 
@@ -53,22 +53,25 @@ def run(
     workers=1,
     **rules,
 ):
-    return decontaminate.run(
+    settings = DecontaminationSettings(
+        rules=NgramRules(**rules),
+        normalisation=Normalisation.parse(normalise),
+        policy=ContaminationPolicy(action=action, margin=margin, pieces=pieces, min_piece=min_piece),
+        text_key=text_key,
+        form=form,
+    )
+    return decontaminate(
         [Path(path) for path in inputs],
         benchmarks,
         Path(output),
-        rules=Rules(**rules),
-        normalise=Normalise.parse(normalise),
-        treatment=Treatment(action=action, margin=margin, pieces=pieces, min_piece=min_piece),
-        text_key=text_key,
-        form=form,
+        settings,
         workers=workers,
         show_progress=False,
     )
 
 
 def words_of(text: str) -> list[str]:
-    """The rule for words, written anew and character by character: letters, digits and their marks; Han
+    """The rule for words, reimplemented character by character: letters, digits and their marks; Han
     characters one by one."""
     found, word = [], ""
     for character in unicodedata.normalize("NFKC", text).casefold() + " ":
@@ -84,7 +87,7 @@ def words_of(text: str) -> list[str]:
 
 
 def by_sets(texts: list[str], documents: list[str], ngram: int, least: int) -> list[bool]:
-    """Whether each document has an n-gram of the texts, or all of a shorter one; with sets of tuples."""
+    """Whether each document has an n-gram of the texts, or a complete shorter text; with sets of tuples."""
     wanted: set[tuple[str, ...]] = set()
     for text in texts:
         words = words_of(text)
@@ -104,18 +107,18 @@ def by_sets(texts: list[str], documents: list[str], ngram: int, least: int) -> l
     return found
 
 
-REPORT = Treatment(action="report")
+REPORT = ContaminationPolicy(action="report")
 
 
-def scan(examples, documents, treatment=REPORT, **rules):
-    """What a scanner says of .jsonl lines with those texts."""
-    index = benchmark_index.build(examples, Rules(**rules), Normalise())
+def scan(examples, documents, policy=REPORT, **rules):
+    """The result of a scanner for .jsonl lines with those texts, and its index."""
+    index = build_index(examples, NgramRules(**rules), Normalisation())
     lines = [json.dumps({"text": document}).encode() + b"\n" for document in documents]
-    return Scanner(index, treatment, "text")(Batch("x.jsonl", ".jsonl", 1, lines)), index
+    return BatchScanner(index, policy, "text")(DocumentBatch("x.jsonl", ".jsonl", 1, lines)), index
 
 
 def example(question, number=0, benchmark="text", answers=(), choices=(), context=""):
-    return Example(
+    return BenchmarkExample(
         benchmark=benchmark,
         task="t",
         split="test",
@@ -143,37 +146,40 @@ def example(question, number=0, benchmark="text", answers=(), choices=(), contex
     ],
 )
 def test_words_by_every_rule(how, words):
-    normalise, text = Normalise.parse(how), "Don’t ﬁnd  NAÏVE\n灯塔x² cafe\u0301, has_close"
-    vocabulary = Vocabulary(normalise, {}, learn=True)
-    ids = vocabulary.ids(text)
-    names = list(vocabulary.known)
+    normalisation, text = Normalisation.parse(how), "Don’t ﬁnd  NAÏVE\n灯塔x² cafe\u0301, has_close"
+    vocabulary = Vocabulary(normalisation, {}, learn=True)
+    ids = vocabulary.encode(text)
+    names = list(vocabulary.word_to_id)
     assert [names[i - 1] for i in ids] == words
-    spans = normalise.spans(text)
-    assert len(spans) == len(words) and [normalise.words(text[a:b]) for a, b in spans] == [
+    spans = normalisation.word_spans(text)
+    assert len(spans) == len(words) and [normalisation.words(text[a:b]) for a, b in spans] == [
         [word] for word in words
     ]
 
 
 def test_normalise_is_checked():
     with pytest.raises(
-        UserError, match="'upper' is not known; give words or exact, or some of nfkc,lower,punctuation,cjk"
+        UserError, match="unknown step 'upper'; use words or exact, or some of nfkc,lower,punctuation,cjk"
     ):
-        Normalise.parse("lower,upper")
+        Normalisation.parse("lower,upper")
 
 
 def test_words_and_their_places_agree_on_random_text():
-    rng, normalise = random.Random(1), Normalise()
+    rng, normalisation = random.Random(1), Normalisation()
     for _ in range(3000):
         text = "".join(
             rng.choice("aBß ,-é\u0301\u0308漢ｶﾞ\u1112\u1161ﬁİไ\u0e31\u3000\x1c½¨²_\u200b")
             for _ in range(rng.randint(0, 20))
         )
         words, spans = (
-            [word for part in text.split() for word in normalise.words(part)],
-            normalise.spans(text),
+            [word for part in text.split() for word in normalisation.words(part)],
+            normalisation.word_spans(text),
         )
         assert (
-            len(words) == len(spans) == len(normalise.words(text)) == len(Vocabulary(normalise, {}).ids(text))
+            len(words)
+            == len(spans)
+            == len(normalisation.words(text))
+            == len(Vocabulary(normalisation, {}).encode(text))
         )
         assert all(a <= c and b <= d for (a, b), (c, d) in pairwise(spans)), "in order"
 
@@ -249,27 +255,27 @@ def test_long_texts_are_searched_across_strides_and_blocks():
 
 
 def test_same_hash_is_not_the_same_words(monkeypatch):
-    """With all hashes equal, the comparison word by word alone decides."""
+    """With all hashes equal, only the comparison word by word decides."""
     import numpy
 
     from megatron_ultralong.data.decontaminate import ngrams
 
-    def same(codes, sizes):
+    def same(hashes, sizes):
         return (
-            (size, numpy.full(max(len(codes) - size + 1, 0), 7, dtype=numpy.uint64))
+            (size, numpy.full(max(len(hashes) - size + 1, 0), 7, dtype=numpy.uint64))
             for size in sizes
-            if size <= len(codes)
+            if size <= len(hashes)
         )
 
-    monkeypatch.setattr(ngrams, "rolling", same)
-    monkeypatch.setattr(benchmark_index, "rolling", same)
-    index = benchmark_index.build([example("a b c d")], Rules(ngram=4, min_words=4), Normalise())
-    ids = index.words().ids
-    assert [hit.start for hit in index.find(ids("x a b c d a b c"))] == [1]
-    assert not list(index.find(ids("d c b a a b c x d")))
+    monkeypatch.setattr(ngrams, "rolling_hashes", same)
+    monkeypatch.setattr(benchmark_index, "rolling_hashes", same)
+    index = build_index([example("a b c d")], NgramRules(ngram=4, min_words=4), Normalisation())
+    encode = index.vocabulary().encode
+    assert [match.start for match in index.search(encode("x a b c d a b c"))] == [1]
+    assert not list(index.search(encode("d c b a a b c x d")))
 
 
-def test_short_texts_whole_or_not_at_all():
+def test_short_texts_match_completely_or_not_at_all():
     nine, seven = "one two three four five six seven eight nine", "one two three four five six seven"
     outcome, index = scan(
         [example(nine, 0), example(seven, 1), example("", 2)], [f"x {nine} y", f"x {nine[:-5]} y", seven]
@@ -286,11 +292,11 @@ def test_template_text_is_ignored_and_counted():
     documents = [template, f"{template} q3 r3 s3"]
     outcome, index = scan(examples, documents, common=10)
     assert [(match["line"], match["example"]) for match in outcome.matches] == [(2, "3")]
-    assert index.statistics["text"]["common"] == 3  # its 15 words hold 3 n-grams
+    assert index.statistics["text"]["common"] == 3  # its 15 words have 3 n-grams
     assert {match["line"] for match in scan(examples, documents, common=11)[0].matches} == {1, 2}
     same = [
         example(QUESTION, i) for i in range(50)
-    ]  # the same text fifty times is no template: it counts once
+    ]  # the same text fifty times is not a template: it counts once
     assert [match["example"] for match in scan(same, [QUESTION], common=1)[0].matches] == ["0"]
     two = [example(QUESTION, 0, "gsm8k"), example(QUESTION, 1, "math")]  # and counts for each benchmark
     assert [match["benchmark"] for match in scan(two, [QUESTION], common=1)[0].matches] == ["gsm8k", "math"]
@@ -334,7 +340,7 @@ def test_cut_removes_exactly(settings, left):
     outcome, _ = scan(
         [example(QUESTION)],
         [f"Before it. {QUESTION.upper()}... After, it."],
-        Treatment(action="cut", **settings),
+        ContaminationPolicy(action="cut", **settings),
     )
     (edit,) = outcome.edits.values()
     assert [json.loads(line)["text"] for new in edit for line in new.splitlines()] == left
@@ -342,7 +348,7 @@ def test_cut_removes_exactly(settings, left):
 
 
 def test_cut_leaves_nothing_to_find():
-    """Also where what was around a match makes another one once it is gone, and in text without spaces."""
+    """Also where the words around a match form another one once it is removed, and in text without spaces."""
     rng = random.Random(4)
     alphabet = ["a", "B", "灯塔", "灯", "ﬁ", "½", "x-y"]
     removed = 0
@@ -350,15 +356,17 @@ def test_cut_leaves_nothing_to_find():
         texts = [example(" ".join(rng.choices(alphabet, k=rng.randint(3, 8))), i) for i in range(3)]
         documents = [rng.choice((" ", "", ", ")).join(rng.choices(alphabet, k=25)) for _ in range(5)]
         for settings in ({}, {"pieces": "split"}, {"margin": 1, "min_piece": 4}):
-            treatment = Treatment(action="cut", **settings)
-            outcome, index = scan(texts, documents, treatment, ngram=4, min_words=3)
+            policy = ContaminationPolicy(action="cut", **settings)
+            outcome, index = scan(texts, documents, policy, ngram=4, min_words=3)
             left = [
                 line
                 for edit in outcome.edits.values()
                 for new in edit
                 for line in new.splitlines(keepends=True)
             ]
-            assert not Scanner(index, treatment, "text")(Batch("x.jsonl", ".jsonl", 1, left)).matches
+            assert not BatchScanner(index, policy, "text")(
+                DocumentBatch("x.jsonl", ".jsonl", 1, left)
+            ).matches
             removed += outcome.counts["words_removed"]
     assert removed > 1000
 
@@ -384,7 +392,8 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
         b'{"text": "\\ud800"}\n',
         b"[]\n",
         b'{"text": "\xff"}\n',
-        b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]}\n',
+        b'{"messages": [{"role": "user", "content": "hi"}, '
+        b'{"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]}\n',
         json.dumps(
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": SOLUTION}]}
         ).encode()
@@ -493,15 +502,16 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
         2,
         8,
         8,
-        contamination_report.SAMPLES,
+        SAMPLES,
     )
-    text = contamination_report.table(reports["drop"])
-    assert "19 documents, 8 contaminated: 8 left out, 0 cut" in text
+    text = format_table(reports["drop"])
+    assert "19 documents, 8 contaminated: 8 dropped, 0 cut" in text
     assert f"22 lines could not be read and are not in the output: {inputs[0]}, line 4" in text
 
 
 def test_empty_files_and_halves_of_surrogate_pairs(tmp_path):
-    """JSON can hold what UTF-8 cannot: in an id, in a benchmark. Files without any document stay files."""
+    """JSON can contain what UTF-8 cannot: in an id, in a benchmark. Files without any document are
+    written."""
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"text": QUESTION + " \ud800", "id": "\udfff"}) + "\n")
     path = tmp_path / "a.jsonl"
@@ -557,9 +567,9 @@ def test_one_and_four_workers_write_the_same_bytes(tmp_path, bench):
     assert not (tmp_path / "4" / ".decontaminate" / "partial").exists()
 
 
-def test_a_killed_run_goes_on(tmp_path, bench):
-    """SIGKILL after the first of three files: nothing half-written has a name, the first file is not touched
-    again."""
+def test_a_killed_run_resumes(tmp_path, bench):
+    """SIGKILL after the first of three files: only a hidden name is half-written, the first file is not
+    touched again."""
     inputs = [training_text(tmp_path / f"{i}.jsonl", count, seed=i) for i, count in enumerate((40, 900, 40))]
     run(inputs, [bench], tmp_path / "whole", action="cut")
     words = [
@@ -578,7 +588,7 @@ def test_a_killed_run_goes_on(tmp_path, bench):
         "2",
     ]
     tool = processes.Popen(words, stdout=processes.DEVNULL, stderr=processes.DEVNULL)
-    partial = tmp_path / "out" / ".decontaminate" / "partial" / "1.jsonl"
+    partial = tmp_path / "out" / ".1.jsonl.partial"
     while not (partial.exists() and partial.stat().st_size):
         assert tool.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
@@ -586,14 +596,14 @@ def test_a_killed_run_goes_on(tmp_path, bench):
     tool.send_signal(signal.SIGKILL)
     tool.wait()
     assert workers and not psutil.wait_procs(workers, timeout=20)[1], "a worker outlived the tool"
-    assert set(results(tmp_path / "out")) == {"0.jsonl"}
+    assert set(results(tmp_path / "out")) == {"0.jsonl", partial.name}
     before = (tmp_path / "out" / "0.jsonl").stat().st_mtime_ns
     run(inputs, [bench], tmp_path / "out", action="cut")
     assert results(tmp_path / "out") == results(tmp_path / "whole")
     assert (tmp_path / "out" / "0.jsonl").stat().st_mtime_ns == before
 
 
-def test_what_is_done_is_kept_unless_something_changed(tmp_path, bench, capsys):
+def test_complete_files_are_kept_unless_something_changed(tmp_path, bench, capsys):
     path, output = training_text(tmp_path / "a.jsonl", 20), tmp_path / "out"
     first = run([path], [bench], output)
     before = (output / "a.jsonl").stat().st_mtime_ns
@@ -604,17 +614,24 @@ def test_what_is_done_is_kept_unless_something_changed(tmp_path, bench, capsys):
         ({"normalise": "exact"}, "normalise"),
     ):
         with pytest.raises(
-            UserError, match=f"begun with other settings \\({name}.*; choose another directory, or remove it"
+            UserError,
+            match=f"started with other settings \\({name}.*; choose another directory, or remove it",
         ):
             run([path], [bench], output, **changed)
     own = made.jsonl(tmp_path / "other.jsonl", [{"text": SOLUTION}])
-    with pytest.raises(UserError, match="begun with other settings \\(benchmarks\\)"):
+    with pytest.raises(UserError, match="started with other settings \\(benchmarks\\)"):
         run([path], [f"text={own}"], output)
     training_text(path, 30)
     again = run([path], [bench], output)
     assert again["totals"]["documents"] == 30 and (output / "a.jsonl").stat().st_mtime_ns != before
     (output / "a.jsonl").unlink()
     assert run([path], [bench], output)["totals"] == again["totals"] and (output / "a.jsonl").exists()
+
+
+def test_the_digest_of_benchmarks_does_not_change():
+    """Otherwise a folder that an earlier version started could not be resumed."""
+    _, index = scan([example("one two three four five six seven eight nine")], [])
+    assert index.digest() == "a922fede30bacfe245d5b067c6c57604f0674816740723ccf94a51f3ae3dc4ea"
 
 
 def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
@@ -644,7 +661,7 @@ def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("signal.signal", lambda *args: None)
     runpy.run_path(str(ROOT / "tools" / "prepare_data.py"))["main"]()
     printed = capsys.readouterr().out
-    assert "2 documents, 1 contaminated: 1 left out" in printed and "infinitebench" in printed
+    assert "2 documents, 1 contaminated: 1 dropped" in printed and "infinitebench" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["benchmarks"]["mmlu"]["tasks"]["sea_lore"] == {
         "found": 1,
@@ -657,8 +674,8 @@ def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):
 
 
 def test_conversations_of_every_form(tmp_path, bench):
-    """All messages are searched, whatever columns they stand in; what is left is one form, which the next
-    stages read."""
+    """All messages are searched, whatever their columns; the output has one form, which the next stages
+    read."""
     sharegpt = [
         {
             "id": "s1",
@@ -736,7 +753,7 @@ def test_conversations_of_every_form(tmp_path, bench):
     assert read(out / "share.jsonl") == [
         {"id": "s2", "messages": [{"role": "system", "content": "be kind"}, *said("hi", "ho")]}
     ]
-    # A column that is no message is not searched and not kept: it would be taken for the text of a document.
+    # A column that is not a message is neither searched nor kept: it would be read as the text of a document.
     assert read(out / "alpaca.jsonl.zst") == [
         {"id": "alpaca.jsonl.zst:1", "messages": said("do\n\nthis", "done")},
         {"domain": "code", "id": "7", "messages": said("a", "b")},
@@ -762,7 +779,7 @@ def test_conversations_of_every_form(tmp_path, bench):
     for name in ("share.jsonl", "alpaca.jsonl.zst", "pairs.jsonl", "matches.jsonl", "broken.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
 
-    # Done is done; and what is read next is the data, not what was taken out of it.
+    # Complete files are kept; and the next stage reads the data, not the reports about it.
     before = (out / "share.jsonl").stat().st_mtime_ns
     run([tmp_path / "share.json", tmp_path / "alpaca.jsonl.zst", tmp_path / "sub"], [bench], out, form="auto")
     assert (out / "share.jsonl").stat().st_mtime_ns == before
@@ -772,7 +789,7 @@ def test_conversations_of_every_form(tmp_path, bench):
         == names
         == [path.name for path in sources.expand([out])]
     )
-    with pytest.raises(UserError, match="begun with other settings \\(form\\)"):
+    with pytest.raises(UserError, match="started with other settings \\(form\\)"):
         run([tmp_path / "sub" / "plain.jsonl"], [bench], out)
 
 
@@ -809,20 +826,20 @@ def test_a_named_form_is_searched_alone(tmp_path, bench):
         ({"inputs": ["matches.jsonl"]}, "matches.jsonl is the name of a result"),
         (
             {"inputs": ["a.txt"], "action": "cut", "pieces": "split"},
-            "a.txt: a .txt holds one document; use --pieces join",
+            "a.txt: a .txt contains one document; use --pieces join",
         ),
         ({"inputs": ["b.parquet"]}, "b.parquet: cannot be read as parquet"),
         ({"inputs": ["b.jsonl.gz"]}, "b.jsonl.gz: cannot be read: "),
-        ({"output": "."}, "holds the input a.jsonl, which would be replaced"),
+        ({"output": "."}, "contains the input a.jsonl, which would be replaced"),
         ({"output": "sub"}, "sub: is not empty; choose another directory"),
-        ({"output": "a.jsonl/x"}, "x: cannot be written: Not a directory"),
+        ({"output": "a.jsonl/x"}, "x cannot be written: Not a directory"),
         ({"benchmarks": ["mmlu"]}, "--benchmark mmlu: give NAME=PATH or NAME=hub"),
         ({"benchmarks": ["text=none"]}, "--benchmark text=none: no such file"),
-        ({"benchmarks": ["squad=x"]}, "benchmark 'squad': known are"),
+        ({"benchmarks": ["squad=x"]}, "unknown benchmark 'squad'; known are"),
         ({"ngram": 1}, "--ngram 1: must be from 2 to 1000"),
         ({"min_words": 14}, "--min-words 14: must be from 1 to --ngram, 13"),
         ({"common": 0}, "--common 0: must be at least 1"),
-        ({"margin": 3}, "--margin, --pieces and --min-piece are for --action cut, not drop"),
+        ({"margin": 3}, "--margin, --pieces and --min-piece require --action cut, but it is drop"),
         ({"action": "cut", "margin": -1}, "--margin -1: must be 0 or more"),
         ({"inputs": ["a.parquet"], "text_key": "body"}, "a.parquet: no column 'body' among text"),
     ],

@@ -152,7 +152,7 @@ def test_conversation_sources_equal_those_of_the_script(tmp_path):
             ".decontaminate/train.json.json",
         ):
             (folder / file).write_text("")
-    found = select_examples.load(tmp_path / "chat.yaml")
+    found = select_examples.load_sources(tmp_path / "chat.yaml")
     assert {source.name: source.domain for source in found} == {
         name: domain for name, domain, *_ in of_script("chat")
     } and len(found) == 12

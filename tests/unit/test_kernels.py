@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from megatron_ultralong.context_parallel.kernels import aten
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.merge import merge_
 
@@ -173,7 +174,7 @@ def test_cuda_kernels_are_called_with_arguments_they_take(
     """Without a GPU: the calls against PyTorch's shape functions. The numbers are tested in tests/gpu."""
     q, k = (torch.empty(2, heads, 9, 16, dtype=torch.bfloat16, device="meta") for heads in (6, 2))
     for dims in (3, 4):  # both forms of cuDNN's logsumexp
-        monkeypatch.setattr(kernels, "_cudnn_lse_dims", lambda device, dims=dims: dims)
+        monkeypatch.setattr(aten, "cudnn_lse_dims", lambda device, dims=dims: dims)
         out, lse = kernels.forward(q, k, k, True, 0.3, backend=backend)
         assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
         shapes = [x.shape for x in kernels.backward(out, q, k, k, out, lse, True, 0.3, backend=backend)]

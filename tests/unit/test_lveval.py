@@ -339,7 +339,7 @@ def test_a_stopped_run_asks_nothing_twice(tmp_path):
     assert len(again.prompts) == 3 and sum(counted) == 5 and len(set(keys)) == len(keys) == 5
     assert lveval.results(tmp_path)["averages"]["<256K"]["score"] == pytest.approx(100)
     stages.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # all there: nothing is asked
-    with pytest.raises(UserError, match='is of model.path "one", not "two"'):
+    with pytest.raises(UserError, match='was written with model.path "one", not "two"'):
         stages.predict(Answering(right, name="two"), tmp_path, "lveval")
     with pytest.raises(UserError, match=r"holds an answer to another prompt"):
         stages.predict(Answering(right), tmp_path, "lveval", max_length=200)

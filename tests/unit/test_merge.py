@@ -61,7 +61,10 @@ def test_plain_operations() -> None:
 def test_triton_kernel_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     # The interpreter is chosen when Triton is imported, so it gets a process of its own.
-    code = "from tests.unit.test_merge import check; from megatron_ultralong.context_parallel.kernels.merge_triton import merge_; check(merge_)"
+    code = (
+        "from tests.unit.test_merge import check; "
+        "from megatron_ultralong.context_parallel.kernels.merge_triton import merge_; check(merge_)"
+    )
     subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The host store of layers' kept tensors: what comes back, in which order, and how much host memory it takes."""
+"""The host store of offloaded tensors: what comes back, in which order, and how much host memory it takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.model.layer.offload import HostStore, Rows
+from megatron_ultralong.model.layer.offload import HostStore, OffloadedHiddenStates
 
 
 def tensors(layer: int) -> list[torch.Tensor]:
@@ -24,17 +24,17 @@ def tensors(layer: int) -> list[torch.Tensor]:
     ]
 
 
-def test_everything_comes_back_and_host_memory_is_used_again() -> None:
+def test_everything_comes_back_and_host_memory_is_reused() -> None:
     store = HostStore(torch.device("cpu"))
     for step in range(3):
-        store.begin()
-        kept = [store.keep(tensors(10 * step + layer)) for layer in range(5)]
-        assert sum(k._device is not None for k in kept) == OFFLOADED_LAYERS_ON_GPU
+        store.begin_forward()
+        kept = [store.offload(tensors(10 * step + layer)) for layer in range(5)]
+        assert sum(k.on_device for k in kept) == OFFLOADED_LAYERS_ON_GPU
         for layer in reversed(range(5)):
-            got = kept[layer].get()
+            got = kept[layer].fetch()
             if layer:
-                assert kept[layer - 1]._device is not None, "the layer before was not fetched ahead"
-            assert sum(k._device is not None for k in kept) <= OFFLOADED_LAYERS_ON_GPU
+                assert kept[layer - 1].on_device, "the layer before was not fetched ahead"
+            assert sum(k.on_device for k in kept) <= OFFLOADED_LAYERS_ON_GPU
             for x, y in zip(got, tensors(10 * step + layer), strict=True):
                 assert x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
         assert store.bytes == 5 * (15 * 4 + 24 * 2), "host memory grew with the steps"
@@ -43,8 +43,8 @@ def test_everything_comes_back_and_host_memory_is_used_again() -> None:
 def test_a_graph_dropped_without_backward_gives_its_memory_back() -> None:
     store = HostStore(torch.device("cpu"))
     for _ in range(4):
-        store.begin()
-        kept = [store.keep(tensors(layer)) for layer in range(3)]
+        store.begin_forward()
+        kept = [store.offload(tensors(layer)) for layer in range(3)]
         del kept
     assert store.bytes <= (3 + OFFLOADED_LAYERS_ON_GPU) * (15 * 4 + 24 * 2)
 
@@ -54,12 +54,12 @@ def test_micro_batches_that_overlap() -> None:
     store = HostStore(torch.device("cpu"))
     passes: list[list[Any]] = []
     for micro_batch in range(3):
-        store.begin()
-        passes.append([store.keep(tensors(10 * micro_batch + layer)) for layer in range(4)])
+        store.begin_forward()
+        passes.append([store.offload(tensors(10 * micro_batch + layer)) for layer in range(4)])
         if micro_batch:
             for layer in reversed(range(4)):
-                got = passes[micro_batch - 1][layer].get()
-                assert sum(k._device is not None for kept in passes for k in kept) <= 1, (
+                got = passes[micro_batch - 1][layer].fetch()
+                assert sum(k.on_device for kept in passes for k in kept) <= 1, (
                     "more on the device than what comes next"
                 )
                 assert torch.equal(got[0], tensors(10 * (micro_batch - 1) + layer)[0])
@@ -71,32 +71,32 @@ def test_rows_come_back_any_number_of_times() -> None:
     x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
     chunks = [slice(0, 4), slice(4, 8), slice(8, 10)]
     for _ in range(2):
-        store.begin()
-        rows = Rows(store, x.shape)
+        store.begin_forward()
+        rows = OffloadedHiddenStates(store, x.shape)
         for chunk in chunks:
-            rows.keep(chunk, x[chunk])
-        store.leave()
+            rows.offload(chunk, x[chunk])
+        store.drop_device_copies()
         assert len(rows) == 10 and rows.shape == x.shape
-        kept = list(rows._parts.values())
-        assert not any(k._device is not None for k in kept)
+        kept = list(rows._chunks.values())
+        assert not any(k.on_device for k in kept)
         for _ in range(3):
             for i in (2, 1, 0):
                 assert torch.equal(rows[chunks[i]], x[chunks[i]])
-                assert [k._device is not None for k in kept] == [j == i - 1 for j in range(3)], (
-                    "the next is under way, and nothing else is there"
+                assert [k.on_device for k in kept] == [j == i - 1 for j in range(3)], (
+                    "only the next is on its way"
                 )
         del rows, kept
     assert store.bytes == 10 * 3 * 4
 
 
-def test_a_machine_without_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_memory_left_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "total available")(1000, 60))
     with pytest.raises(UserError, match=r"memory\.offload.*host memory are left"):
-        HostStore(torch.device("cpu")).keep([torch.zeros(5, 3)])
+        HostStore(torch.device("cpu")).offload([torch.zeros(5, 3)])
 
 
-def test_offload_needs_the_layer_checkpoint() -> None:
+def test_offload_needs_recompute_all_but_attention() -> None:
     with pytest.raises(
-        UserError, match=r"memory\.offload=checkpoints needs memory\.recompute=all_but_attention"
+        UserError, match=r"memory\.offload=layer_inputs needs memory\.recompute=all_but_attention"
     ):
         Memory(recompute="full", offload="layer_inputs")

@@ -113,8 +113,12 @@ def test_answers_of_something_else_are_refused(tmp_path):
     list(predictions.run(Echo(), requests(2), path))
     before = path.read_bytes()
     for backend, asked, words in (
-        (Echo(model="n"), requests(2), 'is of model.path "m", not "n"; remove it, or choose another --out'),
-        (Echo(seed=1), requests(2), "is of model.settings.seed 0, not 1"),
+        (
+            Echo(model="n"),
+            requests(2),
+            'was written with model.path "m", not "n"; remove it, or choose another --out',
+        ),
+        (Echo(seed=1), requests(2), "was written with model.settings.seed 0, not 1"),
         (Echo(), requests(2, tokens=6), "holds an answer to another prompt with the id q0"),
         (
             Echo(),
@@ -128,7 +132,7 @@ def test_answers_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two requests have the id 'q0'"):
         list(predictions.run(Echo(), requests(1) * 2, None))
     path.write_text('{"journal": "refine", "format": 1}\n')
-    with pytest.raises(UserError, match="line 1: is no journal"):
+    with pytest.raises(UserError, match="is not a predictions log of format 1"):
         list(predictions.run(Echo(), requests(1), path))
 
 

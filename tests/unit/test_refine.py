@@ -1,5 +1,5 @@
-"""tools/prepare_data.py refine against a real HTTP server that answers, is late, refuses, breaks off and
-counts what it was asked."""
+"""tools/prepare_data.py refine against a real HTTP server that answers, is late, refuses, disconnects and
+counts its requests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_ultralong.data.refine import prompts as refine_prompts
 from megatron_ultralong.data.refine import requests, validate
-from megatron_ultralong.data.refine import run as refine
-from megatron_ultralong.data.refine.next_step import Settings
+from megatron_ultralong.data.refine.prompts import RewritePrompts, load_prompts
+from megatron_ultralong.data.refine.run import refine
+from megatron_ultralong.data.refine.settings import RefineSettings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 from tests import processes
 from tests.server import Server
 
@@ -76,14 +76,14 @@ def run(
     server: Server,
     inputs: Path,
     output: Path,
-    prompts: refine_prompts.Prompts = refine_prompts.Prompts(),  # noqa: B008
+    prompts: RewritePrompts = RewritePrompts(),  # noqa: B008
     **settings: Any,
 ) -> dict[str, Any]:
     settings = {"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, **settings}
-    return refine.refine([inputs], output, Settings(**settings), prompts, show_progress=False)
+    return refine([inputs], output, RefineSettings(**settings), prompts, show_progress=False)
 
 
-def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server, tmp_path):
+def test_answers_keep_their_order_with_limited_concurrency(server, tmp_path):
     server.delay = 0.02
     # Later ones are answered sooner.
     server.script = lambda draft, nth: {
@@ -114,7 +114,7 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
         "refined": True,
         "refine": {
             "model": "m",
-            "prompt_sha256": refine_prompts.Prompts().sha256("general"),
+            "prompt_sha256": RewritePrompts().sha256("general"),
             "tokens_in": 100,
             "tokens_out": 10,
             "reason": None,
@@ -123,11 +123,11 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
     assert (
         made[3]["id"] == "three"
         and made[3]["source"] == "s"
-        and made[3]["refine"]["prompt_sha256"] == refine_prompts.Prompts().sha256("code")
+        and made[3]["refine"]["prompt_sha256"] == RewritePrompts().sha256("code")
     )
     assert server.most == 4
-    # Example 28 equals 3 but for the domain, so it is another request; the others that are equal are asked
-    # once.
+    # Example 28 equals 3 but for the domain, so it is another request; the other equal ones are
+    # requested once.
     assert server.asked == Counter({f"draft {i}": 1 for i in range(25)} | {"draft 3": 2})
     assert report == json.loads((tmp_path / "deep" / "out.json").read_text())
     assert report["examples"] == report["refined"] == 30 and report["domains"]["code"] == {
@@ -151,7 +151,7 @@ def test_answers_are_rewritten_in_order_few_at_a_time_and_equal_ones_once(server
     assert server.asked.total() == 26 and (tmp_path / "deep" / "out.jsonl").read_bytes() == before
 
 
-def test_what_may_pass_is_tried_again(server, tmp_path):
+def test_transient_errors_are_retried(server, tmp_path):
     first = {
         "busy": {"status": 429, "raw": "{}", "headers": {"Retry-After": "0.4"}},
         "date": {"status": 429, "raw": "{}", "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}},
@@ -174,7 +174,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path):
     assert server.times["busy"][1] - server.times["busy"][0] >= 0.4
 
 
-def test_equal_examples_are_asked_for_once(server, tmp_path):
+def test_equal_examples_are_requested_once(server, tmp_path):
     server.delay = 0.02
     server.script = lambda draft, nth: f"Better: {draft}" if nth == 2 else ""
     report = run(
@@ -188,14 +188,14 @@ def test_equal_examples_are_asked_for_once(server, tmp_path):
     assert report["refined"] == 12 and report["tokens_in"] == 300
 
 
-def test_openai_takes_another_name_for_the_limit(server, tmp_path, monkeypatch):
+def test_openai_has_another_name_for_the_token_limit(server, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint_client, "OPENAI", server.url)
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert server.bodies[0]["max_completion_tokens"] == 4096 and "max_tokens" not in server.bodies[0]
 
 
 def test_a_slow_drip_is_a_timeout(server, tmp_path):
-    """The HTTP client's own limit is one between two bytes."""
+    """The HTTP client's own timeout limits the time between two bytes."""
     server.script = lambda draft, nth: {"text": "x", "drip": 0.1} if nth == 0 else {"text": "x", "sleep": 5}
     start = time.monotonic()
     report = run(
@@ -212,7 +212,7 @@ def test_a_slow_drip_is_a_timeout(server, tmp_path):
     )
 
 
-def test_failures_are_kept_and_asked_again_only_on_demand(server, tmp_path):
+def test_failures_are_logged_and_repeated_only_on_demand(server, tmp_path):
     good = False
     server.script = lambda draft, nth: (
         f"Better: {draft}" if good or draft == "b" else error_of(503, f"busy {KEY}")
@@ -246,7 +246,7 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
     server.script = lambda draft, nth: {"status": 502, "raw": "bad gateway"}
     source = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(100)])
     with pytest.raises(
-        UserError, match=r"^20 requests in a row failed, the last by HTTP 502 .*--retry-failed$"
+        UserError, match=r"^20 requests in a row failed, the last with HTTP 502 .*--retry-failed$"
     ):
         run(server, source, tmp_path / "out.jsonl", concurrency=3, retries=0)
     assert 20 <= server.asked.total() <= 23 and not (tmp_path / "out.jsonl").exists()
@@ -270,11 +270,11 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
         ),
         (
             {"status": 404, "raw": "{}"},
-            r"http://127.0.0.1:\d+/v1 answers 404: no model 'm' there, or no such address; check --model and --base-url",
+            r"http://127.0.0.1:\d+/v1 answers 404: no model 'm', or no such address; check --model and --base-url",
         ),
         (
             error_of(400, "temperature is not supported"),
-            "answers 400 and will not be asked again: .*temperature is not",
+            "answers 400, which another try will not change: .*temperature is not",
         ),
         (
             error_of(429, "pay", "insufficient_quota"),
@@ -282,7 +282,7 @@ def test_many_failures_in_a_row_end_the_run(server, tmp_path):
         ),
     ],
 )
-def test_what_no_retry_mends_ends_in_one_line(server, tmp_path, reply, message):
+def test_errors_that_no_retry_fixes_are_one_line(server, tmp_path, reply, message):
     server.script = lambda draft, nth: reply
     source = write(tmp_path / "in.jsonl", [example("q", str(i)) for i in range(50)])
     with pytest.raises(UserError, match=message) as error:
@@ -304,12 +304,12 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
     source = write(tmp_path / "in.jsonl", [example("q", "a")])
     assert run(server, source, tmp_path / "out.jsonl")["refined"] == 1
     server.script = lambda draft, nth: {"status": 401, "raw": "{}"}
-    with pytest.raises(UserError, match="answers 401: a key is needed; put it into MY_KEY"):
+    with pytest.raises(UserError, match="answers 401: a key is required; put it into MY_KEY"):
         run(server, source, tmp_path / "other.jsonl", key_env="MY_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         run(server, source, tmp_path / "third.jsonl", base_url=endpoint_client.OPENAI)
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
-    with pytest.raises(UserError, match="OPENAI_API_KEY holds signs that no key has") as error:
+    with pytest.raises(UserError, match="OPENAI_API_KEY contains characters that no key has") as error:
         run(server, source, tmp_path / "third.jsonl")
     assert "schl" not in str(error.value)
 
@@ -317,7 +317,7 @@ def test_a_server_without_a_key(server, tmp_path, monkeypatch):
 # ---- checks ------------------------------------------------------------------------------------
 
 
-def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tmp_path):
+def test_a_rejected_answer_is_requested_again_then_the_original_stays(server, tmp_path):
     bad = {
         "cut off": {"text": "Better, but", "finish": "length"},
         "refused": "I’m sorry, but I can’t help with that.",
@@ -346,7 +346,7 @@ def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tm
     assert server.asked.total() == 24
     run(
         server, source, output, temperature=0.0, attempts=3, max_tokens=8000
-    )  # asks once more for what was rejected, for nothing else
+    )  # requests the rejected ones once more, nothing else
     assert {draft for draft, count in server.asked.items() if count == 3} == {
         f"{name} twice" for name in bad
     } and server.asked.total() == 30
@@ -355,14 +355,8 @@ def test_a_rejected_answer_is_asked_for_again_then_the_original_stays(server, tm
 def against(
     answer: str, original: str = "An answer.", domain: str = "general", finish: str | None = "stop"
 ) -> str | None:
-    return validate.reason_against(
-        answer,
-        original,
-        domain=domain,
-        finish=finish,
-        refused=False,
-        tags=refine_prompts.Prompts().tags("general"),
-    )
+    reply = endpoint_client.Reply(text=answer, finish=finish, refused=False, tokens=None)
+    return validate.rejection_reason(reply, original, domain=domain, tags=RewritePrompts().tags("general"))
 
 
 @pytest.mark.parametrize(
@@ -399,7 +393,7 @@ def test_check_of_answers(answer, reason):
     assert against(answer) == reason
 
 
-def test_checks_that_look_at_the_original():
+def test_checks_that_compare_with_the_original():
     assert against("I cannot help with that.", "I'm sorry, but I can't do that.") is None
     assert against("As drafts go: <draft> is a tag", "Use the <draft> tag") is None
     assert against("x" * 19, "y" * 100) == "much shorter" and against("x" * 20, "y" * 100) is None
@@ -439,7 +433,7 @@ def test_final_answer_of_mathematics(new, old, same):
     assert against(new, old, domain="general") is None
 
 
-def test_thinking_is_cut_off(server, tmp_path):
+def test_reasoning_is_removed(server, tmp_path):
     server.script = lambda draft, nth: "<think>\nhm\n</think>\n\nBetter."
     run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert answers(tmp_path / "out.jsonl") == ["Better."]
@@ -505,33 +499,33 @@ def test_all_turns_see_the_new_ones_before(server, tmp_path):
     assert part["messages"][3] == CHAT["messages"][3]
 
 
-def test_own_prompts(server, tmp_path):
+def test_custom_prompts(server, tmp_path):
     file = tmp_path / "prompts.yaml"
     file.write_text("system: ''\nmath: |\n  Solve {conversation}; they said {answer}.\n")
-    prompts = refine_prompts.load(file)
-    assert prompts.ask("math", CHAT["messages"][2:3], "{conversation}") == [
+    prompts = load_prompts(file)
+    assert prompts.messages("math", CHAT["messages"][2:3], "{conversation}") == [
         {"role": "user", "content": "Solve [user]\none; they said {conversation}.\n"}
     ]
-    assert prompts.general == refine_prompts.Prompts().general and prompts.sha256(
+    assert prompts.general == RewritePrompts().general and prompts.sha256("math") != RewritePrompts().sha256(
         "math"
-    ) != refine_prompts.Prompts().sha256("math")
+    )
     source = write(tmp_path / "in.jsonl", [example("q", "a", domain="math")])
     run(server, source, tmp_path / "out.jsonl")
     run(server, source, tmp_path / "out.jsonl", prompts)
-    assert server.asked.total() == 2  # another prompt is another question
+    assert server.asked.total() == 2  # another prompt is another request
     for text, message in (
-        ("maths: x", "no template is called 'maths'; did you mean 'math'"),
+        ("maths: x", "no template is named 'maths'; did you mean 'math'"),
         ("math: x", "the template 'math' lacks {conversation}"),
-        ("- a", "a mapping with some of system, general"),
+        ("- a", "expected a mapping with some of system, general"),
         ("math: 3", "'math' must be text"),
         ("a: [", "not YAML: "),
         ("system: x\nsystem: y", "the key system stands twice"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=re.escape(message)):
-            refine_prompts.load(file)
+            load_prompts(file)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        refine_prompts.load(tmp_path / "none.yaml")
+        load_prompts(tmp_path / "none.yaml")
 
 
 def test_broken_lines_are_reported_with_their_places(server, tmp_path):
@@ -594,12 +588,12 @@ def test_every_form_is_read_and_written_as_messages(server, tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([{"question": "q", "answer": "f", "weight": 1.5}]), tmp_path / "p.parquet"
     )
-    settings = Settings(base_url=server.url, model="m", turns="all", domain="math")
-    report = refine.refine(
+    settings = RefineSettings(base_url=server.url, model="m", turns="all", domain="math")
+    report = refine(
         [tmp_path / "share.json", source, tmp_path / "p.parquet"],
         tmp_path / "out" / "x.jsonl",
         settings,
-        refine_prompts.Prompts(),
+        RewritePrompts(),
         show_progress=False,
     )
     found = read(tmp_path / "out" / "x.jsonl")
@@ -614,11 +608,11 @@ def test_every_form_is_read_and_written_as_messages(server, tmp_path):
     assert report["form"] == "auto" and report["broken_lines"] == [
         {"place": f"{tmp_path / 'share.json'}, item 2", "reason": "no question with an answer after it"}
     ]
-    named = refine.refine(
+    named = refine(
         [source],
         tmp_path / "out" / "y.jsonl",
         settings,
-        refine_prompts.Prompts(),
+        RewritePrompts(),
         form="question/response",
         show_progress=False,
     )
@@ -629,7 +623,7 @@ def test_every_form_is_read_and_written_as_messages(server, tmp_path):
     )
 
 
-# ---- stopping and going on ---------------------------------------------------------------------
+# ---- stopping and resuming -----------------------------------------------------------------------
 
 
 def test_limit_and_budget(server, tmp_path):
@@ -642,7 +636,7 @@ def test_limit_and_budget(server, tmp_path):
         and server.asked.total() == 3
         and len(read(output)) == 3
     )
-    prices = {"price_in": 10.0, "price_out": 100.0}  # 0.002 USD an answer
+    prices = {"price_in": 10.0, "price_out": 100.0}  # 0.002 USD per answer
     report = run(server, source, output, budget=0.0155, concurrency=1, **prices)
     assert (
         server.asked.total() == 8
@@ -657,7 +651,7 @@ def test_limit_and_budget(server, tmp_path):
     assert answers(output) == [f"Better: {i}" for i in range(20)]
     server.script = lambda draft, nth: {"text": "Better", "usage": None}
     with pytest.raises(
-        UserError, match="does not say how many tokens an answer took, so --budget cannot be kept"
+        UserError, match="does not report the tokens of an answer, so --budget cannot be kept"
     ):
         run(server, source, tmp_path / "other.jsonl", budget=1, **prices)
     report = run(server, source, tmp_path / "other.jsonl")
@@ -693,7 +687,7 @@ def wait_for(what, seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
+def test_a_killed_run_resumes_and_ends_the_same(server, tmp_path):
     records = [example(f"q{i}", f"draft {i}", domain="math" if i % 2 else "code") for i in range(40)]
     source = write(tmp_path / "in.jsonl", records)
     server.script = lambda draft, nth: "" if draft.endswith("7") else f"Better: {draft}"
@@ -711,7 +705,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
     server.delay = 0
     wait_for(lambda: server.in_flight == 0)
     done, asked = Counter(record["key"] for record in read(journal)[1:]), server.asked.total()
-    assert 8 <= done.total() < 44 and asked - done.total() <= 4  # what was on its way is all that was lost
+    assert 8 <= done.total() < 44 and asked - done.total() <= 4  # only requests in flight were lost
     with journal.open("ab") as file:
         file.write(b'{"key": "half of a l')
     report = run(server, source, output)
@@ -719,6 +713,24 @@ def test_a_killed_run_goes_on_and_ends_the_same(server, tmp_path):
     assert server.asked.total() == asked + 44 - done.total()  # 40 and the second attempts of 4
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert report == whole and len(read(journal)) == 45
+
+
+def test_a_log_of_version_0_1_is_used(server, tmp_path):
+    """Keys of requests do not change: what an earlier version paid for is not requested again."""
+    key = "4860dd3cdedb66e2dca986cac50571e06e7a0beee3bca25e18038cfd51669fc0"
+    record = {
+        "key": key,
+        "id": "in.jsonl:1",
+        "attempt": 0,
+        "answer": "Better: a",
+        "tokens_in": 100,
+        "tokens_out": 10,
+    }
+    write(tmp_path / "out.journal.jsonl", [{"journal": "refine", "format": 1}, record])
+    report = run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
+    assert (
+        not server.asked and answers(tmp_path / "out.jsonl") == ["Better: a"] and report["tokens_in"] == 100
+    )
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
@@ -735,25 +747,21 @@ def test_a_signal_ends_the_run_with_one_line(server, tmp_path, name):
     last = printed[1].strip().splitlines()[-1]
     assert process.returncode == 130 and "Traceback" not in printed[1] and not output.exists()
     assert (
-        last.endswith(
-            "out.journal.jsonl holds every answer so far; run the same command again to go on from it"
-        )
+        last.endswith("out.journal.jsonl contains every answer so far; run the same command again to resume")
         and "interrupted: " in last
     )
     asked = server.asked.total()
-    assert (
-        len(read(tmp_path / "out.journal.jsonl")) == 1 + asked < 150
-    )  # answers on their way were waited for
+    assert len(read(tmp_path / "out.journal.jsonl")) == 1 + asked < 150  # it waited for requests in flight
     server.delay = 0
     assert run(server, source, output)["refined"] == 200 and server.asked.total() == 200
 
 
-def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
+def test_a_stopped_run_does_not_wait_long(server, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "GRACE", 0.1)
     server.script = lambda draft, nth: {"text": "late", "sleep": 5}
     before = signal.getsignal(signal.SIGTERM)
 
-    def stop() -> None:  # not before the run has its own answer to the signal
+    def stop() -> None:  # not before the run handles the signal
         wait_for(lambda: server.asked)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -762,39 +770,39 @@ def test_a_stopped_run_waits_not_for_long(server, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         run(server, write(tmp_path / "in.jsonl", [example("q", "a")]), tmp_path / "out.jsonl")
     assert time.monotonic() - begin < 4 and signal.getsignal(signal.SIGTERM) is before
-    assert not (tmp_path / "out.journal.jsonl").exists()  # nothing stood in it
+    assert not (tmp_path / "out.journal.jsonl").exists()  # it was empty
 
 
-def test_journal(tmp_path):
+def test_request_log(tmp_path):
     path = tmp_path / "j.jsonl"
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(RequestLog(path)) as journal:
         journal.add({"key": "a", "answer": "é\ud800", "tokens_in": 3})
         journal.add({"key": "a", "failed": "x"})
-        with pytest.raises(UserError, match="is in use by another run"):
-            Journal(path)
+        with pytest.raises(UserError, match="is being written by another run"):
+            RequestLog(path)
         assert [record.get("answer") for record in journal.get("a")] == ["é\ud800", None] and journal.get(
             "b"
         ) == []
     whole = path.read_bytes()
-    for cut in range(len(whole)):  # wherever it was cut, whole lines are kept and the rest goes
+    for cut in range(len(whole)):  # wherever it was cut, complete lines are kept and the rest is removed
         path.write_bytes(whole[:cut])
-        with contextlib.closing(Journal(path)) as journal:
+        with contextlib.closing(RequestLog(path)) as journal:
             assert len(journal.get("a")) == max(0, whole[:cut].count(b"\n") - 1)
             kept = path.read_bytes()
             assert kept == whole[: whole[:cut].rfind(b"\n") + 1]
             journal.add({"key": "b"})
             assert journal.get("b") == [{"key": "b"}]
     path.write_bytes(whole)
-    with contextlib.closing(Journal(path, forget="failed")) as journal:
+    with contextlib.closing(RequestLog(path, forget="failed")) as journal:
         assert len(journal.get("a")) == 1 and journal.tokens_in == 3
     path.write_bytes(whole.replace(b'"key": "a", "answer"', b'"key", "a" "answer"'))
-    with pytest.raises(UserError, match="line 2: is broken; remove that line"):
-        Journal(path)
+    with pytest.raises(UserError, match="line 2: is not a JSON object; remove that line"):
+        RequestLog(path)
     path.write_bytes(b'{"other": 1}\n')
-    with pytest.raises(UserError, match="line 1: is no journal of format 1"):
-        Journal(path)
-    with pytest.raises(UserError, match="cannot be used: Is a directory"):
-        Journal(tmp_path)
+    with pytest.raises(UserError, match="is not a refine log of format 1"):
+        RequestLog(path)
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        RequestLog(tmp_path)
 
 
 # ---- the tool ----------------------------------------------------------------------------------
@@ -854,8 +862,8 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     )
     printed = capsys.readouterr()
     assert re.search(
-        r"out.jsonl: 1 of 2 conversations refined; answers kept as they were: 1 truncated; 1 broken lines left out; 200 tokens in, 20 out, "
-        r"0.00 USD\nbroken: .*in.jsonl, line 2: not JSON",
+        r"out.jsonl: 1 of 2 conversations refined; original answers kept: 1 truncated; 1 broken lines left out; "
+        r"200 prompt and 20 completion tokens, 0.00 USD\nbroken: .*in.jsonl, line 2: not JSON",
         printed.out,
     )
     assert (
@@ -896,11 +904,11 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     [
         (["--concurrency", 0], "--concurrency 0: must be at least 1"),
         (["--timeout", "nan"], "--timeout nan: must be more than 0"),
-        (["--budget", 3], "--budget: needs --price-in and --price-out"),
-        (["--price-in", 3], "--price-in and --price-out: give both"),
+        (["--budget", 3], "--budget requires --price-in and --price-out"),
+        (["--price-in", 3], "--price-in and --price-out: give both or neither"),
         (["--output", "out.json"], "--output out.json: the name must end in .jsonl"),
         (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-        (["--output", "in.jsonl"], "--input in.jsonl: is what --output in.jsonl writes"),
+        (["--output", "in.jsonl"], "--input in.jsonl: would be replaced by --output in.jsonl"),
         (["--input", "a.txt"], "a.txt: kind of file not known by its name"),
         (["--base-url", "localhost:8000"], "--base-url: expected something like http"),
         (["--base-url", "http://[::1"], "--base-url: expected something like http"),
@@ -925,7 +933,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(server, tmp_path, monkeypa
         )
     wanted = (
         message
-        or "no conversation in empty.jsonl and others, 2 broken lines; the first: empty.jsonl, line 1: no known columns among none"
+        or "no conversation in empty.jsonl and 1 more, 2 broken lines; the first: empty.jsonl, line 1: "
+        "no known columns among none"
     )
     assert wanted in str(error.value) and "\n" not in str(error.value) and "pass@" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before and not server.asked

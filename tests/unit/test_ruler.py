@@ -584,7 +584,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
     )
     other = Oracle(tokenizer, answers)
     other.describe = lambda: {"path": "other"}  # type: ignore[method-assign]
-    with pytest.raises(UserError, match='is of model.path "oracle", not "other"'):
+    with pytest.raises(UserError, match='was written with model.path "oracle", not "other"'):
         ruler.predict(mine, other)
     assert ruler.score(mine) == result, "what was finished stays"
     assert ruler.score(settings(tmp_path, {})) == result, (
@@ -635,10 +635,11 @@ def test_a_file_of_prompts_has_one_writer_and_each_prompt_once(tokenizers, files
         settings(tmp_path, files, tasks=("niah_single_1",), lengths=(2000,)),
         tmp_path / "out" / "data" / "niah_single_1" / "2000.jsonl",
     )
-    writer = jsonl.Writer(place, keep=())
-    with pytest.raises(UserError, match="is being written by another run"):
+    with (
+        pytest.raises(UserError, match="is being written by another run"),
+        jsonl.ResumableFile(place, keep=()),
+    ):
         ruler.prepare(mine, tokenizers["llama3"])
-    writer.close()
     ruler.prepare(mine, tokenizers["llama3"])
     good = place.read_text().splitlines(keepends=True)
     place.write_text("".join([good[0], good[0], good[1]]))

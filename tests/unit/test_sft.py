@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data import loader, packed_rows
-from megatron_ultralong.data.sft import pack as sft
-from megatron_ultralong.data.sft import select_examples
+from megatron_ultralong.data.sft import pack, select_examples
+from megatron_ultralong.data.sft.settings import SftSettings
 from megatron_ultralong.errors import UserError
 from tests import chat as made
 from tests import processes
@@ -37,23 +37,23 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """Run the tool's main in this process, so that its UserError is seen."""
+    """Run the tool's main in this process, so that its UserError is raised here."""
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
-    monkeypatch.setattr("signal.signal", lambda *args: None)  # the tests keep their own answer to a signal
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # the tests keep their own signal handlers
     runpy.run_path(str(TOOL))["main"]()
 
 
 def prepared(
     tmp_path: Path, tokenizer_dir: Path, records: list[Any], name: str = "out", **settings: Any
 ) -> dict[str, Any]:
-    source = select_examples.Source(
+    source = select_examples.ConversationSource(
         name="s", files=(made.write_jsonl(tmp_path / f"{name}.jsonl", records),), domain="general"
     )
-    return sft.prepare(
+    return pack.pack_conversations(
         [source],
         tokenizer_dir,
         str(tmp_path / name),
-        sft.Settings(**{"seq_length": S, **settings}),
+        SftSettings(**{"seq_length": S, **settings}),
         show_progress=False,
     )
 
@@ -67,7 +67,7 @@ def contents(prefix: Path) -> dict[str, bytes]:
 
 
 def expected(tokenizer_dir: Path, record: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """(ids, ids trained on), by transformers' own tokens alone."""
+    """(ids, ids trained on), from transformers' tokens alone."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     ids = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
     trained = [
@@ -124,7 +124,9 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
         marks = torch.cat([torch.zeros(1), whole["loss_mask"]])
         which, place = rows.locate(number, 3)
         starts = [*rows.sets[which].starts(place), S + 1]
-        assert all(share["starts"].tolist() == [start for start in starts if start < S] for share in shares)
+        assert all(
+            share["document_starts"].tolist() == [start for start in starts if start < S] for share in shares
+        )
         for begin, end in pairwise(starts):
             ids = row[begin:end].tolist()
             if set(ids) == {manifest["pad_id"]}:
@@ -167,7 +169,7 @@ def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
     ].tolist() == expected(tokenizer_dir, record)[0]
 
 
-def test_one_conversation_a_row(tmp_path, tokenizer_dir):
+def test_one_conversation_per_row(tmp_path, tokenizer_dir):
     records = [made.asked(i) for i in range(5)]
     manifest = prepared(tmp_path, tokenizer_dir, records, fit="single")
     rows = packed_rows.PackedRows(str(tmp_path / "out"), S)
@@ -184,7 +186,7 @@ def test_one_conversation_a_row(tmp_path, tokenizer_dir):
 # ---- which examples ----------------------------------------------------------------------------
 
 
-def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
+def test_every_record_is_counted(tmp_path, tokenizer_dir):
     long = made.asked(3, turns=3, words=30)
     same = made.asked(1)
     same["messages"][0]["content"] = same["messages"][0]["content"].upper().replace(" ", "\n ")
@@ -203,9 +205,9 @@ def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
         {"messages": [{"role": "tool", "content": "x"}]},
     ]
     manifest = prepared(tmp_path, tokenizer_dir, records)
-    told = manifest["sources"][0]
+    counts = manifest["sources"][0]
     assert {
-        key: told[key]
+        key: counts[key]
         for key in (
             "read",
             "broken",
@@ -227,8 +229,8 @@ def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
         "cut_to_length": 0,
     }
     assert (
-        manifest["documents"] == told["chosen"] == 3
-        and told["files"][0]["bytes"] == (tmp_path / "out.jsonl").stat().st_size
+        manifest["documents"] == counts["chosen"] == 3
+        and counts["files"][0]["bytes"] == (tmp_path / "out.jsonl").stat().st_size
     )
     broken = [json.loads(line) for line in (tmp_path / "out.broken.jsonl").read_text().splitlines()]
     assert [(b["place"].rsplit(", ")[1], b["kind"]) for b in broken] == [
@@ -251,40 +253,48 @@ def test_everything_is_counted_and_told(tmp_path, tokenizer_dir):
     )
     assert not (tmp_path / "cut.broken.jsonl").exists()
     with pytest.raises(
-        UserError, match="of 1 records none is a conversation of up to 257 tokens; 1 too long"
+        UserError, match="none of 1 records is a conversation of up to 257 tokens; 1 too long"
     ):
         prepared(tmp_path, tokenizer_dir, [long], name="none")
 
 
 def test_shares_are_rounded_to_the_sum():
     thirds = dict.fromkeys(("general", "math", "code"), Fraction(1))
-    assert sum(select_examples.quotas({}, 100, thirds).values()) == 100
-    assert select_examples.quotas({}, 8, select_examples.parse("general=0.5,math=0.25,code=0.25")) == {
+    assert sum(select_examples.domain_quotas({}, 100, thirds).values()) == 100
+    assert select_examples.domain_quotas(
+        {}, 8, select_examples.parse_mix("general=0.5,math=0.25,code=0.25")
+    ) == {
         "general": 4,
         "math": 2,
         "code": 2,
     }
-    assert select_examples.quotas({"general": 30, "math": 10}, None, None) == {"general": 30, "math": 10}
-    assert select_examples.quotas({"general": 30, "math": 10}, 20, None) == {"general": 15, "math": 5}
-    assert select_examples.quotas({"general": 30, "math": 10}, 100, None) == {"general": 30, "math": 10}
+    assert select_examples.domain_quotas({"general": 30, "math": 10}, None, None) == {
+        "general": 30,
+        "math": 10,
+    }
+    assert select_examples.domain_quotas({"general": 30, "math": 10}, 20, None) == {"general": 15, "math": 5}
+    assert select_examples.domain_quotas({"general": 30, "math": 10}, 100, None) == {
+        "general": 30,
+        "math": 10,
+    }
     for text in ("general", "general=x", "poems=1", "math=-1", "math=0"):
         with pytest.raises(UserError, match="--mix"):
-            select_examples.parse(text)
+            select_examples.parse_mix(text)
 
 
-def test_sources_give_the_same_as_far_as_they_can():
-    assert select_examples.evenly([100, 100, 100], 60) == [20, 20, 20]
-    assert select_examples.evenly([100, 5, 100], 65) == [30, 5, 30]
-    assert select_examples.evenly([4, 5, 6], 100) == [4, 5, 6]
+def test_sources_give_equal_numbers_as_far_as_available():
+    assert select_examples.split_evenly([100, 100, 100], 60) == [20, 20, 20]
+    assert select_examples.split_evenly([100, 5, 100], 65) == [30, 5, 30]
+    assert select_examples.split_evenly([4, 5, 6], 100) == [4, 5, 6]
     assert (
-        select_examples.evenly([10, 10, 10], 7) == [2, 2, 3]
-        and select_examples.evenly([0, 10], 3) == [0, 3]
-        and select_examples.evenly([], 3) == []
+        select_examples.split_evenly([10, 10, 10], 7) == [2, 2, 3]
+        and select_examples.split_evenly([0, 10], 3) == [0, 3]
+        and select_examples.split_evenly([], 3) == []
     )
 
 
 def sources_file(tmp_path: Path) -> Path:
-    """Six sources of three domains; their examples can be told apart by the question's number."""
+    """Six sources of three domains; their examples are distinguished by the number in the question."""
     names = {
         "share": ("general", 40),
         "orca": ("general", 5),
@@ -348,7 +358,7 @@ def test_from_the_command_line_by_domain_and_source(tmp_path, tokenizer_dir, mon
     assert json.loads((tmp_path / "all.json").read_text())["documents"] == 139
 
 
-def test_a_domain_with_too_few_is_said(tmp_path, tokenizer_dir, monkeypatch, capsys):
+def test_a_domain_with_too_few_examples_is_reported(tmp_path, tokenizer_dir, monkeypatch, capsys):
     command(
         monkeypatch,
         "sft",
@@ -369,7 +379,7 @@ def test_a_domain_with_too_few_is_said(tmp_path, tokenizer_dir, monkeypatch, cap
         "--output",
         tmp_path / "out",
     )
-    assert "math: 2 of 4 wanted; there are no more" in capsys.readouterr().out
+    assert "math: 2 of 4 wanted; no more are available" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out.json").read_text())
     assert manifest["domains"]["code"]["chosen"] == 4 and manifest["documents"] == 6
 
@@ -422,11 +432,14 @@ def test_a_live_run_keeps_its_folder(tmp_path):
     live, own = tmp_path / ".out.partial-live", tmp_path / ".out.partial-own"
     for folder in (live, own):
         folder.mkdir()
-    with sft._alone(live, str(tmp_path / "out")), sft._alone(own, str(tmp_path / "out")):
+    with (
+        pack._remove_abandoned(live, str(tmp_path / "out")),
+        pack._remove_abandoned(own, str(tmp_path / "out")),
+    ):
         assert live.exists() and own.exists()
     third = tmp_path / ".out.partial-third"
     third.mkdir()
-    with sft._alone(third, str(tmp_path / "out")):
+    with pack._remove_abandoned(third, str(tmp_path / "out")):
         assert not live.exists() and not own.exists() and third.exists()
 
 
@@ -452,11 +465,11 @@ def test_show_prints_tokens_and_marks_and_writes_nothing(tmp_path, tokenizer_dir
     "words, message",
     [
         (["--seq-length", "255"], "--seq-length 255: must divide by 2 x CP = 2; use 254"),
-        (["--seq-length", "128", "--max-tokens", "130"], "--max-tokens 130: a row holds 128 + 1 tokens"),
+        (["--seq-length", "128", "--max-tokens", "130"], "--max-tokens 130: a row has 128 + 1 tokens"),
         (["--cp", "3"], "--seq-length 256: must divide by 2 x CP = 6; use 252"),
-        (["--max-tokens", "300"], "--max-tokens 300: a row holds 256 + 1 tokens"),
-        (["--mix", "math=1"], "--mix: say how many with --examples"),
-        (["--mix", "math=1", "--examples", "3"], "--mix: there is no example of domain math in the input"),
+        (["--max-tokens", "300"], "--max-tokens 300: a row has 256 + 1 tokens"),
+        (["--mix", "math=1"], "--mix requires --examples, the number of examples in all"),
+        (["--mix", "math=1", "--examples", "3"], "--mix: the input has no example of domain math"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--examples", "0"], "--examples 0: must be at least 1"),
         (["--show", "0"], "--show 0: must be at least 1"),
@@ -497,11 +510,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, tokenizer_dir, m
     [
         ("[", "not YAML"),
         ("sources: {a: {input: x}, a: {input: y}}", "the key a stands twice"),
-        ("a: {input: x}", "must hold `sources:`"),
-        ("sources: {}", "must hold `sources:`"),
-        ("sources: {a: {input: a.jsonl, text: b}}", "a: must hold input, domain and form"),
+        ("a: {input: x}", "must contain `sources:`"),
+        ("sources: {}", "must contain `sources:`"),
+        ("sources: {a: {input: a.jsonl, text: b}}", "a: must contain input, and optionally domain and form"),
         ("sources: {a: {domain: math}}", "a: input must be"),
-        ("sources: {a: {input: a.jsonl, domain: poems}}", "a: domain poems is not known"),
+        ("sources: {a: {input: a.jsonl, domain: poems}}", "a: unknown domain poems"),
         ("sources: {a: {input: b.jsonl}}", "b.jsonl: cannot be read"),
     ],
 )
@@ -509,5 +522,5 @@ def test_a_mistake_in_the_file_of_sources(tmp_path, text, message):
     made.write_jsonl(tmp_path / "a.jsonl", [made.asked(0)])
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        select_examples.load(tmp_path / "s.yaml")
+        select_examples.load_sources(tmp_path / "s.yaml")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Merging attention over one set of keys with attention over another, both known by output and logsumexp."""
+"""Merges attention over one set of keys with attention over another, each given by output and logsumexp."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which partial results of x are summed: float32, or wider if x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
     """Merge `partial` into `out`, in place.
 
     out [b, h, s, d] and lse [b, h, s] are float32 (or wider), any strides; partial [b, h, s, d] in any dtype,
-    partial_lse [b, h, s]. lse must be finite (a query sees at least itself, so own keys go first);
+    partial_lse [b, h, s]. lse must be finite (a query sees at least itself, so own keys come first);
     partial_lse may be -inf.
 
     out <- out + w (partial - out) with w = sigmoid(partial_lse - lse). Only the difference of the logsumexps
@@ -34,7 +39,7 @@ def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge n partial results at once: outs [n, ..., d] and lses [n, ...] -> (out [..., d], lse [...]),
     float32 or wider.
 
-    A logsumexp of -inf is a part without keys; where all are, out is 0 and lse -inf.
+    A logsumexp of -inf stands for no keys; if all are -inf, out is 0 and lse -inf.
     """
     if len(outs) == 1:
         return outs[0].to(lses.dtype), lses[0]

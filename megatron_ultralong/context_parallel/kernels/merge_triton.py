@@ -1,5 +1,4 @@
-"""The merge of `merge.py` as one Triton kernel: every element is read and written once, and nothing is
-allocated.
+"""The merge of merge.py as one Triton kernel: reads and writes every element once and allocates nothing.
 
 Shapes: b sequences, h heads, s tokens, d head dimension; a program merges BLOCK tokens of one head.
 """
@@ -11,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64
-"""Tokens of a program."""
+"""Tokens per program."""
 
 
 def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
@@ -66,19 +65,19 @@ def _merge(
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     sequence, head = (tl.program_id(1) // h).to(tl.int64), (tl.program_id(1) % h).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    row_there = token < s
-    there = row_there[:, None] & (column[None, :] < d)
+    row_valid = token < s
+    valid = row_valid[:, None] & (column[None, :] < d)
 
     lse_at = lse + sequence * lse_b + head * lse_h + token * lse_s
-    old = tl.load(lse_at, mask=row_there, other=0.0)
+    old = tl.load(lse_at, mask=row_valid, other=0.0)
     new = tl.load(
         partial_lse + sequence * partial_lse_b + head * partial_lse_h + token * partial_lse_s,
-        mask=row_there,
+        mask=row_valid,
         other=0.0,
     )
     difference = new - old
     weight = 1.0 / (1.0 + tl.exp(-difference))
-    tl.store(lse_at, tl.maximum(old, new) + tl.log(1.0 + tl.exp(-tl.abs(difference))), mask=row_there)
+    tl.store(lse_at, tl.maximum(old, new) + tl.log(1.0 + tl.exp(-tl.abs(difference))), mask=row_valid)
 
     out_at = out + sequence * out_b + head * out_h + token[:, None] * out_s + column[None, :] * out_d
     partial_at = (
@@ -88,6 +87,6 @@ def _merge(
         + token[:, None] * partial_s
         + column[None, :] * partial_d
     )
-    before = tl.load(out_at, mask=there, other=0.0)
-    share = tl.load(partial_at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out_at, before + weight[:, None] * (share - before), mask=there)
+    old_out = tl.load(out_at, mask=valid, other=0.0)
+    new_out = tl.load(partial_at, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_at, old_out + weight[:, None] * (new_out - old_out), mask=valid)

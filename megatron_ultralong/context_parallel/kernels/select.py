@@ -1,38 +1,51 @@
-"""Attention kernels that give the logsumexp and take one back: PyTorch's own, called by their aten names.
+"""Attention with logsumexp: chooses the kernel, runs it forward and backward, alone and by blocks.
 
 The backward takes the *final* output and logsumexp, over all keys of the sequence, with any part of the keys:
-its gradients are then those of that part. This is what makes a ring possible without a second forward.
+its gradients are then those of that part. So a ring needs no second forward.
 
 Shapes: q, out, dout [b, h, s, d]; k, v [b, g, t, d], h a multiple of g (KV heads are never expanded here);
 lse [b, h, s]. Any strides. The backends:
 
     cpu     flash attention of the CPU
-    flash   FlashAttention-2 of CUDA (or what `torch.nn.attention.activate_flash_attention_impl` put in its place)
-    cudnn   cuDNN; the fastest on Hopper and later, not bit-reproducible in the backward
-    eager   eager.py, for what the others do not take
+    flash   FlashAttention-2 of CUDA (or what `torch.nn.attention.activate_flash_attention_impl` replaced it
+    by) cudnn   cuDNN; the fastest on Hopper and later, backward not bit-reproducible eager   eager.py, for
+    what the others do not support
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel.kernels import eager
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec, Backend
+from megatron_ultralong.context_parallel.kernels import aten, eager, varlen
+from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
+from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype, merge_
+from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
-Backend = Literal["cpu", "flash", "cudnn", "eager"]
-Gradients = tuple[Tensor, Tensor, Tensor]
-"""(dq, dk, dv)."""
 _HALF = (torch.bfloat16, torch.float16)
 _OLDEST_CUDNN = 90501
-"""Older ones want dout in the strides of out."""
+"""Older versions require dout in the strides of out."""
+_FORWARD = {
+    "cpu": aten.cpu_forward,
+    "flash": aten.flash_forward,
+    "cudnn": aten.cudnn_forward,
+    "eager": eager.forward,
+}
+_BACKWARD = {
+    "cpu": aten.cpu_backward,
+    "flash": aten.flash_backward,
+    "cudnn": aten.cudnn_backward,
+    "eager": eager.backward,
+}
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend for tensors of this kind. `torch.backends.cuda.enable_cudnn_sdp(False)` rules cuDNN out."""
+    """Return the backend for tensors of this kind. `torch.backends.cuda.enable_cudnn_sdp(False)` excludes
+    cuDNN."""
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or dtype not in _HALF or head_dim % 8 or head_dim > 256:
@@ -44,6 +57,17 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     return "flash"
 
 
+def without_cudnn(q: Tensor) -> Backend | None:
+    """Return "flash" where cuDNN would be chosen, otherwise None.
+
+    cuDNN builds a plan for every new shape, which does not pay off where shapes keep changing.
+    """
+    return "flash" if choose(q.device, q.dtype, q.shape[3]) == "cudnn" else None
+
+
+# ---- one kernel ---------------------------------------------------------------------------------
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -53,18 +77,17 @@ def forward(
     *,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q over k and v -> (out in the dtype of q, lse in float32; float64 where q is).
+    """Compute attention of q over k and v -> (out in the dtype of q, lse in float32; float64 if q is).
 
     causal: query i sees keys 0..i (s must equal t). scale: of the logits, default d ** -0.5. backend: default
-    `choose`. Without any key, out is zero and lse -inf. ValueError for shapes that do not fit.
+    `choose`. Without any key, out is zero and lse -inf. Raises ValueError for shapes that do not fit.
     """
     _check(q, k, v, causal)
-    if q.numel() == 0 or k.numel() == 0:  # the CPU kernel dies of a division by zero
-        return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=_lse_dtype(q), device=q.device)
-    run = {"cpu": _cpu_forward, "flash": _flash_forward, "cudnn": _cudnn_forward, "eager": eager.forward}
-    return run[backend or _choose(q, k)](
-        _dense_rows(q), _dense_rows(k), _dense_rows(v), causal, _scale(q, scale)
-    )
+    if q.numel() == 0 or k.numel() == 0:  # the CPU kernel would divide by zero
+        lse = torch.full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q), device=q.device)
+        return torch.zeros_like(q), lse
+    run = _FORWARD[backend or _choose(q, k)]
+    return run(_dense_rows(q), _dense_rows(k), _dense_rows(v), causal, _scale(q, scale))
 
 
 def backward(
@@ -78,40 +101,116 @@ def backward(
     scale: float | None = None,
     *,
     backend: Backend | None = None,
-) -> Gradients:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v, of attention whose output and logsumexp over *all*
-    keys are given."""
+) -> QKVGradients:
+    """Compute gradients (dq, dk, dv) in the dtypes of q, k, v, of attention whose output and logsumexp over
+    *all* keys are given."""
     _check(q, k, v, causal)
     if not dout.shape == out.shape == q.shape or lse.shape != q.shape[:3]:
         raise ValueError(f"{_shapes(dout=dout, out=out, lse=lse)} do not fit {_shapes(q=q)}")
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    run = {"cpu": _cpu_backward, "flash": _flash_backward, "cudnn": _cudnn_backward, "eager": eager.backward}
+    run = _BACKWARD[backend or _choose(q, k)]
     # CUDA kernels read lse as if it were contiguous.
     dout, q, k, v, out = (_dense_rows(x) for x in (dout, q, k, v, out))
-    return run[backend or _choose(q, k)](dout, q, k, v, out, lse.contiguous(), causal, _scale(q, scale))
+    return run(dout, q, k, v, out, lse.contiguous(), causal, _scale(q, scale))
+
+
+# ---- blocks of attention ------------------------------------------------------------------------
+
+
+def forward_diagonal(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[AttentionBlock], spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Compute attention inside diagonal blocks that cover all of s without a gap -> (out in the dtype of q,
+    lse)."""
+    if len(blocks) == 1:
+        return forward(q, k, v, True, spec.scale, backend=spec.backend)
+    if _in_one_call(q, blocks, spec):
+        return varlen.forward(q, k, v, blocks, spec.scale)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=accumulation_dtype(q), device=q.device)
+    for block in blocks:
+        rows = _tokens(block.queries)
+        out[rows], lse[rows] = forward(q[rows], k[rows], v[rows], True, spec.scale, backend=spec.backend)
+    return out, lse
+
+
+def backward_diagonal(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Sequence[AttentionBlock],
+    spec: AttentionSpec,
+) -> QKVGradients:
+    """Compute gradients of `forward_diagonal` in the dtypes of q, k, v; out and lse over *all* keys, as in
+    `backward`."""
+    if len(blocks) == 1:
+        return backward(dout, q, k, v, out, lse, True, spec.scale, backend=spec.backend)
+    if _in_one_call(q, blocks, spec):
+        return varlen.backward(dout, q, k, v, out, lse, blocks, spec.scale)
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for block in blocks:
+        rows = _tokens(block.queries)
+        dout_, q_, k_, v_, out_, lse_ = (x[rows] for x in (dout, q, k, v, out, lse))
+        partial = backward(dout_, q_, k_, v_, out_, lse_, True, spec.scale, backend=spec.backend)
+        for gradient, x in zip(gradients, partial, strict=True):
+            gradient[rows] = x
+    return gradients
+
+
+def merge_past(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: AttentionBlock, spec: AttentionSpec
+) -> None:
+    """Compute attention of a past block and merge it into out [b, h, s, d] and lse [b, h, s] in place (see
+    `merge_`); other rows stay."""
+    rows, keys = _tokens(block.queries), _tokens(block.keys)
+    partial, partial_lse = forward(q[rows], k[keys], v[keys], False, spec.scale, backend=spec.backend)
+    merge_(out[rows], lse[rows], partial, partial_lse)
+
+
+def backward_past(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: AttentionBlock,
+    spec: AttentionSpec,
+) -> QKVGradients:
+    """Compute a past block's share of dq (of its queries), dk and dv (of its keys)."""
+    rows, keys = _tokens(block.queries), _tokens(block.keys)
+    dout, q, out, lse = (x[rows] for x in (dout, q, out, lse))
+    return backward(dout, q, k[keys], v[keys], out, lse, False, spec.scale, backend=spec.backend)
+
+
+def _in_one_call(q: Tensor, blocks: Sequence[AttentionBlock], spec: AttentionSpec) -> bool:
+    chosen = spec.backend or choose(q.device, q.dtype, q.shape[3])
+    return len(blocks) > 2 and q.shape[0] == 1 and chosen in ("flash", "cudnn")
+
+
+def _tokens(rows: slice) -> tuple[slice, slice, slice]:
+    return (slice(None), slice(None), rows)
 
 
 def _choose(q: Tensor, k: Tensor) -> Backend:
-    chosen = choose(q.device, q.dtype, q.shape[3])
-    return (
-        "flash" if chosen == "cudnn" and min(q.shape[2], k.shape[2]) == 1 else chosen
-    )  # cuDNN wants two tokens at least
+    one_token = min(q.shape[2], k.shape[2]) == 1  # cuDNN requires at least two
+    return (without_cudnn(q) if one_token else None) or choose(q.device, q.dtype, q.shape[3])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
-    fits = (
-        q.dim() == k.dim() == 4
-        and k.shape == v.shape
-        and q.shape[0] == k.shape[0]
-        and q.shape[3] == k.shape[3]
-    )
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape
+    fits = fits and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fits or k.shape[1] == 0 or q.shape[1] % k.shape[1]:  # the CPU kernel would read past the end
         raise ValueError(
             f"{_shapes(q=q, k=k, v=v)} are not [b, h, s, d], [b, g, t, d] twice, h a multiple of g"
         )
     if causal and q.shape[2] != k.shape[2]:
-        raise ValueError(f"causal attention wants as many keys as queries, not {k.shape[2]} and {q.shape[2]}")
+        raise ValueError(
+            f"causal attention requires as many keys as queries, not {k.shape[2]} and {q.shape[2]}"
+        )
 
 
 def _shapes(**tensors: Tensor) -> str:
@@ -125,101 +224,3 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else scale
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
-# ---- one pair of functions a backend, all with the same arguments ------------------------------
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=None, scale=scale
-    )
-
-
-def _cpu_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> Gradients:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=None, scale=scale
-    )
-
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
-
-
-def _flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> Gradients:
-    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout that there is not
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        unused,
-        unused[0],
-        scale=scale,
-    )
-
-
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
-    )[:2]
-    return out, lse.reshape(q.shape[:3])
-
-
-def _cudnn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> Gradients:
-    # PyTorch keeps the built graph by the strides of q, k and v alone, so those of out and dout must follow
-    # from them.
-    if not _strides(q) == _strides(out) == _strides(dout):
-        q, out, dout = q.contiguous(), out.contiguous(), dout.contiguous()
-    if _cudnn_lse_dims(q.device) == 4:
-        lse = lse.unsqueeze(-1)
-    unused = torch.zeros((), dtype=torch.int64, device=q.device)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        unused,
-        unused,
-        None,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        scale=scale,
-    )
-
-
-@functools.cache
-def _cudnn_lse_dims(device: torch.device) -> int:
-    """3 or 4: whether this version of PyTorch keeps cuDNN's trailing dimension of 1. Asked of the kernel
-    itself, once."""
-    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim()
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Strides that matter: those of dimensions longer than 1."""
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

@@ -1,5 +1,5 @@
-"""What is found in a batch of documents, and what becomes of them: reported, left out, or with what was found
-cut out."""
+"""The search of a batch of documents for n-grams of benchmarks, and the treatment of contaminated documents:
+reported, dropped, or with the matches cut out."""
 
 from __future__ import annotations
 
@@ -12,39 +12,42 @@ from typing import Any, Literal
 
 import numpy
 
-from megatron_ultralong.data.decontaminate.filter_files import Batch
-from megatron_ultralong.data.decontaminate.ngrams import Hit, Index, spans
+from megatron_ultralong.data.decontaminate.filter_files import DocumentBatch
+from megatron_ultralong.data.decontaminate.ngrams import NgramIndex, NgramMatch, merge_matches
 from megatron_ultralong.errors import UserError
 
-_SHOWN = 60  # words of a match that are written out
+_SHOWN_WORDS = 60
+"""Words of a match that are written out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Treatment:
-    """What becomes of a document that has words of a benchmark."""
+class ContaminationPolicy:
+    """What becomes of a contaminated document."""
 
     action: Literal["report", "drop", "cut"] = "drop"
     margin: int = 0
-    """cut: words that go too, before and after those found."""
+    """cut: words removed before and after each match as well."""
     pieces: Literal["join", "split"] = "join"
-    """cut: what is left of a document stays one, or each piece becomes a document."""
+    """cut: the remaining pieces of a document stay one document, or become one document each."""
     min_piece: int = 0
-    """cut: a piece of fewer characters goes too."""
+    """cut: pieces of fewer characters are removed too."""
 
     def __post_init__(self) -> None:
         for name, value in (("--margin", self.margin), ("--min-piece", self.min_piece)):
             if value < 0:
                 raise UserError(f"{name} {value}: must be 0 or more")
         if self.action != "cut" and (self.margin or self.min_piece or self.pieces != "join"):
-            raise UserError(f"--margin, --pieces and --min-piece are for --action cut, not {self.action}")
+            raise UserError(
+                f"--margin, --pieces and --min-piece require --action cut, but it is {self.action}"
+            )
 
 
 @dataclass
-class Outcome:
-    """Of a batch."""
+class BatchScan:
+    """The result for one batch."""
 
     edits: dict[int, list[Any]] = field(default_factory=dict)
-    """Items that are replaced, by number; by nothing where they are left out."""
+    """New items for each item that is replaced, by its number in the batch; none for dropped documents."""
     matches: list[dict[str, Any]] = field(default_factory=list)
     broken: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, int] = field(
@@ -55,7 +58,7 @@ class Outcome:
 
 
 @dataclass
-class _Document:
+class _ScannedDocument:
     item: int
     texts: list[str]
     record: dict[str, Any] | None = None
@@ -63,169 +66,168 @@ class _Document:
     conversation: bool = False
 
 
-class Scanner:
-    """Searches batches, and treats what it finds."""
+class BatchScanner:
+    """Searches batches of documents and treats the contaminated ones."""
 
-    def __init__(self, index: Index, treatment: Treatment, text_key: str) -> None:
-        self.index, self.treatment, self.text_key = index, treatment, text_key
-        self.vocabulary = index.words()
-        self.names = ["", *index.vocabulary]
+    def __init__(self, index: NgramIndex, policy: ContaminationPolicy, text_key: str) -> None:
+        self.index, self.policy, self.text_key = index, policy, text_key
+        self.vocabulary = index.vocabulary()
+        self.id_to_word = ["", *index.word_to_id]
 
     @staticmethod
-    def open(folder: Path, treatment: Treatment, text_key: str) -> Scanner:
-        """One with the index that was saved in `folder`."""
-        return Scanner(Index.load(folder), treatment, text_key)
+    def load(folder: Path, policy: ContaminationPolicy, text_key: str) -> BatchScanner:
+        """Return a scanner with the index that was saved in `folder`."""
+        return BatchScanner(NgramIndex.load(folder), policy, text_key)
 
-    def __call__(self, batch: Batch) -> Outcome:
-        outcome = Outcome()
-        found = list(self._documents(batch, outcome))
-        rows, owners = [], []
-        for document in found:
-            for number, text in enumerate(document.texts):
-                rows += [
-                    self.vocabulary.ids(text),
-                    numpy.zeros(1, dtype=numpy.int32),
-                ]  # a 0 between texts: no n-gram spans two
-                owners.append((document, number))
-        starts = numpy.concatenate([[0], numpy.cumsum([len(row) for row in rows])])[
-            ::2
-        ]  # of each text, and the end
-        hits: dict[int, dict[int, list[Hit]]] = defaultdict(lambda: defaultdict(list))
-        for hit in self.index.find(numpy.concatenate(rows)) if rows else ():
-            row = int(numpy.searchsorted(starts, hit.start, side="right")) - 1
-            document, number = owners[row]
-            hits[document.item][number].append(Hit(hit.start - int(starts[row]), hit.length, hit.text))
+    def __call__(self, batch: DocumentBatch) -> BatchScan:
+        scan = BatchScan()
+        documents = list(self._parse_documents(batch, scan))
+        texts = [(document, number) for document in documents for number in range(len(document.texts))]
+        ids_of_texts = [self.vocabulary.encode(document.texts[number]) for document, number in texts]
+        # All texts are searched at once, with a 0 after each, so that no n-gram spans two.
+        separator = numpy.zeros(1, dtype=numpy.int32)
+        starts = numpy.cumsum([0, *(len(ids) + 1 for ids in ids_of_texts)])
+        matches: dict[int, dict[int, list[NgramMatch]]] = defaultdict(lambda: defaultdict(list))
+        joined = [part for ids in ids_of_texts for part in (ids, separator)]
+        for match in self.index.search(numpy.concatenate(joined)) if joined else ():
+            i = int(numpy.searchsorted(starts, match.start, side="right")) - 1
+            document, number = texts[i]
+            matches[document.item][number].append(
+                NgramMatch(match.start - int(starts[i]), match.length, match.text_number)
+            )
         words: dict[int, int] = defaultdict(int)
-        for (document, _), ids in zip(owners, rows[::2]):
+        for (document, _), ids in zip(texts, ids_of_texts):
             words[document.item] += len(ids)
-        outcome.counts["documents"] += len(found)
-        outcome.counts["words"] += sum(words.values())
-        for document in found:
-            if document.item in hits:
-                self._treat(batch, document, hits[document.item], words[document.item], outcome)
-        return outcome
+        scan.counts["documents"] += len(documents)
+        scan.counts["words"] += sum(words.values())
+        for document in documents:
+            if document.item in matches:
+                self._report(batch, document, matches[document.item], scan)
+                if self.policy.action != "report":
+                    self._remove(batch, document, words[document.item], scan)
+        return scan
 
     # ---- documents ------------------------------------------------------------------------------
 
-    def _documents(self, batch: Batch, outcome: Outcome) -> Iterator[_Document]:
+    def _parse_documents(self, batch: DocumentBatch, scan: BatchScan) -> Iterator[_ScannedDocument]:
         for i, item in enumerate(batch.items):
             if batch.kind == ".jsonl" and item.isspace():
                 continue
             try:
-                yield self._document(batch, i, item)
+                yield self._parse_document(batch, i, item)
             except (ValueError, RecursionError) as error:
-                outcome.edits[i] = []
-                outcome.broken.append(
+                scan.edits[i] = []
+                scan.broken.append(
                     {"file": batch.path, "line": batch.first + i, "reason": " ".join(str(error).split())}
                 )
-                outcome.counts["broken"] += 1
+                scan.counts["broken"] += 1
 
-    def _document(self, batch: Batch, i: int, item: Any) -> _Document:
-        """Its texts; ValueError, with the reason, for what is none."""
+    def _parse_document(self, batch: DocumentBatch, i: int, item: Any) -> _ScannedDocument:
+        """Return the document of an item. ValueError, with the reason, for an item that is none."""
         if batch.kind == ".txt":
-            return _Document(i, [item.decode("utf-8-sig")])
+            return _ScannedDocument(i, [item.decode("utf-8-sig")])
         if batch.kind == ".parquet":
-            return _Document(i, [_text(item, self.text_key)])
-        if isinstance(item, ValueError):  # of conversations: why it is none
+            return _ScannedDocument(i, [_checked_text(item, self.text_key)])
+        if isinstance(item, ValueError):  # a record that is no conversation
             raise item
         record = json.loads(item.removeprefix(b"\xef\xbb\xbf"))
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
         if self.text_key in record and batch.kind != "messages":
-            return _Document(i, [_text(record[self.text_key], self.text_key)], record)
+            return _ScannedDocument(i, [_checked_text(record[self.text_key], self.text_key)], record)
         if isinstance(record.get("messages"), list):
-            return _Document(
-                i, [_content(message) for message in record["messages"]], record, conversation=True
-            )
+            return _ScannedDocument(i, list(map(_content, record["messages"])), record, conversation=True)
         raise ValueError(
             f"no key {self.text_key!r} or 'messages' among {', '.join(list(record)[:8]) or 'none'}"
         )
 
-    # ---- treatment ------------------------------------------------------------------------------
+    # ---- contaminated documents -----------------------------------------------------------------
 
-    def _treat(
-        self, batch: Batch, document: _Document, hits: dict[int, list[Hit]], words: int, outcome: Outcome
+    def _report(
+        self,
+        batch: DocumentBatch,
+        document: _ScannedDocument,
+        matches: dict[int, list[NgramMatch]],
+        scan: BatchScan,
     ) -> None:
+        """Add the matches of a document, by the number of its text, to the result."""
+        scan.counts["contaminated"] += 1
         place: dict[str, Any] = {"file": batch.path, "line": batch.first + document.item}
         if document.record is not None and "id" in document.record:
             place["id"] = document.record["id"]
-        for number, of_text in sorted(hits.items()):
-            ids = self.vocabulary.ids(document.texts[number])
-            for hit in spans(of_text, self.index.owners):
-                benchmark, task, example, part = self.index.owners[hit.text]
-                shown = [self.names[i] for i in ids[hit.start : hit.start + min(hit.length, _SHOWN)]]
-                outcome.matches.append(
+        for number, matches_of_text in sorted(matches.items()):
+            ids = self.vocabulary.encode(document.texts[number])
+            for match in merge_matches(matches_of_text, self.index.texts):
+                shown = ids[match.start : match.start + min(match.length, _SHOWN_WORDS)]
+                scan.matches.append(
                     {
                         **place,
                         **({"message": number} if document.conversation else {}),
-                        "benchmark": benchmark,
-                        "task": task,
-                        "example": example,
-                        "part": part,
-                        "words": hit.length,
-                        "text": " ".join(shown),
+                        **self.index.texts[match.text_number]._asdict(),
+                        "words": match.length,
+                        "text": " ".join(self.id_to_word[i] for i in shown),
                     }
                 )
-        counts, action = outcome.counts, self.treatment.action
-        counts["contaminated"] += 1
-        if action == "report":
-            return
-        left = [] if action == "drop" or document.conversation else self._cut(document.texts[0])
-        counts["dropped" if not left else "cut"] += 1
-        counts["words_removed"] += words - sum(len(self.vocabulary.ids(text)) for text in left)
-        outcome.edits[document.item] = self._rewritten(batch, document, left)
+
+    def _remove(self, batch: DocumentBatch, document: _ScannedDocument, words: int, scan: BatchScan) -> None:
+        """Drop a document of `words` words, or cut the matches out of it."""
+        cut = self.policy.action == "cut" and not document.conversation
+        pieces = self._cut(document.texts[0]) if cut else []
+        scan.counts["cut" if pieces else "dropped"] += 1
+        scan.counts["words_removed"] += words - sum(len(self.vocabulary.encode(text)) for text in pieces)
+        scan.edits[document.item] = self._new_items(batch, document, pieces)
 
     def _cut(self, text: str) -> list[str]:
-        """What is left of a text, of which something is left out until nothing is found in it any more; []
-        where no word is left."""
-        join, least = self.treatment.pieces == "join", self.treatment.min_piece
-        done, waiting = [], [text]
+        """Return what remains of a text once matches are removed until none is found any more; [] where no
+        word remains."""
+        join, min_piece = self.policy.pieces == "join", self.policy.min_piece
+        clean, waiting = [], [text]
         while waiting:
             text = waiting.pop(0)
             pieces = self._pieces(text)
             if len(pieces) == 1:
-                done.append(text)
+                clean.append(text)
                 continue
-            pieces = [piece for piece in pieces if len(piece.strip()) >= least and (join or piece.strip())]
-            waiting = (
-                ["".join(pieces), *waiting] if join else [*pieces, *waiting]
-            )  # joined pieces may make another match
-        return [text for text in done if len(self.vocabulary.ids(text))]
+            pieces = [
+                piece for piece in pieces if len(piece.strip()) >= min_piece and (join or piece.strip())
+            ]
+            # Searched again: joined pieces may make another match.
+            waiting = ["".join(pieces), *waiting] if join else [*pieces, *waiting]
+        return [text for text in clean if len(self.vocabulary.encode(text))]
 
     def _pieces(self, text: str) -> list[str]:
-        """The text without the words found in it, in pieces; itself where nothing is found."""
-        hits = list(self.index.find(self.vocabulary.ids(text)))
-        if not hits:
+        """Return the text between its matches, in pieces; the text itself if it has no match."""
+        matches = list(self.index.search(self.vocabulary.encode(text)))
+        if not matches:
             return [text]
-        where = self.index.normalise.spans(text)
+        spans = self.index.normalisation.word_spans(text)
         pieces, end = [], 0
-        for first, last in _ranges(hits, self.treatment.margin, len(where)):
-            pieces.append(text[end : max(where[first][0], end)])
-            end = where[last - 1][1]
+        for first, last in _covered_words(matches, self.policy.margin, len(spans)):
+            pieces.append(text[end : max(spans[first][0], end)])
+            end = spans[last - 1][1]
         return [*pieces, text[end:]]
 
-    def _rewritten(self, batch: Batch, document: _Document, left: list[str]) -> list[Any]:
-        if batch.kind == ".parquet" or not left:
-            return list(left)
+    def _new_items(self, batch: DocumentBatch, document: _ScannedDocument, pieces: list[str]) -> list[Any]:
+        if batch.kind == ".parquet" or not pieces:
+            return list(pieces)
         if batch.kind == ".txt":
-            return [text.encode() for text in left]
+            return [text.encode() for text in pieces]
         ending = b"\n" if batch.items[document.item].endswith(b"\n") else b""
-        return [
-            b"\n".join(to_json({**(document.record or {}), self.text_key: text}) for text in left) + ending
-        ]
+        records = [{**(document.record or {}), self.text_key: text} for text in pieces]
+        return [b"\n".join(map(to_json, records)) + ending]
 
 
 def to_json(value: Any) -> bytes:
-    """As JSON in one line. Half of a surrogate pair, which JSON can say and UTF-8 cannot, stays an escape."""
+    """Return JSON in one line. A lone surrogate, which JSON can express and UTF-8 cannot, stays an escape."""
     return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
 
 
-def _ranges(hits: list[Hit], margin: int, words: int) -> Iterator[tuple[int, int]]:
-    """Ranges of words, the end exclusive, that cover all hits and the margin around them; apart from each
-    other, in order."""
+def _covered_words(matches: list[NgramMatch], margin: int, words: int) -> Iterator[tuple[int, int]]:
+    """Yield disjoint ranges of words, the end exclusive, in order, that cover all matches and `margin` words
+    around each."""
     first, last = 0, 0
-    for hit in sorted(hits, key=lambda hit: hit.start):
-        begin, end = max(hit.start - margin, 0), min(hit.start + hit.length + margin, words)
+    for match in sorted(matches, key=lambda match: match.start):
+        begin, end = max(match.start - margin, 0), min(match.start + match.length + margin, words)
         if begin > last:
             if last:
                 yield first, last
@@ -235,7 +237,7 @@ def _ranges(hits: list[Hit], margin: int, words: int) -> Iterator[tuple[int, int
 
 
 def _content(message: Any) -> str:
-    """The text of a message: its content, or the text parts of it."""
+    """Return the text of a message: its content, or the text parts of it."""
     if not isinstance(message, dict) or "content" not in message:
         raise ValueError("a message without 'content'")
     content = message["content"]
@@ -243,13 +245,12 @@ def _content(message: Any) -> str:
         part.get("text") if isinstance(part, dict) else part
         for part in (content if isinstance(content, list) else [content])
     ]
-    return "\n".join(
-        _text(part, "content") for part in parts if part is not None
-    )  # None: a call of a tool, a picture
+    # None: a tool call or an image.
+    return "\n".join(_checked_text(part, "content") for part in parts if part is not None)
 
 
-def _text(value: Any, name: str) -> str:
+def _checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name!r} holds {'nothing' if value is None else type(value).__name__}, not text")
-    value.isascii() or value.encode()  # JSON can say "\ud800": an error here, as UnicodeEncodeError is a ValueError
+    value.isascii() or value.encode()  # JSON can contain "\ud800": UnicodeEncodeError is a ValueError
     return value

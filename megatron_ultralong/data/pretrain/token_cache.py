@@ -39,7 +39,7 @@ from megatron_ultralong.data.pretrain.tokenise_worker import (
 )
 from megatron_ultralong.data.tokenizer import Tokenizer
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io.workers import spread
+from megatron_ultralong.io.workers import WorkerPool
 
 FORMAT = 1
 UNITS = (8 << 20, 128 << 20)
@@ -199,8 +199,9 @@ def make(
         megatron_index.token_dtype(tokenizer.vocab_size),
         strictness,
     )
-    for _ in spread(tokenise_worker.work, todo, shared, workers, advance):
-        pass
+    with WorkerPool(min(workers, len(todo)), tokenise_worker.worker, shared, advance) as pool:
+        for _ in pool.unordered(todo):
+            pass
     return _open(folder, units, files, tokenizer)
 
 

@@ -67,6 +67,12 @@ def _backend(text: str) -> Any:
     return tokenizers.Tokenizer.from_str(text)
 
 
+def worker(*shared: Any) -> Callable[[tuple[str, int]], None]:
+    """What a worker process does of each (kind, number): `work` with what all of them share."""
+    *first, advance = shared
+    return lambda task: work(*first, task[0], task[1], advance)
+
+
 def work(
     folder: Path,
     units: list[Unit],

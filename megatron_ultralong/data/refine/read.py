@@ -1,5 +1,5 @@
-"""The conversations that refinement reads, in the forms of conversations.py; what cannot be used is kept in
-mind, with its place."""
+"""The conversations that refinement reads, in the forms of conversations.py; records that cannot be used are
+noted with their place."""
 
 from __future__ import annotations
 
@@ -11,80 +11,79 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ultralong.data import conversations
-from megatron_ultralong.data.refine.prompts import DOMAINS
+from megatron_ultralong.data.conversations import DOMAINS
 
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Example:
+class RefineExample:
     """A conversation of the input."""
 
     record: dict[str, Any]
-    """Its line, with `messages`, `id` and `domain` filled in."""
+    """Its record, with `messages`, `id` and `domain` filled in."""
     turns: tuple[int, ...]
-    """Which of its messages are to be rewritten; assistant messages that answer a user."""
+    """Which of its messages are rewritten: assistant messages that answer a user."""
 
 
 @dataclass(kw_only=True)
-class Input:
-    """The examples of all files in order; may be gone through again and again. UserError where a file cannot
-    be read."""
+class RefineInput:
+    """The examples of all files in order; can be iterated repeatedly. UserError if a file cannot be read."""
 
     paths: list[Path]
     domain: str
-    """Of lines that name none."""
+    """Of records without one."""
     turns: Literal["last", "all"]
     limit: int | None
     """Examples at most."""
     form: str = "auto"
     broken: list[dict[str, str]] = field(default_factory=list)
-    """Place and reason of the lines that are left out, as of the last time through; with a limit, of the part
+    """Place and reason of the records that were left out in the last iteration; with a limit, of the part
     that was read."""
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[RefineExample]:
         self.broken.clear()
-        return islice(self._all(), self.limit)
+        return islice(self._examples(), self.limit)
 
-    def _all(self) -> Iterator[Example]:
+    def _examples(self) -> Iterator[RefineExample]:
         for path in self.paths:
             for number, record in conversations.records(path):
                 try:
-                    found = conversation(record, f"{path.name}:{number}", self.domain, self.form)
-                    yield Example(found, _turns(found["messages"], self.turns))
+                    filled = conversation(record, f"{path.name}:{number}", self.domain, self.form)
+                    yield RefineExample(filled, _rewritten_turns(filled["messages"], self.turns))
                 except ValueError as error:
                     self.broken.append({"place": conversations.place(path, number), "reason": str(error)})
 
 
 def conversation(record: Any, name: str, domain: str, form: str) -> dict[str, Any]:
-    """A record with `messages`; `name` and `domain` where it has no `id` and `domain`. ValueError says what
-    is wrong with it.
+    """Return the record with `messages`, and with `name` and `domain` if it has no `id` and `domain`.
+    ValueError says what is wrong with it.
 
-    What has `messages` already stays as it is, further columns and turns that nobody answers included.
+    A record that has `messages` already stays as it is, including further columns and unanswered turns.
     """
     if (
         isinstance(record, dict)
         and form in ("auto", "messages")
         and conversations.list_column(record, form) == "messages"
     ):
-        _check(record["messages"])
+        _check_messages(record["messages"])
         name = name if record.get("id") is None else record["id"]
     else:
         record = conversations.as_messages(record, form, name)
         name = record["id"]
-    found = domain if record.get("domain") is None else record["domain"]
-    if found not in DOMAINS:
-        raise ValueError(f"domain {found!r} is not one of {', '.join(DOMAINS)}")
+    domain = domain if record.get("domain") is None else record["domain"]
+    if domain not in DOMAINS:
+        raise ValueError(f"domain {domain!r} is not one of {', '.join(DOMAINS)}")
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is not text") from None
-    except TypeError as error:  # parquet can hold more than JSON
+    except TypeError as error:  # parquet has types that JSON lacks
         raise ValueError(f"cannot be written as JSON ({error})") from None
-    return {**record, "id": name, "domain": found}
+    return {**record, "id": name, "domain": domain}
 
 
-def _check(messages: list[Any]) -> None:
+def _check_messages(messages: list[Any]) -> None:
     if not messages:
         raise ValueError("no list of messages under 'messages'")
     for message in messages:
@@ -94,7 +93,7 @@ def _check(messages: list[Any]) -> None:
             raise ValueError("a message whose content is not text")
 
 
-def _turns(messages: list[dict[str, Any]], which: Literal["last", "all"]) -> tuple[int, ...]:
+def _rewritten_turns(messages: list[dict[str, Any]], which: Literal["last", "all"]) -> tuple[int, ...]:
     roles = [message["role"] for message in messages]
     turns = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
     if not turns:

@@ -1,5 +1,5 @@
-"""Asking for every answer that the journal lacks, some at a time, until all are there or there is a reason to
-stop."""
+"""The requests for all answers that the request log lacks, concurrently, until it lacks none or there is a
+reason to stop."""
 
 from __future__ import annotations
 
@@ -14,65 +14,77 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ultralong.data.refine import validate
-from megatron_ultralong.data.refine.next_step import Request, Result, Settings, advance
-from megatron_ultralong.data.refine.prompts import Prompts
-from megatron_ultralong.data.refine.read import Example
+from megatron_ultralong.data.refine.next_step import RefinedExample, RewriteRequest, next_step
+from megatron_ultralong.data.refine.prompts import RewritePrompts
+from megatron_ultralong.data.refine.read import RefineExample
+from megatron_ultralong.data.refine.settings import RefineSettings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 
-FAILURES_IN_A_ROW = 20
-"""Requests that fail one after another before the run gives up."""
+MAX_CONSECUTIVE_FAILURES = 20
 GRACE = 5.0
-"""Seconds that a stopped run waits for answers on their way."""
-_OTHER_WAY = 0.7  # least temperature of a second attempt: at 0 it would be the first once more
+"""Seconds that a stopped run waits for requests in flight."""
+_RETRY_TEMPERATURE = 0.7
+"""Least temperature of a second attempt: at 0 it would repeat the first."""
 
 
-def ask_all(
-    examples: Iterable[Example],
+def request_all(
+    examples: Iterable[RefineExample],
     count: int,
-    settings: Settings,
-    prompts: Prompts,
-    journal: Journal,
+    settings: RefineSettings,
+    prompts: RewritePrompts,
+    log: RequestLog,
     show_progress: bool,
 ) -> None:
-    """UserError where asking on has no use. KeyboardInterrupt after Ctrl-C or SIGTERM."""
+    """Send requests until the log has all answers or the budget is spent. count: examples, for the progress
+    bar.
 
-    async def ask() -> bool:
+    UserError if further requests are pointless. KeyboardInterrupt after Ctrl-C or SIGTERM.
+    """
+
+    async def run() -> bool:
         client = endpoint_client.Client(
-            settings.base_url,
-            settings.model,
-            settings.key_env,
-            timeout=settings.timeout,
-            retries=settings.retries,
-            max_tokens=settings.max_tokens,
-            backoff=settings.backoff,
+            endpoint_client.Endpoint(
+                base_url=settings.base_url,
+                model=settings.model,
+                key_env=settings.key_env,
+                timeout=settings.timeout,
+                retries=settings.retries,
+                backoff=settings.backoff,
+            )
         )
         with tqdm(total=count, unit="example", desc="refining", disable=not show_progress) as bar:
-            run = _Run(settings, prompts, journal, client, bar)
+            requester = _Requester(settings, prompts, log, client, bar)
+            stop = requester.interrupted
             try:
-                with _signals(run.interrupted):
-                    await run.all(examples)
+                with _signals_set(stop):
+                    answers = endpoint_client.ask_many(
+                        requester.refine, examples, settings.concurrency, stop=stop, grace=GRACE
+                    )
+                    async with contextlib.aclosing(answers):
+                        async for _ in answers:
+                            pass
             finally:
                 await client.close()
-        return run.interrupted.is_set()
+        return stop.is_set()
 
-    if asyncio.run(ask()):
+    if asyncio.run(run()):
         raise KeyboardInterrupt(
-            f"{journal.path} holds every answer so far; run the same command again to go on from it"
+            f"{log.path} contains every answer so far; run the same command again to resume"
         )
 
 
 @contextlib.contextmanager
-def _signals(interrupted: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set `interrupted`, in the main thread; elsewhere they are not ours to answer."""
+def _signals_set(event: asyncio.Event) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM set `event`. Only the main thread can handle signals: nothing in others."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop, names = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(name) for name in names]
     for name in names:
-        loop.add_signal_handler(name, interrupted.set)
+        loop.add_signal_handler(name, event.set)
     try:
         yield
     finally:
@@ -81,129 +93,103 @@ def _signals(interrupted: asyncio.Event) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-class _Run:
-    """All requests of one run, some at a time."""
+class _Requester:
+    """The state that the concurrent requests of one run share."""
 
     def __init__(
-        self, settings: Settings, prompts: Prompts, journal: Journal, client: endpoint_client.Client, bar: Any
+        self,
+        settings: RefineSettings,
+        prompts: RewritePrompts,
+        log: RequestLog,
+        client: endpoint_client.Client,
+        bar: Any,
     ) -> None:
-        self.settings, self.prompts, self.journal, self.client, self.bar = (
-            settings,
-            prompts,
-            journal,
-            client,
-            bar,
-        )
+        self.settings, self.prompts, self.log, self.client, self.bar = settings, prompts, log, client, bar
         self.interrupted = asyncio.Event()
-        self.out_of_budget = self._reached()
-        self._row = 0
+        self._ended = self._budget_spent()
+        self._consecutive_failures = 0
         self._counts: Counter[str] = Counter()
         self._locks: defaultdict[tuple[str, int], asyncio.Lock] = defaultdict(asyncio.Lock)
-        """Two equal examples ask once."""
+        """Of each request in flight: equal examples send it once."""
 
-    async def all(self, examples: Iterable[Example]) -> None:
-        """Ask until nothing is left, the budget is used up or the run is interrupted. UserError where asking
-        on has no use."""
-        rest = iter(examples)
-        workers = [asyncio.create_task(self._work(rest)) for _ in range(self.settings.concurrency)]
-        everything = asyncio.gather(*workers)
-        stop = asyncio.create_task(self.interrupted.wait())
-        ends: set[asyncio.Future[Any]] = {everything, stop}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if not everything.done():
-            await asyncio.wait({everything}, timeout=GRACE)
-        done = everything.done()
-        for task in (*workers, stop):
-            task.cancel()
-        await asyncio.gather(*workers, stop, everything, return_exceptions=True)
-        if done:
-            everything.result()
-
-    async def _work(self, rest: Iterator[Example]) -> None:
-        for example in rest:  # all workers take from the same
-            await asyncio.sleep(
-                0
-            )  # thousands may be in the journal already: signals and answers are heard in between
-            while not self._stopped():
-                step = advance(example, self.settings, self.prompts, self.journal)
-                if isinstance(step, Result):
-                    self.bar.update()
-                    break
-                name = (step.key, step.attempt)
-                async with self._locks[name]:
-                    now = advance(example, self.settings, self.prompts, self.journal)
-                    if now == step and not self._stopped():
-                        await self._ask(step)
-                self._locks.pop(name, None)
-            if self._stopped():
+    async def refine(self, example: RefineExample) -> None:
+        """Send the requests of an example until it is refined or the run stops. UserError if further requests
+        are pointless."""
+        while not self._stopped():
+            step = next_step(example, self.settings, self.prompts, self.log)
+            if isinstance(step, RefinedExample):
+                self.bar.update()
                 return
+            name = (step.key, step.attempt)
+            async with self._locks[name]:
+                now = next_step(example, self.settings, self.prompts, self.log)
+                if now == step and not self._stopped():
+                    try:
+                        await self._request(step)
+                    except UserError:
+                        self._ended = True
+                        raise
+            self._locks.pop(name, None)
 
     def _stopped(self) -> bool:
-        return self.interrupted.is_set() or self.out_of_budget
+        return self.interrupted.is_set() or self._ended
 
-    async def _ask(self, request: Request) -> None:
+    async def _request(self, request: RewriteRequest) -> None:
         domain, settings = request.example.record["domain"], self.settings
         temperature = settings.temperature
         if request.attempt and temperature is not None:
-            temperature = max(temperature, _OTHER_WAY)
+            temperature = max(temperature, _RETRY_TEMPERATURE)
         record: dict[str, Any] = {
             "key": request.key,
             "id": request.example.record["id"],
             "attempt": request.attempt,
         }
         try:
-            reply = await self.client.ask(
-                self.prompts.ask(domain, request.before, request.answer), temperature
+            reply = await self.client.chat(
+                self.prompts.messages(domain, request.history, request.answer),
+                temperature,
+                settings.max_tokens,
             )
         except endpoint_client.Failure as failure:
-            self.journal.add({**record, "failed": failure.kind, "detail": str(failure)})
-            self._row += failure.again  # what is wrong with one example says nothing of the endpoint
-            self._show("failed")
-            if self._row >= FAILURES_IN_A_ROW:
-                raise UserError(
-                    f"{self._row} requests in a row failed, the last by {failure.kind} ({failure}); when {settings.base_url} is "
-                    "well again, run the same command with --retry-failed"
-                ) from None
+            self.log.add({**record, "failed": failure.kind, "detail": str(failure)})
+            self._note_failure(failure)
             return
-        self._row = 0
-        reason = validate.reason_against(
-            reply.text,
-            request.answer,
-            domain=domain,
-            finish=reply.finish,
-            refused=reply.refused,
-            tags=self.prompts.tags(domain),
+        self._consecutive_failures = 0
+        rejected = validate.rejection_reason(
+            reply, request.answer, domain=domain, tags=self.prompts.tags(domain)
         )
         tokens_in, tokens_out = reply.tokens or (0, 0)
-        self.journal.add(
-            {
-                **record,
-                "answer": reply.text,
-                **({"rejected": reason} if reason else {}),
-                "tokens_in": tokens_in,
-                "tokens_out": tokens_out,
-            }
-        )
-        self._show("rejected" if reason else "refined")
+        record |= {"answer": reply.text, **({"rejected": rejected} if rejected else {})}
+        self.log.add({**record, "tokens_in": tokens_in, "tokens_out": tokens_out})
+        self._show("rejected" if rejected else "refined")
         if settings.budget is not None:
             if reply.tokens is None:
                 raise UserError(
-                    f"{settings.base_url} does not say how many tokens an answer took, so --budget cannot be kept; leave it out"
+                    f"{settings.base_url} does not report the tokens of an answer, so --budget cannot be kept; leave it out"
                 )
-            self.out_of_budget = self._reached()
+            self._ended |= self._budget_spent()
 
-    def _reached(self) -> bool:
-        cost = self.settings.cost(self.journal.tokens_in, self.journal.tokens_out)
+    def _note_failure(self, failure: endpoint_client.Failure) -> None:
+        # A failure of one example only says nothing about the endpoint.
+        self._consecutive_failures += failure.retryable
+        self._show("failed")
+        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            raise UserError(
+                f"{self._consecutive_failures} requests in a row failed, the last with {failure.kind} ({failure}); once "
+                f"{self.settings.base_url} works again, run the same command with --retry-failed"
+            )
+
+    def _budget_spent(self) -> bool:
+        cost = self.settings.cost(self.log.tokens_in, self.log.tokens_out)
         return cost is not None and self.settings.budget is not None and cost >= self.settings.budget
 
-    def _show(self, what: str) -> None:
-        self._counts[what] += 1
-        journal, cost = self.journal, self.settings.cost(self.journal.tokens_in, self.journal.tokens_out)
-        usd = {} if cost is None else {"usd": f"{cost:.2f}"}
+    def _show(self, outcome: str) -> None:
+        self._counts[outcome] += 1
+        cost = self.settings.cost(self.log.tokens_in, self.log.tokens_out)
         self.bar.set_postfix(
-            tokens_in=journal.tokens_in,
-            tokens_out=journal.tokens_out,
-            **usd,
+            tokens_in=self.log.tokens_in,
+            tokens_out=self.log.tokens_out,
+            **({} if cost is None else {"usd": f"{cost:.2f}"}),
             rejected=self._counts["rejected"],
             failed=self._counts["failed"],
             refresh=False,

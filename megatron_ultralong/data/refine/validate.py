@@ -1,77 +1,76 @@
-"""Whether a rewritten answer may take the place of the original: a reason against it, or None."""
+"""The checks that a rewritten answer must pass to replace the original."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-SHORTEST = 0.2
-"""Least characters of a new answer, as a share of the original's."""
+from megatron_ultralong.io.endpoint_client import Reply
+
+MIN_LENGTH = 0.2
+"""Least characters of a new answer, as a fraction of the original's."""
 
 _REFUSALS = re.compile(
     r"(?:i(?:'m| am) (?:very |so |really )?sorry,? but|sorry,? but i|i(?:'m| am) (?:afraid (?:i|that)\b|unable to|not able to)|"
     r"unfortunately,? i (?:can't|cannot|am|'m)|"
-    r"i (?:apologi[sz]e,? but|can(?:'t|not| not) (?:help(?! but)|assist|do|provide|answer|comply|fulfil|continue|create|write|rewrite|process|complete)|"
+    r"i (?:apologi[sz]e,? but|can(?:'t|not| not) (?:help(?! but)|assist|do|provide|answer|comply|fulfil|continue|"
+    r"create|write|rewrite|process|complete)|"
     r"won't (?:help|be able)|must decline|have to decline|will not (?:help|assist))|"
     r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b)"
 )
-_SPEAKS_OF_DRAFT = re.compile(  # not "an improved version" or "the draft of your letter", which users ask for
-    r"\b(?:rewritten|revised|refined|improved) (?:answer|response|reply)\b|\b(?:in|of|from) the (?:original |given )?draft\b(?! of| for)|"
+_MENTIONS_DRAFT = re.compile(  # not "an improved version" or "the draft of your letter", which users ask for
+    r"\b(?:rewritten|revised|refined|improved) (?:answer|response|reply)\b|"
+    r"\b(?:in|of|from) the (?:original |given )?draft\b(?! of| for)|"
     r"\bthe (?:original |given )?draft(?:'s| (?:is|was|has|says|contains|makes|gives|answer|message|response))\b|"
     r"\bthe (?:original|given) (?:answer|response)\b"
 )
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 
 
-def reason_against(
-    answer: str, original: str, *, domain: str, finish: str | None, refused: bool, tags: frozenset[str]
-) -> str | None:
-    """Why `answer` is not taken, in the words that reports count by.
-
-    finish: the endpoint's finish_reason. refused: it marked the answer as a refusal. tags: marks of the
-    request, like <draft>.
-    """
-    if refused or finish == "content_filter":
+def rejection_reason(reply: Reply, original: str, *, domain: str, tags: frozenset[str]) -> str | None:
+    """Return why a reply is rejected, as reports count it, or None. tags: of the request, like <draft>."""
+    answer = reply.text
+    if reply.refused or reply.finish == "content_filter":
         return "refusal"
-    if finish == "length":
+    if reply.finish == "length":
         return "truncated"
     if not answer.strip():
         return "empty"
     if unclosed_fence(answer):
         return "truncated"
-    if is_refusal(answer) and not is_refusal(original):  # to refuse again what was refused before is right
+    if is_refusal(answer) and not is_refusal(original):  # a refusal may stay a refusal
         return "refusal"
     if any(tag in answer and tag not in original for tag in tags):
         return "echoes the request"
-    if _SPEAKS_OF_DRAFT.search(_start(answer)) and not _SPEAKS_OF_DRAFT.search(_start(original)):
+    if _MENTIONS_DRAFT.search(_opening(answer)) and not _MENTIONS_DRAFT.search(_opening(original)):
         return "speaks of the rewriting"
-    if len(answer.strip()) < SHORTEST * len(original.strip()):
+    if len(answer.strip()) < MIN_LENGTH * len(original.strip()):
         return "much shorter"
-    if domain == "math" and (wanted := final_answer(original)) is not None:
-        found = final_answer(answer)
-        if found is None or not same_answer(found, wanted):
+    if domain == "math" and (expected := final_answer(original)) is not None:
+        result = final_answer(answer)
+        if result is None or not same_answer(result, expected):
             return "other final answer"
     return None
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an English text begins as refusals do."""
-    return _REFUSALS.match(_start(text)) is not None
+    """Whether an English text begins like a refusal."""
+    return _REFUSALS.match(_opening(text)) is not None
 
 
-def _start(text: str) -> str:
+def _opening(text: str) -> str:
     return text.replace("’", "'").lstrip(' \n\t"*#>-').lower()[:200]
 
 
 def unclosed_fence(text: str) -> bool:
-    """Whether a ``` or ~~~ block of Markdown is open at the end."""
+    """Whether the text ends inside a ``` or ~~~ block of Markdown."""
     opened = ""
     for line in text.splitlines():
         fence = re.match(r"\s*(`{3,}|~{3,})(.*)", line)
         if not fence:
             continue
         if not opened:
-            if "`" not in fence[2]:  # ```code``` on one line is no block
+            if "`" not in fence[2]:  # ```code``` on one line is not a block
                 opened = fence[1]
         elif fence[1].startswith(opened) and not fence[2].strip():
             opened = ""
@@ -82,20 +81,20 @@ def unclosed_fence(text: str) -> bool:
 
 
 def final_answer(text: str) -> str | None:
-    """What the text gives as its result: the last \\boxed{...}, else the last `#### ...`, else `the (final)
-    answer is ...` in its last line."""
+    """Return the result that the text gives: the last \\boxed{...}, otherwise the last `#### ...`, otherwise
+    `the (final) answer is ...` in its last line."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
     if marked := re.findall(r"^[ \t]*####[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE):
         return marked[-1]
     last = text.strip().rsplit("\n", 1)[-1]
-    said = re.search(r"\banswer is:?\s*(.+?)\s*$", last, re.IGNORECASE)
-    return said[1] if said else None
+    stated = re.search(r"\banswer is:?\s*(.+?)\s*$", last, re.IGNORECASE)
+    return stated[1] if stated else None
 
 
 def _last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} that is closed, braces counted."""
+    """Return the content of the last \\boxed{...}, None if its braces are not closed."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         return None
@@ -109,7 +108,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def same_answer(a: str, b: str) -> bool:
-    """Equal as numbers where both are numbers, else as text with notation that means nothing taken away."""
+    """Whether two results are equal: as numbers if both are, otherwise as text without notation."""
     a, b = _plain(a), _plain(b)
     x, y = _number(a), _number(b)
     return (
@@ -120,7 +119,7 @@ def same_answer(a: str, b: str) -> bool:
 
 
 def _plain(answer: str) -> str:
-    """Without dollars, spacing, \\left and \\right, \\text{...} around words, thousands' commas, a full stop."""
+    """Remove dollars, spacing, \\left, \\right, \\text{...} around words, thousands' commas, a full stop."""
     answer = re.sub(r"\\(?:left|right|displaystyle|[,;!: ])|\\?\$|\*\*|\\[()\[\]]", "", answer)
     answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
     answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace(r"\%", "%")
@@ -129,9 +128,9 @@ def _plain(answer: str) -> str:
 
 
 def _number(answer: str) -> Fraction | None:
-    """A plain answer as a number: 3, -2.50, 3/4, \\frac{3}{4}; a unit or % after it does not count."""
+    """Parse a plain answer as a number: 3, -2.50, 3/4, \\frac{3}{4}; a unit or % after it is ignored."""
     answer = re.sub(r"^([-+]?)\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"\1\2/\3", answer)
-    found = re.fullmatch(rf"({_NUMBER})(?:\s*/\s*({_NUMBER}))?(?:\s*%|\s+[A-Za-z][A-Za-z .]*)?", answer)
-    if not found or (found[2] and not float(found[2])):
+    match = re.fullmatch(rf"({_NUMBER})(?:\s*/\s*({_NUMBER}))?(?:\s*%|\s+[A-Za-z][A-Za-z .]*)?", answer)
+    if not match or (match[2] and not float(match[2])):
         return None
-    return Fraction(found[1]) / Fraction(found[2] or 1)
+    return Fraction(match[1]) / Fraction(match[2] or 1)

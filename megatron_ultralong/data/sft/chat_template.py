@@ -1,12 +1,11 @@
-"""Conversations as the text that a model's chat template makes of them, and which characters of it are
-trained on.
+"""Conversations rendered by a chat template, and which characters of the text are trained on.
 
-Trained are the assistant's content and the token that ends its turn, nothing else. Two ways to know where
-they are:
+Trained on are the assistant's content and the token that ends its turn, nothing else. Two templates:
 
-    llama3.1    the template of Llama-3.1-Instruct, put together here; the date is pinned
-    tokenizer   the tokenizer's own template, rendered by transformers: by its {% generation %} blocks where it has them, else by rendering
-                the conversation up to each answer, which must be the beginning of the whole
+    llama3.1    Llama-3.1-Instruct's, rendered here segment by segment; the date is pinned
+    tokenizer   the tokenizer's own, rendered by transformers. The spans are those of its {% generation %}
+                blocks; without them, the conversation is rendered up to each answer, and each rendering must
+                be a prefix of the complete one
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from typing import Any
 from megatron_ultralong.data.conversations import Message
 from megatron_ultralong.errors import UserError
 
-TEMPLATES = ("auto", "llama3.1", "tokenizer")
 DATE = "26 Jul 2024"
-"""What Llama-3.1's own template says today is, where it is not told."""
+"""Today's date in Llama-3.1's own template, when none is given."""
 LLAMA31_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _PROBE = (
     Message("user", "What is 2 + 2?"),
@@ -34,75 +32,87 @@ _PROBE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class RenderedChat:
     """A conversation as text."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    """Characters that are trained on: begin and end of each stretch, rising."""
+    """Characters that are trained on: begin and end of each span, in order."""
 
 
 class NotRendered(Exception):
-    """A conversation that the template does not take; the message says why."""
+    """The template cannot render a conversation; the message says why."""
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """How conversations become text."""
 
     name: str
     """llama3.1 or tokenizer."""
     spans: str
     """How the trained characters are found: segments, generation or prefix."""
-    render: Callable[[Sequence[Message]], Rendered]
-    """NotRendered where it cannot."""
+    render: Callable[[Sequence[Message]], RenderedChat]
+    """Raises NotRendered."""
 
 
-def choose(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -> Template:
-    """The template of that name. auto = llama3.1 where the tokenizer's own template gives the same text, else
-    that one.
+def select_template(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -> ChatTemplate:
+    """Return the template of that name. auto = llama3.1 if the tokenizer's own template renders the same
+    text, otherwise the tokenizer's own.
 
-    date: "Today Date" of Llama-3.1's system header. UserError where the tokenizer lacks what the template
-    needs, and where its own template changes earlier turns as a conversation goes on.
+    date: "Today Date" of Llama-3.1's system header. UserError if the tokenizer lacks what the template
+    requires, or if its own template changes earlier turns as a conversation continues.
     """
     import transformers
 
-    found: Any = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
-    specials = tuple(str(token) for token in found.added_tokens_decoder.values() if token.special)
-    special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    missing = [token for token in LLAMA31_TOKENS if token not in found.get_vocab()]
-    ours = Template("llama3.1", "segments", partial(_checked, partial(llama31, date=date), special))
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    special_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
+    missing = [token for token in LLAMA31_TOKENS if token not in tokenizer.get_vocab()]
+    llama31 = ChatTemplate(
+        "llama3.1", "segments", partial(_checked, partial(render_llama31, date=date), special)
+    )
     if name == "llama3.1":
         if missing:
             raise UserError(
                 f"--template llama3.1: the tokenizer {tokenizer_dir} has no token {missing[0]}; use --template tokenizer"
             )
-        return ours
-    if not found.chat_template:
-        hint = (
-            "give a tokenizer that has one"
-            if missing
-            else "give a tokenizer that has one, or --template llama3.1"
+        return llama31
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer {tokenizer_dir} has no chat template; give a tokenizer that has one"
+            f"{'' if missing else ', or --template llama3.1'}"
         )
-        raise UserError(f"the tokenizer {tokenizer_dir} has no chat template; {hint}")
-    if name == "auto" and not missing and _agrees(found, date):
-        return ours
-    template = found.get_chat_template()
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-    way = partial(_by_generation, found, date) if marked else partial(_by_prefix, found, date, specials)
+    if name == "auto" and not missing and _renders_like_llama31(tokenizer, date):
+        return llama31
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
+    render = (
+        partial(_render_by_generation, tokenizer, date)
+        if marked
+        else partial(_render_by_prefix, tokenizer, date, special_tokens)
+    )
     try:
-        way(_PROBE)
+        render(_PROBE)
     except NotRendered as error:
         raise UserError(
             f"the chat template of {tokenizer_dir} cannot be trained on turn by turn: {error}; mark its answers with "
             "{% generation %}, or use --template llama3.1 with a Llama-3.1 tokenizer"
         ) from None
-    return Template("tokenizer", "generation" if marked else "prefix", partial(_checked, way, special))
+    return ChatTemplate("tokenizer", "generation" if marked else "prefix", partial(_checked, render, special))
 
 
-def llama31(messages: Sequence[Message], date: str = DATE) -> Rendered:
-    """Llama-3.1-Instruct's template: a system header with dates always, contents without white space around,
-    no tools."""
+def apply_template(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, date: str = DATE, **options: Any
+) -> str:
+    """Render messages by the tokenizer's own template. Templates like Llama-3.1's write today's date when
+    none is given: it is pinned, so that prompts do not change with the day. options: of transformers'
+    apply_chat_template, like add_generation_prompt."""
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=date, **options)
+
+
+def render_llama31(messages: Sequence[Message], date: str = DATE) -> RenderedChat:
+    """Render as Llama-3.1-Instruct's template does: always a system header with dates, contents stripped of
+    surrounding white space, no tools."""
     system = messages[0].content.strip() if messages[0].role == "system" else ""
     text = f"<|begin_of_text|>{_header('system')}Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n{system}<|eot_id|>"
     spans = []
@@ -114,7 +124,7 @@ def llama31(messages: Sequence[Message], date: str = DATE) -> Rendered:
         text += message.content.strip() + "<|eot_id|>"
         if message.role == "assistant":
             spans.append((begin, len(text)))
-    return Rendered(text, tuple(spans))
+    return RenderedChat(text, tuple(spans))
 
 
 def _header(role: str) -> str:
@@ -122,10 +132,10 @@ def _header(role: str) -> str:
 
 
 def _checked(
-    render: Callable[[Sequence[Message]], Rendered], special: re.Pattern[str], messages: Sequence[Message]
-) -> Rendered:
-    """A content that spells a special token would be encoded as one: a turn could end, or another begin, in
-    the middle of it."""
+    render: Callable[[Sequence[Message]], RenderedChat], special: re.Pattern[str], messages: Sequence[Message]
+) -> RenderedChat:
+    """Refuse contents that spell out a special token: it would be encoded as one, and could end a turn or
+    begin another."""
     for message in messages:
         if spelled := special.search(message.content):
             raise NotRendered(f"the {message.role}'s content spells the special token {spelled[0]}")
@@ -139,36 +149,33 @@ def _render(tokenizer: Any, date: str, messages: Sequence[Message], prompt: bool
     import jinja2
 
     try:
-        return tokenizer.apply_chat_template(
-            _plain(messages), tokenize=False, add_generation_prompt=prompt, date_string=date
-        )
+        return apply_template(tokenizer, _as_dicts(messages), date=date, add_generation_prompt=prompt)
     except jinja2.TemplateError as error:
         raise NotRendered(f"the chat template refuses it: {error}") from None
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _agrees(tokenizer: Any, date: str) -> bool:
-    """Whether the tokenizer's template gives what `llama31` gives."""
+def _renders_like_llama31(tokenizer: Any, date: str) -> bool:
     try:
         return all(
-            _render(tokenizer, date, probe) == llama31(probe, date).text
+            _render(tokenizer, date, probe) == render_llama31(probe, date).text
             for probe in (_PROBE, (Message("system", " Be brief.\n"), *_PROBE))
         )
     except NotRendered:
         return False
 
 
-def _by_generation(tokenizer: Any, date: str, messages: Sequence[Message]) -> Rendered:
+def _render_by_generation(tokenizer: Any, date: str, messages: Sequence[Message]) -> RenderedChat:
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        # As apply_chat_template does it, which gives tokens and no characters.
+        # What apply_chat_template does; it returns tokens, but not which characters are marked.
         (text,), (spans,) = render_jinja_template(
-            [_plain(messages)],
+            [_as_dicts(messages)],
             chat_template=tokenizer.get_chat_template(),
             date_string=date,
             return_assistant_tokens_mask=True,
@@ -178,36 +185,34 @@ def _by_generation(tokenizer: Any, date: str, messages: Sequence[Message]) -> Re
         raise NotRendered(f"the chat template refuses it: {error}") from None
     if not spans:
         raise NotRendered("its {% generation %} block marks nothing")
-    return Rendered(text, tuple((begin, end) for begin, end in spans))
+    return RenderedChat(text, tuple((begin, end) for begin, end in spans))
 
 
-def _by_prefix(tokenizer: Any, date: str, specials: tuple[str, ...], messages: Sequence[Message]) -> Rendered:
+def _render_by_prefix(
+    tokenizer: Any, date: str, special_tokens: tuple[str, ...], messages: Sequence[Message]
+) -> RenderedChat:
     text = _render(tokenizer, date, messages)
     spans = []
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt, upto = (
-            _render(tokenizer, date, messages[:i], prompt=True),
-            _render(tokenizer, date, messages[: i + 1]),
-        )
-        if not (upto.startswith(prompt) and text.startswith(upto)):
-            raise NotRendered(
-                "the chat template writes earlier turns in another way as the conversation goes on"
-            )
-        spans.append(_content(upto, len(prompt), message.content, specials))
-    return Rendered(text, tuple(spans))
+        prompt = _render(tokenizer, date, messages[:i], prompt=True)
+        answered = _render(tokenizer, date, messages[: i + 1])
+        if not (answered.startswith(prompt) and text.startswith(answered)):
+            raise NotRendered("the chat template changes earlier turns as the conversation continues")
+        spans.append(_answer_span(answered, len(prompt), message.content, special_tokens))
+    return RenderedChat(text, tuple(spans))
 
 
-def _content(text: str, begin: int, content: str, specials: tuple[str, ...]) -> tuple[int, int]:
-    """The stretch of content and end of turn in what follows the prompt, text[begin:]."""
+def _answer_span(text: str, begin: int, content: str, special_tokens: tuple[str, ...]) -> tuple[int, int]:
+    """Return the span of the content and the end of the turn in text[begin:], which follows the prompt."""
     if not text.startswith(content, begin):
-        begin = text.find(content.strip(), begin)
+        content = content.strip()
+        begin = text.find(content, begin)
         if begin < 0:
             raise NotRendered("the chat template changes the assistant's content")
-        content = content.strip()
     after = begin + len(content)
-    # White space after the token that ends the turn is the template's: the model stops before it. Without
-    # such a token all is kept.
+    # White space after the token that ends the turn belongs to the template: the model stops before it.
+    # Without such a token everything is trained on.
     ended = text[after:].rstrip()
-    return begin, after + len(ended) if ended.endswith(specials) else len(text)
+    return begin, after + len(ended) if ended.endswith(special_tokens) else len(text)

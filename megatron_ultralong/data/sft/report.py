@@ -1,4 +1,4 @@
-"""What preparing instruction data says to people: a table of what was made, and conversations token by token."""
+"""The printed summary of prepared instruction data, and conversations token by token."""
 
 from __future__ import annotations
 
@@ -10,82 +10,74 @@ from typing import Any
 
 from megatron_ultralong.data import conversations
 from megatron_ultralong.data.conversations import Unusable
-from megatron_ultralong.data.sft import chat_template, tokenise_chat
-from megatron_ultralong.data.sft.select_examples import Source
-from megatron_ultralong.data.tokenizer import load_tokenizer
+from megatron_ultralong.data.sft.chat_template import NotRendered
+from megatron_ultralong.data.sft.encode_sources import COUNTS, ChatEncoder
+from megatron_ultralong.data.sft.select_examples import ConversationSource
+from megatron_ultralong.data.sft.tokenise_chat import encode_batch
 
-MOST = 5
+SHOWN_UNUSABLE = 5
 """Records that could not be used, printed at the end."""
+_COLUMNS = (*COUNTS[:6], "chosen", "tokens", "trained_tokens")
 
 
-def report(manifest: dict[str, Any], broken: Path) -> list[str]:
-    """What was made, and the first records that could not be used, of those that the file `broken` tells
-    (where it is there). Lines."""
-    columns = (
-        "read",
-        "broken",
-        "unsupported",
-        "duplicates",
-        "too_long",
-        "usable",
-        "chosen",
-        "tokens",
-        "trained_tokens",
-    )
-    lines = ["".join([f"{'source':24}{'domain':10}", *(f"{name.replace('_', ' '):>15}" for name in columns)])]
-    lines += [
-        "".join(
-            [f"{one['name'][:23]:24}{one['domain'] or 'own':10}", *(f"{one[name]:15,}" for name in columns)]
+def summary_lines(manifest: dict[str, Any], broken: Path) -> list[str]:
+    """Return the summary of a manifest, with the first records that could not be used out of the file
+    `broken`, if it exists."""
+    sources, domains = manifest["sources"], manifest["domains"]
+    lines = [_table_line("source", "domain", *(name.replace("_", " ") for name in _COLUMNS))]
+    for entry in sources:
+        lines.append(
+            _table_line(entry["name"][:23], entry["domain"] or "own", *(entry[key] for key in _COLUMNS))
         )
-        for one in manifest["sources"]
-    ]
-    lines += [
-        "".join([f"{'all':24}{name:10}", *(f"{one[key]:15,}" if key in one else " " * 15 for key in columns)])
-        for name, one in manifest["domains"].items()
-    ]
-    lines += [
-        f"{name}: {one['chosen']:,} of {one['wanted']:,} wanted; there are no more"
-        for name, one in manifest["domains"].items()
-        if one["chosen"] < one["wanted"]
-    ]
-    cut = {key: sum(one[key] for one in manifest["sources"]) for key in ("turns_cut", "cut_to_length")}
-    room = manifest["rows"] * (manifest["seq_length"] + 1)
+    for name, entry in domains.items():
+        lines.append(_table_line("all", name, *(entry.get(key, "") for key in _COLUMNS)))
+    for name, entry in domains.items():
+        if entry["chosen"] < entry["wanted"]:
+            lines.append(f"{name}: {entry['chosen']:,} of {entry['wanted']:,} wanted; no more are available")
     if broken.exists():
         with broken.open(encoding="utf-8") as file:
-            told = [json.loads(line) for line in islice(file, MOST)]
-        lines += [f"not used: {one['place']}: {one['reason']}" for one in told]
-        lines += [f"not used: all of them, with file and line, in {broken}"]
-    return [
-        *lines,
+            unusable = [json.loads(line) for line in islice(file, SHOWN_UNUSABLE)]
+        lines += [f"not used: {record['place']}: {record['reason']}" for record in unusable]
+        lines.append(f"not used: {broken} lists all of them")
+    cut = {key: sum(entry[key] for entry in sources) for key in ("turns_cut", "cut_to_length")}
+    row_tokens = manifest["rows"] * (manifest["seq_length"] + 1)
+    lines.append(
         f"{manifest['rows']:,} rows of {manifest['seq_length']:,} + 1 tokens, {manifest['documents']:,} conversations, "
-        f"{manifest['documents'] / manifest['rows']:.1f} a row; "
-        f"{manifest['trained_tokens']:,} of {manifest['tokens']:,} tokens trained on; {manifest['padding'] / room:.2%} padding; "
-        f"{cut['turns_cut']:,} turns cut off before the first question or after the last answer, {cut['cut_to_length']:,} conversations "
-        "cut to length",
-    ]
+        f"{manifest['documents'] / manifest['rows']:.1f} per row; "
+        f"{manifest['trained_tokens']:,} of {manifest['tokens']:,} tokens trained on; "
+        f"{manifest['padding'] / row_tokens:.2%} padding; {cut['turns_cut']:,} turns removed before the first question or "
+        f"after the last answer, {cut['cut_to_length']:,} conversations cut to length"
+    )
+    return lines
 
 
-def show(
-    sources: Sequence[Source], tokenizer_dir: Path, template_name: str, date: str, count: int
+def _table_line(source: str, domain: str, *cells: Any) -> str:
+    return f"{source:24}{domain:10}" + "".join(
+        f"{cell:15,}" if isinstance(cell, int) else f"{cell:>15}" for cell in cells
+    )
+
+
+def show_conversations(
+    sources: Sequence[ConversationSource], encoder: ChatEncoder, count: int
 ) -> Iterator[str]:
-    """The first `count` conversations token by token, for people to check: `*` where a token is trained on.
-    Lines."""
-    backend = load_tokenizer(tokenizer_dir).backend
-    template = chat_template.choose(tokenizer_dir, template_name, date)
+    """Yield the lines of the first `count` conversations, token by token, to check by eye: `*` where a token
+    is trained on."""
+    backend, template = encoder.tokenizer.backend, encoder.template
     yield f"template {template.name} ({template.spans}); * = trained on"
-    for source in sources:
-        for path in source.files:
-            for one in conversations.read(path, source=source.name, domain=source.domain, form=source.form):
-                if not count:
-                    return
-                count -= 1
-                try:
-                    if isinstance(one, Unusable):
-                        raise chat_template.NotRendered(one.reason)
-                    ((ids, trained),) = tokenise_chat.encode(backend, [template.render(one.messages)])
-                except chat_template.NotRendered as error:
-                    yield f"\n{one.place}: cannot be used: {error}"
-                    continue
-                yield f"\n{one.place}: {one.domain}, {len(ids)} tokens, {int(trained.sum())} trained on"
-                for token, on in zip(ids.tolist(), trained.tolist(), strict=True):
-                    yield f"{'*' if on else ' '} {token:7}  {backend.decode([token], skip_special_tokens=False)!r}"
+    records = (
+        record
+        for source in sources
+        for path in source.files
+        for record in conversations.read(path, source=source.name, domain=source.domain, form=source.form)
+    )
+    for record in islice(records, count):
+        try:
+            if isinstance(record, Unusable):
+                raise NotRendered(record.reason)
+            ((ids, trained),) = encode_batch(backend, [template.render(record.messages)])
+        except NotRendered as error:
+            yield f"\n{record.place}: cannot be used: {error}"
+            continue
+        yield f"\n{record.place}: {record.domain}, {len(ids)} tokens, {int(trained.sum())} trained on"
+        for token, on in zip(ids.tolist(), trained.tolist(), strict=True):
+            yield f"{'*' if on else ' '} {token:7}  {backend.decode([token], skip_special_tokens=False)!r}"

@@ -1,8 +1,7 @@
-"""Which files instruction data is read from, and which of the examples in them are taken: by domain, evenly
-over a domain's sources.
+"""The sources of instruction data, and which of their examples are selected: by domain, evenly over a
+domain's sources.
 
-A file of sources, in YAML (paths in it are relative to the folder it lies in; all but `input` may be left
-out):
+A file of sources, in YAML (paths are relative to its folder; everything but `input` is optional):
 
     sources:
       slim_orca: {input: slim_orca/*.jsonl.zst, domain: general, form: sharegpt}
@@ -27,8 +26,8 @@ from megatron_ultralong.io import yaml_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Examples of one origin."""
+class ConversationSource:
+    """Files of conversations of one origin."""
 
     name: str
     files: tuple[Path, ...]
@@ -38,12 +37,12 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.domain is not None and self.domain not in DOMAINS:
-            raise UserError(f"{self.name}: domain {self.domain} is not known; known are {', '.join(DOMAINS)}")
+            raise UserError(f"{self.name}: unknown domain {self.domain}; known are {', '.join(DOMAINS)}")
         conversations.check_form(self.form)
 
 
-def load(path: Path) -> list[Source]:
-    """The sources that a YAML file names. UserError for anything in it that is not known."""
+def load_sources(path: Path) -> list[ConversationSource]:
+    """Read the sources that a YAML file names. UserError for unknown entries."""
     values = yaml_file.read(path, "--sources")
     if (
         not isinstance(values, dict)
@@ -52,27 +51,28 @@ def load(path: Path) -> list[Source]:
         or not values["sources"]
     ):
         raise UserError(
-            f"--sources {path}: must hold `sources:` and under it at least one name with its input, and nothing else"
+            f"--sources {path}: must contain `sources:` with at least one name and its input, and nothing else"
         )
     return [_source(path, str(name), entry) for name, entry in values["sources"].items()]
 
 
-def _source(path: Path, name: str, entry: Any) -> Source:
+def _source(path: Path, name: str, entry: Any) -> ConversationSource:
     what = f"--sources {path}: {name}"
     if not isinstance(entry, dict) or not set(entry) <= {"input", "domain", "form"}:
-        raise UserError(f"{what}: must hold input, domain and form, and nothing else")
+        raise UserError(f"{what}: must contain input, and optionally domain and form, and nothing else")
     inputs = entry.get("input")
     inputs = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) for text in inputs):
         raise UserError(f"{what}: input must be a file, directory or glob, or a list of them")
     files = conversations.files(str(path.parent / Path(text).expanduser()) for text in inputs)
-    return Source(
+    return ConversationSource(
         name=name, files=tuple(files), domain=entry.get("domain"), form=str(entry.get("form", "auto"))
     )
 
 
-def parse(text: str) -> dict[str, Fraction]:
-    """`general=0.5,math=0.25,code=0.25` as shares, relative to each other. UserError where it is not that."""
+def parse_mix(text: str) -> dict[str, Fraction]:
+    """Parse `general=0.5,math=0.25,code=0.25`: shares of the domains, relative to each other. UserError for
+    anything else."""
     shares: dict[str, Fraction] = {}
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
@@ -82,20 +82,20 @@ def parse(text: str) -> dict[str, Fraction]:
             raise UserError(f"--mix {text}: expected shares like general=0.5,math=0.25,code=0.25") from None
         if name not in DOMAINS or shares[name] < 0:
             raise UserError(
-                f"--mix {text}: {part.strip()} must be one of {', '.join(DOMAINS)} and a share from 0 on"
+                f"--mix {text}: {part.strip()} must be one of {', '.join(DOMAINS)} and a share of at least 0"
             )
     if not sum(shares.values()):
-        raise UserError(f"--mix {text}: some share must be above 0")
+        raise UserError(f"--mix {text}: at least one share must be above 0")
     return shares
 
 
-def quotas(
+def domain_quotas(
     available: dict[str, int], examples: int | None, mix: dict[str, Fraction] | None
 ) -> dict[str, int]:
-    """Examples wanted of each domain. Without `mix` the domains keep their proportions; without `examples`
-    all are wanted.
+    """Return how many examples are wanted of each domain. Without `mix` the domains keep their proportions;
+    without `examples` all are wanted.
 
-    Together exactly `examples`, unless there are fewer: rounded by largest remainder.
+    The sum is exactly `examples` if that many are available: rounded by largest remainder.
     """
     if examples is None:
         return dict(available)
@@ -104,47 +104,48 @@ def quotas(
     shares = mix or {name: Fraction(count) for name, count in available.items()}
     exact = {name: examples * share / sum(shares.values()) for name, share in shares.items()}
     wanted = {name: int(value) for name, value in exact.items()}
-    for name in sorted(exact, key=lambda name: (wanted[name] - exact[name], name))[
-        : examples - sum(wanted.values())
-    ]:
+    by_remainder = sorted(exact, key=lambda name: (wanted[name] - exact[name], name))
+    for name in by_remainder[: examples - sum(wanted.values())]:
         wanted[name] += 1
     return wanted
 
 
-def evenly(available: list[int], wanted: int) -> list[int]:
-    """How many each source gives of `wanted` in all: the same, as far as it has them; the others give what it
-    lacks."""
+def split_evenly(available: list[int], wanted: int) -> list[int]:
+    """Return how many of `wanted` examples each source gives: the same number, as far as it has them; the
+    others give what it lacks."""
     given = [0] * len(available)
     left = min(wanted, sum(available))
+    # Smallest first: what it cannot give is shared by those after it.
     by_size = sorted(range(len(available)), key=lambda k: (available[k], k))
-    for done, k in enumerate(
-        by_size
-    ):  # smallest first: what it cannot give is shared out among those after it
+    for done, k in enumerate(by_size):
         given[k] = min(available[k], left // (len(available) - done))
         left -= given[k]
     return given
 
 
-def choose(
+def select_examples(
     names: list[str], source: NDArray[Any], domain: NDArray[Any], wanted: dict[str, int], seed: int
 ) -> NDArray[numpy.int64]:
-    """Numbers of the chosen examples, rising. source: int [examples], into `names`; domain: int [examples],
-    into DOMAINS.
+    """Return the numbers of the selected examples, in order. names: of the sources. source: int [examples],
+    into `names`. domain: int [examples], into DOMAINS.
 
-    A source's examples come in an order that only its name and the seed decide. Where a domain has fewer than
-    wanted, all are taken.
+    A source's examples come in an order that depends only on its name and the seed. All of a domain are
+    selected if it has fewer than wanted.
     """
-    chosen = []
-    for d, count in ((DOMAINS.index(name), count) for name, count in wanted.items()):
-        pools = [numpy.flatnonzero((domain == d) & (source == s)) for s in range(len(names))]
-        for name, pool, given in zip(names, pools, evenly([len(pool) for pool in pools], count), strict=True):
-            chosen.append(pool[shuffled(len(pool), seed, zlib.crc32(name.encode()))[:given]])
-    return numpy.sort(numpy.concatenate(chosen)) if chosen else numpy.empty(0, numpy.int64)
+    selected = []
+    for name_of_domain, count in wanted.items():
+        of_domain = domain == DOMAINS.index(name_of_domain)
+        pools = [numpy.flatnonzero(of_domain & (source == s)) for s in range(len(names))]
+        for name, pool, given in zip(
+            names, pools, split_evenly([len(pool) for pool in pools], count), strict=True
+        ):
+            selected.append(pool[shuffled(len(pool), seed, zlib.crc32(name.encode()))[:given]])
+    return numpy.sort(numpy.concatenate(selected)) if selected else numpy.empty(0, numpy.int64)
 
 
 def shuffled(count: int, *seeds: int) -> NDArray[numpy.int64]:
-    """A permutation, int64 [count]. numpy keeps raw random bits the same in all versions, but not its own
-    shuffles."""
+    """Return a permutation, int64 [count]. numpy keeps raw random bits the same in all versions, but not its
+    own shuffles."""
     return numpy.argsort(
         numpy.random.PCG64(numpy.random.SeedSequence(seeds)).random_raw(count), kind="stable"
     )

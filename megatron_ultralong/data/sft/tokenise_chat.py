@@ -1,4 +1,4 @@
-"""Rendered conversations to token ids and which of them are trained on, by any number of processes."""
+"""Rendered conversations to token ids and a mask of the trained tokens, by any number of processes."""
 
 from __future__ import annotations
 
@@ -9,65 +9,63 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_ultralong.data.sft.chat_template import Rendered
-from megatron_ultralong.io.workers import Workers
+from megatron_ultralong.data.sft.chat_template import RenderedChat
+from megatron_ultralong.io.workers import WorkerPool
 
-BATCH = 1 << 19
-"""Characters encoded in one go."""
+BATCH_CHARACTERS = 1 << 19
+"""Characters encoded at a time."""
 
-Encoded = tuple[NDArray[numpy.int32], NDArray[numpy.uint8]]
-"""(ids [n], 1 where a token is trained on [n])."""
+EncodedChat = tuple[NDArray[numpy.int32], NDArray[numpy.uint8]]
+"""(ids [n], trained [n]: 1 where the token is trained on)."""
 
 
-def encode(backend: Any, batch: list[Rendered]) -> list[Encoded]:
-    """The tokens of each text, all of it at once: what encoding the template's whole output gives. backend: a
-    tokenizers.Tokenizer.
+def encode_batch(backend: Any, batch: list[RenderedChat]) -> list[EncodedChat]:
+    """Encode each text as a whole, as the output of the template. backend: a tokenizers.Tokenizer.
 
-    A token is trained on where any of its characters is.
+    A token is trained on if any of its characters is.
     """
-    found = []
-    for rendered, encoding in zip(
-        batch, backend.encode_batch([r.text for r in batch], add_special_tokens=False), strict=True
-    ):
-        starts, ends = numpy.array(encoding.offsets, numpy.int64).reshape(-1, 2).T
-        begins, stops = numpy.array(rendered.spans, numpy.int64).reshape(-1, 2).T
-        span = numpy.searchsorted(stops, starts, side="right")  # the first that ends after the token's start
-        trained = (span < len(stops)) & (ends > numpy.append(begins, 0)[span])
-        found.append((numpy.array(encoding.ids, numpy.int32), trained.astype(numpy.uint8)))
-    return found
+    encoded = []
+    encodings = backend.encode_batch([rendered.text for rendered in batch], add_special_tokens=False)
+    for rendered, encoding in zip(batch, encodings, strict=True):
+        token_begins, token_ends = numpy.array(encoding.offsets, numpy.int64).reshape(-1, 2).T
+        span_begins, span_ends = numpy.array(rendered.spans, numpy.int64).reshape(-1, 2).T
+        # The first span that ends after the token's begin.
+        span = numpy.searchsorted(span_ends, token_begins, side="right")
+        trained = (span < len(span_ends)) & (token_ends > numpy.append(span_begins, 0)[span])
+        encoded.append((numpy.array(encoding.ids, numpy.int32), trained.astype(numpy.uint8)))
+    return encoded
 
 
-def encode_all(rendered: Iterable[Rendered], backend: Any, workers: int) -> Iterator[Encoded]:
-    """`encode` of all, in order. workers: processes; 1 = this one, with the tokenizer's own threads."""
-    with Workers(workers, _encoder, (backend.to_str(),)) as processes:
-        for _, _, found in processes.map((batch, None) for batch in _batches(rendered)):
-            yield from found
+def encode_chats(rendered: Iterable[RenderedChat], backend: Any, workers: int) -> Iterator[EncodedChat]:
+    """Encode conversations in order. workers: processes; 1 = this one, with the tokenizer's own threads."""
+    with WorkerPool(workers, _make_encoder, (backend.to_str(),)) as pool:
+        for _, _, encoded in pool.map((batch, None) for batch in _batches(rendered)):
+            yield from encoded
 
 
-def _encoder(tokenizer: str) -> Callable[[list[Rendered]], list[Encoded]]:
+def _make_encoder(tokenizer_json: str) -> Callable[[list[RenderedChat]], list[EncodedChat]]:
     import tokenizers
 
-    return partial(encode, tokenizers.Tokenizer.from_str(tokenizer))
+    return partial(encode_batch, tokenizers.Tokenizer.from_str(tokenizer_json))
 
 
-def fitting(trained: NDArray[numpy.uint8], most: int) -> int:
-    """Tokens of the longest beginning that ends with an answer and is no longer than `most`; 0 where there is
-    none."""
-    ends = (
-        numpy.flatnonzero(numpy.diff(trained, append=numpy.uint8(0)) == 255) + 1
-    )  # uint8: from 1 to 0 is 255
-    fit = ends[ends <= most]
-    return int(fit[-1]) if len(fit) else 0
+def tokens_to_keep(trained: NDArray[numpy.uint8], max_tokens: int) -> int:
+    """Return the length of the longest prefix that ends with an answer and has at most `max_tokens`; 0 if
+    there is none."""
+    # Where `trained` falls from 1 to 0, its difference as uint8 is 255.
+    answer_ends = numpy.flatnonzero(numpy.diff(trained, append=numpy.uint8(0)) == 255) + 1
+    fitting = answer_ends[answer_ends <= max_tokens]
+    return int(fitting[-1]) if len(fitting) else 0
 
 
-def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    batch: list[Rendered] = []
-    size = 0
-    for one in rendered:
-        batch.append(one)
-        size += len(one.text)
-        if size >= BATCH:
+def _batches(rendered: Iterable[RenderedChat]) -> Iterator[list[RenderedChat]]:
+    batch: list[RenderedChat] = []
+    characters = 0
+    for chat in rendered:
+        batch.append(chat)
+        characters += len(chat.text)
+        if characters >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, characters = [], 0
     if batch:
         yield batch

@@ -143,5 +143,7 @@ def check_room(reader: Any, more: int, own: list[int], tokens: int) -> None:
         whole = tokens + sum(own) * ranks.cp
         have = int(left) + needed(reader.model, parallel, reader.chunk_tokens, itemsize, whole)
         raise UserError(
-            refusal(reader.model, parallel, chunk=reader.chunk_tokens, itemsize=itemsize, tokens=whole, have=have)
+            refusal(
+                reader.model, parallel, chunk=reader.chunk_tokens, itemsize=itemsize, tokens=whole, have=have
+            )
         )

@@ -56,8 +56,8 @@ class Server:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
         if not self.timeout > 0:
             raise UserError(f"--timeout {self.timeout}: must be more than 0")
-        object.__setattr__(self, "base_url", endpoint_client.checked_url(self.base_url))
-        endpoint_client.key(self.key_env, self.base_url)
+        object.__setattr__(self, "base_url", endpoint_client.check_base_url(self.base_url))
+        endpoint_client.api_key(self.key_env, self.base_url)
 
 
 class Endpoint:
@@ -130,13 +130,14 @@ class Endpoint:
     async def _client(self) -> endpoint_client.Client:
         s = self.server
         return endpoint_client.Client(
-            s.base_url,
-            s.model,
-            s.key_env,
-            timeout=s.timeout,
-            retries=s.retries,
-            max_tokens=1,
-            backoff=s.backoff,
+            endpoint_client.Endpoint(
+                base_url=s.base_url,
+                model=s.model,
+                key_env=s.key_env,
+                timeout=s.timeout,
+                retries=s.retries,
+                backoff=s.backoff,
+            )
         )
 
     async def _ask(self, client: endpoint_client.Client, request: Request) -> Completion:
@@ -161,11 +162,11 @@ class Endpoint:
                     }  # for vLLM; Claude's endpoint needs neither
                 elif request.prefix:
                     messages[0]["content"] += f"\n{request.prefix}"
-                reply = await client.ask(
+                reply = await client.chat(
                     messages, self.sampling.temperature, request.tokens, **more, extra_body=extra or None
                 )
         except endpoint_client.Failure as failure:
-            if failure.again:
+            if failure.retryable:
                 raise
             return Completion(text="", tokens_in=0, tokens_out=0, finish=f"{failure.kind}: {failure}")
         tokens_in, tokens_out = reply.tokens or (0, 0)

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends.protocol import Backend, Completion, Request, identity
-from megatron_ultralong.io.request_log import Journal
+from megatron_ultralong.io.request_log import RequestLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def run(
     another prompt with the same id, and where a request got no answer.
     """
     journal = (
-        Journal(path, kind="predictions", of={"model": identity(backend)}, flag="--out")
+        RequestLog(path, kind="predictions", of={"model": identity(backend)}, flag="--out")
         if path is not None
         else None
     )
@@ -95,7 +95,7 @@ def _batches(requests: Iterable[Request], size: int | None) -> Iterator[list[Req
         yield group
 
 
-def _known(journal: Journal | None, request: Request, asked: set[str]) -> Prediction | None:
+def _known(journal: RequestLog | None, request: Request, asked: set[str]) -> Prediction | None:
     """The kept answer to a request."""
     if request.id in asked:
         raise ValueError(f"two requests have the id {request.id!r}")

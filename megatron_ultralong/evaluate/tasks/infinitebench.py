@@ -24,7 +24,7 @@ from megatron_ultralong.evaluate.prompts import official
 from megatron_ultralong.evaluate.scorers.infinitebench import score
 from megatron_ultralong.official_files import find as official_files
 from megatron_ultralong.official_files.infinitebench import TASKS
-from megatron_ultralong.official_files.records import Example
+from megatron_ultralong.official_files.records import BenchmarkExample
 
 ANSWER_TOKENS = {
     "passkey": 6,
@@ -87,7 +87,7 @@ class Choice:
 def find_files(data: str | Path, choice: Choice) -> list[Path]:
     """The official files in `data`, or of the hub, that hold what is asked for; UserError where there are
     none, or one of them twice."""
-    paths = official_files.find("infinitebench", data, names=choice.tasks)
+    paths = official_files.find_files("infinitebench", data, names=choice.tasks)
     for one, other in itertools.combinations(paths, 2):
         if one.stem == other.stem:
             raise UserError(f"--data: {one} and {other} are the same task; keep one of them")
@@ -119,7 +119,7 @@ def _items(
     paths: Iterable[Path], choice: Choice, templates: dict[str, str], find: str
 ) -> Iterator[stages.Item]:
     taken: dict[str, int] = defaultdict(int)
-    for example in official_files.read("infinitebench", paths):
+    for example in official_files.read_examples("infinitebench", paths):
         if taken[example.task] == choice.limit:
             continue
         number = taken[example.task]  # as the official code numbers them
@@ -145,7 +145,7 @@ def answer_start(text: str) -> str:
     return "" if re.search(r"[.?!。？！\"']\s*$", last) or not last.strip() else last
 
 
-def _fields(example: Example, find: str) -> dict[str, str]:
+def _fields(example: BenchmarkExample, find: str) -> dict[str, str]:
     """What a task's template may hold."""
     fields = {
         "context": example.context,
@@ -162,7 +162,7 @@ def _fields(example: Example, find: str) -> dict[str, str]:
     return fields
 
 
-def _found(pattern: str, example: Example) -> re.Match[str]:
+def _found(pattern: str, example: BenchmarkExample) -> re.Match[str]:
     found = re.search(pattern, example.question)
     if found is None:
         raise UserError(
@@ -171,7 +171,7 @@ def _found(pattern: str, example: Example) -> re.Match[str]:
     return found
 
 
-def _gold(example: Example) -> list[Any]:
+def _gold(example: BenchmarkExample) -> list[Any]:
     """The answers as the scorer takes them: texts; numbers where it compares numbers; text and letter of a
     choice."""
     answers = list(example.answers)

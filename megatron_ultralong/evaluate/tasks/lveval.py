@@ -74,7 +74,7 @@ def answer_tokens(name: str) -> int:
 def find_files(data: str | Path, choice: Choice) -> list[Path]:
     """The official files in `data`, or of the hub, that hold what is asked for; UserError where there are
     none."""
-    return official_files.find(
+    return official_files.find_files(
         "lveval",
         data,
         names=[*choice.sets, *(f"{name}_{level}" for name in choice.sets for level in choice.levels)],
@@ -102,7 +102,7 @@ def prepare(out: Path, data: str | Path, choice: Choice, progress: Any = lambda 
 
 def _items(paths: Iterable[Path], choice: Choice, templates: dict[str, str]) -> Iterator[stages.Item]:
     taken: dict[tuple[str, str], int] = defaultdict(int)
-    for example in official_files.read("lveval", paths):
+    for example in official_files.read_examples("lveval", paths):
         name, level = example.task, example.meta["level"]
         if name not in choice.sets or level not in choice.levels or taken[name, level] == choice.limit:
             continue

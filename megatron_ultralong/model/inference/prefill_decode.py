@@ -101,9 +101,11 @@ class InferenceModel:
             x = self._enter(ids)
             for i, layer in enumerate(self._llama.decoder.layers):
                 q, k, v = self._project(layer, x, angles)
-                out = decode.chunk(q, k, v, [part.kept(i) for part in cache.chain], self._groups.cp)
+                out = decode.prefill_attention(
+                    q, k, v, [part.kept(i) for part in cache.chain], self._groups.cp
+                )
                 cache.put(i, k[:, :, :mine], v[:, :, :mine])
-                x = layer.after(x, out)
+                x = layer.output_and_mlp(x, out)
             cache.advance(n, position, mine)
             x = self._leave(x)
             if self.last and mine:
@@ -138,9 +140,9 @@ class InferenceModel:
             if keeps:
                 for j, cache in enumerate(caches):
                     cache.put(i, k[:, :, j : j + 1], v[:, :, j : j + 1])
-            x = layer.after(
+            x = layer.output_and_mlp(
                 x,
-                decode.tokens(
+                decode.decode_attention(
                     q,
                     [shared.kept(i)] if shared else [],
                     [cache.kept(i, int(keeps)) for cache in caches],

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 
-class Gradients:
-    """Gradients of parameters, summed over chunks in float32 and handed over once, as if there had been no
-    chunks.
+class ChunkedBackward:
+    """Backward passes over chunks of a sequence: parameter gradients are summed in float32 and reach the
+    parameters once, as if there had been no chunks.
 
-    Once, because Megatron's data parallel wrapper expects one gradient of a parameter in a backward pass.
+    Once, because Megatron's data-parallel wrapper expects one gradient per parameter in a backward pass.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.sums: list[Tensor | None] = [None] * len(self.parameters)
 
-    def of(self, outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Gradients of `inputs`, from `grads` of `outputs`; those of the parameters are kept."""
-        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)
-        for i, grad in enumerate(found[len(inputs) :]):
+    def backward(self, outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Return the gradients of `inputs`, given `grads` of `outputs`; add those of the parameters to the
+        sums."""
+        all_grads = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)
+        for i, grad in enumerate(all_grads[len(inputs) :]):
             if grad is None:
                 continue
             total = self.sums[i]
@@ -33,10 +34,10 @@ class Gradients:
                 total += grad
             else:
                 self.sums[i] = total.float() + grad
-        return list(found[: len(inputs)])  # type: ignore[arg-type]
+        return list(all_grads[: len(inputs)])  # type: ignore[arg-type]
 
-    def hand_over(self, scale: Tensor | None = None) -> None:
-        """Give each parameter its sum, times `scale`, by way of autograd, so that hooks on it run."""
+    def accumulate_into_params(self, scale: Tensor | None = None) -> None:
+        """Give each parameter its sum, times `scale`, through autograd, so that its hooks run."""
         with torch.enable_grad():
             for i, parameter in enumerate(self.parameters):
                 total, self.sums[i] = self.sums[i], None
@@ -45,32 +46,32 @@ class Gradients:
                     torch.autograd.backward([parameter.view_as(parameter)], [total.to(parameter.dtype)])
 
 
-def place_for(ctx: Any, dy: Tensor) -> Tensor:
-    """Where a step of autograd puts the gradient of its input: over dy, that of its output, where nobody else
-    can hold dy; else a new tensor.
+def reuse_or_allocate(ctx: Any, dy: Tensor) -> Tensor:
+    """Return the buffer for the gradient of an autograd function's input: dy, the gradient of its output, if
+    nobody else can hold dy; otherwise a new tensor.
 
-    Autograd hands one gradient to several steps (an addition, say), so dy may be written to only where
-    `hand_down` said so.
+    Autograd may pass one gradient to several functions (of an addition, say), so dy may be overwritten only
+    if `mark_reusable` said so.
     """
-    return dy if ctx.metadata.pop(_HANDED, None) == dy.data_ptr() else torch.empty_like(dy)
+    return dy if ctx.metadata.pop(_REUSABLE, None) == dy.data_ptr() else torch.empty_like(dy)
 
 
-def hand_down(ctx: Any, dx: Tensor) -> Tensor:
-    """dx, to be returned by the backward of ctx as the gradient of its first input: the step that made that
-    input may overwrite it.
+def mark_reusable(ctx: Any, dx: Tensor) -> Tensor:
+    """Return dx, the gradient of the first input of ctx, after telling the function that made this input that
+    it may overwrite it.
 
-    dx must be held by nobody else. It reaches that step itself, or as part of a sum: autograd adds in place
-    only to what it alone holds, so the sum is nobody else's either.
+    Nobody else may hold dx. It reaches that function itself, or as part of a sum: autograd adds in place only
+    to what it alone holds, so nobody else holds the sum either.
     """
     made_by = ctx.next_functions[0][0]
     if made_by is not None:
-        made_by.metadata[_HANDED] = dx.data_ptr()
+        made_by.metadata[_REUSABLE] = dx.data_ptr()
     return dx
 
 
-_HANDED = "megatron_ultralong: address of a gradient"
+_REUSABLE = "megatron_ultralong: address of a gradient that may be overwritten"
 
 
 def leaf(x: Tensor) -> Tensor:
-    """x as the start of a new graph."""
+    """Return x as the start of a new graph."""
     return x.detach().requires_grad_()

@@ -1,10 +1,10 @@
-"""What layers keep for their backward, in host memory: copied out behind the forward, back in before the
-backward needs it.
+"""memory.offload: what layers keep for their backward, in host memory. Copied out behind the forward, and
+back before the backward needs it.
 
-On a GPU the copies run on streams of their own between pinned host memory and the device. The last
-`OFFLOADED_LAYERS_ON_GPU` layers' tensors stay there, so that device memory for checkpoints is bounded
-whatever the number of layers. Host memory is what is kept at one time: buffers are used again and again. On a
-CPU the same code copies between two places in host memory, without streams.
+On a GPU the copies run on streams of their own between pinned host memory and the device. The tensors of the
+last `OFFLOADED_LAYERS_ON_GPU` layers stay there, so that device memory for them is bounded whatever the
+number of layers. Host memory is what is kept at one time: buffers are reused. On a CPU the same code copies
+between two places in host memory, without streams.
 """
 
 from __future__ import annotations
@@ -30,195 +30,204 @@ class HostStore:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.bytes = 0
-        """Host memory taken so far."""
-        self._free: dict[int, list[_Buffer]] = defaultdict(list)
-        self.passes = 0
-        self._leaving: deque[Kept] = deque()
-        self._last: Kept | None = None
+        """Host memory allocated so far."""
+        self.forward_pass = 0
+        self._free: dict[int, list[_HostBuffer]] = defaultdict(list)
+        self._on_device: deque[OffloadedTensors] = deque()
+        self._last: OffloadedTensors | None = None
         if self.cuda:
-            self.outward, self.inward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self.to_host, self.to_device = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def begin(self) -> None:
-        """A forward pass through a model chunk begins: what is kept from now on comes back in the opposite
+    def begin_forward(self) -> None:
+        """Start the forward pass of a model chunk: what is offloaded from now on is fetched in reverse
         order."""
         self._last = None
-        self.passes += 1
+        self.forward_pass += 1
 
-    def keep(self, tensors: Sequence[Tensor]) -> Kept:
-        """Start copying `tensors` out; they must not be written to any more. UserError where the machine's
-        memory is used up."""
-        self._last = self.keep_after(self._last, tensors)
+    def offload(self, tensors: Sequence[Tensor]) -> OffloadedTensors:
+        """Start copying `tensors` to the host; they must not be written to any more. Raises UserError if the
+        machine has no memory left."""
+        self._last = self.offload_after(self._last, tensors)
         return self._last
 
-    def keep_after(self, before: Kept | None, tensors: Sequence[Tensor]) -> Kept:
-        """`keep` of one of several series, each of which comes back in the opposite order: this after
-        `before`."""
-        while len(self._leaving) >= OFFLOADED_LAYERS_ON_GPU:
-            self._leaving.popleft().leave()
-        kept = Kept(self, tensors, before)
-        self._leaving.append(kept)
-        return kept
+    def offload_after(self, previous: OffloadedTensors | None, tensors: Sequence[Tensor]) -> OffloadedTensors:
+        """`offload` in one of several series, each of which is fetched in reverse order: this after
+        `previous`."""
+        while len(self._on_device) >= OFFLOADED_LAYERS_ON_GPU:
+            self._on_device.popleft().drop_device_copy()
+        offloaded = OffloadedTensors(self, tensors, previous)
+        self._on_device.append(offloaded)
+        return offloaded
 
-    def leave(self, but: int | None = None) -> None:
-        """Let everything leave the device, but what pass number `but` kept: other micro-batches come back
-        much later."""
-        for kept in self._leaving:
-            if kept.number != but:
-                kept.leave()
-        if but is None:
-            self._leaving.clear()
+    def drop_device_copies(self, except_pass: int | None = None) -> None:
+        """Free the device copies of everything but what forward pass `except_pass` offloaded: other
+        micro-batches are needed much later."""
+        for offloaded in self._on_device:
+            if offloaded.forward_pass != except_pass:
+                offloaded.drop_device_copy()
+        if except_pass is None:
+            self._on_device.clear()
 
-    def take(self, like: Tensor) -> _Buffer:
-        """A host buffer of the size of `like`."""
+    def acquire_buffer(self, like: Tensor) -> _HostBuffer:
+        """Return a free host buffer of the size of `like`."""
         size = like.numel() * like.element_size()
         if self._free[size]:
             return self._free[size].pop()
         available = host_bytes()
         if size > available:
             raise UserError(
-                f"memory.offload: {available / 2**30:.1f} GiB of host memory are left after {self.bytes / 2**30:.1f} GiB of "
-                f"offloaded tensors on this rank, and a layer needs {size / 2**30:.1f} GiB more; raise parallel.cp, tp or pp, or "
-                "use memory.offload=layer_inputs"
+                f"memory.offload: {available / 2**30:.1f} GiB of host memory are left after "
+                f"{self.bytes / 2**30:.1f} GiB of offloaded tensors on this rank, and a layer needs "
+                f"{size / 2**30:.1f} GiB more; raise parallel.cp, tp or pp, or use memory.offload=layer_inputs"
             )
         self.bytes += size
-        return _Buffer(size, pinned=self.cuda)
+        return _HostBuffer(size, pinned=self.cuda)
 
-    def give_back(self, buffers: list[_Buffer]) -> None:
+    def release_buffers(self, buffers: list[_HostBuffer]) -> None:
         for buffer in buffers:
             self._free[buffer.size].append(buffer)
 
     def close(self) -> None:
-        """Give the host memory back, once nothing that was kept is needed any more."""
-        self._leaving.clear()
+        """Free the host memory, once nothing that was offloaded is needed any more."""
+        self._on_device.clear()
         self._last = None
         self.bytes -= sum(size * len(buffers) for size, buffers in self._free.items())
         self._free.clear()
 
 
-class Kept:
-    """Tensors of one layer, or of a chunk of it, in host memory. `get` once, or any number of times with
-    `again`."""
+class OffloadedTensors:
+    """Tensors of one layer, or of a chunk of it, in host memory. `fetch` once, or any number of times with
+    `keep`."""
 
-    def __init__(self, store: HostStore, tensors: Sequence[Tensor], before: Kept | None) -> None:
-        self._store, self._before = store, before
-        self._device: list[Tensor] | None = list(tensors)
-        self.number = store.passes
-        self._forms = [_Form.of(x) for x in tensors]
-        self._buffers = [store.take(x) for x in tensors]
+    def __init__(
+        self, store: HostStore, tensors: Sequence[Tensor], previous: OffloadedTensors | None
+    ) -> None:
+        self._store, self._previous = store, previous
+        self._device_copy: list[Tensor] | None = list(tensors)
+        self.forward_pass = store.forward_pass
+        self._layouts = [_TensorLayout.of(x) for x in tensors]
+        self._buffers = [store.acquire_buffer(x) for x in tensors]
         self._arrival: Any = None
         if store.cuda:
-            store.outward.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(store.outward):
-                for buffer, form, x in zip(self._buffers, self._forms, tensors, strict=True):
-                    buffer.fill(form, x)
-            self._left = store.outward.record_event()
+            store.to_host.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(store.to_host):
+                self._copy_to_host(tensors)
+            self._copied_out = store.to_host.record_event()
         else:
-            for buffer, form, x in zip(self._buffers, self._forms, tensors, strict=True):
-                buffer.fill(form, x)
+            self._copy_to_host(tensors)
 
-    def leave(self) -> None:
+    @property
+    def on_device(self) -> bool:
+        """Whether a device copy exists or is on its way."""
+        return self._device_copy is not None
+
+    def drop_device_copy(self) -> None:
         """Let go of the tensors on the device. What the device does from now on waits for the copy, so their
-        memory may be used again at once, without the host waiting."""
-        if self._device is not None and self._arrival is None and self._buffers:
+        memory may be reused at once, without the host waiting."""
+        if self._device_copy is not None and self._arrival is None and self._buffers:
             if self._store.cuda:
-                torch.cuda.current_stream().wait_event(self._left)
-            self._device = None
+                torch.cuda.current_stream().wait_event(self._copied_out)
+            self._device_copy = None
 
-    def fetch(self) -> None:
-        """Start copying back, if it is not there."""
-        if self._device is not None or not self._buffers:
+    def prefetch(self) -> None:
+        """Start copying back, unless a device copy exists."""
+        if self._device_copy is not None or not self._buffers:
             return
         store = self._store
-        self._device = [
-            torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=form.device)
-            for form in self._forms
+        self._device_copy = [
+            torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+            for layout in self._layouts
         ]
         copies = [
-            (x, buffer.read(form))
-            for x, buffer, form in zip(self._device, self._buffers, self._forms, strict=True)
+            (x, buffer.view_as(layout))
+            for x, buffer, layout in zip(self._device_copy, self._buffers, self._layouts, strict=True)
         ]
         if store.cuda:
-            store.inward.wait_stream(
-                torch.cuda.current_stream()
-            )  # whoever had the new tensors' memory before is done with it
-            store.inward.wait_event(self._left)
-            with torch.cuda.stream(store.inward):
+            # Whoever had the new tensors' memory before must be done with it.
+            store.to_device.wait_stream(torch.cuda.current_stream())
+            store.to_device.wait_event(self._copied_out)
+            with torch.cuda.stream(store.to_device):
                 for x, host in copies:
                     x.copy_(host, non_blocking=True)
-            self._arrival = store.inward.record_event()
+            self._arrival = store.to_device.record_event()
             for buffer in self._buffers:
                 buffer.last_use = self._arrival
         else:
             for x, host in copies:
                 x.copy_(host)
 
-    def get(self, again: bool = False) -> list[Tensor]:
-        """The tensors on the device, where those kept before start to come as well. The host memory is free
-        again, unless they are to be asked for `again`."""
-        self._store.leave(but=self.number)
-        if again:
-            self.leave()  # whoever gets tensors lets go of them without waiting for the copy out, which is to be read once more
-        self.fetch()
-        if self._before is not None:
-            self._before.fetch()
-        assert self._device is not None, "a layer's kept tensors were asked for twice"
+    def fetch(self, keep: bool = False) -> list[Tensor]:
+        """Return the tensors on the device, and start fetching those offloaded before them. The host memory
+        is freed unless `keep`."""
+        self._store.drop_device_copies(except_pass=self.forward_pass)
+        if keep:
+            # The caller will free the tensors without waiting for the copy to the host, which is still
+            # needed.
+            self.drop_device_copy()
+        self.prefetch()
+        if self._previous is not None:
+            self._previous.prefetch()
+        assert self._device_copy is not None, "a layer's offloaded tensors were fetched twice"
         if self._arrival is not None:
             torch.cuda.current_stream().wait_event(self._arrival)
-        tensors, self._device, self._arrival = self._device, None, None
-        if not again:
-            self._before = None
+        tensors, self._device_copy, self._arrival = self._device_copy, None, None
+        if not keep:
+            self._previous = None
             self._release()
         return tensors
 
     def __del__(self) -> None:  # a graph that is dropped without a backward
         self._release()
 
+    def _copy_to_host(self, tensors: Sequence[Tensor]) -> None:
+        for buffer, layout, x in zip(self._buffers, self._layouts, tensors, strict=True):
+            buffer.copy_from(layout, x)
+
     def _release(self) -> None:
         buffers, self._buffers = getattr(self, "_buffers", []), []
-        self._store.give_back(buffers)
+        self._store.release_buffers(buffers)
 
 
-class Rows:
-    """A tensor [t, ...] in host memory, of which the device has no more than the rows that were asked for.
+class OffloadedHiddenStates:
+    """A tensor [t, ...] in host memory, of which only the requested rows are on the device.
 
-    They come, and are kept, by the same slices each time: fastest in descending order, the next under way
-    while one is used.
+    Rows are offloaded and fetched by the same slices: fastest in descending order, when the next are copied
+    back while one is used.
     """
 
     def __init__(self, store: HostStore, shape: torch.Size) -> None:
         self.shape = shape
         self._store = store
-        self._parts: dict[int, Kept] = {}
-        self._last: Kept | None = None
+        self._chunks: dict[int, OffloadedTensors] = {}
+        self._last: OffloadedTensors | None = None
 
-    def keep(self, rows: slice, x: Tensor) -> None:
-        """`rows` are x, which must not be written to any more. Errors as of `HostStore.keep`."""
-        self._last = self._parts[rows.start] = self._store.keep_after(self._last, [x])
+    def offload(self, rows: slice, x: Tensor) -> None:
+        """Start copying x, the tensor's `rows`, to the host; x must not be written to any more. Raises as
+        `HostStore.offload`."""
+        self._last = self._chunks[rows.start] = self._store.offload_after(self._last, [x])
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self._parts[rows.start].get(again=True)[0]
+        return self._chunks[rows.start].fetch(keep=True)[0]
 
     def __len__(self) -> int:
         return self.shape[0]
 
 
-class _Form(NamedTuple):
-    """What a tensor looks like."""
-
+class _TensorLayout(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
-    def of(cls, x: Tensor) -> _Form:
-        """That of x, packed in its own order of dimensions: copies between different orders would go through
-        one more buffer on a GPU."""
+    def of(cls, x: Tensor) -> _TensorLayout:
+        """The layout of x, dense in its own order of dimensions: copies between different orders would need
+        another buffer on a GPU."""
         return cls(x.shape, torch.empty_like(x, device="meta").stride(), x.dtype, x.device)
 
 
-class _Buffer:
-    """Host memory of one tensor, page-locked where a GPU copies; any tensor of its size fits. `last_use`: the
+class _HostBuffer:
+    """Host memory of one tensor, page-locked if a GPU copies; any tensor of its size fits. `last_use`: the
     copy out of it that must end before it is filled again."""
 
     def __init__(self, size: int, pinned: bool) -> None:
@@ -227,26 +236,25 @@ class _Buffer:
         if not pinned or not size:
             self.bytes = torch.empty(size, dtype=torch.uint8)
             return
-        # Pages of its own, locked one by one: torch's pinned allocator rounds every size up to a power of
-        # two.
+        # Its own pages, locked one by one: torch's pinned allocator rounds every size up to a power of two.
         self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         error = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
         if error != 0:
             raise UserError(
-                f"memory.offload: {size / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error {error}); raise the "
-                "container's locked-memory limit (ulimit -l unlimited)"
+                f"memory.offload: {size / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error "
+                f"{error}); raise the container's locked-memory limit (ulimit -l unlimited)"
             )
         weakref.finalize(self, _unlock, self.bytes).atexit = False
 
-    def fill(self, form: _Form, x: Tensor) -> None:
+    def copy_from(self, layout: _TensorLayout, x: Tensor) -> None:
         if self.last_use is not None:
             torch.cuda.current_stream().wait_event(self.last_use)
             self.last_use = None
-        self.read(form).copy_(x, non_blocking=True)
+        self.view_as(layout).copy_(x, non_blocking=True)
 
-    def read(self, form: _Form) -> Tensor:
-        """The tensor in it."""
-        return self.bytes.view(form.dtype).as_strided(form.shape, form.stride)
+    def view_as(self, layout: _TensorLayout) -> Tensor:
+        """Return the tensor stored in this buffer."""
+        return self.bytes.view(layout.dtype).as_strided(layout.shape, layout.stride)
 
 
 def _unlock(memory: Tensor) -> None:

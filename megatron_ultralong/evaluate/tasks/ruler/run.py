@@ -137,8 +137,7 @@ def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: N
             if path.exists() and _has(path, count, made):
                 progress(settings.samples)
                 continue
-            writer = jsonl.Writer(path, keep=("index", "meta"))
-            try:
+            with jsonl.ResumableFile(path, keep=("index", "meta")) as writer:
                 for number, line in enumerate(writer.done):
                     _same(writer.part, line, number, made)
                 progress(len(writer.done) + settings.samples - count)
@@ -146,9 +145,6 @@ def prepare(settings: Settings, tokenizer: Any, progress: Progress = lambda n: N
                     row = sample(kit, task, length, index)
                     writer.add({**row, "meta": {**row["meta"], **made}})
                     progress(1)
-                writer.finish()
-            finally:
-                writer.close()
 
 
 def _text_of(settings: Settings, task: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Chat templates: tokens as transformers' apply_chat_template gives them, trained on answers and the tokens
+"""Chat templates: the same tokens as transformers' apply_chat_template, trained on answers and the tokens
 that end them."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_segments_of_llama31():
-    rendered = chat_template.llama31(talk(" q ", " a\n", "r", "b", system=" s "), date="01 Jan 2025")
+    rendered = chat_template.render_llama31(talk(" q ", " a\n", "r", "b", system=" s "), date="01 Jan 2025")
     assert rendered.text == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         "Today Date: 01 Jan 2025\n\ns<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
@@ -50,7 +50,7 @@ def test_llama31_is_what_transformers_gives(folders, date):
 
 @pytest.mark.parametrize("name, way", [("chatml", "prefix"), ("marked", "generation")])
 def test_the_tokenizers_own_template(folders, name, way):
-    template = chat_template.choose(folders[name])
+    template = chat_template.select_template(folders[name])
     assert (template.name, template.spans) == ("tokenizer", way)
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     reference = AutoTokenizer.from_pretrained(
@@ -81,22 +81,24 @@ def test_a_template_that_changes_earlier_turns(tmp_path):
     folder = made.save_tokenizer(tmp_path / "thinking", made.THINKING, made.CHATML_TOKENS)
     with pytest.raises(
         UserError,
-        match="cannot be trained on turn by turn: the chat template writes earlier turns in another way",
+        match="cannot be trained on turn by turn: the chat template changes earlier turns as the conversation",
     ):
-        chat_template.choose(folder)
-    template = chat_template.choose(
+        chat_template.select_template(folder)
+    template = chat_template.select_template(
         made.save_tokenizer(tmp_path / "stripping", made.STRIPPING, made.CHATML_TOKENS)
     )
     assert template.render(talk("q", "<think>x</think>a"))
-    with pytest.raises(chat_template.NotRendered, match="earlier turns in another way"):
+    with pytest.raises(
+        chat_template.NotRendered, match="changes earlier turns as the conversation continues"
+    ):
         template.render(talk("q", "<think>x</think>a", "r", "b"))
 
 
 def test_a_template_without_a_token_at_the_end_of_turns(tmp_path):
     text = "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') ~ m.content ~ '\n' }}{% endfor %}"  # nor a prompt
-    rendered = chat_template.choose(made.save_tokenizer(tmp_path / "plain", text, made.CHATML_TOKENS)).render(
-        talk("q", "a", "r", "Q")
-    )
+    rendered = chat_template.select_template(
+        made.save_tokenizer(tmp_path / "plain", text, made.CHATML_TOKENS)
+    ).render(talk("q", "a", "r", "Q"))
     assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["a\n", "Q\n"]
 
 
@@ -105,7 +107,9 @@ def test_a_template_that_refuses(tmp_path):
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         + made.CHATML
     )
-    template = chat_template.choose(made.save_tokenizer(tmp_path / "picky", text, made.CHATML_TOKENS))
+    template = chat_template.select_template(
+        made.save_tokenizer(tmp_path / "picky", text, made.CHATML_TOKENS)
+    )
     with pytest.raises(chat_template.NotRendered, match="refuses it: no system here"):
         template.render(talk("q", "a", system="s"))
 
@@ -114,25 +118,25 @@ def test_a_template_that_refuses(tmp_path):
 def test_a_content_that_spells_a_special_token(folders, name):
     special = "<|eot_id|>" if name == "llama" else "<|im_end|>"
     with pytest.raises(chat_template.NotRendered, match="user's content spells the special token"):
-        chat_template.choose(folders[name]).render(talk(f"q{special}", "a"))
+        chat_template.select_template(folders[name]).render(talk(f"q{special}", "a"))
 
 
 def test_which_template(tmp_path, folders):
     other = made.save_tokenizer(tmp_path / "other", made.LLAMA.replace("December 2023", "May 2024"))
     assert (
-        chat_template.choose(other).name == "tokenizer"
-        and chat_template.choose(other, "llama3.1").name == "llama3.1"
+        chat_template.select_template(other).name == "tokenizer"
+        and chat_template.select_template(other, "llama3.1").name == "llama3.1"
     )
-    own = chat_template.choose(folders["llama"], "tokenizer", "01 Jan 2025")
+    own = chat_template.select_template(folders["llama"], "tokenizer", "01 Jan 2025")
     assert own.spans == "prefix"
     for messages in TALKS:
-        assert own.render(messages) == chat_template.llama31(messages, "01 Jan 2025")
+        assert own.render(messages) == chat_template.render_llama31(messages, "01 Jan 2025")
     with pytest.raises(UserError, match=r"has no token <\|begin_of_text\|>; use --template tokenizer"):
-        chat_template.choose(folders["chatml"], "llama3.1")
+        chat_template.select_template(folders["chatml"], "llama3.1")
     bare = made.save_tokenizer(tmp_path / "bare", None)
-    assert chat_template.choose(bare, "llama3.1").name == "llama3.1"
+    assert chat_template.select_template(bare, "llama3.1").name == "llama3.1"
     with pytest.raises(UserError, match=r"has no chat template; .*or --template llama3.1"):
-        chat_template.choose(bare)
+        chat_template.select_template(bare)
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -140,16 +144,19 @@ def test_which_template(tmp_path, folders):
 
 def test_cut_to_whole_turns():
     trained = numpy.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 1], numpy.uint8)
-    assert [tokenise_chat.fitting(trained, most) for most in (3, 4, 9, 10, 11)] == [0, 4, 4, 10, 10]
-    assert tokenise_chat.fitting(numpy.append(trained, numpy.uint8(0)), 10) == 10
+    assert [tokenise_chat.tokens_to_keep(trained, most) for most in (3, 4, 9, 10, 11)] == [0, 4, 4, 10, 10]
+    assert tokenise_chat.tokens_to_keep(numpy.append(trained, numpy.uint8(0)), 10) == 10
 
 
 def test_many_batches_keep_their_order(folders, monkeypatch):
-    monkeypatch.setattr(tokenise_chat, "BATCH", 300)
-    template, backend = chat_template.choose(folders["llama"]), load_tokenizer(folders["llama"]).backend
+    monkeypatch.setattr(tokenise_chat, "BATCH_CHARACTERS", 300)
+    template, backend = (
+        chat_template.select_template(folders["llama"]),
+        load_tokenizer(folders["llama"]).backend,
+    )
     texts = [template.render(messages) for messages in TALKS * 3]
-    found = list(tokenise_chat.encode_all(iter(texts), backend, workers=1))
+    encoded_chats = list(tokenise_chat.encode_chats(iter(texts), backend, workers=1))
     for (ids, trained), (want_ids, want_trained) in zip(
-        found, tokenise_chat.encode(backend, texts), strict=True
+        encoded_chats, tokenise_chat.encode_batch(backend, texts), strict=True
     ):
         assert numpy.array_equal(ids, want_ids) and numpy.array_equal(trained, want_trained)

@@ -1,4 +1,5 @@
-"""Documents in one call of FlashAttention, and every way of context parallelism on virtual ranks of one GPU."""
+"""Documents in one call of FlashAttention, and every cp_comm_type with and without Ulysses on virtual ranks
+of one GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel import partial_attention, zigzag
-from megatron_ultralong.context_parallel.api import CommType, attention, split
-from megatron_ultralong.context_parallel.comm import Peers
+from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel.api import CommType, attention, split_group
+from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.comm import Communicator
+from megatron_ultralong.context_parallel.kernels import varlen
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.gpu.test_kernels_gpu import near
 from tests.unit.test_kernels import reference, tensors
@@ -27,13 +30,13 @@ def expected(
     """([out, dq, dk, dv], lse) in float64, document by document."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     bounds = [*(starts or [0]), q.shape[2]]
-    parts = [
+    partial = [
         reference(*(x[:, :, a:b] for x in leaves), True, q.shape[3] ** -0.5)
         for a, b in itertools.pairwise(bounds)
     ]
-    out = torch.cat([part[0] for part in parts], 2)
+    out = torch.cat([part[0] for part in partial], 2)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())], torch.cat(
-        [part[1] for part in parts], 2
+        [part[1] for part in partial], 2
     ).detach()
 
 
@@ -42,14 +45,12 @@ def expected(
 def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
     for d, starts in itertools.product((64, 128), (STARTS, list(range(768)))):
         q, k, v, dout = tensors(1, h, g, 768, 768, d, torch.bfloat16, layout_, "cuda")
-        parts = zigzag.parts(0, 0, 768, 1, starts)
-        out, lse = partial_attention.varlen_forward(q, k, v, parts)
+        blocks = zigzag.blocks_between(0, 0, 768, 1, starts)
+        out, lse = varlen.forward(q, k, v, blocks)
         want, want_lse = expected(q, k, v, dout, starts)
         assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
         assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
-        for x, y in zip(
-            [out, *partial_attention.varlen_backward(dout, q, k, v, out, lse, parts)], want, strict=True
-        ):
+        for x, y in zip([out, *varlen.backward(dout, q, k, v, out, lse, blocks)], want, strict=True):
             if y.abs().max() > 1e-9:  # dq and dk of one-token documents are zero
                 near(x, y, 2e-2, (h, g, d, len(starts)))
             else:
@@ -57,17 +58,19 @@ def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["not packed", "packed"])
-@pytest.mark.parametrize("way", ["p2p", "all_gather"])
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather"])
 @pytest.mark.parametrize(("cp", "ulysses"), [(1, 1), (2, 2), (4, 1), (4, 2), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_ways_on_virtual_ranks(
-    dtype: torch.dtype, cp: int, ulysses: int, way: CommType, starts: list[int] | None
+def test_comm_types_on_virtual_ranks(
+    dtype: torch.dtype, cp: int, ulysses: int, comm_type: CommType, starts: list[int] | None
 ) -> None:
     q, k, v, dout = tensors(1, 8, 2, 768, 768, 64, dtype, device="cuda")
 
-    def run(r: Peers) -> list[Tensor]:
+    spec = AttentionSpec(document_starts=starts or [0])
+
+    def run(r: Communicator) -> list[Tensor]:
         leaves = [zigzag.shard(x, r.rank, cp, 2).detach().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves, split(r, ulysses, way), starts=starts)
+        out = attention(*leaves, split_group(r, ulysses, comm_type), spec)
         return [out.detach(), *torch.autograd.grad(out, leaves, zigzag.shard(dout, r.rank, cp, 2))]
 
     want, _ = expected(q, k, v, dout, starts)

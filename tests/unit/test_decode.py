@@ -1,4 +1,4 @@
-"""Attention over kept keys, of which every rank has a share, against full attention; what is sent; the cache
+"""Attention over cached keys, of which every rank has a share, against full attention; bytes sent; the cache
 itself."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_ultralong.context_parallel import decode
 from megatron_ultralong.context_parallel.kernels.merge import merge_all
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from megatron_ultralong.model.inference.kv_cache import KVCache, kv_bytes
-from tests.unit.test_context_ways import Counted
+from tests.unit.test_context_parallel import Counted
 
 H, G, D = 6, 2, 8
 
@@ -37,7 +37,7 @@ def shares(x: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "cp, c, kept",
+    "cp, c, cached",
     [
         (1, 5, ([7], [])),
         (1, 1, ()),
@@ -46,21 +46,21 @@ def shares(x: Tensor, sizes: list[int]) -> list[Tensor]:
         (4, 3, ([0, 0, 0, 0],)),
     ],
 )
-def test_a_chunk_sees_all_that_is_kept_and_itself(cp: int, c: int, kept: tuple[list[int], ...]) -> None:
-    """Uneven shares, ranks that keep nothing, two stretches, nothing kept at all."""
-    kept = tuple(sizes or [0] * cp for sizes in kept)
-    before = sum(map(sum, kept))
+def test_a_chunk_sees_the_cache_and_itself(cp: int, c: int, cached: tuple[list[int], ...]) -> None:
+    """Uneven shares, ranks that cache nothing, a cache in two pieces, nothing cached at all."""
+    cached = tuple(sizes or [0] * cp for sizes in cached)
+    before = sum(map(sum, cached))
     q, k, v = draw(cp * c, H, 1), draw(before + cp * c, G, 2), draw(before + cp * c, G, 3)
-    stretches, at = [], 0
-    for sizes in kept:
-        stretches.append([list(zip(shares(x[:, :, at : at + sum(sizes)], sizes))) for x in (k, v)])
+    pieces, at = [], 0
+    for sizes in cached:
+        pieces.append([list(zip(shares(x[:, :, at : at + sum(sizes)], sizes))) for x in (k, v)])
         at += sum(sizes)
 
     def run(peers: object) -> Tensor:
         rank = peers.rank  # type: ignore[attr-defined]
-        mine = [(keys[rank][0].float(), values[rank][0].float()) for keys, values in stretches]
+        mine = [(keys[rank][0].float(), values[rank][0].float()) for keys, values in pieces]
         own = slice(before + rank * c, before + (rank + 1) * c)
-        return decode.chunk(
+        return decode.prefill_attention(
             q[:, :, rank * c : (rank + 1) * c].float(),
             k[:, :, own].float(),
             v[:, :, own].float(),
@@ -89,7 +89,7 @@ def test_tokens_of_several_sequences(cp: int, shared: list[int] | None, own: lis
             (shares(k, sizes)[rank].float(), shares(v, sizes)[rank].float())
             for (k, v), sizes in zip(tails, own, strict=True)
         ]
-        return decode.tokens(q.float(), common, mine, peers)  # type: ignore[arg-type]
+        return decode.decode_attention(q.float(), common, mine, peers)  # type: ignore[arg-type]
 
     want = torch.cat(
         [
@@ -103,22 +103,22 @@ def test_tokens_of_several_sequences(cp: int, shared: list[int] | None, own: lis
         ],
         dim=2,
     )
-    found = run_virtual(run, cp)
-    assert_close(found[0].double(), want, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(x, found[0]) for x in found), "every rank goes on with the same numbers"
+    got = run_virtual(run, cp)
+    assert_close(got[0].double(), want, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(x, got[0]) for x in got), "every rank continues with the same numbers"
 
 
 @pytest.mark.parametrize("t", [0, 50])
-def test_what_is_sent_does_not_grow_with_what_is_kept(t: int) -> None:
+def test_what_is_sent_does_not_grow_with_the_cache(t: int) -> None:
     cp, c, e = 4, 3, 2
 
     def run(peers: object) -> list[int]:
         counted = Counted(peers)
         x = [draw(n, heads, 1).bfloat16() for n, heads in ((c, H), (c, G), (t, G))]
-        decode.chunk(x[0], x[1], x[1], [(x[2], x[2])], counted)
+        decode.prefill_attention(x[0], x[1], x[1], [(x[2], x[2])], counted)
         chunk = sum(counted.sent.values())
         counted.sent.clear()
-        decode.tokens(x[0], [(x[2], x[2])], [(x[1], x[1])] * c, counted)
+        decode.decode_attention(x[0], [(x[2], x[2])], [(x[1], x[1])] * c, counted)
         return [chunk, sum(counted.sent.values())]
 
     assert (

@@ -1,4 +1,4 @@
-"""The zigzag order, as literal lists."""
+"""The zigzag order and its blocks of attention, as literal lists."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_positions_and_shards_are_these(cp: int) -> None:
         assert zigzag.shard(tokens, rank, cp, 0).tolist() == [10 * p for p in held]
 
 
-def test_odd_pieces() -> None:
+def test_odd_chunks() -> None:
     assert zigzag.positions(18, 0, 3).tolist() == [0, 1, 2, 15, 16, 17]
     assert zigzag.positions(18, 1, 3).tolist() == [3, 4, 5, 12, 13, 14]
     assert zigzag.positions(18, 2, 3).tolist() == [6, 7, 8, 9, 10, 11]
-    assert zigzag.positions(7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 6]  # nothing to divide with one rank
+    assert zigzag.positions(7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 6]  # one rank: nothing to divide
 
 
 def test_positions_are_exact_at_four_million_tokens() -> None:
@@ -52,19 +52,19 @@ def test_unshard_literally() -> None:
     assert zigzag.unshard(shards, 0).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("cp", "piece"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (8, 3)])
-def test_parts_are_exactly_the_causal_mask(cp: int, piece: int) -> None:
-    length = piece * 2 * cp if cp > 1 else piece
+@pytest.mark.parametrize(("cp", "chunk"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (8, 3)])
+def test_blocks_are_exactly_the_causal_mask(cp: int, chunk: int) -> None:
+    length = chunk * 2 * cp if cp > 1 else chunk
     s = length // cp
     for rank in range(cp):
         queries = zigzag.positions(length, rank, cp)
         work = 0
         for source in range(cp):
             keys = zigzag.positions(length, source, cp)
-            part = zigzag.part(rank, source, s)
+            block = zigzag.block_between(rank, source, s)
             seen = torch.zeros(s, s, dtype=torch.bool)
-            block = torch.ones_like(seen[part.queries, part.keys])
-            seen[part.queries, part.keys] = block.tril() if part.causal else block
+            pairs = torch.ones_like(seen[block.queries, block.keys])
+            seen[block.queries, block.keys] = pairs.tril() if block.causal else pairs
             assert torch.equal(seen, queries[:, None] >= keys[None, :])
             work += int(seen.sum())
         assert cp == 1 or abs(work - length * (length + 1) / 2 / cp) <= s / 2  # the same work on every rank
@@ -87,9 +87,9 @@ def test_groups_are_these() -> None:
 
 
 def test_what_two_adjacent_ranks_of_four_hold_is_what_one_of_two_holds() -> None:
-    shares = [torch.tensor(held) for held in HELD[4]]
-    assert zigzag.unshard(shares[:2], 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
-    assert zigzag.unshard(shares[2:], 0).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    shards = [torch.tensor(held) for held in HELD[4]]
+    assert zigzag.unshard(shards[:2], 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert zigzag.unshard(shards[2:], 0).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("cp", HELD)
@@ -105,27 +105,27 @@ def test_the_order_nests(cp: int) -> None:
 # ---- documents in packed rows ------------------------------------------------------------------
 
 
-def test_parts_of_documents_are_these() -> None:
+def test_blocks_of_documents_are_these() -> None:
     """Rank 0 of two holds 0 1 2 3 12 13 14 15, rank 1 holds 4 .. 11; documents 0-1, 2-12, 13, 14-15."""
     starts = (0, 2, 13, 14)
 
     def runs(rank: int, source: int) -> list[tuple[int, ...]]:
         return [
             (p.queries.start, p.queries.stop, p.keys.start, p.keys.stop, p.causal)
-            for p in zigzag.parts(rank, source, 8, 2, starts)
+            for p in zigzag.blocks_between(rank, source, 8, 2, starts)
         ]
 
     assert runs(0, 0) == [(0, 2, 0, 2, True), (2, 5, 2, 5, True), (5, 6, 5, 6, True), (6, 8, 6, 8, True)]
     assert runs(1, 1) == [(0, 8, 0, 8, True)]
     assert runs(0, 1) == [(4, 5, 0, 8, False)]  # 12 sees 4 .. 11
     assert runs(1, 0) == [(0, 8, 2, 4, False)]  # all see 2 and 3
-    assert [p.queries for p in zigzag.parts_within(0, 8, 2, starts)] == [
+    assert [p.queries for p in zigzag.diagonal_blocks(0, 8, 2, starts)] == [
         slice(*x) for x in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8))
     ]
-    assert zigzag.parts_before(0, 8, 2, starts) == [zigzag.Part(slice(4, 5), slice(2, 12), False)]
+    assert zigzag.past_blocks(0, 8, 2, starts) == [zigzag.AttentionBlock(slice(4, 5), slice(2, 12), False)]
 
 
-def packings(length: int, piece: int) -> list[tuple[int, ...]]:
+def packings(length: int, chunk: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(length)
     some = [
         (torch.rand(length, generator=generator) < share).nonzero().flatten().tolist()
@@ -134,29 +134,29 @@ def packings(length: int, piece: int) -> list[tuple[int, ...]]:
     return [
         (0,),
         tuple(range(length)),
-        tuple(range(0, length, piece)),
+        tuple(range(0, length, chunk)),
         tuple(sorted({0, length - 1})),
         *(tuple(sorted({0, *x})) for x in some),
     ]
 
 
-@pytest.mark.parametrize(("cp", "piece"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (4, 5), (8, 3)])
-def test_parts_of_documents_are_exactly_their_causal_mask(cp: int, piece: int) -> None:
-    length = piece * 2 * cp if cp > 1 else piece
+@pytest.mark.parametrize(("cp", "chunk"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (4, 5), (8, 3)])
+def test_blocks_of_documents_are_exactly_their_causal_mask(cp: int, chunk: int) -> None:
+    length = chunk * 2 * cp if cp > 1 else chunk
     s = length // cp
-    for starts in packings(length, piece):
+    for starts in packings(length, chunk):
         document = torch.bucketize(torch.arange(length), torch.tensor(starts), right=True)
         for rank in range(cp):
             queries = zigzag.positions(length, rank, cp)
 
             def mask(
-                parts: list[zigzag.Part], keys: torch.Tensor, queries: torch.Tensor = queries
+                blocks: list[zigzag.AttentionBlock], keys: torch.Tensor, queries: torch.Tensor = queries
             ) -> torch.Tensor:
                 seen = torch.zeros(len(queries), len(keys), dtype=torch.int64)
-                for part in parts:
-                    block = torch.ones_like(seen[part.queries, part.keys])
-                    assert block.numel()  # no kernel for nothing
-                    seen[part.queries, part.keys] += block.tril() if part.causal else block
+                for block in blocks:
+                    pairs = torch.ones_like(seen[block.queries, block.keys])
+                    assert pairs.numel()  # no kernel for nothing
+                    seen[block.queries, block.keys] += pairs.tril() if block.causal else pairs
                 return seen
 
             def want(
@@ -166,25 +166,25 @@ def test_parts_of_documents_are_exactly_their_causal_mask(cp: int, piece: int) -
 
             for source in range(cp):
                 keys = zigzag.positions(length, source, cp)
-                parts = zigzag.parts(rank, source, s, cp, starts)
-                assert torch.equal(mask(parts, keys), want(keys))
-                assert source == rank or len(parts) <= 1
-            whole = mask(zigzag.parts_before(rank, s, cp, starts), torch.arange(length))
-            within = zigzag.parts_within(rank, s, cp, starts)
+                blocks = zigzag.blocks_between(rank, source, s, cp, starts)
+                assert torch.equal(mask(blocks, keys), want(keys))
+                assert source == rank or len(blocks) <= 1
+            whole = mask(zigzag.past_blocks(rank, s, cp, starts), torch.arange(length))
+            within = zigzag.diagonal_blocks(rank, s, cp, starts)
             whole[:, queries] += mask(within, queries)
             assert torch.equal(whole, want(torch.arange(length)))
-            for parts in (within, zigzag.parts(rank, rank, s, cp, starts)):
-                assert [p.queries.start for p in parts] == [
+            for blocks in (within, zigzag.blocks_between(rank, rank, s, cp, starts)):
+                assert [p.queries.start for p in blocks] == [
                     0,
-                    *(p.queries.stop for p in parts[:-1]),
-                ] and parts[-1].queries.stop == s
-                assert all(p.causal and p.queries == p.keys for p in parts)
+                    *(p.queries.stop for p in blocks[:-1]),
+                ] and blocks[-1].queries.stop == s
+                assert all(p.causal and p.queries == p.keys for p in blocks)
 
 
 def test_positions_inside_documents() -> None:
     starts = [0, 2, 13, 14]
     assert zigzag.document_positions(starts, 16, 0, 2).tolist() == [0, 1, 0, 1, 10, 0, 0, 1]
-    assert zigzag.document_positions(torch.tensor(starts, dtype=torch.int32), 16, 1, 2).tolist() == [
+    assert zigzag.document_positions(starts, 16, 1, 2).tolist() == [
         2,
         3,
         4,
@@ -202,15 +202,14 @@ def test_positions_inside_documents() -> None:
 
 
 def test_document_starts() -> None:
-    assert zigzag.document_starts(None, 9) == (0,)
-    assert zigzag.document_starts(torch.tensor([0, 3, 8], dtype=torch.int32), 9) == (0, 3, 8)
+    assert zigzag.check_document_starts([0, 3, 8], 9) == (0, 3, 8)
     for wrong in ([], [1, 2], [0, 2, 2], [0, 9], [0, 5, 3]):
         with pytest.raises(
-            UserError, match="are not 0 and then ascending positions below the sequence length 9"
+            UserError, match="are not 0 followed by ascending positions below the sequence length 9"
         ):
-            zigzag.document_starts(wrong, 9)
+            zigzag.check_document_starts(wrong, 9)
     with pytest.raises(UserError, match=r"starts \[0, 1, 2, 3, 4, \.\.\.\] are not"):
-        zigzag.document_starts(range(10), 9)
+        zigzag.check_document_starts(range(10), 9)
 
 
 def test_a_sequence_that_does_not_divide_is_refused_in_one_line() -> None:
@@ -228,7 +227,7 @@ def test_a_sequence_that_does_not_divide_is_refused_in_one_line() -> None:
 def test_wrong_use_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
         zigzag.positions(16, 2, 2)
-    with pytest.raises(ValueError, match="not the zigzag shares"):
+    with pytest.raises(ValueError, match="not the zigzag shards"):
         zigzag.unshard([torch.zeros(4), torch.zeros(6)], 0)
-    with pytest.raises(ValueError, match="not the zigzag shares"):
+    with pytest.raises(ValueError, match="not the zigzag shards"):
         zigzag.unshard([], 0)

@@ -1,5 +1,4 @@
-"""megatron_ultralong/benchmarks: official files of every benchmark to examples; what is not official is one
-line."""
+"""Official files of every benchmark to examples; content that is not official raises an error of one line."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ import pytest
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.official_files import find as official_files
-from megatron_ultralong.official_files import infinitebench, lveval, ruler, standard
+from megatron_ultralong.official_files import infinitebench, lveval, mmlu_pro, ruler
 from tests import benchmark_files as made
 
 
 def read(name, folder, splits=("test",)):
-    return list(official_files.read(name, official_files.find(name, folder, splits)))
+    return list(official_files.read_examples(name, official_files.find_files(name, folder, splits)))
 
 
 def test_mmlu_csv_and_hub_agree(tmp_path):
@@ -73,13 +72,14 @@ def test_math_gsm8k_humaneval_in_both_formats(tmp_path):
         and example.answers == ("It is $\\boxed{2}$.",)
         and example.meta == {"level": "Level 1"}
     )
-    (example,) = official_files.read(
-        "humaneval", official_files.find("humaneval", tmp_path / "humaneval" / "data" / "HumanEval.jsonl.gz")
+    (example,) = official_files.read_examples(
+        "humaneval",
+        official_files.find_files("humaneval", tmp_path / "humaneval" / "data" / "HumanEval.jsonl.gz"),
     )
     assert example.meta["entry_point"] == "f" and example.answers == ("    return 2 * x\n",)
 
 
-def test_ruler_prompts_are_taken_apart_and_nothing_is_lost(tmp_path):
+def test_ruler_prompts_are_split_and_nothing_is_lost(tmp_path):
     examples = {example.task: example for example in read("ruler", made.ruler(tmp_path))}
     for task, example in examples.items():
         path = tmp_path / "4096" / "data" / task / "validation.jsonl"
@@ -92,14 +92,10 @@ def test_ruler_prompts_are_taken_apart_and_nothing_is_lost(tmp_path):
     assert examples["vt"].question.endswith("value 12 in the text above.")
     assert examples["niah_single_2"].question.startswith("What is the special magic number for grey-owl")
     assert examples["qa_1"].answers == ("owl", "an owl")
-    (example,) = ruler.read(
-        "ruler",
-        [
-            made.jsonl(
-                tmp_path / "cwe.jsonl",
-                [{"index": 5, "input": "no such thing", "outputs": ["a"], "length": 1}],
-            )
-        ],
+    (example,) = ruler.read_file(
+        made.jsonl(
+            tmp_path / "cwe.jsonl", [{"index": 5, "input": "no such thing", "outputs": ["a"], "length": 1}]
+        )
     )
     assert (example.task, example.context, example.question) == ("cwe", "no such thing", "")
 
@@ -122,13 +118,12 @@ def test_lveval_alone_and_zipped(tmp_path):
         and plain[1].meta["answer_keywords"] == "Mira"
     )
     assert "answer_keywords" not in plain[0].meta
-    made.lveval(tmp_path / "b")  # unpacked beside the .zip: read once
+    made.lveval(tmp_path / "b")  # unpacked next to the .zip: read once
     assert len(read("lveval", tmp_path / "b")) == 5
     assert [
         e.id
-        for e in lveval.read(
-            "lveval", official_files.find("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
-        )
+        for path in official_files.find_files("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
+        for e in lveval.read_file(path)
     ] == ["16k/0", "16k/1"]
     assert len(lveval.SETS) == 11 and len(lveval.LEVELS) == 5
 
@@ -149,13 +144,13 @@ def test_infinitebench(tmp_path):
         tmp_path / "b" / "math_calc.jsonl",
         [{"id": 0, "context": "1 + 2", "input": "", "answer": [[1, 3]], "options": ""}],
     )
-    assert next(iter(infinitebench.read("infinitebench", [nested]))).answers == ("1", "3")
+    assert next(iter(infinitebench.read_file(nested))).answers == ("1", "3")
     assert examples["math_calc"].answers == ("1", "3", "6") and len(infinitebench.TASKS) == 12
 
 
-def test_own_strings(tmp_path):
+def test_custom_strings(tmp_path):
     path = made.jsonl(tmp_path / "own.jsonl", [{"text": "a b"}, {"text": "c", "id": "x"}])
-    assert [(e.benchmark, e.id, e.question) for e in official_files.read_own(path)] == [
+    assert [(e.benchmark, e.id, e.question) for e in official_files.read_custom(path)] == [
         ("text", "0", "a b"),
         ("text", "x", "c"),
     ]
@@ -165,7 +160,7 @@ def test_own_strings(tmp_path):
     "name, record, message",
     [
         ("gsm8k", {"question": "x"}, "line 2: no field 'answer' among question"),
-        ("gsm8k", {"question": 3, "answer": "x"}, "line 2: field 'question' holds int, not str"),
+        ("gsm8k", {"question": 3, "answer": "x"}, "line 2: field 'question' is of type int, not str"),
         (
             "humaneval",
             {"task_id": "a", "prompt": "b", "canonical_solution": "c", "entry_point": "f"},
@@ -175,13 +170,13 @@ def test_own_strings(tmp_path):
         (
             "ruler",
             {"index": 0, "input": "x", "length": 3, "outputs": [["a"]]},
-            "line 2: field 'outputs' holds list in its list",
+            "line 2: field 'outputs' contains list in its list",
         ),
         ("lveval", {"input": "x", "answers": ["a"], "length": 3}, "line 2: no field 'context'"),
         (
             "lveval",
             {"input": "x", "answers": ["a"], "length": 3, "context": "c", "answer_keywords": ["k"]},
-            "line 2: field 'answer_keywords' holds list",
+            "line 2: field 'answer_keywords' is of type list",
         ),
         (
             "infinitebench",
@@ -191,7 +186,7 @@ def test_own_strings(tmp_path):
         (
             "infinitebench",
             {"id": 1, "context": "c", "input": "x", "answer": "a", "options": ["a", "b"]},
-            "line 2: field 'options' holds 2 choices",
+            "line 2: field 'options' contains 2 choices",
         ),
     ],
 )
@@ -217,7 +212,7 @@ def test_wrong_csv_parquet_and_json(tmp_path):
     with pytest.raises(UserError, match=r"a_test.csv, line 2: 5 columns, not the 6 of question, A"):
         read("mmlu", tmp_path)
     path.write_text("q,a,b,c,d,E\n")
-    with pytest.raises(UserError, match=r"line 1: field 'answer' holds 'E', not one of 4 choices"):
+    with pytest.raises(UserError, match=r"line 1: field 'answer' is 'E', not one of 4 choices"):
         read("mmlu", tmp_path)
     row = {
         "question_id": 1,
@@ -228,11 +223,11 @@ def test_wrong_csv_parquet_and_json(tmp_path):
         "category": "c",
     }
     bad = made.parquet(tmp_path / "test-00000-of-00001.parquet", [row])
-    with pytest.raises(UserError, match="row 1: field 'answer_index' holds 0, but 'answer' B"):
-        list(standard.read("mmlu_pro", [bad]))
+    with pytest.raises(UserError, match="row 1: field 'answer_index' is 0, but 'answer' is B"):
+        list(mmlu_pro.read_file(bad))
     bad.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        list(standard.read("mmlu_pro", [bad]))
+        list(mmlu_pro.read_file(bad))
     bad = tmp_path / "test.jsonl"
     bad.write_text("{nonsense\n")
     with pytest.raises(UserError, match=r"test.jsonl, line 1: not JSON"):
@@ -240,21 +235,21 @@ def test_wrong_csv_parquet_and_json(tmp_path):
 
 
 def test_finding(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="benchmark 'nothing': known are mmlu, mmlu_pro"):
-        official_files.find("nothing", tmp_path)
+    with pytest.raises(UserError, match="unknown benchmark 'nothing'; known are mmlu, mmlu_pro"):
+        official_files.find_files("nothing", tmp_path)
     with pytest.raises(
         UserError,
         match="no such file or directory; download the data set openai/gsm8k from the Hugging Face hub",
     ):
-        official_files.find("gsm8k", tmp_path / "none")
+        official_files.find_files("gsm8k", tmp_path / "none")
     with pytest.raises(
-        UserError, match="holds none of its files for test; download the data set Infinigence/LVEval"
+        UserError, match="contains none of its files for test; download the data set Infinigence/LVEval"
     ):
-        official_files.find("lveval", tmp_path)
+        official_files.find_files("lveval", tmp_path)
     with pytest.raises(
-        UserError, match=r"ruler: not on the hub; write them with https://github.com/NVIDIA/RULER"
+        UserError, match=r"ruler: not on the hub; generate them with https://github.com/NVIDIA/RULER"
     ):
-        official_files.find("ruler", "hub")
+        official_files.find_files("ruler", "hub")
     asked = {}
 
     def download(repo, *, repo_type, allow_patterns):
@@ -262,12 +257,14 @@ def test_finding(tmp_path, monkeypatch):
         return str(made.mmlu_hub(tmp_path / "snapshot"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert [path.name for path in official_files.find("mmlu", "hub")] == ["test-00000-of-00001.parquet"]
+    assert [path.name for path in official_files.find_files("mmlu", "hub")] == ["test-00000-of-00001.parquet"]
     assert asked == {"repo": "cais/mmlu", "repo_type": "dataset", "patterns": ["all/test-*.parquet"]}
-    with pytest.raises(UserError, match="holds none of its files for test that are asked for; download"):
-        official_files.find(
+    with pytest.raises(
+        UserError, match="contains none of its files for test among those requested; download"
+    ):
+        official_files.find_files(
             "infinitebench", "hub", names=["passkey", "code_run"]
-        )  # the snapshot here is another's
+        )  # the snapshot here is of another benchmark
     assert asked["patterns"] == ["code_run.jsonl", "passkey.jsonl"]
 
     def offline(*args, **kwargs):
@@ -275,8 +272,9 @@ def test_finding(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(UserError) as error:
-        official_files.find("infinitebench", "hub")
-    assert "the hub gave no files (no network); download the data set xinrongzhang2022/InfiniteBench" in str(
-        error.value
+        official_files.find_files("infinitebench", "hub")
+    assert (
+        "cannot be downloaded from the hub (no network); download the data set xinrongzhang2022/InfiniteBench"
+        in str(error.value)
     )
     assert "\n" not in str(error.value)

@@ -1,5 +1,5 @@
-"""Every way of context parallelism over gloo ranks, against full attention (over virtual ranks:
-tests/unit/test_context_ways.py)."""
+"""Every cp_comm_type with and without Ulysses over gloo ranks, against full attention (over virtual ranks:
+tests/unit/test_context_parallel.py)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.api import ContextGroups, attention, split
-from megatron_ultralong.context_parallel.comm import GroupRing
-from tests.distributed.test_ring import check, share, whole
+from megatron_ultralong.context_parallel.api import ContextGroups, attention, split_group
+from megatron_ultralong.context_parallel.comm import ProcessGroupCommunicator
+from tests.distributed.test_ring import check, sequence, shard
 from tests.spawn import run_ranks
-from tests.unit.test_context_ways import WAYS, compute, documents, expected, packed_attention
+from tests.unit.test_context_parallel import (
+    COMM_TYPES,
+    compute,
+    documents,
+    expected,
+    packed_attention,
+    spec,
+)
 
 
 def test_over_gloo() -> None:
@@ -28,8 +35,8 @@ def _over_gloo(rank: int, world_size: int) -> None:
     for cp, ulysses in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
         strides = 4 // cp  # ranks apart, as with tensor parallelism inside
         group = [dist.new_group(list(range(first, 4, strides))) for first in range(strides)][rank % strides]
-        for way in WAYS:
-            groups = split(group, ulysses, way)
+        for comm_type in COMM_TYPES:
+            groups = split_group(group, ulysses, comm_type)
             assert (groups.size, groups.rank) == (cp, rank // strides)
             if groups.ulysses is not None:  # adjacent ones of the group
                 ranks = zigzag.ulysses_ranks(cp, ulysses)[groups.rank // ulysses]
@@ -41,17 +48,17 @@ def _over_gloo(rank: int, world_size: int) -> None:
                 for b, name in (
                     (2, "not packed"),
                     (1, "one-token documents"),
-                    (1, "across every border of pieces"),
+                    (1, "across every border of chunks"),
                     (1, "any"),
                 ):
                     starts = packings.get(name)
-                    inputs = whole((b, h, g, 5, 8), cp, seed=rank % strides)
+                    inputs = sequence((b, h, g, 5, 8), cp, seed=rank % strides)
                     check(
                         compute(inputs, groups, starts),
                         expected(inputs, starts),
                         groups.rank,
                         cp,
-                        what=(way, ulysses, h, g, name),
+                        what=(comm_type, ulysses, h, g, name),
                     )
             half = [x.bfloat16().double() for x in inputs]
             for x, y in zip(
@@ -59,7 +66,7 @@ def _over_gloo(rank: int, world_size: int) -> None:
             ):
                 y = zigzag.shard(y, groups.rank, cp, 2)
                 assert x.dtype == torch.bfloat16 and (x.double() - y).norm() / y.norm() < 0.03, (
-                    way,
+                    comm_type,
                     cp,
                     ulysses,
                 )
@@ -68,28 +75,28 @@ def _over_gloo(rank: int, world_size: int) -> None:
         "cpu", 0
     )  # as init_process_group(device_id=...) leaves it
     with pytest.raises(ValueError, match="started with a device_id"):
-        split(dist.group.WORLD, 2)
+        split_group(dist.group.WORLD, 2)
     dist.group.WORLD.bound_device_id = None
 
 
 def _collectives(group: dist.ProcessGroup, rank: int, size: int) -> None:
-    """Literally, in the types that are sent."""
-    peers = GroupRing(group)
+    """Literally, in the dtypes that are sent."""
+    comm = ProcessGroupCommunicator(group)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         send = (10 * rank + torch.arange(size)).to(dtype)[:, None].repeat(1, 2)  # [size, 2]
         receive = torch.empty_like(send)
-        peers.all_to_all(send, receive).wait()
+        comm.all_to_all(send, receive).wait()
         assert receive[:, 1].tolist() == [10 * source + rank for source in range(size)]
-        peers.all_gather(send[0], receive).wait()
+        comm.all_gather(send[0], receive).wait()
         assert receive[:, 0].tolist() == [10 * source for source in range(size)]
-        peers.reduce_scatter(send, receive[0]).wait()
+        comm.reduce_scatter(send, receive[0]).wait()
         assert receive[0].tolist() == [sum(10 * source + rank for source in range(size))] * 2
 
 
 def _layers(groups: ContextGroups) -> None:
     """Two layers, one of them recomputed; the backward on another thread."""
     cp, rank, starts = groups.size, groups.rank, [0, 3]
-    inputs = whole((1, 8, 4, 3, 8), cp, seed=11)
+    inputs = sequence((1, 8, 4, 3, 8), cp, seed=11)
     if cp == 1:
         starts = [0]
 
@@ -99,11 +106,11 @@ def _layers(groups: ContextGroups) -> None:
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     out = stack(*leaves, lambda *x: packed_attention(*x, starts), lambda f, *x: f(*x))
     want = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
-    q, k, v, dout = (share(x, rank, cp) for x in inputs)
+    q, k, v, dout = (shard(x, rank, cp) for x in inputs)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = stack(
         *leaves,
-        lambda *x: attention(*x, groups, starts=starts),
+        lambda *x: attention(*x, groups, spec(starts)),
         lambda f, *x: checkpoint(f, *x, use_reentrant=False),
     )
     thread = threading.Thread(target=out.backward, args=(dout,))

@@ -1,0 +1,72 @@
+"""memory.recompute=all_but_attention: attention is computed once, everything else again in the backward.
+
+A layer keeps its input, the attention output and the logsumexp, on the device or where memory.offload says.
+The backward recomputes norms, projections, RoPE and MLP, one chunk of tokens at a time, and passes the kept
+output to the backward of the attention kernels: their forward runs once per step (Li et al., DistFlashAttn,
+arXiv 2310.03294, reorder checkpoints to the same end).
+
+Shapes as in layer.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ultralong.context_parallel import api
+from megatron_ultralong.model.attention import DocumentStarts
+from megatron_ultralong.model.layer.gradients import ChunkedBackward, leaf, mark_reusable, reuse_or_allocate
+from megatron_ultralong.model.layer.layer import Layer
+
+
+def forward_all_but_attention(layer: Layer, x: Tensor, document_starts: DocumentStarts) -> Tensor:
+    """The layer, x [t, b, H] -> [t, b, H]; its backward recomputes all but attention."""
+    if not torch.is_grad_enabled():
+        return layer.forward_in_chunks(x, document_starts)[0]
+    return _RecomputeAllButAttention.apply(x, layer, document_starts)
+
+
+class _RecomputeAllButAttention(torch.autograd.Function):
+    """Only activations pass through autograd here: parameters get their gradients from ChunkedBackward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, document_starts: DocumentStarts) -> Tensor:
+        y, out, lse = layer.forward_in_chunks(x, document_starts)
+        ctx.layer, ctx.document_starts, ctx.offloaded = layer, document_starts, None
+        to_host = {"off": [], "layer_inputs": [x], "all": [x, out, lse]}[layer.memory.offload]
+        if to_host:
+            ctx.offloaded = layer.store.offload(to_host)
+        ctx.save_for_backward(*[x, out, lse][len(to_host) :])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        layer, document_starts = ctx.layer, ctx.document_starts
+        saved: list[Tensor] = [*(ctx.offloaded.fetch() if ctx.offloaded else []), *ctx.saved_tensors]
+        x, out, lse = saved
+        del saved
+        ctx.offloaded = None
+        core = layer.self_attention.core_attention
+        dx, dout = reuse_or_allocate(ctx, dy), torch.empty_like(out)
+        chunked = ChunkedBackward(list(layer.parameters()))
+        for rows in layer.chunks(x):
+            with torch.enable_grad():
+                x_c, out_c = leaf(x[rows]), leaf(layer.view_rows(out, rows).flatten(2, 3))
+                y = layer.output_and_mlp(x_c, out_c)
+            dx[rows], dout_c = chunked.backward([y], [x_c, out_c], [dy[rows]])
+            layer.view_rows(dout, rows).copy_(layer.view_rows(dout_c, slice(None)))
+        q, k, v = layer.project_qkv_in_chunks(x, document_starts)
+        dqkv = api.attention_backward(dout, q, k, v, out, lse, core.groups, core.spec(document_starts))
+        del q, k, v, out, dout
+        for rows in layer.chunks(x):
+            with torch.enable_grad():
+                x_c = leaf(x[rows])
+                qkv_c = layer.project_qkv(x_c, rows, len(x), document_starts)
+            dqkv_c = [layer.view_rows(grad, rows).flatten(2, 3) for grad in dqkv]
+            dx[rows] += chunked.backward(list(qkv_c), [x_c], dqkv_c)[0]
+        chunked.accumulate_into_params()
+        return mark_reusable(ctx, dx), None, None
