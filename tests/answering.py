@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ultralong.evaluate.backends.protocol import Completion, Request
+from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -58,14 +58,14 @@ class Answering:
     def close(self) -> None:
         pass
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         for place, request in enumerate(requests):
             if self.dies_after is not None and len(self.prompts) >= self.dies_after:
                 raise KeyboardInterrupt
             assert request.ids is not None
             prompt = self.tokenizer.decode(request.ids)
             self.prompts.append(prompt)
-            self.sizes.append(len(request.ids) + request.tokens)
+            self.sizes.append(len(request.ids) + request.max_tokens)
             if self.refuses is not None and self.refuses in prompt:
                 yield (
                     place,
@@ -77,7 +77,7 @@ class Answering:
                     ),
                 )
                 continue
-            written = self.tokenizer.encode(self.answer(prompt))[: request.tokens]
+            written = self.tokenizer.encode(self.answer(prompt))[: request.max_tokens]
             yield (
                 place,
                 Completion(

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Prepare: documents and conversations to packed rows that tools/train.py reads; before that, answers refined, benchmarks taken out.
+"""Prepare data: pack documents and conversations into rows for tools/train.py; before that, refine answers and remove
+benchmark text.
 
 python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub gsm8k=data/gsm8k --output clean
 python tools/prepare_data.py pretrain --input *.jsonl --tokenizer Llama-3.1-8B-Instruct --seq-length 1M --output runs/1m/text
@@ -24,7 +25,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    text = "documents joined by a separator, in rows of S + 1 tokens (Megatron's .bin/.idx)"
+    text = "pack documents, joined by a separator, into rows of S + 1 tokens (Megatron's .bin/.idx)"
     add_pretrain(commands.add_parser("pretrain", help=text, description=text))
     text = "rewrite the answers of instruction data by a model behind an OpenAI-compatible endpoint; a stopped run resumes"
     add_refine(commands.add_parser("refine", help=text, description=text))
@@ -44,14 +45,14 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="PATH",
-        help=".txt (one document a file), .jsonl (one a line), both also as .gz and .zst; .parquet (one a row); .idx (a Megatron "
-        "corpus); directories and globs of them",
+        help=".txt (one document per file), .jsonl (one per line), both also as .gz and .zst; .parquet (one per row); .idx (a "
+        "Megatron corpus); directories and globs of them",
     )
     given.add_argument(
         "--sources",
         type=Path,
         metavar="FILE.yaml",
-        help="several named inputs with weights, rates or shares by length, and a budget of tokens",
+        help="several named inputs with weights, rates or shares by length of document, and a token budget",
     )
     parser.add_argument(
         "--tokenizer",
@@ -61,18 +62,16 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face directory with tokenizer.json",
     )
     parser.add_argument(
-        "--seq-length", required=True, metavar="S", help="tokens of a sequence, like 4096 or 128K"
+        "--seq-length", required=True, metavar="S", help="tokens per sequence, like 4096 or 128K"
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .json, .documents.parquet, .lengths.png, and .mask, .docs, .broken.jsonl where there are "
-        "any; replaces old ones",
+        help="write PREFIX.bin, .idx, .json, .documents.parquet and .lengths.png, and where needed .mask, .docs and "
+        ".broken.jsonl; files of an earlier run are replaced",
     )
-    parser.add_argument(
-        "--text-key", metavar="NAME", help="field or column that holds the text (default: text)"
-    )
+    parser.add_argument("--text-key", metavar="NAME", help="field or column with the text (default: text)")
     parser.add_argument(
         "--id-key", metavar="NAME", help="field or column that names a document in the reports"
     )
@@ -80,36 +79,41 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     between.add_argument(
         "--separator",
         metavar="TEXT",
-        help="text between documents, encoded alone (default: <s>; '' = nothing)",
+        help="text between documents, encoded alone (default: <s>; '' = none)",
     )
     between.add_argument(
-        "--separator-id", type=int, nargs="+", metavar="ID", help="token ids between documents instead"
+        "--separator-id",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="token ids between documents, instead of a text",
     )
     between.add_argument(
-        "--separator-token", choices=("bos", "eos"), help="that special token between documents instead"
+        "--separator-token", choices=("bos", "eos"), help="special token between documents, instead of a text"
     )
     parser.add_argument(
         "--fit",
         choices=("cross", "best"),
         default="cross",
-        help="documents go on in the next row (default), or are whole in a row where they fit, by best fit, the rest padded",
+        help="cross: documents continue in the next row (default); best: complete in one row where they fit, by best fit, with "
+        "padding",
     )
     parser.add_argument(
         "--last-row",
         choices=("pad", "drop"),
         default="pad",
-        help="the last row, not full: pad it and mask the padding's loss (default), or leave its tokens out",
+        help="the last, incomplete row: pad it, with the padding masked in the loss (default), or leave its tokens out",
     )
     parser.add_argument(
         "--document-starts",
         action="store_true",
-        help="also write PREFIX.docs.bin, .idx: where documents start, for training with data.documents=masked",
+        help="also write where documents start (PREFIX.docs.bin, .idx), which data.documents=masked requires",
     )
     parser.add_argument(
         "--broken",
         choices=("skip", "stop"),
         default="skip",
-        help="lines that cannot be read: leave them out, count them and list them in PREFIX.broken.jsonl (default), or stop",
+        help="documents that cannot be read: leave out, count and list in PREFIX.broken.jsonl (default), or stop",
     )
     parser.add_argument(
         "--empty",
@@ -127,13 +131,13 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--tokens-dir",
         type=Path,
         metavar="DIR",
-        help="keep the documents' tokens there, and use them again for other lengths and mixes of the same inputs",
+        help="keep the documents' tokens in this folder, to use them again for other sequence lengths and mixes of the same inputs",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes (default: one a core); the files are the same whatever their number",
+        help="processes (default: one per core); the output does not depend on it",
     )
 
 
@@ -141,20 +145,19 @@ def pretrain(args: argparse.Namespace) -> None:
     seq_length = parse_count(args.seq_length, "--seq-length")
     if args.sources and (args.text_key or args.id_key):
         raise UserError(
-            "--text-key and --id-key go with --input; a file of sources says them for each source"
+            "--text-key and --id-key belong to --input; a --sources file sets them for each source"
         )
 
-    # Imported here so that --help and mistakes in the arguments answer at once.
+    # Imported here so that --help and wrong arguments answer at once.
     from megatron_ultralong.data.pretrain import pack, packing_report, sources
 
-    separator = pack.Separator(
-        text=args.separator,
-        special=args.separator_token,
-        ids=None if args.separator_id is None else tuple(args.separator_id),
-    )
-    how = pack.Packing(
+    packing = pack.Packing(
         seq_length=seq_length,
-        separator=separator,
+        separator=pack.Separator(
+            text=args.separator,
+            special=args.separator_token,
+            ids=None if args.separator_id is None else tuple(args.separator_id),
+        ),
         fit=args.fit,
         last_row=args.last_row,
         duplicates=args.duplicates,
@@ -162,21 +165,21 @@ def pretrain(args: argparse.Namespace) -> None:
         broken=args.broken,
         empty=args.empty,
     )
-    wanted = (
+    mix = (
         sources.load(args.sources)
         if args.sources
-        else pack.plain(args.input, args.text_key or "text", args.id_key)
+        else sources.from_inputs(args.input, args.text_key or "text", args.id_key)
     )
-    made = pack.pack(
-        wanted, args.tokenizer, how, args.output, workers=_workers(args), tokens_dir=args.tokens_dir
+    manifest = pack.pack(
+        mix, args.tokenizer, packing, args.output, workers=_workers(args), tokens_dir=args.tokens_dir
     )
-    print(packing_report.table(made))
+    print(packing_report.length_table(manifest))
     print(
-        f"{args.output}: {made['rows']} rows of {seq_length} + 1 tokens from {made['documents']} documents; "
-        f"{made['tokens']} tokens, {made['separator_tokens']} of them separators; {made['padding']} padding, "
-        f"{made['dropped']} left out; {made['skipped']['empty']} empty documents skipped"
+        f"{args.output}: {manifest['rows']} rows of {seq_length} + 1 tokens from {manifest['documents']} documents; "
+        f"{manifest['tokens']} tokens, {manifest['separator_tokens']} of them in separators; {manifest['padding']} tokens of "
+        f"padding, {manifest['dropped']} left out; {manifest['skipped']['empty']} empty documents skipped"
     )
-    for line in packing_report.notes(made, args.output):
+    for line in packing_report.warnings(manifest, args.output):
         print(line)
 
 
@@ -609,7 +612,7 @@ def _workers(args: argparse.Namespace) -> int:
 
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was half-written is removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: incomplete files are removed
     args.run(args)
 
 

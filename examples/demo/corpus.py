@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_ultralong.config import parse_count
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.tasks import niah
+from megatron_ultralong.evaluate.tasks.niah import prompts as niah
 from megatron_ultralong.runtime import cli
 
 DIGITS = 5

@@ -20,8 +20,9 @@ from typing import Any
 import corpus
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.pipeline import results
-from megatron_ultralong.evaluate.report.tables import heat_map
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, short_count
+from megatron_ultralong.evaluate.report import heat_map, read_results
+from megatron_ultralong.io import files
 from megatron_ultralong.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,10 +93,10 @@ def main() -> int:
 
     seconds = round(time.time() - began)
     summary = {
-        name: {str(length): result["by_length"][str(length)] for length in LENGTHS}
+        name: {str(one.length): (one.score or 0.0) / 100 for one in result.scores}
         for name, result in (("before", before), ("after", after))
     }
-    results.write_json(ROOT / OUT / "summary.json", {**summary, "seconds": seconds})
+    files.write_json(ROOT / OUT / "summary.json", {**summary, "seconds": seconds})
     heat_map.heat_maps(
         [before, after],
         [f"before: context {BASE_LENGTH}", f"after: YaRN {FACTOR}x, {ITERATIONS} iterations"],
@@ -108,7 +109,7 @@ def main() -> int:
 def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
     """Print the result and the paths of the files; return the exit code, 1 if the accuracy is too low."""
     say("pass keys found, of 40 per length")
-    print("tokens".rjust(9) + "".join(f"{heat_map.tokens(length):>8}" for length in LENGTHS))
+    print("tokens".rjust(9) + "".join(f"{short_count(length):>8}" for length in LENGTHS))
     for name, values in summary.items():
         print(name.rjust(9) + "".join(f"{values[str(length)]:>8.0%}" for length in LENGTHS))
     shown = min(summary["after"].values()) >= ENOUGH
@@ -124,7 +125,7 @@ def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
     return 0 if shown else 1
 
 
-def passkey(model: Path, name: str) -> dict[str, Any]:
+def passkey(model: Path, name: str) -> BenchmarkResult:
     tool(
         "evaluate.py",
         "niah",
@@ -141,7 +142,7 @@ def passkey(model: Path, name: str) -> dict[str, Any]:
         "--out",
         OUT / name,
     )
-    return results.read_json(ROOT / OUT / name / "niah.json")
+    return read_results.read_for(ROOT / OUT / name / "niah.json", heat_map.check)
 
 
 def tool(name: str, *arguments: Any, ranks: int = 1) -> None:

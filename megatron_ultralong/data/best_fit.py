@@ -1,5 +1,4 @@
-"""Items of different lengths into as few bins of one capacity as a good rule of thumb finds: best fit,
-longest first."""
+"""Best fit decreasing: items of different lengths in nearly as few bins of one capacity as possible."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ from numpy.typing import NDArray
 
 
 def best_fit(lengths: NDArray[Any], capacity: int) -> NDArray[numpy.int64]:
-    """The bin of each item, int64 [items]; bins are numbered from 0 in the order they are opened.
+    """The bin of each item, int64 [items]; bins are numbered from 0 in the order in which they are opened.
 
-    lengths: int [items], each 1 to `capacity`. Longest item first (of equal ones the earlier), each into the
-    bin with the least room that still holds it, a new one where none does: at most 11/9 of the fewest
-    possible bins, and a few. The result depends on nothing but the arguments. A million items take seconds,
-    whatever the capacity.
+    lengths: int [items], each 1 to `capacity`. The longest item comes first (of equal ones the earlier), and
+    each goes into the bin with the least room that suffices, or into a new one: at most 11/9 of the fewest
+    possible bins, plus a few. The result depends on the arguments alone. A million items take seconds at any
+    capacity.
     """
     assert len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= capacity
     of_item = numpy.empty(len(lengths), numpy.int64)
@@ -23,11 +22,11 @@ def best_fit(lengths: NDArray[Any], capacity: int) -> NDArray[numpy.int64]:
     opened = 0
     order = numpy.argsort(-lengths.astype(numpy.int64), kind="stable")
     for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        found = room.take(length)
-        if found is None:
-            found = (opened, capacity)
+        taken = room.take(length)
+        if taken is None:
+            taken = (opened, capacity)
             opened += 1
-        which, left = found
+        which, left = taken
         of_item[item] = which
         if left > length:
             room.put(which, left - length)
@@ -35,7 +34,7 @@ def best_fit(lengths: NDArray[Any], capacity: int) -> NDArray[numpy.int64]:
 
 
 def contents(of_item: NDArray[numpy.int64]) -> list[NDArray[numpy.int64]]:
-    """The items of each bin, in their own order: for every bin its item numbers, int64."""
+    """The items of each bin, ascending: for every bin its item numbers, int64."""
     if not len(of_item):
         return []
     order = numpy.argsort(of_item, kind="stable")
@@ -43,10 +42,10 @@ def contents(of_item: NDArray[numpy.int64]) -> list[NDArray[numpy.int64]]:
 
 
 class _Rooms:
-    """Bins by the room that is left in them.
+    """Bins by the room left in them.
 
-    Which rooms occur is kept as a bit set of two levels, each word a Python integer of about sqrt(capacity)
-    bits: the next larger room is two shifts away, where a tree over 4M rooms would take twenty-two steps.
+    The rooms that occur are a bit set of two levels, whose words are Python integers of about sqrt(capacity)
+    bits: the next larger room is found by two shifts, where a tree over 4M rooms would take 22 steps.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -57,7 +56,7 @@ class _Rooms:
         self._bins: dict[int, list[int]] = {}
 
     def put(self, which: int, room: int) -> None:
-        """A bin that is not in yet."""
+        """Add a bin."""
         same = self._bins.setdefault(room, [])
         if not same:
             word, bit = divmod(room, self._bits)
@@ -66,12 +65,12 @@ class _Rooms:
         same.append(which)
 
     def take(self, least: int) -> tuple[int, int] | None:
-        """(bin, room) of a bin with the smallest room of at least `least`, which is out from now on; None
-        where there is none."""
+        """Remove a bin with the smallest room of at least `least`, and return (bin, room); None if there is
+        no such bin."""
         word, bit = divmod(least, self._bits)
-        found = self._words[word] >> bit
-        if found:
-            bit += _lowest(found)
+        same_word = self._words[word] >> bit
+        if same_word:
+            bit += _lowest(same_word)
         else:
             later = self._used >> (word + 1)
             if not later:
@@ -89,5 +88,5 @@ class _Rooms:
 
 
 def _lowest(bits: int) -> int:
-    """Place of the lowest bit set."""
+    """Position of the lowest bit that is set."""
     return (bits & -bits).bit_length() - 1

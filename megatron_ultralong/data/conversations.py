@@ -1,12 +1,12 @@
-"""Conversations from files in the forms that instruction data is published in, as one form: `Conversation`.
+"""Conversations from files, in the forms in which instruction data is published.
 
-    sharegpt       conversations: [{from: human|gpt|system, value}]        ShareGPT, SlimOrca, WizardLM's Evol-Instruct V2
-    messages       messages: [{role: user|assistant|system, content}]      what refining writes
-    alpaca         instruction, input (may be empty or missing), output    Alpaca-GPT4, MathInstruct; with `response`: GPTeacher
-    QUESTION/ANSWER two columns by their names: question/answer            OrcaMath, Glaive; query/response MetaMath; problem/solution Magicoder
+    sharegpt        conversations: [{from: human|gpt|system, value}]   ShareGPT, SlimOrca, Evol-Instruct V2
+    messages        messages: [{role: user|assistant|system, content}] OpenAI; refine writes it
+    alpaca          instruction, input (empty or missing), output      Alpaca-GPT4, MathInstruct, GPTeacher
+    QUESTION/ANSWER two columns by their names, like question/answer   OrcaMath, Glaive, MetaMath, Magicoder
 
-A form is found out record by record unless it is named. A record that cannot be used is told with file and
-line; nothing is guessed: only turns before the first question and after the last answer are cut off.
+The form is detected record by record unless it is given. A record that cannot be used is reported with file
+and line; nothing is guessed: only turns before the first question and after the last answer are removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_ultralong.data import documents
+from megatron_ultralong.data import input_files
 from megatron_ultralong.errors import UserError
 
 KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
@@ -35,7 +35,7 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "bard": "assistant",
     "model": "assistant",
 }
-"""Names in use for the three roles; ShareGPT's files name the assistant after who answered."""
+"""Names of the three roles; ShareGPT's files name the assistant after the model."""
 TOOL_ROLES = (
     "tool",
     "tools",
@@ -48,7 +48,7 @@ TOOL_ROLES = (
     "ipython",
 )
 LISTS = ("conversations", "messages", "conversation")
-"""Columns that hold a list of turns."""
+"""Columns that contain a list of turns."""
 PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
@@ -62,7 +62,7 @@ PAIRS = (
     ("problem", "solution"),
     ("input", "output"),
 )
-"""Columns of a question and its answer, the first pair that a record has counts."""
+"""Columns of a question and its answer; the first pair that a record has is used."""
 SYSTEM_KEYS = ("system", "system_prompt")
 
 
@@ -74,14 +74,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """At most one system message, then user and assistant in turn; the last one is the assistant's. No
-    content is blank."""
+    """At most one system message, then user and assistant in turn, the assistant last. No content is
+    blank."""
 
     messages: tuple[Message, ...]
     id: str
     """The record's own, or file and line."""
     place: str
-    """File and line, for messages."""
+    """File, and line, row or item, for messages."""
     domain: str
     source: str
     turns_cut: int = 0
@@ -90,16 +90,16 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A record that gives no conversation."""
+    """A record without a conversation."""
 
     place: str
     kind: Literal["broken", "unsupported"]
-    """unsupported = in order, but of a kind that is not trained on: tools, pictures."""
+    """unsupported = valid, but not trained on: tools, images."""
     reason: str
 
 
 class Refused(ValueError):
-    """Why a record gives no conversation; kind as in Unusable."""
+    """Why a record has no conversation; kind as in Unusable."""
 
     def __init__(self, reason: str, kind: Literal["broken", "unsupported"] = "broken") -> None:
         super().__init__(reason)
@@ -107,26 +107,25 @@ class Refused(ValueError):
 
 
 def files(inputs: Iterable[str]) -> list[Path]:
-    """The files that paths, directories (all of known kinds below, sorted) and globs name. UserError for what
-    names none."""
-    found: list[Path] = []
+    """The files that paths, directories (all of known kinds below, sorted) and globs name. UserError for one
+    that names no file."""
+    files: list[Path] = []
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            some = [p for p in documents.below(path) if p.name.lower().endswith(KINDS)]
+            some = [p for p in input_files.files_below(path) if p.name.lower().endswith(KINDS)]
         elif not path.exists() and glob.has_magic(text):
             some = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
         else:
             some = [path]
         if not some:
-            raise UserError(f"{text}: no file of a known kind there ({', '.join(KINDS)})")
-        found += some
-    for path in found:
+            raise UserError(f"{text}: contains no file of a known kind ({', '.join(KINDS)})")
+        files += some
+    for path in files:
         if not path.name.lower().endswith(KINDS):
-            raise UserError(f"{path}: kind of file not known by its name; known are {', '.join(KINDS)}")
-        with documents.readable(path), path.open("rb"):
-            pass
-    return list(dict.fromkeys(found))
+            raise UserError(f"{path}: unknown kind of file; the name must end in one of {', '.join(KINDS)}")
+        input_files.opened(path).close()
+    return list(dict.fromkeys(files))
 
 
 def read(
@@ -137,11 +136,11 @@ def read(
     form: str = "auto",
     progress: Callable[[int], Any] = lambda n: None,
 ) -> Iterator[Conversation | Unusable]:
-    """What each record of a file gives, in order. domain: None = the record's own `domain`, "general" where
-    it names none.
+    """Yield what each record of a file contains, in order. domain: None = the record's own `domain`, or
+    "general".
 
     progress: called with the bytes of the file read since the last call. Memory: a record of .jsonl, some
-    rows of .parquet, a whole .json. UserError where the file cannot be read.
+    rows of .parquet, all of a .json. UserError where the file cannot be read.
     """
     check_form(form)
     for number, record in records(path, progress):
@@ -157,7 +156,7 @@ def read(
 
 
 def check_form(form: str) -> None:
-    """UserError where `form` is none."""
+    """UserError for an unknown form."""
     if form not in ("auto", "sharegpt", "messages", "alpaca") and len(form.split("/")) != 2:
         raise UserError(
             f"form {form}: must be auto, sharegpt, messages, alpaca, or two columns like question/answer"
@@ -168,27 +167,26 @@ def check_form(form: str) -> None:
 
 
 def turns(record: Any, form: str) -> tuple[tuple[Message, ...], int]:
-    """The messages of a record, as a Conversation has them, and how many turns were cut off. Refused where it
-    gives none."""
+    """The messages of a record as in Conversation, and how many turns were removed. Refused where it has no
+    conversation."""
     if isinstance(record, Refused):
         raise record
     if not isinstance(record, dict):
-        raise Refused(f"holds {_kind(record)}, where an object with columns is needed")
+        raise Refused(f"contains {_kind(record)}, not an object with columns")
     column = list_column(record, form)
     if form in ("sharegpt", "messages") and column is None:
         raise Refused(f"no list of turns under {' or '.join(LISTS)}")
     if column is None:
         return _in_turn(_pair(record, form))
-    found = [_turn(turn) for turn in record[column]]
-    return _in_turn(found if found and found[0].role == "system" else _system(record) + found)
+    messages = [_turn(turn) for turn in record[column]]
+    return _in_turn(messages if messages and messages[0].role == "system" else _system(record) + messages)
 
 
 def as_messages(record: Any, form: str, name: str) -> dict[str, Any]:
-    """The record in the form `messages`, with its own `id`, or `name`. Refused where it gives no
+    """Convert a record to the form `messages`, with its own `id`, or `name`. Refused where it has no
     conversation.
 
-    Of records in another form only the domain is kept besides: what is left of one form beside another would
-    be read for it.
+    Of a record in another form only the domain is kept: further columns could be read as that form again.
     """
     messages, _ = turns(record, form)
     kept = (
@@ -204,7 +202,7 @@ def as_messages(record: Any, form: str, name: str) -> dict[str, Any]:
 
 
 def list_column(record: dict[str, Any], form: str) -> str | None:
-    """The column that holds the turns, where the form has one."""
+    """The column with the turns, where the form has one."""
     return (
         next((name for name in LISTS if isinstance(record.get(name), list)), None)
         if form in ("auto", "sharegpt", "messages")
@@ -227,7 +225,7 @@ def _turn(turn: Any) -> Message:
         raise Refused(f"uses tools ({name})", "unsupported")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise Refused(f"role {name!r} is not known")
+        raise Refused(f"unknown role {name!r}")
     return Message(role, _text(turn.get("content") if turn.get("value") is None else turn["value"], role))
 
 
@@ -254,7 +252,7 @@ def _system(record: dict[str, Any]) -> list[Message]:
 
 
 def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
-    """As a Conversation wants them, and how many were cut off."""
+    """The turns that a Conversation keeps, and how many were removed."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
     rest = turns[len(system) :]
     first = next((i for i, turn in enumerate(rest) if turn.role == "user"), len(rest))
@@ -282,16 +280,16 @@ def _text(value: Any, name: str) -> str:
             for part in value
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise Refused(f"{name} holds parts that are not text", "unsupported")
+            raise Refused(f"{name} contains parts that are not text", "unsupported")
         value = "".join(str(part) for part in parts)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise Refused(f"{name} holds {_kind(value)}, not text")
+        raise Refused(f"{name} contains {_kind(value)}, not text")
     try:
         value.isascii() or value.encode()
-    except UnicodeEncodeError:  # JSON can say "\ud800", which no tokenizer takes
-        raise Refused(f"{name} holds half of a surrogate pair, which is not text") from None
+    except UnicodeEncodeError:  # JSON can spell "\ud800", which no tokenizer accepts
+        raise Refused(f"{name} contains a lone surrogate, which is not text") from None
     return value
 
 
@@ -303,32 +301,32 @@ def _kind(value: Any) -> str:
 
 
 def place(path: Path, number: int) -> str:
-    """Where a record stands, for people."""
+    """File, and line, row or item, of a record, for messages."""
     name = path.name.lower()
     return f"{path}, {'row' if name.endswith('.parquet') else 'item' if name.endswith('.json') else 'line'} {number}"
 
 
 def records(path: Path, progress: Callable[[int], Any] = lambda n: None) -> Iterator[tuple[int, Any]]:
-    """Number (line, row or item, from 1 on) and record; Refused in its place where a line is no JSON.
-    progress, memory, errors as `read`."""
+    """Yield number (line, row or item, from 1) and record of each; a Refused where a line is not JSON.
+    progress, memory and errors as in `read`."""
     name = path.name.lower()
-    with documents.readable(path), path.open("rb") as file:
+    with input_files.opened(path) as file, input_files.readable(path):
         if name.endswith(".parquet"):
             yield from _parquet(path, file)
         elif name.endswith(".json"):
             try:
-                found = json.load(file)
+                items = json.load(file)
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{path}: not JSON ({error}); mend it, or name it .jsonl if each line is a record"
+                    f"{path}: not JSON ({error}); fix it, or name it .jsonl if each line is a record"
                 ) from None
-            if not isinstance(found, list):
-                raise UserError(f"{path}: a list of records is needed; name it .jsonl if each line is one")
-            yield from enumerate(found, 1)
+            if not isinstance(items, list):
+                raise UserError(f"{path}: expected a list of records; name it .jsonl if each line is one")
+            yield from enumerate(items, 1)
         else:
             done = 0
-            compression = next((end for end in (".gz", ".zst") if name.endswith(end)), "")
-            for number, line in enumerate(documents.decompressed(file, compression), 1):
+            lines = input_files.decompressed(file, input_files.compression(path))
+            for number, line in enumerate(lines, 1):
                 if not line.isspace():
                     yield number, _parsed(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
                 progress(file.tell() - done)
@@ -357,4 +355,4 @@ def _parquet(path: Path, file: Any) -> Iterator[tuple[int, Any]]:
                 number += 1
                 yield number, record
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read as parquet: {input_files.one_line(error)}") from None

@@ -1,10 +1,11 @@
 """Rows to this rank's micro-batches: deterministic, resumable on any layout, each context parallel rank its
 share.
 
-S tokens of a sequence, s = S / CP of this rank, b sequences of a micro-batch. All that has to be saved is how
-many samples were consumed. Sample number n is the same row whatever the layout: micro-batch m after
-`consumed` takes the samples from consumed + m x (b x DP) on, data parallel rank r the b of them from r x b
-on. So the samples of an optimizer step do not depend on the data parallel size, and the next step's follow.
+S tokens of a sequence, s = S / CP of this rank, b sequences of a micro-batch. A checkpoint only has to
+contain how many samples were consumed. Sample number n is the same row on every layout: micro-batch m after
+`consumed` takes the samples from consumed + m x (b x DP), of which data parallel rank r takes the b from r x
+b. So the samples of an optimizer step do not depend on the data parallel size, and the next step's follow
+them.
 """
 
 from __future__ import annotations
@@ -20,153 +21,136 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_ultralong.config import Run
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.data.packed_rows import Rows
-from megatron_ultralong.errors import UserError
-from megatron_ultralong.runtime.launch import Ranks
+from megatron_ultralong.data.packed_rows import BlendedDataset
 
 Batch = dict[str, Tensor]
-"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; with documents masked
-also document_starts: int64 [documents], where in the whole row of S tokens (b = 1) documents start."""
+"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, where asked for,
+document_starts: int64 [documents], where documents start in the complete row of S tokens (b = 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchPlan:
-    """Which sequences, and which tokens of them, this rank gets in a micro-batch."""
+class BatchShard:
+    """This rank's share of every batch."""
 
-    micro_batch: int
-    """Sequences per micro-batch and data parallel rank, b."""
+    micro_batch: int = 1
+    """b."""
     dp_rank: int = 0
     dp: int = 1
     cp_rank: int = 0
     cp: int = 1
-    masked: bool = False
-    """Attention stays inside documents (b = 1)."""
-    seed: int = 0
-    shuffle: bool = True
-    """Shuffle training rows by `seed`; held-out rows are never shuffled."""
-
-    @classmethod
-    def of(cls, run: Run, ranks: Ranks) -> BatchPlan:
-        return cls(
-            micro_batch=run.train.micro_batch,
-            dp_rank=ranks.dp_rank,
-            dp=ranks.dp,
-            cp_rank=ranks.cp_rank,
-            cp=ranks.cp,
-            masked=run.data.documents == "masked",
-            seed=run.train.seed,
-            shuffle=run.data.shuffle,
-        )
+    document_starts: bool = False
+    """Batches have document starts (b = 1), for attention inside documents."""
 
     def samples(self, consumed: int, number: int) -> range:
-        """Numbers of the samples in this rank's micro-batch `number` after `consumed`."""
+        """Numbers of the samples in this rank's micro-batch `number` after `consumed` samples."""
         first = consumed + (number * self.dp + self.dp_rank) * self.micro_batch
         return range(first, first + self.micro_batch)
 
 
 def batches(
-    rows: Rows, plan: BatchPlan, *, consumed: int, global_batch: int, workers: int = 0
+    dataset: BlendedDataset,
+    shard: BatchShard,
+    *,
+    consumed: int,
+    seed: int,
+    shuffle: bool = True,
+    workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches endlessly, from sample `consumed` on; the next one is prepared in
-    advance.
+    """Yield this rank's micro-batches, endlessly, from sample `consumed`; the next one is prepared ahead.
 
-    workers: processes that read; 0 = a thread. UserError where `global_batch` is not a multiple of
-    micro_batch x dp.
+    workers: processes that read; 0 = a thread.
     """
-    if global_batch % (plan.micro_batch * plan.dp):
-        raise UserError(
-            f"train.global_batch={global_batch} is not a multiple of train.micro_batch={plan.micro_batch} "
-            f"x {plan.dp} data parallel ranks"
-        )
-    make = _TrainingBatches(rows, plan, consumed)
+    training = _TrainingBatches(dataset, shard, consumed, seed, shuffle)
     if workers:
         return iter(
             DataLoader(
-                make,
+                training,
                 batch_size=None,
                 sampler=itertools.count(),
                 num_workers=workers,  # type: ignore[arg-type]
                 multiprocessing_context="spawn",
                 prefetch_factor=2,
-                worker_init_fn=_outlive_sigterm,
+                worker_init_fn=_ignore_sigterm,
             )
         )
-    return _one_ahead(make.__getitem__)
+    return _one_ahead(training.__getitem__)
 
 
-def held_out(
-    rows: Rows, plan: BatchPlan, eval_rows: int, *, copies: int = 1, multiple: int = 1
+def validation_batches(
+    dataset: BlendedDataset, eval_rows: int, shard: BatchShard, *, copies: int = 1, multiple: int = 1
 ) -> tuple[list[Iterator[Batch]], int]:
-    """Divide the first `eval_rows` rows (all, if fewer), never shuffled, over the data parallel ranks.
+    """The first `eval_rows` rows (all, if fewer), not shuffled, over the data parallel ranks.
 
     Returns (`copies` equal iterators, number of micro-batches of each). The number is the same on every rank,
-    and a multiple of `multiple` (an interleaved pipeline requires a multiple of its size); the remaining
-    places hold a row with every token masked.
+    and a multiple of `multiple` (which an interleaved pipeline requires); places left over have a row with
+    every token masked.
     """
-    places = rows.first(eval_rows)
-    count = -(-len(places) // (plan.micro_batch * plan.dp))
+    rows = dataset.first(eval_rows)
+    count = -(-len(rows) // (shard.micro_batch * shard.dp))
     count = -(-count // multiple) * multiple
 
     def make(number: int) -> Batch:
-        return _batch(rows, plan, [places[n] if n < len(places) else None for n in plan.samples(0, number)])
+        samples = shard.samples(0, number)
+        return _batch(dataset, [rows[n] if n < len(rows) else None for n in samples], shard)
 
     return [map(make, range(count)) for _ in range(copies)], count
 
 
 @dataclass(frozen=True)
 class _TrainingBatches:
-    """Micro-batch number m of this rank; a torch map-style dataset, so that worker processes can make
+    """Micro-batch number m of this rank, as a torch map-style dataset, so that worker processes can make
     them."""
 
-    rows: Rows
-    plan: BatchPlan
+    dataset: BlendedDataset
+    shard: BatchShard
     consumed: int
+    seed: int
+    shuffle: bool
 
     def __getitem__(self, number: int) -> Batch:
-        plan = self.plan
-        samples = plan.samples(self.consumed, number)
-        return _batch(self.rows, plan, [self.rows.locate(n, plan.seed, plan.shuffle) for n in samples])
+        samples = self.shard.samples(self.consumed, number)
+        places = [self.dataset.locate(n, self.seed, self.shuffle) for n in samples]
+        return _batch(self.dataset, places, self.shard)
 
 
-def _batch(rows: Rows, plan: BatchPlan, places: Sequence[tuple[int, int] | None]) -> Batch:
-    """This rank's share of the rows at `places` (set, row); None = any row, fully masked."""
-    tokens = numpy.zeros((len(places), rows.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
+def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], shard: BatchShard) -> Batch:
+    """This rank's share of the rows at `places` (dataset, row); None = any row, fully masked."""
+    tokens = numpy.zeros((len(places), dataset.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
     targets = numpy.zeros(tokens.shape, dtype=numpy.float32)
     starts = [0]
     for i, place in enumerate(places):
         if place is None:
             continue
         which, row = place
-        ids, counts = rows.sets[which][row]
+        ids, counts = dataset.datasets[which][row]
         tokens[i] = ids
         targets[i] = 1.0 if counts is None else counts
-        if plan.masked:
-            starts = rows.sets[which].starts(row)
-            targets[i, starts] = 0.0  # nothing that it may look at foretells a document's first token
+        if shard.document_starts:
+            starts = dataset.datasets[which].document_starts(row)
+            targets[i, starts] = 0.0  # nothing that it may attend to predicts a document's first token
     whole = {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:],
         "loss_mask": targets[:, 1:],
-    }  # shifted first, then shared out
+    }  # shift, then shard
     batch = {
-        name: zigzag.shard(torch.from_numpy(x), plan.cp_rank, plan.cp, dim=1).contiguous()
+        name: zigzag.shard(torch.from_numpy(x), shard.cp_rank, shard.cp, dim=1).contiguous()
         for name, x in whole.items()
     }  # [b, s]
-    if plan.masked:
-        batch["document_starts"] = torch.tensor([start for start in starts if start < rows.seq_length])
+    if shard.document_starts:
+        batch["document_starts"] = torch.tensor([start for start in starts if start < dataset.seq_length])
     return batch
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """A reader ends when its rank does. Slurm sends SIGTERM to every process, and a rank whose reader died
+def _ignore_sigterm(worker: int) -> None:
+    """A reader ends when its rank does. Slurm sends SIGTERM to every process, and a rank without its reader
     could not save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _one_ahead(make: Callable[[int], Batch]) -> Iterator[Batch]:
-    """make(0), make(1), ...; the next one is made in a thread while this one is used."""
+    """Yield make(0), make(1), ...; the next one is made in a thread while this one is used."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as thread:
         ahead = thread.submit(make, 0)
         for number in itertools.count(1):

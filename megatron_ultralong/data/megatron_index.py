@@ -1,15 +1,13 @@
-"""Megatron's .bin/.idx written and read piece by piece, without importing Megatron: worker processes start in
-a moment.
+"""Megatron's .idx files, written and read without importing Megatron, so that worker processes start quickly.
 
-PREFIX.bin holds the numbers of all sequences one after another. PREFIX.idx, little-endian: the magic, uint64
-version 1, uint8 code of the number type, uint64 sequences, uint64 documents + 1; then int32 length of each
-sequence, int64 byte at which it starts, int64 first sequence of each document and, last, their number.
-(megatron.core.datasets.indexed_dataset, whose IndexedDataset reads it.)
+PREFIX.bin contains the numbers of all sequences one after another. PREFIX.idx, little-endian: the magic,
+uint64 version 1, uint8 code of the number type, uint64 sequences, uint64 documents + 1; then the int32 length
+of each sequence, the int64 byte at which it starts, and the int64 first sequence of each document, followed
+by their number. Megatron's own reader is megatron.core.datasets.indexed_dataset.IndexedDataset.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_ultralong.errors import UserError
 
-HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, number type, sequences, documents + 1."""
-MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
 _CODES: dict[str, int] = {
     "uint8": 1,
     "int8": 2,
@@ -37,16 +34,16 @@ _BLOCK = 1 << 20  # numbers of an index written at a time
 
 
 def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
-    """The smallest number type that Megatron writes ids of such a vocabulary in."""
+    """The number type in which Megatron writes ids of such a vocabulary."""
     return numpy.uint16 if vocab_size < 65500 else numpy.int32
 
 
 def write_index(path: Path, dtype: Any, lengths: ArrayLike) -> None:
-    """The index of a .bin file of sequences of these `lengths` [n], each a document of its own."""
+    """Write the index of a .bin file of sequences of these `lengths` [n], each of them a document."""
     sizes = numpy.asarray(lengths, dtype=numpy.int32)
     kind = numpy.dtype(dtype)
     with path.open("wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, _CODES[kind.name], len(sizes), len(sizes) + 1))
+        file.write(_HEADER.pack(_MAGIC, 1, _CODES[kind.name], len(sizes), len(sizes) + 1))
         file.write(sizes.tobytes())
         start = 0
         for first in range(0, len(sizes), _BLOCK):
@@ -58,8 +55,35 @@ def write_index(path: Path, dtype: Any, lengths: ArrayLike) -> None:
 
 
 @dataclass(frozen=True)
-class Index:
-    """What PREFIX.idx says."""
+class IndexHeader:
+    """The beginning of a PREFIX.idx."""
+
+    type_code: int
+    sequences: int
+    borders: int
+    """Documents + 1."""
+
+    @property
+    def index_size(self) -> int:
+        """Bytes of the complete PREFIX.idx."""
+        return _HEADER.size + 12 * self.sequences + 8 * self.borders
+
+
+def read_header(path: Path) -> IndexHeader:
+    """The header of the index at `path`. UserError where it cannot be read or is not an index."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_HEADER.size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(begin) < _HEADER.size or not begin.startswith(_MAGIC):
+        raise UserError(f"{path} is not a Megatron index")
+    return IndexHeader(*_HEADER.unpack(begin)[2:])
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """The content of a PREFIX.idx."""
 
     dtype: numpy.dtype[Any]
     lengths: NDArray[numpy.int32]
@@ -68,27 +92,25 @@ class Index:
     """First sequence of each document, and at the end n [documents + 1]."""
 
     def document_lengths(self) -> NDArray[numpy.int64]:
-        """Numbers of each document [documents]; its sequences lie one after another."""
+        """Numbers of each document [documents], whose sequences follow one another."""
         ends = numpy.concatenate([[0], numpy.cumsum(self.lengths, dtype=numpy.int64)])
         return numpy.diff(ends[self.documents])
 
 
-def read_index(path: Path) -> Index:
-    """The index at `path`; UserError where it is none, or does not fit the .bin file beside it."""
-    data = path.with_suffix(".bin")
+def read_index(path: Path) -> CorpusIndex:
+    """The index at `path`. UserError where it is damaged, or does not fit the .bin file next to it."""
+    header, data = read_header(path), path.with_suffix(".bin")
     try:
-        size, whole = data.stat().st_size, path.read_bytes()
+        size, content = data.stat().st_size, path.read_bytes()
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
-    if len(whole) < HEADER.size or not whole.startswith(MAGIC):
-        raise UserError(f"{path}: is not a Megatron index")
-    _, _, code, count, borders = HEADER.unpack_from(whole)
-    name = next((name for name, value in _CODES.items() if value == code), None)
-    if name is None or len(whole) < HEADER.size + 12 * count + 8 * borders:
-        raise UserError(f"{path}: was cut short or damaged; make it again")
-    lengths = numpy.frombuffer(whole, numpy.int32, count, HEADER.size)
-    starts = numpy.frombuffer(whole, numpy.int64, count, HEADER.size + 4 * count)
-    documents = numpy.frombuffer(whole, numpy.int64, borders, HEADER.size + 12 * count)
+        raise UserError(f"{error.filename} cannot be read: {error.strerror or error}") from None
+    count = header.sequences
+    name = next((name for name, code in _CODES.items() if code == header.type_code), None)
+    if name is None or len(content) < header.index_size:
+        raise UserError(f"{path} was cut short or damaged; make it again")
+    lengths = numpy.frombuffer(content, numpy.int32, count, _HEADER.size)
+    starts = numpy.frombuffer(content, numpy.int64, count, _HEADER.size + 4 * count)
+    documents = numpy.frombuffer(content, numpy.int64, header.borders, _HEADER.size + 12 * count)
     dtype = numpy.dtype(name)
     total = int(lengths.sum(dtype=numpy.int64)) * dtype.itemsize
     in_order = not count or (
@@ -96,15 +118,12 @@ def read_index(path: Path) -> Index:
         and numpy.array_equal(numpy.diff(starts), lengths[:-1].astype(numpy.int64) * dtype.itemsize)
     )
     if lengths.min(initial=0) < 0 or not in_order or size != total:
-        raise UserError(
-            f"{data}: is not what {path.name} says ({size} bytes, expected {total}); make both again"
-        )
-    if not borders or documents[0] != 0 or documents[-1] != count or numpy.diff(documents).min(initial=0) < 0:
+        raise UserError(f"{data} does not fit {path.name} ({size} bytes, expected {total}); make both again")
+    if (
+        not header.borders
+        or documents[0] != 0
+        or documents[-1] != count
+        or numpy.diff(documents).min(initial=0) < 0
+    ):
         raise UserError(f"{path}: its documents do not cover its sequences; make it again")
-    return Index(dtype, lengths, documents)
-
-
-def sync(path: Path) -> None:
-    """Wait until the file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    return CorpusIndex(dtype, lengths, documents)

@@ -148,10 +148,10 @@ def _child(name: str, settings: DataSettings, folder: str, answer: Any) -> None:
 
 
 def _ours(settings: DataSettings, folder: Path) -> int:
-    from megatron_ultralong.data.pretrain import pack
+    from megatron_ultralong.data.pretrain import pack, sources
 
     manifest = pack.pack(
-        pack.plain(list(settings.inputs)),
+        sources.from_inputs(list(settings.inputs)),
         settings.tokenizer,
         pack.Packing(seq_length=settings.seq_length),
         str(folder / "rows"),

@@ -90,7 +90,14 @@ def _forward_merged(q: Tensor, k: Tensor, v: Tensor, ring: Communicator) -> tupl
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: Communicator, keep_buffers: bool
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ring: Communicator,
+    keep_buffers: bool,
 ) -> QKVGradients:
     """Send keys round the ring together with their gradients, both in the dtype of q.
 

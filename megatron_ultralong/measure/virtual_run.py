@@ -90,7 +90,7 @@ class ByteCounter:
 
 
 class CountingPeers:
-    """`comm.Peers` that counts the bytes that leave the rank; of a collective, what the other ranks
+    """`comm.Communicator` that counts bytes that leave the rank; of a collective, what other ranks
     receive."""
 
     def __init__(self, peers: Any, counter: ByteCounter) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_ultralong import config
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run
-from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import files
 from megatron_ultralong.planning import flops
@@ -28,7 +28,9 @@ from megatron_ultralong.runtime.launch import Ranks
 class Log:
     """Lines on rank 0's standard output, scalars in `SAVE/tensorboard`; silent on the other ranks."""
 
-    def __init__(self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: Rows) -> None:
+    def __init__(
+        self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: BlendedDataset
+    ) -> None:
         """start: the iteration that the run starts from. UserError, on every rank, where `save_dir` cannot be
         written."""
         self.run, self.ranks, self.rows = run, ranks, rows

@@ -12,7 +12,7 @@ from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import loader, packed_rows
-from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.runtime import launch
 from megatron_ultralong.runtime.launch import Ranks
@@ -113,7 +113,9 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
     return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
 
 
-def _print_start(log: Log, trainer: Trainer, source: WeightsSource, state: TrainingState, rows: Rows) -> None:
+def _print_start(
+    log: Log, trainer: Trainer, source: WeightsSource, state: TrainingState, rows: BlendedDataset
+) -> None:
     """Log what the run is trained on and where it starts."""
     run = trainer.run
     log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
@@ -129,17 +131,28 @@ def _print_start(log: Log, trainer: Trainer, source: WeightsSource, state: Train
         )
 
 
-def _training_data(trainer: Trainer, rows: Rows, held_out: Rows | None) -> loop.TrainingData:
+def _training_data(
+    trainer: Trainer, rows: BlendedDataset, held_out: BlendedDataset | None
+) -> loop.TrainingData:
     run, copies = trainer.run, len(trainer.chunks)
-    batch_plan = loader.BatchPlan.of(run, trainer.ranks)
+    ranks = trainer.ranks
+    shard = loader.BatchShard(
+        micro_batch=run.train.micro_batch,
+        dp_rank=ranks.dp_rank,
+        dp=ranks.dp,
+        cp_rank=ranks.cp_rank,
+        cp=ranks.cp,
+        document_starts=run.data.documents == "masked",
+    )
 
     def training(consumed: int) -> Batches:
         return [
             loader.batches(
                 rows,
-                batch_plan,
+                shard,
                 consumed=consumed,
-                global_batch=run.train.global_batch,
+                seed=run.train.seed,
+                shuffle=run.data.shuffle,
                 workers=run.data.workers,
             )
             for _ in range(copies)
@@ -148,6 +161,8 @@ def _training_data(trainer: Trainer, rows: Rows, held_out: Rows | None) -> loop.
     def validation() -> tuple[Batches, int]:
         assert held_out is not None
         multiple = run.parallel.pp if run.parallel.vpp > 1 else 1
-        return loader.held_out(held_out, batch_plan, run.train.eval_rows, copies=copies, multiple=multiple)
+        return loader.validation_batches(
+            held_out, run.train.eval_rows, shard, copies=copies, multiple=multiple
+        )
 
     return loop.TrainingData(training=training, held_out=None if held_out is None else validation)

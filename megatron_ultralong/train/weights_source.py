@@ -15,7 +15,7 @@ from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Rope, Run
-from megatron_ultralong.data.packed_rows import Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
 from megatron_ultralong.runtime import agreement
@@ -139,7 +139,7 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource,
             init.initialise(parameters, model, run.train.seed, ranks.tp_rank, ranks.tp)
 
 
-def with_run(state: TrainingState, run: Run, rows: Rows) -> TrainingState:
+def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:
     """Add the resolved run and its training data to the state that its checkpoints record."""
     data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
     max_length = max(state.max_length, run.train.seq_length)

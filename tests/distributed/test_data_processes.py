@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron_ultralong.data import loader
-from megatron_ultralong.data.packed_rows import PackedRows, Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset, PackedDataset
 from tests import processes
 from tests import text as made
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 SMALL_UNITS = (
-    "import runpy, sys; from megatron_ultralong.data import token_store; token_store.UNITS = (60_000, 60_000); "
+    "import runpy, sys; from megatron_ultralong.data.pretrain import token_cache; token_cache.UNIT_SIZES = (60_000, 60_000); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
@@ -133,7 +133,7 @@ def test_a_tool_told_to_stop_leaves_nothing_of_a_small_input(tmp_path):
 def test_loader_processes(tmp_path):
     masks = [[j != i for j in range(9)] for i in range(5)]
     sets = [
-        PackedRows(
+        PackedDataset(
             made.write_rows(
                 tmp_path / name, [[base + 100 * i + j for j in range(9)] for i in range(5)], masks
             ),
@@ -141,8 +141,8 @@ def test_loader_processes(tmp_path):
         )
         for name, base in (("a", 0), ("b", 5000))
     ]
-    plan = loader.BatchPlan(micro_batch=2, seed=3, dp=2, dp_rank=1, cp=2, cp_rank=1)
-    here = list(islice(loader.batches(Rows(sets), plan, consumed=4, global_batch=4), 12))
-    there = list(islice(loader.batches(Rows(sets), plan, consumed=4, global_batch=4, workers=2), 12))
+    shard = loader.BatchShard(micro_batch=2, dp=2, dp_rank=1, cp=2, cp_rank=1)
+    here = list(islice(loader.batches(BlendedDataset(sets), shard, consumed=4, seed=3), 12))
+    there = list(islice(loader.batches(BlendedDataset(sets), shard, consumed=4, seed=3, workers=2), 12))
     for a, b in zip(here, there, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -13,8 +13,12 @@ import torch
 
 from megatron_ultralong.config import Parallel
 from megatron_ultralong.evaluate.pipeline import stages
-from megatron_ultralong.evaluate.tasks import infinitebench, lveval, niah, perplexity
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
+from megatron_ultralong.evaluate.tasks import infinitebench, lveval, perplexity
+from megatron_ultralong.evaluate.tasks.niah import run as niah
+from megatron_ultralong.evaluate.tasks.niah.prompts import NiahSettings
 from megatron_ultralong.evaluate.tasks.ruler import run as ruler
+from megatron_ultralong.evaluate.tasks.ruler.settings import RulerSettings
 from megatron_ultralong.evaluate.tasks.standard import run as standard
 from tests import benchmark_files as made
 from tests.spawn import run_ranks
@@ -30,44 +34,46 @@ TASKS = ("passkey", "kv_retrieval", "code_debug", "math_find")
 """Of InfiniteBench: those whose answers are short; the model has 512 positions."""
 
 
+def scores_of(result: BenchmarkResult) -> list[dict[str, Any]]:
+    return [one.to_json() for one in result.scores]
+
+
 def every_benchmark(backend: Any, files: Path, out: Path) -> dict[str, Any]:
     """What each of them makes of the model, answers and figures."""
     out.mkdir()
     found: dict[str, Any] = {}
-    grid = niah.Grid(lengths=(200, 333), depths=(0.0, 100.0), trials=2, digits=5)
+    grid = NiahSettings(lengths=(200, 333), depths=(0.0, 100.0), trials=2, digits=5)
     found["niah"] = [
         trial["prediction"]
-        for trial in niah.run(backend, grid, answers=out / "niah.predictions.jsonl")["trials"]
+        for trial in niah.run(backend, grid, answers=out / "niah.predictions.jsonl").extra["trials"]
     ]
-    settings = ruler.Settings(
-        out=out / "ruler", tasks=("niah_single_1", "vt"), lengths=(900, 1000), samples=2
-    )
+    settings = RulerSettings(out=out / "ruler", tasks=("niah_single_1", "vt"), lengths=(900, 1000), samples=2)
     ruler.prepare(settings, backend.tokenizer)
     ruler.predict(settings, backend)
-    found["ruler"] = ruler.score(settings)["scores"]
+    found["ruler"] = scores_of(ruler.score(settings))
     found["ruler answers"] = [
         json.loads(line)["pred"]
         for path in sorted((out / "ruler" / "predictions").rglob("*00.jsonl"))
         for line in path.read_text().splitlines()
     ]
     for name, benchmark, choice in (
-        ("lveval", lveval, lveval.Choice()),
-        ("infinitebench", infinitebench, infinitebench.Choice(tasks=TASKS)),
+        ("lveval", lveval, lveval.LVEvalSettings()),
+        ("infinitebench", infinitebench, infinitebench.InfiniteBenchSettings(tasks=TASKS)),
     ):
         benchmark.prepare(out, files / name, choice)
         stages.predict(backend, out, name)
-        found[name] = benchmark.results(out)["cells"]
+        found[name] = scores_of(benchmark.results(out))
         found[f"{name} answers"] = [
             json.loads(line)["prediction"]
             for line in (out / f"{name}.predictions.jsonl").read_text().splitlines()[1:]
         ]
     result, samples = standard.run(
         backend,
-        standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=files / "tasks"),
+        standard.StandardSettings(tasks=("many", "digit", "write", "whole"), include_path=files / "tasks"),
         out,
     )
     found["standard"] = {
-        "scores": result["scores"],
+        "scores": scores_of(result),
         "texts": [s["answers"] for s in samples if s["task"] == "write"],
     }
     found["likelihoods"] = [
@@ -77,12 +83,14 @@ def every_benchmark(backend: Any, files: Path, out: Path) -> dict[str, Any]:
         for answer in s["answers"]
         for value in answer[0]
     ]
-    rows = perplexity.read([str(files / "books.jsonl")], backend.tokenizer)
+    rows = perplexity.read_rows([str(files / "books.jsonl")], backend.tokenizer)
     found["nll"] = [
         part["nll"]
-        for part in perplexity.measure(backend, rows, perplexity.Settings(lengths=(300, 100), rows=2))[
-            "scores"
-        ].values()
+        for part in perplexity.measure(
+            backend, rows, perplexity.PerplexitySettings(lengths=(300, 100), rows=2)
+        )
+        .extra["by_length"]
+        .values()
     ]
     return found
 
@@ -121,14 +129,16 @@ def test_two_context_parallel_ranks_answer_as_transformers(tmp_path: Path) -> No
 def _ranks(rank: int, world: int, folder: Path) -> None:
     import datasets
 
-    from megatron_ultralong.evaluate.backends.parallel_model import Megatron
-    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+    from megatron_ultralong.evaluate.backends.parallel_model import ParallelModel
+    from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
     from megatron_ultralong.runtime import launch
 
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     datasets.disable_progress_bars()
-    theirs = every_benchmark(HuggingFace(BASE, device="cpu"), folder, folder / "hf") if rank == 0 else None
-    backend = Megatron(path=BASE, parallel=Parallel(cp=world), device="cpu", chunk=64)
+    theirs = (
+        every_benchmark(TransformersModel(BASE, device="cpu"), folder, folder / "hf") if rank == 0 else None
+    )
+    backend = ParallelModel(path=BASE, parallel=Parallel(cp=world), device="cpu", chunk=64)
     launch.stop = lambda: None  # the spawner ends the group
     waiting = backend._calls._get_backend(torch.device("cpu")).options._timeout
     assert waiting > timedelta(days=30), "rank 0 may make prompts for hours while the others wait"

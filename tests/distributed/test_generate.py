@@ -15,7 +15,8 @@ import torch
 from megatron_ultralong.config import Model, Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
-from megatron_ultralong.evaluate.backends.sampling import Sampling, Session
+from megatron_ultralong.evaluate.backends.decoding import DecodingSession
+from megatron_ultralong.evaluate.backends.sampling import Sampling
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.hf_config import from_hf
 from tests import processes
@@ -139,7 +140,7 @@ def _check_logits(reader: Any, case: int) -> None:
 
 
 def _check_generation(reader: Any, case: int, where: Any) -> None:
-    session, read = Session(reader), Counter[str]()
+    session, read = DecodingSession(reader), Counter[str]()
 
     def never(tokens: list[int]) -> bool:
         return False
@@ -194,7 +195,7 @@ def _check_generation(reader: Any, case: int, where: Any) -> None:
 
 
 def _check_scores(reader: Any, case: int) -> None:
-    session = Session(reader)
+    session = DecodingSession(reader)
     follows = written_by(case, CONTEXT, Sampling(), 9)
     pairs = [
         (CONTEXT, follows),
@@ -215,7 +216,7 @@ def _check_scores(reader: Any, case: int) -> None:
 def _check_memory(reader: Any) -> None:
     """A rank that lacks room ends the call on all of them, before anything is read, and the message names a
     layout that would do."""
-    session = Session(reader)
+    session = DecodingSession(reader)
     ranks = reader.ranks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -259,8 +260,8 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("niah.json and niah.png written") == 1, run.stdout
         found = json.loads((tmp_path / name / "niah.json").read_text())
-        answers[name] = [trial["prediction"] for trial in found["trials"]]
-        assert found["accuracy"] >= 0.9 and len(answers[name]) == 12
+        answers[name] = [trial["prediction"] for trial in found["extra"]["trials"]]
+        assert found["extra"]["accuracy"] >= 0.9 and len(answers[name]) == 12
         if name != "hf":
             tp, cp = (2, 1) if name == "tp" else (1, 2)
             assert found["model"]["layout"] == {
@@ -283,7 +284,8 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
         json.loads(line).get("key", "") for line in kept.read_bytes().splitlines()
     ) == sorted(json.loads(line).get("key", "") for line in lines)
     assert [
-        trial["prediction"] for trial in json.loads((tmp_path / "cp" / "niah.json").read_text())["trials"]
+        trial["prediction"]
+        for trial in json.loads((tmp_path / "cp" / "niah.json").read_text())["extra"]["trials"]
     ] == answers["hf"]
     # Perplexity of the checkpoint over two ranks, each with half of the keys and values, is that of
     # transformers.
@@ -314,7 +316,9 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
         assert run.returncode == 0 and run.stdout.count("perplexity.png written") == 1, run.stderr
         found = json.loads((tmp_path / f"{name}-perplexity" / "perplexity.json").read_text())
         figures[name] = [
-            part["nll"] for length in ("300", "512") for part in found["scores"][length]["by_sixteenth"]
+            part["nll"]
+            for length in ("300", "512")
+            for part in found["extra"]["by_length"][length]["by_sixteenth"]
         ]
     assert found["model"]["layout"]["cp"] == 2 and figures["ckpt"] == pytest.approx(figures["hf"], abs=1e-4)
 

@@ -52,14 +52,14 @@ def reference(model: Any, prefix: str) -> dict[str, Any]:
 
     class Backend:
         def token_nll(self, ids: list[int]) -> torch.Tensor:
-            return likelihood.of_row(model, ids)
+            return likelihood.sequence_nll(model, ids)
 
         def describe(self) -> dict[str, Any]:
             return {}
 
     return perplexity.measure(
-        Backend(), perplexity.read([prefix], range(97)), perplexity.Settings(lengths=(S,))
-    )["scores"][str(S)]
+        Backend(), perplexity.read_rows([prefix], range(97)), perplexity.PerplexitySettings(lengths=(S,))
+    ).extra["by_length"][str(S)]
 
 
 def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:

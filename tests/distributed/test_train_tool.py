@@ -295,7 +295,8 @@ def _plain_training(inputs: Path, iterations: int) -> dict[int, dict[str, float]
             group["lr"] = lr
         samples = range(BATCH * (iteration - 1), BATCH * iteration)
         parts = [
-            _losses(model, *rows.sets[which][row]) for which, row in (rows.locate(n, SEED) for n in samples)
+            _losses(model, *rows.datasets[which][row])
+            for which, row in (rows.locate(n, SEED) for n in samples)
         ]
         losses, targets = zip(*parts, strict=True)
         loss, count = sum(losses) / sum(targets), int(sum(targets))
@@ -304,7 +305,7 @@ def _plain_training(inputs: Path, iterations: int) -> dict[int, dict[str, float]
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         optimizer.step()
         with torch.no_grad():
-            valid = [_losses(model, *held_out.sets[0][row]) for row in range(HELD_OUT)]
+            valid = [_losses(model, *held_out.datasets[0][row]) for row in range(HELD_OUT)]
         figures[iteration] = {
             "loss": float(loss.detach()),
             "norm": norm,

@@ -175,20 +175,22 @@ def _written(prompt: list[int], parallel: Parallel) -> list[list[int]] | None:
     """What our own model writes, read in chunks that leave a rest; on rank 0."""
     from megatron.core import parallel_state
 
-    from megatron_ultralong.evaluate.backends.parallel_model import Megatron
-    from megatron_ultralong.evaluate.backends.protocol import Request
+    from megatron_ultralong.evaluate.backends.parallel_model import ParallelModel
+    from megatron_ultralong.evaluate.backends.protocol import GenerationRequest
     from megatron_ultralong.runtime import launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "stop", parallel_state.destroy_model_parallel)  # the ranks stay
-        backend = Megatron(path=BASE, parallel=replace(parallel, dp=1), device="cpu", chunk=50)
+        backend = ParallelModel(path=BASE, parallel=replace(parallel, dp=1), device="cpu", chunk=50)
         if not backend.ranks.is_main:
             return backend.follow()
         written = backend._together("generate", [prompt], [WRITTEN], [()])
         [(score, greedy)] = backend.loglikelihood([(prompt, written[0])])
         assert greedy and score < 0
         whole, stop = (backend.tokenizer.decode(tokens) for tokens in (written[0], written[0][4:6]))
-        [(_, one)] = backend.generate([Request(id="x", ids=prompt, tokens=WRITTEN, stop=(stop,))])
+        [(_, one)] = backend.generate(
+            [GenerationRequest(id="x", ids=prompt, max_tokens=WRITTEN, stop=(stop,))]
+        )
         assert (
             one.finish == "stop"
             and one.text == whole[: whole.index(stop)]

@@ -16,4 +16,4 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 def test_real_weights_in_a_chat(base: Path, tmp_path: Path) -> None:  # noqa: F811
     write_tasks(tmp_path / "tasks")
     ours = assert_parity(base, ["digit", "write"], tmp_path / "tasks", tmp_path / "out", chat=True)
-    assert ours["settings"]["chat"] and ours["model"]["parameters"] > 1e8
+    assert ours.settings["chat"] and ours.model["parameters"] > 1e8

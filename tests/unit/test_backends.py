@@ -17,11 +17,12 @@ import torch
 
 from megatron_ultralong.config import Model, Parallel
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.backends import memory_check
+from megatron_ultralong.evaluate.backends import memory_check, model_files
 from megatron_ultralong.evaluate.backends import protocol as backends
-from megatron_ultralong.evaluate.backends.openai_endpoint import Endpoint, Server
-from megatron_ultralong.evaluate.backends.protocol import Completion, Request
+from megatron_ultralong.evaluate.backends.openai_endpoint import EndpointSettings, OpenAIEndpoint
+from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
 from megatron_ultralong.evaluate.backends.sampling import Sampling
+from megatron_ultralong.evaluate.prompts.encode import PromptEncoder
 from tests import server as servers
 from tests.text import save_tokenizer
 
@@ -45,16 +46,20 @@ def folder(tmp_path_factory) -> Path:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "llama3", chat_template=CHAT)
 
 
-def endpoint(server: servers.Server, folder: Path, sampling: Sampling = Sampling(), **more: Any) -> Endpoint:  # noqa: B008
-    return Endpoint(
-        Server(**{"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, "timeout": 5, **more}),
+def endpoint(
+    server: servers.Server, folder: Path, sampling: Sampling = Sampling(), **more: Any
+) -> OpenAIEndpoint:  # noqa: B008
+    return OpenAIEndpoint(
+        EndpointSettings(
+            **{"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, "timeout": 5, **more}
+        ),
         folder,
         sampling=sampling,
     )
 
 
 def ask(backend: Any, *texts: str, **more: Any) -> dict[str, Completion]:
-    requests = [Request(id=text, text=text, tokens=7, **more) for text in texts]
+    requests = [GenerationRequest(id=text, text=text, max_tokens=7, **more) for text in texts]
     return {requests[i].id: one for i, one in backend.generate(requests)}
 
 
@@ -84,10 +89,10 @@ def test_what_may_pass_is_tried_again_and_the_rest_is_kept(server, folder):
     got: list[str] = []
     with pytest.raises(
         UserError,
-        match=r"1 of 3 requests got no answer from http.*, the last by HTTP 503 .*run the same command again",
+        match=r"1 of 3 requests got no answer from http.*, the last because of HTTP 503 .*run the same command again",
     ) as error:
         for _, one in endpoint(server, folder).generate(
-            [Request(id=name, text=name, tokens=7) for name in ("a", "down", "b")]
+            [GenerationRequest(id=name, text=name, max_tokens=7) for name in ("a", "down", "b")]
         ):
             got.append(one.text)
             assert one.finish == "length"
@@ -138,9 +143,9 @@ def test_what_a_server_will_not_take_is_an_answer(server, folder):
         {"status": 404, "raw": "{}"} if text == "x" else {"text": text, "sleep": 0.3}
     )
     got = []
-    with pytest.raises(UserError, match="no model 'm' there"):
+    with pytest.raises(UserError, match="no model 'm'"):
         for _, one in endpoint(server, folder, concurrency=2).generate(
-            [Request(id=t, text=t, tokens=7) for t in ("y", "x", "z")]
+            [GenerationRequest(id=t, text=t, max_tokens=7) for t in ("y", "x", "z")]
         ):
             got.append(one.text)
     assert got == ["y"] and "z" not in server.asked
@@ -161,7 +166,7 @@ def test_answers_come_as_they_are_there_some_at_a_time(server, folder):
     # Nothing is left running where the caller stops.
     began = time.monotonic()
     for _ in endpoint(server, folder, concurrency=2).generate(
-        [Request(id=t, text=t, tokens=7) for t in ("a", "slow", "b")]
+        [GenerationRequest(id=t, text=t, max_tokens=7) for t in ("a", "slow", "b")]
     ):
         break
     assert time.monotonic() - began < 0.4 and threading.active_count() < 20
@@ -214,7 +219,7 @@ def test_what_is_sent(server, folder):
     assert server.bodies[-1]["prompt"] == [5, 6, 7]
     asked = len(server.bodies)
     with pytest.raises(UserError, match="use --api completions"):  # no empty message is sent in its place
-        list(endpoint(server, folder).generate([Request(id="x", ids=[5, 6, 7], tokens=7)]))
+        list(endpoint(server, folder).generate([GenerationRequest(id="x", ids=[5, 6, 7], max_tokens=7)]))
     assert len(server.bodies) == asked
 
 
@@ -230,21 +235,21 @@ def test_what_is_sent(server, folder):
 )
 def test_settings_of_an_endpoint(change, words):
     with pytest.raises(UserError, match=words):
-        Server(**{"base_url": "http://h/v1", "model": "m", "key_env": "X", **change})
+        EndpointSettings(**{"base_url": "http://h/v1", "model": "m", "key_env": "X", **change})
 
 
 # ---- prompts and ends --------------------------------------------------------------------------
 
 
 def test_prompts_and_completions(folder):
-    tokenizer = backends.load_tokenizer(folder)
-    request = Request(id="x", text="the sky", prefix=" is", tokens=3)
+    tokenizer = model_files.load_tokenizer(folder)
+    request = GenerationRequest(id="x", text="the sky", prefix=" is", max_tokens=3)
     for chat, text in (
         ("yes", "<|begin|>[user] the sky[assistant]  is"),
         ("auto", "<|begin|>[user] the sky[assistant]  is"),
         ("no", "the sky is"),
     ):
-        assert tokenizer.decode(backends.encode(tokenizer, request, chat)) == text
+        assert tokenizer.decode(backends.prompt_ids(PromptEncoder(tokenizer, chat), request)) == text
     written = tokenizer.encode("blue and grey\nthe", add_special_tokens=False)
     end = frozenset([tokenizer.eos_token_id])
     for stop, ended, text, finish in (
@@ -254,18 +259,18 @@ def test_prompts_and_completions(folder):
         (("rings",), [], "blue and grey\nthe", "length"),
     ):
         one = backends.completion(
-            tokenizer, [1, 2], [*written, *ended], Request(id="x", tokens=9, stop=stop), end
+            tokenizer, [1, 2], [*written, *ended], GenerationRequest(id="x", max_tokens=9, stop=stop), end
         )
         assert one == Completion(text=text, tokens_in=2, tokens_out=len(written) + len(ended), finish=finish)
 
 
 def test_end_tokens(tmp_path, folder):
-    tokenizer = backends.load_tokenizer(folder)
-    assert backends.end_tokens(tmp_path, tokenizer) == {tokenizer.eos_token_id}
+    tokenizer = model_files.load_tokenizer(folder)
+    assert model_files.end_tokens(tmp_path, tokenizer) == {tokenizer.eos_token_id}
     (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
-    assert backends.end_tokens(tmp_path, tokenizer) == {3}
+    assert model_files.end_tokens(tmp_path, tokenizer) == {3}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [128001, 128008, 128009]}')
-    assert backends.end_tokens(tmp_path, tokenizer) == {128001, 128008, 128009}
+    assert model_files.end_tokens(tmp_path, tokenizer) == {128001, 128008, 128009}
 
 
 def test_sampling():
@@ -302,25 +307,25 @@ def test_sampling():
 def test_fingerprint_sees_a_change_in_the_middle_and_of_what_else_decides_answers(tmp_path):
     whole = bytearray(4 << 20)
     (tmp_path / "model.safetensors").write_bytes(whole)
-    seen = {backends.fingerprint(tmp_path)}
+    seen = {model_files.fingerprint(tmp_path)}
     whole[1 << 20 : 2 << 20] = b"\1" * (1 << 20)
     (tmp_path / "model.safetensors").write_bytes(whole)
-    seen.add(backends.fingerprint(tmp_path))
+    seen.add(model_files.fingerprint(tmp_path))
     for name in ("generation_config.json", "tokenizer.json", "hf/chat_template.jinja"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-        seen.add(backends.fingerprint(tmp_path))
+        seen.add(model_files.fingerprint(tmp_path))
     assert len(seen) == 5
     (tmp_path / "niah.json").write_text("{}")  # results that a user keeps there
-    assert backends.fingerprint(tmp_path) in seen
+    assert model_files.fingerprint(tmp_path) in seen
 
 
 def test_fingerprint(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(200000))
-    first = backends.fingerprint(tmp_path)
-    assert first == backends.fingerprint(tmp_path) and len(first) == 12
+    first = model_files.fingerprint(tmp_path)
+    assert first == model_files.fingerprint(tmp_path) and len(first) == 12
     (tmp_path / "model.safetensors").write_bytes(bytes(199999) + b"x")
-    assert backends.fingerprint(tmp_path) != first
+    assert model_files.fingerprint(tmp_path) != first
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -349,12 +354,12 @@ def test_a_plan_that_does_not_fit_says_what_would(monkeypatch):
     memory_check.check_plan(EIGHT_B, Parallel(tp=2, cp=2), tokens=2**20, **check)
     with pytest.raises(
         UserError,
-        match=r"^a rank needs 1\d\d GiB \(15 of weights, 128 of keys and values for 1,048,576 tokens\), but has 76 GiB at "
-        r"--tp 1 --pp 1 --cp 1; --cp 4 or --tp 2 on as many more ranks would fit$",
+        match=r"^a rank needs 1\d\d GiB \(15 for weights, 128 for keys and values of 1,048,576 tokens\) but has 76 GiB at "
+        r"--tp 1 --pp 1 --cp 1; --cp 4 or --tp 2 on correspondingly more ranks would fit$",
     ):
         memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
     monkeypatch.setattr(memory_check, "free_bytes", lambda device: 2**30)
-    with pytest.raises(UserError, match="more of --tp and --pp, or fewer tokens at a time"):
+    with pytest.raises(UserError, match="use a larger --tp or --pp, or fewer tokens at a time"):
         memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
 
 
@@ -403,21 +408,21 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
     command(monkeypatch, *words)
     result = json.loads((tmp_path / "niah.json").read_text())
     assert (
-        result["refused"] == 3
-        and [cell["refused"] for cell in result["cells"]] == [0, 3]
-        and result["accuracy"] == 0.5
+        [one["refused"] for one in result["scores"]] == [3]
+        and [cell["refused"] for cell in result["extra"]["cells"]] == [0, 3]
+        and result["extra"]["accuracy"] == 0.5
     )
-    assert [trial.get("refused") for trial in result["trials"]] == [None] * 3 + ["refused"] * 3
+    assert [trial.get("refused") for trial in result["extra"]["trials"]] == [None] * 3 + ["refused"] * 3
     refused = False
     command(monkeypatch, *words)
     result = json.loads((tmp_path / "niah.json").read_text())
     assert (
-        result["accuracy"] == 1.0
+        result["extra"]["accuracy"] == 1.0
         and result["model"]["path"] == "org/m"
         and result["model"]["lengths_by"] == "llama3"
     )
     assert (
-        result["refused"] == 0
+        result["scores"][0]["refused"] == 0
         and sorted(server.asked.values()) == [1, 1, 1, 3, 3, 3]
         and (tmp_path / "niah.png").exists()
     )
@@ -432,11 +437,11 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
     [
         ([], "give --model DIR, or --ckpt CKPT"),
         (["--model", "a", "--ckpt", "b"], "give --model or --ckpt, not both"),
-        (["--ckpt", "b", "--engine", "hf"], "--ckpt is read by --engine megatron"),
-        (["--model", "a", "--engine", "hf", "--cp", "2"], "--cp is for --engine"),
+        (["--ckpt", "b", "--engine", "hf"], "--ckpt requires --engine megatron"),
+        (["--model", "a", "--engine", "hf", "--cp", "2"], "--cp requires --engine"),
         (
             ["--model", "a", "--engine", "hf", "--base-url", "http://h/v1"],
-            "--base-url is for --engine endpoint",
+            "--base-url requires --engine endpoint",
         ),
         (["--model", "a", "--engine", "endpoint"], "needs --base-url URL"),
         (["--model", "a", "--base-url", "http://h/v1"], "needs --tokenizer DIR"),
@@ -460,12 +465,12 @@ def test_options_that_do_not_fit(tmp_path, monkeypatch, words, message):
 def test_ranks_that_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     for words, message in (
-        (["--engine", "hf"], "--engine hf is one process; start it without torchrun"),
+        (["--engine", "hf"], "--engine hf runs in one process; start it without torchrun"),
         (["--tp", "3"], "--tp 3 x --pp 1 x --cp 1 needs 3 ranks, but 4 were started"),
         (["--tp", "2", "--cp", "4"], "--tp 2 x --pp 1 x --cp 4 needs 8 ranks"),
         (["--pp", "0"], "parallel.pp=0 must be at least 1"),
         (["--pp", "2", "--dtype", "fp16"], "--dtype fp16"),
-        (["--pp", "2", "--device", "cuda:1"], "each rank takes its own"),
+        (["--pp", "2", "--device", "cuda:1"], "each rank uses its own"),
     ):
         with pytest.raises(UserError, match=message):
             command(

@@ -155,7 +155,7 @@ def test_what_stands_outside_questions_and_answers_is_cut_and_counted(tmp_path, 
     "record, kind, reason",
     [
         ("{not json", "broken", "not JSON"),
-        ("[1, 2]", "broken", "holds a list, where an object with columns is needed"),
+        ("[1, 2]", "broken", "contains a list, not an object with columns"),
         ({"text": "t"}, "broken", "no known columns among text"),
         (said("user"), "broken", "no question with an answer after it"),
         (said("assistant", "user"), "broken", "no question with an answer after it"),
@@ -167,13 +167,13 @@ def test_what_stands_outside_questions_and_answers_is_cut_and_counted(tmp_path, 
             "broken",
             "a system message in the middle",
         ),
-        (said("user", "narrator"), "broken", "role 'narrator' is not known"),
-        ({"messages": [{"content": "q"}]}, "broken", "role None is not known"),
+        (said("user", "narrator"), "broken", "unknown role 'narrator'"),
+        ({"messages": [{"content": "q"}]}, "broken", "unknown role None"),
         ({"messages": ["q", "a"]}, "broken", "a turn is a str"),
         ({"question": "q", "answer": " \n"}, "broken", "turn 2 (assistant) is empty"),
         ({"question": None, "answer": "a"}, "broken", "turn 1 (user) is empty"),
-        ({"question": "q", "answer": 4}, "broken", "answer holds a int, not text"),
-        ('{"question": "q", "answer": "\\ud800"}', "broken", "half of a surrogate pair"),
+        ({"question": "q", "answer": 4}, "broken", "answer contains a int, not text"),
+        ('{"question": "q", "answer": "\\ud800"}', "broken", "a lone surrogate"),
         (said("user", "tool", "assistant"), "unsupported", "uses tools (tool)"),
         (
             {
@@ -193,7 +193,7 @@ def test_what_stands_outside_questions_and_answers_is_cut_and_counted(tmp_path, 
                 ]
             },
             "unsupported",
-            "user holds parts that are not text",
+            "user contains parts that are not text",
         ),
     ],
 )
@@ -252,7 +252,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
         zstandard.compress(b'{"question": "q", "answer": "a"}\n' * 999)[:30]
     )
     for name, message in (
-        ("a.json", "a list of records is needed"),
+        ("a.json", "expected a list of records"),
         ("b.json", "not JSON"),
         ("c.parquet", "cannot be read as parquet"),
         ("d.jsonl.gz", "cannot be read"),
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
     for text, message in (
         (f"{tmp_path}/x*.jsonl", "no file of a known kind"),
         (f"{tmp_path}/none.jsonl", "No such file"),
-        (__file__, "kind of file not known"),
+        (__file__, "unknown kind of file"),
     ):
         with pytest.raises(UserError, match=message):
             conversations.files([text])

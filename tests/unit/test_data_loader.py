@@ -3,6 +3,7 @@ up the whole."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from fractions import Fraction
 from itertools import islice
 
@@ -11,15 +12,16 @@ import torch
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data import loader
-from megatron_ultralong.data.packed_rows import PackedRows, Rows
+from megatron_ultralong.data.packed_rows import BlendedDataset, PackedDataset
 from megatron_ultralong.errors import UserError
 from tests.text import write_rows
 
 S = 24
+SHARD = [field.name for field in fields(loader.BatchShard)]
 
 
 @pytest.fixture
-def rows(tmp_path) -> Rows:
+def rows(tmp_path) -> BlendedDataset:
     """Two sets; every token of every row is another number, and some rows have masked targets."""
 
     def ids(base: int, count: int) -> list[list[int]]:
@@ -27,15 +29,13 @@ def rows(tmp_path) -> Rows:
 
     masks = [[(i + j) % 5 != 0 for j in range(S + 1)] for i in range(13)]
     prefixes = write_rows(tmp_path / "a", ids(0, 13), masks), write_rows(tmp_path / "b", ids(5000, 6))
-    return Rows([PackedRows(prefix, S) for prefix in prefixes], [Fraction(3), Fraction(1)])
+    return BlendedDataset([PackedDataset(prefix, S) for prefix in prefixes], [Fraction(3), Fraction(1)])
 
 
-def take(rows: Rows, count: int, **settings) -> list[loader.Batch]:
-    stream = {
-        name: settings.pop(name) for name in ("consumed", "global_batch", "workers") if name in settings
-    }
-    plan = loader.BatchPlan(**{"micro_batch": 1, "seed": 7, **settings})
-    return list(islice(loader.batches(rows, plan, **{"consumed": 0, "global_batch": 8, **stream}), count))
+def take(rows: BlendedDataset, count: int, **settings) -> list[loader.Batch]:
+    shard = loader.BatchShard(**{name: settings.pop(name) for name in SHARD if name in settings})
+    settings = {"consumed": 0, "seed": 7, **settings}
+    return list(islice(loader.batches(rows, shard, **settings), count))
 
 
 def starts(batches: list[loader.Batch]) -> list[int]:
@@ -46,7 +46,7 @@ def starts(batches: list[loader.Batch]) -> list[int]:
 def test_a_batch_is_the_row_shifted_with_its_mask(rows):
     for n, batch in enumerate(take(rows, 40)):
         which, row = rows.locate(n, 7)
-        tokens, mask = rows.sets[which][row]
+        tokens, mask = rows.datasets[which][row]
         assert {name: (x.dtype, tuple(x.shape)) for name, x in batch.items()} == {
             "tokens": (torch.int64, (1, S)),
             "labels": (torch.int64, (1, S)),
@@ -108,20 +108,18 @@ def test_context_parallel_shares_make_up_the_whole(rows, cp):
 
 
 def test_layouts_that_do_not_fit_are_refused(rows):
-    with pytest.raises(UserError, match=r"global_batch=8 is not a multiple of train.micro_batch=3 x 2"):
-        take(rows, 1, micro_batch=3, dp=2)
     with pytest.raises(UserError, match="not divisible by 2 x"):
         take(rows, 1, cp=5)
 
 
 @pytest.mark.parametrize("dp, micro_batch, multiple", [(1, 1, 1), (2, 1, 1), (2, 3, 1), (4, 2, 2), (3, 5, 4)])
 @pytest.mark.parametrize("eval_rows", [1, 7, 100])
-def test_held_out_rows_are_counted_once_each(rows, dp, micro_batch, multiple, eval_rows):
+def test_validation_rows_are_counted_once_each(rows, dp, micro_batch, multiple, eval_rows):
     want = rows.first(eval_rows)
     seen, numbers, targets = [], set(), 0.0
     for rank in range(dp):
-        plan = loader.BatchPlan(micro_batch=micro_batch, dp=dp, dp_rank=rank)
-        iterators, count = loader.held_out(rows, plan, eval_rows, copies=2, multiple=multiple)
+        shard = loader.BatchShard(micro_batch=micro_batch, dp=dp, dp_rank=rank)
+        iterators, count = loader.validation_batches(rows, eval_rows, shard, copies=2, multiple=multiple)
         batches = list(iterators[0])
         assert len(batches) == count and count % multiple == 0
         numbers.add(count)
@@ -130,15 +128,16 @@ def test_held_out_rows_are_counted_once_each(rows, dp, micro_batch, multiple, ev
             targets += float(batch["loss_mask"].sum())
             seen += [int(row[0]) for row, mask in zip(batch["tokens"], batch["loss_mask"]) if mask.any()]
     assert len(numbers) == 1, "as many micro-batches on every rank"
-    assert sorted(seen) == sorted(int(rows.sets[which][row][0][0]) for which, row in want)
-    masks = [rows.sets[which][row][1] for which, row in want]
+    assert sorted(seen) == sorted(int(rows.datasets[which][row][0][0]) for which, row in want)
+    masks = [rows.datasets[which][row][1] for which, row in want]
     assert targets == sum(S if mask is None else int(mask[1:].sum()) for mask in masks)
 
 
-def test_held_out_shares(rows):
-    whole = list(loader.held_out(rows, loader.BatchPlan(micro_batch=2), 5)[0][0])
-    plans = [loader.BatchPlan(micro_batch=2, cp=2, cp_rank=r) for r in range(2)]
-    shares = [list(loader.held_out(rows, plan, 5)[0][0]) for plan in plans]
+def test_validation_shares(rows):
+    def share(**layout) -> list[loader.Batch]:
+        return list(loader.validation_batches(rows, 5, loader.BatchShard(micro_batch=2, **layout))[0][0])
+
+    whole, shares = share(), [share(cp=2, cp_rank=r) for r in range(2)]
     assert len(whole) == 3
     for i, batch in enumerate(whole):
         assert all(
@@ -151,7 +150,7 @@ def test_leaving_the_iterator_ends_its_thread(rows):
     import threading
 
     before = threading.active_count()
-    batches = loader.batches(rows, loader.BatchPlan(micro_batch=1, seed=7), consumed=0, global_batch=8)
+    batches = loader.batches(rows, loader.BatchShard(), consumed=0, seed=7)
     next(batches)
     assert threading.active_count() == before + 1
     batches.close()
@@ -163,23 +162,21 @@ def test_document_starts_come_with_the_rows(tmp_path):
     prefix = write_rows(
         tmp_path / "docs", [[100 * i + j for j in range(S + 1)] for i in range(3)], starts=begins
     )
-    rows = Rows([PackedRows(prefix, S)])
-    found = take(rows, 3, shuffle=False, global_batch=1, masked=True)
+    rows = BlendedDataset([PackedDataset(prefix, S)])
+    found = take(rows, 3, shuffle=False, document_starts=True)
     assert [batch["document_starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
     assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [
         [4, 5],
         [],
         [0, S - 1],
     ], "first tokens are no targets"
-    shares = [
-        take(rows, 3, shuffle=False, global_batch=1, masked=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)
-    ]
+    shares = [take(rows, 3, shuffle=False, document_starts=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)]
     assert all(share["document_starts"].tolist() == [0, 5, 6] for share in shares), (
         "starts are those of the whole row on every rank"
     )
-    first, second = (loader.BatchPlan(micro_batch=1, dp=2, dp_rank=r, masked=True) for r in range(2))
-    [places], count = loader.held_out(rows, first, 3)
+    shards = [loader.BatchShard(dp=2, dp_rank=rank, document_starts=True) for rank in (0, 1)]
+    [places], count = loader.validation_batches(rows, 3, shards[0])
     assert count == 2 and [batch["document_starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
-    [padding], _ = loader.held_out(rows, second, 3)
+    [padding], _ = loader.validation_batches(rows, 3, shards[1])
     assert [batch["document_starts"].tolist() for batch in padding] == [[0], [0]]
-    assert "document_starts" not in take(rows, 1, global_batch=1)[0]
+    assert "document_starts" not in take(rows, 1)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ultralong.data.pretrain import sources
-from megatron_ultralong.data.pretrain.sources import Lengths
+from megatron_ultralong.data.pretrain.sources import LengthBuckets
 from megatron_ultralong.errors import UserError
 from tests import text as made
 
@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, text: str) -> sources.Sources:
+def load(folder: Path, text: str) -> sources.DocumentMix:
     (folder / "mix.yaml").write_text(text)
     return sources.load(folder / "mix.yaml")
 
@@ -69,9 +69,10 @@ def test_everything_a_file_may_say(folder):
         Fraction(7, 10),
         None,
     )
-    assert books.lengths == Lengths(edges=(8192,), values=(0.2, 0.8), shares=True)
+    assert books.lengths == LengthBuckets(edges=(8192,), values=(0.2, 0.8), shares=True)
     assert (
-        code.lengths == Lengths(edges=(4096, 8192), values=(0.25, 1, 3), shares=False) and code.strip_id == 2
+        code.lengths == LengthBuckets(edges=(4096, 8192), values=(0.25, 1, 3), shares=False)
+        and code.strip_id == 2
     )
     plain = load(folder, "sources: {a: {input: code.jsonl}}")
     assert (plain.tokens, plain.seed, plain.max_repeats, plain.shuffle, plain.resampled) == (
@@ -86,17 +87,17 @@ def test_everything_a_file_may_say(folder):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("tokens: 0.5B", "token: 1B", "token in the file is not known; known are max_repeats"),
+        ("tokens: 0.5B", "token: 1B", "token in the file is unknown; known are max_repeats"),
         (
             "tokens: 0.5B",
             "tokens: 500M",
-            "tokens must be a whole number of tokens from 1 on, like 500_000_000 or 0.5B, not 500M",
+            "tokens must be a whole number of tokens, like 500_000_000 or 0.5B, not 500M",
         ),
         ("tokens: 0.5B", "tokens: 0", "tokens must be"),
-        ("seed: 7", "seed: x", "seed must be a whole number from 0 on"),
-        ("max_repeats: 3", "max_repeats: 0", "max_repeats must be a whole number from 1 on"),
+        ("seed: 7", "seed: x", "seed must be a whole number of at least 0"),
+        ("max_repeats: 3", "max_repeats: 0", "max_repeats must be a whole number of at least 1"),
         ("shuffle: false", "shuffle: 3", "shuffle must be true"),
-        ("weight: 3, ", "", "sources.code has no weight though others have"),
+        ("weight: 3, ", "", "sources.code has no weight, but others have"),
         ("weight: 3", "weight: 0", "sources.code.weight must be a number above 0"),
         ("weight: 3", "weight: .nan", "weight must be"),
         ("code.jsonl", "none.jsonl", "none.jsonl: cannot be read: No such file"),
@@ -104,13 +105,13 @@ def test_everything_a_file_may_say(folder):
         ("books,", "books, books/a.jsonl,", "is named twice"),
         ("4K-8K: 1", "5K-8K: 1", "rates must cover every length once"),
         ('">=8K": 3}', "}", "rates must cover every length once"),
-        ("<4K: 0.25", "<4k: -1", "rates, <4k: must be a number from 0 on"),
-        ("4K-8K", "about 4K", "rates, about 4K: is no bucket"),
+        ("<4K: 0.25", "<4k: -1", "rates, <4k: must be a number of at least 0"),
+        ("4K-8K", "about 4K", "rates, about 4K: is not a bucket"),
         ('0.25, 4K-8K: 1, ">=8K": 3', '0, 4K-8K: 0, ">=8K": 0', "rates must not all be 0"),
         ("shares: {", "rates: {all: 1}, shares: {", "give one of them"),
         ("text_key: body", "text_key: 3", "text_key must be a name"),
         ("input: code.jsonl, ", "", "sources.code.input must be a file, directory or glob"),
-        ("sources:", "sources: {}\nx:", "x in the file is not known"),
+        ("sources:", "sources: {}\nx:", "x in the file is unknown"),
         ("seed: 7", "seed: [", "not YAML"),
     ],
 )
@@ -138,10 +139,10 @@ def test_directories_globs_and_packed_rows(folder, monkeypatch):
         Path("more/x.jsonl"),
     )
     (folder / "bare").mkdir()
-    with pytest.raises(UserError, match="--input bare: no file of a known kind in it"):
+    with pytest.raises(UserError, match="--input bare: contains no .txt, .jsonl"):
         sources.expand([Path("bare")])
     made.write_rows(folder / "rows", [[1, 2, 3]], seq_length=2, kind="pretrain")
-    with pytest.raises(UserError, match="rows.idx: holds packed rows, not documents"):
+    with pytest.raises(UserError, match="rows.idx: contains packed rows, not documents"):
         sources.expand([Path("rows.bin")])
 
 
@@ -150,7 +151,7 @@ def test_keys_that_stand_twice_and_links(folder, monkeypatch):
         "{sources: {a: {input: code.jsonl}, a: {input: books}}}",
         "{sources: {1: {input: code.jsonl}, '1': {input: books}}}",
     ):
-        with pytest.raises(UserError, match=r"the key a stands twice|names two sources alike"):
+        with pytest.raises(UserError, match=r"the key a stands twice|two sources of the same name"):
             load(folder, text)
     (folder / "linked").mkdir()
     (folder / "linked" / "to").symlink_to(folder / "books")

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import transformers
 
-from megatron_ultralong.data.tokenizer import as_it_is, load_tokenizer
+from megatron_ultralong.data import tokenizer as tokenizer_module
+from megatron_ultralong.data.tokenizer import encode_all, load_plain, load_tokenizer
 from megatron_ultralong.errors import UserError
 from tests import text as made
 
@@ -42,7 +44,7 @@ def change(folder: Path, name: str, **values: Any) -> None:
 @pytest.mark.parametrize("family", made.FAMILIES)
 def test_read_here_as_transformers_reads_it(tmp_path, family):
     folder = made.save_tokenizer(tmp_path / "tokenizer", family)
-    assert as_it_is(folder)
+    assert load_plain(folder)
     assert_auto_tokenizer(folder)
     token = {
         "content": "<|begin|>",
@@ -64,7 +66,7 @@ def test_read_here_as_transformers_reads_it(tmp_path, family):
     )
     change(folder, "special_tokens_map.json", bos_token=token, eos_token="<|end|>")
     change(folder, "config.json", model_type="llama")
-    assert as_it_is(folder)
+    assert load_plain(folder)
     assert_auto_tokenizer(folder)
 
 
@@ -116,7 +118,7 @@ ADDED = {
 def test_what_transformers_might_change_is_left_to_it(tmp_path, name, values):
     folder = made.save_tokenizer(tmp_path / "tokenizer")
     change(folder, name, **values)
-    assert as_it_is(folder) is None
+    assert load_plain(folder) is None
     assert_auto_tokenizer(folder)
 
 
@@ -157,3 +159,15 @@ def test_no_tokenizer(tmp_path):
     )
     with pytest.raises(UserError, match="empty: cannot be loaded"):
         load_tokenizer(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_batches_give_the_tokens_of_each_text(tmp_path, monkeypatch, family):
+    tokenizer = load_tokenizer(made.save_tokenizer(tmp_path, family))
+    monkeypatch.setattr(tokenizer_module, "BATCH", 1800)
+    texts = ["", "one", made.text(1, 20), *(made.text(seed, 1500) for seed in range(2, 8)), " ", ""]
+    texts += [made.text(1, 300) + run * 4001 for run in ("1234567890", "a", " ", "\n", "=-", "é", "😀")]
+    got = list(encode_all(iter(texts), tokenizer.backend))
+    assert all(ids.dtype == numpy.int32 for ids in got)
+    assert [ids.tolist() for ids in got] == [tokenizer.ids(text) for text in texts]
+    assert list(encode_all([], tokenizer.backend)) == []

@@ -484,7 +484,7 @@ def test_lines_rows_and_texts_keep_what_is_clean(tmp_path, bench):
     broken = [json.loads(line) for line in (tmp_path / "drop" / "broken.jsonl").read_text().splitlines()]
     assert [item["line"] for item in broken if item["file"] == str(inputs[0])] == [4, 5, 6, 7, 8, 9, 12]
     assert [(item["line"], item["reason"]) for item in broken if item["file"] == str(inputs[5])] == [
-        (3, "'text' holds nothing, not text")
+        (3, "'text' contains nothing, not text")
     ]
     totals = reports["drop"]["totals"]
     assert (
@@ -814,7 +814,7 @@ def test_a_named_form_is_searched_alone(tmp_path, bench):
             "a.jsonl and a.json have the same name, and both would be written as",
         ),
         ({"inputs": ["a.json"], "form": "auto"}, "a.json: not JSON"),
-        ({"inputs": ["a.txt"], "form": "auto"}, "a.txt: kind of file not known by its name"),
+        ({"inputs": ["a.txt"], "form": "auto"}, "a.txt: unknown kind of file"),
         ({"form": "alpaka"}, "form alpaka: must be auto, sharegpt"),
         (
             {"inputs": ["a.jsonl", "sub/a.jsonl"]},

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
-from megatron_ultralong.evaluate.tasks import niah
+from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
+from megatron_ultralong.evaluate.tasks.niah import run as niah
+from megatron_ultralong.evaluate.tasks.niah.prompts import NiahSettings
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "demo" / "base"
@@ -56,12 +57,9 @@ def test_the_base_model_finds_keys_up_to_its_context() -> None:
         found.rope.type == "none"
         and json.loads((BASE / "config.json").read_text())["max_position_embeddings"] == 512
     )
-    grid = niah.Grid(
+    grid = NiahSettings(
         lengths=(512, 2048, 4096), depths=(0.0, 25.0, 50.0, 75.0, 100.0), trials=8
     )  # the demo's own
-    result = niah.run(HuggingFace(BASE, device="cpu"), grid)
-    assert (
-        result["by_length"]["512"] >= 0.9
-        and result["by_length"]["2048"] <= 0.2
-        and result["by_length"]["4096"] <= 0.1
-    ), result["by_length"]
+    result = niah.run(TransformersModel(BASE, device="cpu"), grid)
+    percent = {one.length: one.score for one in result.scores}
+    assert percent[512] >= 90 and percent[2048] <= 20 and percent[4096] <= 10, percent

@@ -120,7 +120,9 @@ def answering(out: Path, answers: dict[str, str], **how) -> Answering:
 
 @pytest.fixture
 def prepared(tmp_path) -> Path:
-    assert infinitebench.prepare(tmp_path, data(tmp_path / "data"), infinitebench.Choice()) == 24
+    assert (
+        infinitebench.prepare(tmp_path, data(tmp_path / "data"), infinitebench.InfiniteBenchSettings()) == 24
+    )
     return tmp_path
 
 
@@ -197,17 +199,17 @@ def test_prompts_hold_what_the_task_needs(prepared):
 @pytest.mark.parametrize(
     "task, change, message",
     [
-        ("code_debug", {"answer": "nothing"}, "field 'answer' holds none of the options"),
-        ("code_run", {"input": "f(2)"}, "field 'input' holds nothing like"),
-        ("math_find", {"input": "Find it."}, "field 'input' holds nothing like"),
-        ("math_find", {"answer": ["94"]}, "field 'answer' holds no numbers; is this the official file"),
+        ("code_debug", {"answer": "nothing"}, "field 'answer' contains none of the options"),
+        ("code_run", {"input": "f(2)"}, "field 'input' contains nothing like"),
+        ("math_find", {"input": "Find it."}, "field 'input' contains nothing like"),
+        ("math_find", {"answer": ["94"]}, "field 'answer' contains no numbers; is this the official file"),
         ("passkey", {"answer": []}, "field 'answer' is empty"),
     ],
 )
 def test_what_is_not_official_is_one_line(tmp_path, task, change, message):
     made.jsonl(tmp_path / f"{task}.jsonl", [{"id": 0, **EXAMPLES[task], **change}])
     with pytest.raises(UserError, match=rf"{task}.jsonl, line 1: {message}"):
-        infinitebench.prepare(tmp_path, tmp_path, infinitebench.Choice())
+        infinitebench.prepare(tmp_path, tmp_path, infinitebench.InfiniteBenchSettings())
 
 
 def test_official_words_are_read(tmp_path):
@@ -222,7 +224,7 @@ def test_official_words_are_read(tmp_path):
     (source / "eval_utils.py").write_text(
         "import nothing\ndef f(target_number):\n    prefix = f'Seek {target_number} here'\n"
     )
-    choice = infinitebench.Choice(official=tmp_path / "checkout")
+    choice = infinitebench.InfiniteBenchSettings(official=tmp_path / "checkout")
     infinitebench.prepare(tmp_path, data(tmp_path / "data"), choice)
     text = read(tmp_path / "infinitebench.prompts.jsonl")["math_find/0"]["text"]
     assert text == f"Q [4, 94, 7] {EXAMPLES['math_find']['input']} Seek the largest number here"
@@ -236,7 +238,7 @@ def test_official_words_are_read(tmp_path):
     ):
         infinitebench.prepare(tmp_path, tmp_path / "data", choice)
     (source / "prompt.py").write_text("yarn_mistral_templates = dict()\n")
-    with pytest.raises(UserError, match="yarn_mistral_templates is no dictionary"):
+    with pytest.raises(UserError, match="yarn_mistral_templates is not a dictionary"):
         infinitebench.prepare(tmp_path, tmp_path / "data", choice)
 
 
@@ -260,15 +262,15 @@ def test_the_start_of_an_answer(text, start):
 @pytest.mark.parametrize("answer", [[True], ["94"], []])
 def test_what_is_no_number_is_refused(tmp_path, answer):
     made.jsonl(tmp_path / "data" / "math_find.jsonl", [{"id": 0, **EXAMPLES["math_find"], "answer": answer}])
-    with pytest.raises(UserError, match="field 'answer' holds no numbers"):
-        infinitebench.prepare(tmp_path, tmp_path / "data", infinitebench.Choice())
+    with pytest.raises(UserError, match="field 'answer' contains no numbers"):
+        infinitebench.prepare(tmp_path, tmp_path / "data", infinitebench.InfiniteBenchSettings())
 
 
 def test_a_task_twice_is_refused(tmp_path):
     data(tmp_path / "data", ("passkey",))
     data(tmp_path / "data" / "copy", ("passkey", "code_run"))
     with pytest.raises(UserError, match="are the same task; keep one of them"):
-        infinitebench.prepare(tmp_path, tmp_path / "data", infinitebench.Choice())
+        infinitebench.prepare(tmp_path, tmp_path / "data", infinitebench.InfiniteBenchSettings())
 
 
 # ---- stages ------------------------------------------------------------------------------------
@@ -279,12 +281,10 @@ def test_right_answers_score_one_hundred(prepared, chat):
     backend = answering(prepared, RIGHT, chat=chat)
     stages.predict(backend, prepared, "infinitebench")
     result = infinitebench.results(prepared)
-    assert {cell["task"]: cell["score"] for cell in result["cells"]} == dict.fromkeys(
-        TASKS, pytest.approx(100)
-    )
+    assert {one.task: one.score for one in result.scores} == dict.fromkeys(TASKS, pytest.approx(100))
     assert (
-        result["averages"]["all tasks"] == {"score": pytest.approx(100), "cells": 12, "of": 12}
-        and result["settings"]["chat"] is chat
+        result.extra["averages"]["all tasks"] == {"score": pytest.approx(100), "cells": 12, "of": 12}
+        and result.settings["chat"] is chat
     )
     starts = {prompt.rpartition("<|assistant|>")[2] for prompt in backend.prompts}
     if chat:  # the answer's first words stand where the answer stands
@@ -302,12 +302,12 @@ def test_right_answers_score_one_hundred(prepared, chat):
 
 def test_wrong_answers_score_nothing_and_rambling_little(prepared):
     stages.predict(answering(prepared, dict.fromkeys(TASKS, "?")), prepared, "infinitebench")
-    assert infinitebench.results(prepared)["averages"]["all tasks"]["score"] == 0
+    assert infinitebench.results(prepared).extra["averages"]["all tasks"]["score"] == 0
     (prepared / "infinitebench.journal.jsonl").unlink()
     rambling = {task: f"Well, I would say {text}" for task, text in RIGHT.items()}
     stages.predict(answering(prepared, rambling, name="two"), prepared, "infinitebench")
     result = infinitebench.results(prepared)
-    cells = {cell["task"]: cell["score"] for cell in result["cells"]}
+    cells = {one.task: one.score for one in result.scores}
     assert cells["passkey"] == cells["code_debug"] == cells["math_find"] == 0, (
         "no room for it, or not as the rule wants it"
     )
@@ -316,12 +316,14 @@ def test_wrong_answers_score_nothing_and_rambling_little(prepared):
 
 def test_cut_in_the_middle_and_never_over_the_limit(tmp_path):
     EASY = ("passkey", "longbook_choice_eng")
-    infinitebench.prepare(tmp_path, data(tmp_path / "data", EASY), infinitebench.Choice(tasks=EASY, limit=1))
+    infinitebench.prepare(
+        tmp_path, data(tmp_path / "data", EASY), infinitebench.InfiniteBenchSettings(tasks=EASY, limit=1)
+    )
     backend = Answering(lambda prompt: "C", max_position=4096)
     stages.predict(backend, tmp_path, "infinitebench", max_length=141)
     result = infinitebench.results(tmp_path)
     assert all(140 <= size <= 141 for size in backend.sizes) and [
-        cell["cut"] for cell in result["cells"]
+        one.notes["cut"] for one in result.scores
     ] == [1, 1]
     assert all(
         prompt.endswith(("The pass key is", "The letter of the right answer is"))
@@ -347,7 +349,7 @@ def test_a_task_that_writes_more_than_fits_is_told_before_anything_is_asked(prep
     backend = Answering(lambda prompt: "", max_position=8192)
     with pytest.raises(
         UserError,
-        match="--max-length 8192: math_calc may write 30,000 tokens, which leaves none for the prompt",
+        match="--max-length 8192: answers of math_calc may have 30,000 tokens, which leaves none for the prompt",
     ):
         stages.predict(backend, prepared, "infinitebench")
     assert not backend.prompts
@@ -360,7 +362,7 @@ def test_a_stopped_run_goes_on(prepared):
     again = answering(prepared, RIGHT)
     stages.predict(again, prepared, "infinitebench", batch=1)
     assert len(dying.prompts) == 7 and len(again.prompts) == 17
-    assert infinitebench.results(prepared)["averages"]["all tasks"]["score"] == pytest.approx(100)
+    assert infinitebench.results(prepared).extra["averages"]["all tasks"]["score"] == pytest.approx(100)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -383,8 +385,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "--tasks",
     ]
     for wrong, message in (
-        ("passkey,code_walk", "--tasks code_walk: known are passkey"),
-        ("passkey,math_calc", "--data holds no math_calc"),
+        ("passkey,code_walk", "--tasks code_walk: unknown; choose from passkey"),
+        ("passkey,math_calc", "--data contains no math_calc"),
     ):
         monkeypatch.setattr(sys, "argv", [*arguments, wrong])
         with pytest.raises(UserError, match=message):
@@ -393,7 +395,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     main["main"]()
     written = json.loads((tmp_path / "out" / "infinitebench.json").read_text(encoding="utf-8"))
     assert (
-        written["averages"]["all tasks"] == {"score": 100.0, "cells": 2, "of": 12}
+        written["extra"]["averages"]["all tasks"] == {"score": 100.0, "cells": 2, "of": 12}
         and written["task"] == "infinitebench"
     )
     assert "only the first 1 questions each" in capsys.readouterr().out

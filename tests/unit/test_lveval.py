@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.pipeline import stage_files, stages
+from megatron_ultralong.evaluate.pipeline import command, stages
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
 from megatron_ultralong.evaluate.prompts import official, truncate
 from megatron_ultralong.evaluate.scorers.lveval import score
 from megatron_ultralong.evaluate.tasks import infinitebench, lveval
@@ -31,8 +32,10 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
 
 
-def run(out: Path, data: Path, backend: Answering, choice: lveval.Choice | None = None, **how) -> dict:
-    lveval.prepare(out, data, choice or lveval.Choice())
+def run(
+    out: Path, data: Path, backend: Answering, choice: lveval.LVEvalSettings | None = None, **how
+) -> BenchmarkResult:
+    lveval.prepare(out, data, choice or lveval.LVEvalSettings())
     stages.predict(backend, out, "lveval", **how)
     return lveval.results(out)
 
@@ -92,44 +95,23 @@ def checkout(folder: Path, text: str | None = None) -> Path:
     return folder
 
 
-def test_one_run_writes_a_file(tmp_path):
-    with stage_files.writer(tmp_path / "x.jsonl", {"of": 1}) as write:
-        with (
-            pytest.raises(UserError, match="x.jsonl is being written by another run"),
-            stage_files.writer(tmp_path / "x.jsonl", {"of": 2}),
-        ):
-            pass
-        write({"line": 1})
-    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [
-        {"of": 1},
-        {"line": 1},
-    ]
-    (tmp_path / ".x.jsonl.part").write_text("what a killed run left")
-    with pytest.raises(KeyboardInterrupt), stage_files.writer(tmp_path / "x.jsonl", {"of": 3}):
-        raise KeyboardInterrupt
-    assert (
-        json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0]) == {"of": 1}
-        and not (tmp_path / ".x.jsonl.part").exists()
-    )
-
-
 def test_official_words_are_read_and_never_run(tmp_path):
-    choice = lveval.Choice(official=checkout(tmp_path / "a"))
+    choice = lveval.LVEvalSettings(official=checkout(tmp_path / "a"))
     lveval.prepare(tmp_path, made.lveval(tmp_path / "data"), choice)
     first = read(tmp_path / "lveval.prompts.jsonl")[1]
     assert first["text"] == "X Mira keeps the light. Y Who keeps the light?"
     for text, message in (
-        ("only {context}", "is no template with {context}, {input}"),
-        ("{context} {input} {other}", "is no template with"),
+        ("only {context}", "is not a template with {context}, {input}"),
+        ("{context} {input} {other}", "is not a template with"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             lveval.prepare(
                 tmp_path,
                 tmp_path / "data",
-                lveval.Choice(official=checkout(tmp_path / text.strip("{} "), text)),
+                lveval.LVEvalSettings(official=checkout(tmp_path / text.strip("{} "), text)),
             )
-    with pytest.raises(UserError, match="config.py cannot be read as Python"):
-        lveval.prepare(tmp_path, tmp_path / "data", lveval.Choice(official=tmp_path))
+    with pytest.raises(UserError, match="config.py cannot be parsed as Python"):
+        lveval.prepare(tmp_path, tmp_path / "data", lveval.LVEvalSettings(official=tmp_path))
     with pytest.raises(UserError, match="assigns no DATASET_PROMPTS"):
         official.read(tmp_path / "a" / "config.py", "DATASET_PROMPTS", {})
 
@@ -148,40 +130,46 @@ def test_fields_are_filled_once():
 )
 def test_prompt_and_answer_are_never_over_the_limit(chat, limit, text):
     tokenizer, start = byte_tokenizer(chat), infinitebench.answer_start(text)
-    prompt = truncate.Fitter(tokenizer, chat="auto", max_length=limit).prompt("x", text, 16, start)
-    whole = truncate.Fitter(tokenizer, chat="auto", max_length=None).prompt("x", text, 16, start)
-    assert whole.cut == 0 and len(prompt.ids) + prompt.cut == len(whole.ids)
+    prompt = truncate.PromptTruncator(tokenizer, chat="auto", max_length=limit).prompt("x", text, 16, start)
+    whole = truncate.PromptTruncator(tokenizer, chat="auto", max_length=None).prompt("x", text, 16, start)
+    assert whole.cut == 0 and len(prompt.request.ids) + prompt.cut == len(whole.request.ids)
     if limit is not None:
-        assert len(prompt.ids) + 16 <= limit
-        assert not prompt.cut or len(prompt.ids) + 16 >= limit - 1, "no more is cut than has to be"
+        assert len(prompt.request.ids) + 16 <= limit
+        assert not prompt.cut or len(prompt.request.ids) + 16 >= limit - 1, "no more is cut than has to be"
     if not prompt.cut:
         assert (
-            prompt.text
+            prompt.request.text
             + (" " if "Open" in text and chat else "\n" if "答案" in text and chat else "")
-            + prompt.prefix
+            + prompt.request.prefix
             == text
         )
-        assert tokenizer.decode(prompt.ids) == (
-            "<|begin|><|user|>" + prompt.text + "<|end|><|assistant|>" + prompt.prefix if chat else text
+        assert tokenizer.decode(prompt.request.ids) == (
+            "<|begin|><|user|>" + prompt.request.text + "<|end|><|assistant|>" + prompt.request.prefix
+            if chat
+            else text
         )
     else:  # both ends stay, and as much of each
         at = len(tokenizer.encode("<|begin|><|user|>")) if chat else 0
-        assert prompt.ids[: at + 6] == whole.ids[: at + 6] and prompt.ids[-12:] == whole.ids[-12:]
+        assert (
+            prompt.request.ids[: at + 6] == whole.request.ids[: at + 6]
+            and prompt.request.ids[-12:] == whole.request.ids[-12:]
+        )
 
 
 def test_limits_that_leave_nothing(tmp_path):
-    fitter = truncate.Fitter(byte_tokenizer(), chat="no", max_length=65)
+    fitter = truncate.PromptTruncator(byte_tokenizer(), chat="no", max_length=65)
     with pytest.raises(
-        UserError, match="--max-length 65: lic_mixup may write 64 tokens, which leaves none for the prompt"
+        UserError,
+        match="--max-length 65: answers of lic_mixup may have 64 tokens, which leaves none for the prompt",
     ):
         fitter.check("lic_mixup", 64)
     with pytest.raises(UserError, match="--max-length 65: x needs 64 tokens without its text"):
         fitter.prompt("x", "abc", 64)
     with pytest.raises(UserError, match="--chat yes: this model's tokenizer has no chat template"):
-        truncate.Fitter(byte_tokenizer(), chat="yes", max_length=None)
-    assert truncate.Fitter(byte_tokenizer(), chat="no", max_length=67).prompt(
+        truncate.PromptTruncator(byte_tokenizer(), chat="yes", max_length=None)
+    assert truncate.PromptTruncator(byte_tokenizer(), chat="no", max_length=67).prompt(
         "x", "abcde", 64
-    ).ids == byte_tokenizer().encode("ae")
+    ).request.ids == byte_tokenizer().encode("ae")
 
 
 # ---- stages ------------------------------------------------------------------------------------
@@ -191,21 +179,19 @@ def test_right_wrong_and_rambling(tmp_path):
     data = made.lveval(tmp_path / "data")
     result = run(tmp_path, data, Answering(right))
     assert (
-        result["wording"] == "own"
-        and result["model"]["path"] == "one"
-        and result["settings"] == {"max_length": None, "chat": False}
+        result.settings["wording"] == "own"
+        and result.model["path"] == "one"
+        and result.settings["max_length"] is None
+        and result.settings["chat"] is False
     )
-    assert [
-        (cell["set"], cell["length"], cell["questions"], cell["score"], cell["cut"])
-        for cell in result["cells"]
-    ] == [
-        ("hotpotwikiqa_mixup", "16k", 2, 100, 0),
-        ("hotpotwikiqa_mixup", "128k", 2, 100, 0),
-        ("dureader_mixup", "256k", 1, pytest.approx(100), 0),
+    assert [(one.task, one.length, one.count, one.score, one.notes["cut"]) for one in result.scores] == [
+        ("hotpotwikiqa_mixup", 16 * 1024, 2, 100, 0),
+        ("hotpotwikiqa_mixup", 128 * 1024, 2, 100, 0),
+        ("dureader_mixup", 256 * 1024, 1, pytest.approx(100), 0),
     ]
     assert (
-        result["averages"]["<128K"] == {"score": 100, "cells": 2, "of": 44}
-        and result["averages"]["<256K"]["cells"] == 3
+        result.extra["averages"]["<128K"] == {"score": 100, "cells": 2, "of": 44}
+        and result.extra["averages"]["<256K"]["cells"] == 3
     )
     table = lveval.table(result)
     assert (
@@ -217,36 +203,37 @@ def test_right_wrong_and_rambling(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "c").mkdir()
     rambling = run(tmp_path / "b", data, Answering(lambda prompt: "Mira keeps it, " + "as they say, " * 9))
-    assert 0 < rambling["averages"]["<128K"]["score"] < 30
+    assert 0 < rambling.extra["averages"]["<128K"]["score"] < 30
     assert len(read(tmp_path / "b" / "lveval.scores.jsonl")[0]["prediction"]) == 64, (
         "no more than the official tokens"
     )
     assert (
-        run(tmp_path / "c", data, Answering(lambda prompt: "Mora does."))["averages"]["<256K"]["score"] == 0
+        run(tmp_path / "c", data, Answering(lambda prompt: "Mora does.")).extra["averages"]["<256K"]["score"]
+        == 0
     )
 
 
 def test_prompts_that_are_cut_are_counted_and_marked(tmp_path):
     backend = Answering(right, max_position=240)
     result = run(tmp_path, made.lveval(tmp_path / "data"), backend)
-    assert [cell["cut"] for cell in result["cells"]] == [2, 2, 1] and result["settings"]["max_length"] == 240
+    assert [one.notes["cut"] for one in result.scores] == [2, 2, 1] and result.settings["max_length"] == 240
     assert all(239 <= size <= 240 for size in backend.sizes) and all(
         prompt.endswith(("Answer:", "回答：")) for prompt in backend.prompts
     )
     assert all(prompt.startswith(lveval.OWN["hotpotwikiqa_mixup"][:40]) for prompt in backend.prompts[1:])
-    assert "* the middle of some prompts was cut, to 240 tokens with the answer" in lveval.table(result)
+    assert "* the middle of some prompts was cut, to 240 tokens including the answer" in lveval.table(result)
 
 
 def test_refused_prompts_count_as_nothing_are_marked_and_asked_again(tmp_path, capsys):
     data = made.lveval(tmp_path / "data")
     result = run(tmp_path, data, Answering(right, refuses="And who else?"))
-    assert "lveval: prompts are not cut, the model's positions are not known" in capsys.readouterr().out
-    assert [(cell["questions"], cell["score"], cell["refused"]) for cell in result["cells"]] == [
+    assert "lveval: prompts are not cut, since the model's positions are not known" in capsys.readouterr().out
+    assert [(one.count, one.score, one.notes["refused"]) for one in result.scores] == [
         (2, 50, 1),
         (2, 50, 1),
         (1, pytest.approx(100), 0),
     ]
-    assert result["refused"] == {"HTTP 400": 2}
+    assert result.extra["refused"] == {"HTTP 400": 2}
     table = lveval.table(result)
     assert re.search(r"hotpotwikiqa_mixup +50.00! +50.00! ", table)
     assert (
@@ -266,9 +253,8 @@ def test_refused_prompts_count_as_nothing_are_marked_and_asked_again(tmp_path, c
     stages.predict(again, tmp_path, "lveval", max_length=None)
     assert len(again.prompts) == 2 and all("And who else?" in prompt for prompt in again.prompts)
     result = lveval.results(tmp_path)
-    assert [cell["refused"] for cell in result["cells"]] == [0, 0, 0] and result["averages"]["<128K"][
-        "score"
-    ] == 100
+    assert [one.notes["refused"] for one in result.scores] == [0, 0, 0]
+    assert result.extra["averages"]["<128K"]["score"] == 100
     assert "refused" not in lveval.table(result)
     stages.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # now it is finished
 
@@ -287,13 +273,13 @@ def test_broken_files_are_one_line(tmp_path):
         ),
         (
             "".join([first, json.dumps(row) + "\n", *rest]),
-            "line 2 is without id, prediction, prompt_tokens, cut",
+            "line 2 lacks id, prediction, prompt_tokens, cut",
         ),
-        ("".join([first, "3\n", *rest]), "line 2 is without"),
-        ("".join(['{"of": null}\n', second, *rest]), "is none of this version; run --stage predict first"),
+        ("".join([first, "3\n", *rest]), "line 2 lacks"),
+        ("".join(['{"of": null}\n', second, *rest]), "is of another version; run --stage predict first"),
         (
             json.dumps({"of": json.loads(first)["of"]}) + "\n" + second,
-            "is none of this version; run --stage predict first",
+            "is of another version; run --stage predict first",
         ),
     ):
         path.write_text(text)
@@ -313,21 +299,21 @@ def test_half_a_surrogate_pair_in_the_data(tmp_path):
             .replace('"She"', '"\\ud83d"')
         )
     backend = Answering(right)
-    assert run(tmp_path, data, backend)["averages"]["<128K"]["score"] == 100
+    assert run(tmp_path, data, backend).extra["averages"]["<128K"]["score"] == 100
     assert sum("the light \ufffd." in prompt for prompt in backend.prompts) == 2
     assert read(tmp_path / "lveval.answers.jsonl")[3]["answers"] == ["Mira", "\ud83d"]
 
 
 def test_a_stopped_run_asks_nothing_twice(tmp_path):
     data = made.lveval(tmp_path / "data")
-    lveval.prepare(tmp_path, data, lveval.Choice())
+    lveval.prepare(tmp_path, data, lveval.LVEvalSettings())
     dying = Answering(right, dies_after=2)
     with pytest.raises(KeyboardInterrupt):
         stages.predict(dying, tmp_path, "lveval", batch=1)
     assert len(dying.prompts) == 2 and not (tmp_path / "lveval.predictions.jsonl").exists()
     with pytest.raises(
         UserError,
-        match=r"lveval.predictions.jsonl is not there, or is none of this version; run --stage predict first",
+        match=r"lveval.predictions.jsonl is missing, or is of another version; run --stage predict first",
     ):
         lveval.results(tmp_path)
     journal = tmp_path / "lveval.journal.jsonl"
@@ -337,32 +323,34 @@ def test_a_stopped_run_asks_nothing_twice(tmp_path):
     stages.predict(again, tmp_path, "lveval", progress=counted.append)
     keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()[1:]]
     assert len(again.prompts) == 3 and sum(counted) == 5 and len(set(keys)) == len(keys) == 5
-    assert lveval.results(tmp_path)["averages"]["<256K"]["score"] == pytest.approx(100)
+    assert lveval.results(tmp_path).extra["averages"]["<256K"]["score"] == pytest.approx(100)
     stages.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # all there: nothing is asked
     with pytest.raises(UserError, match='was written with model.path "one", not "two"'):
         stages.predict(Answering(right, name="two"), tmp_path, "lveval")
-    with pytest.raises(UserError, match=r"holds an answer to another prompt"):
+    with pytest.raises(UserError, match=r"contains an answer to another prompt"):
         stages.predict(Answering(right), tmp_path, "lveval", max_length=200)
 
 
 def test_preparing_again(tmp_path):
     data = made.lveval(tmp_path / "data")
-    assert lveval.prepare(tmp_path, data, lveval.Choice()) == 5 == stages.count(tmp_path, "lveval")
+    assert lveval.prepare(tmp_path, data, lveval.LVEvalSettings()) == 5 == stages.count(tmp_path, "lveval")
     prompts = tmp_path / "lveval.prompts.jsonl"
     before = prompts.stat().st_mtime_ns
-    assert lveval.prepare(tmp_path, data, lveval.Choice()) == 5 and prompts.stat().st_mtime_ns == before, (
-        "made from the same: kept"
-    )
+    assert (
+        lveval.prepare(tmp_path, data, lveval.LVEvalSettings()) == 5 and prompts.stat().st_mtime_ns == before
+    ), "made from the same: kept"
     stages.predict(Answering(right), tmp_path, "lveval")
-    choice = lveval.Choice(sets=("hotpotwikiqa_mixup",), levels=("16k",), limit=1)
+    choice = lveval.LVEvalSettings(sets=("hotpotwikiqa_mixup",), levels=("16k",), limit=1)
     assert lveval.prepare(tmp_path, data, choice) == 1 and prompts.stat().st_mtime_ns != before
-    with pytest.raises(UserError, match="the answers there are not to the questions that were prepared last"):
+    with pytest.raises(
+        UserError, match="the predictions do not belong to the questions that were prepared last"
+    ):
         lveval.results(tmp_path)
     stages.predict(Answering(right, dies_after=0), tmp_path, "lveval")  # its answer is in the journal
     result = lveval.results(tmp_path)
-    assert [cell["questions"] for cell in result["cells"]] == [
-        1
-    ] and "only the first 1 questions each" in lveval.table(result)
+    assert [one.count for one in result.scores] == [1] and "only the first 1 questions each" in lveval.table(
+        result
+    )
     assert not list(tmp_path.glob(".lveval*")), "nothing half-written stays"
 
 
@@ -370,30 +358,37 @@ def test_zipped_files_give_the_same_prompts(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         lveval.prepare(
-            tmp_path / name, made.lveval(tmp_path / f"data_{name}", zipped=name == "b"), lveval.Choice()
+            tmp_path / name,
+            made.lveval(tmp_path / f"data_{name}", zipped=name == "b"),
+            lveval.LVEvalSettings(),
         )
     assert read(tmp_path / "a" / "lveval.prompts.jsonl") == read(tmp_path / "b" / "lveval.prompts.jsonl")
 
 
 def test_what_is_asked_for_has_to_be_there(tmp_path):
     data = made.lveval(tmp_path / "data")
-    with pytest.raises(UserError, match="--sets cmrc: known are hotpotwikiqa_mixup"):
-        lveval.Choice(sets=("cmrc",))
-    with pytest.raises(UserError, match="--lengths 8k: known are 16k, 32k"):
-        lveval.Choice(levels=("8k",))
-    assert stages.names("16k, ,32k,", LEVELS) == ("16k", "32k") and stages.names(None, LEVELS) == LEVELS
+    with pytest.raises(UserError, match="--sets cmrc: unknown; choose from hotpotwikiqa_mixup"):
+        lveval.LVEvalSettings(sets=("cmrc",))
+    with pytest.raises(UserError, match="--lengths 8k: unknown; choose from 16k, 32k"):
+        lveval.LVEvalSettings(levels=("8k",))
+    assert (
+        command.parse_names("16k, ,32k,", LEVELS) == ("16k", "32k")
+        and command.parse_names(None, LEVELS) == LEVELS
+    )
     with pytest.raises(UserError, match="--sets: give at least one of hotpotwikiqa_mixup"):
-        lveval.Choice(sets=stages.names(",", SETS))
+        lveval.LVEvalSettings(sets=command.parse_names(",", SETS))
     with pytest.raises(UserError, match="--limit must be at least 1"):
-        lveval.Choice(limit=0)
+        lveval.LVEvalSettings(limit=0)
     with pytest.raises(
-        UserError, match="--data holds no hotpotwikiqa_mixup_32k; download it, or leave it out"
+        UserError, match="--data contains no hotpotwikiqa_mixup_32k; download it, or leave it out"
     ):
-        lveval.prepare(tmp_path, data, lveval.Choice(sets=("hotpotwikiqa_mixup",), levels=("16k", "32k")))
+        lveval.prepare(
+            tmp_path, data, lveval.LVEvalSettings(sets=("hotpotwikiqa_mixup",), levels=("16k", "32k"))
+        )
     assert not list(tmp_path.glob("*lveval.*")), "nothing half-written stays"
     made.lveval(data / "again")
-    with pytest.raises(UserError, match="--data: two files hold dureader_mixup/256k/0"):
-        lveval.prepare(tmp_path, data, lveval.Choice())
+    with pytest.raises(UserError, match="--data: two files contain dureader_mixup/256k/0"):
+        lveval.prepare(tmp_path, data, lveval.LVEvalSettings())
     with pytest.raises(UserError, match="run --stage prepare first"):
         stages.predict(Answering(right), tmp_path, "lveval")
 
@@ -421,8 +416,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     call("--stage", "score")
     written = json.loads((tmp_path / "out" / "lveval.json").read_text(encoding="utf-8"))
     assert (
-        written["format"] == 1
-        and written["averages"]["<128K"]["score"] == 100
+        written["format"] == 2
+        and written["extra"]["averages"]["<128K"]["score"] == 100
         and written["settings"]["max_length"] == 1024
     )
     assert "average <128K: 100.00 over 2 of 44" in capsys.readouterr().out and len(LEVELS) == 5

@@ -16,10 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.backends.protocol import Completion, Request
-from megatron_ultralong.evaluate.pipeline import results
-from megatron_ultralong.evaluate.report import heat_map
-from megatron_ultralong.evaluate.tasks import niah
+from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, short_count
+from megatron_ultralong.evaluate.report import heat_map, read_results
+from megatron_ultralong.evaluate.tasks.niah import prompts
+from megatron_ultralong.evaluate.tasks.niah import run as niah
+from megatron_ultralong.evaluate.tasks.niah.prompts import NiahPromptBuilder, NiahSettings
+from megatron_ultralong.io import files
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 
@@ -31,7 +34,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    text = [" ".join(niah.FILLER), niah.needle("Ada", "1"), niah.question("Ben"), niah.INTRODUCTION]
+    text = [
+        " ".join(prompts.FILLER),
+        prompts.needle("Ada", "1"),
+        prompts.question("Ben"),
+        prompts.INTRODUCTION,
+    ]
     bpe.train_from_iterator(
         text * 5,
         trainers.BpeTrainer(
@@ -56,7 +64,7 @@ class Reader:
     def check(self, length: int, batch: int) -> None:
         self.checked = (length, batch)
 
-    def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+    def generate(self, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         self.calls.append(len(requests))
         for i, request in reversed(list(enumerate(requests))):  # in any order
             assert (
@@ -65,7 +73,7 @@ class Reader:
                 and request.prefix.endswith((" is", " are"))
             )
             match = re.search(r"is (\d+)", self.tokenizer.decode(request.ids[-self.sight :]))
-            tokens = self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[: request.tokens]
+            tokens = self.tokenizer.encode(f" {match[1] if match else 'unknown'}.")[: request.max_tokens]
             yield (
                 i,
                 Completion(
@@ -83,15 +91,15 @@ class Reader:
         pass
 
 
-def grid(**change) -> niah.Grid:
-    return niah.Grid(**{"lengths": (150, 333), "depths": (0.0, 50.0, 100.0), "trials": 4, **change})
+def grid(**change) -> NiahSettings:
+    return NiahSettings(**{"lengths": (150, 333), "depths": (0.0, 50.0, 100.0), "trials": 4, **change})
 
 
 @pytest.mark.parametrize("chat", ["no", "yes"])
 @pytest.mark.parametrize("length", [150, 151, 333, 1024])
 def test_a_prompt_fills_its_length_exactly_and_holds_one_needle(tokenizer, chat, length):
     tokenizer.chat_template = CHAT if chat == "yes" else None
-    builder = niah.Builder(tokenizer, grid(chat=chat))
+    builder = NiahPromptBuilder(tokenizer, grid(chat=chat))
     for depth in (0, 30, 100):
         prompt = builder.prompt(length, depth, 3)
         text = tokenizer.decode(prompt.tokens)
@@ -100,7 +108,7 @@ def test_a_prompt_fills_its_length_exactly_and_holds_one_needle(tokenizer, chat,
         assert (
             text.endswith(f"The pass key of {prompt.name} is") and text.count("What is the pass key of") == 1
         )
-        needle = tokenizer.encode(niah.needle(prompt.name, prompt.answer), add_special_tokens=False)
+        needle = tokenizer.encode(prompts.needle(prompt.name, prompt.answer), add_special_tokens=False)
         assert prompt.tokens[prompt.needle_at : prompt.needle_at + len(needle)] == needle
         assert tokenizer.decode(prompt.tokens[: prompt.needle_at]).endswith("."), (
             "a needle stands between sentences"
@@ -109,22 +117,23 @@ def test_a_prompt_fills_its_length_exactly_and_holds_one_needle(tokenizer, chat,
 
 
 def test_depth_moves_the_needle_and_seeds_decide_the_prompt(tokenizer):
-    builder = niah.Builder(tokenizer, grid())
+    builder = NiahPromptBuilder(tokenizer, grid())
     at = [builder.prompt(1000, depth, 0).needle_at for depth in (0, 25, 50, 75, 100)]
     first, room = at[0], at[-1] - at[0]
-    assert first == len(tokenizer.encode(niah.INTRODUCTION)) and room > 900
+    assert first == len(tokenizer.encode(prompts.INTRODUCTION)) and room > 900
     assert [round(4 * (x - first) / room) for x in at] == [0, 1, 2, 3, 4]
-    assert builder.prompt(500, 50, 1) == niah.Builder(tokenizer, grid(trials=9)).prompt(500, 50, 1)
+    assert builder.prompt(500, 50, 1) == NiahPromptBuilder(tokenizer, grid(trials=9)).prompt(500, 50, 1)
     assert builder.prompt(500, 50, 1).tokens != builder.prompt(500, 50, 2).tokens
     assert (
-        builder.prompt(500, 50, 1).answer != niah.Builder(tokenizer, grid(seed=1)).prompt(500, 50, 1).answer
+        builder.prompt(500, 50, 1).answer
+        != NiahPromptBuilder(tokenizer, grid(seed=1)).prompt(500, 50, 1).answer
     )
 
 
 @pytest.mark.parametrize("chat", ["no", "yes"])
 def test_several_needles_are_spread_from_the_depth_on_and_all_asked_for(tokenizer, chat):
     tokenizer.chat_template = CHAT if chat == "yes" else None
-    builder = niah.Builder(tokenizer, grid(needles=4, chat=chat))
+    builder = NiahPromptBuilder(tokenizer, grid(needles=4, chat=chat))
     for depth in (0, 40, 100):
         prompt = builder.prompt(1500, depth, 1)
         text = tokenizer.decode(prompt.tokens)
@@ -133,7 +142,7 @@ def test_several_needles_are_spread_from_the_depth_on_and_all_asked_for(tokenize
             and len(set(prompt.answers)) == len(set(prompt.names)) == 4
         )
         found = [
-            (text.index(niah.needle(name, value)) / len(text), text.count(value))
+            (text.index(prompts.needle(name, value)) / len(text), text.count(value))
             for name, value in zip(prompt.names, prompt.answers, strict=True)
         ]
         at = sorted(place for place, _ in found)
@@ -159,11 +168,14 @@ def test_several_needles_score_the_share_found(tokenizer):
     )
     # The reader gives the first pass key it sees.
     assert [
-        (cell["needles"], cell["found"], cell["correct"], cell["accuracy"]) for cell in result["cells"]
+        (cell["needles"], cell["found"], cell["correct"], cell["accuracy"]) for cell in result.extra["cells"]
     ] == [(6, 2, 0, 0.3333)] * 2
-    assert result["accuracy"] == 0.3333 and result["mode"] == "passkeys" and result["grid"] == "own grid"
+    assert result.scores == (
+        TaskScore(task="passkeys", length=400, score=pytest.approx(33.33), count=4, notes={"refused": 0}),
+    )
+    assert result.extra["accuracy"] == 0.3333 and result.settings["grid"] == "own grid"
     single = niah.run(Reader(tokenizer, sight=10**6), grid(lengths=(400,), depths=(0.0,), trials=2))
-    assert single["cells"][0] == {
+    assert single.extra["cells"][0] == {
         "length": 400,
         "depth": 0.0,
         "trials": 2,
@@ -173,32 +185,32 @@ def test_several_needles_score_the_share_found(tokenizer):
         "accuracy": 1.0,
         "refused": 0,
     }
-    assert single["mode"] == "passkey"
+    assert single.scores[0].task == "passkey"
 
 
 def test_chat_template_wraps_the_text_and_the_answer_starts_after_it(tokenizer):
     tokenizer.chat_template = CHAT
-    prompt = niah.Builder(tokenizer, grid()).prompt(300, 50, 0)
+    prompt = NiahPromptBuilder(tokenizer, grid()).prompt(300, 50, 0)
     text = tokenizer.decode(prompt.tokens)
     assert text.startswith("<|begin|><|user|>Some pass keys") and text.endswith(
         f"?<|end|><|assistant|>The pass key of {prompt.name} is"
     )
     assert prompt.tokens[:2] == tokenizer.convert_tokens_to_ids(["<|begin|>", "<|user|>"])
-    assert niah.Builder(tokenizer, grid(chat="no")).chat is False
+    assert NiahPromptBuilder(tokenizer, grid(chat="no")).encoder.chat is False
     tokenizer.chat_template = None
     assert text == f"<|begin|><|user|>{prompt.text}<|end|><|assistant|>{prompt.prefix}", (
         "message and tokens are one prompt"
     )
     with pytest.raises(UserError, match="no chat template"):
-        niah.Builder(tokenizer, grid(chat="yes"))
+        NiahPromptBuilder(tokenizer, grid(chat="yes"))
 
 
 def test_own_haystack_is_read_in_order(tokenizer):
-    builder = niah.Builder(tokenizer, grid(), haystack="One comes first.  Two follows\nit. Three ends!")
+    builder = NiahPromptBuilder(tokenizer, grid(), haystack="One comes first.  Two follows\nit. Three ends!")
     text = tokenizer.decode(builder.prompt(400, 100, 0).tokens)
     assert "One comes first. Two follows it. Three ends! One comes first. Two" in text
     with pytest.raises(UserError, match="no text"):
-        niah.Builder(tokenizer, grid(), haystack=" \n ")
+        NiahPromptBuilder(tokenizer, grid(), haystack=" \n ")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +234,7 @@ def test_scoring_wants_exactly_the_digits(prediction, right):
 def test_run_counts_every_cell(tokenizer):
     backend, done = Reader(tokenizer, sight=180), []
     result = niah.run(backend, grid(), batch=3, progress=done.append)
-    cells = {(cell["length"], cell["depth"]): cell["correct"] for cell in result["cells"]}
+    cells = {(cell["length"], cell["depth"]): cell["correct"] for cell in result.extra["cells"]}
     # 180 tokens back from the end: all of 150; of 333 only what is deep.
     assert cells == {
         (150, 0.0): 4,
@@ -232,29 +244,36 @@ def test_run_counts_every_cell(tokenizer):
         (333, 50.0): 4,
         (333, 100.0): 4,
     }
-    assert result["by_length"] == {"150": 1.0, "333": 0.6667} and result["accuracy"] == 0.8333
-    assert sum(done) == sum(backend.calls) == len(result["trials"]) == 24 and max(backend.calls) == 3
+    assert [(one.length, one.score, one.count) for one in result.scores] == [
+        (150, 100.0, 12),
+        (333, pytest.approx(66.67), 12),
+    ]
+    assert result.extra["accuracy"] == 0.8333
+    assert sum(done) == sum(backend.calls) == len(result.extra["trials"]) == 24 and max(backend.calls) == 3
     assert backend.checked == (333, 3)
-    wrong = [trial for trial in result["trials"] if not trial["correct"]]
+    wrong = [trial for trial in result.extra["trials"] if not trial["correct"]]
     assert {(trial["depth"], trial["prediction"]) for trial in wrong} == {(0.0, " unknown.")} or len(
         wrong
     ) == 4
-    assert result["prompt"] == "own wording" and result["format"] == 1 and result["settings"]["chat"] is False
+    assert result.settings["prompt"] == "own wording" and result.settings["chat"] is False
 
 
 def test_results_are_written_whole_with_a_plot_and_a_table(tokenizer, tmp_path):
     result = niah.run(Reader(tokenizer, sight=180), grid())
-    results.make_writable(tmp_path / "deep" / "er")
-    results.write_json(tmp_path / "a.json", result)
-    assert results.read_json(tmp_path / "a.json") == json.loads(json.dumps(result))
+    files.check_writable(tmp_path / "deep" / "er", "--out")
+    result.write(tmp_path / "a.json")
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written == json.loads(json.dumps(result.to_json())) and written["format"] == 2
+    again = read_results.read_for(tmp_path / "a.json", heat_map.check)
+    assert again.scores == result.scores and again.extra == result.extra
     heat_map.heat_maps([result, result], ["before", "after"], tmp_path / "a.png", trained=[200, None])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and sorted(
         p.name for p in tmp_path.iterdir()
     ) == ["a.json", "a.png", "deep"]
-    table = results.grid_table(result).splitlines()
+    table = niah.table(result).splitlines()
     assert table[0].split() == ["depth", "150", "333*"] and table[1].split() == ["0%", "100%", "0%"]
     assert table[-2].split() == ["all", "100%", "67%"] and "beyond the 200 positions" in table[-1]
-    assert [heat_map.tokens(n) for n in (512, 1024, 131072, 1024**2, 1500)] == [
+    assert [short_count(n) for n in (512, 1024, 131072, 1024**2, 1500)] == [
         "512",
         "1K",
         "128K",
@@ -285,11 +304,11 @@ def model_dir(tokenizer, tmp_path_factory) -> Path:
 
 
 def test_hugging_face_backend_is_greedy(model_dir):
-    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
 
-    backend = HuggingFace(model_dir, device="cpu")
+    backend = TransformersModel(model_dir, device="cpu")
     prompts = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
-    requests = [Request(id=str(i), ids=prompt, tokens=4) for i, prompt in enumerate(prompts)]
+    requests = [GenerationRequest(id=str(i), ids=prompt, max_tokens=4) for i, prompt in enumerate(prompts)]
     found = dict(backend.generate(requests))
     model = LlamaForCausalLM.from_pretrained(model_dir)
     for place, prompt in enumerate(prompts):
@@ -307,44 +326,49 @@ def test_hugging_face_backend_is_greedy(model_dir):
 
 def test_hugging_face_backend_stops_and_samples(model_dir):
     from megatron_ultralong.evaluate.backends.sampling import Sampling
-    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
 
-    def asked(backend: HuggingFace, **more) -> dict[int, Completion]:
+    def asked(backend: TransformersModel, **more) -> dict[int, Completion]:
         return dict(
             backend.generate(
-                [Request(id=str(n), ids=list(range(5, 5 + n)), tokens=8, **more) for n in (9, 4, 9)]
+                [
+                    GenerationRequest(id=str(n), ids=list(range(5, 5 + n)), max_tokens=8, **more)
+                    for n in (9, 4, 9)
+                ]
             )
         )
 
-    plain = asked(HuggingFace(model_dir, device="cpu"))
+    plain = asked(TransformersModel(model_dir, device="cpu"))
     assert (
         sorted(plain) == [0, 1, 2] and plain[0] == plain[2] and {plain[i].tokens_in for i in (0, 1)} == {9, 4}
     ), "prompts of several sizes in a call"
     stop = plain[0].text[len(plain[0].text) // 2]
-    for i, one in asked(HuggingFace(model_dir, device="cpu"), stop=(stop,)).items():
+    for i, one in asked(TransformersModel(model_dir, device="cpu"), stop=(stop,)).items():
         whole = plain[i].text
         assert one.text == whole[: whole.index(stop)] if stop in whole else one == plain[i]
     drawn = [
-        asked(HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed)))
+        asked(TransformersModel(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=seed)))
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     # An answer does not depend on what else is asked: an equal prompt beside it, or nothing.
-    alone = HuggingFace(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=1)).generate(
-        [Request(id="x", ids=list(range(5, 14)), tokens=8)]
+    alone = TransformersModel(model_dir, device="cpu", sampling=Sampling(temperature=2.0, seed=1)).generate(
+        [GenerationRequest(id="x", ids=list(range(5, 14)), max_tokens=8)]
     )
     assert drawn[0][0] == drawn[0][2] == dict(alone)[0]
 
 
 def test_hugging_face_backend_looks_for_stop_texts_in_what_was_written_alone(model_dir):
-    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
 
-    backend = HuggingFace(model_dir, device="cpu")
+    backend = TransformersModel(model_dir, device="cpu")
     prompts = torch.randint(5, 300, (6, 20), generator=torch.Generator().manual_seed(2)).tolist()
 
     def asked(*places: int, stop: tuple[str, ...] = ()) -> list[Completion]:
         found = dict(
-            backend.generate([Request(id=str(i), ids=prompts[i], tokens=12, stop=stop) for i in places])
+            backend.generate(
+                [GenerationRequest(id=str(i), ids=prompts[i], max_tokens=12, stop=stop) for i in places]
+            )
         )
         return [found[i] for i in range(len(places))]
 
@@ -370,10 +394,10 @@ def test_hugging_face_backend_looks_for_stop_texts_in_what_was_written_alone(mod
 
 @pytest.mark.parametrize("device", ["foo", "mps", "cuda:99"])
 def test_a_device_that_is_none(model_dir, device):
-    from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
+    from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
 
     with pytest.raises(UserError, match=f"--device {device}: ") as error:
-        HuggingFace(model_dir, device=device)
+        TransformersModel(model_dir, device=device)
     assert "\n" not in str(error.value)
 
 
@@ -402,12 +426,12 @@ def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
         "cpu",
     )
     result = json.loads((tmp_path / "out" / "niah.json").read_text())
-    assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [
+    assert [(cell["length"], cell["depth"]) for cell in result["extra"]["cells"]] == [
         (n, d) for n in (100, 1024) for d in (0.0, 50.0, 100.0)
     ]
     assert (
         result["model"]["path"] == "model"
-        and len(result["trials"]) == 12
+        and len(result["extra"]["trials"]) == 12
         and (tmp_path / "out" / "niah.png").exists()
     )
     assert "1K*" in capsys.readouterr().out
@@ -419,7 +443,7 @@ def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
     result = niah.run(Reader(tokenizer, sight=180), grid(trials=1))
     paths = [tmp_path / f"{i}.json" for i in range(4)]
     for path in paths:
-        results.write_json(path, result)
+        result.write(path)
     sizes = []
     for count in (1, 3, 4):
         command(
@@ -435,7 +459,7 @@ def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
         sizes.append(struct.unpack(">II", (tmp_path / "c.png").read_bytes()[16:24]))
     (one, low), (three, _), (four, high) = sizes
     assert 2 * one < three == four and high == 2 * low, "three across, then below"
-    results.write_json(tmp_path / "x.json", {"task": "ruler"})
+    BenchmarkResult(task="ruler", model={}, settings={}, scores=()).write(tmp_path / "x.json")
     for words, message in (
         ([tmp_path / "x.json"], "no passkey results"),
         ([tmp_path / "none.json"], "cannot be read"),

@@ -87,7 +87,7 @@ class Backend:
         self.model = hf_model(MODEL)
 
     def token_nll(self, ids: list[int]) -> torch.Tensor:
-        return likelihood.of_row(self.model, ids)
+        return likelihood.sequence_nll(self.model, ids)
 
     def describe(self) -> dict[str, Any]:
         return {"path": "tiny"}
@@ -103,15 +103,19 @@ def test_a_model_s_losses_are_those_of_its_logits(tmp_path: Path, monkeypatch: p
     prefix = write_rows(tmp_path / "rows", rows.tolist(), masks.tolist())
     tokenizer = range(MODEL.vocab_size)
     result = perplexity.measure(
-        backend, perplexity.read([prefix], tokenizer), perplexity.Settings(lengths=(48, 20), rows=2)
+        backend,
+        perplexity.read_rows([prefix], tokenizer),
+        perplexity.PerplexitySettings(lengths=(48, 20), rows=2),
     )
     with torch.no_grad():
         logits = backend.model(rows[:2, :-1]).logits
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:2, 1:], reduction="none")
     counts = masks[:2, 1:]
     for length in (20, 48):
-        got = result["scores"][str(length)]
-        assert got["rows"] == 2 and got["tokens"] == int(counts[:, :length].sum())
+        got = result.extra["by_length"][str(length)]
+        assert [one.count for one in result.scores] == [2, 2] and got["tokens"] == int(
+            counts[:, :length].sum()
+        )
         for row in [*got["by_position"], *got["by_sixteenth"]]:
             inside = slice(row["from"], row["to"])
             tokens = int(counts[:, inside].sum())
@@ -120,7 +124,9 @@ def test_a_model_s_losses_are_those_of_its_logits(tmp_path: Path, monkeypatch: p
                 pytest.approx(float((nll * counts)[:, inside].sum() / tokens), abs=1e-4) if tokens else None
             )
     with pytest.raises(UserError, match=r"--lengths 49: no row is that long \(the longest has 48 tokens\)"):
-        perplexity.measure(backend, perplexity.read([prefix], tokenizer), perplexity.Settings(lengths=(49,)))
+        perplexity.measure(
+            backend, perplexity.read_rows([prefix], tokenizer), perplexity.PerplexitySettings(lengths=(49,))
+        )
 
 
 def test_documents_that_are_long_enough_each_count_once(tmp_path: Path) -> None:
@@ -132,7 +138,7 @@ def test_documents_that_are_long_enough_each_count_once(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(texts[2], encoding="utf-8")
     write_jsonl(tmp_path / "c.jsonl", texts[3:], key="body")
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl")]
-    sizes = [len(row[0]) for row in perplexity.read(files, tokenizer, "body")]
+    sizes = [len(row[0]) for row in perplexity.read_rows(files, tokenizer, "body")]
     assert sizes == [len(tokenizer.encode(text)) for text in texts] and sizes[1] < 30 < 60 < sizes[
         2
     ] < 400 < min(sizes[0], sizes[3])
@@ -143,9 +149,11 @@ def test_documents_that_are_long_enough_each_count_once(tmp_path: Path) -> None:
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     result = perplexity.measure(
-        backend, perplexity.read(files, tokenizer, "body"), perplexity.Settings(lengths=(30, 400), rows=2)
+        backend,
+        perplexity.read_rows(files, tokenizer, "body"),
+        perplexity.PerplexitySettings(lengths=(30, 400), rows=2),
     )
-    assert {length: values["rows"] for length, values in result["scores"].items()} == {"30": 2, "400": 2}
+    assert {one.length: one.count for one in result.scores} == {30: 2, 400: 2}
     assert calls == [400, 30, 400], (
         "each document once, at its longest; the third for the longer length alone"
     )
@@ -180,12 +188,12 @@ def test_the_command(
     result = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert (
         result["task"] == "perplexity"
-        and set(result["scores"]) == {"500", "1024"}
+        and [one["length"] for one in result["scores"]] == [500, 1024]
         and result["model"]["path"] == "model"
     )
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "position" in printed and f"{result['scores']['1024']['perplexity']:.3f}" in printed
+    assert "position" in printed and f"{result['scores'][1]['score']:.3f}" in printed
     assert result["settings"] == {
         "lengths": [500, 1024],
         "rows": 32,
@@ -194,11 +202,11 @@ def test_the_command(
     }
     run("--lengths", "1K", "--out", tmp_path / "more", "--beside", tmp_path / "out" / "perplexity.json")
     for bad, message in (
-        ({"task": "niah"}, "is no result of `perplexity`"),
-        ([], "no JSON object"),
-        ({"task": "perplexity", "scores": {}}, "no scores"),
+        ({"format": 1, "task": "standard", "scores": {"MMLU": 1.0}}, "is not a result of `perplexity`"),
+        ([], "is not a benchmark result"),
+        ({"format": 1, "task": "perplexity", "scores": {}}, "no scores"),
         (
-            {"task": "perplexity", "scores": {"4096": {"perplexity": 2.0}}},
+            {"format": 1, "task": "perplexity", "scores": {"4096": {"perplexity": 2.0}}},
             "lack perplexity, by_position or by_sixteenth",
         ),
     ):
@@ -237,7 +245,7 @@ def test_documents_while_training_need_a_tokenizer_and_length(tmp_path: Path) ->
     prepare = during_training([str(file)], tmp_path)
     with pytest.raises(UserError, match="needs a tokenizer"):
         prepare(run, None, 420)
-    with pytest.raises(UserError, match="but the model has 30"):
+    with pytest.raises(UserError, match="but the model's vocabulary has 30"):
         prepare(run, tmp_path / "tokenizer", 30)
     assert callable(prepare(run, tmp_path / "tokenizer", 420))
     run.train.seq_length = 10**5
@@ -246,4 +254,4 @@ def test_documents_while_training_need_a_tokenizer_and_length(tmp_path: Path) ->
     packed = write_rows(tmp_path / "rows", [[1] * 9])
     with pytest.raises(UserError, match="not both"):
         during_training([str(file), packed], tmp_path)(run, None, 420)
-    assert numpy.shape(perplexity.PackedRows(packed, 8)[0][0]) == (9,)
+    assert numpy.shape(perplexity.PackedDataset(packed, 8)[0][0]) == (9,)

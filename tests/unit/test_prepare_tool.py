@@ -89,7 +89,7 @@ def test_from_documents_to_what_the_trainer_opens(tmp_path, tokenizer_dir, monke
         )
         manifest = json.loads((tmp_path / "more.json").read_text())
         assert manifest["separator"] == want and manifest["padding"] == 0 < manifest["dropped"]
-    with pytest.raises(UserError, match="needs 1025; repack it"):
+    with pytest.raises(UserError, match="requires 1025; repack it"):
         packed_rows.open_blend([str(tmp_path / "more")], 1024, 400)
 
 
@@ -103,7 +103,7 @@ def test_from_documents_to_what_the_trainer_opens(tmp_path, tokenizer_dir, monke
         (["--text-key", "body"], "line 1: no key 'body' among id, text"),
         (["--tokenizer", "none"], "tokenizer none: no such directory"),
         (["--separator-id", "999999"], "--separator-id 999999: the tokenizer has ids"),
-        (["--output", "/dev/null/x"], "--output /dev/null/x: cannot be written"),
+        (["--output", "/dev/null/x"], "--output /dev/null/x cannot be written"),
         (["--seq-length", "1M", "--last-row", "drop"], "less than one row of"),
     ],
 )

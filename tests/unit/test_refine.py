@@ -556,13 +556,13 @@ def test_broken_lines_are_reported_with_their_places(server, tmp_path):
         ]
         reasons = [broken["reason"] for broken in report["broken_lines"]]
         assert reasons[0].startswith("not JSON (") and reasons[1:] == [
-            "holds a list, where an object with columns is needed",
+            "contains a list, not an object with columns",
             "no list of messages under 'messages'",
             "a message whose role is not system, user or assistant",
             "a message whose content is not text",
             "no assistant message that answers a user",
             "domain 'art' is not one of general, math, code",
-            "holds half of a surrogate pair, which is not text",
+            "holds a lone surrogate, which is not text",
         ]
     assert server.asked.total() == 2
 

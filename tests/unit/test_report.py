@@ -1,4 +1,5 @@
-"""Tables of results beside published figures: which cells are filled, with what, and what is left out."""
+"""Tables of results next to published figures: which cells are filled, with what, and what is left out. The
+results are files of format 1."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from typing import Any
 import pytest
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.pipeline import results
-from megatron_ultralong.evaluate.report import curves, published
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
+from megatron_ultralong.evaluate.report import curves, published, read_results
 from megatron_ultralong.evaluate.report import tables as report_tables
 from megatron_ultralong.evaluate.report.markdown import as_csv, markdown
 from megatron_ultralong.evaluate.scorers import loss_by_position
-from megatron_ultralong.evaluate.tasks.ruler import run as ruler
+from megatron_ultralong.evaluate.tasks.ruler import averages as ruler_averages
 from megatron_ultralong.evaluate.tasks.ruler import tasks as ruler_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -61,14 +62,14 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: Path | str) -> None:
     runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]()
 
 
-def built(*places: Path | str) -> dict[str, report_tables.Table]:
+def built(*places: Path | str) -> dict[str, report_tables.ReportTable]:
     return {
         table.name: table
         for table in report_tables.build(report_tables.collect([str(place) for place in places])[0])
     }
 
 
-def values(table: report_tables.Table) -> dict[str, dict[str, float]]:
+def values(table: report_tables.ReportTable) -> dict[str, dict[str, float]]:
     return {row: {column: cell.value for column, cell in cells.items()} for row, cells in table.rows.items()}
 
 
@@ -143,7 +144,7 @@ def folder(tmp_path: Path) -> Path:
     )
     write(tmp_path / "b", "perplexity.json", result("perplexity", "x", perplexity(2.4, 16 * K)))
     write(tmp_path / "b", "manifest.json", {"format": 1, "tokens": 3})
-    write(tmp_path / "b", "newer.json", {**result("ruler", "x", {}), "format": 2})
+    write(tmp_path / "b", "newer.json", {**result("ruler", "x", {}), "format": 3})
     (tmp_path / "b" / "broken.json").write_text("{")
     return tmp_path
 
@@ -188,7 +189,7 @@ def test_cells(folder: Path) -> None:
     assert (
         standard["A"]["average"] == 60.0
         and "average" not in standard["B | small"]
-        and len(tables["standard"].theirs) == 6
+        and len(tables["standard"].published) == 6
     )
     assert values(tables["passkey"]) == {"A": {"4K": 100.0, "128K": 62.5}}
     assert values(tables["ruler"])["B | small"] == {"32K": 60.0, "128K": 45.0}
@@ -196,12 +197,12 @@ def test_cells(folder: Path) -> None:
     again = write(folder / "c", "ruler.json", result("ruler", "A", {"vt": {str(32 * K): 1.0}}))
     notes = report_tables.collect([str(folder / "a"), str(again)])[2]
     assert len(notes) == 1 and notes[0].startswith(
-        f"{again} counts, not {folder / 'a' / 'ruler.json'}: both tell ruler of A; "
+        f"{again} is used, not {folder / 'a' / 'ruler.json'}: both contain ruler of A; "
     )
     assert [note.split("/")[-1] for note in left_out] == [
         "broken.json left out: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-        "manifest.json left out: is no result of an evaluation",
-        "newer.json left out: has format 2, this version reads 1",
+        "manifest.json left out: is not a benchmark result",
+        "newer.json left out: has unsupported format version 3 (expected 1 or 2)",
     ]
 
 
@@ -233,7 +234,9 @@ def test_what_is_no_whole_benchmark_is_marked_in_its_cell(tmp_path: Path) -> Non
     write(tmp_path / "1", "lveval.json", {**staged, "task": "lveval", "wording": "official", "cells": cells})
     write(tmp_path / "1", "niah.json", {**grid(1, 1.0, refused=1), "model": made["model"]})
     whole = {
-        task: {str(ruler.FIRST * 2**i): {"score": 70.0, "samples": 500, "empty": 0} for i in range(9)}
+        task: {
+            str(ruler_averages.FIRST * 2**i): {"score": 70.0, "samples": 500, "empty": 0} for i in range(9)
+        }
         for task in ruler_tasks.TASKS
     }
     write(
@@ -250,13 +253,13 @@ def test_what_is_no_whole_benchmark_is_marked_in_its_cell(tmp_path: Path) -> Non
         and "| B | 70.00 | 70.00 | 70.00 | - | - | - |" in text
     )
     assert (
-        "- A: RULER <128K: mean of 4K, 128K; 2 of 13 tasks; 20 of 500 samples a task and length; own sentences in place of essays; own lists of "
-        "words; prompts without an answer from the endpoint: 12; ‡ beyond the 102,400 positions of the model's config\n"
+        "- A: RULER <128K: mean of 4K, 128K; 2 of 13 tasks; 20 of 500 samples per task and length; own sentences in place of essays; "
+        "own word lists; prompts refused by the endpoint: 12; ‡ beyond the 102,400 positions of the model's config\n"
     ) in text
     assert "- A: RULER <128K, InfiniteBench: own wording\n" in text
     assert (
-        "- A: LV-Eval <128K, InfiniteBench: only the first 2 questions; prompts cut in the middle, to 8,192 tokens with the answer: "
-        "1 at LV-Eval <128K, 2 at InfiniteBench\n" in text
+        "- A: LV-Eval <128K, InfiniteBench: only the first 2 questions; prompts cut in the middle, to 8,192 tokens "
+        "including the answer: 1 at LV-Eval <128K, 2 at InfiniteBench\n" in text
     )
     assert (
         "- A: LV-Eval <128K: 2 of 44 sets and lengths\n" in text
@@ -265,9 +268,7 @@ def test_what_is_no_whole_benchmark_is_marked_in_its_cell(tmp_path: Path) -> Non
     )
     assert tables["ruler"].shown("A")[:1] == ["50.00†"] and "50.00†‡" in tables["ruler"].shown("A")
     assert tables["lveval"].notes("A")[0] == "1 of 11 sets; only the first 2 questions"
-    assert markdown(tables["passkey"]).endswith(
-        "- A: prompts without an answer from the endpoint: 1 at 4K, 1 at 8K"
-    )
+    assert markdown(tables["passkey"]).endswith("- A: prompts refused by the endpoint: 1 at 4K, 1 at 8K")
     rows = {row["model"]: row for row in csv.DictReader(as_csv(tables["long_context"]).splitlines())}
     assert (
         rows["A"]["InfiniteBench"] == "0.00"
@@ -287,7 +288,9 @@ def test_averages_are_those_of_the_results(tmp_path: Path) -> None:
             for length, score in ((4 * K, 90.0), (100 * K, 10.0), (128 * K, 60.0), (1000, 1.0))
         }
     }
-    told = ruler.averages(scores)
+    told = ruler_averages.averages(
+        {"vt": {int(length): cell["score"] for length, cell in scores["vt"].items()}}
+    )
     write(tmp_path, "ruler.json", result("ruler", "A", scores, **told))
     assert (
         values(built(tmp_path)["long_context"])["A"]
@@ -343,23 +346,22 @@ def test_two_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
         "iter_0001000 (bbb)",
     ]
     _, _, notes = report_tables.collect([f"x={tmp_path}"])
-    assert notes[0] == "x: one name for iter_0001000 (aaa), iter_0001000 (bbb)" and "counts, not" in notes[1]
+    assert notes[0] == "x: one name for iter_0001000 (aaa), iter_0001000 (bbb)" and "is used, not" in notes[1]
     write(
         tmp_path / "c",
         "standard.json",
         {**result("standard", "", {"GSM8K": 1.0}), "model": {"path": "iter_0001000"}},
     )
     assert "iter_0001000 (files not known)" in built(tmp_path)["standard"].rows
-    models = [
-        {"model": {"path": "runs/iter_0001000", "fingerprint": files}} for files in ("aaa", "bbb", "bbb")
-    ]
-    assert curves.labels([*models, {"model": None}]) == [
+    models = [{"path": "runs/iter_0001000", "fingerprint": files} for files in ("aaa", "bbb", "bbb")]
+    assert curves.model_names([*models, {}]) == [
         *(f"iter_0001000 ({files})" for files in ("aaa", "bbb", "bbb")),
-        "model not named",
+        "unnamed model",
     ]
-    assert curves.labels(models[1:]) == ["iter_0001000"] * 2
+    assert curves.model_names(models[1:]) == ["iter_0001000"] * 2
     assert (
-        "does not say which files" in report_tables.collect([str(tmp_path / "a"), str(tmp_path / "c")])[2][0]
+        "does not record which files"
+        in report_tables.collect([str(tmp_path / "a"), str(tmp_path / "c")])[2][0]
     )
     for run in "de":
         write(tmp_path / run, "ruler.json", {**result("ruler", "", {"vt": {"4096": 1.0}}), "model": None})
@@ -372,7 +374,7 @@ def test_two_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
             },
         )
     tables = built(tmp_path / "d", tmp_path / "e")
-    assert [*tables["ruler"].rows] == [f"model not named ({tmp_path / run})" for run in "de"]
+    assert [*tables["ruler"].rows] == [f"unnamed model ({tmp_path / run})" for run in "de"]
     assert [*tables["standard"].rows][:2] == ["d/Llama", "e/Llama"]
 
 
@@ -391,7 +393,7 @@ def test_perplexities_of_different_text_are_told(tmp_path: Path) -> None:
     table = built(tmp_path)["perplexity"]
     assert [table.notes(row) for row in "ACD"] == [
         [f"text: {name}.jsonl, 1,234 bytes, field text, 4 rows"] for name in ("books", "other")
-    ] + [["text: text not told"]] and table.shown("A")[0].endswith("†")
+    ] + [["text: text not recorded"]] and table.shown("A")[0].endswith("†")
 
 
 @pytest.mark.parametrize(
@@ -462,7 +464,7 @@ def test_an_earlier_report_s_tables_go(folder: Path, tmp_path: Path) -> None:
         "standard.csv",
         "standard.png",
     ]
-    assert any("passkey.csv" in line and "earlier report removed" in line for line in lines)
+    assert any("passkey.csv" in line and "left by an earlier report" in line for line in lines)
 
 
 def test_published_figures_are_the_paper_s() -> None:
@@ -525,29 +527,34 @@ def test_the_command_writes_markdown_csv_and_plots(
 
 
 def test_only_perplexities_are_drawn_together() -> None:
-    with pytest.raises(ValueError, match="no result of `perplexity`"):
-        curves.check(result("ruler", "A", {}))
+    with pytest.raises(ValueError, match="not a result of `perplexity`"):
+        curves.check(read_results.parse(result("ruler", "A", {"vt": {"4K": 1.0}})))
+
+
+def standard_result(*tasks: str, limit: int | None = None, **extra: Any) -> BenchmarkResult:
+    return BenchmarkResult(
+        task="standard",
+        model={"path": "A"},
+        settings={"limit": limit},
+        scores=tuple(TaskScore(task=task, score=50.0) for task in tasks),
+        extra=extra,
+    )
 
 
 def test_results_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "a.json"
-    (tmp_path / ".a.json.part").write_text("what a killed run left")
-    results.write_json(
-        path, {"task": "standard", "settings": {"tasks": ("a",)}, "text": "half a pair \ud83d \\ud83d, 字"}
-    )
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"] and "字" in path.read_text(
-        encoding="utf-8"
-    )
-    assert results.read_json(path)["text"] == "half a pair \ud83d \\ud83d, 字"
-    results.write_json(path, {"task": "standard", "settings": {"tasks": ("a",)}, "seconds": 3})
+    path = tmp_path / "standard.json"
+    (tmp_path / ".standard.json.partial").write_text("what a killed run left")
+    standard_result("MMLU", text="half a pair \ud83d \\ud83d, 字").write(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["standard.json"]
+    assert "字" in path.read_text(encoding="utf-8")
+    read = read_results.parse(json.loads(path.read_text(encoding="utf-8")))
+    assert read == standard_result("MMLU", text="half a pair \ud83d \\ud83d, 字")
+    standard_result("MMLU", seconds=3).write(path)
     assert capsys.readouterr().out == ""
-    results.write_json(path, {"task": "standard", "settings": {"tasks": ("b",)}})
-    assert (
-        capsys.readouterr().out
-        == f"{path} replaces results with other settings; give another --out to keep both\n"
-    )
-    for lengths, line in ((["4096"], ""), (["4096", "8192"], "replaces results with other tasks or lengths")):
-        results.write_json(
-            tmp_path / "r.json", {"task": "ruler", "scores": {"vt": dict.fromkeys(lengths, 1.0)}}
-        )
-        assert line in capsys.readouterr().out
+    for changed, words in (
+        (standard_result("MMLU", limit=2), "settings"),
+        (standard_result("MMLU", "MATH", limit=2), "tasks or lengths"),
+    ):
+        changed.write(path)
+        line = f"{path} replaces results with other {words}; give another --out to keep both\n"
+        assert capsys.readouterr().out == line

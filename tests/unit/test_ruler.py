@@ -18,13 +18,17 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.backends.protocol import Completion, Request
-from megatron_ultralong.evaluate.prompts import chat_template
-from megatron_ultralong.evaluate.tasks.ruler import filler_text, wording
-from megatron_ultralong.evaluate.tasks.ruler import qa as ruler_qa
+from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
+from megatron_ultralong.evaluate.pipeline.results import TaskScore
+from megatron_ultralong.evaluate.prompts.encode import ChatMode, PromptEncoder
+from megatron_ultralong.evaluate.tasks.ruler import filler_text, qa_files, wording
 from megatron_ultralong.evaluate.tasks.ruler import run as ruler
-from megatron_ultralong.evaluate.tasks.ruler.fill_length import Draft, Filler, fit
-from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS, Kit, sample
+from megatron_ultralong.evaluate.tasks.ruler.averages import averages
+from megatron_ultralong.evaluate.tasks.ruler.fill_length import FillerText, PromptDraft, fit
+from megatron_ultralong.evaluate.tasks.ruler.material import PromptMaterial
+from megatron_ultralong.evaluate.tasks.ruler.sample import make_sample
+from megatron_ultralong.evaluate.tasks.ruler.settings import RulerSettings
+from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS
 from megatron_ultralong.io import jsonl
 from tests import text
 
@@ -104,13 +108,13 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     }
 
 
-def kit_of(tokenizer, files, mode: chat_template.Mode = "no", wording=WORDING, **change) -> Kit:
+def material_of(tokenizer, files, mode: ChatMode = "no", wording=WORDING, **change) -> PromptMaterial:
     tokenizer.chat_template = CHAT if mode == "yes" else None
     data = {
-        "squad": ruler_qa.read_squad(files["squad"]),
-        "hotpotqa": ruler_qa.read_hotpotqa(files["hotpotqa"]),
+        "squad": qa_files.read_squad(files["squad"]),
+        "hotpotqa": qa_files.read_hotpotqa(files["hotpotqa"]),
     }
-    return Kit(chat_template.frame(tokenizer, mode), wording, data=data, **change)
+    return PromptMaterial(PromptEncoder(tokenizer, mode), wording, qa_data=data, **change)
 
 
 # ---- prompts -----------------------------------------------------------------------------------
@@ -119,10 +123,10 @@ def kit_of(tokenizer, files, mode: chat_template.Mode = "no", wording=WORDING, *
 LEAST = dict.fromkeys(TASKS, 3000) | {"cwe": 10000}
 
 
-def unit(kit: Kit, name: str, row: dict) -> int:
+def unit(material: PromptMaterial, name: str, row: dict) -> int:
     """Tokens that one more unit of filler could take, by the text itself and with some slack for how pieces
     join."""
-    counts, body = kit.frame.counts, row["input"]
+    counts, body = material.encoder.counts, row["input"]
     if name == "cwe":
         words = (
             [f"{first}-{first}" for first in filler_text.SINGLE]
@@ -133,10 +137,12 @@ def unit(kit: Kit, name: str, row: dict) -> int:
     if name == "fwe":
         return 3 * max(counts([" " + word for word in set(re.findall(r"\b[a-z]{6}\b", body))]))
     if name.startswith("qa"):
-        documents = kit.data[TASKS[name].data].documents
-        return max(counts([kit.wording.document.format(i=1000, document=one) + "\n\n" for one in documents]))
+        documents = material.qa_data[TASKS[name].data].documents
+        return max(
+            counts([material.wording.document.format(i=1000, document=one) + "\n\n" for one in documents])
+        )
     if TASKS[name].haystack == "essay":
-        return max(counts([" " + piece for piece in kit.essay.pieces(row["meta"]["units"] + 1)]))
+        return max(counts([" " + piece for piece in material.essay.pieces(row["meta"]["units"] + 1)]))
     return max(counts(["\n" + line for line in body.split("\n")[1:-1]])) + 8
 
 
@@ -145,18 +151,20 @@ def unit(kit: Kit, name: str, row: dict) -> int:
 def test_prompts_are_of_the_wanted_size_and_hold_their_needles_once(name, family, tokenizers, files):
     rng = random.Random(f"{name}/{family}")
     for mode in ("no", "yes"):
-        kit = kit_of(tokenizers[family], files, mode, seed=rng.randrange(100))
+        material = material_of(tokenizers[family], files, mode, seed=rng.randrange(100))
         length, index = rng.randint(LEAST[name], 2 * LEAST[name]), rng.randrange(12)
-        row = sample(kit, name, length, index)
-        prompt = kit.frame.encode(row["input"], row["answer_prefix"])
-        assert row["length"] == len(prompt) + TASKS[name].tokens <= length
-        assert length - row["length"] <= unit(kit, name, row), "one more unit would have fitted"
+        row = make_sample(material, name, length, index)
+        prompt = material.encoder.encode(row["input"], row["answer_prefix"])
+        assert row["length"] == len(prompt) + TASKS[name].answer_tokens <= length
+        assert length - row["length"] <= unit(material, name, row), "one more unit would have fitted"
         begins = tokenizers[family].convert_ids_to_tokens(prompt[:2])
         assert (begins[0] == "<|begin|>") is (mode == "yes"), "these tokenizers put none there themselves"
         check(name, row)
-        again = sample(kit_of(tokenizers[family], files, mode, seed=kit.seed), name, length, index)
+        again = make_sample(
+            material_of(tokenizers[family], files, mode, seed=material.seed), name, length, index
+        )
         assert again == row, "same seed, same data, whatever was made before"
-        assert sample(kit, name, length, (index + 1) % 12)["input"] != row["input"]
+        assert make_sample(material, name, length, (index + 1) % 12)["input"] != row["input"]
 
 
 def check(name: str, row: dict) -> None:
@@ -238,11 +246,11 @@ def check(name: str, row: dict) -> None:
 def test_long_and_short_lists_of_cwe(tokenizers, files):
     """Below 4,096 tokens words come 6 times and once; where single words do not suffice, pairs fill the
     length all the same."""
-    kit = kit_of(tokenizers["llama3"], files)
-    body = sample(kit, "cwe", 4095, 0)["input"].split("Question:")[1]
+    material = material_of(tokenizers["llama3"], files)
+    body = make_sample(material, "cwe", 4095, 0)["input"].split("Question:")[1]
     assert set(Counter(re.findall(r"\d+\. (\S+)", body)).values()) == {6, 1}
-    row = sample(kit, "cwe", 40_000, 0)
-    assert all("-" in word for word in row["outputs"]) and 40_000 - row["length"] < unit(kit, "cwe", row)
+    row = make_sample(material, "cwe", 40_000, 0)
+    assert all("-" in word for word in row["outputs"]) and 40_000 - row["length"] < unit(material, "cwe", row)
     check("cwe", row)
 
 
@@ -263,23 +271,27 @@ def test_official_parameters():
         "niah_multivalue": ("essay", "words", "numbers", 1, 4, 1),
         "niah_multiquery": ("essay", "words", "numbers", 4, 1, 4),
     }
-    assert {name: task.tokens for name, task in TASKS.items() if task.kind != "niah"} == {
+    assert {name: task.answer_tokens for name, task in TASKS.items() if task.kind != "niah"} == {
         "vt": 30,
         "cwe": 120,
         "fwe": 50,
         "qa_1": 32,
         "qa_2": 32,
     }
-    assert {task.tokens for task in TASKS.values() if task.kind == "niah"} == {128} and len(TASKS) == 13
-    assert [name for name, task in TASKS.items() if task.part] == ["qa_1", "qa_2"]
+    assert {task.answer_tokens for task in TASKS.values() if task.kind == "niah"} == {128} and len(
+        TASKS
+    ) == 13
+    assert [name for name, task in TASKS.items() if task.match_part] == ["qa_1", "qa_2"]
 
 
 def test_too_short_a_length_says_by_how_much(tokenizers, files):
-    kit = kit_of(tokenizers["llama3"], files)
+    material = material_of(tokenizers["llama3"], files)
     with pytest.raises(UserError, match=r"--lengths 200: niah_single_1: (\d+) tokens too short") as error:
-        sample(kit, "niah_single_1", 200, 0)
+        make_sample(material, "niah_single_1", 200, 0)
     missing = int(re.search(r"(\d+) tokens too", str(error.value))[1])  # type: ignore[index]
-    assert sample(kit, "niah_single_1", 220 + missing, 0)["meta"]["units"] == 0, "keys differ by some tokens"
+    assert make_sample(material, "niah_single_1", 220 + missing, 0)["meta"]["units"] == 0, (
+        "keys differ by some tokens"
+    )
 
 
 def test_words_are_many_and_distinct():
@@ -303,7 +315,9 @@ def test_haystack_files_are_read_in_order_and_again(tokenizers, files, tmp_path)
     (tmp_path / "b.txt").write_text("Three ends?")
     pieces = filler_text.read_haystack((tmp_path / "a.txt", tmp_path / "b.txt"))
     assert pieces == ["One comes first.", "Two follows it!", "Three ends?"]
-    body = sample(kit_of(tokenizers["llama3"], files, haystack=pieces), "niah_single_2", 2000, 0)["input"]
+    body = make_sample(material_of(tokenizers["llama3"], files, haystack=pieces), "niah_single_2", 2000, 0)[
+        "input"
+    ]
     without = re.sub(r" ?Among the secret .*? there is \d+\.", "", body)
     assert "One comes first. Two follows it! Three ends? One comes first. Two" in without
     (tmp_path / "essays.json").write_text(json.dumps({"text": 'One comes\nfirst. "Two" follows!'}))
@@ -322,7 +336,7 @@ def test_haystack_files_are_read_in_order_and_again(tokenizers, files, tmp_path)
 def test_size_is_found_though_pieces_join_to_other_counts():
     """Whole texts that take other counts of tokens than their pieces say: less, more, and unevenly."""
     for factor in (0.4, 1.0, 1.7):
-        filler = Filler(
+        filler = FillerText(
             lambda texts: [len(one) for one in texts], iter(f"{'x' * (i % 7)}" for i in range(10**6))
         )
         calls = []
@@ -332,9 +346,9 @@ def test_size_is_found_though_pieces_join_to_other_counts():
             return 50 + int(factor * len(body) + len(body) % 3)
 
         found, size, n = fit(
-            Draft(
+            PromptDraft(
                 render=lambda n, f=filler: "".join(" " + p for p in f.pieces(n)),
-                cost=filler.cost,
+                estimate=filler.tokens,
                 prefix="",
                 outputs=[],
             ),
@@ -383,7 +397,9 @@ def test_official_wording_is_read_from_a_checkout(tmp_path, tokenizers, files):
         words.niah_one == "A {type_needle_v} is here. {context} What is {type_needle_v} for {query}?"
         and words.niah_one_prefix == " They is"
     )
-    body = sample(kit_of(tokenizers["llama3"], files, wording=words), "niah_single_1", 1000, 0)["input"]
+    body = make_sample(material_of(tokenizers["llama3"], files, wording=words), "niah_single_1", 1000, 0)[
+        "input"
+    ]
     assert body.startswith("A number is here. Noise here.\n") and body.count("One numbers for ") == 1
     assert wording.official(tmp_path / "RULER" / "scripts" / "data" / "synthetic") == words
     with pytest.raises(UserError, match="give a checkout"):
@@ -408,24 +424,24 @@ def test_official_wording_of_the_installed_harness(tokenizers, files, monkeypatc
         if name != "qa_prefix"
     )
     for task in TASKS:
-        row = sample(kit_of(tokenizers["llama3"], files, wording=words), task, 3000, 0)
+        row = make_sample(material_of(tokenizers["llama3"], files, wording=words), task, 3000, 0)
         assert "{" not in row["answer_prefix"] and row["answer_prefix"].startswith(" ")
         assert all(output.lower() in row["input"].lower() for output in row["outputs"][:1])
-    assert wording.choose(None, own=True) == words.OWN
-    monkeypatch.setattr(words.importlib.util, "find_spec", lambda name: None)
-    assert wording.choose(None, own=False) == words.OWN
+    assert wording.choose(None, own=True) == wording.OWN
+    monkeypatch.setattr(wording.importlib.util, "find_spec", lambda name: None)
+    assert wording.choose(None, own=False) == wording.OWN
     # Another version of it, which has them elsewhere.
     monkeypatch.setattr(
-        words.importlib.util,
+        wording.importlib.util,
         "find_spec",
         lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]),
     )
     (tmp_path / "tasks" / "ruler").mkdir(parents=True)
-    assert wording.choose(None, own=False) == words.OWN
+    assert wording.choose(None, own=False) == wording.OWN
 
 
 def test_questions_and_documents_of_the_official_files(files, tmp_path):
-    data = ruler_qa.read_squad(files["squad"])
+    data = qa_files.read_squad(files["squad"])
     assert (
         len(data.questions) == 36 and len(data.documents) == 36 and data.documents == sorted(data.documents)
     )
@@ -438,13 +454,13 @@ def test_questions_and_documents_of_the_official_files(files, tmp_path):
     assert data.documents[first.documents[0]].startswith("Town 0.0 ") and all(
         data.documents[i].startswith("Town 0.") for i in first.related
     )
-    order = ruler_qa.order(data, first, random.Random(0))
+    order = qa_files.document_order(data, first, random.Random(0))
     assert (
         order[0] == first.documents[0]
         and set(order[1:4]) == set(first.related)
         and sorted(order) == list(range(36))
     )
-    data = ruler_qa.read_hotpotqa(files["hotpotqa"])
+    data = qa_files.read_hotpotqa(files["hotpotqa"])
     assert (
         len(data.questions) == 12
         and len(data.documents) == 12 + 20
@@ -456,10 +472,10 @@ def test_questions_and_documents_of_the_official_files(files, tmp_path):
     )
     (tmp_path / "x.json").write_text('{"data": 3}')
     for read, path, words in (
-        (ruler_qa.read_squad, files["hotpotqa"], "is not SQuAD"),
-        (ruler_qa.read_hotpotqa, files["squad"], "is not Hotpot"),
-        (ruler_qa.read_squad, tmp_path / "x.json", "is not SQuAD"),
-        (ruler_qa.read_squad, tmp_path / "no", "cannot be read"),
+        (qa_files.read_squad, files["hotpotqa"], "is not SQuAD"),
+        (qa_files.read_hotpotqa, files["squad"], "is not Hotpot"),
+        (qa_files.read_squad, tmp_path / "x.json", "is not SQuAD"),
+        (qa_files.read_squad, tmp_path / "no", "cannot be read"),
     ):
         with pytest.raises(UserError, match=words):
             read(path)
@@ -474,12 +490,12 @@ class Oracle:
     def __init__(self, tokenizer, answers: list[str], stop_after: int = 10**9) -> None:
         self.tokenizer, self.answers, self.left, self.asked = tokenizer, answers, stop_after, []
 
-    def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+    def generate(self, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         for place, request in enumerate(requests):
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
-            self.asked.append((list(request.ids or ()), request.tokens))
+            self.asked.append((list(request.ids or ()), request.max_tokens))
             yield (
                 place,
                 Completion(
@@ -499,8 +515,8 @@ class Oracle:
         return {"path": "oracle", "lengths": (1, 2)}
 
 
-def settings(tmp_path: Path, files: dict, **change) -> ruler.Settings:
-    return ruler.Settings(
+def settings(tmp_path: Path, files: dict, **change) -> RulerSettings:
+    return RulerSettings(
         **{
             "out": tmp_path / "out",
             "tasks": ("niah_single_1", "qa_1"),
@@ -556,21 +572,23 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
     ruler.predict(mine, rest, progress=done.append)
     assert rest.checked == (3000, 5), "memory for the longest is asked for before the first prompt"
     assert len(rest.asked) == 7 and [tokens for _, tokens in stopped.asked] == [128] * 3 + [32] * 2
-    frame = chat_template.frame(tokenizer, "no")
-    assert stopped.asked[1][0] == frame.encode(rows[1]["input"], rows[1]["answer_prefix"])
+    encoder = PromptEncoder(tokenizer, "no")
+    assert stopped.asked[1][0] == encoder.encode(rows[1]["input"], rows[1]["answer_prefix"])
     # All are there: no prompt is made into tokens again, and none asked.
-    monkeypatch.setattr(chat_template.Frame, "encode", None)
+    monkeypatch.setattr(PromptEncoder, "encode", None)
     again: list[int] = []
     ruler.predict(mine, Oracle(tokenizer, []), progress=again.append)
     assert sum(again) == 12
     monkeypatch.undo()
     result = ruler.score(mine)
-    assert {
-        task: {length: cell["score"] for length, cell in found.items()}
-        for task, found in result["scores"].items()
-    } == {"niah_single_1": {"2000": 100.0, "3000": 100.0}, "qa_1": {"2000": 100.0, "3000": 66.67}}
-    assert result["data"]["niah_single_1"]["words"] == "own"
-    assert result["data"]["qa_1"] == {
+    assert {(one.task, one.length): one.score for one in result.scores} == {
+        ("niah_single_1", 2000): 100.0,
+        ("qa_1", 2000): 100.0,
+        ("niah_single_1", 3000): 100.0,
+        ("qa_1", 3000): 66.67,
+    }
+    assert result.settings["prompts"]["niah_single_1"]["words"] == "own"
+    assert result.settings["prompts"]["qa_1"] == {
         "seed": 0,
         "wording": "own",
         "tokenizer": f"{len(tokenizer)} tokens",
@@ -578,9 +596,9 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
         "source": "dev-v2.0.json",
     }
     assert (
-        result["wording"] == "own"
-        and result["model"]["path"] == "oracle"
-        and result["by_length"]["3000"]["average"] == 83.34
+        result.settings["wording"] == "own"
+        and result.model["path"] == "oracle"
+        and result.extra["by_length"]["3000"]["average"] == 83.34
     )
     other = Oracle(tokenizer, answers)
     other.describe = lambda: {"path": "other"}  # type: ignore[method-assign]
@@ -599,7 +617,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
         settings(tmp_path, files, tasks=("niah_single_1",), lengths=(3000,)),
         settings(tmp_path, files, tasks=("niah_single_1",)),
     )
-    path = ruler.prediction_file(part, "niah_single_1", 3000)
+    path = part.prediction_file("niah_single_1", 3000)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for change, message in (
         ({"model": {"path": "b"}}, r"answers of two models \(path .oracle. and .b.\)"),
@@ -618,16 +636,16 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
         "".join(json.dumps(row | {"refused": "HTTP 400: too long", "over": True}) + "\n" for row in rows)
     )
     result = ruler.score(whole)
-    assert result["scores"]["niah_single_1"]["3000"][
+    assert result.scores[-1].notes[
         "refused"
-    ] == 3 and "3 of 6 prompts were refused by the endpoint" in ruler.report(result)
+    ] == 3 and "3 of 6 prompts were refused by the endpoint" in ruler.table(result)
     assert (
-        "3 of 6 prompts are longer" in ruler.report(result)
-        and result["model"]["max_position"] == 8192
-        and "*" not in ruler.report(result)
+        "3 of 6 prompts are longer" in ruler.table(result)
+        and result.model["max_position"] == 8192
+        and "*" not in ruler.table(result)
     )
-    result["model"]["max_position"] = 2500
-    assert "   3,000*" in ruler.report(result) and "* beyond the 2,500 positions" in ruler.report(result)
+    result.model["max_position"] = 2500
+    assert "   3,000*" in ruler.table(result) and "* beyond the 2,500 positions" in ruler.table(result)
 
 
 def test_a_file_of_prompts_has_one_writer_and_each_prompt_once(tokenizers, files, tmp_path):
@@ -670,15 +688,20 @@ def test_rulers_own_data_and_predictions_are_scored_as_they_are(tokenizers, tmp_
         },
     ]
     place.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mine = ruler.Settings(out=tmp_path / "out", tasks=("vt",), lengths=(4096,), data=tmp_path / "ruler")
+    mine = RulerSettings(out=tmp_path / "out", tasks=("vt",), lengths=(4096,), data=tmp_path / "ruler")
     backend = Oracle(tokenizer, ["abcde", "none"])
     ruler.predict(mine, backend)
     texts = [tokenizer.decode(prompt) for prompt, _ in backend.asked]
     assert texts == ["<|begin|><|user|>the sky<|end|><|assistant|> Answer: ", "<|begin|>the cat Answer: "]
     result = ruler.score(mine)
     assert (
-        result["scores"]["vt"]["4096"] == {"score": 25.0, "samples": 2, "empty": 0, "over": 0, "refused": 0}
-        and result["wording"] == "as in the data"
+        result.scores
+        == (
+            TaskScore(
+                task="vt", length=4096, score=25.0, count=2, notes={"empty": 0, "over": 0, "refused": 0}
+            ),
+        )
+        and result.settings["wording"] == "as in the data"
     )
     official = mine.out / "predictions" / "vt" / "4096.jsonl"
     official.write_text(
@@ -693,29 +716,29 @@ def test_rulers_own_data_and_predictions_are_scored_as_they_are(tokenizers, tmp_
         )
         + "\n"
     )
-    assert ruler.score(mine)["scores"]["vt"]["4096"]["score"] == 100.0
+    assert ruler.score(mine).scores[0].score == 100.0
     official.with_suffix(".journal.jsonl").unlink()
     kept = official.read_text()
     with pytest.raises(
         UserError,
-        match="holds predictions of another model, or to other prompts; score them with --stage score",
+        match="contains predictions of another model, or to other prompts; score them with --stage score",
     ):
         ruler.predict(mine, backend)
     assert official.read_text() == kept
     place.write_text('{"index": 0, "input": "x"}\n')
     with pytest.raises(UserError, match="without `input`"):
         ruler.predict(
-            ruler.Settings(out=tmp_path / "b", tasks=("vt",), lengths=(4096,), data=tmp_path / "ruler"),
+            RulerSettings(out=tmp_path / "b", tasks=("vt",), lengths=(4096,), data=tmp_path / "ruler"),
             backend,
         )
     with pytest.raises(UserError, match="run --stage prepare first"):
-        ruler.predict(ruler.Settings(out=tmp_path / "b", tasks=("cwe",), lengths=(4096,)), backend)
+        ruler.predict(RulerSettings(out=tmp_path / "b", tasks=("cwe",), lengths=(4096,)), backend)
 
 
 def test_averages_up_to_a_bound_name_their_lengths_and_what_is_missing():
     lengths = [4096 * 2**i for i in range(9)]
-    full = {task: {str(length): {"score": 100.0 - i} for i, length in enumerate(lengths)} for task in TASKS}
-    found = ruler.averages(full)
+    full = {task: {length: 100.0 - i for i, length in enumerate(lengths)} for task in TASKS}
+    found = averages(full)
     assert {bound: value["average"] for bound, value in found["up_to"].items()} == {
         "128K": 97.5,
         "512K": 96.5,
@@ -724,15 +747,13 @@ def test_averages_up_to_a_bound_name_their_lengths_and_what_is_missing():
     assert found["up_to"]["128K"]["lengths"] == lengths[:6] and all(
         value["complete"] for value in found["up_to"].values()
     )
-    del full["qa_2"]["4096"]
-    found = ruler.averages(full)
+    del full["qa_2"][4096]
+    found = averages(full)
     assert (
         found["by_length"]["4096"] == {"average": 100.0, "tasks": 12, "complete": False}
         and not found["up_to"]["128K"]["complete"]
     )
-    some = ruler.averages(
-        {"vt": {"4096": {"score": 50.0}, "131072": {"score": 10.0}, "2097152": {"score": 0.0}}}
-    )
+    some = averages({"vt": {4096: 50.0, 131072: 10.0, 2097152: 0.0}})
     assert some["up_to"] == {"128K": {"average": 30.0, "lengths": [4096, 131072], "complete": False}}
 
 
@@ -799,13 +820,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command(monkeypatch, *good)
     result, printed = json.loads((tmp_path / "out" / "ruler.json").read_text()), capsys.readouterr().out
     assert (
-        set(result["scores"]) == {"niah_single_1", "fwe"}
+        {one["task"] for one in result["scores"]} == {"niah_single_1", "fwe"}
         and "qa_1 is left out: give --squad FILE" in printed
         and "mean of 2/13" in printed
     )
     for change, words in (
         (["--tasks", "vt,nothing"], "no such task"),
-        (["--tasks", "qa_2"], "nothing is left"),
+        (["--tasks", "qa_2"], "no task can be run"),
         (["--lengths", "1K,1K"], "only once"),
         (["--samples", "0"], "at least 1"),
         (["--official", tmp_path], "give a checkout"),

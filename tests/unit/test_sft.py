@@ -92,7 +92,7 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
     assert manifest["documents"] == 20
     by_ids = {tuple(ids): trained for ids, trained in (expected(tokenizer_dir, record) for record in records)}
     rows = packed_rows.open_blend(
-        [str(tmp_path / "out")], S, manifest["tokenizer"]["vocab_size"], masked=True
+        [str(tmp_path / "out")], S, manifest["tokenizer"]["vocab_size"], document_starts=True
     )
     assert len(rows) == manifest["rows"] > 2
 
@@ -102,9 +102,9 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
             islice(
                 loader.batches(
                     rows,
-                    loader.BatchPlan(micro_batch=1, seed=3, masked=True, cp_rank=rank, cp=cp),
+                    loader.BatchShard(cp_rank=rank, cp=cp, document_starts=True),
                     consumed=0,
-                    global_batch=1,
+                    seed=3,
                 ),
                 len(rows),
             )
@@ -163,8 +163,8 @@ def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
         if (length := len(expected(tokenizer_dir, record)[0])) % 2
     )
     manifest = prepared(tmp_path, tokenizer_dir, [record], seq_length=length - 1)
-    rows = packed_rows.PackedRows(str(tmp_path / "out"), length - 1)
-    assert (manifest["rows"], manifest["padding"], rows.starts(0)) == (1, 0, [0]) and rows[0][
+    rows = packed_rows.PackedDataset(str(tmp_path / "out"), length - 1)
+    assert (manifest["rows"], manifest["padding"], rows.document_starts(0)) == (1, 0, [0]) and rows[0][
         0
     ].tolist() == expected(tokenizer_dir, record)[0]
 
@@ -172,14 +172,14 @@ def test_a_row_filled_to_the_last_token(tmp_path, tokenizer_dir):
 def test_one_conversation_per_row(tmp_path, tokenizer_dir):
     records = [made.asked(i) for i in range(5)]
     manifest = prepared(tmp_path, tokenizer_dir, records, fit="single")
-    rows = packed_rows.PackedRows(str(tmp_path / "out"), S)
+    rows = packed_rows.PackedDataset(str(tmp_path / "out"), S)
     want = sorted(expected(tokenizer_dir, record)[0] for record in records)
     assert (
         manifest["rows"] == 5
         and manifest["tokens"] == sum(map(len, want)) == 5 * (S + 1) - manifest["padding"]
     )
-    assert sorted(rows[i][0][: rows.starts(i)[1]].tolist() for i in range(5)) == want and all(
-        len(rows.starts(i)) == 2 for i in range(5)
+    assert sorted(rows[i][0][: rows.document_starts(i)[1]].tolist() for i in range(5)) == want and all(
+        len(rows.document_starts(i)) == 2 for i in range(5)
     )
 
 
@@ -244,7 +244,7 @@ def test_every_record_is_counted(tmp_path, tokenizer_dir):
     ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:4]})
     if len(ids) > S + 1:
         ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:2]})
-    rows = packed_rows.PackedRows(str(tmp_path / "cut"), S)
+    rows = packed_rows.PackedDataset(str(tmp_path / "cut"), S)
     row, _ = rows[0]
     assert (
         cut["sources"][0]["cut_to_length"] == 1
@@ -475,7 +475,7 @@ def test_show_prints_tokens_and_marks_and_writes_nothing(tmp_path, tokenizer_dir
         (["--show", "0"], "--show 0: must be at least 1"),
         (["--form", "x"], "form x: must be auto"),
         (["--tokenizer", "none"], "tokenizer none: no such directory"),
-        (["--output", "/dev/null/x"], "--output /dev/null/x: cannot be written"),
+        (["--output", "/dev/null/x"], "--output /dev/null/x cannot be written"),
         (["--input", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
     ],
 )

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import likelihood
-from megatron_ultralong.evaluate.backends.protocol import Completion, Request
-from megatron_ultralong.evaluate.backends.transformers_model import HuggingFace
-from megatron_ultralong.evaluate.tasks.standard import code_sandbox
+from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
+from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
+from megatron_ultralong.evaluate.tasks.standard import code_sandbox, paper
 from megatron_ultralong.evaluate.tasks.standard import run as standard
 from tests import processes, text
 
@@ -90,7 +91,11 @@ def write_tasks(folder: Path) -> list[str]:
     return ["many", "digit", "write", "whole"]
 
 
-def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: bool) -> dict[str, Any]:
+def percents(result: BenchmarkResult) -> dict[str, float | None]:
+    return {one.task: one.score for one in result.scores}
+
+
+def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: bool) -> BenchmarkResult:
     """The same scores, likelihoods to 1e-4 and texts from our adapter and from the harness's `hf`; returns
     our results."""
     from lm_eval.models.huggingface import HFLM
@@ -98,8 +103,8 @@ def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: 
 
     out.mkdir()
     ours, samples = standard.run(
-        HuggingFace(model, device="cpu"),
-        standard.Settings(tasks=tuple(tasks), include_path=folder, chat="yes" if chat else "no"),
+        TransformersModel(model, device="cpu"),
+        standard.StandardSettings(tasks=tuple(tasks), include_path=folder, chat="yes" if chat else "no"),
         out,
     )
     theirs = lm_eval.simple_evaluate(
@@ -111,7 +116,7 @@ def assert_parity(model: Path, tasks: list[str], folder: Path, out: Path, chat: 
         fewshot_as_multiturn=chat,
     )
     for task in tasks:
-        for key, value in ours["metrics"][task].items():
+        for key, value in ours.extra["metrics"][task].items():
             assert value == pytest.approx(theirs["results"][task][key], rel=1e-5), (task, key)
         mine = {sample["question"]: sample["answers"] for sample in samples if sample["task"] == task}
         assert len(mine) == len(theirs["samples"][task]) > 0
@@ -135,14 +140,13 @@ def test_answers_equal_those_of_the_harness_s_own_model(tmp_path: Path, chat: bo
         (model / "chat_template.jinja").write_text(CHAT)
     ours = assert_parity(model, write_tasks(tmp_path / "tasks"), tmp_path / "tasks", tmp_path / "out", chat)
     if not chat:
-        assert ours["scores"]["write"] == 100 and 0 < ours["scores"]["many"] < 100, (
-            "the demo's model reads keys"
-        )
-    assert ours["questions"] == dict.fromkeys(["many", "digit", "write", "whole"], 6)
+        scores = percents(ours)
+        assert scores["write"] == 100 and 0 < scores["many"] < 100, "the demo's model reads keys"
+    assert ours.extra["questions"] == dict.fromkeys(["many", "digit", "write", "whole"], 6)
 
 
 def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
-    backend = HuggingFace(BASE, device="cpu")
+    backend = TransformersModel(BASE, device="cpu")
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(0, backend.model.config.vocab_size, (6, 40), generator=generator).tolist()
     cuts = ((1, 9), (7, 1), (20, 20), (33, 7), (39, 1), (5, 2))
@@ -151,7 +155,7 @@ def test_pairs_are_scored_as_by_whole_logits_and_share_their_context() -> None:
     ]
     passes = []
     hook = backend.model.base_model.register_forward_hook(lambda *_: passes.append(1))
-    got = likelihood.of_pairs(backend.model, pairs, batch_tokens=90)
+    got = likelihood.pair_loglikelihoods(backend.model, pairs, batch_tokens=90)
     hook.remove()
     assert len(passes) <= 5  # 7 inputs, of which the short ones share a pass
     for (context, continuation), (value, greedy) in zip(pairs, got, strict=True):
@@ -184,7 +188,7 @@ def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
         )
         assert found["results"][task]["exact_match,none"] == 1
     for wrong, message in (
-        ({"model": str(BASE), "size": 3}, "model_args: size is no option"),
+        ({"model": str(BASE), "size": 3}, "model_args: size is not a model option"),
         ({"engine": "hf"}, "give --model DIR"),
         ({"model": str(BASE), "engine": "tensorflow"}, "model_args: .*invalid choice"),
         ({"model": str(BASE), "temperature": 0.7}, "--temperature 0.7: this benchmark's answers are greedy"),
@@ -200,34 +204,34 @@ def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
 
 
 def test_kept_answers_are_those_of_a_model_and_its_tokenizer(tmp_path: Path) -> None:
-    backend = HuggingFace(BASE, device="cpu")
-    names = {standard._identity(backend, None), standard._identity(backend, 100)}
+    backend = TransformersModel(BASE, device="cpu")
+    names = {standard.cache_key(backend, None), standard.cache_key(backend, 100)}
     backend.tokenizer.chat_template = CHAT
-    names.add(standard._identity(backend, None))
+    names.add(standard.cache_key(backend, None))
     backend.tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=text.tokenizer("llama3"), bos_token="<|begin|>", eos_token="<|end|>"
     )
-    names.add(standard._identity(backend, None))
-    assert len(names) == 4 and standard._identity(HuggingFace(BASE, device="cpu"), None) in names
+    names.add(standard.cache_key(backend, None))
+    assert len(names) == 4 and standard.cache_key(TransformersModel(BASE, device="cpu"), None) in names
 
 
 def test_answers_are_kept(tmp_path: Path) -> None:
-    backend, tasks = HuggingFace(BASE, device="cpu"), write_tasks(tmp_path / "tasks")
-    settings = standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks")
+    backend, tasks = TransformersModel(BASE, device="cpu"), write_tasks(tmp_path / "tasks")
+    settings = standard.StandardSettings(tasks=tuple(tasks), include_path=tmp_path / "tasks")
     first, _ = standard.run(backend, settings, tmp_path)
     backend.generate = backend.loglikelihood = None  # type: ignore[assignment, method-assign]
     again, _ = standard.run(backend, settings, tmp_path)
-    assert again["scores"] == first["scores"] and again["metrics"] == first["metrics"]
+    assert again.scores == first.scores and again.extra["metrics"] == first.extra["metrics"]
 
 
 def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp_path: Path) -> None:
     """Cut ones whoever asked them; refused ones are asked again, and only they."""
     tasks = write_tasks(tmp_path / "tasks")
-    settings = standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks", max_length=100)
+    settings = standard.StandardSettings(tasks=tuple(tasks), include_path=tmp_path / "tasks", max_length=100)
     refusing = Scholar(False)
     refusing.refuses = "of Cleo"
     first, _ = standard.run(refusing, settings, tmp_path)
-    assert (first["prompts_cut"], first["unanswered"], first["settings"]["max_length"]) == (
+    assert (first.extra["prompts_cut"], first.extra["unanswered"], first.settings["max_length"]) == (
         4 + 6 * 3,
         1,
         100,
@@ -236,20 +240,20 @@ def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp
         len(refusing.tokenizer.encode(prompt, add_special_tokens=False)) for prompt, _ in refusing.prompts
     ] == [*[100 - 12] * 5, 86]
     assert (
-        "22 prompts lost their beginning, to 100 tokens with the answer\n1 prompts were refused by the endpoint"
+        "22 prompts lost their beginning, to 100 tokens including the answer\n1 prompts were refused by the endpoint"
         in standard.table(first)
     )
     again = Scholar(False)
     second, _ = standard.run(again, settings, tmp_path)
     assert len(again.prompts) == 1 and "of Cleo" in again.prompts[0][0] and not again.choices
-    assert (second["prompts_cut"], second["unanswered"]) == (22, 0)
+    assert (second.extra["prompts_cut"], second.extra["unanswered"]) == (22, 0)
     third, _ = standard.run(again, settings, tmp_path)
-    assert len(again.prompts) == 1 and third["prompts_cut"] == 22
+    assert len(again.prompts) == 1 and third.extra["prompts_cut"] == 22
     # Other room, other answers: none of those kept are taken.
     roomy, _ = standard.run(
-        again, standard.Settings(tasks=tuple(tasks), include_path=tmp_path / "tasks"), tmp_path
+        again, standard.StandardSettings(tasks=tuple(tasks), include_path=tmp_path / "tasks"), tmp_path
     )
-    assert len(again.prompts) == 7 and roomy["prompts_cut"] == 0
+    assert len(again.prompts) == 7 and roomy.extra["prompts_cut"] == 0
 
 
 def test_nothing_is_cut_where_positions_are_not_known(tmp_path: Path) -> None:
@@ -264,25 +268,25 @@ def test_nothing_is_cut_where_positions_are_not_known(tmp_path: Path) -> None:
     scholar = Scholar(False)
     scholar.max_position = None  # type: ignore[assignment]
     settings = {"tasks": ("write", "many", "whole"), "include_path": tmp_path / "tasks", "limit": 2}
-    result, _ = standard.run(scholar, standard.Settings(**settings), tmp_path)
-    assert result["prompts_cut"] == 0 and result["settings"]["max_length"] is None
+    result, _ = standard.run(scholar, standard.StandardSettings(**settings), tmp_path)
+    assert result.extra["prompts_cut"] == 0 and result.settings["max_length"] is None
     assert (
         all(size == 2048 and len(scholar.tokenizer.encode(prompt)) > 2500 for prompt, size in scholar.prompts)
         and len(scholar.prompts) == 2
     )
-    result, _ = standard.run(scholar, standard.Settings(**settings, max_length=4096), tmp_path)
+    result, _ = standard.run(scholar, standard.StandardSettings(**settings, max_length=4096), tmp_path)
     assert (
         all(
             len(scholar.tokenizer.encode(prompt, add_special_tokens=False)) <= 2048
             for prompt, _ in scholar.prompts[2:]
         )
-        and result["prompts_cut"] == 2
+        and result.extra["prompts_cut"] == 2
     )
     with pytest.raises(
         UserError,
         match="2048 tokens of answer, but prompt and answer together may have 2048: the model's positions, or --max-length",
     ):
-        standard.run(scholar, standard.Settings(**settings, max_length=2048), tmp_path)
+        standard.run(scholar, standard.StandardSettings(**settings, max_length=2048), tmp_path)
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
@@ -312,7 +316,7 @@ def _die_after(folder: Path, name: str, answers: int) -> None:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
-    backend = HuggingFace(BASE, device="cpu")
+    backend = TransformersModel(BASE, device="cpu")
     left = [answers]
 
     def counted(kind: str, ask: Any) -> Any:
@@ -326,7 +330,7 @@ def _die_after(folder: Path, name: str, answers: int) -> None:
 
         return until_killed
 
-    def one_by_one(requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+    def one_by_one(requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         for place, request in enumerate(requests):
             yield place, next(generate([request]))[1]
 
@@ -338,11 +342,11 @@ def _die_after(folder: Path, name: str, answers: int) -> None:
     lm_eval_model.SLICE = 3
     result, _ = standard.run(
         backend,
-        standard.Settings(tasks=("many", "digit", "write", "whole"), include_path=folder / "tasks"),
+        standard.StandardSettings(tasks=("many", "digit", "write", "whole"), include_path=folder / "tasks"),
         folder / name,
     )
     (folder / name / "result.json").write_text(
-        json.dumps({"scores": result["scores"], "metrics": result["metrics"]})
+        json.dumps({"scores": percents(result), "metrics": result.extra["metrics"]})
     )
 
 
@@ -450,10 +454,10 @@ class Scholar:
             for _, continuation in pairs
         ]
 
-    def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+    def generate(self, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         for place, request in enumerate(requests):
             prompt = self.tokenizer.decode(request.ids)
-            self.prompts.append((prompt, request.tokens))
+            self.prompts.append((prompt, request.max_tokens))
             refused = self.refuses is not None and self.refuses in prompt
             yield (
                 place,
@@ -486,17 +490,19 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     scholar = Scholar(chat)
-    result, samples = standard.run(scholar, standard.Settings(limit=3, run_code=True), tmp_path)
-    assert result["scores"] == {
+    result, samples = standard.run(scholar, standard.StandardSettings(limit=3, run_code=True), tmp_path)
+    assert percents(result) == {
         "MMLU": 100,
         "MMLU-Pro": 100,
         "MATH": 100,
         "GSM8K": 100,
         "HumanEval": pytest.approx(33.33),
     }
-    assert sum(result["questions"].values()) >= 114 + 14 + 7 + 2 + 3
+    assert sum(result.extra["questions"].values()) >= 114 + 14 + 7 + 2 + 3
     assert (
-        result["code"]["programs"] == 3 and result["settings"]["chat"] is chat and result["prompts_cut"] == 0
+        result.extra["code"]["programs"] == 3
+        and result.settings["chat"] is chat
+        and result.extra["prompts_cut"] == 0
     )
     assert {sample["pass@1"] for sample in samples if sample["task"] == "humaneval"} == {0, 1}
     turn = "<|assistant|>" if chat else "\nAnswer: C"
@@ -531,7 +537,7 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     ],
 )
 def test_the_last_box_is_the_answer(answer: str, right: int) -> None:
-    assert standard.boxed_match({"answer": "\\frac{1}{2}"}, [answer]) == {"exact_match": right}
+    assert paper.boxed_match({"answer": "\\frac{1}{2}"}, [answer]) == {"exact_match": right}
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,31 +546,33 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         UserError,
         match=r"allow it with --run-code .*--tasks paper/mmlu,paper/mmlu_pro,paper/math,paper/gsm8k$",
     ):
-        standard.run(scholar, standard.Settings(), tmp_path)
+        standard.run(scholar, standard.StandardSettings(), tmp_path)
     with pytest.raises(UserError, match="no such task; did you mean gsm8k"):
-        standard._load(standard._manager(["paper/gsm8k"], None), "gsm9k", False, standard._CodeRunner())
+        paper.load_tasks(paper.task_manager(["paper/gsm8k"], None), "gsm9k", False, paper.CodeRunner())
     for tasks in (("paper", "paper/math"), ("paper/mmlu", "mmlu")):
         with pytest.raises(UserError, match="each only once"):
-            standard.Settings(tasks=tasks, run_code=True).names()
+            standard.StandardSettings(tasks=tasks, run_code=True).names()
     with pytest.raises(UserError, match="no such directory"):
-        standard.Settings(tasks=("mmlu",), include_path=tmp_path / "nothing").names()
+        standard.StandardSettings(tasks=("mmlu",), include_path=tmp_path / "nothing").names()
     write_tasks(tmp_path / "tasks")
     path = tmp_path / "tasks" / "write.yaml"
     path.write_text(path.read_text() + "unsafe_code: true\n")
     with pytest.raises(UserError, match="only paper/humaneval runs programs here"):
-        standard.run(scholar, standard.Settings(tasks=("write",), include_path=tmp_path / "tasks"), tmp_path)
+        standard.run(
+            scholar, standard.StandardSettings(tasks=("write",), include_path=tmp_path / "tasks"), tmp_path
+        )
     import datasets
 
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route"))
     )
     with pytest.raises(UserError, match=r"paper/gsm8k: cannot be loaded \(no route\).*HF_HOME"):
-        standard.run(scholar, standard.Settings(tasks=("paper/gsm8k",)), tmp_path)
+        standard.run(scholar, standard.StandardSettings(tasks=("paper/gsm8k",)), tmp_path)
     monkeypatch.setattr(
         code_sandbox, "run", lambda *_, **__: code_sandbox.Outcome(passed=False, reason="broken")
     )
     with pytest.raises(UserError, match=r"cannot be run on this machine \(broken\)"):
-        standard.run(scholar, standard.Settings(tasks=("paper/humaneval",), run_code=True), tmp_path)
+        standard.run(scholar, standard.StandardSettings(tasks=("paper/humaneval",), run_code=True), tmp_path)
 
 
 def test_the_command(
@@ -607,17 +615,16 @@ def test_the_command(
         runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
     assert not stop.value.code
     result = json.loads((tmp_path / "out" / "standard.json").read_text())
-    (tag,) = standard._load(
-        standard._manager(["write"], tmp_path / "tasks"), "written", False, standard._CodeRunner()
+    (tag,) = paper.load_tasks(
+        paper.task_manager(["write"], tmp_path / "tasks"), "written", False, paper.CodeRunner()
     )
-    assert tag.task_name == "write" and standard._first_share(
-        "write", {"results": {"write": {"exact_match,none": 0.5}}}
-    ) == {"write": 50}
+    metrics = {"results": {"write": {"exact_match,none": 0.5}}}
+    assert tag.task_name == "write" and standard.first_fraction("write", metrics) == 0.5
     assert (
-        result["format"] == 1
+        result["format"] == 2
         and result["task"] == "standard"
-        and result["scores"]["write"] == 100
-        and result["questions"] == {"many": 4, "write": 4}
+        and result["scores"][1] == {"task": "write", "score": 100.0, "count": 4}
+        and result["extra"]["questions"] == {"many": 4, "write": 4}
     )
     assert result["settings"]["max_length"] == 4096
     lines = [

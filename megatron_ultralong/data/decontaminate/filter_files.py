@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO
 
 import zstandard
 
-from megatron_ultralong.data import conversations, documents
+from megatron_ultralong.data import conversations, input_files
 from megatron_ultralong.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -56,7 +56,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def _compression(name: str) -> str:
-    return next((end for end in documents.COMPRESSIONS if name.lower().endswith(end)), "")
+    return next((end for end in input_files.COMPRESSIONS if name.lower().endswith(end)), "")
 
 
 def output_name(path: Path, form: str | None) -> str:
@@ -81,11 +81,11 @@ def read_batches(
         yield from _read_conversations(path, form, progress)
         return
     kind, compression = kind_of(path)
-    with documents.readable(path), path.open("rb") as file:
+    with input_files.readable(path), path.open("rb") as file:
         if kind == ".parquet":
             yield from _read_rows(path, file, text_key, progress)
             return
-        stream, done = documents.decompressed(file, compression), 0
+        stream, done = input_files.decompressed(file, compression), 0
         items: list[bytes] = []
         first, size = 1, 0
         for line in [stream.read()] if kind == ".txt" else stream:
@@ -200,7 +200,7 @@ class ParquetFileWriter:
     def __init__(self, source: Path, file: IO[bytes], text_key: str) -> None:
         import pyarrow.parquet
 
-        with documents.readable(source), _parquet_errors(source):
+        with input_files.readable(source), _parquet_errors(source):
             metadata = pyarrow.parquet.read_metadata(source)
             self._schema = pyarrow.parquet.read_schema(source)
         self._text_key = text_key

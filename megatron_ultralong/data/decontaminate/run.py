@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_ultralong.data import conversations, documents
+from megatron_ultralong.data import conversations, documents, input_files
 from megatron_ultralong.data.decontaminate import filter_files
 from megatron_ultralong.data.decontaminate.benchmark_index import NgramRules, build_index
 from megatron_ultralong.data.decontaminate.normalise import Normalisation
@@ -142,7 +142,7 @@ def _check_names(inputs: Sequence[Path], output: Path, settings: Decontamination
                 f"{inputs_by_name[name]} and {path} have the same name, and both would be written as {output / name}; "
                 "use two output directories, or rename one"
             )
-        if name in documents.REPORTS:
+        if name in input_files.REPORTS:
             raise UserError(f"{path}: {name} is the name of a result; rename the file")
         inputs_by_name[name] = path
         if path.parent.resolve() == output.resolve():

@@ -1,21 +1,21 @@
-"""What a set of documents is made from: files, directories and globs, in named sources with weights and rates
-by length.
+"""What pretraining data is made from: files, directories and globs, as named sources with weights and rates
+by length of document.
 
-A file of sources, in YAML (every key but `sources` and `input` may be left out):
+The YAML file of `--sources` (only `sources` and `input` are required):
 
-    tokens: 1B                # wanted in all, separators not counted; B is 10^9
+    tokens: 1B                # tokens in all, without separators; B is 10^9
     seed: 0
-    max_repeats: 4            # times a document may be used
+    max_repeats: 4            # how often a document may be used
     shuffle: true             # documents in random order
-    rates: {<4K: 0.25, 4K-8K: 1, ">=8K": 3}     # for all sources without their own; or shares: {...} of a source's tokens
+    rates: {<4K: 0.25, 4K-8K: 1, ">=8K": 3}     # default of all sources; or shares: {...}
     sources:
       books:
         input: [data/books, data/more/*.jsonl.zst]
-        weight: 0.7           # share of the tokens, relative to the others'
+        weight: 0.7           # share of the tokens, relative to the other sources
         text_key: body
         id_key: name
         shares: {<8K: 0.2, ">=8K": 0.8}
-      code: {input: corpus.idx, weight: 0.3, strip_id: 128001}      # Megatron's .bin/.idx; that id off the end of documents
+      code: {input: corpus.idx, weight: 0.3, strip_id: 128001}   # strip_id: see DocumentSource
 """
 
 from __future__ import annotations
@@ -29,33 +29,42 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.data import documents, row_writer
+from megatron_ultralong.data import documents, input_files, row_writer
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import yaml_file
 
 EDGES = tuple(1024 << k for k in range(11))
-"""Where length buckets part in reports, tokens: 1K, 2K ... 1M."""
+"""Edges of the length buckets of reports, tokens: 1K, 2K ... 1M."""
 MAX_REPEATS = 4
-"""Times a document may be used unless told otherwise: up to four epochs repeated tokens are about as good as
+"""How often a document may be used by default: for up to four epochs, repeated tokens are about as good as
 new ones (arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """How documents of each length are wanted. Bucket k holds documents of edges[k - 1] up to edges[k] - 1
-    tokens."""
+class LengthBuckets:
+    """How much of each length of document is used. Bucket k contains documents of edges[k - 1] to edges[k] -
+    1 tokens."""
 
     edges: tuple[int, ...]
-    """Rising, tokens; one less than the buckets."""
+    """Ascending, tokens; one less than buckets."""
     values: tuple[float, ...]
-    """Of each bucket, its rate or share."""
+    """Rate or share of each bucket."""
     shares: bool
-    """Shares of the source's tokens, relative to each other; else rates, times that a document is used (0.25
-    = one in four)."""
+    """True: values are shares of the source's tokens, relative to each other. False: rates, how often a
+    document is used (0.25 = one in four)."""
+
+    def name(self, bucket: int) -> str:
+        """A bucket as people write it: <4K, 4K-8K, >=8K, all."""
+        borders = [_short(edge) for edge in self.edges]
+        if not borders:
+            return "all"
+        if bucket == 0:
+            return f"<{borders[0]}"
+        return f">={borders[-1]}" if bucket == len(borders) else f"{borders[bucket - 1]}-{borders[bucket]}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DocumentSource:
     """Documents of one kind."""
 
     name: str
@@ -63,103 +72,117 @@ class Source:
     text_key: str = "text"
     id_key: str | None = None
     weight: Fraction | None = None
-    """Share of the tokens, relative to the other sources'; None = what its documents and rates give."""
-    lengths: Lengths | None = None
+    """Share of the tokens, relative to the other sources; None = as its documents and rates give."""
+    lengths: LengthBuckets | None = None
     """None = every document once."""
     folders: tuple[Path, ...] = ()
     """Directories that were searched for the files."""
     strip_id: int | None = None
-    """Token taken off the end of a Megatron corpus's documents, such as its end of document."""
+    """Token removed from the end of a Megatron corpus's documents, such as its end of document."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """All sources of a set and what is wanted of them together."""
+class DocumentMix:
+    """All sources, and how they are mixed."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DocumentSource, ...]
     tokens: int | None = None
-    """Tokens wanted in all; None = what weights and rates give."""
+    """Tokens in all; None = as weights and rates give."""
     max_repeats: int = MAX_REPEATS
     shuffle: bool = False
     seed: int = 0
 
     @property
     def resampled(self) -> bool:
-        """Whether not simply every document is taken once."""
+        """Whether documents may be used more or less than once."""
         return self.tokens is not None or any(s.lengths or s.weight for s in self.sources)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of all sources, in order."""
+        return [path for source in self.sources for path in source.files]
+
+
+def from_inputs(inputs: list[Path], text_key: str = "text", id_key: str | None = None) -> DocumentMix:
+    """`--input`: files, directories and globs as one source, every document once, in order."""
+    folders = tuple(path for path in inputs if path.is_dir())
+    source = DocumentSource(
+        name="input", files=expand(inputs), text_key=text_key, id_key=id_key, folders=folders
+    )
+    return DocumentMix(sources=(source,))
 
 
 def expand(inputs: Iterable[Path], what: str = "--input") -> tuple[Path, ...]:
-    """Files, directories (all files of known kinds below, sorted) and globs as files. UserError for what
-    names no file."""
-    found: list[Path] = []
+    """The files that paths, directories (all files of known kinds below, sorted) and globs name. UserError
+    for one that names no file. what: the option or key, for messages."""
+    files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = [p for p in documents.below(path) if _known(p)]
+            inside = [p for p in input_files.files_below(path) if _known(p)]
             if not inside:
                 raise UserError(
-                    f"{what} {path}: no file of a known kind in it; known are .txt, .jsonl (also .gz, .zst), .parquet, .idx"
+                    f"{what} {path}: contains no .txt, .jsonl (also .gz, .zst), .parquet or .idx file"
                 )
-            found += inside
+            files += inside
         elif not path.exists() and glob.has_magic(str(path)):
             matched = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
             if not matched:
                 raise UserError(f"{what} {path}: no file matches")
-            found += matched
+            files += matched
         else:
-            found.append(path.with_suffix(".idx") if path.suffix == ".bin" else path)
-    for path in found:
+            files.append(path.with_suffix(".idx") if path.suffix == ".bin" else path)
+    for path in files:
         try:
             str(path).encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{what} {documents.printable(str(path))}: the file's name is not UTF-8; rename it"
+                f"{what} {input_files.printable(str(path))}: the file's name is not UTF-8; rename it"
             ) from None
-        if documents.kind(path)[0] == ".idx":
+        if documents.kind(path) == ".idx":
             _not_packed(path)
-    documents.check(found)
+    documents.check(files)
     seen: set[Path] = set()
-    for path in found:
+    for path in files:
         if path.resolve() in seen:
             raise UserError(
-                f"{what} {path}: is named twice; to use documents more often, give rates in a file of sources"
+                f"{what} {path}: is named twice; to use documents more often, set rates in a --sources file"
             )
         seen.add(path.resolve())
-    return tuple(found)
+    return tuple(files)
 
 
-def load(path: Path) -> Sources:
-    """A file of sources; paths in it are relative to the folder it lies in. UserError, which names the key,
+def load(path: Path) -> DocumentMix:
+    """Read the file of `--sources`; paths in it are relative to its folder. UserError, which names the key,
     for anything unknown in it."""
     values = yaml_file.read(path, "--sources")
-    reader = _Reader(path)
+    reader = _SourcesFile(path)
     values = reader.mapping(
         values, "the file", {"tokens", "seed", "max_repeats", "shuffle", "rates", "shares", "sources"}
     )
-    everyones = reader.lengths(values, "")
+    default_lengths = reader.lengths(values, "")
     entries = values.get("sources")
     if not isinstance(entries, dict) or not entries:
-        raise reader.wrong("sources", "must hold at least one name with its input")
+        raise reader.wrong("sources", "must have at least one name with its input")
     if len({str(name) for name in entries}) < len(entries):
-        raise reader.wrong("sources", "names two sources alike")
-    sources = tuple(reader.source(str(name), entry, everyones) for name, entry in entries.items())
+        raise reader.wrong("sources", "has two sources of the same name")
+    sources = tuple(reader.source(str(name), entry, default_lengths) for name, entry in entries.items())
     if len({s.weight is None for s in sources}) > 1:
         without = next(s.name for s in sources if s.weight is None)
         raise reader.wrong(
-            f"sources.{without}", "has no weight though others have; give each a weight, or none"
+            f"sources.{without}", "has no weight, but others have; give every source a weight, or none"
         )
-    return Sources(
+    return DocumentMix(
         sources=sources,
         tokens=reader.tokens(values.get("tokens")),
-        max_repeats=reader.whole(values, "max_repeats", MAX_REPEATS, 1),
+        max_repeats=reader.integer(values, "max_repeats", MAX_REPEATS, 1),
         shuffle=reader.flag(values, "shuffle", True),
-        seed=reader.whole(values, "seed", 0, 0),
+        seed=reader.integer(values, "seed", 0, 0),
     )
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Values of one YAML file, checked."""
+class _SourcesFile:
+    """Checked values of one file."""
 
     path: Path
 
@@ -168,16 +191,16 @@ class _Reader:
 
     def mapping(self, value: Any, what: str, known: set[str]) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self.wrong(what, f"must hold keys like {', '.join(sorted(known))}")
+            raise self.wrong(what, f"must have keys like {', '.join(sorted(known))}")
         for key in value:
             if key not in known:
-                raise self.wrong(f"{key} in {what}", f"is not known; known are {', '.join(sorted(known))}")
+                raise self.wrong(f"{key} in {what}", f"is unknown; known are {', '.join(sorted(known))}")
         return value
 
-    def whole(self, values: dict[str, Any], key: str, default: int, least: int) -> int:
+    def integer(self, values: dict[str, Any], key: str, default: int, least: int) -> int:
         value = values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.wrong(key, f"must be a whole number from {least} on")
+            raise self.wrong(key, f"must be a whole number of at least {least}")
         return value
 
     def flag(self, values: dict[str, Any], key: str, default: bool) -> bool:
@@ -187,7 +210,7 @@ class _Reader:
         return value
 
     def tokens(self, value: Any) -> int | None:
-        """1000000 or 1B; None = nothing wanted."""
+        """1000000 or 1B; None = not set."""
         if value is None:
             return None
         try:
@@ -195,7 +218,7 @@ class _Reader:
         except UserError as error:
             raise self.wrong("tokens", str(error)) from None
 
-    def source(self, name: str, entry: Any, everyones: Lengths | None) -> Source:
+    def source(self, name: str, entry: Any, default: LengthBuckets | None) -> DocumentSource:
         what = f"sources.{name}"
         values = self.mapping(
             entry, what, {"input", "weight", "text_key", "id_key", "rates", "shares", "strip_id"}
@@ -204,7 +227,7 @@ class _Reader:
         inputs = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) for text in inputs):
             raise self.wrong(f"{what}.input", "must be a file, directory or glob, or a list of them")
-        paths = [self._beside(text) for text in inputs]
+        paths = [self._resolve(text) for text in inputs]
         files = expand(paths, f"--sources {self.path}: {what}.input")
         weight = None if values.get("weight") is None else _number(values["weight"])
         if weight is not None and not 0 < weight < 1e12:
@@ -214,53 +237,53 @@ class _Reader:
         for key in ("text_key", "id_key"):
             if not isinstance(values.get(key, ""), str):
                 raise self.wrong(f"{what}.{key}", "must be a name")
-        return Source(
+        return DocumentSource(
             name=name,
             files=files,
             text_key=values.get("text_key", "text"),
             id_key=values.get("id_key"),
             weight=None if weight is None else Fraction(str(weight)),
-            lengths=self.lengths(values, f"{what}.") or everyones,
+            lengths=self.lengths(values, f"{what}.") or default,
             folders=tuple(path for path in paths if path.is_dir()),
-            strip_id=self.whole(values, "strip_id", 0, 0) if "strip_id" in values else None,
+            strip_id=self.integer(values, "strip_id", 0, 0) if "strip_id" in values else None,
         )
 
-    def _beside(self, text: str) -> Path:
-        """A path or glob of the file, relative to its folder, whose own name is no glob."""
+    def _resolve(self, text: str) -> Path:
+        """A path or glob of the file, relative to its folder, whose own name is not a glob."""
         path = Path(text).expanduser()
         if path.is_absolute() or not glob.has_magic(text):
             return self.path.parent / path
         return Path(glob.escape(str(self.path.parent))) / path
 
-    def lengths(self, values: dict[str, Any], what: str) -> Lengths | None:
+    def lengths(self, values: dict[str, Any], what: str) -> LengthBuckets | None:
         given = [key for key in ("rates", "shares") if key in values]
         if len(given) > 1:
-            raise self.wrong(f"{what}rates", "and shares: give one of them")
+            raise self.wrong(f"{what}rates", "and shares exclude each other; give one of them")
         if not given:
             return None
         key = given[0]
         buckets = values[key]
         if not isinstance(buckets, dict) or not buckets:
             raise self.wrong(f"{what}{key}", 'must be like {<4K: 0.25, 4K-8K: 1, ">=8K": 3}')
-        found = []
+        parsed = []
         for name, value in buckets.items():
             if not 0 <= _number(value) < 1e12:
-                raise self.wrong(f"{what}{key}, {name}:", "must be a number from 0 on")
-            found.append((*self._bucket(str(name), f"{what}{key}"), _number(value)))
-        found.sort()
-        borders = [0.0, *(last for _, last, _ in found)]
+                raise self.wrong(f"{what}{key}, {name}:", "must be a number of at least 0")
+            parsed.append((*self._bucket(str(name), f"{what}{key}"), _number(value)))
+        parsed.sort()
+        borders = [0.0, *(last for _, last, _ in parsed)]
         if borders[-1] != math.inf or any(
-            first != border for (first, _, _), border in zip(found, borders, strict=False)
+            first != border for (first, _, _), border in zip(parsed, borders, strict=False)
         ):
             raise self.wrong(
                 f"{what}{key}",
-                f"must cover every length once, from <N to >=N; it says {', '.join(map(str, buckets))}",
+                f"must cover every length once, from <N to >=N, not {', '.join(map(str, buckets))}",
             )
-        if not sum(value for *_, value in found) > 0:
+        if not sum(value for *_, value in parsed) > 0:
             raise self.wrong(f"{what}{key}", "must not all be 0")
-        return Lengths(
-            edges=tuple(int(last) for _, last, _ in found[:-1]),
-            values=tuple(value for *_, value in found),
+        return LengthBuckets(
+            edges=tuple(int(last) for _, last, _ in parsed[:-1]),
+            values=tuple(value for *_, value in parsed),
             shares=key == "shares",
         )
 
@@ -275,17 +298,15 @@ class _Reader:
             return _count(match[1]), _count(match[2])
         if match := re.fullmatch(rf">=\s*{size}", name):
             return _count(match[1]), math.inf
-        raise self.wrong(
-            f"{what}, {name}:", 'is no bucket of lengths; they are written <4K, 4K-8K, ">=8K", or all'
-        )
+        raise self.wrong(f"{what}, {name}:", 'is not a bucket of lengths; write <4K, 4K-8K, ">=8K" or all')
 
 
 def parse_tokens(text: str) -> int:
-    """Tokens wanted: a whole number, or so many billions (10^9) as 1B or 0.5B."""
+    """A number of tokens: a whole number, or billions (10^9) like 1B or 0.5B."""
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([Bb]?)", text)
     size = Fraction(match[1].replace("_", "")) * (10**9 if match[2] else 1) if match else Fraction(0)
     if size < 1 or size.denominator != 1:
-        raise UserError(f"must be a whole number of tokens from 1 on, like 500_000_000 or 0.5B, not {text}")
+        raise UserError(f"must be a whole number of tokens, like 500_000_000 or 0.5B, not {text}")
     return int(size)
 
 
@@ -294,16 +315,23 @@ def _count(text: str) -> int:
     return int(text.rstrip("KkMm")) * scale
 
 
+def _short(count: int) -> str:
+    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
+        if count and count % size == 0:
+            return f"{count // size}{letter}"
+    return str(count)
+
+
 def _known(path: Path) -> bool:
     try:
-        found, _ = documents.kind(path)
+        kind = documents.kind(path)
     except UserError:
         return False
-    return found != ".idx" or not path.name.endswith((".mask.idx", ".docs.idx"))
+    return kind != ".idx" or not path.name.endswith((".mask.idx", ".docs.idx"))
 
 
 def _number(value: Any) -> float:
-    """NaN where it is none; YAML takes 1e-3 for text."""
+    """A number; NaN for anything else. YAML reads 1e-3 as text."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -312,4 +340,6 @@ def _number(value: Any) -> float:
 
 def _not_packed(path: Path) -> None:
     if row_writer.is_manifest(path.with_suffix(".json")):
-        raise UserError(f"{path}: holds packed rows, not documents; give the documents they were made from")
+        raise UserError(
+            f"{path}: contains packed rows, not documents; give the documents they were made from"
+        )

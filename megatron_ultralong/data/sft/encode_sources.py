@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.data import conversations, documents
+from megatron_ultralong.data import conversations, input_files
 from megatron_ultralong.data.conversations import DOMAINS, Unusable
 from megatron_ultralong.data.sft.chat_template import (
     ChatTemplate,
@@ -122,7 +122,7 @@ def _entry(source: ConversationSource) -> dict[str, Any]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    with documents.readable(path), path.open("rb") as file:
+    with input_files.opened(path) as file, input_files.readable(path):
         return {
             "path": str(path),
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),

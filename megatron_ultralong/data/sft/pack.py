@@ -24,13 +24,13 @@ from megatron_ultralong.data import megatron_index, row_writer
 from megatron_ultralong.data.best_fit import best_fit, contents
 from megatron_ultralong.data.conversations import DOMAINS
 from megatron_ultralong.data.packed_rows import FORMAT
+from megatron_ultralong.data.permutation import permutation
 from megatron_ultralong.data.sft.encode_sources import ChatEncoder, encode_sources
 from megatron_ultralong.data.sft.sample_buffer import SampleBuffer, SampleColumns
 from megatron_ultralong.data.sft.select_examples import (
     ConversationSource,
     domain_quotas,
     select_examples,
-    shuffled,
 )
 from megatron_ultralong.data.sft.settings import SftSettings
 from megatron_ultralong.errors import UserError
@@ -92,12 +92,13 @@ def pack_conversations(
             stage,
             settings.seq_length + 1,
             megatron_index.token_dtype(encoder.tokenizer.vocab_size),
-            masked=True,
+            masks=True,
             starts=True,
         )
         rows = _assign_rows(selection, settings)
         for examples in tqdm(rows, unit="row", desc="packing", disable=not show_progress):
-            writer.add(*_build_row(buffer, examples, writer.length, encoder.pad_id))
+            row, mask, starts = _build_row(buffer, examples, writer.length, encoder.pad_id)
+            writer.add(row[None], mask[None], [starts])
         writer.finish()
         buffer.remove()
         manifest = _manifest(settings, encoder, writer, selection, entries)
@@ -126,7 +127,7 @@ def _assign_rows(selection: Selection, settings: SftSettings) -> list[NDArray[nu
         rows = contents(best_fit(lengths, settings.seq_length + 1))
     else:
         rows = contents(numpy.arange(len(lengths)))
-    return [selection.numbers[rows[i]] for i in shuffled(len(rows), settings.seed)]
+    return [selection.numbers[rows[i]] for i in permutation(len(rows), [settings.seed])]
 
 
 def _build_row(

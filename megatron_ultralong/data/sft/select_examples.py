@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_ultralong.data import conversations
 from megatron_ultralong.data.conversations import DOMAINS
+from megatron_ultralong.data.permutation import permutation
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import yaml_file
 
@@ -139,13 +140,5 @@ def select_examples(
         for name, pool, given in zip(
             names, pools, split_evenly([len(pool) for pool in pools], count), strict=True
         ):
-            selected.append(pool[shuffled(len(pool), seed, zlib.crc32(name.encode()))[:given]])
+            selected.append(pool[permutation(len(pool), [seed, zlib.crc32(name.encode())])[:given]])
     return numpy.sort(numpy.concatenate(selected)) if selected else numpy.empty(0, numpy.int64)
-
-
-def shuffled(count: int, *seeds: int) -> NDArray[numpy.int64]:
-    """Return a permutation, int64 [count]. numpy keeps raw random bits the same in all versions, but not its
-    own shuffles."""
-    return numpy.argsort(
-        numpy.random.PCG64(numpy.random.SeedSequence(seeds)).random_raw(count), kind="stable"
-    )

@@ -1,8 +1,8 @@
-"""Whether a model and the keys and values of its prompts fit the devices, told before the work; and which
-layout would fit.
+"""Check before the work that a model and the keys and values of its prompts fit into memory; suggest a layout
+that does.
 
-Bytes of a rank: weights; keys and values, 2 x layers/PP x kv_heads/TP x head_dim x bytes of an element x
-tokens/CP; and what one chunk of a prompt needs while it passes through a layer.
+Bytes per rank: weights; keys and values, 2 x layers/PP x kv_heads/TP x head_dim x element size x tokens/CP;
+and the activations of one chunk of a prompt in a layer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megatron_ultralong.model.inference.kv_cache import kv_bytes
 from megatron_ultralong.runtime.memory import free_bytes
 
 SPARE = 0.05
-"""Share of the device's free memory that is left alone: fragments, communication."""
+"""Fraction of the free device memory that stays unused: fragmentation, communication buffers."""
 
 
 def weight_bytes(model: Model, parallel: Parallel, itemsize: int) -> int:
-    """Of the fullest rank."""
+    """Weights of the largest rank."""
 
     def numel(name: str) -> int:
         return math.prod(weight_mapping.shard_shape(name, model, parallel.tp))
@@ -33,13 +33,14 @@ def weight_bytes(model: Model, parallel: Parallel, itemsize: int) -> int:
     layers = sum(numel(name) for name in names if name.startswith("decoder.layers.")) // parallel.pp
     others = sum(numel(name) for name in names if not name.startswith("decoder.layers."))
     embedding = numel("embedding.word_embeddings.weight")
-    # First and last stage have an embedding and an output layer; both are one in a tied model on one stage.
+    # The first and last stages hold the embedding and the output layer; with PP 1 and tied weights both are
+    # one.
     return itemsize * (layers + (others if parallel.pp == 1 else embedding + model.hidden_size))
 
 
 def chunk_bytes(model: Model, parallel: Parallel, chunk: int, itemsize: int) -> int:
-    """Of activations while `chunk` tokens pass through a layer: projections and MLP of this rank's c, and the
-    queries and partial outputs of all of them, which are sent and merged in float32."""
+    """Activations of `chunk` tokens in one layer: projections and MLP of this rank's share, and the queries
+    and partial outputs of all ranks, which are exchanged and merged in float32."""
     c = -(-chunk // parallel.cp)
     mlp = 3 * model.ffn_size // parallel.tp
     heads = model.heads // parallel.tp
@@ -57,7 +58,7 @@ def chunk_bytes(model: Model, parallel: Parallel, chunk: int, itemsize: int) -> 
 
 
 def kept_bytes(model: Model, parallel: Parallel, tokens: int, itemsize: int) -> int:
-    """Of `tokens` of this rank."""
+    """Keys and values of `tokens` of this rank."""
     return kv_bytes(
         model.layers // parallel.pp, model.kv_heads // parallel.tp, model.head_dim, tokens, itemsize
     )
@@ -73,8 +74,8 @@ def check_plan(
     tokens: int = 0,
     loaded: bool = False,
 ) -> None:
-    """UserError unless the model and `tokens` (of all ranks and sequences) of keys and values fit. loaded:
-    the weights are there already."""
+    """UserError unless the model and the keys and values of `tokens` tokens (all ranks and sequences) fit.
+    loaded: the weights are already in memory."""
     free = int(free_bytes(device) * (1 - SPARE))
     have = free + (weight_bytes(model, parallel, itemsize) if loaded else 0)
     if needed(model, parallel, chunk, itemsize, tokens) > have:
@@ -82,7 +83,7 @@ def check_plan(
 
 
 def needed(model: Model, parallel: Parallel, chunk: int, itemsize: int, tokens: int) -> int:
-    """Bytes of a rank in all."""
+    """Total bytes per rank."""
     return (
         weight_bytes(model, parallel, itemsize)
         + chunk_bytes(model, parallel, chunk, itemsize)
@@ -91,8 +92,8 @@ def needed(model: Model, parallel: Parallel, chunk: int, itemsize: int, tokens: 
 
 
 def refusal(model: Model, parallel: Parallel, *, chunk: int, itemsize: int, tokens: int, have: int) -> str:
-    """One line: what is needed, what is there, and the smallest --cp and --tp that would do, all else as it
-    is."""
+    """One line: the memory needed and available, and the smallest --cp and --tp that would suffice, all else
+    equal."""
 
     def fits(**change: Any) -> bool:
         return needed(model, replace(parallel, **change), chunk, itemsize, tokens) <= have
@@ -103,16 +104,16 @@ def refusal(model: Model, parallel: Parallel, *, chunk: int, itemsize: int, toke
         for tp in range(parallel.tp + 1, model.kv_heads + 1)
         if model.kv_heads % tp == 0 and model.ffn_size % tp == 0 and tp % parallel.tp == 0
     ]
-    ways = [
+    layouts = [
         f"--{name} {size}"
         for name, sizes in (("cp", cps), ("tp", tps))
         for size in [next((s for s in sizes if fits(**{name: s})), None)]
         if size
     ]
     advice = (
-        f"{' or '.join(ways)} on as many more ranks would fit"
-        if ways
-        else "more of --tp and --pp, or fewer tokens at a time (--batch), would fit"
+        f"{' or '.join(layouts)} on correspondingly more ranks would fit"
+        if layouts
+        else "use a larger --tp or --pp, or fewer tokens at a time (--batch)"
     )
     gib = 2**30
     weights, kept = (
@@ -120,16 +121,17 @@ def refusal(model: Model, parallel: Parallel, *, chunk: int, itemsize: int, toke
         kept_bytes(model, parallel, -(-tokens // parallel.cp), itemsize) / gib,
     )
     return (
-        f"a rank needs {needed(model, parallel, chunk, itemsize, tokens) / gib:.3g} GiB ({weights:.3g} of weights, {kept:.3g} of keys and values for "
-        f"{tokens:,} tokens), but has {have / gib:.3g} GiB at --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp}; {advice}"
+        f"a rank needs {needed(model, parallel, chunk, itemsize, tokens) / gib:.3g} GiB ({weights:.3g} for weights, "
+        f"{kept:.3g} for keys and values of "
+        f"{tokens:,} tokens) but has {have / gib:.3g} GiB at --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp}; {advice}"
     )
 
 
 def check_room(reader: Any, more: int, own: list[int], tokens: int) -> None:
-    """UserError, on all ranks, unless each has room for keys and values of `more` tokens of its own and of
-    `own` of each sequence.
+    """UserError, on all ranks, unless every rank has room for the keys and values of `more` tokens of the
+    shared context and of `own` tokens of each sequence.
 
-    tokens: of the context that is shared, for the message. Every rank calls it.
+    tokens: of the shared context in total, for the message. Called by every rank.
     """
     ranks, itemsize = reader.ranks, reader.dtype.itemsize
     parallel = Parallel(tp=ranks.tp, pp=ranks.pp, cp=ranks.cp)
@@ -140,10 +142,10 @@ def check_room(reader: Any, more: int, own: list[int], tokens: int) -> None:
     left = torch.tensor([free - need], dtype=torch.int64, device=ranks.device)
     torch.distributed.all_reduce(left, op=torch.distributed.ReduceOp.MIN)
     if int(left) < 0:
-        whole = tokens + sum(own) * ranks.cp
-        have = int(left) + needed(reader.model, parallel, reader.chunk_tokens, itemsize, whole)
+        total = tokens + sum(own) * ranks.cp
+        have = int(left) + needed(reader.model, parallel, reader.chunk_tokens, itemsize, total)
         raise UserError(
             refusal(
-                reader.model, parallel, chunk=reader.chunk_tokens, itemsize=itemsize, tokens=whole, have=have
+                reader.model, parallel, chunk=reader.chunk_tokens, itemsize=itemsize, tokens=total, have=have
             )
         )

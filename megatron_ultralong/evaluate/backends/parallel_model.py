@@ -1,7 +1,7 @@
-"""Our own model as a backend, over all ranks of a torchrun launch: rank 0 asks, the others follow.
+"""This project's model over all ranks of a torchrun launch.
 
-Rank 0 runs the benchmark. Each of its calls is sent to all ranks, which carry it out together; between calls
-the others wait.
+Rank 0 runs the benchmark. Each of its calls is broadcast to all ranks, which carry it out together; between
+calls the other ranks wait.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from megatron_ultralong.checkpoint.hf.reader import load_parameters
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
+from megatron_ultralong.evaluate.backends.decoding import DecodingSession
+from megatron_ultralong.evaluate.backends.model_files import end_tokens, fingerprint, load_tokenizer
 from megatron_ultralong.evaluate.backends.protocol import (
-    Chat,
     Completion,
-    Request,
+    GenerationRequest,
     completion,
-    encode,
-    end_tokens,
-    fingerprint,
-    load_tokenizer,
-    settings,
+    generation_settings,
+    prompt_ids,
 )
-from megatron_ultralong.evaluate.backends.sampling import Sampling, Session
+from megatron_ultralong.evaluate.backends.sampling import Sampling
+from megatron_ultralong.evaluate.prompts.encode import ChatMode, PromptEncoder
 from megatron_ultralong.runtime import agreement, launch
 
 WAIT = timedelta(days=100)
-"""For rank 0's next call; should rank 0 end, torchrun ends the others."""
+"""Timeout of the wait for rank 0's next call. Where rank 0 fails, torchrun ends the other ranks."""
 CHUNK = 16384
-"""Tokens of a prompt that are read at a time, by all ranks."""
+"""Tokens of a prompt that all ranks read at a time."""
 
 
-class Megatron:
-    """A training checkpoint, or a Hugging Face directory that is read in place. Every rank makes one; all but
-    rank 0 then `follow`."""
+class ParallelModel:
+    """A training checkpoint, or a Hugging Face directory that is read in place. Every rank creates one; all
+    but rank 0 then call `follow`."""
 
     def __init__(
         self,
@@ -52,26 +51,26 @@ class Megatron:
         tokenizer: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        chat: Chat = "auto",
-        sampling: Sampling = Sampling(),
+        chat: ChatMode = "auto",
+        sampling: Sampling = Sampling(),  # noqa: B008
         chunk: int = CHUNK,
-    ) -> None:  # noqa: B008
-        """path: a run directory, one iteration, or a Hugging Face directory. tokenizer: its folder, where it
-        is not in there. dtype: fp32 or bf16; auto = bf16, but fp32 on a CPU. UserError for what does not fit:
-        ranks, model, memory."""
+    ) -> None:
+        """path: a run directory, one iteration, or a Hugging Face directory. tokenizer: its directory where
+        `path` does not contain it. dtype: fp32 or bf16; auto = bf16, but fp32 on a CPU. UserError where
+        ranks, model or memory do not fit together."""
         if device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device {device}: each rank takes its own; use auto, cpu or cuda")
+            raise UserError(f"--device {device}: each rank uses its own device; use auto, cpu or cuda")
         if dtype == "fp16":
-            raise UserError("--dtype fp16: our own model computes in bf16 or fp32")
+            raise UserError("--dtype fp16: the megatron engine computes in bf16 or fp32")
         place, model, rope, self.max_position, assets = _find(path)
         self.path, self.chat, self.sampling, self._place = path, chat, sampling, place
         self.tokenizer = load_tokenizer(
             tokenizer or assets, "--tokenizer" if tokenizer else "--model" if place == assets else "--ckpt"
         )
-        self.end = end_tokens(assets, self.tokenizer)
+        self.end_tokens = end_tokens(assets, self.tokenizer)
         self.ranks = launch.start(Runtime(device=device), parallel)  # type: ignore[arg-type]
-        # Between two calls rank 0 may work alone for hours (prompts of 4M tokens, data sets): longer than any
-        # collective may take.
+        # Between two calls rank 0 may work alone for hours (prompts of 4M tokens, data sets): longer than the
+        # timeout of any collective.
         self._calls = torch.distributed.new_group(backend="gloo", timeout=WAIT)
         precision = dtype if dtype != "auto" else "fp32" if self.ranks.device.type == "cpu" else "bf16"
         agreement.on_every_rank(
@@ -95,38 +94,38 @@ class Megatron:
             )
         else:
             sharded.load(place, [reader.chunk])
-        self._session, self._rope, self._open = Session(reader), rope, True
+        self._session, self._rope, self._open = DecodingSession(reader), rope, True
 
     # ---- the protocol, on rank 0 ----------------------------------------------------------------
 
     def check(self, length: int, batch: int) -> None:
-        """Keys and values of `batch` prompts that have nothing in common, before any is made. UserError where
-        they do not fit."""
+        """UserError where the keys and values of `batch` prompts with nothing in common do not fit."""
         self._together("check", length, batch)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """All at a time; what their prompts begin with alike is read once, and kept for the next call."""
-        prompts = [encode(self.tokenizer, request, self.chat) for request in requests]
-        written = self._together(
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
+        """Answer all requests in one batch; the common beginning of their prompts is read once, and kept for
+        the next call."""
+        encoder = PromptEncoder(self.tokenizer, self.chat)
+        prompts = [prompt_ids(encoder, request) for request in requests]
+        answers = self._together(
             "generate",
             prompts,
-            [request.tokens for request in requests],
+            [request.max_tokens for request in requests],
             [request.stop for request in requests],
         )
-        for i, (prompt, tokens, request) in enumerate(zip(prompts, written, requests, strict=True)):
-            yield i, completion(self.tokenizer, prompt, tokens, request, self.end)
+        for i, (prompt, generated, request) in enumerate(zip(prompts, answers, requests, strict=True)):
+            yield i, completion(self.tokenizer, prompt, generated, request, self.end_tokens)
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        """For each (context ids, continuation ids) the continuation's summed log-probability, and whether it
-        is what greedy decoding writes."""
+        """See `LikelihoodBackend.loglikelihood`."""
         return self._together("loglikelihood", [(list(a), list(b)) for a, b in pairs])
 
     def token_nll(self, ids: Sequence[int]) -> torch.Tensor:
-        """-log p of each of `ids` but the first after those before it, float32 [n - 1] on the CPU."""
+        """See `LikelihoodBackend.token_nll`."""
         return -self._together("scores", list(ids[:1]), list(ids[1:]))[0]
 
     def describe(self) -> dict[str, Any]:
-        """What the results say about the model."""
+        """The model as results record it."""
         reader, ranks = self._session.reader, self.ranks
         return {
             "backend": "megatron",
@@ -137,12 +136,12 @@ class Megatron:
             "device": ranks.device.type,
             "layout": {"tp": ranks.tp, "pp": ranks.pp, "cp": ranks.cp, "chunk": reader.chunk_tokens},
             "max_position": self.max_position,
-            "settings": settings(self.sampling, self.chat),
+            "settings": generation_settings(self.sampling, self.chat),
             "rope": vars(self._rope),
         }
 
     def close(self) -> None:
-        """Let the other ranks go; not after a failed call, when they have gone."""
+        """Let the other ranks finish; not after a failed call, which ended them."""
         if self._open and self.ranks.is_main:
             self._together("stop")
             launch.stop()
@@ -161,11 +160,11 @@ class Megatron:
 
     def _together(self, name: str, *arguments: Any) -> Any:
         assert self.ranks.is_main
-        self._open = False  # should it fail, the others are somewhere in the middle of it
+        self._open = False  # if the call fails, the other ranks are still in the middle of it
         torch.distributed.broadcast_object_list([(name, *arguments)], src=0, group=self._calls)
-        found = self._do(name, *arguments) if name != "stop" else None
+        result = self._do(name, *arguments) if name != "stop" else None
         self._open = name != "stop"
-        return found
+        return result
 
     def _do(self, name: str, *arguments: Any) -> Any:
         calls: dict[str, Any] = {
@@ -191,27 +190,28 @@ class Megatron:
         )
 
     def _generate(
-        self, prompts: list[list[int]], tokens: list[int], stops: list[tuple[str, ...]]
+        self, prompts: list[list[int]], max_tokens: list[int], stops: list[tuple[str, ...]]
     ) -> list[list[int]]:
-        def ends(stop: tuple[str, ...]) -> Any:
-            # Every rank decides by itself: all have the same tokens.
-            return lambda written: (
-                written[-1] in self.end
-                or (bool(stop) and any(s in self.tokenizer.decode(written) for s in stop))
+        def stop_check(stop: tuple[str, ...]) -> Any:
+            # Every rank decides for itself: all have the same tokens.
+            return lambda generated: (
+                generated[-1] in self.end_tokens
+                or (bool(stop) and any(s in self.tokenizer.decode(generated) for s in stop))
             )
 
-        total = sum(map(len, prompts)) + sum(tokens)
-        hidden = not self.ranks.is_main or total < CHUNK  # short ones have the benchmark's own bar
+        total = sum(map(len, prompts)) + sum(max_tokens)
+        hidden = not self.ranks.is_main or total < CHUNK  # for short prompts the benchmark's own bar suffices
         with tqdm(
             total=total, unit="token", unit_scale=True, desc="reading", leave=False, disable=hidden or None
         ) as bar:
             return self._session.generate(
-                prompts, tokens, [ends(stop) for stop in stops], self.sampling, bar.update
+                prompts, max_tokens, [stop_check(stop) for stop in stops], self.sampling, bar.update
             )
 
 
 def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
-    """(where the weights are, shape, RoPE, positions, folder of config and tokenizer)."""
+    """Locate a model: (path of the weights, model, RoPE, maximum positions, folder of config and
+    tokenizer)."""
     if (path / "config.json").is_file():
         config = read_config(path)
         return path, config.model, config.rope, config.max_position, path

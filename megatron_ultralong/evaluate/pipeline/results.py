@@ -1,128 +1,161 @@
-"""Results of an evaluation on disk and in the terminal."""
+"""The results of a benchmark: one form for all benchmarks, in memory and as OUT/TASK.json.
+
+    {"format": 2, "task": "ruler", "model": {...}, "settings": {...},
+     "scores": [{"task": "vt", "length": 4096, "score": 81.2, "count": 500, "refused": 2}, ...],
+     "extra": {...}}
+
+Files of format 1, which every benchmark wrote in a form of its own, are converted by report/format_1.py.
+"""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.report.heat_map import tokens
+from megatron_ultralong.io import files
+
+FORMAT = 2
+"""Version of the results files."""
+BENCHMARKS = ("ruler", "lveval", "infinitebench", "standard", "perplexity", "niah")
+_FIELDS = ("task", "length", "score", "count")
 
 
-def make_writable(directory: Path) -> None:
-    """Create `directory`; UserError where files cannot be written in it. Asked before the work, not after it."""
-    make_folder(directory)
-    try:
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {directory} cannot be written: {error.strerror or error}") from None
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """The score of one task, at one length where the benchmark has several."""
 
+    task: str
+    """Task or set of the benchmark; the benchmark's name where it has only one."""
+    length: int | None = None
+    """Tokens; LV-Eval: words or characters."""
+    score: float | None
+    """Percent; perplexity: the perplexity itself."""
+    count: int | None = None
+    """Prompts, or rows; None = not recorded."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Prompts that are special in some way, by kind: refused, cut, over (the length), empty (answers) ..."""
 
-def make_folder(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {directory} cannot be written: {error.strerror or error}") from None
+    def to_json(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {
+            **{name: value for name, value in values.items() if name == "score" or value is not None},
+            **self.notes,
+        }
 
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` to `path` whole or not at all; where results of the same task but of something else
-    stood there, a line says so."""
-    if before := _replaced(path, values):
-        print(f"{path} replaces results with other {before}; give another --out to keep both")
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write `lines` as JSON, one a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all; UserError where it cannot be written."""
-    staged = path.with_name(f".{path.name}.part")  # one name: what a killed run leaves, the next writes over
-    try:
-        # Half a surrogate pair, which a model's text may hold, becomes the escape that JSON has for it.
-        staged.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-        staged.replace(path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Inverse of `write_json`; UserError where there is no such file, or no JSON object in it."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return values
-
-
-def _replaced(path: Path, values: dict[str, Any]) -> str:
-    """What the results at `path` were made with that `values` were not, as words; "" = nothing, or no results
-    of that task are there."""
-    try:
-        before = read_json(path)
-    except UserError:
-        return ""
-    if "task" not in values or before.get("task") != values["task"]:
-        return ""
-    one, other = (json.loads(json.dumps(_made_with(some))) for some in (before, values))
-    return ", ".join(name for name in one if one[name] != other[name])
-
-
-def _made_with(values: dict[str, Any]) -> dict[str, Any]:
-    """What decides a result's scores, as far as it says."""
-    model, scores, cells = values.get("model"), values.get("scores"), values.get("cells")
-    where = (
-        {name: [*of] if isinstance(of, dict) else [] for name, of in scores.items()}
-        if isinstance(scores, dict)
-        else {}
-    )
-    return {
-        "model": [model.get(name) for name in ("path", "fingerprint")] if isinstance(model, dict) else None,
-        "settings": [values.get(name) for name in ("settings", "of", "data")],
-        "tasks or lengths": [
-            where,
-            [
-                [cell.get(name) for name in ("set", "task", "length", "depth")]
-                for cell in cells
-                if isinstance(cell, dict)
-            ]
-            if isinstance(cells, list)
-            else [],
-        ],
-    }
-
-
-def grid_table(result: dict[str, Any]) -> str:
-    """Lengths across, depths down, accuracy in percent, as plain text; a `*` marks lengths beyond the model's
-    own positions."""
-    lengths = sorted({cell["length"] for cell in result["cells"]})
-    depths = sorted({cell["depth"] for cell in result["cells"]})
-    accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in result["cells"]}
-    limit = result["model"].get("max_position") or float("inf")
-    names = [tokens(length) + ("*" if length > limit else "") for length in lengths]
-    width = max(7, *(len(name) + 2 for name in names))
-    lines = ["depth".rjust(7) + "".join(name.rjust(width) for name in names)]
-    lines += [
-        f"{depth:g}%".rjust(7) + "".join(f"{accuracy[length, depth]:.0%}".rjust(width) for length in lengths)
-        for depth in depths
-    ]
-    lines += [
-        "all".rjust(7) + "".join(f"{result['by_length'][str(length)]:.0%}".rjust(width) for length in lengths)
-    ]
-    if any(name.endswith("*") for name in names):
-        lines.append(f"* beyond the {limit:,} positions of the model's config")
-    if result.get("refused"):
-        lines.append(
-            f"{result['refused']} prompts were refused by the endpoint and count as 0; the same command asks them again"
+    @classmethod
+    def from_json(cls, values: Any) -> TaskScore:
+        """ValueError where `values` has another form."""
+        if not isinstance(values, dict) or not isinstance(values.get("task"), str):
+            raise ValueError("contains a score without a task")
+        for name, kind in (("length", int), ("count", int), ("score", int | float)):
+            value = values.get(name)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"contains a score of {values['task']} with `{name}` {json.dumps(value)}")
+        return cls(
+            task=values["task"],
+            length=values.get("length"),
+            score=values.get("score"),
+            count=values.get("count"),
+            notes={name: n for name, n in values.items() if name not in _FIELDS and isinstance(n, int)},
         )
-    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """The results of one benchmark."""
+
+    task: str
+    """One of `BENCHMARKS`."""
+    model: dict[str, Any]
+    """`Backend.describe()`; {} = not recorded."""
+    settings: dict[str, Any]
+    """How the prompts were made and answered: everything that decides the scores but the model."""
+    scores: tuple[TaskScore, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What only this benchmark records: averages, single answers, seconds ..."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "model": self.model,
+            "settings": self.settings,
+            "scores": [score.to_json() for score in self.scores],
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> BenchmarkResult:
+        """ValueError where `values` is not a result of format 2."""
+        if not isinstance(values, dict) or values.get("task") not in BENCHMARKS:
+            raise ValueError("is not a benchmark result")
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"has unsupported format version {values.get('format')} (expected 1 or {FORMAT})"
+            )
+        if not isinstance(values.get("scores"), list):
+            raise ValueError("contains no scores")
+        return cls(
+            task=values["task"],
+            **{name: section(values, name) for name in ("model", "settings", "extra")},
+            scores=tuple(map(TaskScore.from_json, values["scores"])),
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the results as JSON; print a line where results of other settings are replaced."""
+        if changed := self._replaces(path):
+            print(f"{path} replaces results with other {changed}; give another --out to keep both")
+        files.write_json(path, self.to_json())
+
+    def _replaces(self, path: Path) -> str:
+        """What differs between this result and the one of the same benchmark in `path`; "" = nothing."""
+        try:
+            before = self.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return ""
+        if before.task != self.task:
+            return ""
+        after = self.from_json(json.loads(json.dumps(self.to_json())))
+        return ", ".join(
+            name
+            for name, old, new in (
+                ("model", _model_files(before.model), _model_files(after.model)),
+                ("settings", before.settings, after.settings),
+                ("tasks or lengths", _cells(before.scores), _cells(after.scores)),
+            )
+            if old != new
+        )
+
+
+def _model_files(model: dict[str, Any]) -> list[Any]:
+    return [model.get(name) for name in ("path", "fingerprint")]
+
+
+def _cells(scores: Iterable[TaskScore]) -> list[tuple[str, int | None]]:
+    return [(score.task, score.length) for score in scores]
+
+
+def section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object inside another; {} where it is missing. ValueError where it is something else."""
+    value = values.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"has `{name}` that is not an object")
+    return value or {}
+
+
+def write_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line; the file appears complete or not at all."""
+    files.write_text(
+        path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    )
+
+
+def short_count(count: int) -> str:
+    """A number of tokens in short form: 131072 -> 128K."""
+    for size, letter in ((1024**2, "M"), (1024, "K")):
+        if count >= size and count % size == 0:
+            return f"{count // size}{letter}"
+    return f"{count:,}"

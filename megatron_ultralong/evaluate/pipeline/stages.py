@@ -1,14 +1,14 @@
-"""The three stages of a benchmark whose questions come from files; each reads files and writes files, and can
-be run again alone.
+"""The three stages of a benchmark with questions from official files. Each reads and writes files and can run
+alone.
 
-    prepare   NAME.prompts.jsonl       {"id", "text", "start", "tokens"}: what is asked, and tokens to write at most
-              NAME.answers.jsonl       {"id", ...}: what the scorer needs
-    predict   NAME.journal.jsonl       answers as they come: a run that was stopped, however, asks for none of them again
-              NAME.predictions.jsonl   {"id", "prediction", "prompt_tokens", "cut"}, once all are there; `refused` where an endpoint
-                                       gave no answer: why. Those are asked again by the next run
-    score     NAME.scores.jsonl        {"id", "score", "prediction", ...}; what is made of them goes to NAME.json
+    prepare   NAME.prompts.jsonl      {"id", "text", "start", "tokens"}: prompts, length of the answers
+              NAME.answers.jsonl      {"id", ...}: what the scorer needs
+    predict   NAME.journal.jsonl      answers as they arrive: a run that was stopped asks nothing twice
+              NAME.predictions.jsonl  {"id", "prediction", "prompt_tokens", "cut"}, once all are available;
+                                      `refused`: why an endpoint refused it. The next run asks it again
+    score     NAME.scores.jsonl       {"id", "score", "prediction", ...}; the results go to NAME.json
 
-Each file's first line says what it was made from. A stage that finds its output made from the same, with
+The header of each file records what it was made from. A stage that finds its output made from the same, with
 nothing refused, does nothing.
 """
 
@@ -23,82 +23,84 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.backends.protocol import Backend, Request, identity
-from megatron_ultralong.evaluate.pipeline import predictions, stage_files
-from megatron_ultralong.evaluate.prompts.truncate import Fitter, Prompt
+from megatron_ultralong.evaluate.backends.protocol import Backend, GenerationRequest, identity
+from megatron_ultralong.evaluate.pipeline import stage_files
+from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
+from megatron_ultralong.evaluate.prompts.truncate import PromptTruncator, TruncatedPrompt
+from megatron_ultralong.io import jsonl
 
 STAGES = ("prepare", "predict", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One question."""
+class BenchmarkQuestion:
+    """One question of a benchmark."""
 
     id: str
-    """Of its own in the benchmark."""
+    """Unique in the benchmark."""
     task: str
     """Its set or task."""
     text: str
-    """The whole prompt, without a chat template."""
+    """The complete prompt, without a chat template."""
     start: str = ""
-    """What of its end begins the answer: in a chat it goes where the answer stands."""
-    tokens: int
-    """To write at most."""
+    """The end of `text` that begins the answer: in a chat it goes to the assistant's turn."""
+    max_tokens: int
+    """Maximum length of the answer."""
     gold: dict[str, Any]
-    """What its scorer needs, as JSON has it."""
+    """What its scorer needs, as JSON values."""
 
 
-def sources(paths: Iterable[Path]) -> list[list[Any]]:
+def file_versions(paths: Iterable[Path]) -> list[list[Any]]:
     """Name, size and time of files: whether prompts were made from the same ones."""
-    return [[path.name, (found := path.stat()).st_size, found.st_mtime_ns] for path in paths]
+    return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
 
 
 def prepare(
     out: Path,
     name: str,
-    of: dict[str, Any],
-    items: Iterable[Item],
+    made_from: dict[str, Any],
+    questions: Iterable[BenchmarkQuestion],
     progress: Callable[[int], Any] = lambda n: None,
 ) -> int:
-    """Write prompts and answers of `items`, and say how many they are; nothing is done where they are there
+    """Write the prompts and gold answers of `questions` and return their number; do nothing where they exist
     already, made from the same.
 
-    of: the settings and files they are made from. UserError where there are none, or two with one id.
+    made_from: the settings and files they are made from. UserError where there are no questions, or two with
+    one id.
     """
-    of = json.loads(json.dumps({"benchmark": name, "format": stage_files.FORMAT, **of}))
+    made_from = json.loads(json.dumps({"benchmark": name, "format": stage_files.FORMAT, **made_from}))
     prompts, answers = out / f"{name}.prompts.jsonl", out / f"{name}.answers.jsonl"
-    if (there := stage_files.head(answers)).get("of") == of == stage_files.head(prompts).get(
-        "of"
-    ) and "items" in there:
-        progress(there["items"])
-        return there["items"]
+    existing = stage_files.read_header(answers)
+    if existing.get("of") == made_from == stage_files.read_header(prompts).get("of") and "items" in existing:
+        progress(existing["items"])
+        return existing["items"]
     golds: dict[str, dict[str, Any]] = {}
-    tokens: dict[str, int] = {}
-    with stage_files.writer(prompts, {"of": of}) as write:
-        for item in items:
-            if item.id in golds:
-                raise UserError(f"--data: two files hold {item.id}; keep one of them")
-            golds[item.id] = {"task": item.task, **item.gold}
-            tokens[item.task] = max(item.tokens, tokens.get(item.task, 0))
-            write(
-                {"id": item.id, "text": _whole(item.text), "start": _whole(item.start), "tokens": item.tokens}
-            )
+    max_tokens: dict[str, int] = {}
+    with jsonl.complete_file(prompts, {"of": made_from}) as write:
+        for question in questions:
+            if question.id in golds:
+                raise UserError(f"--data: two files contain {question.id}; keep one of them")
+            golds[question.id] = {"task": question.task, **question.gold}
+            max_tokens[question.task] = max(question.max_tokens, max_tokens.get(question.task, 0))
+            text, start = (_without_surrogates(part) for part in (question.text, question.start))
+            write({"id": question.id, "text": text, "start": start, "tokens": question.max_tokens})
             progress(1)
         if not golds:
-            raise UserError("--data: the files hold no question of those asked for")
-    with stage_files.writer(answers, {"of": of, "items": len(golds), "tokens": tokens}) as write:
+            raise UserError("--data: the files contain none of the requested questions")
+    header = {"of": made_from, "items": len(golds), "tokens": max_tokens}
+    with jsonl.complete_file(answers, header) as write:
         for id, gold in golds.items():
             write({"id": id, **gold})
     return len(golds)
 
 
 def count(out: Path, name: str) -> int:
-    """Questions that were prepared; UserError where none were."""
-    return stage_files.made(out / f"{name}.answers.jsonl", "prepare", "items")["items"]
+    """Number of prepared questions; UserError where none were prepared."""
+    return stage_files.require_header(out / f"{name}.answers.jsonl", "prepare", "items")["items"]
 
 
-def _whole(text: str) -> str:
-    """Half a surrogate pair is no sign, and no tokenizer takes it."""
+def _without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no tokenizer accepts."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -111,180 +113,101 @@ def predict(
     batch: int | None = None,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> None:
-    """Ask `backend` all that was prepared.
+    """Answer all prepared questions with `backend`.
 
-    max_length: prompt and answer together, tokens; None = the positions of the model's config, where it says
-    them. batch: prompts at a time. progress: called with the number of answers since the last call. UserError
-    where nothing is prepared, where a limit leaves no room, or where --out holds answers of another model.
+    max_length: tokens of prompt and answer together; None = the positions of the model's config, where known.
+    batch: prompts per batch. progress: called with the number of answers since the last call. UserError where
+    nothing is prepared, where a limit leaves no room, or where --out contains answers of another model.
     """
-    prepared, model = (
-        stage_files.made(out / f"{name}.answers.jsonl", "prepare", "items", "tokens"),
-        backend.describe(),
-    )
-    if stage_files.head(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
+    prepared = stage_files.require_header(out / f"{name}.answers.jsonl", "prepare", "items", "tokens")
+    if stage_files.read_header(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
         raise UserError(
-            f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are not of one run; use --stage prepare again"
+            f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are of different runs; use --stage prepare again"
         )
     max_length = max_length if max_length is not None else backend.max_position
     if max_length is None:
         print(
-            f"{name}: prompts are not cut, the model's positions are not known; what is too long for an endpoint it refuses (see --max-length)"
+            f"{name}: prompts are not cut, since the model's positions are not known; an endpoint refuses those that are too "
+            "long "
+            "(see --max-length)"
         )
-    fitter = Fitter(backend.tokenizer, chat=backend.chat, max_length=max_length)
-    for task, tokens in prepared["tokens"].items():
-        fitter.check(task, tokens)
-    head = json.loads(
-        json.dumps(
-            {
-                "of": prepared["of"],
-                "model": model,
-                "identity": identity(backend),
-                "settings": {"max_length": max_length, "chat": fitter.chat},
-            }
-        )
-    )
-    path, asked = out / f"{name}.predictions.jsonl", deque[Prompt]()
-    rows: list[dict[str, Any]] = []
-    there = stage_files.head(path)
-    if all(there.get(of) == head[of] for of in ("of", "settings", "identity")) and there.get("refused") == {}:
+    truncator = PromptTruncator(backend.tokenizer, chat=backend.chat, max_length=max_length)
+    for task, max_tokens in prepared["tokens"].items():
+        truncator.check(task, max_tokens)
+    header = {
+        "of": prepared["of"],
+        "model": backend.describe(),
+        "identity": identity(backend),
+        "settings": {"max_length": max_length, "chat": truncator.chat},
+    }
+    header = json.loads(json.dumps(header))
+    path = out / f"{name}.predictions.jsonl"
+    existing = stage_files.read_header(path)
+    if all(existing.get(key) == header[key] for key in ("of", "settings", "identity")) and not existing.get(
+        "refused", True
+    ):
         progress(prepared["items"])
         return
 
-    def prompts() -> Iterator[Prompt]:
-        for line in stage_files.read(
-            out / f"{name}.prompts.jsonl", "prepare", "id", "text", "start", "tokens"
-        ):
-            asked.append(fitter.prompt(line["id"], line["text"], line["tokens"], line["start"]))
-            yield asked[-1]
+    asked: deque[TruncatedPrompt] = deque()
 
-    requests = (Request(id=p.id, text=p.text, prefix=p.prefix, ids=p.ids, tokens=p.tokens) for p in prompts())
-    for one in predictions.run(
-        backend, requests, out / f"{name}.journal.jsonl", batch=batch, progress=progress
-    ):
+    def requests() -> Iterator[GenerationRequest]:
+        lines = stage_files.read_lines(
+            out / f"{name}.prompts.jsonl", "prepare", "id", "text", "start", "tokens"
+        )
+        for line in lines:
+            asked.append(truncator.prompt(line["id"], line["text"], line["tokens"], line["start"]))
+            yield asked[-1].request
+
+    predictions: list[dict[str, Any]] = []
+    log = out / f"{name}.journal.jsonl"
+    for answer in answer_all(backend, requests(), log, batch=batch, progress=progress):
         prompt = asked.popleft()
-        rows.append(
+        predictions.append(
             {
-                "id": prompt.id,
-                "prediction": one.text,
-                "prompt_tokens": len(prompt.ids),
+                "id": answer.id,
+                "prediction": answer.text,
+                "prompt_tokens": len(prompt.request.ids or ()),
                 "cut": prompt.cut,
-                **({} if one.answered else {"refused": one.finish}),
+                **({} if answer.answered else {"refused": answer.finish}),
             }
         )
-    # By the kind of reason: its text may tell the size of each prompt.
-    refused = Counter(row["refused"].partition(":")[0] for row in rows if "refused" in row)
-    with stage_files.writer(path, {**head, "refused": refused}) as write:
-        for row in rows:
-            write(row)
+    # Count by the kind of reason: its text may contain the size of each prompt.
+    refused = Counter(line["refused"].partition(":")[0] for line in predictions if "refused" in line)
+    with jsonl.complete_file(path, {**header, "refused": refused}) as write:
+        for line in predictions:
+            write(line)
 
 
 def score(
     out: Path, name: str, scorer: Callable[[dict[str, Any], str], float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what the answers are of, and for each question what it is, its `prediction`, `cut` and `score`);
-    written to NAME.scores.jsonl too.
+    """Score all predictions and write NAME.scores.jsonl; returns (header of the predictions, for each
+    question its gold answer, `prediction`, `cut` and `score`).
 
-    scorer: called with an answers line and a prediction. UserError where a stage before was not run, or was
-    run on something else.
+    scorer: called with a line of the gold answers and a prediction. UserError where a previous stage is
+    missing, or was run on something else.
     """
-    prepared = stage_files.made(out / f"{name}.answers.jsonl", "prepare")
-    head = stage_files.made(out / f"{name}.predictions.jsonl", "predict", "model", "settings", "refused")
-    if head["of"] != prepared["of"]:
+    prepared = stage_files.require_header(out / f"{name}.answers.jsonl", "prepare")
+    path = out / f"{name}.predictions.jsonl"
+    header = stage_files.require_header(path, "predict", "model", "settings", "refused")
+    if header["of"] != prepared["of"]:
         raise UserError(
-            f"{out}: the answers there are not to the questions that were prepared last; use --stage predict again"
+            f"{out}: the predictions do not belong to the questions that were prepared last; use --stage predict again"
         )
-    found = {
-        line["id"]: line
-        for line in stage_files.read(
-            out / f"{name}.predictions.jsonl", "predict", "id", "prediction", "prompt_tokens", "cut"
-        )
-    }
-    rows = []
-    for gold in stage_files.read(out / f"{name}.answers.jsonl", "prepare", "id", "task"):
-        if gold["id"] not in found:
+    fields = ("id", "prediction", "prompt_tokens", "cut")
+    predictions = {line["id"]: line for line in stage_files.read_lines(path, "predict", *fields)}
+    scored = []
+    for gold in stage_files.read_lines(out / f"{name}.answers.jsonl", "prepare", "id", "task"):
+        if gold["id"] not in predictions:
             raise UserError(
-                f"{out}: {name}.predictions.jsonl has no answer to {gold['id']}; remove it and use --stage predict again"
+                f"{out}: {path.name} has no answer to {gold['id']}; remove it and use --stage predict again"
             )
-        one = found[gold["id"]]
-        rows.append({**gold, **one, "score": 0.0 if "refused" in one else scorer(gold, one["prediction"])})
-    with stage_files.writer(out / f"{name}.scores.jsonl", head) as write:
-        for row in rows:
-            write(
-                {
-                    key: row[key]
-                    for key in ("id", "score", "prediction", "prompt_tokens", "cut", "refused")
-                    if key in row
-                }
-            )
-    return head, rows
-
-
-# ---- what results are made of ------------------------------------------------------------------
-
-
-def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of one set or task: questions, mean score in percent, prompts that were cut, prompts that
-    an endpoint refused."""
-    return {
-        "questions": len(rows),
-        "score": 100 * sum(row["score"] for row in rows) / len(rows),
-        "cut": sum(row["cut"] > 0 for row in rows),
-        "refused": sum("refused" in row for row in rows),
-    }
-
-
-def mark(cell: dict[str, Any]) -> str:
-    """What stands beside a cell's score in a table: `notes` says what it means."""
-    return "!" if cell["refused"] else "*" if cell["cut"] else " "
-
-
-def average(scores: list[float], of: int) -> dict[str, Any]:
-    """Mean of the scores there are, how many they are, and how many there would be."""
-    return {"score": sum(scores) / len(scores) if scores else None, "cells": len(scores), "of": of}
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """What stands below a table: averages, and what the scores are of."""
-    found = []
-    for label, one in result["averages"].items():
-        part = f" over {one['cells']} of {one['of']}" if one["cells"] < one["of"] else ""
-        found.append(f"average {label}: " + (f"{one['score']:.2f}" if one["cells"] else "-") + part)
-    if result["refused"]:
-        reasons = ", ".join(f"{reason} ({number})" for reason, number in result["refused"].items())
-        found.append(
-            f"! {sum(result['refused'].values())} prompts were refused by the endpoint and count as 0: {reasons}; "
-            "the same command asks them again"
-        )
-    if any(cell["cut"] for cell in result["cells"]):
-        found.append(
-            f"* the middle of some prompts was cut, to {result['settings']['max_length']:,} tokens with the answer"
-        )
-    if result["of"]["limit"]:
-        found.append(f"only the first {result['of']['limit']} questions each")
-    return [*found, f"wording: {result['wording']}"]
-
-
-# ---- what is asked for -------------------------------------------------------------------------
-
-
-def names(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """A list on the command line, "a,b"; all of `known` where there is none."""
-    return (
-        tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-        if text is not None
-        else known
-    )
-
-
-def check_names(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """UserError where a name is not known, or none is given."""
-    if not given:
-        raise UserError(f"{flag}: give at least one of {', '.join(known)}")
-    for name in given:
-        if name not in known:
-            raise UserError(f"{flag} {name}: known are {', '.join(known)}")
-
-
-def check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise UserError("--limit must be at least 1")
+        line = predictions[gold["id"]]
+        points = 0.0 if "refused" in line else scorer(gold, line["prediction"])
+        scored.append({**gold, **line, "score": points})
+    with jsonl.complete_file(out / f"{name}.scores.jsonl", header) as write:
+        names = ("id", "score", "prediction", "prompt_tokens", "cut", "refused")
+        for line in scored:
+            write({key: line[key] for key in names if key in line})
+    return header, scored

@@ -1,7 +1,8 @@
-"""Prompts as a benchmark's own repository words them, read from a checkout that the user has: nothing of its
-code is run.
+"""Official prompt templates, parsed from the user's checkout of a benchmark's repository without running its
+code.
 
-They are not shipped with this package. Without a checkout our own words are used, and the results say so.
+They are not shipped with this package. Without a checkout this project's own wording is used, and the results
+say so.
 """
 
 from __future__ import annotations
@@ -18,69 +19,65 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
-    """`template` with each {name} replaced; what stands in the fields is left as it is."""
-    return _FIELD.sub(lambda found: fields[found[1]], template)
+    """Replace each {name} of `template`; braces in the values of the fields stay as they are."""
+    return _FIELD.sub(lambda match: fields[match[1]], template)
 
 
-def read(path: Path, name: str, wanted: Mapping[str, set[str]]) -> dict[str, str]:
-    """The templates in the dictionary that `name` is assigned in a Python file.
+def read(path: Path, name: str, expected: Mapping[str, set[str]]) -> dict[str, str]:
+    """Read the templates in the dictionary that a Python file assigns to `name`.
 
-    wanted: of each template, the fields that it has. UserError where the file, the dictionary or a template
-    is not there, is not made of texts alone, or has other fields.
+    expected: the fields of each template. UserError where the file, the dictionary or a template is missing,
+    is not made of string literals, or has other fields.
     """
-    for node in ast.walk(_parsed(path)):
+    for node in ast.walk(_parse(path)):
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == name for target in node.targets
         ):
             templates = _texts(node.value, path, name)
             break
     else:
-        raise UserError(f"--official: {path} assigns no {name}; is this the benchmark's own repository?")
-    for key, fields in wanted.items():
+        raise UserError(f"--official: {path} assigns no {name}; is this the benchmark's repository?")
+    for key, fields in expected.items():
         if set(_FIELD.findall(templates.get(key, ""))) != fields:
-            raise UserError(f"--official: {path}: {name}[{key!r}] is no template with {_braced(fields)}")
-    return {key: templates[key] for key in wanted}
+            raise UserError(f"--official: {path}: {name}[{key!r}] is not a template with {_braced(fields)}")
+    return {key: templates[key] for key in expected}
 
 
 def read_f_string(path: Path, name: str, fields: set[str]) -> str:
-    """The only f-string that `name` is assigned in a Python file, as a template with those fields; UserError
+    """Read the only f-string that a Python file assigns to `name`, as a template with `fields`; UserError
     otherwise."""
-    found = [
+    values = [
         node.value
-        for node in ast.walk(_parsed(path))
+        for node in ast.walk(_parse(path))
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.JoinedStr)
         and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
     ]
-    parts = [
-        part.value
-        if isinstance(part, ast.Constant)
-        else f"{{{ast.unparse(part.value)}}}"
-        if isinstance(part, ast.FormattedValue)
-        else ""
-        for value in found
+    template = "".join(
+        str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
+        for value in values
         for part in value.values
-    ]
-    template = "".join(map(str, parts))
-    if len(found) != 1 or set(_FIELD.findall(template)) != fields:
+        if isinstance(part, ast.Constant | ast.FormattedValue)
+    )
+    if len(values) != 1 or set(_FIELD.findall(template)) != fields:
         raise UserError(
-            f"--official: {path} does not assign {name} one f-string with {_braced(fields)}; is this the benchmark's own repository?"
+            f"--official: {path} does not assign {name} one f-string with {_braced(fields)}; is this the benchmark's repository?"
         )
     return template
 
 
-def _parsed(path: Path) -> ast.Module:
+def _parse(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(
-            f"--official: {path} cannot be read as Python ({error}); give a checkout of the benchmark's own repository"
+            f"--official: {path} cannot be parsed as Python ({error}); give a checkout of the benchmark's repository"
         ) from None
 
 
 def _texts(node: ast.expr, path: Path, name: str) -> dict[str, str]:
     if not isinstance(node, ast.Dict):
-        raise UserError(f"--official: {path}: {name} is no dictionary")
+        raise UserError(f"--official: {path}: {name} is not a dictionary")
     try:
         return {
             ast.literal_eval(key): _text(value)
@@ -88,11 +85,11 @@ def _texts(node: ast.expr, path: Path, name: str) -> dict[str, str]:
             if key is not None
         }
     except (ValueError, TypeError):
-        raise UserError(f"--official: {path}: {name} does not hold texts alone") from None
+        raise UserError(f"--official: {path}: {name} does not contain string literals only") from None
 
 
 def _text(node: Any) -> str:
-    """A literal, or literals joined by +."""
+    """A string literal, or several joined by +."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left) + _text(node.right)
     value = ast.literal_eval(node)

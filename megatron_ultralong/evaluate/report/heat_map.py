@@ -1,11 +1,13 @@
-"""Heat maps of passkey results: lengths across, depths down, one panel a result. Drawn without a display."""
+"""Heat maps of passkey results: lengths across, depths down, one panel per result. Drawn without a
+display."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, short_count
+from megatron_ultralong.io import files
 
 RED_TO_GREEN = (
     "#d73027",
@@ -14,58 +16,45 @@ RED_TO_GREEN = (
     "#d9ef8b",
     "#91cf60",
     "#1a9850",
-)  # over yellow, as such grids are usually drawn
-PANELS = 3  # side by side
+)
+PANELS = 3  # per row
 INK, QUIET = "#1f2430", "#6b7280"
 
 
-def check(result: dict[str, Any]) -> None:
-    """ValueError where `result` is none of `niah`, or has no grid to draw."""
-    cells, means, model = result.get("cells"), result.get("by_length"), result.get("model")
-    if result.get("task") != "niah":
-        raise ValueError("holds no passkey results; give files that `niah` wrote")
-    if (
-        not isinstance(cells, list)
-        or not cells
-        or not isinstance(means, dict)
-        or not isinstance(model or {}, dict)
-    ):
-        raise ValueError(
-            "holds no grid: `cells`, `by_length` or `model` is missing, empty or of another form"
+def check(result: BenchmarkResult) -> None:
+    """ValueError where `result` is not one of `niah`, or contains no grid to draw."""
+    if result.task != "niah":
+        raise ValueError("contains no passkey results; give files that `niah` wrote")
+    if not isinstance(result.model.get("max_position"), int | None):
+        raise ValueError("has positions of its model that are not a number")
+    cells, means = result.extra.get("cells"), _means(result)
+    if not isinstance(cells, list) or not cells:
+        raise ValueError("contains no grid: `cells` is missing or empty")
+    try:
+        complete = all(
+            0 <= cell["depth"] <= 100 and 0 <= cell["accuracy"] <= 1 and 0 <= means[cell["length"]] <= 1
+            for cell in cells
         )
-    if not isinstance((model or {}).get("max_position"), int | None):
-        raise ValueError("says positions of its model that are no number")
-    for cell in cells:
-        if (
-            not isinstance(cell, dict)
-            or not isinstance(cell.get("length"), int)
-            or not all(
-                isinstance(value, (int, float)) and 0 <= value <= most
-                for value, most in (
-                    (cell.get("depth"), 100),
-                    (cell.get("accuracy"), 1),
-                    (means.get(str(cell["length"])), 1),
-                )
-            )
-        ):
-            raise ValueError(
-                "holds no whole grid: a cell lacks length, depth or accuracy, or a length its mean, or they are above 100%"
-            )
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(
+            "contains no complete grid: a cell lacks length, depth or accuracy, or a length its mean, or they are above 100%"
+        )
 
 
 def heat_maps(
-    results: list[dict[str, Any]],
+    results: list[BenchmarkResult],
     titles: list[str],
     path: Path,
     *,
     heading: str = "Passkey retrieval (own wording, own grid)",
     trained: list[int | None] | None = None,
 ) -> None:
-    """Write a PNG with one panel for each of `results` (the values of niah.json, which `check` passes), three
-    side by side, then below.
+    """Write a PNG with one panel for each of `results`, which pass `check`, three per row.
 
-    trained: tokens a model was made for, one a panel: a dashed line is drawn after that length (None = no
-    line). UserError where `path` cannot be written.
+    trained: the context length of each model: a dashed line is drawn after it (None = no line). UserError
+    where `path` cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -86,12 +75,12 @@ def heat_maps(
     image: Any = None
     for i, (panel, result, title) in enumerate(zip(panels[: len(results)], results, titles, strict=True)):
         lengths, depths = _axis(result, "length"), _axis(result, "depth")
-        accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in result["cells"]}
+        accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in result.extra["cells"]}
         grid = [[accuracy.get((length, depth), float("nan")) for length in lengths] for depth in depths]
         image = panel.imshow(grid, cmap=colours, norm=Normalize(0, 1), aspect="auto", origin="upper")
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
-                if columns <= 16 and value == value:  # Not for NaN.
+                if columns <= 16 and value == value:  # not NaN
                     panel.text(
                         column,
                         row,
@@ -101,10 +90,9 @@ def heat_maps(
                         fontsize=8,
                         color="white" if value < 0.2 or value > 0.9 else INK,
                     )
-        means = [result["by_length"][str(length)] for length in lengths]
+        means = _means(result)
         panel.set_xticks(
-            range(len(lengths)),
-            [f"{tokens(length)}\n{mean:.0%}" for length, mean in zip(lengths, means, strict=True)],
+            range(len(lengths)), [f"{short_count(length)}\n{means[length]:.0%}" for length in lengths]
         )
         panel.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
         if i % across == 0:
@@ -127,19 +115,25 @@ def heat_maps(
     bar.ax.tick_params(length=0, colors=QUIET, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.set_label("correct", color=QUIET, fontsize=9)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG. UserError where `path` cannot be written."""
     try:
         figure.savefig(path, format="png")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise files.cannot_write(str(path), error) from None
 
 
-def tokens(count: int) -> str:
-    """A count of tokens as people write it: 131072 -> 128K."""
-    for size, letter in ((1024**2, "M"), (1024, "K")):
-        if count >= size and count % size == 0:
-            return f"{count // size}{letter}"
-    return f"{count:,}"
+def _means(result: BenchmarkResult) -> dict[int, float]:
+    """Accuracy at each length over all depths, 0 to 1."""
+    return {
+        score.length: score.score / 100
+        for score in result.scores
+        if score.length is not None and score.score is not None
+    }
 
 
-def _axis(result: dict[str, Any], name: str) -> list[Any]:
-    return sorted({cell[name] for cell in result["cells"]})
+def _axis(result: BenchmarkResult, name: str) -> list[Any]:
+    return sorted({cell[name] for cell in result.extra["cells"]})

@@ -7,52 +7,52 @@ import io
 from dataclasses import dataclass
 
 from megatron_ultralong.evaluate.report import published
-from megatron_ultralong.evaluate.report.cells import LEGEND, Cell
+from megatron_ultralong.evaluate.report.cells import LEGEND, TableCell
 
-Rows = dict[str, dict[str, Cell]]
-"""By row and column."""
+CellsByRow = dict[str, dict[str, TableCell]]
+"""{row: {column: cell}}"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class ReportTable:
     """One table of the report."""
 
     name: str
-    """Of its files."""
+    """Of its .csv file and plot."""
     heading: str
     columns: list[str]
-    rows: Rows
-    theirs: list[str]
-    """Which rows are published."""
+    rows: CellsByRow
+    published: list[str]
+    """The rows with published figures."""
 
     def shown(self, row: str) -> list[str]:
-        """A row's cells with their marks; "-" where there is no score."""
+        """A row's cells with their marks; "-" where a score is missing."""
         return [
             cell.number() + cell.marks() if (cell := self.rows[row].get(column)) else "-"
             for column in self.columns
         ]
 
     def notes(self, row: str) -> list[str]:
-        """What a row's scores are told with, "COLUMNS: note; note" for those that have it; no columns where
-        all have."""
+        """The notes of a row's scores, as "COLUMNS: note; note" per group of columns that have them; without
+        columns where all have."""
         cells = self.rows[row]
-        found: dict[str, dict[str, int]] = {}
+        columns_of: dict[str, dict[str, int]] = {}
         for column, cell in cells.items():
-            for note, count in cell.told().items():
-                found.setdefault(note, {})[column] = count
+            for note, count in cell.all_notes().items():
+                columns_of.setdefault(note, {})[column] = count
         lines: dict[tuple[str, ...], list[str]] = {}
-        for note, counts in found.items():
+        for note, counts in columns_of.items():
             lines.setdefault(tuple(counts), []).append(_counted(note, counts))
         return [
             ("" if len(columns) == len(cells) else f"{', '.join(columns)}: ") + "; ".join(notes)
             for columns, notes in lines.items()
         ]
 
-    def foot(self) -> list[str]:
-        """Lines below it: what its marks mean, and its notes."""
-        found = {mark for cells in self.rows.values() for cell in cells.values() for mark in cell.marks()}
+    def footnotes(self) -> list[str]:
+        """Lines below the table: the legend of its marks, and its notes."""
+        marks = {mark for cells in self.rows.values() for cell in cells.values() for mark in cell.marks()}
         return [
-            *(f"{mark} {text}" for mark, text in LEGEND.items() if mark in found),
+            *(f"{mark} {text}" for mark, text in LEGEND.items() if mark in marks),
             *(f"{row}: {line}" for row in self.rows for line in self.notes(row)),
         ]
 
@@ -65,28 +65,28 @@ def _counted(note: str, counts: dict[str, int]) -> str:
     )
 
 
-def markdown(table: Table) -> str:
+def markdown(table: ReportTable) -> str:
     lines = ["| model | " + " | ".join(table.columns) + " |", "|---|" + "---:|" * len(table.columns)]
     for row in table.rows:
         name = row.replace("|", "\\|")
         lines.append(
-            f"| {f'*{name}*' if row in table.theirs else name} | " + " | ".join(table.shown(row)) + " |"
+            f"| {f'*{name}*' if row in table.published else name} | " + " | ".join(table.shown(row)) + " |"
         )
-    foot = [f"- {line}" for line in table.foot()]
-    return "\n".join([*lines, *([""] if foot else []), *foot])
+    footnotes = [f"- {line}" for line in table.footnotes()]
+    return "\n".join([*lines, *([""] if footnotes else []), *footnotes])
 
 
-def as_csv(table: Table) -> str:
-    """The same with plain numbers, and what they are told with in the last column."""
+def as_csv(table: ReportTable) -> str:
+    """The table with plain numbers, and the notes in the last column."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "source", *table.columns, "notes"])
     for row, cells in table.rows.items():
-        theirs = row in table.theirs
+        is_published = row in table.published
         writer.writerow(
             [
-                row.removesuffix(" (published)") if theirs else row,
-                published.SOURCE if theirs else "measured",
+                row.removesuffix(" (published)") if is_published else row,
+                published.SOURCE if is_published else "measured",
                 *(cells[column].number() if column in cells else "-" for column in table.columns),
                 ". ".join(table.notes(row)),
             ]

@@ -1,8 +1,8 @@
-"""Figures that the paper published, for tables beside one's own: "From 128K to 4M", arXiv 2504.06214. Nothing
-here was measured by this project.
+"""Figures that the UltraLong paper published ("From 128K to 4M", arXiv 2504.06214), for comparison in the
+report. Nothing here was measured by this project.
 
-Percent. RULER and LV-Eval are averages over lengths up to the one named. What is not here was not at hand,
-not zero.
+Percent. RULER and LV-Eval are averages over lengths up to the named one. A missing figure is unknown, not
+zero.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LONG: dict[str, dict[str, float]] = {
     },
     "ablation, 1M after pretraining: 512K first, then 1M": {"RULER <1M": 77.52},
 }
-"""By model and column of the table of long contexts."""
+"""{model: {column: score}} of the table of long contexts."""
 
 STANDARD: dict[str, dict[str, float]] = {
     "Llama-3.1-8B-Instruct": {"average": 61.45},
@@ -52,6 +52,6 @@ STANDARD: dict[str, dict[str, float]] = {
     "UltraLong-2M": {"average": 61.06},
     "UltraLong-4M": {"average": 60.95},
 }
-"""By model and column of the table of standard benchmarks."""
+"""{model: {column: score}} of the table of standard benchmarks."""
 
 PASSKEY = "UltraLong-1M, -2M and -4M: 100% at every length and depth (published)."

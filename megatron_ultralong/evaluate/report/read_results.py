@@ -1,66 +1,74 @@
-"""Results of all benchmarks, read into one form for the report.
-
-Every file is {"format": 1, "task", "model", "settings", "scores"}, scores in percent:
-
-    ruler, lveval            {task or set: {length: score}}
-    infinitebench, standard  {task: score}
-    perplexity               {length: {"perplexity", "by_position", ...}}
-    niah                     its own form: "by_length" {length: share of 1}
-
-A score may also be {"score": number, ...}; in place of `scores` there may be `cells`, a list of {"set" or
-"task", "length", "score"}; a length is a number or like 16k.
-"""
+"""Results of all benchmarks, read from files and directories for the report."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.report import curves
-from megatron_ultralong.evaluate.report.cells import Cell, notes_of, part
+from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
+from megatron_ultralong.evaluate.report import curves, format_1
+from megatron_ultralong.evaluate.report.cells import TableCell, notes_of
 
-TASKS = ("ruler", "lveval", "infinitebench", "standard", "perplexity", "niah")
 SEVERAL = "niah, several needles"
-"""The task of passkey results that hide several in a prompt: another question than niah's."""
-FORMAT = 1
+"""The kind of passkey results with several needles in a prompt: another question than niah's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One file."""
+class ModelScores:
+    """The scores of one file, ready for the tables."""
 
     file: Path
-    task: str
-    """Of TASKS, or SEVERAL."""
+    kind: str
+    """One of `results.BENCHMARKS`, or `SEVERAL`."""
     model: str
-    """What tables call it."""
+    """The model's name in tables."""
     row: str
-    """The row of its scores: the model, and with several needles how many."""
+    """Its row: the model's name, and with several needles their number."""
     named: bool
     """Whether the user gave the name."""
-    files: str
-    """Which files the model had; "" = not known."""
+    fingerprint: str
+    """Of the model's files; "" = not known."""
     scores: dict[Any, Any]
-    """Cells. ruler, lveval: {name: {length: cell}}; niah, perplexity: {length: cell}; else {name: cell}."""
-    raw: dict[str, Any]
+    """Cells. ruler, lveval: {task: {length: cell}}; niah, perplexity: {length: cell}; others: {task:
+    cell}."""
+    result: BenchmarkResult
 
 
-def collect(places: Iterable[str]) -> tuple[list[Result], list[str], list[str]]:
-    """(results in the order of their files, a line for each file that is none, a line for each choice that
-    was made between or over results).
+def parse(raw: Any) -> BenchmarkResult:
+    """The results in a JSON object of format 1 or 2. ValueError where it contains none."""
+    if isinstance(raw, dict) and raw.get("format") == 1:
+        return format_1.convert(raw)
+    return BenchmarkResult.from_json(raw)
 
-    places: PATH or NAME=PATH, where NAME is what the models below that path are to be called; directories are
-    searched. UserError where a path does not exist.
+
+def read_for(path: Path, check: Callable[[BenchmarkResult], None]) -> BenchmarkResult:
+    """Read a results file that passes `check`. UserError where it cannot be read, or `check` raises
+    ValueError."""
+    try:
+        result = parse(json.loads(path.read_text(encoding="utf-8")))
+        check(result)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from None
+    return result
+
+
+def collect(places: Iterable[str]) -> tuple[list[ModelScores], list[str], list[str]]:
+    """(results in the order of their files, one line per file that is not a result, one line per choice that
+    was made between results).
+
+    places: PATH or NAME=PATH, where NAME is the name of the models below that path; directories are searched.
+    UserError where a path does not exist.
     """
-    read: list[Result] = []
+    read: list[ModelScores] = []
     left_out: list[str] = []
-    seen: dict[Path, None] = {}
+    seen: set[Path] = set()
     for place in places:
         name, _, path = ("", "", place) if Path(place).exists() else place.rpartition("=")
         if not Path(path).exists():
@@ -68,160 +76,109 @@ def collect(places: Iterable[str]) -> tuple[list[Result], list[str], list[str]]:
         for file in sorted(Path(path).rglob("*.json")) if Path(path).is_dir() else [Path(path)]:
             if file in seen:
                 continue
-            seen[file] = None
+            seen.add(file)
             try:
                 read.append(_read(file, name))
             except (OSError, ValueError, OverflowError) as error:
                 left_out.append(f"{file} left out: {error}")
-    found, notes = _told_apart(read)
-    for i, result in enumerate(found):
+    separated, notes = _separate(read)
+    for i, one in enumerate(separated):
         notes += [
-            f"{result.file} counts, not {other.file}: both tell {result.task} of {result.row}; of two the one counts that --results names "
-            "later, in one directory the one whose name sorts later, whichever is newer"
-            for other in found[:i]
-            if (other.task, other.row) == (result.task, result.row) and _overlap(other.scores, result.scores)
+            f"{one.file} is used, not {other.file}: both contain {one.kind} of {one.row}; the one that --results names later "
+            "is used, and "
+            "in one directory the one whose name sorts later, regardless of age"
+            for other in separated[:i]
+            if (other.kind, other.row) == (one.kind, one.row) and _overlap(other.scores, one.scores)
         ]
-    return found, left_out, notes
+    return separated, left_out, notes
 
 
-def _read(file: Path, name: str) -> Result:
-    """ValueError where the file is no result."""
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict) or raw.get("task") not in TASKS:
-        raise ValueError("is no result of an evaluation")
-    if raw.get("format") != FORMAT:
-        raise ValueError(f"has format {raw.get('format')}, this version reads {FORMAT}")
-    task, model = raw["task"], part(raw, "model")
-    told = raw.get("by_length") if task == "niah" else raw.get("scores")
-    if not isinstance(told, dict) and isinstance(raw.get("cells"), list):
-        told = _of_cells(raw["cells"])
-    if not isinstance(told, dict):
-        raise ValueError("has no scores")
-    scores: dict[Any, Any]
-    if task == "perplexity":
-        curves.check(raw)
-        scores = _lengths(raw, "", {length: values["perplexity"] for length, values in told.items()})
-    elif task == "niah":
-        refused = _refused(raw)
-        scores = {
-            length: replace(cell, value=100 * cell.value)
-            for length, cell in _lengths(
-                raw,
-                "",
-                {
-                    length: {"score": share, "refused": refused.get(str(length), 0)}
-                    for length, share in told.items()
-                },
-            ).items()
-        }
-    elif task in ("ruler", "lveval"):
-        scores = {
-            of: cells
-            for of, values in told.items()
-            if isinstance(values, dict) and (cells := _lengths(raw, of, values))
-        }
-    else:
-        scores = {of: cell for of, value in told.items() if (cell := _cell(raw, of, value)) is not None}
+def _read(file: Path, name: str) -> ModelScores:
+    """ValueError where the file is not a result."""
+    result = parse(json.loads(file.read_text(encoding="utf-8")))
+    if result.task == "perplexity":
+        curves.check(result)
+    scores: dict[Any, Any] = {}
+    for score in result.scores:
+        cell = _cell(result, score)
+        if cell is None:
+            continue
+        if result.task in ("ruler", "lveval"):
+            if score.length:
+                scores.setdefault(score.task, {})[score.length] = cell
+        elif result.task in ("niah", "perplexity"):
+            if score.length:
+                scores[score.length] = cell
+        else:
+            scores[score.task] = cell
     if not scores:
-        raise ValueError("has no scores")
+        raise ValueError("contains no scores")
+    named = name or result.model
     if name:
-        raw = {**raw, "model": {**model, "name": name}}
-    called = curves.label(raw) if name or model else f"{curves.UNNAMED} ({file.parent})"
-    needles = (
-        part(raw, "settings").get("needles", 1 if raw.get("mode") != "passkeys" else "several")
-        if task == "niah"
-        else 1
-    )
-    return Result(
+        result = replace(result, model={**result.model, "name": name})
+    model = curves.model_name(result.model) if named else f"{curves.UNNAMED} ({file.parent})"
+    needles = result.settings.get("needles", 1) if result.task == "niah" else 1
+    return ModelScores(
         file=file,
-        task=task if needles == 1 else SEVERAL,
-        model=called,
-        row=called if needles == 1 else f"{called}, {needles} needles",
+        kind=result.task if needles == 1 else SEVERAL,
+        model=model,
+        row=model if needles == 1 else f"{model}, {needles} needles",
         named=bool(name),
-        files=str(model.get("fingerprint") or ""),
+        fingerprint=str(result.model.get("fingerprint") or ""),
         scores=scores,
-        raw=raw,
+        result=result,
     )
 
 
-def _told_apart(read: list[Result]) -> tuple[list[Result], list[str]]:
-    """Models of other files under one name get names of their own, where the user gave none; a line where he
-    did."""
+def _cell(result: BenchmarkResult, score: TaskScore) -> TableCell | None:
+    """The table cell of a score; None where it is not a number. LV-Eval's lengths are words, the others'
+    tokens, which may exceed the model's positions."""
+    if score.score is None or not math.isfinite(score.score):
+        return None
+    limit = result.model.get("max_position")
+    beyond = (
+        isinstance(limit, int)
+        and result.task != "lveval"
+        and score.length is not None
+        and score.length > limit
+    )
+    return TableCell(
+        value=float(score.score),
+        notes=notes_of(result, score),
+        beyond=limit if isinstance(limit, int) and beyond else 0,
+    )
+
+
+def _separate(read: list[ModelScores]) -> tuple[list[ModelScores], list[str]]:
+    """Give models with the same name but other files names of their own, unless the user gave the name; then
+    a line says so."""
     notes: list[str] = []
-    apart: list[Result] = []
-    for result in read:
-        known = {other.files for other in read if other.model == result.model and other.files}
-        if len(known) > 1 and not result.named:
-            called = f"{result.model} ({result.files or 'files not known'})"
-            result = replace(result, model=called, row=called + result.row.removeprefix(result.model))
-        elif known and not result.files:
+    separated: list[ModelScores] = []
+    for one in read:
+        known = {other.fingerprint for other in read if other.model == one.model and other.fingerprint}
+        if len(known) > 1 and not one.named:
+            model = f"{one.model} ({one.fingerprint or 'files not known'})"
+            one = replace(one, model=model, row=model + one.row.removeprefix(one.model))
+        elif known and not one.fingerprint:
             notes.append(
-                f"{result.file} does not say which files {result.model} had; it is put with those that do ({', '.join(sorted(known))})"
+                f"{one.file} does not record which files {one.model} had; it shares a row with those that do "
+                f"({', '.join(sorted(known))})"
             )
-        apart.append(result)
-    for name in dict.fromkeys(result.model for result in read if result.named):
+        separated.append(one)
+    for name in dict.fromkeys(one.model for one in read if one.named):
         kinds = {
-            (curves.label({**result.raw, "model": {**result.raw["model"], "name": None}}), result.files)
-            for result in read
-            if result.named and result.model == name
+            (curves.model_name({**one.result.model, "name": None}), one.fingerprint)
+            for one in read
+            if one.named and one.model == name
         }
         if len({files for _, files in kinds if files}) > 1 or len({path for path, _ in kinds}) > 1:
-            notes.append(
-                f"{name}: one name for "
-                + ", ".join(f"{path} ({files or 'files not known'})" for path, files in sorted(kinds))
-            )
-    return apart, notes
-
-
-def _of_cells(cells: list[Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {}
-    for cell in cells:
-        name = cell.get("set", cell.get("task")) if isinstance(cell, dict) else None
-        if not isinstance(name, str):
-            raise ValueError("has `cells` without set or task")
-        if "length" in cell:
-            told.setdefault(name, {})[str(cell["length"])] = cell
-        else:
-            told[name] = cell
-    return told
-
-
-def _lengths(raw: dict[str, Any], of: str, told: dict[str, Any]) -> dict[int, Cell]:
-    """Cells by length; LV-Eval's lengths are words, the others' tokens, which the model may have no positions
-    for."""
-    limit = part(raw, "model").get("max_position")
-    limit = limit if isinstance(limit, int) and raw["task"] != "lveval" else math.inf
-    return {
-        length: cell if length <= limit else replace(cell, beyond=int(limit))
-        for text, value in told.items()
-        if (length := length_of(text)) and (cell := _cell(raw, of, value)) is not None
-    }
-
-
-def _cell(raw: dict[str, Any], of: str, value: Any) -> Cell | None:
-    number = value.get("score") if isinstance(value, dict) else value
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
-        return None
-    return Cell(value=float(number), notes=notes_of(raw, of, value if isinstance(value, dict) else {}))
-
-
-def _refused(raw: dict[str, Any]) -> dict[str, int]:
-    """Prompts of each length that an endpoint did not answer, of niah's cells."""
-    found: dict[str, int] = {}
-    for cell in raw["cells"] if isinstance(raw.get("cells"), list) else []:
-        if isinstance(cell, dict) and isinstance(cell.get("refused"), int):
-            found[str(cell.get("length"))] = found.get(str(cell.get("length")), 0) + cell["refused"]
-    return found
-
-
-def length_of(text: Any) -> int | None:
-    """16384 of 16384 or 16k; None where it is no length."""
-    found = re.fullmatch(r"(\d+)([kKmM]?)", str(text))
-    return int(found[1]) * {"": 1, "k": 1024, "m": 1024**2}[found[2].lower()] if found else None
+            models = ", ".join(f"{path} ({files or 'files not known'})" for path, files in sorted(kinds))
+            notes.append(f"{name}: one name for {models}")
+    return separated, notes
 
 
 def _overlap(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Whether both tell the same cell."""
+    """Whether both contain the same cell."""
     return any(
         one[key].keys() & other[key].keys() if isinstance(one[key], dict) else True
         for key in one.keys() & other.keys()

@@ -1,9 +1,9 @@
-"""Results of several models as the paper's tables, with its published rows beside them: Markdown, CSV and
+"""The paper's tables from the results of several models, next to its published figures: Markdown, CSV and
 plots.
 
-A cell without a result is "-". An average over lengths is told only where its greatest length was measured. A
-score that is none to compare as it stands (a part of the questions, own wording, cut prompts) has a mark in
-its cell, and the notes of its table say why: cells.py.
+A cell without a result is "-". An average over lengths is shown only where its greatest length was measured.
+A score that is not comparable as it stands (a part of the questions, own wording, cut prompts) has a mark in
+its cell, and the notes of its table give the reasons (cells.py).
 """
 
 from __future__ import annotations
@@ -14,257 +14,235 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.pipeline import results, stages
+from megatron_ultralong.evaluate.pipeline import file_benchmark
+from megatron_ultralong.evaluate.pipeline.results import BENCHMARKS, short_count
 from megatron_ultralong.evaluate.report import curves, published
-from megatron_ultralong.evaluate.report.cells import Cell, joined, mean
-from megatron_ultralong.evaluate.report.heat_map import tokens
-from megatron_ultralong.evaluate.report.markdown import Rows, Table, as_csv, markdown
-from megatron_ultralong.evaluate.report.read_results import SEVERAL, TASKS, Result, collect, length_of
+from megatron_ultralong.evaluate.report.cells import TableCell, combined, mean
+from megatron_ultralong.evaluate.report.markdown import CellsByRow, ReportTable, as_csv, markdown
+from megatron_ultralong.evaluate.report.read_results import SEVERAL, ModelScores, collect
 from megatron_ultralong.evaluate.tasks import infinitebench, lveval
-from megatron_ultralong.evaluate.tasks.ruler import run as ruler
+from megatron_ultralong.evaluate.tasks.ruler import averages as ruler_averages
 from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS as RULER_TASKS
+from megatron_ultralong.io import files
 
-RULER = tuple(f"RULER <{tokens(bound)}" for bound in ruler.BOUNDS)
+RULER = tuple(f"RULER <{short_count(bound)}" for bound in ruler_averages.BOUNDS)
 LVEVAL = {
-    f"LV-Eval {label}": [length for level in levels if (length := length_of(level))]
+    f"LV-Eval {label}": [lveval.LENGTHS[level] for level in levels]
     for label, levels in lveval.AVERAGES.items()
 }
 LONG = (*RULER, *LVEVAL, "InfiniteBench")
 STANDARD = ("MMLU", "MMLU-Pro", "MATH", "GSM8K", "HumanEval")
 HEADING = "# Evaluation"
-FILES = (
-    *(
-        f"{name}.csv"
-        for name in (
-            "long_context",
-            "ruler",
-            "lveval",
-            "infinitebench",
-            "standard",
-            "passkey",
-            "passkeys",
-            "perplexity",
-        )
-    ),
-    *(f"{name}.png" for name in ("long_context", "standard", "ruler", "perplexity")),
-)
-"""All that a report may hold beside report.md."""
-NAMED = 3
-"""Files that are named where none is of use."""
+_TABLES = "long_context ruler lveval infinitebench standard passkey passkeys perplexity".split()
+_PLOTS = "long_context standard ruler perplexity".split()
+FILES = (*(f"{name}.csv" for name in _TABLES), *(f"{name}.png" for name in _PLOTS))
+"""All files that a report may contain besides report.md."""
+_NAMED_FILES = 3
+"""Files that the error names where none is a result."""
 
 
 def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> list[str]:
-    """Write report.md, a .csv a table and plots into `out`; returns lines to print. UserError where no result
-    is found.
+    """Write report.md, a .csv per table and plots into `out`; returns lines to print. UserError where no
+    result is found.
 
-    places: PATH or NAME=PATH, see report_read.collect. Tables and plots that an earlier report left there and
-    this one has not are removed.
+    places: PATH or NAME=PATH, see read_results.collect. Tables and plots of an earlier report in `out` that
+    this one does not contain are removed.
     """
-    found, left_out, notes = collect(places)
-    if not found:
-        more = f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+    results, left_out, notes = collect(places)
+    if not results:
+        more = f"; and {len(left_out) - _NAMED_FILES} more" if len(left_out) > _NAMED_FILES else ""
         raise UserError(
             "--results: no results found; give the files or directories that the other commands wrote"
-            + (f" ({'; '.join(left_out[:NAMED])}{more})" if left_out else "")
+            + (f" ({'; '.join(left_out[:_NAMED_FILES])}{more})" if left_out else "")
         )
-    results.make_writable(out)
-    earlier = _is_report(out / "report.md")
-    tables = build(found, with_published)
+    files.check_writable(out, f"--out {out}")
+    had_report = _is_report(out / "report.md")
+    tables = build(results, with_published)
     text = [HEADING, ""]
     for table in tables:
         text += [f"## {table.heading}", "", markdown(table), ""]
         if table.name == "passkey" and with_published:
             text += [published.PASSKEY, ""]
-        results.write_text(out / f"{table.name}.csv", as_csv(table))
+        files.write_text(out / f"{table.name}.csv", as_csv(table))
     if with_published:
         text += [f"*Rows in italics are published figures ({published.SOURCE}), not measured here.*", ""]
     text += [f"- {line}" for line in notes]
-    results.write_text(out / "report.md", "\n".join(text) + "\n")
-    drawn = _plots(found, tables, out)
-    stale = [
-        out / name
-        for name in FILES
-        if earlier
-        and name not in {*drawn, *(f"{table.name}.csv" for table in tables)}
-        and (out / name).exists()
-    ]
+    files.write_text(out / "report.md", "\n".join(text) + "\n")
+    plots = _draw(results, tables, out)
+    written = {*plots, *(f"{table.name}.csv" for table in tables)}
+    stale = [out / name for name in FILES if had_report and name not in written and (out / name).exists()]
     for path in stale:
         path.unlink()
+    if stale:
+        notes.append(
+            f"removed from {out}, left by an earlier report: {', '.join(path.name for path in stale)}"
+        )
     return [
         *left_out,
         *notes,
-        *(
-            [f"{', '.join(path.name for path in stale)} of an earlier report removed from {out}"]
-            if stale
-            else []
-        ),
-        f"{out / 'report.md'} written: {len(found)} results of {len({result.model for result in found})} models, "
-        f"{len(tables)} tables{', ' + ', '.join(drawn) if drawn else ''}",
+        f"{out / 'report.md'} written: {len(results)} results of {len({one.model for one in results})} models, "
+        f"{', '.join([f'{len(tables)} tables', *plots])}",
     ]
 
 
-def build(found: list[Result], with_published: bool = True) -> list[Table]:
-    """The tables that there is anything for."""
-    ours = {task: _by_row(_of_text(found), task) for task in (*TASKS, SEVERAL)}
-    long: Rows = {}
-    lengths: dict[str, dict[str, dict[int, Cell]]] = {"ruler": {}, "lveval": {}}
-    for task, averages in (("ruler", _ruler), ("lveval", _lveval)):
-        for model, scores in ours[task].items():
-            lengths[task][model], up_to = averages(scores)
+def build(results: list[ModelScores], with_published: bool = True) -> list[ReportTable]:
+    """Make the tables that contain any result."""
+    measured = {kind: _by_row(_with_texts(results), kind) for kind in (*BENCHMARKS, SEVERAL)}
+    long: CellsByRow = {}
+    by_length: dict[str, dict[str, dict[int, TableCell]]] = {"ruler": {}, "lveval": {}}
+    for kind, averages in (("ruler", _ruler), ("lveval", _lveval)):
+        for model, scores in measured[kind].items():
+            by_length[kind][model], up_to = averages(scores)
             long.setdefault(model, {}).update(up_to)
-    for model, scores in ours["infinitebench"].items():
+    for model, scores in measured["infinitebench"].items():
         long.setdefault(model, {})["InfiniteBench"] = mean(
-            scores.values(), *_of(len(scores), len(infinitebench.TASKS), "tasks")
+            scores.values(), *_part(len(scores), len(infinitebench.TASKS), "tasks")
         )
-    standard: Rows = {
-        model: {
+    standard: CellsByRow = {}
+    for model, scores in measured["standard"].items():
+        complete = set(STANDARD) <= scores.keys()
+        standard[model] = {
             **scores,
-            **(
-                {"average": mean(scores[name] for name in STANDARD)} if set(STANDARD) <= scores.keys() else {}
-            ),
+            **({"average": mean(scores[name] for name in STANDARD)} if complete else {}),
         }
-        for model, scores in ours["standard"].items()
-    }
     more = sorted({name for row in standard.values() for name in row} - {*STANDARD, "average"})
+    tasks = list(dict.fromkeys(name for row in measured["infinitebench"].values() for name in row))
     long_published, standard_published = (published.LONG, published.STANDARD) if with_published else ({}, {})
     tables = [
         _table("long_context", "Long contexts (%)", [*LONG], long, long_published),
-        _by_length("ruler", "RULER by length (%)", lengths["ruler"]),
-        _by_length("lveval", "LV-Eval by length (%)", lengths["lveval"]),
-        _table(
-            "infinitebench",
-            "InfiniteBench by task (%)",
-            list(dict.fromkeys(name for row in ours["infinitebench"].values() for name in row)),
-            ours["infinitebench"],
-            {},
-        ),
+        _length_table("ruler", "RULER by length (%)", by_length["ruler"]),
+        _length_table("lveval", "LV-Eval by length (%)", by_length["lveval"]),
+        _table("infinitebench", "InfiniteBench by task (%)", tasks, measured["infinitebench"]),
         _table(
             "standard", "Standard benchmarks (%)", [*STANDARD, "average", *more], standard, standard_published
         ),
-        _by_length(
-            "passkey", "Passkey retrieval by length, all depths, own wording and grid (%)", ours["niah"]
+        _length_table(
+            "passkey", "Passkey retrieval by length, all depths, own wording and grid (%)", measured["niah"]
         ),
-        _by_length(
+        _length_table(
             "passkeys",
-            "Several pass keys in a prompt, share found by length, all depths, own wording and grid (%)",
-            ours[SEVERAL],
+            "Several pass keys per prompt, fraction found by length, all depths, own wording and grid (%)",
+            measured[SEVERAL],
         ),
-        _by_length("perplexity", "Perplexity by length", ours["perplexity"]),
+        _length_table("perplexity", "Perplexity by length", measured["perplexity"]),
     ]
-    return [table for table in tables if set(table.rows) - set(table.theirs)]
+    return [table for table in tables if set(table.rows) - set(table.published)]
 
 
 # ---- averages ----------------------------------------------------------------------------------
 
 
-def _by_row(found: list[Result], task: str) -> dict[str, dict[Any, Any]]:
-    """{row: scores}, those of several files put together; the later one counts where two tell the same."""
+def _by_row(results: list[ModelScores], kind: str) -> dict[str, dict[Any, Any]]:
+    """{row: scores}, merged from several files; where two contain the same score, the later one is used."""
     rows: dict[str, dict[Any, Any]] = {}
-    for result in found:
-        if result.task == task:
-            scores = rows.setdefault(result.row, {})
-            for name, value in result.scores.items():
-                scores[name] = (
-                    {**scores[name], **value} if task in ("ruler", "lveval") and name in scores else value
-                )
+    for one in results:
+        if one.kind == kind:
+            scores = rows.setdefault(one.row, {})
+            for name, value in one.scores.items():
+                merge = kind in ("ruler", "lveval") and name in scores
+                scores[name] = {**scores[name], **value} if merge else value
     return rows
 
 
-def _ruler(scores: dict[str, dict[int, Cell]]) -> tuple[dict[int, Cell], dict[str, Cell]]:
-    """(by length, up to the paper's bounds), as ruler.json has them."""
-    told = ruler.averages(
-        {
-            task: {str(length): {"score": cell.value} for length, cell in cells.items()}
-            for task, cells in scores.items()
-        }
+def _ruler(
+    scores: dict[str, dict[int, TableCell]],
+) -> tuple[dict[int, TableCell], dict[str, TableCell]]:
+    """(by length, up to the paper's bounds), computed as in ruler.json."""
+    averages = ruler_averages.averages(
+        {task: {length: cell.value for length, cell in cells.items()} for task, cells in scores.items()}
     )
     by_length = {
-        int(length): joined(
+        int(length): combined(
             one["average"],
             (cells[int(length)] for cells in scores.values() if int(length) in cells),
-            *_of(one["tasks"], len(RULER_TASKS), "tasks"),
+            *_part(one["tasks"], len(RULER_TASKS), "tasks"),
         )
-        for length, one in told["by_length"].items()
+        for length, one in averages["by_length"].items()
     }
     return by_length, {
-        f"RULER <{bound}": joined(
+        f"RULER <{bound}": combined(
             one["average"],
             (by_length[length] for length in one["lengths"]),
-            *([] if one["complete"] else [f"mean of {', '.join(map(tokens, one['lengths']))}"]),
+            *([] if one["complete"] else [f"mean of {', '.join(map(short_count, one['lengths']))}"]),
         )
-        for bound, one in told["up_to"].items()
+        for bound, one in averages["up_to"].items()
     }
 
 
-def _lveval(scores: dict[str, dict[int, Cell]]) -> tuple[dict[int, Cell], dict[str, Cell]]:
-    """(by length, up to the paper's bounds), as lveval.json has them: a mean over sets and lengths, which all
-    weigh the same."""
+def _lveval(
+    scores: dict[str, dict[int, TableCell]],
+) -> tuple[dict[int, TableCell], dict[str, TableCell]]:
+    """(by length, up to the paper's bounds), computed as in lveval.json: all sets and lengths have the same
+    weight."""
 
-    def average(wanted: list[int], what: str) -> Cell:
-        cells = [cell for of_set in scores.values() for length, cell in of_set.items() if length in wanted]
-        one = stages.average([cell.value for cell in cells], len(lveval.SETS) * len(wanted))
-        return joined(one["score"], cells, *_of(one["cells"], one["of"], what))
+    def average(lengths: list[int], what: str) -> TableCell:
+        cells = [cell for of_set in scores.values() for length, cell in of_set.items() if length in lengths]
+        one = file_benchmark.average([cell.value for cell in cells], len(lveval.SETS) * len(lengths))
+        return combined(one["score"], cells, *_part(one["cells"], one["of"], what))
 
-    lengths = sorted({length for of_set in scores.values() for length in of_set})
+    measured = sorted({length for of_set in scores.values() for length in of_set})
     return (
-        {length: average([length], "sets") for length in lengths},
+        {length: average([length], "sets") for length in measured},
         {
-            name: average(wanted, "sets and lengths")
-            for name, wanted in LVEVAL.items()
-            if wanted[-1] in lengths
+            name: average(lengths, "sets and lengths")
+            for name, lengths in LVEVAL.items()
+            if lengths[-1] in measured
         },
     )
 
 
-def _of(count: int, whole: int, what: str) -> list[str]:
-    return [] if count == whole else [f"{count} of {whole} {what}"]
+def _part(count: int, complete: int, what: str) -> list[str]:
+    return [] if count == complete else [f"{count} of {complete} {what}"]
 
 
-def _of_text(found: list[Result]) -> list[Result]:
-    """The results; perplexities that are not all of the same text are each told with their own."""
-    if len({curves.text_of(result.raw) for result in found if result.task == "perplexity"}) < 2:
-        return found
+def _with_texts(results: list[ModelScores]) -> list[ModelScores]:
+    """The results; where perplexities are of different text, each has a note of its own."""
+    if len({curves.text_of(one.result) for one in results if one.kind == "perplexity"}) < 2:
+        return results
     return [
-        result
-        if result.task != "perplexity"
+        one
+        if one.kind != "perplexity"
         else replace(
-            result,
+            one,
             scores={
-                length: joined(cell.value, [cell], f"text: {curves.text_of(result.raw)}")
-                for length, cell in result.scores.items()
+                length: combined(cell.value, [cell], f"text: {curves.text_of(one.result)}")
+                for length, cell in one.scores.items()
             },
         )
-        for result in found
+        for one in results
     ]
 
 
-# ---- form --------------------------------------------------------------------------------------
+# ---- tables and plots --------------------------------------------------------------------------
 
 
 def _table(
-    name: str, heading: str, columns: list[str], rows: Rows, theirs: dict[str, dict[str, float]]
-) -> Table:
-    others = {
-        f"{model} (published)": {column: Cell(value=score) for column, score in row.items()}
-        for model, row in theirs.items()
+    name: str,
+    heading: str,
+    columns: list[str],
+    rows: CellsByRow,
+    figures: dict[str, dict[str, float]] | None = None,
+) -> ReportTable:
+    """A table of measured rows and published figures."""
+    published_rows = {
+        f"{model} (published)": {column: TableCell(value=score) for column, score in row.items()}
+        for model, row in (figures or {}).items()
     }
-    return Table(
+    return ReportTable(
         name=name,
         heading=heading,
         columns=columns,
-        rows={**{model: row for model, row in rows.items() if row}, **others},
-        theirs=[*others],
+        rows={**{model: row for model, row in rows.items() if row}, **published_rows},
+        published=[*published_rows],
     )
 
 
-def _by_length(name: str, heading: str, rows: dict[str, dict[int, Cell]]) -> Table:
-    return _table(
-        name,
-        heading,
-        [tokens(length) for length in sorted({length for row in rows.values() for length in row})],
-        {model: {tokens(length): row[length] for length in sorted(row)} for model, row in rows.items()},
-        {},
-    )
+def _length_table(name: str, heading: str, rows: dict[str, dict[int, TableCell]]) -> ReportTable:
+    lengths = sorted({length for row in rows.values() for length in row})
+    cells = {
+        model: {short_count(length): row[length] for length in sorted(row)} for model, row in rows.items()
+    }
+    return _table(name, heading, [short_count(length) for length in lengths], cells)
 
 
 def _is_report(path: Path) -> bool:
@@ -274,39 +252,37 @@ def _is_report(path: Path) -> bool:
         return False
 
 
-def _plots(found: list[Result], tables: list[Table], out: Path) -> list[str]:
+def _draw(results: list[ModelScores], tables: list[ReportTable], out: Path) -> list[str]:
+    """Draw the plots; returns their names."""
     drawn = []
     for table in tables:
         if table.name in ("long_context", "standard"):
-            curves.table(
-                table.heading,
-                table.columns,
-                [(row, table.shown(row), row in table.theirs) for row in table.rows],
-                out / f"{table.name}.png",
-                table.foot(),
-            )
+            rows = [(row, table.shown(row), row in table.published) for row in table.rows]
+            curves.table(table.heading, table.columns, rows, out / f"{table.name}.png", table.footnotes())
             drawn.append(f"{table.name}.png")
-    ruler_rows = {model: _ruler(scores)[0] for model, scores in _by_row(found, "ruler").items()}
+    ruler_rows = {model: _ruler(scores)[0] for model, scores in _by_row(results, "ruler").items()}
     if any(len(cells) > 1 for cells in ruler_rows.values()):
-        curves.by_length(
+        marks = {
+            model: "".join(sorted({mark for cell in cells.values() for mark in cell.marks()}))
+            for model, cells in ruler_rows.items()
+        }
+        curves.score_by_length(
             {
-                model + "".join(sorted({mark for cell in cells.values() for mark in cell.marks()})): {
-                    length: cell.value for length, cell in cells.items()
-                }
+                model + marks[model]: {length: cell.value for length, cell in cells.items()}
                 for model, cells in ruler_rows.items()
             },
             out / "ruler.png",
             heading="RULER by length",
             axis="average over tasks (%)",
-            foot=next(table.foot() for table in tables if table.name == "ruler"),
+            footnotes=next(table.footnotes() for table in tables if table.name == "ruler"),
         )
         drawn.append("ruler.png")
-    perplexity = [
-        {**result.raw, "model": {**(result.raw.get("model") or {}), "name": result.model}}
-        for result in found
-        if result.task == "perplexity"
+    perplexities = [
+        replace(one.result, model={**one.result.model, "name": one.model})
+        for one in results
+        if one.kind == "perplexity"
     ]
-    if perplexity:
-        curves.by_position(perplexity, out / "perplexity.png")
+    if perplexities:
+        curves.perplexity_by_position(perplexities, out / "perplexity.png")
         drawn.append("perplexity.png")
     return drawn

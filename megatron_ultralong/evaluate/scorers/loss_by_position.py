@@ -1,27 +1,27 @@
-"""Loss by position: sums over buckets of positions, added up over rows, micro-batches and ranks.
+"""Loss by position: sums over buckets of positions, accumulated over rows, micro-batches and ranks.
 
-The token at position p of a row (from 0 on) is what the label there is foretold after p + 1 tokens. Buckets
-are by powers of two (up to 1K, 1K to 2K, 2K to 4K ...) and by sixteenths of the length; both are read off the
-stretches between all their edges.
+The token at position p of a row (from 0) is the label that is predicted from p + 1 tokens. There are two sets
+of buckets: powers of two (up to 1K, 1K to 2K, 2K to 4K ...) and sixteenths of the length. Both are computed
+from the intervals between all their edges.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIRST = 1024
-"""Where the first bucket ends, tokens."""
+"""End of the first power-of-two bucket, tokens."""
 PARTS = 16
-"""Equal parts that a length is cut into beside."""
+"""Number of equal parts of a length."""
 
 
 def doubling(length: int) -> list[int]:
-    """Edges by powers of two: 0, 1K, 2K, 4K ... length."""
+    """Edges of the power-of-two buckets: 0, 1K, 2K, 4K ... length."""
     edges = [0]
     edge = FIRST
     while edge < length:
@@ -36,35 +36,45 @@ def equal(length: int) -> list[int]:
 
 
 def edges(length: int) -> list[int]:
+    """All edges."""
     return sorted({*doubling(length), *equal(length)})
 
 
-def sums(nll: Tensor, counts: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Float64 [2, stretches]: the sum of nll x counts, and of counts, in each stretch between
-    `edges(length)`; positions beyond are left out.
+def zeros(length: int, device: Any = None) -> Tensor:
+    """Sums of no tokens, float64 [2, intervals]."""
+    import torch
 
-    nll, counts [b, t]: losses of tokens, and 1 where one counts; positions int64 [t].
+    return torch.zeros(2, len(edges(length)) - 1, dtype=torch.float64, device=device)
+
+
+def sums(nll: Tensor, mask: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Float64 [2, intervals]: the sum of nll x mask, and of mask, in each interval of `edges(length)`;
+    positions beyond are ignored.
+
+    nll, mask [b, t]: losses of tokens, and 1 where one counts; positions int64 [t].
     """
+    import torch
+
     borders = torch.tensor(edges(length), device=nll.device)
-    stretch = torch.bucketize(positions, borders, right=True) - 1  # [t]
+    interval = torch.bucketize(positions, borders, right=True) - 1  # [t]
     inside = positions < length
-    found = torch.zeros(2, len(borders) - 1, dtype=torch.float64, device=nll.device)
-    weights = counts.double()[:, inside]
-    # A token that does not count may have any loss, infinite too.
+    total = zeros(length, nll.device)
+    weights = mask.double()[:, inside]
+    # A masked token may have any loss, including infinity.
     losses = torch.where(weights > 0, nll.double()[:, inside] * weights, 0.0)
-    found[0].index_add_(0, stretch[inside], losses.sum(dim=0))
-    found[1].index_add_(0, stretch[inside], weights.sum(dim=0))
-    return found
+    total[0].index_add_(0, interval[inside], losses.sum(dim=0))
+    total[1].index_add_(0, interval[inside], weights.sum(dim=0))
+    return total
 
 
-def summary(found: Tensor, length: int) -> dict[str, Any]:
-    """Of `sums`: nll, perplexity and tokens, over all (None where no token counts) and `by_position` and
+def summary(total: Tensor, length: int) -> dict[str, Any]:
+    """nll, perplexity and tokens (None where no token counts) of all of `sums`, `by_position` and
     `by_sixteenth`."""
     borders = edges(length)
 
     def within(low: int, high: int) -> dict[str, Any]:
         inside = [i for i, (a, b) in enumerate(itertools.pairwise(borders)) if low <= a and b <= high]
-        loss, tokens = found[:, inside].sum(dim=1).tolist()
+        loss, tokens = total[:, inside].sum(dim=1).tolist()
         nll = loss / tokens if tokens else None
         return {
             "nll": nll,
@@ -72,7 +82,11 @@ def summary(found: Tensor, length: int) -> dict[str, Any]:
             "tokens": int(tokens),
         }
 
-    def table(bounds: list[int]) -> list[dict[str, Any]]:
+    def buckets(bounds: list[int]) -> list[dict[str, Any]]:
         return [{"from": low, "to": high, **within(low, high)} for low, high in itertools.pairwise(bounds)]
 
-    return {**within(0, length), "by_position": table(doubling(length)), "by_sixteenth": table(equal(length))}
+    return {
+        **within(0, length),
+        "by_position": buckets(doubling(length)),
+        "by_sixteenth": buckets(equal(length)),
+    }

@@ -1,7 +1,7 @@
-"""Answers to words, and the F1 of two lists of words: what the scorers of LV-Eval and InfiniteBench have in
-common.
+"""Split answers into words, and compute the F1 of two lists of words: shared by the scorers of LV-Eval and
+InfiniteBench.
 
-Both follow SQuAD for English; for Chinese they take out the same signs.
+Both follow SQuAD for English; for Chinese they remove the same punctuation.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-# Those of zhon.hanzi with a full stop, but for the left one-book marks, which the official scorers leave in.
-_CHINESE_SIGNS = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
-_NO_SIGNS = str.maketrans("", "", string.punctuation)
-_NO_SIGNS_ZH = str.maketrans("", "", string.punctuation + _CHINESE_SIGNS)
+# zhon.hanzi's punctuation with a full stop, without the left single book mark, which the official scorers
+# keep.
+_CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣"
+    "､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NO_PUNCTUATION_ZH = str.maketrans("", "", string.punctuation + _CHINESE_PUNCTUATION)
 
 
 def english(text: str) -> list[str]:
-    """Words in lower case, without ASCII punctuation (signs inside a word vanish, its parts join) and
-    articles."""
-    return re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_NO_SIGNS)).split()
+    """Words in lower case, without articles and ASCII punctuation (the parts around a sign inside a word are
+    joined)."""
+    return re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
 def chinese(text: str) -> str:
     """Lower case, without punctuation and white space."""
-    return "".join(text.lower().translate(_NO_SIGNS_ZH).split())
+    return "".join(text.lower().translate(_NO_PUNCTUATION_ZH).split())
 
 
 def common(prediction: Sequence[str], reference: Sequence[str]) -> Counter[str]:
-    """Words of both, as often as both have them."""
+    """Words that both contain, as often as both contain them."""
     return Counter(prediction) & Counter(reference)
 
 
 def f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
-    """Harmonic mean of the shares of `prediction` and of `reference` that the other has too, order aside; 0
-    to 1."""
+    """Harmonic mean of precision and recall of the words, ignoring their order; 0 to 1."""
     same = common(prediction, reference).total()
     return 2 * same / (len(prediction) + len(reference)) if same else 0.0

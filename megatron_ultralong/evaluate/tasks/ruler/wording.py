@@ -1,9 +1,8 @@
-"""The sentences of RULER's prompts: this project's own, or the official ones, read from files that the user
-has.
+"""The templates of RULER's prompts: this project's own, or the official ones, read from the user's files.
 
-Both have the same structure and fields. None of the official sentences stands here: `official` reads them
-from a checkout of NVIDIA/RULER (scripts/data/synthetic/), `installed` from lm-evaluation-harness, whose RULER
-tasks ask in NVIDIA's words; neither runs any of that code.
+Both have the same structure and fields. None of the official sentences is contained here: `official` reads
+them from a checkout of NVIDIA/RULER (scripts/data/synthetic/), `installed` from lm-evaluation-harness, whose
+RULER tasks use NVIDIA's words; neither runs any of that code.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from megatron_ultralong.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wording:
-    """Templates for str.format. A prompt is `niah` (`vt`, ...) and, where the answer begins, the prefix."""
+class RulerWording:
+    """Templates for str.format. A prompt is `niah` (`vt`, ...), and the prefix where the answer begins."""
 
     name: str
     needle: str
@@ -30,7 +29,7 @@ class Wording:
     """{type_needle_v}, {context}, {query}"""
     niah_prefix: str
     niah_one: str
-    """The same where there is one value to find."""
+    """The same for a single value."""
     niah_one_prefix: str
     vt: str
     """{context}, {query}; the prefix also {num_v}"""
@@ -49,11 +48,12 @@ class Wording:
 
 
 _BRIEFLY = "Answer the question from the documents below. Write the answer alone and nothing else."
-OWN = Wording(
+OWN = RulerWording(
     name="own",
     needle="Among the secret {type_needle_v} of {key} there is {value}.",
     noise="Clouds drift over the lake. The kettle is warm. A bell rings twice. On we walk. Now and again it rains.",
-    niah="The text below hides several secret {type_needle_v}. Keep them in mind: at its end you are asked for some of the {type_needle_v}.\n"
+    niah="The text below hides several secret {type_needle_v}. Keep them in mind: at its end you are asked for some of the "
+    "{type_needle_v}.\n"
     "{context}\nWhich secret {type_needle_v} does the text above give for {query}?",
     niah_prefix=" The secret {type_needle_v} that the text above gives for {query} are",
     niah_one="The text below hides a secret {type_needle_v}. Keep it in mind: at its end you are asked for the {type_needle_v}.\n"
@@ -62,7 +62,8 @@ OWN = Wording(
     vt="In the text below, variables get their values in one or more chains. Follow every chain.\n\n{context}\n"
     "Question: Which variables have the value {query}, directly or through other variables?",
     vt_prefix=" Answer: By the chains in the text above, {num_v} variables have the value {query}. They are:",
-    cwe="Here is a numbered list of words. Some of them occur more often than the rest. Remember those that occur most often.\n{context}\n"
+    cwe="Here is a numbered list of words. Some of them occur more often than the rest. Remember those that occur most "
+    "often.\n{context}\n"
     "Question: Which 10 words occur most often in the list above?",
     cwe_prefix=" Answer: The 10 words that occur most often in the list are:",
     fwe="The text below is in code. Count how often each coded word occurs and find the three that occur most often. {context}\n"
@@ -74,18 +75,18 @@ OWN = Wording(
 )
 
 
-def choose(checkout: Path | None, own: bool) -> Wording:
-    """The checkout's words where one is given, else the installed package's where there is one and `own` does
-    not say otherwise, else our own."""
+def choose(checkout: Path | None, own: bool) -> RulerWording:
+    """The checkout's wording where one is given, otherwise the installed package's where available and `own`
+    is not set, otherwise our own."""
     return official(checkout) if checkout else OWN if own else installed() or OWN
 
 
-def installed() -> Wording | None:
-    """The official wording as lm-evaluation-harness holds it; None where that is not installed, or has it
+def installed() -> RulerWording | None:
+    """The official wording in lm-evaluation-harness; None where that is not installed, or contains it
     elsewhere."""
-    found = importlib.util.find_spec("lm_eval")
+    spec = importlib.util.find_spec("lm_eval")
     places = [
-        Path(root) / "tasks" / "ruler" for root in (found.submodule_search_locations if found else None) or ()
+        Path(root) / "tasks" / "ruler" for root in (spec.submodule_search_locations if spec else None) or ()
     ]
     try:
         place = next(place for place in places if place.is_dir())
@@ -93,7 +94,7 @@ def installed() -> Wording | None:
             name: _assigned(place / f"{name}_utils.py", "CONFIG")[0] for name in ("vt", "cwe", "fwe", "qa")
         }
         configs["vt"] = configs["vt"]["variable_tracking"]
-        # In its files an answer's first words have lost the space before them.
+        # In its files the answer's first words lack the space before them.
         prefixes = {
             f"{name}_prefix": " " + config["answer_prefix"].lstrip() for name, config in configs.items()
         }
@@ -101,7 +102,7 @@ def installed() -> Wording | None:
             _assigned(place / "niah_utils.py", "TEMPLATE")[0],
             " " + _plural_prefix(place / "prepare_niah.py"),
         )
-        return Wording(
+        return RulerWording(
             name=f"official, as in lm-evaluation-harness {importlib.metadata.version('lm_eval')}",
             needle=_assigned(place / "prepare_niah.py", "NEEDLE")[0],
             noise=_assigned(place / "prepare_niah.py", "haystack")[0],
@@ -118,7 +119,7 @@ def installed() -> Wording | None:
 
 
 def _plural_prefix(path: Path) -> str:
-    """The first words of an answer with several values: the f-string after the else of `gen_prefix`."""
+    """The first words of an answer with several values: the f-string in the else branch of `gen_prefix`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
             if (
@@ -134,9 +135,9 @@ def _plural_prefix(path: Path) -> str:
     raise LookupError(f"{path.name} has no gen_prefix")
 
 
-def official(directory: Path) -> Wording:
+def official(directory: Path) -> RulerWording:
     """The wording of a checkout of NVIDIA/RULER (its top directory or scripts/data/synthetic). UserError
-    where it is none."""
+    where it is not one."""
     places = [
         place
         for place in (directory, directory / "scripts" / "data" / "synthetic")
@@ -144,7 +145,8 @@ def official(directory: Path) -> Wording:
     ]
     if not places:
         raise UserError(
-            f"--official {directory}: no scripts/data/synthetic/constants.py in it; give a checkout of https://github.com/NVIDIA/RULER"
+            f"--official {directory}: contains no scripts/data/synthetic/constants.py; give a checkout of "
+            "https://github.com/NVIDIA/RULER"
         )
     try:
         tasks = _assigned(places[0] / "constants.py", "TASKS")[0]
@@ -158,7 +160,7 @@ def official(directory: Path) -> Wording:
                 ("qa", "qa"),
             )
         }
-        return Wording(
+        return RulerWording(
             name="official",
             needle=_assigned(places[0] / "niah.py", "needle")[0],
             noise=_assigned(places[0] / "niah.py", "haystack")[0],
@@ -172,19 +174,19 @@ def official(directory: Path) -> Wording:
         )
     except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"--official {directory}: the templates are not where RULER's scripts have them ({error})"
+            f"--official {directory}: the templates are not where they are in RULER's scripts ({error})"
         ) from None
 
 
 def _one(template: str) -> str:
-    """RULER's own way to its singular form (niah.py): these words are replaced wherever they stand."""
+    """RULER's own rule for the singular (niah.py): these words are replaced wherever they occur."""
     for plural, singular in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
         template = template.replace(plural, singular)
     return template
 
 
 def _assigned(path: Path, name: str) -> list:
-    """Values of all literal assignments to `name` in a Python file, in order; LookupError where there is
+    """The values of all literal assignments to `name` in a Python file, in order; LookupError where there are
     none."""
     values = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -194,7 +196,7 @@ def _assigned(path: Path, name: str) -> list:
             try:
                 values.append(ast.literal_eval(node.value))
             except ValueError:
-                continue  # Not a literal: haystack is also assigned from a file and from another variable.
+                continue  # not a literal: haystack is also assigned from a file and from another variable
     if not values:
         raise LookupError(f"{path.name} assigns no {name}")
     return values

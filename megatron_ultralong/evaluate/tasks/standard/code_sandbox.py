@@ -1,11 +1,11 @@
-"""Runs one Python program that a model wrote, in a process of its own that can do little.
+"""Run one Python program that a model generated, in a separate process with limits.
 
-It has a time, memory and file size, a temporary folder to work in, no network, and it may write nothing
-outside that folder; it and all that it started are dead when `run` returns. The last three ask Linux (user,
-network and process namespaces; Landlock); where a machine does not allow them the outcome says so. Files can
-be read. This keeps accidents in, not an attacker: run untrusted models in a container.
+Time, memory and file sizes are limited; it works in a temporary folder, without network, and cannot write
+outside that folder; it and all processes that it started are killed when `run` returns. The last three need
+Linux (user, network and process namespaces; Landlock); where a machine does not allow them, the outcome says
+so. Files can be read. This contains accidents, not an attacker: run untrusted models in a container.
 
-This file is the program of that process too, so it imports the standard library alone.
+This file is also the program of that process, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FILE_BYTES = 1 << 20
-"""The largest file a program may write."""
+"""Size of the largest file a program may write."""
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
@@ -33,23 +33,23 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a program."""
+    """The outcome of a program."""
 
     passed: bool
-    """It ran to its last line."""
+    """Whether it ran to its last line."""
     reason: str
-    """Why not: an exception, "out of time", "ended early" (it left, or was killed for what it used); "" where
-    it passed."""
+    """Why it did not pass: an exception, "out of time", "ended early" (it exited, or was killed for its
+    memory); "" where it passed."""
     network_off: bool = False
     writes_confined: bool = False
-    """Whether it could write in its own folder only."""
+    """Whether it could write only in its own folder."""
 
 
 def run(program: str, *, seconds: float = 10.0, memory: int = 4 << 30) -> Outcome:
-    """Run `program`. seconds: wall time, and processor time rounded up. memory: bytes of address space."""
-    token = secrets.token_hex(
-        16
-    )  # what says that the last line was reached: leaving early with exit code 0 does not pass
+    """Run `program`. seconds: limit of the wall time, and rounded up of the CPU time. memory: bytes of
+    address space."""
+    # The token is reported after the last line: exiting early with exit code 0 does not pass.
+    token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="answer-") as folder, tempfile.TemporaryFile() as report:
         job = {
             "program": program,
@@ -85,17 +85,17 @@ def run(program: str, *, seconds: float = 10.0, memory: int = 4 << 30) -> Outcom
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         report.seek(0)
-        said: dict[str, Any] = {}
+        reported: dict[str, Any] = {}
         for line in report.read(1 << 16).splitlines():
             with suppress(ValueError, TypeError):
-                said |= json.loads(line)
-    passed = said.get("token") == token
-    reason = "" if passed else "out of time" if late else str(said.get("error") or "ended early")
+                reported |= json.loads(line)
+    passed = reported.get("token") == token
+    reason = "" if passed else "out of time" if late else str(reported.get("error") or "ended early")
     return Outcome(
         passed=passed,
         reason=reason,
-        network_off=bool(said.get("network_off")),
-        writes_confined=bool(said.get("writes_confined")),
+        network_off=bool(reported.get("network_off")),
+        writes_confined=bool(reported.get("writes_confined")),
     )
 
 
@@ -110,16 +110,16 @@ def _child() -> None:
         os.dup2(nothing, stream)
     libc = ctypes.CDLL(None, use_errno=True)
     linux = sys.platform == "linux"
-    apart = linux and libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWPID) == 0
-    # First of its own process namespace: with it all processes die that it started, those too that left the
-    # group.
+    isolated = linux and libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWPID) == 0
+    # The first process of its own namespace: all processes that it started die with it, including those that
+    # left the group.
     inner = os.fork()
     if inner:
         os.waitpid(inner, 0)
         return
     if linux:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _tell(report, network_off=apart, writes_confined=linux and _confine(libc, job["folder"]))
+    _report(report, network_off=isolated, writes_confined=linux and _confine(libc, job["folder"]))
     for limit, value in (
         (resource.RLIMIT_CPU, job["seconds"]),
         (resource.RLIMIT_AS, job["memory"]),
@@ -132,24 +132,24 @@ def _child() -> None:
     try:
         exec(compile(job["program"], "<answer>", "exec"), {"__name__": "__main__"})
     except BaseException as error:
-        _tell(report, error=f"{type(error).__name__}: {error}"[:300])
+        _report(report, error=f"{type(error).__name__}: {error}"[:300])
         os._exit(1)
-    _tell(report, token=job["token"])
+    _report(report, token=job["token"])
     os._exit(0)
 
 
-def _tell(report: int, **values: Any) -> None:
+def _report(report: int, **values: Any) -> None:
     os.write(report, json.dumps(values).encode() + b"\n")
 
 
 def _confine(libc: Any, folder: str) -> bool:
-    """From now on only files below `folder` can be written, made or removed (Linux's Landlock); False where
-    the kernel has none."""
+    """From now on only files below `folder` can be written, created or removed (Linux's Landlock); False
+    where the kernel does not support it."""
     version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if version < 1:
         return False
-    # Write (bit 1), remove (4, 5), make (6-12); from version 2 on also link and move (13), from 3 on truncate
-    # (14).
+    # Write (bit 1), remove (4, 5), create (6-12); from version 2 on also link and move (13), from version 3
+    # on truncate (14).
     rights = (
         1 << 1
         | sum(1 << bit for bit in range(4, 13))

@@ -1,11 +1,13 @@
-"""A backend as a model of lm-evaluation-harness: whatever task the harness has can be asked of it.
+"""A backend as a model of lm-evaluation-harness, for any task of the harness.
 
-Texts become tokens as the harness's own `hf` model makes them, so the two give the same answers (tests/unit/test_standard.py).
-A backend is one of protocol.py; for tasks that compare likelihoods its weights have to be at hand (backends.Weights).
+Texts are tokenised as by the harness's own `hf` model, so that both give the same answers
+(tests/unit/test_standard.py). A backend is one of protocol.py; tasks that compare likelihoods need a
+LikelihoodBackend.
 
-Once this module is imported, the harness knows the model by name too; its arguments are the options of tools/evaluate.py:
+Once this module is imported, the harness also knows the model by name; its arguments are the options of
+tools/evaluate.py:
 
-    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m", "tp": 8}, tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m"}, tasks=["arc_easy"])
 """
 
 from __future__ import annotations
@@ -26,47 +28,46 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from megatron_ultralong.config import parse_count
-from megatron_ultralong.data.sft.chat_template import DATE
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
-from megatron_ultralong.evaluate.backends.protocol import Request
+from megatron_ultralong.evaluate.backends.protocol import GenerationRequest
+from megatron_ultralong.evaluate.prompts.encode import render_chat
 
-GENERATED = 256
-"""Tokens written where a task does not say: the harness's own figure."""
+DEFAULT_MAX_TOKENS = 256
+"""Tokens to generate where a task does not define them: the harness's own default."""
 SLICE = 64
-"""Questions asked of the backend at a time; those answered are kept, should the run be killed."""
+"""Pairs per call of the backend; answered ones are kept if the run is killed."""
 CUT, REFUSED = "cut ", "refused "
-"""What the notes begin with that stand between the harness's kept answers, before the hash of a request."""
+"""Prefixes of the notes that are stored among the harness's kept answers; the hash of a request follows."""
 
 
 @register_model("megatron_ultralong")
-class Harness(TemplateLM):
-    """What `lm_eval.simple_evaluate(model=...)` takes."""
+class HarnessModel(TemplateLM):
+    """A model for `lm_eval.simple_evaluate(model=...)`."""
 
     def __init__(self, backend: Any, *, max_length: int | None = None, batch_tokens: int = 16384) -> None:
-        """max_length: prompt and answer together, tokens; None = the model's own positions, and where they
-        are not known nothing is cut. batch_tokens: tokens of the prompts that are generated for at a time."""
+        """max_length: tokens of prompt and answer together; None = the model's positions, and where they are
+        not known nothing is cut. batch_tokens: tokens of the prompts and answers of a batch."""
         super().__init__()
         self.backend_, self.tokenizer, self.batch_tokens = backend, backend.tokenizer, batch_tokens
         self.max_length: int | None = max_length if max_length is not None else backend.max_position
         self._notes: MutableMapping[str, Any] = {}
         self.unanswered = 0
-        """Prompts that an endpoint did not answer (refused, too long for it): they count as answered by
-        nothing."""
+        """Prompts that an endpoint refused (filtered, too long): their answers are empty."""
 
     @classmethod
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> Harness:
+    ) -> HarnessModel:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> Harness:
-        """The model of a call by name. arg_dict: options of tools/evaluate.py that say the model, like
+    ) -> HarnessModel:
+        """Create the model of a call by name. arg_dict: the model options of tools/evaluate.py, like
         {"model": DIR, "engine": "hf"} or {"ckpt": CKPT, "tp": 8}, and max_length; of additional_config only
-        the device counts. UserError for options that are none or do not fit."""
+        the device is used. UserError for options that do not exist or do not fit together."""
         given = {"device": (additional_config or {}).get("device"), **arg_dict}
         parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
         options.add_model_arguments(parser)
@@ -78,20 +79,20 @@ class Harness(TemplateLM):
             raise UserError(f"model_args: {error}") from None
         if unknown:
             raise UserError(
-                f"model_args: {unknown[0].partition('=')[0].removeprefix('--')} is no option of tools/evaluate.py's models"
+                f"model_args: {unknown[0].partition('=')[0].removeprefix('--')} is not a model option of tools/evaluate.py"
             )
         options.check_greedy(args)
         max_length = parse_count(args.max_length, "max_length") if args.max_length else None
         stack = contextlib.ExitStack()
-        atexit.register(stack.close)  # the harness does not say when it is done; other ranks wait until then
+        atexit.register(stack.close)  # the harness does not report its end; other ranks wait until then
         return cls(
             stack.enter_context(options.open_backend(argparse.Namespace(**vars(args), seed=0))),
             max_length=max_length,
         )
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """The harness's file of kept answers, which takes our notes too. It keeps a refused prompt as
-        answered by nothing: that is forgotten."""
+        """Use the harness's cache of answers, which also stores our notes. It contains an empty answer for a
+        refused prompt: that is removed."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             self._notes = cache_hook.dbdict
@@ -99,9 +100,9 @@ class Harness(TemplateLM):
                 self._notes.pop(note.removeprefix(REFUSED), None)
                 del self._notes[note]
 
-    def cut_among(self, requests: Iterable[tuple[Any, ...]]) -> int:
-        """How many of these requests' arguments were longer than `max_length` and lost their beginning, in
-        this run or one before it."""
+    def count_cut(self, requests: Iterable[tuple[Any, ...]]) -> int:
+        """The number of requests that were longer than `max_length` and lost their beginning, in this run or
+        an earlier one."""
         cut = {key for key in self._notes if key.startswith(CUT)}
         return sum(CUT + hash_args("", args) in cut for args in requests)
 
@@ -122,7 +123,7 @@ class Harness(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """With the tokenizer's special tokens, but never with a second beginning of text."""
+        """Encode with the tokenizer's special tokens, but never with a second beginning-of-text token."""
         if (
             add_special_tokens is None
             and self.prefix_token_id is not None
@@ -138,56 +139,49 @@ class Harness(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text. Not `add_generation_prompt`: its last turn stays open. The date that
-        Llama-3.1's header tells is pinned."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            date_string=DATE,
-        )
+        """Render the conversation; see `render_chat`."""
+        return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """requests: ((context, continuation) or None, their tokens, their tokens)."""
+        """requests: ((context, continuation) or None, tokens of the context, tokens of the continuation)."""
         answers: list[Any] = [None] * len(requests)
-        # Neighbours share their context where they can: the backend reads it once then. The longest first:
-        # what does not fit is told at once.
+        # Neighbours share their context where possible, so that the backend reads it once. The longest come
+        # first, so that what does not fit is reported at once.
         order = sorted(
             range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1])
         )
         with tqdm(total=len(order), desc="likelihoods", unit="request", disable=disable_tqdm or None) as bar:
             for places in _slices(order, SLICE):
-                found = self.backend_.loglikelihood([self._fit(*requests[i]) for i in places])
-                for i, answer in zip(places, found, strict=True):
+                scored = self.backend_.loglikelihood([self._truncate(*requests[i]) for i in places])
+                for i, answer in zip(places, scored, strict=True):
                     answers[i] = answer
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
                 bar.update(len(places))
         return answers
 
-    def _fit(
+    def _truncate(
         self, args: tuple[str, str] | None, context: list[int], continuation: list[int]
     ) -> tuple[list[int], list[int]]:
-        """The last tokens that there is room for; the very last one is never read, only foretold."""
+        """Keep the last tokens that fit; the very last one is only predicted, never read."""
         if self.max_length is None or (over := len(context) + len(continuation) - (self.max_length + 1)) <= 0:
             return context, continuation
         if args is not None:
             self._notes[CUT + hash_args("", args)] = True
         if over >= len(context):
             raise UserError(
-                f"a task asks about {len(continuation)} tokens at once, more than the {self.max_length} there is room for"
+                f"a task scores {len(continuation)} tokens at once, more than the maximum length of {self.max_length}"
             )
         return context[over:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, window after window, each token with as much before it as there is room for."""
+        """log p of complete texts, window by window, each token with as much context as fits."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
             tokens = self.tok_encode(text)
-            found = (
+            text_windows = (
                 [
                     utils.make_disjoint_window(window)
                     for window in utils.get_rolling_token_windows(
@@ -200,8 +194,8 @@ class Harness(TemplateLM):
                 if tokens
                 else []
             )
-            windows += [(None, context, continuation) for context, continuation in found]
-            counts.append(len(found))
+            windows += [(None, context, continuation) for context, continuation in text_windows]
+            counts.append(len(text_windows))
         answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
         sums = [sum(value for value, _ in itertools.islice(answers, count)) for count in counts]
         for request, value in zip(requests, sums, strict=True):
@@ -209,32 +203,32 @@ class Harness(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each prompt, greedy, up to the task's stop texts."""
-        asked = [self._asked(*request.args) for request in requests]
-        written = [""] * len(asked)
+        """Generate greedily after each prompt, up to the task's stop strings."""
+        asked = [self._request(*request.args) for request in requests]
+        generated = [""] * len(asked)
         order = sorted(
-            range(len(asked)), key=lambda i: (-len(asked[i].ids or ()), asked[i].tokens, asked[i].stop)
+            range(len(asked)), key=lambda i: (-len(asked[i].ids or ()), asked[i].max_tokens, asked[i].stop)
         )
         with tqdm(total=len(order), desc="answers", unit="request", disable=disable_tqdm or None) as bar:
-            for places in _filled(
-                order, [len(one.ids or ()) + one.tokens for one in asked], self.batch_tokens
+            for places in _batches(
+                order, [len(one.ids or ()) + one.max_tokens for one in asked], self.batch_tokens
             ):
                 for place, done in self.backend_.generate([asked[i] for i in places]):
                     i = places[place]
-                    written[i] = postprocess_generated_text(done.text, list(asked[i].stop), None)
+                    generated[i] = postprocess_generated_text(done.text, list(asked[i].stop), None)
                     if done.answered:
-                        self.cache_hook.add_partial("generate_until", requests[i].args, written[i])
+                        self.cache_hook.add_partial("generate_until", requests[i].args, generated[i])
                     else:
                         self._notes[REFUSED + hash_args("generate_until", requests[i].args)] = done.finish
                         self.unanswered += 1
                     bar.update(1)
-        return written
+        return generated
 
-    def _asked(self, prompt: str, settings: dict[str, Any]) -> Request:
-        kwargs = normalize_gen_kwargs(settings, GENERATED)
+    def _request(self, prompt: str, settings: dict[str, Any]) -> GenerationRequest:
+        kwargs = normalize_gen_kwargs(settings, DEFAULT_MAX_TOKENS)
         if kwargs.get("do_sample") or kwargs.get("temperature"):
             raise UserError(
-                "a task asks for sampled answers (do_sample, temperature); only greedy ones are written here"
+                "a task requests sampled answers (do_sample, temperature); only greedy ones are supported"
             )
         stop = handle_stop_sequences(
             kwargs.get("until"), eos=self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
@@ -244,14 +238,15 @@ class Harness(TemplateLM):
             room = self.max_length - kwargs["max_gen_toks"]
             if room < 1:
                 raise UserError(
-                    f"a task asks for {kwargs['max_gen_toks']} tokens of answer, but prompt and answer together may have {self.max_length}: "
+                    f"a task requests {kwargs['max_gen_toks']} tokens of answer, but prompt and answer together may have "
+                    f"{self.max_length}: "
                     "the model's positions, or --max-length"
                 )
             if len(tokens) > room:
                 tokens = tokens[-room:]
                 self._notes[CUT + hash_args("", (prompt, settings))] = True
-        return Request(
-            id="", ids=tokens, tokens=kwargs["max_gen_toks"], stop=tuple(text for text in stop if text)
+        return GenerationRequest(
+            id="", ids=tokens, max_tokens=kwargs["max_gen_toks"], stop=tuple(text for text in stop if text)
         )
 
 
@@ -260,8 +255,8 @@ def _slices(places: list[int], size: int) -> Iterator[list[int]]:
         yield places[first : first + size]
 
 
-def _filled(places: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
-    """`places` in groups of at most so many tokens together; at least one a group."""
+def _batches(places: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
+    """Group `places` into batches of at most `most` tokens, or a single one."""
     group: list[int] = []
     for place in places:
         if group and sum(sizes[i] for i in group) + sizes[place] > most:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.backends.protocol import Completion, Request
-from megatron_ultralong.evaluate.pipeline import predictions
+from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
+from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
 from tests import processes
 
 
@@ -36,7 +36,7 @@ class Echo:
 
     def check(self, length: int, batch: int) -> None: ...
 
-    def generate(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
+    def generate(self, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         self.calls.append([request.id for request in requests])
         for i, request in reversed(list(enumerate(requests))):
             if request.id == self.fails_at:
@@ -65,19 +65,19 @@ class Echo:
     def close(self) -> None: ...
 
 
-def requests(n: int, tokens: int = 5) -> list[Request]:
-    return [Request(id=f"q{i}", text=f"text {i}\u2028é", tokens=tokens) for i in range(n)]
+def requests(n: int, tokens: int = 5) -> list[GenerationRequest]:
+    return [GenerationRequest(id=f"q{i}", text=f"text {i}\u2028é", max_tokens=tokens) for i in range(n)]
 
 
 def test_nothing_answered_is_asked_again(tmp_path):
     path, done = tmp_path / "p.jsonl", []
     backend = Echo(fails_at="q4")
     with pytest.raises(UserError, match="no answer"):
-        list(predictions.run(backend, requests(9), path, batch=3))
+        list(answer_all(backend, requests(9), path, batch=3))
     assert backend.calls == [["q0", "q1", "q2"], ["q3", "q4", "q5"]]
     path.write_bytes(path.read_bytes() + b'{"key": "q7", "predict')  # killed while it wrote
     backend = Echo()
-    found = list(predictions.run(backend, requests(9), path, batch=3, progress=done.append))
+    found = list(answer_all(backend, requests(9), path, batch=3, progress=done.append))
     assert backend.calls == [["q3", "q4"], ["q6", "q7", "q8"]], "q5 had its answer before the failure"
     assert [one.id for one in found] == [f"q{i}" for i in range(9)] and [one.text for one in found] == [
         f"<text {i}\u2028é>" for i in range(9)
@@ -101,16 +101,16 @@ def test_nothing_answered_is_asked_again(tmp_path):
         "seconds",
     }
     backend = Echo()
-    assert list(predictions.run(backend, requests(12), path))[:9] == found and backend.calls == [
+    assert list(answer_all(backend, requests(12), path))[:9] == found and backend.calls == [
         ["q9", "q10", "q11"]
     ], "more questions later"
     # Without a file all are asked, and none is kept.
-    assert [one.text for one in predictions.run(Echo(), requests(9), None)] == [one.text for one in found]
+    assert [one.text for one in answer_all(Echo(), requests(9), None)] == [one.text for one in found]
 
 
 def test_answers_of_something_else_are_refused(tmp_path):
     path = tmp_path / "p.jsonl"
-    list(predictions.run(Echo(), requests(2), path))
+    list(answer_all(Echo(), requests(2), path))
     before = path.read_bytes()
     for backend, asked, words in (
         (
@@ -119,26 +119,26 @@ def test_answers_of_something_else_are_refused(tmp_path):
             'was written with model.path "m", not "n"; remove it, or choose another --out',
         ),
         (Echo(seed=1), requests(2), "was written with model.settings.seed 0, not 1"),
-        (Echo(), requests(2, tokens=6), "holds an answer to another prompt with the id q0"),
+        (Echo(), requests(2, tokens=6), "contains an answer to another prompt with the id q0"),
         (
             Echo(),
-            [Request(id="q1", text="text 1\u2028é", ids=[1, 2], tokens=5)],
+            [GenerationRequest(id="q1", text="text 1\u2028é", ids=[1, 2], max_tokens=5)],
             "another prompt with the id q1",
         ),
     ):
         with pytest.raises(UserError, match=words) as error:
-            list(predictions.run(backend, asked, path))
+            list(answer_all(backend, asked, path))
         assert "\n" not in str(error.value) and not backend.calls and path.read_bytes() == before
     with pytest.raises(ValueError, match="two requests have the id 'q0'"):
-        list(predictions.run(Echo(), requests(1) * 2, None))
+        list(answer_all(Echo(), requests(1) * 2, None))
     path.write_text('{"journal": "refine", "format": 1}\n')
     with pytest.raises(UserError, match="is not a predictions log of format 1"):
-        list(predictions.run(Echo(), requests(1), path))
+        list(answer_all(Echo(), requests(1), path))
 
 
 def test_what_was_refused_is_told_with_its_reason_and_asked_again(tmp_path):
     path = tmp_path / "p.jsonl"
-    first = list(predictions.run(Echo(refuses="q1"), requests(3), path))
+    first = list(answer_all(Echo(refuses="q1"), requests(3), path))
     assert [(one.answered, one.finish) for one in first] == [
         (True, "stop"),
         (False, "HTTP 400: long"),
@@ -147,7 +147,7 @@ def test_what_was_refused_is_told_with_its_reason_and_asked_again(tmp_path):
     assert '"finish": "HTTP 400: long"' in path.read_text()
     for refuses, again in (("q1", [["q1"]]), ("", [["q1"]]), ("", [])):
         backend = Echo(refuses=refuses)
-        found = list(predictions.run(backend, requests(3), path))
+        found = list(answer_all(backend, requests(3), path))
         assert (
             backend.calls == again
             and [one.answered for one in found] == [True, not refuses, True]
@@ -158,13 +158,13 @@ def test_what_was_refused_is_told_with_its_reason_and_asked_again(tmp_path):
 def test_batches_are_taken_as_they_are_needed():
     taken: list[str] = []
 
-    def stream() -> Iterator[Request]:
+    def stream() -> Iterator[GenerationRequest]:
         for i, size in enumerate((4000, 4000, 9000, 100, 20000, 10)):
             taken.append(f"q{i}")
-            yield Request(id=f"q{i}", ids=[0] * size, tokens=10)
+            yield GenerationRequest(id=f"q{i}", ids=[0] * size, max_tokens=10)
 
     backend = Echo()
-    rest = predictions.run(backend, stream(), None)
+    rest = answer_all(backend, stream(), None)
     next(rest)
     assert backend.calls == [["q0", "q1"]] and taken == ["q0", "q1", "q2"]
     list(rest)
@@ -173,9 +173,9 @@ def test_batches_are_taken_as_they_are_needed():
 
 KILLED = """
 from pathlib import Path
-from megatron_ultralong.evaluate import predictions
-from tests.unit.test_predictions import Echo, requests
-list(predictions.run(Echo(seconds=0.02), requests(500), Path({path!r}), batch=50))
+from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
+from tests.unit.test_kept_answers import Echo, requests
+list(answer_all(Echo(seconds=0.02), requests(500), Path({path!r}), batch=50))
 """
 
 
@@ -189,6 +189,6 @@ def test_a_killed_run_loses_nothing(tmp_path):
     run.wait()
     kept = {json.loads(line)["key"] for line in path.read_bytes().split(b"\n")[1:-1]}
     backend = Echo()
-    found = list(predictions.run(backend, requests(500), path, batch=50))
+    found = list(answer_all(backend, requests(500), path, batch=50))
     asked = {i for call in backend.calls for i in call}
     assert len(kept) >= 29 and asked == {f"q{i}" for i in range(500)} - kept and len(found) == 500

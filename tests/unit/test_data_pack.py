@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from megatron_ultralong.data import megatron_index
 from megatron_ultralong.data import row_writer as rows_module
-from megatron_ultralong.data.pretrain import pack, tokenise
+from megatron_ultralong.data.pretrain import pack, sources
 from megatron_ultralong.data.pretrain.pack import Packing, Separator
 from megatron_ultralong.data.row_writer import RowWriter
 from megatron_ultralong.errors import UserError
@@ -41,7 +41,7 @@ def inputs(tmp_path) -> list[Path]:
 
 def packed(inputs, tokenizer_dir, seq_length, output, text_key="text", workers=1, **settings) -> dict:
     return pack.pack(
-        pack.plain(inputs, text_key),
+        sources.from_inputs(inputs, text_key),
         tokenizer_dir,
         Packing(seq_length=seq_length, **settings),
         str(output),
@@ -63,17 +63,13 @@ def joined(tokenizer_dir: Path, separator: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("seq_length", [1, 7, 64, 333, 4000, 100_000])
 @pytest.mark.parametrize("last_row", ["pad", "drop"])
-def test_rows_without_padding_are_the_documents_joined(
-    tmp_path, inputs, tokenizer_dir, seq_length, last_row, monkeypatch
-):
-    monkeypatch.setattr(tokenise, "WINDOW", 700)
-    monkeypatch.setattr(tokenise, "OVERLAP", 200)
+def test_rows_without_padding_are_the_documents_joined(tmp_path, inputs, tokenizer_dir, seq_length, last_row):
     separator = AutoTokenizer.from_pretrained(tokenizer_dir)("<s>", add_special_tokens=False)["input_ids"]
     assert len(separator) > 1, "as with Llama-3.1, <s> is no special token here"
     want = joined(tokenizer_dir, separator)
     if last_row == "drop" and len(want) < seq_length + 1:
         with pytest.raises(
-            UserError, match=f"makes {len(want)} tokens, less than one row of {seq_length} \\+ 1"
+            UserError, match=f"has {len(want)} tokens, less than one row of {seq_length} \\+ 1"
         ):
             packed(inputs, tokenizer_dir, seq_length, tmp_path / "out", last_row=last_row)
         assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
@@ -187,8 +183,8 @@ def test_separators_the_tokenizer_does_not_have(tmp_path, inputs, tokenizer_dir)
 
 @pytest.mark.parametrize("vocab_size, name", [(65_499, "uint16"), (65_500, "int32"), (128_256, "int32")])
 def test_the_number_type_follows_the_vocabulary(tmp_path, vocab_size, name):
-    rows = RowWriter(tmp_path, 4, megatron_index.token_dtype(vocab_size), masked=False, starts=False)
-    rows.add(numpy.array([1, 2, vocab_size - 1, vocab_size - 1]))
+    rows = RowWriter(tmp_path, 4, megatron_index.token_dtype(vocab_size), masks=False, starts=False)
+    rows.add(numpy.array([[1, 2, vocab_size - 1, vocab_size - 1]]))
     rows.finish()
     read = IndexedDataset(f"{tmp_path}/")
     assert numpy.dtype(read.index.dtype).name == name and read[0].tolist() == [
@@ -215,7 +211,7 @@ def test_a_failed_run_leaves_the_earlier_files_and_nothing_else(
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack.account, "write", interrupted)
+    monkeypatch.setattr(pack.packing_report, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         packed(inputs, tokenizer_dir, 9, tmp_path / "out" / "a")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -279,8 +275,8 @@ def test_nothing_to_pack_and_nowhere_to_write(tmp_path, inputs, tokenizer_dir):
         ((inputs, tokenizer_dir, 0, tmp_path / "out" / "a"), "--seq-length 0: must be at least 1"),
         ((inputs, tmp_path / "no", 9, tmp_path / "out" / "a"), "no: no such directory"),
         (([tmp_path / "no.txt"], tokenizer_dir, 9, tmp_path / "out" / "a"), "no.txt: cannot be read"),
-        ((inputs, tokenizer_dir, 9, tmp_path), "is a directory; give the first part"),
-        ((inputs, tokenizer_dir, 9, f"{tmp_path}/new/"), "is a directory; give the first part"),
+        ((inputs, tokenizer_dir, 9, tmp_path), "is a directory; give a prefix"),
+        ((inputs, tokenizer_dir, 9, f"{tmp_path}/new/"), "is a directory; give a prefix"),
         ((inputs, tokenizer_dir, 9, file / "a"), "cannot be written"),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -293,7 +289,7 @@ def test_a_full_disk_is_told(tmp_path, inputs, tokenizer_dir, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack.account, "write", full)
+    monkeypatch.setattr(pack.packing_report, "write", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         packed(inputs, tokenizer_dir, 9, tmp_path / "out")
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
@@ -303,7 +299,7 @@ def test_a_full_disk_is_told(tmp_path, inputs, tokenizer_dir, monkeypatch):
 def test_document_starts(tmp_path, inputs, tokenizer_dir, seq_length):
     """A document starts behind the separator before it; one that crosses into a row starts at 0 there as
     well."""
-    from megatron_ultralong.data.packed_rows import PackedRows
+    from megatron_ultralong.data.packed_rows import PackedDataset
 
     manifest = packed(inputs, tokenizer_dir, seq_length, tmp_path / "out", document_starts=True)
     assert manifest["document_starts"]
@@ -316,12 +312,12 @@ def test_document_starts(tmp_path, inputs, tokenizer_dir, seq_length):
             at += len(separator) if begins else 0
             begins.append(at)
             at += len(ids)
-    rows, length = PackedRows(str(tmp_path / "out"), seq_length), seq_length + 1
+    rows, length = PackedDataset(str(tmp_path / "out"), seq_length), seq_length + 1
     for row in range(len(rows)):
         inside = {begin - row * length for begin in begins if 0 <= begin - row * length < length}
         padding = {length - manifest["padding"]} if manifest["padding"] and row == len(rows) - 1 else set()
-        assert rows.starts(row) == sorted({0} | inside | padding)
+        assert rows.document_starts(row) == sorted({0} | inside | padding)
     packed(inputs, tokenizer_dir, seq_length, tmp_path / "out")
     assert not list(tmp_path.glob("out.docs*")), "left over from the run before"
     with pytest.raises(UserError, match="--document-starts"):
-        PackedRows(str(tmp_path / "out"), seq_length).starts(0)
+        PackedDataset(str(tmp_path / "out"), seq_length).document_starts(0)

@@ -1,7 +1,9 @@
-"""The questions and documents of RULER's qa_1 and qa_2, from the official files of SQuAD 2.0 and HotpotQA.
+"""The questions and documents of RULER's qa_1 and qa_2, read from the official files of SQuAD 2.0 and
+HotpotQA.
 
-SQuAD     dev-v2.0.json                    {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers", "is_impossible"}]}]}]}
-HotpotQA  hotpot_dev_distractor_v1.json    [{"question", "answer", "context": [[title, [sentence, ...]], ...]}]
+SQuAD     dev-v2.0.json                    {"data": [{"paragraphs": [{"context", "qas": [{"question",
+"answers", "is_impossible"}]}]}]} HotpotQA  hotpot_dev_distractor_v1.json    [{"question", "answer",
+"context": [[title, [sentence, ...]], ...]}]
 """
 
 from __future__ import annotations
@@ -16,29 +18,29 @@ from megatron_ultralong.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A question; documents by their number."""
+class QAQuestion:
+    """A question; documents are given by their index."""
 
     text: str
     answers: tuple[str, ...]
     documents: tuple[int, ...]
-    """Always in its prompt."""
+    """Always part of its prompt."""
     related: tuple[int, ...]
-    """Taken first as filler: the other paragraphs of the article."""
+    """Used first as filler: the other paragraphs of the article."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """All of a file: questions in its order, different documents sorted by text, as RULER has them."""
+class QAData:
+    """The questions of a file in its order, and its distinct documents sorted by text, as in RULER."""
 
-    questions: list[Question]
+    questions: list[QAQuestion]
     documents: list[str]
 
 
-def read_squad(path: Path) -> Data:
-    """Answerable questions of SQuAD 2.0. UserError where the file is none."""
+def read_squad(path: Path) -> QAData:
+    """Read the answerable questions of SQuAD 2.0. UserError where the file is not SQuAD's."""
 
-    def parse(values: Any) -> Data:
+    def parse(values: Any) -> QAData:
         articles = [
             [paragraph["context"] for paragraph in article["paragraphs"]] for article in values["data"]
         ]
@@ -46,12 +48,12 @@ def read_squad(path: Path) -> Data:
         number = {text: i for i, text in enumerate(documents)}
         questions = []
         for article in values["data"]:
-            every = dict.fromkeys(number[paragraph["context"]] for paragraph in article["paragraphs"])
+            of_article = dict.fromkeys(number[paragraph["context"]] for paragraph in article["paragraphs"])
             for paragraph in article["paragraphs"]:
                 own = number[paragraph["context"]]
-                related = tuple(i for i in every if i != own)
+                related = tuple(i for i in of_article if i != own)
                 questions += [
-                    Question(
+                    QAQuestion(
                         text=one["question"],
                         answers=tuple(answer["text"] for answer in one["answers"]),
                         documents=(own,),
@@ -60,25 +62,25 @@ def read_squad(path: Path) -> Data:
                     for one in paragraph["qas"]
                     if not one.get("is_impossible", False)
                 ]
-        return Data(questions=questions, documents=documents)
+        return QAData(questions=questions, documents=documents)
 
     return _read(path, "--squad", "SQuAD's dev-v2.0.json", parse)
 
 
-def read_hotpotqa(path: Path) -> Data:
-    """HotpotQA with its distractors; a document is a title and, on the next line, its sentences. UserError
-    where the file is none."""
+def read_hotpotqa(path: Path) -> QAData:
+    """Read HotpotQA with its distractors; a document is a title and, on the next line, its sentences.
+    UserError where the file is not HotpotQA's."""
 
-    def parse(values: Any) -> Data:
+    def parse(values: Any) -> QAData:
         contexts = [
             [f"{title}\n{''.join(sentences)}" for title, sentences in one["context"]] for one in values
         ]
         documents = sorted({text for context in contexts for text in context})
         number = {text: i for i, text in enumerate(documents)}
-        return Data(
+        return QAData(
             documents=documents,
             questions=[
-                Question(
+                QAQuestion(
                     text=one["question"],
                     answers=(one["answer"],),
                     documents=tuple(dict.fromkeys(number[text] for text in context)),
@@ -91,9 +93,9 @@ def read_hotpotqa(path: Path) -> Data:
     return _read(path, "--hotpotqa", "HotpotQA's hotpot_dev_distractor_v1.json", parse)
 
 
-def order(data: Data, question: Question, rng: random.Random) -> list[int]:
-    """All documents: the question's own, then related ones, then the others, at random. A prompt takes so
-    many from the front as fit, and from the front again where all of them do not fill it."""
+def document_order(data: QAData, question: QAQuestion, rng: random.Random) -> list[int]:
+    """All documents: the question's own, then related ones, then the others, at random. A prompt uses as many
+    from the front as fit, and repeats them where all do not fill it."""
     taken = {*question.documents, *question.related}
     others = [i for i in range(len(data.documents)) if i not in taken]
     return [
@@ -103,7 +105,7 @@ def order(data: Data, question: Question, rng: random.Random) -> list[int]:
     ]
 
 
-def _read(path: Path, option: str, what: str, parse: Any) -> Data:
+def _read(path: Path, option: str, what: str, parse: Any) -> QAData:
     try:
         data = parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:

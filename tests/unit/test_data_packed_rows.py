@@ -12,18 +12,23 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_ultralong.data.packed_rows import PackedRows, Rows, open_blend, parse_data_arguments
+from megatron_ultralong.data.packed_rows import (
+    BlendedDataset,
+    PackedDataset,
+    open_blend,
+    parse_data_arguments,
+)
 from megatron_ultralong.errors import UserError
 from tests.text import write_rows
 
 
-def rows_of(folder: Path, *sizes: int, weights: list[str] | None = None) -> Rows:
+def rows_of(folder: Path, *sizes: int, weights: list[str] | None = None) -> BlendedDataset:
     """Sets of rows of S = 3; set k's row i is [100 k + i, 0, 0, 0]."""
     sets = [
-        PackedRows(write_rows(folder / f"set{k}", [[100 * k + i, 0, 0, 0] for i in range(size)]), 3)
+        PackedDataset(write_rows(folder / f"set{k}", [[100 * k + i, 0, 0, 0] for i in range(size)]), 3)
         for k, size in enumerate(sizes)
     ]
-    return Rows(sets, None if weights is None else [Fraction(w) for w in weights])
+    return BlendedDataset(sets, None if weights is None else [Fraction(w) for w in weights])
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -36,7 +41,7 @@ def test_rows_and_masks_are_read(tmp_path, dtype):
         write_rows(tmp_path / "a", ids, masks, dtype),
         write_rows(tmp_path / "b", ids, None, dtype),
     ):
-        rows = PackedRows(prefix, 3)
+        rows = PackedDataset(prefix, 3)
         for again in (rows, pickle.loads(pickle.dumps(rows))):
             assert len(again) == 2
             for i in range(2):
@@ -50,25 +55,27 @@ def test_rows_and_masks_are_read(tmp_path, dtype):
 def test_rows_of_another_length_are_refused(tmp_path):
     prefix = write_rows(tmp_path / "a", [[1] * 9, [1] * 9])
     with pytest.raises(
-        UserError, match="a has rows of 9 tokens, but sequence length 4096 needs 4097; repack .*-length 4096"
+        UserError,
+        match="a has rows of 9 tokens, but sequence length 4096 requires 4097; repack .*-length 4096",
     ):
-        PackedRows(prefix, 4096)
+        PackedDataset(prefix, 4096)
     with pytest.raises(UserError, match="has rows of 8 tokens"):
-        PackedRows(write_rows(tmp_path / "b", [[1] * 9, [1] * 8]), 8)  # a ragged corpus
+        PackedDataset(write_rows(tmp_path / "b", [[1] * 9, [1] * 8]), 8)  # a ragged corpus
     with pytest.raises(UserError, match=r"a.mask has rows of 8"):
-        PackedRows(write_rows(tmp_path / "a", [[1] * 9], [[1] * 8]), 8)
+        PackedDataset(write_rows(tmp_path / "a", [[1] * 9], [[1] * 8]), 8)
     with pytest.raises(UserError, match=r"a.mask does not belong"):
-        PackedRows(write_rows(tmp_path / "a", [[1] * 9] * 2, [[1] * 9]), 8)
+        PackedDataset(write_rows(tmp_path / "a", [[1] * 9] * 2, [[1] * 9]), 8)
 
 
 def test_another_vocabulary_is_refused(tmp_path):
-    rows = PackedRows(write_rows(tmp_path / "a", [[1, 2, 3, 99]]), 3)
+    rows = PackedDataset(write_rows(tmp_path / "a", [[1, 2, 3, 99]]), 3)
     rows.check_vocabulary(100)
     with pytest.raises(
-        UserError, match="a holds token id 99, but the model has a vocabulary of 99; it was made with by-hand"
+        UserError,
+        match="a contains token id 99, but the model has a vocabulary of 99; it was made with by-hand",
     ):
         rows.check_vocabulary(99)
-    with pytest.raises(UserError, match="holds token id 99"):
+    with pytest.raises(UserError, match="contains token id 99"):
         open_blend([rows.prefix], 3, 50)
 
 
@@ -78,7 +85,7 @@ def test_missing_and_broken_files_are_told(tmp_path):
 
     def refused(message: str) -> None:
         with pytest.raises(UserError, match=message) as error:
-            PackedRows(prefix, 3)
+            PackedDataset(prefix, 3)
         assert "\n" not in str(error.value)
         for name, data in good.items():
             (tmp_path / name).write_bytes(data)
@@ -88,7 +95,7 @@ def test_missing_and_broken_files_are_told(tmp_path):
         refused(f"{name} cannot be read: No such file")
         if name.endswith(".bin"):
             (tmp_path / name).write_bytes(good[name][:-1])
-            refused(f"{name} is not as long as {name[:-4]}.idx says; prepare the data again")
+            refused(f"{name} does not have the length that {name[:-4]}.idx says; prepare the data again")
         else:
             (tmp_path / name).write_bytes(b"nonsense")
             refused(f"{name} is not a Megatron index")
@@ -98,15 +105,15 @@ def test_missing_and_broken_files_are_told(tmp_path):
     refused("a.json is missing; make packed rows with tools/prepare_data.py")
     for text in ("", "[]", "{}", '{"format": "x", "max_token_id": 1}'):
         (tmp_path / "a.json").write_text(text)
-        refused("a.json is no manifest")
+        refused("a.json is not a manifest")
     (tmp_path / "a.json").write_text(json.dumps({"format": 2, "max_token_id": 1}))
-    refused("written by a newer version")
+    refused(r"unsupported format version 2 \(expected 1 or less\)")
     (tmp_path / "a.bin").write_bytes(b"")
-    refused("a holds no rows")
+    refused("a contains no rows")
     for end in (".bin", ".idx", ".json"):
         with pytest.raises(UserError, match=f"give the prefix without {end}"):
-            PackedRows(prefix + end, 3)
-    assert len(PackedRows(prefix, 3)) == 2
+            PackedDataset(prefix + end, 3)
+    assert len(PackedDataset(prefix, 3)) == 2
 
 
 # ---- blends ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_ultralong.data.pretrain import pack, sources, token_cache, tokenise_worker
+from megatron_ultralong.data.pretrain import pack, sources, token_cache, tokenise_worker, write_rows
 from megatron_ultralong.data.pretrain.pack import Packing, Separator
 from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.errors import UserError
@@ -39,16 +39,15 @@ def corpus(prefix: Path, documents: list[list[int]], dtype=numpy.int32) -> Path:
 
 
 def packed(
-    mix: Path | sources.Sources,
+    mix: Path | sources.DocumentMix,
     tokenizer_dir,
     output: Path,
     seq_length: int = 63,
     workers: int = 1,
     **settings,
 ) -> dict:
-    wanted = sources.load(mix) if isinstance(mix, Path) else mix
     return pack.pack(
-        wanted,
+        sources.load(mix) if isinstance(mix, Path) else mix,
         tokenizer_dir,
         Packing(seq_length=seq_length, **settings),
         str(output),
@@ -79,7 +78,7 @@ def pieces(prefix: Path, separator: list[int], fit: str) -> list[tuple[int, ...]
 def test_every_token_is_in_the_rows_as_often_as_told(
     tmp_path, tokenizer_dir, seed, fit, last_row, monkeypatch
 ):
-    monkeypatch.setattr(token_cache, "UNITS", (3000, 3000))  # files are cut, and small ones share a unit
+    monkeypatch.setattr(token_cache, "UNIT_SIZES", (3000, 3000))  # files are cut, and small ones share a unit
     rng = random.Random(seed)
     tokenizer = load_tokenizer(tokenizer_dir)
     texts = {
@@ -194,13 +193,13 @@ sources:
 
 
 def test_broken_lines_are_counted_listed_and_the_rest_is_packed(tmp_path, tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(token_cache, "UNITS", (300, 300))
+    monkeypatch.setattr(token_cache, "UNIT_SIZES", (300, 300))
     lines = [json.dumps({"text": f"some words {i}"}) for i in range(40)]
     for at, line in ((0, "{"), (13, '{"txt": "x"}'), (39, '{"text": 3}')):
         lines[at] = line
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "b.txt").write_bytes("é".encode() * 50 + b"\xff")
-    mix = pack.plain([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    mix = sources.from_inputs([tmp_path / "a.jsonl", tmp_path / "b.txt"])
     manifest = packed(mix, tokenizer_dir, tmp_path / "out")
     assert manifest["skipped"] == {"empty": 0, "broken": 4, "duplicate": 0} and manifest["documents"] == 37
     listed = [json.loads(line) for line in (tmp_path / "out.broken.jsonl").read_text().splitlines()]
@@ -227,13 +226,15 @@ def test_broken_lines_are_counted_listed_and_the_rest_is_packed(tmp_path, tokeni
     with pytest.raises(
         UserError, match=r"c.jsonl, line 1: no key 'text' among body; choose one with --text-key"
     ):
-        packed(pack.plain([tmp_path / "b.txt", tmp_path / "c.jsonl"]), tokenizer_dir, tmp_path / "out")
+        packed(
+            sources.from_inputs([tmp_path / "b.txt", tmp_path / "c.jsonl"]), tokenizer_dir, tmp_path / "out"
+        )
 
 
 def test_duplicates_and_empty_documents_as_told(tmp_path, tokenizer_dir):
     made.write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one", ""])
     made.write_jsonl(tmp_path / "b.jsonl", ["three", "two"])
-    mix = pack.plain([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    mix = sources.from_inputs([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
     kept = packed(mix, tokenizer_dir, tmp_path / "out")
     assert (kept["documents"], kept["duplicates"], kept["skipped"]["duplicate"]) == (5, 2, 0)
     dropped = packed(mix, tokenizer_dir, tmp_path / "out", duplicates="drop")
@@ -251,12 +252,14 @@ def test_duplicates_and_empty_documents_as_told(tmp_path, tokenizer_dir):
 def test_tokens_kept_for_another_length(tmp_path, tokenizer_dir, monkeypatch):
     path = made.write_jsonl(tmp_path / "a.jsonl", [made.text(i, 50) for i in range(30)])
     arguments = {"tokens_dir": tmp_path / "tokens", "show_progress": False, "workers": 1}
-    pack.pack(pack.plain([path]), tokenizer_dir, Packing(seq_length=63), str(tmp_path / "one"), **arguments)
+    pack.pack(
+        sources.from_inputs([path]), tokenizer_dir, Packing(seq_length=63), str(tmp_path / "one"), **arguments
+    )
     assert not list(tmp_path.glob(".*")) and IndexedDataset(
         str(tmp_path / "tokens" / "000000")
     ).document_indices.tolist() == list(range(31))
     fresh = pack.pack(
-        pack.plain([path]),
+        sources.from_inputs([path]),
         tokenizer_dir,
         Packing(seq_length=127),
         str(tmp_path / "fresh"),
@@ -265,29 +268,41 @@ def test_tokens_kept_for_another_length(tmp_path, tokenizer_dir, monkeypatch):
     )
     monkeypatch.setattr(tokenise_worker, "_tokenise_unit", None)  # not called again
     again = pack.pack(
-        pack.plain([path]), tokenizer_dir, Packing(seq_length=127), str(tmp_path / "two"), **arguments
+        sources.from_inputs([path]),
+        tokenizer_dir,
+        Packing(seq_length=127),
+        str(tmp_path / "two"),
+        **arguments,
     )
     assert again == fresh and (tmp_path / "two.bin").read_bytes() == (tmp_path / "fresh.bin").read_bytes()
     with path.open("a") as file:
         file.write('{"id": 1, "text": "more"}\n')
-    with pytest.raises(UserError, match=r"tokens: holds tokens made from others \(files differ\)"):
+    with pytest.raises(
+        UserError, match=r"tokens contains tokens made from other inputs or settings \(files differ\)"
+    ):
         pack.pack(
-            pack.plain([path]), tokenizer_dir, Packing(seq_length=127), str(tmp_path / "two"), **arguments
+            sources.from_inputs([path]),
+            tokenizer_dir,
+            Packing(seq_length=127),
+            str(tmp_path / "two"),
+            **arguments,
         )
 
 
 def test_a_corpus_of_another_tokenizer_and_a_damaged_one(tmp_path, tokenizer_dir):
     path = corpus(tmp_path / "ids", [[5, 6, 7, 2], [100_000, 3, 2]])
-    with pytest.raises(UserError, match=r"ids.idx: holds token id 100000, but the tokenizer has \d+"):
-        packed(pack.plain([path]), tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match=r"ids.idx contains token id 100000, but the tokenizer has \d+"):
+        packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "out")
     corpus(tmp_path / "ids", [[5, 6, 7, 2], [9, 3, 2]])
     assert (
-        packed(pack.plain([tmp_path / "ids.bin"]), tokenizer_dir, tmp_path / "out")["sources"][0]["ends_with"]
+        packed(sources.from_inputs([tmp_path / "ids.bin"]), tokenizer_dir, tmp_path / "out")["sources"][0][
+            "ends_with"
+        ]
         == 2
     )
     (tmp_path / "ids.bin").write_bytes((tmp_path / "ids.bin").read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"ids.bin: is not what ids.idx says \(24 bytes, expected 28\)"):
-        packed(pack.plain([path]), tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match=r"ids.bin does not fit ids.idx \(24 bytes, expected 28\)"):
+        packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "out")
 
 
 @pytest.mark.parametrize("fit", ["cross", "best"])
@@ -295,12 +310,14 @@ def test_rows_go_on_where_they_are_on_the_disk(tmp_path, tokenizer_dir, fit, mon
     """Cut off while rows are written: the next run keeps those that the disk was waited for, and the files
     are the same."""
     path = made.write_jsonl(tmp_path / "a.jsonl", [made.text(i, 40) for i in range(80)])
-    whole = packed(pack.plain([path]), tokenizer_dir, tmp_path / "whole", fit=fit, document_starts=True)
+    whole = packed(
+        sources.from_inputs([path]), tokenizer_dir, tmp_path / "whole", fit=fit, document_starts=True
+    )
     want = {p.name.removeprefix("whole"): p.read_bytes() for p in tmp_path.glob("whole*")}
-    monkeypatch.setattr(pack, "_BLOCK", 400)
-    monkeypatch.setattr(pack, "_SYNC", 2000)
+    monkeypatch.setattr(write_rows, "_BLOCK", 400)
+    monkeypatch.setattr(write_rows, "_SYNC", 2000)
     monkeypatch.setattr(pack, "WORTH_KEEPING", 0)
-    read, calls, most = pack._Reader.into, 0, 0
+    read, calls, most = token_cache.TokenReader.read_into, 0, 0
 
     def until(self, part, document, begin):
         nonlocal calls
@@ -309,20 +326,32 @@ def test_rows_go_on_where_they_are_on_the_disk(tmp_path, tokenizer_dir, fit, mon
             raise MemoryError
         read(self, part, document, begin)
 
-    monkeypatch.setattr(pack._Reader, "into", until)
+    monkeypatch.setattr(token_cache.TokenReader, "read_into", until)
     counts = []
     for most in (40, 50, 0):  # two runs that end, one that does not; each reads less than is missing in all
         calls = 0
         if most:
             with pytest.raises(MemoryError):
-                packed(pack.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, document_starts=True)
+                packed(
+                    sources.from_inputs([path]),
+                    tokenizer_dir,
+                    tmp_path / "cut",
+                    fit=fit,
+                    document_starts=True,
+                )
             work = json.loads((tmp_path / ".cut.work" / "progress.json").read_text())
             counts.append(work["rows"])
             with (tmp_path / ".cut.work" / "rows" / ".bin").open("ab") as file:
                 file.write(b"half a row")
         else:
             assert (
-                packed(pack.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, document_starts=True)
+                packed(
+                    sources.from_inputs([path]),
+                    tokenizer_dir,
+                    tmp_path / "cut",
+                    fit=fit,
+                    document_starts=True,
+                )
                 == whole
             )
     assert 0 < counts[0] < counts[1] < whole["rows"]
@@ -333,9 +362,9 @@ def test_rows_go_on_where_they_are_on_the_disk(tmp_path, tokenizer_dir, fit, mon
     # Other settings do not go on with what was for these.
     most, calls = 40, 0
     with pytest.raises(MemoryError):
-        packed(pack.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit)
+        packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "cut", fit=fit)
     most = 0
-    other = packed(pack.plain([path]), tokenizer_dir, tmp_path / "cut", fit=fit, seq_length=31)
+    other = packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "cut", fit=fit, seq_length=31)
     assert other["seq_length"] == 31 and IndexedDataset(str(tmp_path / "cut")).sequence_lengths.max() == 32
 
 
@@ -344,28 +373,32 @@ def test_nothing_of_others_is_lost(tmp_path, tokenizer_dir):
     the first alone."""
     (tmp_path / "in").mkdir()
     path = made.write_jsonl(tmp_path / "in" / "a.jsonl", ["some words", "more words"])
-    arguments = (pack.plain([path]), tokenizer_dir, Packing(seq_length=7))
-    with pytest.raises(UserError, match=r"--tokens-dir .*in: holds other files; name a new folder"):
+    arguments = (sources.from_inputs([path]), tokenizer_dir, Packing(seq_length=7))
+    with pytest.raises(UserError, match=r"--tokens-dir .*in: contains other files; name a new folder"):
         pack.pack(
             *arguments, str(tmp_path / "out"), tokens_dir=tmp_path / "in", workers=1, show_progress=False
         )
     own = corpus(tmp_path / "own", [[5, 6, 7], [8]])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for mix, output, message in (
-        (pack.plain([own]), "own", "would take the place of the input .*own.idx"),
-        (pack.plain([path]), "own", "files of that name are there which no earlier run made"),
-        (pack.plain([tmp_path / "in"]), "in/b", "lies in the input directory .*in; choose a place outside"),
+        (sources.from_inputs([own]), "own", "would take the place of the input .*own.idx"),
+        (sources.from_inputs([path]), "own", "files of that name are there which no earlier run made"),
+        (
+            sources.from_inputs([tmp_path / "in"]),
+            "in/b",
+            "lies in the input directory .*in; choose a place outside",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             packed(mix, tokenizer_dir, tmp_path / output)
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(UserError, match="files of that name are there"):
-        packed(pack.plain([path]), tokenizer_dir, tmp_path / "c")
+        packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "c")
     (tmp_path / "c.json").unlink()
     with token_cache.locked(tmp_path / ".out.work"):
         (tmp_path / ".out.work" / "kept").touch()
         with pytest.raises(UserError, match=r".out.work: another process is preparing data there"):
-            packed(pack.plain([path]), tokenizer_dir, tmp_path / "out")
+            packed(sources.from_inputs([path]), tokenizer_dir, tmp_path / "out")
         assert (tmp_path / ".out.work" / "kept").exists()
     assert {p: p.read_bytes() for p in before} == before
 
@@ -373,11 +406,19 @@ def test_nothing_of_others_is_lost(tmp_path, tokenizer_dir):
 def test_corpus_changed_in_place_is_read_anew(tmp_path, tokenizer_dir):
     path = corpus(tmp_path / "ids", [[5, 6, 7, 2], [9, 3, 2]])
     arguments = {"tokens_dir": tmp_path / "tokens", "workers": 1, "show_progress": False}
-    pack.pack(pack.plain([path]), tokenizer_dir, Packing(seq_length=7), str(tmp_path / "out"), **arguments)
+    pack.pack(
+        sources.from_inputs([path]), tokenizer_dir, Packing(seq_length=7), str(tmp_path / "out"), **arguments
+    )
     numpy.full(7, 123_456, numpy.int32).tofile(tmp_path / "ids.bin")
-    with pytest.raises(UserError, match=r"holds tokens made from others \(files differ\)"):
+    with pytest.raises(
+        UserError, match=r"contains tokens made from other inputs or settings \(files differ\)"
+    ):
         pack.pack(
-            pack.plain([path]), tokenizer_dir, Packing(seq_length=7), str(tmp_path / "out"), **arguments
+            sources.from_inputs([path]),
+            tokenizer_dir,
+            Packing(seq_length=7),
+            str(tmp_path / "out"),
+            **arguments,
         )
 
 
@@ -385,17 +426,19 @@ def test_text_that_utf8_cannot_say(tmp_path, tokenizer_dir):
     (tmp_path / "a.jsonl").write_text(
         '{"id": "\\ud800", "text": "abc"}\n{"id": 1, "\\ud801": "abc"}\n{"id": 2, "text": "x"}\n'
     )
-    manifest = packed(pack.plain([tmp_path / "a.jsonl"], id_key="id"), tokenizer_dir, tmp_path / "out")
+    manifest = packed(
+        sources.from_inputs([tmp_path / "a.jsonl"], id_key="id"), tokenizer_dir, tmp_path / "out"
+    )
     table = pyarrow.parquet.read_table(tmp_path / "out.documents.parquet").to_pylist()
     assert [row["id"] for row in table] == ["\\ud800", None, "2"] and manifest["skipped"]["broken"] == 1
     column = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "b.parquet")
-    manifest = packed(pack.plain([tmp_path / "b.parquet"]), tokenizer_dir, tmp_path / "out")
+    manifest = packed(sources.from_inputs([tmp_path / "b.parquet"]), tokenizer_dir, tmp_path / "out")
     assert manifest["documents"] == 1 and "row 2: 'text' is not UTF-8" in manifest["first_broken"]
 
 
 def test_nothing_worth_taking(tmp_path, tokenizer_dir):
     made.write_jsonl(tmp_path / "a.jsonl", [made.text(1, 50), made.text(2, 60)])
     (tmp_path / "mix.yaml").write_text("{tokens: 3, sources: {a: {input: a.jsonl}}}")
-    with pytest.raises(UserError, match="one document is worth taking"):
+    with pytest.raises(UserError, match="less than half of one document"):
         packed(tmp_path / "mix.yaml", tokenizer_dir, tmp_path / "out")

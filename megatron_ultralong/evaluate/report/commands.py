@@ -1,0 +1,48 @@
+"""The commands `report` and `compare` of tools/evaluate.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.pipeline import command
+from megatron_ultralong.evaluate.report import curves, heat_map, tables
+from megatron_ultralong.evaluate.report.read_results import read_for
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]PATH",
+        help="result files, or directories that are searched for *.json; NAME is the name of their models in the tables",
+    )
+    parser.add_argument("--no-published", action="store_true", help="omit the published figures")
+    command.add_out_argument(parser)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    print("\n".join(tables.write(args.results, args.out, with_published=not args.no_published)))
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True, metavar="FILE", help="niah.json of each model"
+    )
+    parser.add_argument(
+        "--titles", nargs="+", metavar="TEXT", help="one per file (default: the model's name)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the plot to write")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    results = [read_for(path, heat_map.check) for path in args.results]
+    titles = args.titles or curves.model_names([result.model for result in results])
+    if len(titles) != len(results):
+        raise UserError(f"--titles: {len(results)} files need {len(results)} titles, not {len(titles)}")
+    heat_map.heat_maps(
+        results, titles, args.out, trained=[result.model.get("max_position") for result in results]
+    )
+    print(f"{args.out} written")
