@@ -119,8 +119,8 @@ class Llama(LanguageModule):
         document_starts: Tensor | None = None,
     ) -> Tensor:
         """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard.
-        document_starts: positions in the complete row (b = 1) at which documents start, to keep attention inside
-        them; on the CPU.
+        document_starts: positions in the complete row (b = 1) at which documents start, to keep attention
+        inside them; on the CPU.
 
         Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x
         logsumexp^2) over this rank's tokens (float32 scalar); with labels only, the cross entropy of each
