@@ -1,30 +1,27 @@
-"""A run as frozen dataclasses: every field says meaning and unit; wrong combinations are refused when built.
-
-Errors a user can cause are `UserError`; the tools print its one line and exit with code 2.
-"""
+"""The settings of a run as frozen dataclasses: each field is documented with its unit, and combinations that
+cannot work are refused when the run is built."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.settings import Rope
 
 OFFLOADED_LAYERS_ON_GPU = 2
-"""Layers whose offloaded tensors are on the GPU at a time: one being copied while the next is computed."""
+"""Layers whose offloaded tensors are on the GPU at a time: one is copied while the next is computed."""
 
 KEY_BLOCK = 65536
-"""Keys at most, of those before a chunk of queries, whose gradients the kernels give at a time where the sums
-are added up elsewhere: a kernel makes them in its own dtype first, and FlashAttention-2 one for each query
-head."""
+"""Keys, of those before a chunk of queries, whose gradients a kernel computes at a time where they are summed
+outside the kernel: it allocates them in its own dtype, FlashAttention-2 even for each query head."""
 
 LOSS_BLOCK = 2**25
-"""Logits that the loss holds in float32 at a time (128 MiB), whatever the chunk."""
+"""Logits that the loss holds in float32 at a time (128 MiB), for any chunk size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,8 @@ class Model:
     kv_heads: int
     head_dim: int
     vocab_size: int
-    """Rows of the embedding as the Hugging Face model has them; padded to tensor parallel size inside."""
+    """Rows of the Hugging Face model's embedding; padded internally to a multiple of the tensor parallel
+    size."""
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     init_std: float = 0.02
@@ -55,72 +53,25 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary position embedding. The maths lives in `model/rope.py`."""
-
-    type: Literal["none", "llama3", "yarn"] = "none"
-    """none = plain RoPE; llama3 = Llama-3.1's; yarn = the extension, its ramp chosen by `ramp`."""
-    theta: float = 500000.0
-    """RoPE base."""
-    factor: float = 1.0
-    """Scale factor s over `original_length`; it replaces the base model's own factor."""
-    original_length: int = 8192
-    """Positions before any scaling, tokens."""
-    alpha: float = 1.0
-    """Rotations within `original_length` at and below which a frequency is divided by s (llama3
-    low_freq_factor, yarn beta_slow)."""
-    beta: float = 4.0
-    """Rotations at and above which a frequency is kept (llama3 high_freq_factor, yarn beta_fast)."""
-    ramp: Literal["rotation", "dimension"] = "rotation"
-    """yarn only: linear in rotations (YaRN paper eq. 17-20) or in the dimension index (transformers' yarn)."""
-    temperature: bool = False
-    """yarn only: multiply cos and sin by the attention factor (default 0.1 ln s + 1)."""
-    attention_factor: float | None = None
-    """yarn only, with temperature: the factor itself instead of the default."""
-    truncate: bool = True
-    """yarn ramp over dimensions only: round the ramp's borders to whole dimensions, as transformers does by
-    default."""
-
-    def __post_init__(self) -> None:
-        if self.theta <= 0 or not math.isfinite(self.theta):
-            raise UserError(f"rope.theta={self.theta} must be a positive number")
-        if self.type == "none":
-            if self.factor != 1.0:
-                raise UserError(
-                    f"rope.factor={self.factor} has no effect with rope.type=none; set rope.type=yarn or llama3"
-                )
-            return
-        if self.factor < 1 or not math.isfinite(self.factor):
-            raise UserError(f"rope.factor={self.factor} must be at least 1")
-        _positive("rope.original_length", self.original_length)
-        if not 0 < self.alpha < self.beta:
-            raise UserError(f"rope.alpha={self.alpha} must be positive and below rope.beta={self.beta}")
-        if self.attention_factor is not None and not self.temperature:
-            raise UserError("rope.attention_factor needs rope.temperature=true")
-        if self.type == "llama3" and (self.temperature or self.ramp != "rotation"):
-            raise UserError("rope.temperature and rope.ramp=dimension need rope.type=yarn")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model and the sequence are split over ranks: world size = tp x pp x cp x dp."""
+    """How model and sequence are split over ranks: world size = tp x pp x cp x dp."""
 
     tp: int = 1
-    """Tensor parallel ranks; sequence parallelism of norms comes with it."""
+    """Tensor parallel ranks; above 1, with sequence parallelism."""
     pp: int = 1
     """Pipeline parallel ranks."""
     vpp: int = 1
-    """Model chunks a pipeline rank (interleaved 1F1B when above 1)."""
+    """Model chunks per pipeline rank (interleaved 1F1B when above 1)."""
     cp: int = 1
-    """Context parallel ranks: each holds two zigzag pieces of every sequence."""
+    """Context parallel ranks; each holds two zigzag chunks of every sequence."""
     ulysses: int = 1
-    """Of the context parallel ranks, adjacent ones that exchange heads for tokens (all-to-all); cp/ulysses
-    such groups form the ring."""
+    """Adjacent context parallel ranks that exchange heads for tokens (all-to-all); cp / ulysses such groups
+    form the ring."""
     cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
-    """Between those groups: ring = keys and values go round; gather = every rank gathers them, a head at a
-    time."""
+    """Communication between those groups: p2p = keys and values rotate in a ring; all_gather = every rank
+    gathers them, one head at a time."""
     dp: int | None = None
-    """Data parallel ranks; None = what is left of the world size."""
+    """Data parallel ranks; None = the rest of the world size."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ulysses"):
@@ -130,44 +81,45 @@ class Parallel:
         if self.dp is not None:
             _positive("parallel.dp", self.dp)
         if self.vpp > 1 and self.pp == 1:
-            raise UserError(f"parallel.vpp={self.vpp} needs parallel.pp above 1")
+            raise UserError(f"parallel.vpp={self.vpp} requires parallel.pp above 1")
 
     def data_parallel(self, world_size: int) -> int:
-        """Data parallel size on `world_size` ranks; UserError where they do not divide."""
+        """Data parallel size on `world_size` ranks. UserError where the layout does not divide it."""
         ranks = self.tp * self.pp * self.cp
-        need = f"parallel.tp={self.tp} x pp={self.pp} x cp={self.cp}"
+        layout = f"parallel.tp={self.tp} x pp={self.pp} x cp={self.cp}"
         if world_size % ranks or world_size < ranks:
             raise UserError(
-                f"{need} needs a multiple of {ranks} ranks, but {world_size} were started; change torchrun's --nproc-per-node or the layout"
+                f"{layout} needs a multiple of {ranks} ranks, but {world_size} were started; "
+                "change torchrun's --nproc-per-node or the layout"
             )
         dp = world_size // ranks
         if self.dp is not None and self.dp != dp:
             raise UserError(
-                f"{need} x dp={self.dp} needs {ranks * self.dp} ranks, but {world_size} were started"
+                f"{layout} x dp={self.dp} needs {ranks * self.dp} ranks, but {world_size} were started"
             )
         return dp
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What is kept for the backward."""
+    """What is kept for the backward pass, and where."""
 
     recompute: Literal["none", "full", "all_but_attention"] = "all_but_attention"
-    """none = keep every activation; full = keep each layer's input and recompute the layer; all_but_attention = keep
-    the attention output and its logsumexp too, and recompute all but attention."""
+    """none = keep every activation; full = keep each layer's input and recompute the layer; all_but_attention
+    = also keep the attention output and its logsumexp, and recompute everything except attention."""
     offload: Literal["off", "layer_inputs", "all", "auto"] = "auto"
-    """With recompute=all_but_attention, what goes to host memory until the backward: nothing; each layer's input;
-    the attention output and logsumexp as well; auto = settled at start, the first of these that fits the GPU
-    (off with another checkpoint, or on a CPU)."""
+    """With recompute=all_but_attention, what is moved to host memory until the backward: off = nothing;
+    layer_inputs = each layer's input; all = also the attention output and its logsumexp; auto = chosen at
+    start, the first of these that fits the GPU (off on a CPU, or with another recompute)."""
     query_chunks: bool = False
-    """With recompute=all_but_attention, queries and attention outputs in chunks as well: of a layer only keys and
-    values exist whole, and what is offloaded comes back by chunk. For the longest sequences; keys go round
-    the ring once for each chunk, and are projected twice."""
+    """With recompute=all_but_attention, process queries and attention outputs in chunks too: only a layer's
+    keys and values exist for the full sequence, and offloaded tensors return chunk by chunk. For the longest
+    sequences: keys rotate around the ring once per chunk, and are projected twice."""
     layer_chunk: int = 16384
-    """With recompute=all_but_attention, and wherever there is no backward, tokens of norms, projections and MLP
-    alive at a time on a rank; 0 = all."""
+    """Tokens per rank whose norms, projections and MLP are computed at a time, with
+    recompute=all_but_attention and in passes without a backward; 0 = all."""
     loss_chunk: int = 8192
-    """Tokens of output layer and loss alive at a time on a rank; 0 = all at once."""
+    """Tokens per rank whose output layer and loss are computed at a time; 0 = all."""
 
     def __post_init__(self) -> None:
         for name in ("layer_chunk", "loss_chunk"):
@@ -175,31 +127,31 @@ class Memory:
                 raise UserError(f"memory.{name}={getattr(self, name)} must be 0 or more")
         if self.offload in ("layer_inputs", "all") and self.recompute != "all_but_attention":
             raise UserError(
-                f"memory.offload={self.offload} needs memory.recompute=all_but_attention, not {self.recompute}"
+                f"memory.offload={self.offload} requires memory.recompute=all_but_attention, not {self.recompute}"
             )
         if self.query_chunks and self.recompute != "all_but_attention":
             raise UserError(
-                f"memory.query_chunks=true needs memory.recompute=all_but_attention, not {self.recompute}"
+                f"memory.query_chunks=true requires memory.recompute=all_but_attention, not {self.recompute}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """How packed rows are drawn."""
+    """How packed rows are read."""
 
     shuffle: bool = True
     """Shuffle the rows of each epoch by the run's seed; held-out rows are never shuffled."""
     workers: int = 0
-    """Data loader processes a rank."""
+    """Data loader processes per rank; 0 = a thread."""
     documents: Literal["joined", "masked"] = "joined"
-    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each, and the
-    first token of one is no target."""
+    """joined = attention crosses the documents of a row (the paper); masked = it stays inside each document,
+    and a document's first token is not a target."""
     positions: Literal["row", "document"] = "row"
-    """With documents=masked: RoPE positions count from the start of the row, or anew in each document."""
+    """With documents=masked: RoPE positions count from the start of the row, or of each document."""
 
     def __post_init__(self) -> None:
         if self.positions == "document" and self.documents != "masked":
-            raise UserError("data.positions=document needs data.documents=masked")
+            raise UserError("data.positions=document requires data.documents=masked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +169,14 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """The length, batch and schedule of a run."""
+    """Sequence length, batch, schedule and checkpoints of a run."""
 
     seq_length: int
-    """Tokens a sequence, S."""
+    """Tokens per sequence, S."""
     micro_batch: int = 1
-    """Sequences a forward pass and data parallel rank."""
+    """Sequences per forward pass and data parallel rank."""
     global_batch: int = 8
-    """Sequences an optimizer step over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     iterations: int
     """Optimizer steps."""
     lr: float
@@ -239,18 +191,19 @@ class Train:
     save_every: int = 100
     """Iterations between checkpoints; 0 = only at the end."""
     keep: int = 2
-    """Whole checkpoints kept; 0 = all."""
+    """Checkpoints kept; 0 = all."""
     eval_every: int = 0
-    """Iterations between held-out losses; 0 = only at the end (when --valid is given)."""
+    """Iterations between evaluations on held-out data; 0 = only at the end."""
     eval_rows: int = 64
-    """Held-out rows used each time (all if fewer)."""
+    """Held-out rows per evaluation (all if fewer)."""
     log_every: int = 1
     """Iterations between log lines."""
     z_loss: float = 0.0
-    """Weight of the squared logsumexp of the logits in the training loss (not in held-out losses); 0 = off."""
+    """Weight of the squared logsumexp of the logits in the training loss (not in the held-out loss); 0 =
+    off."""
     seed: int = 1234
     deterministic: bool = False
-    """Bit-reproducible GPU kernels (slower); a CPU is reproducible anyway."""
+    """Bit-reproducible GPU kernels (slower); CPU runs are always reproducible."""
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "micro_batch", "global_batch", "iterations", "log_every", "eval_rows"):
@@ -266,29 +219,29 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """The machine."""
+    """Device, timeouts and logging."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto = cuda where there is one; the paper's recipes demand cuda."""
+    """auto = cuda if available; the paper's recipes require cuda."""
     timeout_minutes: int = 60
-    """Longest wait for another rank before a collective fails."""
+    """Minutes that a collective waits for other ranks before it fails."""
     wandb: str | None = None
-    """Weights & Biases project to log to, beside TensorBoard."""
+    """Weights & Biases project to log to, in addition to TensorBoard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A whole run: what a recipe returns, what is printed at start and stored in every checkpoint and export."""
+    """A complete run: returned by a recipe, printed at start, stored in every checkpoint and export."""
 
     name: str
     notes: str = ""
-    """Where the figures come from; which of them are this project's own choice."""
+    """Where the values come from, and which of them are this project's own choice."""
     base: str = ""
-    """Hugging Face name of the model it starts from."""
+    """Hugging Face name of the base model."""
     model: Model | None = None
-    """Shape to train from scratch; None = that of --load-hf or --load."""
+    """Model to train from scratch; None = that of --load-hf or --load."""
     rope: Rope | None = None
-    """None = as the loaded model has it."""
+    """None = that of the loaded model."""
     parallel: Parallel = field(default_factory=Parallel)
     memory: Memory = field(default_factory=Memory)
     data: Data = field(default_factory=Data)
@@ -299,7 +252,9 @@ class Run:
     def __post_init__(self) -> None:
         s, p = self.train.seq_length, self.parallel
         if self.memory.query_chunks and (p.ulysses > 1 or p.cp_comm_type != "p2p"):
-            raise UserError("memory.query_chunks=true needs parallel.ulysses=1 and parallel.cp_comm_type=p2p")
+            raise UserError(
+                "memory.query_chunks=true requires parallel.ulysses=1 and parallel.cp_comm_type=p2p"
+            )
         if p.cp > 1 and s % (2 * p.cp):
             raise UserError(
                 f"train.seq_length={s} is not divisible by 2 x parallel.cp = {2 * p.cp}; "
@@ -312,11 +267,12 @@ class Run:
             )
         if self.train.global_batch % self.train.micro_batch:
             raise UserError(
-                f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch={self.train.micro_batch}"
+                f"train.global_batch={self.train.global_batch} is not a multiple of "
+                f"train.micro_batch={self.train.micro_batch}"
             )
         if self.data.documents == "masked" and self.train.micro_batch != 1:
             raise UserError(
-                f"data.documents=masked takes one row at a time: set train.micro_batch=1, not {self.train.micro_batch}"
+                f"data.documents=masked requires train.micro_batch=1, not {self.train.micro_batch}"
             )
         if p.dp is not None:
             self.micro_batches(p.dp)
@@ -324,11 +280,13 @@ class Run:
             check_model_layout(self.model, p)
 
     def micro_batches(self, dp: int) -> int:
-        """Micro-batches an iteration on each of `dp` data parallel ranks."""
+        """Micro-batches per iteration on each of `dp` data parallel ranks. UserError where they do not
+        divide."""
         t, p = self.train, self.parallel
         if t.global_batch % (t.micro_batch * dp):
             raise UserError(
-                f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x {dp} data parallel ranks"
+                f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} "
+                f"x {dp} data parallel ranks"
             )
         n = t.global_batch // (t.micro_batch * dp)
         if p.vpp > 1 and n % p.pp:
@@ -359,18 +317,18 @@ def check_model_layout(model: Model, parallel: Parallel) -> None:
 def check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
     """UserError unless heads and kv_heads (of one tensor parallel rank) can be divided over `ulysses` ranks.
 
-    `ulysses` must divide heads, and divide kv_heads or be a multiple of them.
+    `ulysses` must divide heads, and either divide kv_heads or be a multiple of it.
     """
     if not divides_heads(heads, kv_heads, ulysses):
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if divides_heads(heads, kv_heads, size))
         raise UserError(
-            f"{heads} query heads and {kv_heads} KV heads of a tensor parallel rank cannot be divided over {ulysses} ranks of "
-            f"all-to-all: set parallel.ulysses to one of {sizes}"
+            f"{heads} query heads and {kv_heads} KV heads per tensor parallel rank cannot be divided over "
+            f"parallel.ulysses={ulysses} ranks; set parallel.ulysses to one of {sizes}"
         )
 
 
 def divides_heads(heads: int, kv_heads: int, ulysses: int) -> bool:
-    """What `check_heads` asks for."""
+    """The condition of `check_heads`."""
     return ulysses > 0 and heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 
@@ -381,12 +339,12 @@ RENAMED: dict[str, tuple[str, dict[str, str]]] = {
     "memory.offload": ("memory.offload", {"checkpoints": "layer_inputs", "attention": "all"}),
     "parallel.cp_way": ("parallel.cp_comm_type", {"ring": "p2p", "gather": "all_gather"}),
 }
-"""Settings as stored runs of format 1 and older command lines have them: their name now, and values that have
-another name now."""
+"""Settings of earlier releases, in run.json of format 1 and on command lines: old name -> (new name, old
+values -> new values)."""
 
 
 def _check_renamed(key: str, text: str) -> None:
-    """UserError that gives the new form of an old setting."""
+    """UserError with the new form of an old setting."""
     if key not in RENAMED:
         return
     name, values = RENAMED[key]
@@ -395,7 +353,7 @@ def _check_renamed(key: str, text: str) -> None:
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored run, with settings of earlier releases under their names of today."""
+    """A stored run with the settings of earlier releases renamed."""
     new = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for old, (now, renamed) in RENAMED.items():
         section, _, old_name = old.partition(".")
@@ -411,10 +369,10 @@ def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def override(run: Run, settings: list[str]) -> Run:
-    """`run` with `--set` settings (`a.b=value`) applied all at once, checked as a whole.
+    """Apply `--set` settings (`a.b=value`) to `run`, all at once, and check the result.
 
-    Values: numbers may end in K, M (1024-based for integers), `none`, true/false. UserError for an unknown
-    key, with the nearest valid one, and for a value of the wrong type.
+    Values: numbers (integers may end in K or M, 1024-based), true/false, `none`, names. UserError for an
+    unknown key, with the nearest valid one, and for a value of the wrong type.
     """
     valid = {f"{section}.{f.name}" for section, kind in _sections().items() for f in dataclasses.fields(kind)}
     changes: dict[str, dict[str, Any]] = {}
@@ -435,23 +393,23 @@ def override(run: Run, settings: list[str]) -> Run:
         old = getattr(run, section)
         if old is None and section == "model":
             raise UserError(
-                f"--set model.{next(iter(values))}: recipe {run.name} takes its shape from the loaded model"
+                f"--set model.{next(iter(values))}: recipe {run.name} takes its model from --load-hf or --load"
             )
         new[section] = (
             dataclasses.replace(old, **values) if old is not None else _sections()[section](**values)
         )
-    if settings:  # what the notes say of published figures must not be read of others
+    if settings:  # the notes describe published values, which these settings are not
         new["notes"] = f"{run.notes} Changed for this run: {', '.join(settings)}.".strip()
     return dataclasses.replace(run, **new)
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """The run as plain values, for JSON."""
+    """Return the run as plain values, for JSON."""
     return dataclasses.asdict(run)
 
 
 def from_dict(values: dict[str, Any]) -> Run:
-    """Inverse of `to_dict`, also of earlier releases'; UserError for keys this version does not know."""
+    """Inverse of `to_dict`, also for runs of earlier releases. UserError for unknown keys."""
     sections, values = _sections(), _with_new_names(values)
     try:
         built = {
@@ -500,7 +458,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 
 def parse_count(text: str, what: str) -> int:
-    """Whole number with an optional K or M (x 1024, x 1024^2): "4096", "128K", "1M"."""
+    """Parse a whole number with an optional K or M (x 1024, x 1024^2): "4096", "128K", "1M"."""
     scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
     if not digits.replace("_", "").isdigit():

@@ -2,4 +2,5 @@
 
 
 class UserError(ValueError):
-    """A user's mistake, in one clear line that says what to change; the tools print it and exit with code 2."""
+    """A user's mistake, in one clear line that says what to change; the tools print it and exit with code
+    2."""

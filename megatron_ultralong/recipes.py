@@ -1,9 +1,9 @@
-"""Recipes: functions that return a whole run. `--set` changes a setting of one; a new recipe is a new
+"""Recipes: functions that return a complete run. `--set` changes a setting of a run; a new recipe is a new
 function here.
 
-The figures of `ultralong_*` are those of "From 128K to 4M: Efficient Training of Ultra-Long Context LLMs"
-(arXiv 2504.06214); each recipe's `notes` say which of its figures are published, which are second-hand and
-which are this project's own.
+The values of `ultralong_*` are those of "From 128K to 4M: Efficient Training of Ultra-Long Context LLMs"
+(arXiv 2504.06214); each recipe's `notes` say which values are published, which are second-hand and which are
+this project's own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ SMOLLM2_135M = Model(
     tied_embeddings=True,
 )
 
-# Shapes of the models that recipes start from, by their Hugging Face names: to plan a run before its weights
-# are there.
+# Base models of the recipes by their Hugging Face names, to plan a run before its weights are downloaded.
 SHAPES = {
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
@@ -44,7 +43,7 @@ def tiny() -> Run:
     return Run(
         name="tiny",
         notes="A toy model from scratch; every figure is this project's own choice.",
-        # Weights start wider than a large model's: at 0.02 a model this narrow would first spend hundreds of
+        # Larger initial weights than a large model's: at 0.02 a model this narrow would spend hundreds of
         # steps growing them.
         model=Model(
             hidden_size=128,
@@ -75,12 +74,13 @@ def tiny() -> Run:
 
 
 def tiny_extend() -> Run:
-    """The model of `tiny`, or another of context 512, from 512 to 4,096 tokens; two context parallel ranks."""
+    """The model of `tiny`, or another of context 512, extended to 4,096 tokens on two context parallel
+    ranks."""
     return Run(
         name="tiny_extend",
         notes="A toy extension by 8; every figure is this project's own choice.",
-        # Unlike the paper's: with the temperature so small a model looks up keys at eight times its length
-        # almost at once.
+        # Unlike the paper: with temperature, so small a model retrieves keys at eight times its length almost
+        # at once.
         rope=Rope(
             type="yarn", theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True
         ),
@@ -125,11 +125,9 @@ def ultralong_1m() -> Run:
     """Llama-3.1-8B-Instruct to 1M tokens; 256 H100 in the paper, any multiple of 32 GPUs here."""
     return _ultralong(
         "1m",
-        seq_length=1024**2,
         factor=128,
         cp=4,
-        iterations=125,
-        global_batch=8,
+        train=_pretraining(1024**2, global_batch=8, iterations=125),
         batch_note="125 iterations of 8 sequences are unverified",
     )
 
@@ -138,11 +136,9 @@ def ultralong_2m() -> Run:
     """Llama-3.1-8B-Instruct to 2M tokens; 256 H100 in the paper, any multiple of 128 GPUs here."""
     return _ultralong(
         "2m",
-        seq_length=2 * 1024**2,
         factor=256,
         cp=16,
-        iterations=125,
-        global_batch=4,
+        train=_pretraining(2 * 1024**2, global_batch=4, iterations=125),
         batch_note="iterations and global batch are this project's own (1B tokens, as published)",
     )
 
@@ -151,11 +147,9 @@ def ultralong_4m() -> Run:
     """Llama-3.1-8B-Instruct to 4M tokens; 256 H100 in the paper, any multiple of 128 GPUs here."""
     return _ultralong(
         "4m",
-        seq_length=4 * 1024**2,
         factor=512,
         cp=16,
-        iterations=150,
-        global_batch=2,
+        train=_pretraining(4 * 1024**2, global_batch=2, iterations=150),
         batch_note="150 iterations of 2 sequences as on the released model's card",
     )
 
@@ -175,41 +169,45 @@ def ultralong_4m_sft() -> Run:
     return _ultralong_sft("4m")
 
 
-def _ultralong(
-    size: str, *, seq_length: int, factor: int, cp: int, iterations: int, global_batch: int, batch_note: str
-) -> Run:
+def _ultralong(size: str, *, factor: int, cp: int, train: Train, batch_note: str) -> Run:
     dp = 256 // (8 * cp)
     return Run(
         name=f"ultralong_{size}",
-        notes=f"arXiv 2504.06214: length, YaRN factor {factor} over 8192 positions with alpha 1 and beta 4, learning rate, one step of one epoch "
-        f"are published; 256 GPUs as TP 8 x CP {cp} (data parallel {dp}) and AdamW's betas are second-hand; {batch_note}; schedule, "
-        "warm-up, weight decay, clipping and seed are this project's own.",
+        notes=f"arXiv 2504.06214: length, YaRN factor {factor} over 8192 positions with alpha 1 and beta 4, learning "
+        "rate, one step of one epoch are published; "
+        f"256 GPUs as TP 8 x CP {cp} (data parallel {dp}) and AdamW's betas are second-hand; {batch_note}; "
+        "schedule, warm-up, weight decay, clipping and seed are this project's own.",
         base="meta-llama/Llama-3.1-8B-Instruct",
         rope=_yarn(factor, theta=500000.0, original_length=8192),
         parallel=Parallel(tp=8, cp=cp),
         memory=Memory(recompute="all_but_attention"),
         optim=Optim(beta1=0.9, beta2=0.95),
-        train=Train(
-            seq_length=seq_length,
-            global_batch=global_batch,
-            iterations=iterations,
-            lr=3e-5,
-            min_lr=3e-6,
-            warmup=5,
-            save_every=25,
-        ),
+        train=train,
         runtime=Runtime(device="cuda"),
     )
 
 
+def _pretraining(seq_length: int, *, global_batch: int, iterations: int) -> Train:
+    return Train(
+        seq_length=seq_length,
+        global_batch=global_batch,
+        iterations=iterations,
+        lr=3e-5,
+        min_lr=3e-6,
+        warmup=5,
+        save_every=25,
+    )
+
+
 def _ultralong_sft(size: str) -> Run:
-    """100K examples under 8K tokens. RoPE stays as the loaded checkpoint has it: instruction tuning must not
+    """100K examples under 8K tokens. RoPE is that of the loaded checkpoint: instruction tuning must not
     rescale it."""
     return Run(
         name=f"ultralong_{size}_sft",
-        notes="arXiv 2504.06214: learning rate 5e-6, global batch 128 and 100K examples under 8K tokens are published; one epoch of them, one "
-        "example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's betas, schedule, warm-up, weight decay, clipping and "
-        "seed are this project's own. Attention stays inside documents, so packed rows work too, with fewer rows a step and iterations.",
+        notes="arXiv 2504.06214: learning rate 5e-6, global batch 128 and 100K examples under 8K tokens are published; "
+        "one epoch of them, one example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's "
+        "betas, schedule, warm-up, weight decay, clipping and seed are this project's own. Attention stays inside "
+        "documents, so packed rows work too, with fewer rows a step and iterations.",
         parallel=Parallel(tp=8),
         memory=Memory(recompute="all_but_attention"),
         data=Data(documents="masked"),
@@ -249,12 +247,12 @@ RECIPES: tuple[Callable[[], Run], ...] = (
 
 
 def names() -> list[str]:
-    """The recipes' names, as --recipe takes them."""
+    """The names of the recipes, as given to --recipe."""
     return [recipe.__name__ for recipe in RECIPES]
 
 
 def get(name: str) -> Run:
-    """The run called `name`; UserError for an unknown name, with the nearest."""
+    """Return the run named `name`. UserError for an unknown name, with the nearest one."""
     for recipe in RECIPES:
         if recipe.__name__ == name:
             return recipe()

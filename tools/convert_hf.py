@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert: Hugging Face Llama directory to sharded checkpoint, back, and compare. Alone or under torchrun.
+"""Convert a Hugging Face Llama directory to a sharded checkpoint and back, or compare the two.
 
 python tools/convert_hf.py import --hf Llama-3.1-8B-Instruct --out runs/base
 python tools/convert_hf.py export --ckpt runs/1m --out Llama-3.1-8B-1M
@@ -13,23 +13,19 @@ from pathlib import Path
 
 from megatron_ultralong.runtime import cli
 
+COMMANDS = {
+    "import": "HF directory to sharded checkpoint (training can also read the HF directory in place)",
+    "export": "sharded checkpoint to HF directory",
+    "verify": "compare all weights bit by bit; lists the tensors that differ and exits with code 1",
+}
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {
-        name: commands.add_parser(name, help=text, description=text)
-        for name, text in (
-            (
-                "import",
-                "HF directory to sharded checkpoint (training can also read the HF directory in place)",
-            ),
-            ("export", "sharded checkpoint to HF directory"),
-            ("verify", "compare all weights bit by bit; exit code 1 and the names where they differ"),
-        )
-    }
+    add = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     for name in ("import", "verify"):
         add[name].add_argument(
             "--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Llama directory"
@@ -44,13 +40,13 @@ def arguments() -> argparse.Namespace:
     )
     for name in ("import", "export"):
         add[name].add_argument(
-            "--dtype", choices=("bf16", "fp32"), help="of the weights written (default: as they are stored)"
+            "--dtype", choices=("bf16", "fp32"), help="dtype of the weights written (default: as stored)"
         )
-    for name in add:
-        add[name].add_argument(
-            "--tp", type=int, help="tensor parallel ranks of the conversion; a checkpoint of any layout fits"
+    for command in add.values():
+        command.add_argument(
+            "--tp", type=int, help="tensor parallel ranks of the conversion, independent of the checkpoint's"
         )
-        add[name].add_argument(
+        command.add_argument(
             "--pp", type=int, help="pipeline parallel ranks; tp x pp = ranks started (default: both chosen)"
         )
     return parser.parse_args()
@@ -59,27 +55,28 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
 
-    # Imported here so that --help answers at once.
-    from megatron_ultralong.checkpoint import convert, sharded
-    from megatron_ultralong.checkpoint.hf import reader as hf
-    from megatron_ultralong.checkpoint.hf import writer as hf_writer
+    # Imported here so that --help is answered at once.
+    from megatron_ultralong.checkpoint import convert, sharded, training_state
+    from megatron_ultralong.checkpoint.hf.config import read_config
+    from megatron_ultralong.checkpoint.hf.writer import check_output
 
     if args.command == "export":
-        hf_writer.check_output(args.out)
-        model = sharded.progress_of(sharded.resolve(args.ckpt)).model
+        check_output(args.out)
+        model = training_state.read(sharded.resolve(args.ckpt)).model
     else:
-        model = hf.read_config(args.hf).model
+        model = read_config(args.hf).model
     with convert.started(model, args.tp, args.pp) as (ranks, parallel):
-        dtype = convert.DTYPES.get(getattr(args, "dtype", None) or "as stored")
+        different: list[str] = []
         if args.command == "verify":
             different = convert.verify(args.hf, args.ckpt, ranks, parallel)
-            lines = [f"differs: {line}" for line in different] or [
-                f"the same: every weight of {args.hf} and {args.ckpt}"
-            ]
+            lines = [f"differs: {line}" for line in different]
+            lines = lines or [f"identical: all weights of {args.hf} and {args.ckpt}"]
         elif args.command == "import":
-            lines, different = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"], []
+            dtype = convert.DTYPES.get(args.dtype)
+            lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
         else:
-            lines, different = [f"wrote {convert.export_hf(args.ckpt, args.out, ranks, parallel, dtype)}"], []
+            dtype = convert.DTYPES.get(args.dtype)
+            lines = [f"wrote {convert.export_hf(args.ckpt, args.out, ranks, parallel, dtype)}"]
         if ranks.is_main:
             print("\n".join(lines), flush=True)
     return 1 if different else 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Train: continued pretraining or instruction tuning of a recipe. Under torchrun, or alone as a run of one rank.
+"""Train a recipe: continued pretraining or instruction tuning, under torchrun or as a single rank.
 
-torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf Llama-3.1-8B-Instruct --data PREFIX --save runs/1m
+torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf DIR --data PREFIX --save runs/1m
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         required=True,
-        help="name of a run in megatron_ultralong/recipes.py: " + ", ".join(recipes.names()),
+        help="recipe in megatron_ultralong/recipes.py: " + ", ".join(recipes.names()),
     )
     parser.add_argument(
         "--set",
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="change settings of the recipe, like train.seq_length=64K parallel.cp=4",
+        help="change settings of the recipe, for example train.seq_length=64K parallel.cp=4",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
@@ -45,28 +45,29 @@ def arguments() -> argparse.Namespace:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="tokenizer and config files to carry along when training from scratch",
+        help="tokenizer to copy into the checkpoints, in place of the loaded model's",
     )
     parser.add_argument(
         "--data",
         nargs="+",
         required=True,
         metavar="PREFIX",
-        help="packed rows: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",
+        help="packed rows to train on: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",
     )
     parser.add_argument("--valid", nargs="+", metavar="PREFIX", help="packed rows for the held-out loss")
     parser.add_argument(
         "--perplexity",
         nargs="+",
         metavar="PREFIX or FILE",
-        help="packed rows or long documents (.txt, .jsonl, .parquet): perplexity by position, when the held-out loss is due",
+        help="packed rows or long documents (.txt, .jsonl, .parquet): perplexity by position, "
+        "computed together with the held-out loss",
     )
     parser.add_argument(
         "--save",
         type=Path,
         required=True,
         metavar="DIR",
-        help="run directory; goes on from its newest whole checkpoint",
+        help="run directory; a run resumes from its newest complete checkpoint",
     )
     return parser.parse_args()
 
@@ -75,20 +76,19 @@ def main() -> None:
     args = arguments()
     run = override(recipes.get(args.recipe), args.set)
 
-    # Imported here so that --help and mistakes in the settings answer at once.
+    # Imported here so that --help and wrong settings are answered at once.
     from megatron_ultralong.evaluate.tasks.perplexity_in_training import during_training
-    from megatron_ultralong.train.run import train_run
+    from megatron_ultralong.train.run import RunFiles, train_run
 
-    train_run(
-        run,
+    files = RunFiles(
         data=args.data,
         valid=args.valid,
         save=args.save,
         load=args.load,
         load_hf=args.load_hf,
         tokenizer=args.tokenizer,
-        evaluations=[during_training(args.perplexity, args.save)] if args.perplexity else [],
     )
+    train_run(run, files, [during_training(args.perplexity, args.save)] if args.perplexity else [])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""HF directory -> sharded checkpoint, back, and a comparison of the two; on one rank or many, any TP x PP to
-any other.
+"""Conversion between Hugging Face directories and sharded checkpoints, and their comparison; on any number of
+ranks, from any TP x PP to any other.
 
-Conversion runs on the CPU: the model is built there, filled, and Megatron's dist_checkpointing does the
-resharding. Every rank holds its share of the weights once; export sends one Megatron parameter at a time to
-rank 0, which streams it out.
+Conversion runs on the CPU: the model is built there and filled, and Megatron's dist_checkpointing does the
+resharding. Every rank holds its shard of the weights once; export sends one Megatron parameter at a time to
+rank 0, which streams it to disk.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,30 +20,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
-from megatron_ultralong.checkpoint.hf import reader as hf
-from megatron_ultralong.checkpoint.hf import writer as hf_writer
-from megatron_ultralong.checkpoint.sharded import Progress
+from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
+from megatron_ultralong.checkpoint.hf.reader import HFReader, load_parameters
+from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Runtime, check_model_layout, to_dict
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import files
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.model.rope import same_maths
-from megatron_ultralong.runtime import launch
+from megatron_ultralong.rope.hf_config import exact_max_position
+from megatron_ultralong.rope.methods import describe, same_maths, scaled_length
+from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def layout(model: Model, world: int, tp: int | None = None, pp: int | None = None) -> Parallel:
-    """TP x PP of a conversion on `world` ranks; what is left open is chosen, pipeline first. UserError where
-    nothing fits."""
+    """Choose TP x PP of a conversion on `world` ranks; sizes left open are chosen, pipeline first. UserError
+    where nothing fits."""
     sizes = [(t, world // t) for t in range(1, world + 1) if world % t == 0]
     options = [Parallel(tp=t, pp=p) for t, p in sizes if tp in (None, t) and pp in (None, p)]
     if not options:
-        asked = " x ".join(f"--{name} {size}" for name, size in (("tp", tp), ("pp", pp)) if size is not None)
+        given = " x ".join(f"--{name} {size}" for name, size in (("tp", tp), ("pp", pp)) if size is not None)
         raise UserError(
-            f"{asked} does not make {world}, the number of ranks started; change it, or torchrun's --nproc-per-node"
+            f"{given} does not match the {world} ranks started; change it, or torchrun's --nproc-per-node"
         )
     failures = []
     for parallel in options:
@@ -51,13 +56,15 @@ def layout(model: Model, world: int, tp: int | None = None, pp: int | None = Non
             return parallel
         except UserError as error:
             failures.append(f"tp={parallel.tp} pp={parallel.pp}: {error}")
-    raise UserError(f"{world} ranks do not split this model ({failures[0]}); start another number of ranks")
+    raise UserError(
+        f"this model cannot be split over {world} ranks ({failures[0]}); start another number of ranks"
+    )
 
 
 @contextmanager
 def started(model: Model, tp: int | None, pp: int | None) -> Iterator[tuple[Ranks, Parallel]]:
-    """This process as a rank of a conversion of `model`: joins torchrun's other ranks, if any, and leaves
-    them at the end."""
+    """Join the other ranks of torchrun, if any, as a rank of a conversion of `model`; leave them at the
+    end."""
     parallel = layout(model, launch.world_size(), tp, pp)
     yield launch.start(Runtime(device="cpu"), parallel), parallel
     launch.stop()  # not after a failure: other ranks may still be in a collective
@@ -66,27 +73,26 @@ def started(model: Model, tp: int | None, pp: int | None) -> Iterator[tuple[Rank
 def import_hf(
     folder: Path, out: Path, ranks: Ranks, parallel: Parallel, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write the HF directory `folder` as iteration 0 of the run directory `out`; every rank calls it. Returns
-    the checkpoint.
+    """Write the HF directory `folder` as iteration 0 of the run directory `out` and return the checkpoint;
+    every rank calls it.
 
-    `dtype` None = as stored (float16 or mixed weights become float32, which holds them exactly). UserError
-    before anything is written where the directory is no whole Llama or `out` is in use.
+    dtype: None = as stored (float16 or mixed weights become float32, which represents them exactly).
+    UserError before anything is written where the directory is not a complete Llama or `out` is in use.
     """
-    found = hf.read_config(folder)
-    weights = hf.Weights(folder, found.model)
-    dtype = dtype or weights.dtype
-    weights.close()
-    _empty_run_directory(out, ranks)
+    base = hf_config.read_config(folder)
+    reader = HFReader(folder, base.model)
+    dtype = dtype or reader.dtype
+    reader.close()
+    agreement.on_main_rank(lambda: _make_run_directory(out))
     try:
-        chunk = _build(found.model, found.rope, ranks, parallel, dtype)
-        hf.load_parameters(
-            folder, found.model, _parameters(chunk), ranks.tp_rank, ranks.tp, show_progress=ranks.is_main
-        )
-        progress = Progress(model=found.model, rope=found.rope, base=hf.base_name(folder, found.raw))
-        return sharded.save(out, progress, [chunk], None, folder, ranks)
+        chunk = _build(base.model, base.rope, ranks, parallel, dtype)
+        load_parameters(folder, base.model, _parameters(chunk), ranks.tp_rank, ranks.tp)
+        name = hf_config.base_name(folder, base.raw)
+        state = TrainingState(model=base.model, rope=base.rope, base=name)
+        return sharded.save(out, state, [chunk], None, AssetFolders(base=folder))
     except BaseException:
         with suppress(OSError):
-            out.rmdir()  # only if nothing is in it
+            out.rmdir()  # only if it is empty
         raise
 
 
@@ -96,44 +102,47 @@ def export_hf(
     ranks: Ranks,
     parallel: Parallel,
     dtype: torch.dtype | None = None,
-    shard_bytes: int = hf_writer.SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a checkpoint (run directory or one iteration) as the HF directory `out`; every rank calls it.
-    Returns `out`.
+    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it; every rank
+    calls it.
 
-    `dtype` None = the checkpoint's. UserError, on every rank, where `out` is in use or cannot be written, or
-    HF has no words for the RoPE; `out` then does not exist.
+    dtype: None = the checkpoint's. UserError, on every rank, where `out` is in use or cannot be written, or
+    config.json cannot express the RoPE; `out` then does not exist.
     """
     checkpoint = sharded.resolve(checkpoint)
-    progress, stored = sharded.progress_of(checkpoint), stored_dtype(checkpoint)
+    state, stored = training_state.read(checkpoint), stored_dtype(checkpoint)
     dtype = dtype or stored
-    model, writer = progress.model, None
-    assets = checkpoint / "hf"
+    model, assets = state.model, checkpoint / "hf"
     base = _base_config(assets)
-    config = hf_writer.export_config(model, progress.rope, max_position(progress, base), dtype, base)
-    with _Together(ranks) as together:
-        if ranks.is_main:
-            writer = hf_writer.HFWriter(out, weight_mapping.hf_shapes(model), dtype, shard_bytes)
+    config = hf_config.export_config(model, state.rope, max_position(state, base), dtype, base)
+    shapes = weight_mapping.hf_shapes(model)
+    writer = agreement.on_every_rank(
+        lambda: HFWriter(out, shapes, dtype, shard_bytes) if ranks.is_main else None
+    )
+
+    def write(name: str, shards: list[Tensor]) -> None:
+        if writer is not None:
+            for hf_name, tensor in weight_mapping.merge(name, shards, model).items():
+                writer.add(hf_name, tensor)
+
+    def finish() -> None:
+        if writer is not None:
+            card = _model_card(writer.out_dir, assets, state, config["max_position_embeddings"], dtype)
+            write_assets(writer.folder, assets if assets.is_dir() else None, config, _texts(card))
+            writer.finish()
+
     try:
-        chunk = _build(model, progress.rope, ranks, parallel, stored)
+        chunk = _build(model, state.rope, ranks, parallel, stored)
         sharded.load(checkpoint, [chunk])
         parameters = _parameters(chunk)
         owners = _owners(parameters, ranks)
-        for name in tqdm(
-            weight_mapping.megatron_names(model),
-            desc="writing weights",
-            unit="tensor",
-            disable=not ranks.is_main,
-        ):
-            shards = _gather(name, parameters, owners[name], model, stored, ranks)
-            with together:
-                if writer is not None:
-                    for tensor, whole in weight_mapping.merge(name, shards, model).items():
-                        writer.add(tensor, whole)
-        with together:
-            if writer is not None:
-                _small_files(writer, assets, config, progress, dtype)
-                writer.finish()
+        names = weight_mapping.megatron_names(model)
+        for name in tqdm(names, desc="writing weights", unit="tensor", disable=not ranks.is_main):
+            shape = weight_mapping.shard_shape(name, model, ranks.tp)
+            shards = _gather(parameters.get(name), owners[name], shape, stored, ranks)
+            agreement.on_every_rank(functools.partial(write, name, shards))
+        agreement.on_every_rank(finish)
     finally:
         if writer is not None:
             writer.abandon()
@@ -141,105 +150,79 @@ def export_hf(
 
 
 def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> list[str]:
-    """Compare every weight of an HF directory and a checkpoint, bit by bit; one line a difference, the same
-    list on every rank.
+    """Compare every weight of an HF directory and a checkpoint bit by bit; return one line per difference,
+    the same list on every rank.
 
-    Where the two are stored in different dtypes both are compared in the narrower. UserError where they
+    Where the two are stored in different dtypes, both are compared in the narrower one. UserError where they
     cannot be compared.
     """
     checkpoint = sharded.resolve(checkpoint)
-    found, progress, stored = (
-        hf.read_config(folder),
-        sharded.progress_of(checkpoint),
+    hf, state, stored = (
+        hf_config.read_config(folder),
+        training_state.read(checkpoint),
         stored_dtype(checkpoint),
     )
     names = [f.name for f in fields(Model) if f.name != "init_std"]
-    shapes = {name: (getattr(found.model, name), getattr(progress.model, name)) for name in names}
+    shapes = {name: (getattr(hf.model, name), getattr(state.model, name)) for name in names}
     different = [
         f"config.json: {name} is {a}, in the checkpoint {b}" for name, (a, b) in shapes.items() if a != b
     ]
     if different:
         return different
-    if not same_maths(found.rope, progress.rope, found.model.head_dim):
+    if not same_maths(hf.rope, state.rope, hf.model.head_dim):
         different.append(
-            f"config.json: RoPE is {model_card.rope_text(found.rope)}; in the checkpoint {model_card.rope_text(progress.rope)}"
+            f"config.json: RoPE is {describe(hf.rope)}; in the checkpoint {describe(state.rope)}"
         )
-    weights = hf.Weights(folder, found.model)
-    narrow = torch.bfloat16 if torch.bfloat16 in (stored, weights.dtype) else torch.float32
-    chunk = _build(found.model, found.rope, ranks, parallel, stored)
+    reader = HFReader(folder, hf.model)
+    narrow = torch.bfloat16 if torch.bfloat16 in (stored, reader.dtype) else torch.float32
+    chunk = _build(hf.model, hf.rope, ranks, parallel, stored)
     sharded.load(checkpoint, [chunk])
     mine: dict[str, tuple[int, float]] = {}  # HF tensor -> elements that differ, largest difference
+    parameters = _parameters(chunk)
     for name, parameter in tqdm(
-        _parameters(chunk).items(), desc="comparing", unit="tensor", disable=not ranks.is_main
+        parameters.items(), desc="comparing", unit="tensor", disable=not ranks.is_main
     ):
         if parameter.dim() == 1 and ranks.tp_rank:
-            continue  # every tensor parallel rank holds the same: counted once
-        theirs = weights.shard(name, ranks.tp_rank, ranks.tp, narrow)
-        ours = parameter.detach().to(narrow)
-        for piece in weight_mapping.pieces(name, found.model, ranks.tp_rank, ranks.tp):
+            continue  # all tensor parallel ranks hold the same values: counted once
+        theirs = reader.shard(name, ranks.tp_rank, ranks.tp, narrow)
+        ours = parameter.to(narrow)
+        for piece in weight_mapping.pieces(name, hf.model, ranks.tp_rank, ranks.tp):
             count, largest = _differences(ours[piece.target], theirs[piece.target])
             if count:
-                before = mine.get(piece.hf, (0, 0.0))
-                mine[piece.hf] = (before[0] + count, max(before[1], largest))
-    everyone: list[Any] = [None] * ranks.world
-    torch.distributed.all_gather_object(everyone, mine)
-    for hf_name in weight_mapping.hf_shapes(found.model):
-        parts = [part[hf_name] for part in everyone if hf_name in part]
-        if parts:
+                total, maximum = mine.get(piece.hf, (0, 0.0))
+                mine[piece.hf] = (total + count, max(maximum, largest))
+    every_rank = agreement.gather(mine)
+    for hf_name in weight_mapping.hf_shapes(hf.model):
+        counts = [differences[hf_name] for differences in every_rank if hf_name in differences]
+        if counts:
             different.append(
-                f"{hf_name}: {sum(count for count, _ in parts):,} differ, by up to {max(d for _, d in parts):.3g}"
+                f"{hf_name}: {sum(n for n, _ in counts):,} differ, by up to {max(d for _, d in counts):.3g}"
             )
     return different
 
 
-def max_position(progress: Progress, base: dict[str, Any]) -> int:
-    """max_position_embeddings of an export, tokens: what the training reached, and all of a scaled RoPE's
-    range."""
-    rope, run, reached = (
-        progress.rope,
-        sharded.stored_run(progress),
+def max_position(state: TrainingState, base: dict[str, Any]) -> int:
+    """max_position_embeddings of an export, tokens: the length reached in training, and the full range of a
+    scaled RoPE."""
+    exact = exact_max_position(state.rope)
+    if exact is not None:
+        return exact
+    run, scaled, base_length = (
+        state.stored_run(),
+        scaled_length(state.rope),
         int(base.get("max_position_embeddings", 0)),
     )
-    scaled = 0 if rope.type == "none" else round(rope.factor * rope.original_length)
-    if rope.type == "yarn" and rope.ramp == "dimension":
-        return scaled  # exactly: transformers 4.51 to 4.55 take max / original as the factor
     if run is None:  # imported, not trained
-        return reached or scaled or 2048
-    return max(progress.max_length, run.train.seq_length, scaled or reached)
+        return base_length or scaled or 2048
+    return max(state.max_length, run.train.seq_length, scaled or base_length)
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
     """dtype of a checkpoint's weights. UserError where Megatron cannot read it."""
-    from megatron.core import dist_checkpointing
-
-    try:
-        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    except Exception as error:  # whatever a damaged checkpoint makes torch or Megatron raise
-        raise UserError(
-            f"{checkpoint} cannot be read: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        ) from None
+    stored = sharded.stored_tensors(checkpoint)
     if weight_mapping.EMBEDDING not in stored:
         raise UserError(f"{checkpoint} lacks the tensor {weight_mapping.EMBEDDING}")
     return stored[weight_mapping.EMBEDDING].dtype
-
-
-class _Together:
-    """A block that rank 0 does alone: its UserError is raised on every rank, so none waits for another that
-    has left."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def __enter__(self) -> _Together:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, UserError):
-            return
-        box = [None if error is None else str(error)]
-        torch.distributed.broadcast_object_list(box, src=0)
-        if box[0] is not None:
-            raise UserError(box[0]) from None
 
 
 def _build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, dtype: torch.dtype) -> torch.nn.Module:
@@ -262,35 +245,25 @@ def _parameters(chunk: torch.nn.Module) -> dict[str, Tensor]:
 
 def _owners(parameters: dict[str, Tensor], ranks: Ranks) -> dict[str, list[int]]:
     """Parameter name -> the ranks that hold its shards, in TP order."""
-    everyone: list[Any] = [None] * ranks.world
-    torch.distributed.all_gather_object(everyone, (ranks.tp_rank, list(parameters)))
     owners: dict[str, list[int]] = {}
-    for rank, (tp_rank, names) in enumerate(everyone):
+    for rank, (tp_rank, names) in enumerate(agreement.gather((ranks.tp_rank, list(parameters)))):
         for name in names:
             owners.setdefault(name, [0] * ranks.tp)[tp_rank] = rank
     return owners
 
 
 def _gather(
-    name: str,
-    parameters: dict[str, Tensor],
-    owners: list[int],
-    model: Model,
-    dtype: torch.dtype,
-    ranks: Ranks,
+    mine: Tensor | None, owners: list[int], shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
 ) -> list[Tensor]:
-    """The shards of one parameter in TP order, on rank 0; nothing on the others."""
+    """The shards of one parameter in TP order, on rank 0; an empty list on the others. mine: this rank's."""
     if not ranks.is_main:
         if ranks.rank in owners:
-            torch.distributed.send(_bytes(parameters[name]), dst=0)
+            assert mine is not None
+            torch.distributed.send(_bytes(mine), dst=0)
         return []
     shards = []
     for owner in owners:
-        shard = (
-            parameters[name]
-            if owner == 0
-            else torch.empty(weight_mapping.shard_shape(name, model, ranks.tp), dtype=dtype)
-        )
+        shard = mine if owner == 0 and mine is not None else torch.empty(shape, dtype=dtype)
         if owner != 0:
             torch.distributed.recv(_bytes(shard), src=owner)
         shards.append(shard)
@@ -298,13 +271,13 @@ def _gather(
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's memory as uint8: gloo moves it whatever the dtype."""
+    """A contiguous tensor's memory as uint8, which gloo can send for any dtype."""
     assert tensor.is_contiguous()
     return tensor.view(-1).view(torch.uint8)
 
 
 def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
-    """Elements whose bits differ, and the largest difference."""
+    """Number of elements whose bits differ, and the largest difference."""
     bits = torch.int16 if ours.dtype == torch.bfloat16 else torch.int32
     unequal = ours.view(bits) != theirs.view(bits)
     if not unequal.any():
@@ -312,26 +285,20 @@ def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
     return int(unequal.sum()), float((ours[unequal].double() - theirs[unequal].double()).abs().max())
 
 
-def _empty_run_directory(out: Path, ranks: Ranks) -> None:
-    with _Together(ranks):
-        if not ranks.is_main:
-            return
-        if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-            raise UserError(
-                f"{out} already exists and is not an empty directory; choose another --out or remove it"
-            )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+def _make_run_directory(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
+        raise UserError(
+            f"{out} already exists and is not an empty directory; choose another --out or remove it"
+        )
+    files.check_writable(out, f"--out {out}")
 
 
 def _base_config(assets: Path) -> dict[str, Any]:
-    """The base model's config.json as the checkpoint carries it; special tokens only where it is not a
-    Llama's, or missing."""
+    """The base model's config.json as the checkpoint carries it; only the special tokens where it is missing
+    or not a Llama's."""
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     if (assets / "config.json").is_file():
-        raw = hf.read_json(assets / "config.json")
+        raw = files.read_json(assets / "config.json")
         return raw if raw.get("model_type") == "llama" else {key: raw[key] for key in special if key in raw}
     if not (assets / "tokenizer_config.json").is_file():
         return {}
@@ -341,26 +308,28 @@ def _base_config(assets: Path) -> dict[str, Any]:
     return {key: getattr(tokenizer, key) for key in special}
 
 
-def _small_files(
-    writer: hf_writer.HFWriter, assets: Path, config: dict[str, Any], progress: Progress, dtype: torch.dtype
-) -> None:
-    run = sharded.stored_run(progress)
-    base = progress.base or (run.base if run else "")
-    licence = model_card.base_license(assets, base)
-    out = writer.out_dir.resolve()
-    readme = model_card.model_card(
-        out.parent.name if out.name == "hf" else out.name,
+def _model_card(
+    out: Path, assets: Path, state: TrainingState, max_position: int, dtype: torch.dtype
+) -> model_card.ModelCard:
+    run = state.stored_run()
+    base = state.base or (run.base if run else "")
+    return model_card.ModelCard(
+        name=out.parent.name if out.name == "hf" else out.name,
         base=base,
-        license=licence,
+        license=model_card.base_license(assets, base),
         run=run,
-        model=progress.model,
-        rope=progress.rope,
-        max_position=config["max_position_embeddings"],
-        iterations=progress.iteration,
-        tokens=progress.tokens,
+        model=state.model,
+        rope=state.rope,
+        max_position=max_position,
+        iterations=state.iteration,
+        tokens=state.tokens,
         dtype=dtype,
     )
-    extra = {"README.md": readme, **model_card.notice(licence)}
-    if run is not None:
-        extra["training_run.json"] = json.dumps(to_dict(run), indent=2) + "\n"
-    hf_writer.write_small_files(writer.folder, assets if assets.is_dir() else None, config, extra)
+
+
+def _texts(card: model_card.ModelCard) -> dict[str, str]:
+    """File name -> text of the files that an export adds to those of its base model."""
+    texts = {"README.md": card.text(), **model_card.notice(card.license)}
+    if card.run is not None:
+        texts["training_run.json"] = json.dumps(to_dict(card.run), indent=2) + "\n"
+    return texts

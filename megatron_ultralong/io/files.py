@@ -90,15 +90,20 @@ def whole_folder(final: Path, *, what: str | None = None) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = staging_folder(final)
         yield folder
-        for path in folder.rglob("*"):
-            sync(path)
-        folder.rename(final)
-        sync(final.parent)
+        publish(folder, final)
     except OSError as error:
         raise cannot_write(what or str(final), error) from None
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Sync a complete staging folder to the disk and rename it to `final`. OSError where that fails."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+    folder.rename(final)
+    sync(final.parent)
 
 
 def sync(path: Path) -> None:

@@ -142,9 +142,9 @@ def run(
 
 
 def _reader(settings: GenerationSettings, ranks: Any) -> Any:
-    from megatron_ultralong.model.inference.prefill_decode import Reader
+    from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
-    reader = Reader(settings.model, Rope(), ranks, Parallel(), settings.precision, settings.chunk)
+    reader = InferenceModel(settings.model, Rope(), ranks, Parallel(), settings.precision, settings.chunk)
     with torch.no_grad():
         for parameter in reader.chunk.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, settings.model.init_std)
@@ -186,5 +186,7 @@ def _measured(reader: Any, length: int, settings: GenerationSettings) -> dict[st
         "decode_tokens_per_second": n / figures["decode_seconds"],
         "kv_bytes": memory_check.kept_bytes(model, Parallel(), length, reader.dtype.itemsize),
         "peak_bytes": weights + peak.bytes,
-        "planned_bytes": memory_check.needed(model, Parallel(), reader.size, reader.dtype.itemsize, tokens),
+        "planned_bytes": memory_check.needed(
+            model, Parallel(), reader.chunk_tokens, reader.dtype.itemsize, tokens
+        ),
     }

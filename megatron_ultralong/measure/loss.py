@@ -29,7 +29,7 @@ from megatron_ultralong.measure.number_format import (
     token_count,
 )
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
-from megatron_ultralong.model.loss import sharded_token_loss
+from megatron_ultralong.model.loss import LossSpec, sharded_token_loss
 
 LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """(hidden [n, H], weight [V, H], labels [n]) -> the summed cross entropy."""
@@ -173,16 +173,8 @@ def _whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _ours(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, vocab: int) -> Tensor:
     mask = torch.ones(1, len(labels), device=hidden.device)
-    return sharded_token_loss(
-        hidden.unsqueeze(1),
-        weight,
-        labels.unsqueeze(0),
-        mask,
-        _OneRank,
-        vocab,
-        sequence_parallel=False,
-        chunk=chunk,
-    )
+    spec = LossSpec(group=_OneRank, vocab_size=vocab, chunk=chunk)
+    return sharded_token_loss(hidden.unsqueeze(1), weight, labels.unsqueeze(0), mask, spec)
 
 
 class _OneRank:

@@ -1,5 +1,5 @@
-"""Weights of a model trained from scratch: a function of the seed and each tensor's name, so equal under
-every layout."""
+"""Initial weights of a model trained from scratch: a function of the seed and each tensor's name, so they are
+equal under every layout."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_ultralong.model import weight_mapping
 def initialise(
     parameters: dict[str, torch.nn.Parameter], model: Model, seed: int, tp_rank: int, tp: int
 ) -> None:
-    """Fill Megatron `parameters` (by global name) in place: normal(0, init_std), the projections back into
-    the residual stream scaled by 1 / sqrt(2 layers) (GPT-2), norms 1."""
+    """Fill Megatron `parameters` (by global name) in place: normal(0, init_std), with the output projections
+    of attention and MLP scaled by 1 / sqrt(2 layers) (GPT-2); norms 1."""
     shapes = weight_mapping.hf_shapes(model)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -29,8 +29,7 @@ def initialise(
 def _tensor(name: str, shape: tuple[int, ...], model: Model, seed: int) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape)
-    # 32 bits, in which the seed counts: of a longer one torch's generator on the CPU takes the lower half
-    # alone.
+    # A 32-bit seed: of a longer one torch's CPU generator uses the lower half only.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = model.init_std / math.sqrt(2 * model.layers) if residual else model.init_std

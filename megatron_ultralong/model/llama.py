@@ -1,12 +1,13 @@
-"""Llama from Megatron-Core's lasting parts: embedding, transformer block, output layer. Parameter names are
-GPTModel's.
+"""Llama composed of Megatron-Core's stable parts: embedding, transformer block, output layer. Parameter names
+are those of GPTModel.
 
-Shapes: b sequences, S whole sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V
+Shapes: b sequences, S complete sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V
 vocabulary padded to a multiple of the tensor parallel size, v = V/TP.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,18 +23,17 @@ from torch import Tensor
 
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
 from megatron_ultralong.context_parallel import api
-from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
-from megatron_ultralong.model.loss import sharded_token_loss, sharded_token_nll
+from megatron_ultralong.model.loss import LossSpec, sharded_token_loss, sharded_token_nll
 from megatron_ultralong.model.weight_mapping import padded_vocab_size
 from megatron_ultralong.runtime.launch import Ranks
 
 
 class _Layers(TransformerBlock):
-    """Megatron's layers of a stage. The last norm has its place and its name here, but whoever takes the
-    layers' output applies it."""
+    """Megatron's layers of a stage. The final norm has its parameter name here, but is applied by the code
+    that uses the layers' output."""
 
     final_layernorm: Any
 
@@ -45,30 +45,35 @@ class _Layers(TransformerBlock):
             self.final_layernorm = norm
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A model chunk's place in the pipeline, and its layers."""
+
+    pre_process: bool
+    """It has the embedding."""
+    post_process: bool
+    """It has the final norm and the output layer."""
+    vp_stage: int | None
+    """Its number on this rank in an interleaved pipeline."""
+    block: Any
+    """Megatron's specification of its layers."""
+    store: HostStore
+    """Where its layers keep offloaded tensors."""
+    loss_chunk: int
+    """`memory.loss_chunk`."""
+
+
 class Llama(LanguageModule):
     """One pipeline stage (or model chunk) of a Llama model."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        model: Model,
-        rotary: RotaryTable,
-        groups: Any,
-        context: ContextGroups,
-        *,
-        pre_process: bool,
-        post_process: bool,
-        vp_stage: int | None,
-        transformer_engine: bool,
-        memory: Memory,
-        store: HostStore,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, model: Model, groups: Any, stage: Stage) -> None:
         super().__init__(config=config, pg_collection=groups)
+        pre_process, post_process, vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.vocab_size, self.loss_chunk = model.vocab_size, memory.loss_chunk
-        self.store = store
+        self.vocab_size, self.loss_chunk = model.vocab_size, stage.loss_chunk
+        self.store = stage.store
         padded = padded_vocab_size(model.vocab_size, groups.tp.size())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -78,11 +83,9 @@ class Llama(LanguageModule):
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
-        block = spec.block_spec(rotary, context, layers, memory, store, transformer_engine)
         self.decoder = _Layers(
             config,
-            block,
+            stage.block,
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
@@ -104,7 +107,7 @@ class Llama(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Hand over the hidden states of the stage before (Megatron's pipeline schedules call this)."""
+        """Set the hidden states of the previous stage (called by Megatron's pipeline schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
@@ -115,20 +118,20 @@ class Llama(LanguageModule):
         z_loss: float = 0.0,
         document_starts: Tensor | None = None,
     ) -> Tensor:
-        """tokens, labels int64 [b, s], loss_mask float32 [b, s], each this rank's zigzag shard.
-        document_starts: positions in the complete row (b = 1) at which documents start, to keep attention inside
-        them; on the CPU.
+        """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard.
+        document_starts: positions in the complete row (b = 1) at which documents start, to keep attention
+        inside them; on the CPU.
 
-        Last stage: with labels the sum of loss_mask x (cross entropy + z_loss x logsumexp^2) over this rank's
-        tokens (float32 scalar); with labels and no loss_mask the cross entropy of each token (float32 [b, s],
-        no gradients); without labels the logits [b, s, v] with the padded rows at -inf. Other stages: hidden
-        states [s (/TP), b, H].
+        Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x
+        logsumexp^2) over this rank's tokens (float32 scalar); with labels only, the cross entropy of each
+        token (float32 [b, s], no gradients); without labels, the logits [b, s, v] with padded rows at -inf.
+        On other stages: hidden states [s (/TP), b, H].
         """
         self.store.begin_forward()
         hidden = self.embedding(tokens, None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden.requires_grad_()  # a frozen embedding: the layers' checkpoints hang on their input's gradient
-        # Wrapped, so that nothing here holds on to the embeddings while the layers run.
+            hidden.requires_grad_()  # frozen embedding: recomputed layers need an input with a gradient
+        # Wrapped, so that no reference here keeps the embeddings alive while the layers run.
         states, hidden = None if hidden is None else WrappedTensor(hidden), None
         hidden = self.decoder(
             hidden_states=states,
@@ -147,35 +150,23 @@ class Llama(LanguageModule):
             first = self.tp_group.rank() * logits.shape[-1]
             rows = torch.arange(first, first + logits.shape[-1], device=logits.device)
             return logits.masked_fill(rows >= self.vocab_size, float("-inf")).transpose(0, 1)
-        if loss_mask is None:
-            return sharded_token_nll(
-                hidden,
-                weight,
-                labels,
-                self.tp_group,
-                self.vocab_size,
-                sequence_parallel=self.config.sequence_parallel,
-                chunk=self.loss_chunk,
-                norm=self.decoder.final_layernorm,
-            )
-        return sharded_token_loss(
-            hidden,
-            weight,
-            labels,
-            loss_mask,
-            self.tp_group,
-            self.vocab_size,
+        spec = LossSpec(
+            group=self.tp_group,
+            vocab_size=self.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             chunk=self.loss_chunk,
             z_loss=z_loss,
-            norm=self.decoder.final_layernorm,
         )
+        norm = self.decoder.final_layernorm
+        if loss_mask is None:
+            return sharded_token_nll(hidden, weight, labels, spec, norm)
+        return sharded_token_loss(hidden, weight, labels, loss_mask, spec, norm)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As GPTModel's: without the output layer's extra state, which is empty and which a strict load there
-        does not expect."""
+        """As in GPTModel, without the output layer's extra state, which is empty and which GPTModel's strict
+        load does not expect."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
@@ -189,8 +180,8 @@ def transformer_config(
     deterministic: bool = False,
     sequence_parallel: bool = True,
 ) -> TransformerConfig:
-    """Megatron's TransformerConfig of a Llama model under a layout. sequence_parallel: with tensor
-    parallelism, that is."""
+    """Return Megatron's TransformerConfig for a Llama model under a layout. sequence_parallel: applies with
+    tensor parallelism only."""
     bf16 = precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
@@ -218,7 +209,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=True,  # see train/loss_normalisation.py
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -228,9 +219,9 @@ def transformer_config(
         recompute_num_layers=1 if memory.recompute == "full" else None,
         deterministic_mode=deterministic,
         variable_seq_lengths=False,
-        # Interleaved over two ranks, both neighbours are one peer, and a batch would hand one neighbour's
-        # tensor to the other. Interleaved, outputs are sent behind the next computation, and gloo would send
-        # what was freed.
+        # Interleaved over two ranks, both neighbours are the same peer, and batched communication would mix
+        # up their tensors. Interleaved, outputs are sent during the next computation, and gloo would send
+        # freed memory.
         deallocate_pipeline_outputs=parallel.vpp == 1,
         batch_p2p_comm=parallel.vpp == 1,
         overlap_p2p_comm=parallel.vpp > 1,
@@ -250,11 +241,12 @@ def build(
     transformer_engine: bool | None = None,
     sequence_parallel: bool = True,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks (one, or `parallel.vpp`), with weights not yet set, on the rank's device.
+    """Build this rank's model chunks (one, or `parallel.vpp`) on the rank's device, with weights not yet set.
 
-    `memory.offload` is settled. Raises UserError where the model cannot be split as `parallel` says.
+    transformer_engine: None = where installed, on GPUs. UserError where the model cannot be split as
+    `parallel` says.
     """
-    assert memory.offload != "auto", "plan.settle_offload comes first"
+    assert memory.offload != "auto", "memory.offload=auto must be resolved first"
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic, sequence_parallel)
     use_te = (
@@ -266,22 +258,18 @@ def build(
     rotary = RotaryTable(rope, model.head_dim, positions_by_document)
     store = HostStore(ranks.device)
     chunks: list[torch.nn.Module] = []
-    for stage in range(parallel.vpp):
-        first = ranks.pp_rank == 0 and stage == 0
-        last = ranks.pp_rank == ranks.pp - 1 and stage == parallel.vpp - 1
-        chunk = Llama(
-            config,
-            model,
-            rotary,
-            ranks.groups,
-            context,
-            pre_process=first,
-            post_process=last,
-            vp_stage=stage if parallel.vpp > 1 else None,
-            transformer_engine=use_te,
-            memory=memory,
+    for number in range(parallel.vpp):
+        vp_stage = number if parallel.vpp > 1 else None
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=ranks.pp_rank)
+        stage = Stage(
+            pre_process=ranks.pp_rank == 0 and number == 0,
+            post_process=ranks.pp_rank == ranks.pp - 1 and number == parallel.vpp - 1,
+            vp_stage=vp_stage,
+            block=spec.block_spec(rotary, context, layers, memory, store, use_te),
             store=store,
+            loss_chunk=memory.loss_chunk,
         )
+        chunk = Llama(config, model, ranks.groups, stage)
         _mark_tensor_parallel(chunk)
         chunk = chunk.to(ranks.device)
         chunks.append(Float16Module(config, chunk) if precision == "bf16" else chunk)
@@ -289,10 +277,10 @@ def build(
 
 
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
-    """Say which weights are split over tensor parallel ranks, and how.
+    """Mark the weights that are split over tensor parallel ranks, and how.
 
-    Megatron marks them only where it also draws their first values, which we never ask for; unmarked, a split
-    weight counts as a copy, and the gradient norm leaves out every rank's share but the first.
+    Megatron marks them only when it initialises them, which it does not do here. An unmarked split weight
+    would count as replicated, and the gradient norm would include the first rank's shard only.
     """
     for name, module in chunk.named_modules():
         if isinstance(module, tensor_parallel.RowParallelLinear):
@@ -315,9 +303,9 @@ def unwrap(chunk: torch.nn.Module) -> Llama:
 
 
 def named_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters of a chunk by GPTModel's names, with layer numbers counted over the whole model from 0.
+    """Parameters of a chunk by GPTModel's names, with layer numbers counted over the complete model from 0.
 
-    The last pipeline stage's copy of a tied embedding goes by `output_layer.weight`.
+    The last pipeline stage's copy of a tied embedding is named `output_layer.weight`.
     """
     llama = unwrap(chunk)
     names: dict[str, torch.nn.Parameter] = {}

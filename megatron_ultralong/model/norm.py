@@ -1,5 +1,5 @@
-"""RMSNorm that works with sequence parallelism, in the place of Megatron-Core's norms when TransformerEngine
-is absent."""
+"""RMSNorm with sequence parallelism, in place of Megatron-Core's norms when TransformerEngine is not
+installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension; statistics in float32, result in x's dtype.
 
     The weight is marked `sequence_parallel`: with sequence parallelism each tensor parallel rank normalises
-    its share of the tokens, so Megatron must add up the weight's gradients over the tensor parallel group.
+    its own tokens, so Megatron must sum the weight's gradients over the tensor parallel group.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:

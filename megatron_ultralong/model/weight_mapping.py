@@ -1,26 +1,10 @@
-"""The one table between Hugging Face's Llama tensors and Megatron's parameters, with split and merge for any
-TP size.
+"""The table of weights: each Megatron parameter, the Hugging Face tensors it is made of, and how tensor
+parallelism splits it.
 
-Pure: no megatron, no files. A Megatron parameter's shard on one tensor parallel rank is a list of `Piece`s,
-each a block of an HF tensor and the place where it lands; reading a shard and rebuilding the HF tensors are
-the same list walked both ways.
+Names, shapes, shards and their split and merge all follow from the rows of `LLAMA`; a new model family is a
+new table. Pure: no Megatron, no files.
 
-Shapes: H hidden, F ffn, N query heads, K KV heads, D head_dim, V vocabulary, P vocabulary padded to a
-multiple of TP; f = F/TP, n = N/TP, k = K/TP, p = P/TP.
-
-    Megatron, on one rank                          Hugging Face
-    embedding.word_embeddings.weight      [p, H]   model.embed_tokens.weight                 [V, H]    rows
-    ...input_layernorm.weight             [H]      ...input_layernorm.weight                 [H]       whole on every rank
-    ...self_attention.linear_qkv.weight   [(n + 2k)D, H]  ...self_attn.{q,k,v}_proj.weight  [ND | KD, H]  by KV head: its q, k, v
-    ...self_attention.linear_proj.weight  [H, nD]  ...self_attn.o_proj.weight                [H, ND]   columns
-    ...pre_mlp_layernorm.weight           [H]      ...post_attention_layernorm.weight        [H]       whole on every rank
-    ...mlp.linear_fc1.weight              [2f, H]  ...mlp.{gate,up}_proj.weight              [F, H]    its gate, then its up rows
-    ...mlp.linear_fc2.weight              [H, f]   ...mlp.down_proj.weight                   [H, F]    columns
-    decoder.final_layernorm.weight        [H]      model.norm.weight                         [H]       whole on every rank
-    output_layer.weight                   [p, H]   lm_head.weight (tied: embed_tokens)       [V, H]    rows
-
-Both sides keep rotate-half order inside a head, so q and k rows are moved but never permuted. Rows V..P are
-zero.
+Both sides store heads in rotate-half order, so rows of q and k are moved but never permuted.
 """
 
 from __future__ import annotations
@@ -28,22 +12,176 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ultralong.config import Model, Parallel, check_model_layout
 
+# ---- the table ---------------------------------------------------------------------------------
+
+Split = Literal["replicated", "vocabulary", "by_kv_head", "gate_up", "columns"]
+"""How a parameter is split over tensor parallel ranks:
+
+    replicated   every rank holds all of it
+    vocabulary   rows, after padding to a multiple of TP; padding rows are zero
+    by_kv_head   rows: for each KV head of the rank its query heads, its key, its value
+    gate_up      rows: the rank's rows of the gate, then its rows of up
+    columns      columns
+"""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of the table. `{}` in a name stands for the layer number."""
+
+    megatron: str
+    hf: dict[str, str]
+    """Hugging Face tensor -> its shape, in the letters of `_sizes`."""
+    split: Split
+    te: str = ""
+    """Megatron's name with TransformerEngine, whose fused norm + linear modules own the norm's weight."""
+    hf_if_tied: str = ""
+    """The tensor used instead in a model with tied embeddings."""
+
+
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_TRANSFORMER_ENGINE = {  # its fused norm + linear modules own the norm's weight
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+_M, _HF = "decoder.layers.{}.", "model.layers.{}."
+
+LLAMA = (
+    Weight(EMBEDDING, {HF_EMBEDDING: "V H"}, "vocabulary"),
+    Weight(
+        _M + "input_layernorm.weight",
+        {_HF + "input_layernorm.weight": "H"},
+        "replicated",
+        te=_M + "self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Weight(
+        _M + "self_attention.linear_qkv.weight",
+        {
+            _HF + "self_attn.q_proj.weight": "Q H",
+            _HF + "self_attn.k_proj.weight": "K H",
+            _HF + "self_attn.v_proj.weight": "K H",
+        },
+        "by_kv_head",
+    ),
+    Weight(_M + "self_attention.linear_proj.weight", {_HF + "self_attn.o_proj.weight": "H Q"}, "columns"),
+    Weight(
+        _M + "pre_mlp_layernorm.weight",
+        {_HF + "post_attention_layernorm.weight": "H"},
+        "replicated",
+        te=_M + "mlp.linear_fc1.layer_norm_weight",
+    ),
+    Weight(
+        _M + "mlp.linear_fc1.weight",
+        {_HF + "mlp.gate_proj.weight": "F H", _HF + "mlp.up_proj.weight": "F H"},
+        "gate_up",
+    ),
+    Weight(_M + "mlp.linear_fc2.weight", {_HF + "mlp.down_proj.weight": "H F"}, "columns"),
+    Weight("decoder.final_layernorm.weight", {"model.norm.weight": "H"}, "replicated"),
+    Weight(OUTPUT, {HF_OUTPUT: "V H"}, "vocabulary", hf_if_tied=HF_EMBEDDING),
+)
+
+
+def _sizes(model: Model) -> dict[str, int]:
+    """The letters of the table's shapes."""
+    return {
+        "H": model.hidden_size,
+        "F": model.ffn_size,
+        "V": model.vocab_size,
+        "Q": model.heads * model.head_dim,
+        "K": model.kv_heads * model.head_dim,
+    }
+
+
+# ---- names and shapes --------------------------------------------------------------------------
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding over all TP ranks: `vocab_size` rounded up to a multiple of `tp`."""
+    return -(-vocab_size // tp) * tp
+
+
+def canonical(name: str) -> str:
+    """Replace TransformerEngine's name of a norm in `name` by Megatron's own."""
+    for weight in LLAMA:
+        if weight.te and (layer := _match(weight.te, name)) is not None:
+            return weight.megatron.format(layer)
+    return name
+
+
+def megatron_names(model: Model) -> list[str]:
+    """List every Megatron parameter of the complete model, in the model's order, each tensor once (tied: no
+    output layer)."""
+    return [name for name, _ in _all_weights(model)]
+
+
+def hf_names(name: str, model: Model) -> list[str]:
+    """List the HF tensors that Megatron parameter `name` is made of. KeyError for a name the model lacks."""
+    return list(_hf_shapes_of(name, model))
+
+
+def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in an HF checkpoint of `model`, in the model's order (tied: no
+    lm_head)."""
+    return {hf: shape for name in megatron_names(model) for hf, shape in _hf_shapes_of(name, model).items()}
+
+
+def shard_shape(name: str, model: Model, tp: int) -> tuple[int, ...]:
+    """Shape of Megatron parameter `name` on each of `tp` ranks."""
+    split, shapes = _row(name, model)[0].split, list(_hf_shapes_of(name, model).values())
+    if split == "replicated":
+        return shapes[0]
+    if split == "columns":
+        return shapes[0][0], shapes[0][1] // tp
+    rows = sum(shape[0] for shape in shapes)
+    return (padded_vocab_size(rows, tp) if split == "vocabulary" else rows) // tp, shapes[0][1]
+
+
+def _all_weights(model: Model) -> list[tuple[str, Weight]]:
+    """(name, row) of every parameter, the per-layer rows repeated for each layer."""
+    weights = [weight for weight in LLAMA if not (model.tied_embeddings and weight.hf_if_tied)]
+    per_layer = [weight for weight in weights if "{}" in weight.megatron]
+    first = weights.index(per_layer[0])
+    layers = [(w.megatron.format(layer), w) for layer in range(model.layers) for w in per_layer]
+    before, after = weights[:first], weights[first + len(per_layer) :]
+    return [(w.megatron, w) for w in before] + layers + [(w.megatron, w) for w in after]
+
+
+def _row(name: str, model: Model) -> tuple[Weight, str]:
+    """(row of the table, layer number or "") of a Megatron parameter."""
+    name = canonical(name)
+    for weight in LLAMA:
+        layer = _match(weight.megatron, name)
+        if layer is not None and int(layer or 0) < model.layers:
+            return weight, layer
+    raise KeyError(f"{name} is not a parameter of a Llama model with {model.layers} layers")
+
+
+def _match(pattern: str, name: str) -> str | None:
+    """The layer number in `name`, "" where `pattern` has none; None if it does not match."""
+    match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), name)
+    return None if match is None else "".join(match.groups())
+
+
+def _hf_shapes_of(name: str, model: Model) -> dict[str, tuple[int, ...]]:
+    """HF tensor -> shape, of those that Megatron parameter `name` is made of."""
+    weight, layer = _row(name, model)
+    sizes = _sizes(model)
+    return {
+        weight.hf_if_tied if model.tied_embeddings and weight.hf_if_tied else hf.format(layer): tuple(
+            sizes[letter] for letter in shape.split()
+        )
+        for hf, shape in weight.hf.items()
+    }
+
+
+# ---- split and merge ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -53,159 +191,46 @@ class Piece:
     hf: str
     """Name of the HF tensor."""
     source: tuple[slice, ...]
-    """Where it is in the HF tensor, one slice a dimension."""
+    """Its place in the HF tensor, one slice per dimension."""
     target: tuple[slice, ...]
-    """Where it goes in this rank's shard."""
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding over all TP ranks: `vocab_size` rounded up to a multiple of `tp`."""
-    return -(-vocab_size // tp) * tp
-
-
-def canonical(name: str) -> str:
-    """`name` with TransformerEngine's norm names replaced by Megatron's own."""
-    layer = _LAYER.fullmatch(name)
-    if layer and layer[2] in _TRANSFORMER_ENGINE:
-        return f"decoder.layers.{layer[1]}.{_TRANSFORMER_ENGINE[layer[2]]}"
-    return name
-
-
-def megatron_names(model: Model) -> list[str]:
-    """Every Megatron parameter of the whole model, in the model's order, each tensor once (tied: no output
-    layer)."""
-    parts = (
-        "input_layernorm",
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "pre_mlp_layernorm",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    )
-    layers = [f"decoder.layers.{i}.{part}.weight" for i in range(model.layers) for part in parts]
-    return [EMBEDDING, *layers, "decoder.final_layernorm.weight"] + (
-        [] if model.tied_embeddings else [OUTPUT]
-    )
-
-
-def hf_names(name: str, model: Model) -> list[str]:
-    """The HF tensors that Megatron parameter `name` is made of. KeyError for a name that Llama does not have."""
-    name = canonical(name)
-    fixed = {
-        EMBEDDING: HF_EMBEDDING,
-        "decoder.final_layernorm.weight": "model.norm.weight",
-        OUTPUT: HF_EMBEDDING if model.tied_embeddings else HF_OUTPUT,
-    }
-    if name in fixed:
-        return [fixed[name]]
-    layer = _LAYER.fullmatch(name)
-    per_layer = {
-        "input_layernorm.weight": ("input_layernorm",),
-        "self_attention.linear_qkv.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "self_attention.linear_proj.weight": ("self_attn.o_proj",),
-        "pre_mlp_layernorm.weight": ("post_attention_layernorm",),
-        "mlp.linear_fc1.weight": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.linear_fc2.weight": ("mlp.down_proj",),
-    }
-    if layer is None or layer[2] not in per_layer or int(layer[1]) >= model.layers:
-        raise KeyError(f"{name} is not a parameter of a Llama model with {model.layers} layers")
-    return [f"model.layers.{int(layer[1])}.{part}.weight" for part in per_layer[layer[2]]]
-
-
-def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor an HF checkpoint of `model` holds, in the model's order (tied: no
-    lm_head)."""
-    h, f, d = model.hidden_size, model.ffn_size, model.head_dim
-    shapes = {
-        "embed_tokens": (model.vocab_size, h),
-        "lm_head": (model.vocab_size, h),
-        "norm": (h,),
-        "input_layernorm": (h,),
-        "post_attention_layernorm": (h,),
-        "q_proj": (model.heads * d, h),
-        "k_proj": (model.kv_heads * d, h),
-        "v_proj": (model.kv_heads * d, h),
-        "o_proj": (h, model.heads * d),
-        "gate_proj": (f, h),
-        "up_proj": (f, h),
-        "down_proj": (h, f),
-    }
-    return {hf: shapes[hf.split(".")[-2]] for name in megatron_names(model) for hf in hf_names(name, model)}
-
-
-def shard_shape(name: str, model: Model, tp: int) -> tuple[int, ...]:
-    """Shape of Megatron parameter `name` on each of `tp` ranks."""
-    h, name = model.hidden_size, canonical(name)
-    if name in (EMBEDDING, OUTPUT):
-        return padded_vocab_size(model.vocab_size, tp) // tp, h
-    if name.endswith("linear_qkv.weight"):
-        return (model.heads + 2 * model.kv_heads) // tp * model.head_dim, h
-    if name.endswith("linear_proj.weight"):
-        return h, model.heads // tp * model.head_dim
-    if name.endswith("linear_fc1.weight"):
-        return 2 * (model.ffn_size // tp), h
-    if name.endswith("linear_fc2.weight"):
-        return h, model.ffn_size // tp
-    hf_names(name, model)  # refuses an unknown name
-    return (h,)
+    """Its place in this rank's shard."""
 
 
 def pieces(name: str, model: Model, tp_rank: int, tp: int) -> list[Piece]:
-    """What Megatron parameter `name` on `tp_rank` of `tp` consists of.
+    """List the blocks that Megatron parameter `name` on `tp_rank` of `tp` consists of.
 
-    Together the pieces fill the shard, but for padding rows of the vocabulary, which are zero; over all ranks
-    they cover every HF tensor. UserError where `model` does not divide by `tp`; KeyError for a name that
-    Llama does not have.
+    Together they fill the shard, except for padding rows of the vocabulary, which are zero; over all ranks
+    they cover every HF tensor. UserError where `model` does not divide by `tp`; KeyError for a name the model
+    lacks.
     """
     check_model_layout(model, Parallel(tp=tp))
-    name = canonical(name)
-    hf = hf_names(name, model)
-    whole = slice(0, model.hidden_size)
-    if name in (EMBEDDING, OUTPUT):
-        p = padded_vocab_size(model.vocab_size, tp) // tp
-        first, last = min(tp_rank * p, model.vocab_size), min((tp_rank + 1) * p, model.vocab_size)
-        # A rank can hold nothing but padding: no piece then.
-        return (
-            [Piece(hf[0], (slice(first, last), whole), (slice(0, last - first), whole))]
-            if last > first
-            else []
-        )
-    if name.endswith("linear_qkv.weight"):
-        return _qkv(hf, model, tp_rank, tp)
-    if name.endswith("linear_fc1.weight"):
-        f = model.ffn_size // tp
-        mine = slice(tp_rank * f, (tp_rank + 1) * f)
-        return [Piece(hf[i], (mine, whole), (slice(i * f, (i + 1) * f), whole)) for i in range(2)]
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        columns = shard_shape(name, model, tp)[1]
-        return [
-            Piece(
-                hf[0], (whole, slice(tp_rank * columns, (tp_rank + 1) * columns)), (whole, slice(0, columns))
-            )
-        ]
-    return [Piece(hf[0], (whole,), (whole,))]
-
-
-def _qkv(hf: list[str], model: Model, tp_rank: int, tp: int) -> list[Piece]:
-    """Megatron's rows: for each KV head of this rank its query heads, its key, its value."""
-    d, queries, whole = model.head_dim, model.heads // model.kv_heads, slice(0, model.hidden_size)
-    k = model.kv_heads // tp
-    found, row = [], 0
-    for group in range(tp_rank * k, (tp_rank + 1) * k):
-        for tensor, heads in zip(hf, (queries, 1, 1), strict=True):
-            rows = heads * d
-            found.append(
-                Piece(
-                    tensor, (slice(group * rows, (group + 1) * rows), whole), (slice(row, row + rows), whole)
+    split, shapes = _row(name, model)[0].split, _hf_shapes_of(name, model)
+    if split == "replicated":
+        return [Piece(hf, (slice(0, n),), (slice(0, n),)) for hf, (n,) in shapes.items()]
+    # The shard is a sequence of groups, each with one block of every HF tensor.
+    groups = model.kv_heads // tp if split == "by_kv_head" else 1
+    dim = 1 if split == "columns" else 0
+    blocks, place = [], 0
+    for group in range(tp_rank * groups, (tp_rank + 1) * groups):
+        for hf, shape in shapes.items():
+            length = padded_vocab_size(shape[0], tp) if split == "vocabulary" else shape[dim]
+            size = length // (tp * groups)
+            start, stop = min(group * size, shape[dim]), min((group + 1) * size, shape[dim])
+            if start < stop:  # otherwise the rank holds nothing but padding
+                full = slice(0, shape[1 - dim])
+                source, target = slice(start, stop), slice(place, place + stop - start)
+                blocks.append(
+                    Piece(hf, (source, full), (target, full))
+                    if dim == 0
+                    else Piece(hf, (full, source), (full, target))
                 )
-            )
-            row += rows
-    return found
+            place += size
+    return blocks
 
 
 def split(name: str, tensors: Mapping[str, Tensor], model: Model, tp_rank: int, tp: int) -> Tensor:
-    """Megatron parameter `name` on `tp_rank` of `tp`, from whole HF tensors (`tensors[hf name]`); dtype and
-    device of theirs."""
+    """Build Megatron parameter `name` on `tp_rank` of `tp` from complete HF tensors (`tensors[hf name]`), in
+    their dtype and on their device."""
     like = tensors[hf_names(name, model)[0]]
     shard = torch.zeros(shard_shape(name, model, tp), dtype=like.dtype, device=like.device)
     for piece in pieces(name, model, tp_rank, tp):
@@ -214,21 +239,20 @@ def split(name: str, tensors: Mapping[str, Tensor], model: Model, tp_rank: int, 
 
 
 def merge(name: str, shards: Sequence[Tensor], model: Model) -> dict[str, Tensor]:
-    """HF name -> whole tensor, from the shards of Megatron parameter `name` in TP rank order.
+    """Rebuild HF name -> complete tensor from the shards of Megatron parameter `name` in TP rank order.
 
-    The exact inverse of `split`, the vocabulary's padding dropped. ValueError for a shard of another shape.
+    The exact inverse of `split`, without the vocabulary's padding. ValueError for a shard of another shape.
     """
-    tp, shapes = len(shards), hf_shapes(model)
+    tp = len(shards)
+    expected = shard_shape(name, model, tp)
     for shard in shards:
-        if tuple(shard.shape) != shard_shape(name, model, tp):
-            raise ValueError(
-                f"{name}: shard of {tuple(shard.shape)} over {tp} ranks, expected {shard_shape(name, model, tp)}"
-            )
-    whole = {
-        hf: torch.empty(shapes[hf], dtype=shards[0].dtype, device=shards[0].device)
-        for hf in hf_names(name, model)
+        if tuple(shard.shape) != expected:
+            raise ValueError(f"{name}: shard of {tuple(shard.shape)} over {tp} ranks, expected {expected}")
+    complete = {
+        hf: torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device)
+        for hf, shape in _hf_shapes_of(name, model).items()
     }
     for tp_rank, shard in enumerate(shards):
         for piece in pieces(name, model, tp_rank, tp):
-            whole[piece.hf][piece.source] = shard[piece.target]
-    return whole
+            complete[piece.hf][piece.source] = shard[piece.target]
+    return complete

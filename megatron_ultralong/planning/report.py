@@ -201,9 +201,9 @@ def _shape(run: Run, name: str | None) -> Model:
     if name is None:
         return recipes.SHAPES[run.base]
     if Path(name).is_dir():
-        from megatron_ultralong.checkpoint.hf import reader as hf
+        from megatron_ultralong.checkpoint.hf.config import read_config
 
-        return hf.read_config(name).model
+        return read_config(name).model
     known = {
         **{short: recipes.SHAPES[long] for short, long in SHORT_NAMES.items()},
         **{long.lower(): model for long, model in recipes.SHAPES.items()},

@@ -1,5 +1,5 @@
-"""What a tool says on stderr: one clear line and exit code 2 for mistakes a user can make, and no notices of
-libraries."""
+"""How a tool ends: one clear line and exit code 2 for a user's mistake; and which library warnings are
+silenced."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from megatron_ultralong.errors import UserError
 def main(function: Callable[[], int | None]) -> None:
     """Run a tool's `function`; a `UserError` becomes `error: ...` on stderr and exit code 2.
 
-    Under torchrun the first rank of a node that meets a given error prints it, and every rank leaves at once:
-    the others raised the same one, or wait in a collective that would otherwise hold the exit up until its
-    timeout.
+    Under torchrun the first rank of a node with a given error prints it, and every rank exits at once: the
+    others raised the same error, or wait in a collective that would delay the exit until its timeout.
     """
     quiet()
     try:
@@ -42,7 +41,7 @@ def main(function: Callable[[], int | None]) -> None:
 
 
 def quiet() -> None:
-    """Keep library notices that no user can act on out of the log."""
+    """Silence library warnings that a user cannot act on."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
@@ -53,8 +52,7 @@ def quiet() -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process without asking the other ranks, and its own child processes with it: they would hold
-    its output open."""
+    """Exit without waiting for other ranks, and end the child processes, which would keep the output open."""
     for child in multiprocessing.active_children():
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
@@ -64,8 +62,8 @@ def _leave(code: int) -> None:
 
 
 def _first_to_say(line: str) -> bool:
-    """Whether no other rank under the same torchrun on this node has printed `line`: decided by who creates a
-    marker file."""
+    """Whether no other rank of the same torchrun on this node has printed `line`; the rank that creates a
+    marker file prints it."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     if run is None:
         return True
@@ -78,7 +76,7 @@ def _first_to_say(line: str) -> bool:
         return True
     except FileExistsError:
         with contextlib.suppress(OSError):
-            if time.time() - os.path.getmtime(marker) > 600:  # of a run long gone that had the same numbers
+            if time.time() - os.path.getmtime(marker) > 600:  # left by an old run with the same ids
                 os.utime(marker)
                 return True
         return False

@@ -1,9 +1,8 @@
-"""The CPU as Megatron-Core's device: one explicit stand-in for the places where it asks for CUDA by name.
+"""The CPU as Megatron-Core's device, in the places where Megatron-Core requests CUDA by name.
 
-Megatron-Core names CUDA as a device string, as `torch.cuda.*Tensor` types and through a handful of
-`torch.cuda` functions. `install()` answers each with its CPU form, so that the same code path runs on gloo
-ranks without a GPU. It is called once a process, by `launch.start`, and never on a machine that trains on
-GPUs.
+Megatron-Core requests CUDA as a device string, as `torch.cuda.*Tensor` types and through a few `torch.cuda`
+functions. `install()` replaces each by its CPU form, so that the same code runs on gloo ranks without a GPU.
+`launch.start` calls it once per process, never for training on GPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _TYPE_NAMES = ("Float", "Half", "BFloat16", "Int", "Long", "Byte", "Double")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns `device="cuda"`, `.cuda()`, pinned memory and `torch.cuda.*Tensor` type names into their CPU
+    """Replaces `device="cuda"`, `.cuda()`, pinned memory and `torch.cuda.*Tensor` type names by their CPU
     forms."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,7 +39,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream's interface where all work is already in order."""
+    """The interface of a CUDA stream; all work is already in order."""
 
     cuda_stream = 0
 
@@ -57,7 +56,7 @@ class _Stream:
 
 
 class _Event:
-    """A CUDA event's interface on the host's clock."""
+    """The interface of a CUDA event, on the host's clock."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds = 0.0
@@ -80,16 +79,16 @@ _installed = False
 
 
 def install() -> None:
-    """Answer Megatron-Core's requests for CUDA with the CPU, in this process, for good."""
+    """Use the CPU wherever Megatron-Core requests CUDA, for the rest of this process."""
     global _installed
     if _installed:
         return
     _installed = True
-    # As it is imported Megatron-Core asks torch.compile for functions that are never called here; loading the
+    # When imported, Megatron-Core calls torch.compile on functions that are never used here; loading the
     # compiler takes seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     stream = _Stream()
-    for name, answer in {
+    for name, replacement in {
         "current_device": lambda: _CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
@@ -110,11 +109,11 @@ def install() -> None:
         "reset_peak_memory_stats": lambda device=None: None,
         "is_current_stream_capturing": lambda: False,
     }.items():
-        setattr(torch.cuda, name, answer)
+        setattr(torch.cuda, name, replacement)
     for name in _TYPE_NAMES:
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
-    # Megatron sets CUDA's generator through torch._C, which queues the call (and a stack trace) for ever
-    # without a GPU.
+    # Megatron sets CUDA's generator through torch._C, which without a GPU queues the call, and a stack trace,
+    # for ever.
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

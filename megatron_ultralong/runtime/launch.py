@@ -1,4 +1,4 @@
-"""Starting a rank: device, torch.distributed, Megatron's process groups, seeds."""
+"""Start of a rank: device, torch.distributed, Megatron's process groups, seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_ultralong.runtime import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Where this process stands."""
+    """This process's rank in each parallel dimension, its device and the process groups."""
 
     rank: int
     world: int
@@ -34,7 +34,7 @@ class Ranks:
     groups: Any
     """Megatron's ProcessGroupCollection."""
     timeout: timedelta | None = None
-    """Longest wait for another rank, for groups made later."""
+    """Timeout of collectives, for groups created later."""
 
     @property
     def is_main(self) -> bool:
@@ -43,10 +43,9 @@ class Ranks:
 
 
 def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic: bool = False) -> Ranks:
-    """Join the process group that torchrun's environment describes (one rank without it) and build Megatron's
-    groups.
+    """Join torchrun's process group (a single rank without torchrun) and create Megatron's groups.
 
-    Raises UserError where the device is not there or the ranks do not fit the layout.
+    UserError where the device is not available or the ranks do not fit the layout.
     """
     cli.quiet()
     device = pick_device(runtime.device)
@@ -56,7 +55,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         from megatron_ultralong.runtime import cpu_device
 
         cpu_device.install()
-        # Ranks share the cores: more threads than cores only slow each other down.
+        # Ranks share the cores: more threads than cores are slower.
         if "OMP_NUM_THREADS" not in os.environ or world > 1:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
@@ -101,12 +100,12 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
 
 
 def world_size() -> int:
-    """Ranks of this run, before torch.distributed is up."""
+    """Number of ranks of this run, before torch.distributed is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def stop() -> None:
-    """Leave Megatron's groups and torch.distributed; safe to call twice."""
+    """Destroy Megatron's groups and torch.distributed's; safe to call twice."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -116,23 +115,24 @@ def stop() -> None:
 
 
 def pick_device(choice: str) -> torch.device:
-    """`runtime.device` as this rank's torch device."""
+    """Return `runtime.device` as this rank's torch device. UserError where it is not available."""
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
             "runtime.device=cuda, but torch sees no GPU here; check the driver, or --set runtime.device=cpu"
         )
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= there:
+    local, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= available:
         raise UserError(
-            f"{there} GPUs on this node, but torchrun started at least {local + 1} ranks here; lower --nproc-per-node"
+            f"torchrun started at least {local + 1} ranks on a node with {available} GPUs; lower --nproc-per-node"
         )
     return torch.device("cuda", local)
 
 
 def join(device: torch.device, timeout_minutes: int) -> None:
-    """torch.distributed with the device's backend; a single process without torchrun meets itself in memory."""
+    """Initialise torch.distributed with the device's backend; a single process without torchrun uses an
+    in-memory store."""
     if torch.distributed.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)

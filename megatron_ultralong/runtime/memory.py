@@ -1,4 +1,4 @@
-"""Memory that may still be taken on a device."""
+"""Memory available on a device: GPU, host and container limits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import psutil
 import torch
 
 RESERVE = 0.05
-"""Share of the machine's memory that is never taken."""
+"""Fraction of the machine's memory that is never used."""
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of `device` that this rank may still take: of a GPU what is free or cached by torch, of a host
-    its share among its ranks."""
+    """Bytes of `device` available to this rank: on a GPU, memory free or cached by torch; on a host, the
+    rank's equal share."""
     if device.type == "cuda":
         return (
             torch.cuda.mem_get_info(device)[0]
@@ -25,10 +25,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def host_bytes() -> int:
-    """Bytes of host memory that may be taken: of the machine, less a reserve, and of the container where it
-    has a limit."""
+    """Available bytes of host memory: of the machine, minus a reserve, and of the container if it has a
+    limit."""
     memory = psutil.virtual_memory()
-    found = int(memory.available - RESERVE * memory.total)
+    available = int(memory.available - RESERVE * memory.total)
     group = Path("/sys/fs/cgroup")
     try:
         cached = sum(
@@ -37,8 +37,8 @@ def host_bytes() -> int:
             if line.split()[0] == "inactive_file"
         )
         return min(
-            found,
+            available,
             int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached,
         )
     except (OSError, ValueError):  # no cgroup v2 here, or "max"
-        return found
+        return available

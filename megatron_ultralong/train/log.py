@@ -1,5 +1,5 @@
-"""What a run says: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, TensorBoard, and
-wandb where asked."""
+"""The output of a run: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, TensorBoard, and
+wandb if requested."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import sharded
-from megatron_ultralong.checkpoint.sharded import Progress
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import files
 from megatron_ultralong.planning import flops
+from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 
 
@@ -31,40 +31,29 @@ class Log:
     def __init__(
         self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: BlendedDataset
     ) -> None:
+        """start: the iteration that the run starts from. UserError, on every rank, where `save_dir` cannot be
+        written."""
         self.run, self.ranks, self.rows = run, ranks, rows
         masked = run.data.documents == "masked"
-        self.flops = flops.flops_per_token(model, 0 if masked else run.train.seq_length)
-        self.peak = flops.peak_flops(ranks.device)
-        self.bar = None
+        self.flops_per_token = flops.flops_per_token(model, 0 if masked else run.train.seq_length)
+        self.peak_flops = flops.peak_flops(ranks.device)
+        self.bar: Any = None
         self.board: Any = None
         self.wandb: Any = None
-        sharded.agree(lambda: self._open(save_dir, start), ranks, f"--save {save_dir} cannot be written")
-        if not ranks.is_main:
-            return
-        self.bar = tqdm(
-            total=run.train.iterations, initial=start, unit="it", desc=run.name, disable=None, smoothing=0.1
-        )
-        without = (
-            "; without attention, whose size differs from row to row with data.documents=masked"
-            if masked
-            else ""
-        )
-        self.note(
-            flops.FORMULA
-            + without
-            + (
-                f"; peak {self.peak / 1e12:.0f} TFLOP/s a GPU"
-                if self.peak
-                else "; no peak known here, so no MFU"
-            )
-        )
+        agreement.on_every_rank(lambda: self._open(save_dir, start) if ranks.is_main else None)
+        note = flops.FORMULA
+        if masked:
+            note += "; excludes attention, whose size differs from row to row with data.documents=masked"
+        if self.peak_flops:
+            note += f"; peak {self.peak_flops / 1e12:.0f} TFLOP/s per GPU"
+        else:
+            note += "; peak unknown for this device, so no MFU"
+        self.note(note)
 
     def _open(self, save_dir: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        save_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=save_dir):
-            pass
+        files.check_writable(save_dir, f"--save {save_dir}")
         self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
         if self.run.runtime.wandb:
             try:
@@ -80,16 +69,24 @@ class Log:
                 resume="allow",
                 dir=str(save_dir),
             )
+        self.bar = tqdm(
+            total=self.run.train.iterations,
+            initial=start,
+            unit="it",
+            desc=self.run.name,
+            disable=None,
+            smoothing=0.1,
+        )
 
     def note(self, line: str) -> None:
-        """A line of its own."""
+        """Print a line of its own."""
         if self.ranks.is_main:
             tqdm.write(line)
-            sys.stdout.flush()  # a pipe or file would hold lines back, and a killed run would lose them
+            sys.stdout.flush()  # a pipe or file would buffer lines, and a killed run would lose them
 
     def step(
         self,
-        progress: Progress,
+        state: TrainingState,
         *,
         loss: float,
         target_tokens: int,
@@ -97,67 +94,69 @@ class Log:
         lr: float,
         seconds: float,
     ) -> None:
-        """One iteration's line and scalars."""
-        if not self.ranks.is_main or self.bar is None:
+        """Log one iteration: its line and its scalars."""
+        if not self.ranks.is_main:
             return
         t = self.run.train
         self.bar.update(1)
         tokens_per_second = t.global_batch * t.seq_length / seconds / self.ranks.world
-        tflops = tokens_per_second * self.flops / 1e12
-        epochs = self.rows.epoch(progress.consumed)
+        tflops = tokens_per_second * self.flops_per_token / 1e12
+        epochs = self.rows.epoch(state.consumed)
+        norm = float(grad_norm or 0.0)
         scalars = {
             "train/loss": loss,
             "train/learning_rate": lr,
-            "train/grad_norm": float(grad_norm or 0.0),
-            "train/tokens": progress.tokens,
+            "train/grad_norm": norm,
+            "train/tokens": state.tokens,
             "train/epochs_done": epochs,
             "speed/tokens_per_second_per_gpu": tokens_per_second,
             "speed/tflops_per_gpu": tflops,
             "speed/iteration_seconds": seconds,
         }
-        if self.peak:
-            scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak
-        self._scalars(scalars, progress.iteration)
-        if progress.iteration % t.log_every and progress.iteration != t.iterations:
+        if self.peak_flops:
+            scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak_flops
+        self._scalars(scalars, state.iteration)
+        if state.iteration % t.log_every and state.iteration != t.iterations:
             return
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         width = len(str(t.iterations))
         speed = (
-            f"causal MFU: {100 * tflops * 1e12 / self.peak:.1f}%"
-            if self.peak
+            f"causal MFU: {100 * scalars['speed/causal_mfu']:.1f}%"
+            if self.peak_flops
             else f"TFLOP/s/GPU: {tflops:.3f}"
         )
         self.note(
-            f" [{now}] iteration {progress.iteration:{width}d}/{t.iterations} | consumed samples: {progress.consumed} "
+            f" [{now}] iteration {state.iteration:{width}d}/{t.iterations} | consumed samples: {state.consumed} "
             f"| epochs done: {epochs} | elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} "
-            f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} | grad norm: {float(grad_norm or 0.0):.3f} "
+            f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} | grad norm: {norm:.3f} "
             f"| target tokens: {target_tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} |"
         )
 
-    def held_out(self, progress: Progress, loss: float) -> None:
-        """The held-out loss after an iteration."""
-        self._scalars({"valid/loss": loss}, progress.iteration)
-        self.note(f" validation loss at iteration {progress.iteration} | lm loss value: {loss:.6E} |")
+    def validation(self, state: TrainingState, loss: float) -> None:
+        """Log the held-out loss after an iteration."""
+        self._scalars({"valid/loss": loss}, state.iteration)
+        self.note(f" validation loss at iteration {state.iteration} | lm loss value: {loss:.6E} |")
 
-    def evaluation(self, progress: Progress, scalars: dict[str, float]) -> None:
-        """What an evaluation of its own found after an iteration."""
-        self._scalars(scalars, progress.iteration)
+    def evaluation(self, state: TrainingState, scalars: dict[str, float]) -> None:
+        """Log the scalars of an evaluation after an iteration."""
+        self._scalars(scalars, state.iteration)
         self.note(
-            f" evaluation at iteration {progress.iteration} | "
+            f" evaluation at iteration {state.iteration} | "
             + " | ".join(f"{name}: {value:.4f}" for name, value in scalars.items())
             + " |"
         )
 
     @contextlib.contextmanager
     def saving(self, iteration: int) -> Iterator[None]:
-        """Says what is saved, and how long it took."""
+        """Log that a checkpoint was saved in the block, and the time it took."""
         began = time.perf_counter()
         if self.board is not None:
-            self.board.flush()  # a run that goes on from here does not give these scalars again
+            self.board.flush()  # a run that resumes from here does not log these scalars again
         yield
         self.note(f" saved checkpoint of iteration {iteration} in {time.perf_counter() - began:.1f} s")
 
     def close(self) -> None:
+        """Close the progress bar, TensorBoard and wandb."""
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
@@ -174,7 +173,7 @@ class Log:
 
 
 def print_run(run: Run, ranks: Ranks) -> None:
-    """The resolved run, and what was chosen on this machine."""
+    """Print the resolved run, and the ranks and device in use."""
     if not ranks.is_main:
         return
     for section, values in config.to_dict(run).items():

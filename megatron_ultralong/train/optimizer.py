@@ -13,8 +13,8 @@ from megatron_ultralong.runtime.launch import Ranks
 
 
 def learning_rate(train: Train, iteration: int) -> float:
-    """Learning rate of optimizer step `iteration` (the first is 1): linear warm-up from 0, then cosine to
-    min_lr or constant."""
+    """Learning rate of optimizer step `iteration` (counted from 1): linear warm-up from 0, then cosine decay
+    to min_lr, or constant."""
     if train.warmup and iteration <= train.warmup:
         return train.lr * iteration / train.warmup
     if train.schedule == "constant":
@@ -24,9 +24,9 @@ def learning_rate(train: Train, iteration: int) -> float:
 
 
 def data_parallel(chunks: list[torch.nn.Module], ranks: Ranks) -> list[torch.nn.Module]:
-    """Megatron's DistributedDataParallel around each chunk: float32 gradients, reduced once an iteration.
+    """Wrap each chunk in Megatron's DistributedDataParallel: float32 gradients, reduced once per iteration.
 
-    Reduction is not overlapped with the backward: an iteration of these lengths takes seconds to minutes, its
+    Reduction is not overlapped with the backward: an iteration at these lengths takes seconds to minutes, its
     reduction far less.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -44,15 +44,14 @@ def data_parallel(chunks: list[torch.nn.Module], ranks: Ranks) -> list[torch.nn.
         for i, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:
-        # Weights were read once and broadcast, so the ranks agree already; this holds for weights made from a
-        # seed as well.
+        # The ranks' weights are equal already, read and broadcast or made from a seed; this guarantees it.
         chunk.broadcast_params()
     return wrapped
 
 
 def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Ranks) -> Any:
-    """The distributed AdamW over data-parallel `chunks` (fp32 master weights in bf16 runs). Weights must be
-    loaded before."""
+    """Build the distributed AdamW over data-parallel `chunks` (fp32 master weights in bf16 runs). Weights
+    must be loaded before."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megatron_ultralong.model.llama import unwrap
@@ -78,7 +77,7 @@ def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Rank
 
 
 def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:
-    """Put this iteration's figures into every parameter group, by the group's own multipliers."""
+    """Set this iteration's values in every parameter group, scaled by the group's own multipliers."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

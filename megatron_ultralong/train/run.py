@@ -1,88 +1,103 @@
-"""A whole training run, assembled: ranks, weights, model, optimizer, data, loop."""
+"""A complete training run, assembled: ranks, weights, model, optimizer, data, loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import loader, packed_rows
+from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.runtime import launch
+from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loop, weights_source
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
+from megatron_ultralong.train.step import Batches, Trainer
+from megatron_ultralong.train.weights_source import WeightsSource
 
-Prepare = Callable[[Run, Path | None, int], loop.Evaluation]
+PrepareEvaluation = Callable[[Run, Path | None, int], loop.Evaluation]
+"""Called before the ranks start, with the resolved run, a folder with its tokenizer (None if there is none)
+and the vocabulary size."""
 
 
-def train_run(
-    run: Run,
-    *,
-    data: list[str],
-    valid: list[str] | None,
-    save: Path,
-    load: Path | None = None,
-    load_hf: Path | None = None,
-    tokenizer: Path | None = None,
-    evaluations: Sequence[Prepare] = (),
-) -> sharded.Progress:
-    """Train `run` on the packed rows `data` into the run directory `save`. Every rank calls it; see
-    tools/train.py for the arguments.
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """The files of a run; see tools/train.py."""
 
-    evaluations: called first with the settled run, a directory with its tokenizer (None where there is none)
-    and the vocabulary's size; what they give is called as `loop.Evaluation` says.
+    data: list[str]
+    """Packed rows to train on: a prefix, or weights and prefixes."""
+    valid: list[str] | None = None
+    """Packed rows for the held-out loss."""
+    save: Path
+    """The run directory."""
+    load: Path | None = None
+    """A checkpoint to start from."""
+    load_hf: Path | None = None
+    """A Hugging Face directory to start from."""
+    tokenizer: Path | None = None
+    """Folder whose tokenizer goes into the checkpoints."""
 
-    Raises UserError for what a user can mend, before anything is built where that can be known.
+
+def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation] = ()) -> TrainingState:
+    """Train `run` and return its last state. Every rank calls it.
+
+    UserError for what a user can fix, before anything is built where that can be known.
     """
     run.parallel.data_parallel(launch.world_size())
-    run, source = weights_source.find(run, save, load, load_hf, tokenizer)
-    check_model_layout(source.progress.model, run.parallel)
+    run, source = weights_source.find(run, files.save, files.load, files.load_hf, files.tokenizer)
+    model = source.state.model
+    check_model_layout(model, run.parallel)
     masked = run.data.documents == "masked"
-    rows = packed_rows.open_blend(data, run.train.seq_length, source.progress.model.vocab_size, masked)
-    held_out = (
-        packed_rows.open_blend(valid, run.train.seq_length, source.progress.model.vocab_size, masked)
-        if valid
-        else None
+    rows, held_out = (
+        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked) if names else None
+        for names in (files.data, files.valid)
     )
-
-    prepared = [
-        prepare(run, source.tokenizer or source.assets, source.progress.model.vocab_size)
-        for prepare in evaluations
-    ]
+    assert rows is not None
+    tokenizer = source.assets.tokenizer or source.assets.base
+    prepared = [prepare(run, tokenizer, model.vocab_size) for prepare in evaluations]
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
-    weights_source.check_same(source, save)
+    weights_source.check_same_checkpoint(source, files.save)
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
-    run = plan.settle_offload(run, source.progress.model, ranks.world, gpu_bytes)
+    run = plan.settle_offload(run, model, ranks.world, gpu_bytes)
     print_run(run, ranks)
-    progress = _train(run, ranks, source, rows, held_out, save, prepared)
-    launch.stop()  # not after a failure: other ranks may still be in a collective, and leaving the groups would wait for them
-    return progress
+    state = weights_source.with_run(source.state, run, rows)
+    log = Log(run, ranks, model, files.save, state.iteration, rows)
+    try:
+        trainer = _build(run, ranks, source)
+        _print_start(log, trainer, source, state, rows)
+        state = loop.train(
+            trainer,
+            state,
+            _training_data(trainer, rows, held_out),
+            loop.Checkpoints(files.save, source.assets, run.train.keep),
+            log,
+            prepared,
+        )
+    finally:
+        log.close()
+    # Not after a failure: leaving the groups would wait for ranks that may still be in a collective.
+    launch.stop()
+    return state
 
 
-def _train(
-    run: Run,
-    ranks: launch.Ranks,
-    source: weights_source.Source,
-    rows: packed_rows.BlendedDataset,
-    held_out: packed_rows.BlendedDataset | None,
-    save: Path,
-    evaluations: Sequence[loop.Evaluation],
-) -> sharded.Progress:
+def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
+    """Build the model, load its weights and build the optimizer."""
     from megatron_ultralong.model import llama
 
-    progress = weights_source.with_run(source.progress, run, rows)
-    log = Log(run, ranks, progress.model, save, progress.iteration, rows)
     chunks = llama.build(
-        source.progress.model,
-        source.progress.rope,
+        source.state.model,
+        source.state.rope,
         ranks,
         run.parallel,
         run.memory,
@@ -95,6 +110,32 @@ def _train(
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
         sharded.load(source.resume, chunks, optimizer)
+    return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
+
+
+def _print_start(
+    log: Log, trainer: Trainer, source: WeightsSource, state: TrainingState, rows: BlendedDataset
+) -> None:
+    """Log what the run is trained on and where it starts."""
+    run = trainer.run
+    log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
+    if source.resume is None:
+        note = weights_source.theta_note(run, source)
+    else:
+        note = weights_source.data_note(source.state, state)
+    if note is not None:
+        log.note(note)
+    if source.resume is not None:
+        log.note(
+            f"resuming from {source.resume}: iteration {state.iteration}, {state.consumed} sequences consumed"
+        )
+
+
+def _training_data(
+    trainer: Trainer, rows: BlendedDataset, held_out: BlendedDataset | None
+) -> loop.TrainingData:
+    run, copies = trainer.run, len(trainer.chunks)
+    ranks = trainer.ranks
     shard = loader.BatchShard(
         micro_batch=run.train.micro_batch,
         dp_rank=ranks.dp_rank,
@@ -104,47 +145,24 @@ def _train(
         document_starts=run.data.documents == "masked",
     )
 
-    try:
-        log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
-        if source.resume is not None:
-            if (note := weights_source.data_note(source.progress, progress)) is not None:
-                log.note(note)
-            log.note(
-                f"going on from {source.resume}: iteration {progress.iteration}, {progress.consumed} sequences done"
-            )
-        elif (note := weights_source.theta_note(run, source)) is not None:
-            log.note(note)
-        return loop.train(
-            run,
-            ranks,
-            chunks,
-            optimizer,
-            progress,
-            data=lambda consumed: [
-                loader.batches(
-                    rows,
-                    shard,
-                    consumed=consumed,
-                    seed=run.train.seed,
-                    shuffle=run.data.shuffle,
-                    workers=run.data.workers,
-                )
-                for _ in chunks
-            ],
-            valid=None
-            if held_out is None
-            else lambda: loader.validation_batches(
-                held_out,
-                run.train.eval_rows,
+    def training(consumed: int) -> Batches:
+        return [
+            loader.batches(
+                rows,
                 shard,
-                copies=len(chunks),
-                multiple=run.parallel.pp if run.parallel.vpp > 1 else 1,
-            ),
-            save_dir=save,
-            assets=source.assets,
-            tokenizer=source.tokenizer,
-            log=log,
-            evaluations=evaluations,
+                consumed=consumed,
+                seed=run.train.seed,
+                shuffle=run.data.shuffle,
+                workers=run.data.workers,
+            )
+            for _ in range(copies)
+        ]
+
+    def validation() -> tuple[Batches, int]:
+        assert held_out is not None
+        multiple = run.parallel.pp if run.parallel.vpp > 1 else 1
+        return loader.validation_batches(
+            held_out, run.train.eval_rows, shard, copies=copies, multiple=multiple
         )
-    finally:
-        log.close()
+
+    return loop.TrainingData(training=training, held_out=None if held_out is None else validation)

@@ -3,173 +3,171 @@ in place, or a seed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import sharded
-from megatron_ultralong.checkpoint.hf import reader as hf
-from megatron_ultralong.checkpoint.sharded import Progress
+from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint.hf import config as hf_config
+from megatron_ultralong.checkpoint.hf.assets import AssetFolders
+from megatron_ultralong.checkpoint.hf.reader import load_parameters
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Rope, Run
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
+from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What a run starts from, before any weight is read."""
+class WeightsSource:
+    """What a run starts from, before any weight is read. At most one of resume, checkpoint and hf is set."""
 
-    progress: Progress
+    state: TrainingState
+    assets: AssetFolders
+    """Small files for the checkpoints: configuration, tokenizer and licence."""
     resume: Path | None = None
-    """The run's own checkpoint: weights, optimizer and place in the data."""
-    weights: Path | None = None
+    """The run's own checkpoint: weights, optimizer and position in the data."""
+    checkpoint: Path | None = None
     """Another sharded checkpoint: weights only."""
     hf: Path | None = None
     """A Hugging Face model directory: weights only."""
-    assets: Path | None = None
-    """Folder with config, tokenizer and licence to carry along."""
-    tokenizer: Path | None = None
-    """Folder whose tokenizer is carried along instead."""
 
 
 def find(
     run: Run, save: Path, load: Path | None, load_hf: Path | None, tokenizer: Path | None = None
-) -> tuple[Run, Source]:
-    """Settle model shape and RoPE, and say where the weights are. The run's own newest checkpoint in `save`
-    wins.
+) -> tuple[Run, WeightsSource]:
+    """Determine model shape, RoPE and where the weights are. The run's own newest checkpoint in `save` takes
+    precedence.
 
-    Returns the run with `model` and `rope` filled in. Raises UserError where the shapes or RoPE settings
-    contradict each other.
+    Returns the run with `model` and `rope` filled in. UserError where shapes or RoPE settings contradict each
+    other.
     """
-    whole = sharded.whole(save)
-    if whole:
-        newest = whole[-1]
-        progress = sharded.progress_of(newest)
-        _same_model(run.model, progress.model, newest)
-        if run.rope is not None and run.rope != progress.rope:
-            raise UserError(
-                f"{newest} was trained with {progress.rope}, but this run asks for {run.rope}; use a new --save folder"
-            )
-        source = Source(progress=progress, resume=newest, assets=_folder(newest / "hf"))
-        return _settled(run, progress.model, progress.rope), source
-    if load is not None:
-        path = sharded.resolve(load)
-        if (
-            not (path / "run.json").is_file() and run.model is not None
-        ):  # a Megatron-LM checkpoint: the recipe gives the shape
-            found = Progress(model=run.model, rope=run.rope or Rope())
-        else:
-            found = sharded.progress_of(path)
-        _same_model(run.model, found.model, path)
-        rope = run.rope or found.rope
-        progress = Progress(model=found.model, rope=rope, base=found.base, max_length=found.max_length)
-        return _settled(run, found.model, rope), Source(
-            progress=progress, weights=path, assets=_folder(path / "hf"), tokenizer=tokenizer
-        )
-    if load_hf is not None:
-        found_hf = hf.read_config(load_hf)
-        _same_model(run.model, found_hf.model, load_hf)
-        rope = run.rope or found_hf.rope
-        name = hf.base_name(load_hf, found_hf.raw)
-        if run.base.rpartition("/")[2].lower() == name.lower():
-            name = run.base  # the directory is called like the recipe's base: by its full name then
-        progress = Progress(model=found_hf.model, rope=rope, base=name)
-        return _settled(run, found_hf.model, rope), Source(
-            progress=progress, hf=load_hf, assets=load_hf, tokenizer=tokenizer
-        )
-    if run.model is None:
+    own = sharded.complete_checkpoints(save)
+    if own:
+        source = _resume(run, own[-1])
+    elif load is not None:
+        source = _from_checkpoint(run, sharded.resolve(load), tokenizer)
+    elif load_hf is not None:
+        source = _from_hf(run, load_hf, tokenizer)
+    elif run.model is not None:
+        state = TrainingState(model=run.model, rope=run.rope or Rope(), base=run.base)
+        source = WeightsSource(state=state, assets=AssetFolders(tokenizer=tokenizer))
+    else:
         raise UserError(f"recipe {run.name} starts from a model: give --load-hf DIR or --load CKPT")
-    rope = run.rope or Rope()
-    return _settled(run, run.model, rope), Source(
-        progress=Progress(model=run.model, rope=rope, base=run.base), tokenizer=tokenizer
+    return replace(run, model=source.state.model, rope=source.state.rope), source
+
+
+def _resume(run: Run, newest: Path) -> WeightsSource:
+    state = training_state.read(newest)
+    _check_same_model(run.model, state.model, newest)
+    if run.rope is not None and run.rope != state.rope:
+        raise UserError(
+            f"{newest} was trained with {state.rope}, but this run specifies {run.rope}; use a new --save folder"
+        )
+    return WeightsSource(state=state, resume=newest, assets=_assets_of(newest))
+
+
+def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSource:
+    if not (path / "run.json").is_file() and run.model is not None:
+        # A checkpoint of Megatron-LM: the recipe gives the shape.
+        stored = TrainingState(model=run.model, rope=run.rope or Rope())
+    else:
+        stored = training_state.read(path)
+    _check_same_model(run.model, stored.model, path)
+    state = TrainingState(
+        model=stored.model, rope=run.rope or stored.rope, base=stored.base, max_length=stored.max_length
     )
+    return WeightsSource(state=state, checkpoint=path, assets=replace(_assets_of(path), tokenizer=tokenizer))
 
 
-def load_weights(chunks: list[torch.nn.Module], run: Run, source: Source, ranks: Ranks) -> None:
-    """Fill the model's weights; for a resume they come later, with the optimizer. Before data_parallel and
-    optimizer."""
+def _from_hf(run: Run, folder: Path, tokenizer: Path | None) -> WeightsSource:
+    hf = hf_config.read_config(folder)
+    _check_same_model(run.model, hf.model, folder)
+    name = hf_config.base_name(folder, hf.raw)
+    if run.base.rpartition("/")[2].lower() == name.lower():
+        name = run.base  # the directory has the short name of the recipe's base: use the full name
+    state = TrainingState(model=hf.model, rope=run.rope or hf.rope, base=name)
+    return WeightsSource(state=state, hf=folder, assets=AssetFolders(base=folder, tokenizer=tokenizer))
+
+
+def _assets_of(checkpoint: Path) -> AssetFolders:
+    folder = checkpoint / "hf"
+    return AssetFolders(base=folder if folder.is_dir() else None)
+
+
+def _check_same_model(expected: Model | None, stored: Model, where: Path) -> None:
+    if expected is None:
+        return
+    for f in fields(Model):
+        ours, theirs = getattr(expected, f.name), getattr(stored, f.name)
+        if ours != theirs and f.name != "init_std":
+            raise UserError(
+                f"{where} has model.{f.name}={theirs}, but the recipe specifies {ours}; "
+                f"use another recipe or --set model.{f.name}={theirs}"
+            )
+
+
+def check_same_checkpoint(source: WeightsSource, save: Path) -> None:
+    """UserError, on every rank, where the ranks do not see the same checkpoints. Every rank calls it."""
+    names = agreement.gather(source.resume.name if source.resume else "none")
+    for rank, name in enumerate(names):
+        if name != names[0]:
+            raise UserError(
+                f"--save {save}: rank 0 sees checkpoint {names[0]} there, rank {rank} {name}; "
+                "put it on storage shared by all nodes"
+            )
+
+
+def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource, ranks: Ranks) -> None:
+    """Fill the model's weights, before data_parallel and the optimizer. When resuming they are loaded later,
+    together with the optimizer."""
     if source.resume is not None:
         return
-    if source.weights is not None:
-        sharded.load(source.weights, chunks)
+    if source.checkpoint is not None:
+        sharded.load(source.checkpoint, chunks)
         return
-    model = source.progress.model
+    model = source.state.model
     for chunk in chunks:
         parameters = llama.named_parameters(chunk)
         if source.hf is not None:
-            hf.load_parameters(
-                source.hf, model, parameters, ranks.tp_rank, ranks.tp, group=ranks.groups.dp_cp
-            )
+            load_parameters(source.hf, model, parameters, ranks.tp_rank, ranks.tp, group=ranks.groups.dp_cp)
         else:
             init.initialise(parameters, model, run.train.seed, ranks.tp_rank, ranks.tp)
 
 
-def with_run(progress: Progress, run: Run, rows: BlendedDataset) -> Progress:
-    """Progress that carries the resolved run and what it is trained on into its checkpoints."""
+def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:
+    """Add the resolved run and its training data to the state that its checkpoints record."""
     data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
-    return replace(
-        progress,
-        run=config.to_dict(run),
-        max_length=max(progress.max_length, run.train.seq_length),
-        data=data,
-    )
+    max_length = max(state.max_length, run.train.seq_length)
+    return replace(state, run=config.to_dict(run), max_length=max_length, data=data)
 
 
-def check_same(source: Source, save: Path) -> None:
-    """UserError, on every rank, where the ranks do not see the same checkpoints. Every rank calls it."""
-    seen: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(seen, source.resume.name if source.resume else "none")
-    if len(set(seen)) > 1:
-        rank = next(i for i, name in enumerate(seen) if name != seen[0])
-        raise UserError(
-            f"--save {save}: rank 0 finds checkpoint {seen[0]} there, rank {rank} {seen[rank]}; put it on storage that all nodes share"
-        )
-
-
-def data_note(before: Progress, now: Progress) -> str | None:
-    """A line where a run goes on with other data, or another order of it, than it had so far."""
+def data_note(before: TrainingState, now: TrainingState) -> str | None:
+    """A line for a run that resumes with other data, or another order of it, than before."""
     if before.data is None or before.data == now.data:
         return None
-    what = [
+    changed = [
         name for name in ("seed", "shuffle", "sets") if before.data.get(name) != (now.data or {}).get(name)
     ]
     return (
-        f"note: this run's data changed ({', '.join(what)}): it goes on at sequence {before.consumed} of the new order, so some rows "
-        "may come twice and some not at all in this epoch"
+        f"note: this run's data changed ({', '.join(changed)}): it resumes at sequence {before.consumed} of the new "
+        "order, so in this epoch some rows may be used twice and some not at all"
     )
 
 
-def theta_note(run: Run, source: Source) -> str | None:
-    """A line where the run's RoPE base differs from the model's: meant for NTK-aware runs, a slip in all
-    others."""
+def theta_note(run: Run, source: WeightsSource) -> str | None:
+    """A line for a run whose RoPE base differs from the model's: intended for NTK-aware scaling, otherwise a
+    mistake."""
     if source.hf is None or run.rope is None:
         return None
-    theirs = hf.read_config(source.hf).rope.theta
+    theirs = hf_config.read_config(source.hf).rope.theta
     if theirs == run.rope.theta:
         return None
-    return f"note: rope.theta={run.rope.theta:g}, but {source.hf} was trained with {theirs:g}; --set rope.theta={theirs:g} keeps it"
-
-
-def _same_model(asked: Model | None, found: Model, where: Path) -> None:
-    if asked is None or asked == found:
-        return
-    from dataclasses import fields
-
-    for f in fields(Model):
-        ours, theirs = getattr(asked, f.name), getattr(found, f.name)
-        if ours != theirs and f.name != "init_std":
-            raise UserError(
-                f"{where} has model.{f.name}={theirs}, but the recipe says {ours}; use another recipe or --set model.{f.name}={theirs}"
-            )
-
-
-def _settled(run: Run, model: Model, rope: Rope) -> Run:
-    return replace(run, model=model, rope=rope)
-
-
-def _folder(path: Path) -> Path | None:
-    return path if path.is_dir() else None
+    return (
+        f"note: rope.theta={run.rope.theta:g}, but {source.hf} was trained with {theirs:g}; "
+        f"--set rope.theta={theirs:g} keeps it"
+    )

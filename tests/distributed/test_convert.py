@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import convert, sharded
-from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint import convert, sharded, training_state
+from megatron_ultralong.checkpoint.hf import config as hf_config
+from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
+from megatron_ultralong.checkpoint.hf.assets import AssetFolders
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
@@ -89,21 +92,24 @@ def test_four_ranks(tmp_path):
 
     assert same(tensors_of(tmp_path / "pp4"), expected) and same(tensors_of(tmp_path / "tp4"), expected)
     assert same(tensors_of(tmp_path / "fp32"), {name: tensor.float() for name, tensor in expected.items()})
-    assert len(list((tmp_path / "tp4").glob("*.safetensors"))) > 3 and (tmp_path / "tp4" / hf.INDEX).is_file()
+    assert (
+        len(list((tmp_path / "tp4").glob("*.safetensors"))) > 3
+        and (tmp_path / "tp4" / hf_reader.INDEX).is_file()
+    )
     kept = json.loads((tmp_path / "pp4" / "config.json").read_text())
     assert kept["dtype"] == kept["torch_dtype"] == "bfloat16"
     assert kept["eos_token_id"] == 2 and kept["max_position_embeddings"] == 512
     assert json.loads((tmp_path / "fp32" / "config.json").read_text())["dtype"] == "float32"
     assert (
-        hf.read_config(tmp_path / "pp4").rope == BASE_ROPE
-        and hf.read_config(tmp_path / "pp4").model == UNTIED
+        hf_config.read_config(tmp_path / "pp4").rope == BASE_ROPE
+        and hf_config.read_config(tmp_path / "pp4").model == UNTIED
     )
     for name in ("LICENSE", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "pp4" / name).read_bytes() == (tmp_path / "base" / name).read_bytes(), name
     assert "license: apache-2.0" in (tmp_path / "pp4" / "README.md").read_text()
 
     trained = tmp_path / "trained_hf"
-    found = hf.read_config(trained)
+    found = hf_config.read_config(trained)
     assert (
         found.rope == Rope(type="llama3", theta=10000.0, factor=32.0, original_length=32)
         and found.max_position == 1024
@@ -132,12 +138,8 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         convert.import_hf(base, folder / "ckpt32", ranks, parallel, torch.float32)
         with pytest.raises(UserError, match="already exists and is not an empty directory"):
             convert.import_hf(base, folder / "ckpt", ranks, parallel)
-        progress = sharded.progress_of(path)
-        assert (
-            progress.model == dataclasses.replace(UNTIED)
-            and progress.rope == BASE_ROPE
-            and progress.base == "base"
-        )
+        state = training_state.read(path)
+        assert state.model == dataclasses.replace(UNTIED) and state.rope == BASE_ROPE and state.base == "base"
     with Layouts(1, 4) as (ranks, parallel):
         convert.export_hf(folder / "ckpt", folder / "pp4", ranks, parallel)
         assert convert.verify(base, folder / "ckpt", ranks, parallel) == []
@@ -157,12 +159,12 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
 
 
 def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
-    """A checkpoint as training leaves it: another RoPE, progress, the run."""
+    """A checkpoint as training leaves it: another RoPE, state, the run."""
     from megatron_ultralong.model import llama
 
     run = Run(name="tiny", train=Train(seq_length=1024, iterations=7, lr=1e-4, global_batch=4))
     rope = dataclasses.replace(BASE_ROPE, type="yarn", factor=32.0)  # which config.json says as llama3
-    progress = sharded.Progress(
+    state = TrainingState(
         model=UNTIED,
         rope=rope,
         iteration=7,
@@ -171,9 +173,10 @@ def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
         run=config.to_dict(run),
         base="base",
     )
-    chunks = llama.build(UNTIED, progress.rope, ranks, parallel, Memory(offload="off"), "bf16")
+    chunks = llama.build(UNTIED, state.rope, ranks, parallel, Memory(offload="off"), "bf16")
     sharded.load(sharded.resolve(folder / "ckpt"), chunks)
-    sharded.save(folder / "trained", progress, chunks, None, folder / "ckpt" / "iter_0000000" / "hf", ranks)
+    assets = AssetFolders(base=folder / "ckpt" / "iter_0000000" / "hf")
+    sharded.save(folder / "trained", state, chunks, None, assets)
 
 
 def _change(folder: Path, rank: int) -> list[str]:
@@ -189,7 +192,7 @@ def _change(folder: Path, rank: int) -> list[str]:
     after[head][96, 1] += 2
     if rank == 0:
         (folder / "changed").mkdir()
-        save_file(after, folder / "changed" / hf.SINGLE)
+        save_file(after, folder / "changed" / hf_reader.SINGLE)
         (folder / "changed" / "config.json").write_bytes((folder / "pp4" / "config.json").read_bytes())
     torch.distributed.barrier()
     largest = {name: (before[name].double() - after[name].double()).abs().max() for name in (key, head)}
@@ -216,7 +219,7 @@ def _failures(folder: Path, rank: int, ranks: Any, parallel: Parallel) -> None:
             assert not (folder / "failed").exists()
     with pytest.raises(UserError, match="already exists and is not an empty directory"):
         convert.export_hf(folder / "ckpt", folder / "pp4", ranks, parallel)
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="contains no complete checkpoint"):
         convert.export_hf(folder / "none", folder / "failed", ranks, parallel)
 
 
@@ -253,10 +256,12 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
             for name in weight_mapping.megatron_names(TIED_3_KV)
         }
         parameters = {name: torch.full(shape, float(rank)) for name, shape in shapes.items()}
-        read = hf.Weights.read
+        read = hf_reader.HFReader.read
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hf.Weights, "read", read if rank == 0 else None)  # another rank that reads fails
-            hf.load_parameters(
+            patch.setattr(
+                hf_reader.HFReader, "read", read if rank == 0 else None
+            )  # another rank that reads fails
+            hf_reader.load_parameters(
                 folder / "base", TIED_3_KV, parameters, 1, 3, group=torch.distributed.group.WORLD
             )
         whole = tensors_of(folder / "base")
@@ -264,7 +269,7 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
             assert torch.equal(parameter, weight_mapping.split(name, whole, TIED_3_KV, 1, 3)), name
         with pytest.raises(UserError, match="is missing"):
             larger = dataclasses.replace(TIED_3_KV, layers=4)
-            hf.load_parameters(folder / "base", larger, {}, 1, 3, group=torch.distributed.group.WORLD)
+            hf_reader.load_parameters(folder / "base", larger, {}, 1, 3, group=torch.distributed.group.WORLD)
 
 
 # ---- the command, one process ------------------------------------------------------------------
@@ -285,7 +290,7 @@ def test_command_there_and_back(tmp_path):
     assert same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in expected.items()})
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][7] += 1
-    save_file(tensors, tmp_path / "out" / hf.SINGLE)
+    save_file(tensors, tmp_path / "out" / hf_reader.SINGLE)
     done = command("verify", "--hf", tmp_path / "out", "--ckpt", tmp_path / "ckpt")
     assert done.returncode == 1 and done.stdout.startswith("differs: model.norm.weight: 1 differ, by up to 1")
     assert done.stdout.count("\n") == 1
@@ -296,9 +301,12 @@ def test_command_refuses_in_one_line(tmp_path):
     for args, message in (
         (
             ("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt", "--tp", 3),
-            "--tp 3 does not make 1, the number",
+            "--tp 3 does not match the 1 ranks started",
         ),
-        (("export", "--ckpt", tmp_path / "base", "--out", tmp_path / "out"), "holds no whole checkpoint"),
+        (
+            ("export", "--ckpt", tmp_path / "base", "--out", tmp_path / "out"),
+            "contains no complete checkpoint",
+        ),
     ):
         done = command(*args)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
@@ -318,12 +326,12 @@ def test_layout_of_a_conversion():
         TIED_3_KV, 3, pp=1
     ) == Parallel(tp=3, pp=1)
     for arguments, message in (
-        ((UNTIED, 4, 3), "--tp 3 does not make 4"),
-        ((UNTIED, 2, 2, 2), "--tp 2 x --pp 2 does not make 2"),
-        ((UNTIED, 1, 2, 1), "--tp 2 x --pp 1 does not make 1"),
-        ((UNTIED, 4, None, 0), "--pp 0 does not make 4"),
-        ((TIED_3_KV, 2), "2 ranks do not split this model .*layers=3 is not divisible"),
-        ((TIED_3_KV, 2, 2), "2 ranks do not split this model .*heads=9 is not divisible"),
+        ((UNTIED, 4, 3), "--tp 3 does not match the 4"),
+        ((UNTIED, 2, 2, 2), "--tp 2 x --pp 2 does not match the 2"),
+        ((UNTIED, 1, 2, 1), "--tp 2 x --pp 1 does not match the 1"),
+        ((UNTIED, 4, None, 0), "--pp 0 does not match the 4"),
+        ((TIED_3_KV, 2), "this model cannot be split over 2 ranks .*layers=3 is not divisible"),
+        ((TIED_3_KV, 2, 2), "this model cannot be split over 2 ranks .*heads=9 is not divisible"),
     ):
         with pytest.raises(UserError, match=message):
             convert.layout(*arguments)
@@ -333,8 +341,8 @@ def test_max_position_of_an_export():
     run = config.to_dict(Run(name="tiny", train=Train(seq_length=3000, iterations=1, lr=1e-4)))
 
     def of(rope: Rope, trained: bool, base: int | None) -> int:
-        progress = sharded.Progress(model=UNTIED, rope=rope, run=run if trained else None)
-        return convert.max_position(progress, {} if base is None else {"max_position_embeddings": base})
+        state = TrainingState(model=UNTIED, rope=rope, run=run if trained else None)
+        return convert.max_position(state, {} if base is None else {"max_position_embeddings": base})
 
     llama = Rope(type="llama3", factor=8.0, original_length=8192)
     assert (

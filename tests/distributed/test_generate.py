@@ -17,8 +17,8 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
 from megatron_ultralong.evaluate.backends.decoding import DecodingSession
 from megatron_ultralong.evaluate.backends.sampling import Sampling
-from megatron_ultralong.model import rope as ropes
 from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.rope.hf_config import from_hf
 from tests import processes
 from tests.spawn import leave_groups, run_ranks
 from tests.text import write_jsonl
@@ -80,12 +80,12 @@ def written_by(case: int, prompt: list[int], sampling: Sampling, tokens: int = W
 
 def reader_of(case: int, ranks: Any, parallel: Parallel, chunk: int) -> Any:
     from megatron_ultralong.model import llama
-    from megatron_ultralong.model.inference.prefill_decode import Reader
+    from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
     model, rope = CASES[case]
-    reader = Reader(
+    reader = InferenceModel(
         model,
-        ropes.from_hf({"rope_parameters": rope, "max_position_embeddings": 512}),
+        from_hf({"rope_parameters": rope, "max_position_embeddings": 512}),
         ranks,
         parallel,
         "fp32",
@@ -112,7 +112,7 @@ def _answers(rank: int, world: int) -> None:
                 continue  # positions are counted alike whatever their frequencies
             for chunk in CHUNKS[:1] if case else CHUNKS if world < 4 else CHUNKS[:2]:
                 reader = reader_of(case, ranks, parallel, chunk)
-                assert reader.size >= chunk and reader.size % parallel.cp == 0
+                assert reader.chunk_tokens >= chunk and reader.chunk_tokens % parallel.cp == 0
                 with torch.no_grad():
                     _check_logits(reader, case)
                     if world == 1 or chunk == CHUNKS[0]:
@@ -125,14 +125,14 @@ def _answers(rank: int, world: int) -> None:
 
 def _check_logits(reader: Any, case: int) -> None:
     for prompt in PROMPTS:
-        cache = reader.cache(reader.share(len(prompt)))
+        cache = reader.cache(reader.tokens_per_rank(len(prompt)))
         last = None
         for place, hidden in reader.read(prompt, cache):
             if place + len(hidden) == len(prompt):
                 last = hidden[-1]
         assert cache.end == len(prompt) and cache.held <= cache.capacity
         if reader.last:
-            logits = reader.logits(reader.ends([last]))
+            logits = reader.logits(reader.gather_hidden([last]))
             assert (
                 logits.shape == (1, 97)
                 and (logits[0] - logits_of(case, tuple(prompt))[-1]).abs().max() < 1e-4

@@ -33,6 +33,7 @@ def test_gpt_model(tmp_path: Path) -> None:
 
 def _both_ways(rank: int, world: int, folder: Path) -> None:
     from megatron_ultralong.checkpoint import sharded
+    from megatron_ultralong.checkpoint.training_state import TrainingState
 
     for model in (UNTIED, TIED):
         reference = hf_model(model)
@@ -50,8 +51,8 @@ def _both_ways(rank: int, world: int, folder: Path) -> None:
                 _save_like_megatron_lm(gpt, place / f"theirs_tp{tp}", rank)
                 ours = _ours(model, ranks)
                 _fill(ours, whole, model, ranks)
-                progress = sharded.Progress(model=model, rope=ROPE, iteration=3)
-                sharded.save(place / f"ours_tp{tp}", progress, [ours], None, None, ranks)
+                state = TrainingState(model=model, rope=ROPE, iteration=3)
+                sharded.save(place / f"ours_tp{tp}", state, [ours], None)
 
         for saved, tp in itertools.product((1, 2), repeat=2):
             with _Layout(tp) as ranks:

@@ -91,7 +91,8 @@ def test_every_way_of_splitting_gives_the_buckets_of_transformers(
 
 
 def _ranks(rank: int, world: int, folder: Path) -> None:
-    from megatron_ultralong.checkpoint.hf import reader as hf
+    from megatron_ultralong.checkpoint.hf import config as hf_config
+    from megatron_ultralong.checkpoint.hf import reader as hf_reader
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train import loop
@@ -109,11 +110,11 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
             ],
         )
         ranks = launch.start(run.runtime, parallel)
-        found = hf.read_config(folder / "base")
+        found = hf_config.read_config(folder / "base")
         run = plan.settle_offload(run, MODEL, world, None)
         chunks = llama.build(found.model, found.rope, ranks, parallel, run.memory, run.train.precision)
         for chunk in chunks:
-            hf.load_parameters(
+            hf_reader.load_parameters(
                 folder / "base",
                 found.model,
                 llama.named_parameters(chunk),

@@ -65,6 +65,7 @@ def test_bad_checkpoints_and_figures_are_refused(tmp_path: Path) -> None:
 
 
 def _refused(rank: int, world: int, folder: str) -> None:
+    _agreement(rank)
     save = Path(folder) / "run"
     _train(MODEL, Parallel(tp=2), "fp32", save, iterations=1)
     wrong = {
@@ -98,7 +99,7 @@ def _refused(rank: int, world: int, folder: str) -> None:
             sharded.load(save / "iter_0000001", chunks)
             continue
         with pytest.raises(
-            UserError, match=f"62 rows, which is no padding of the model's vocabulary of {vocab_size}"
+            UserError, match=f"62 rows, which is not a padded size of the model's vocabulary of {vocab_size}"
         ):
             sharded.load(save / "iter_0000001", chunks)
     assert [sharded._pads(rows, 97) for rows in (97, 98, 100, 128, 256, 96, 101)] == [
@@ -112,6 +113,33 @@ def _refused(rank: int, world: int, folder: str) -> None:
     ]
     leave_groups()
     _not_finite(Path(folder))
+
+
+def _agreement(rank: int) -> None:
+    """What one rank meets, all ranks raise; a fault of the program keeps its type where it occurs."""
+    from megatron_ultralong.runtime import agreement
+
+    def fails(on: tuple[int, ...], kind: type[Exception]) -> Any:
+        def act() -> int:
+            if rank in on:
+                raise kind(f"of rank {rank}\nsecond line" if kind is OSError else f"of rank {rank}")
+            return rank
+
+        return act
+
+    assert agreement.on_every_rank(fails((), UserError)) == rank
+    for on, first in (((1,), 1), ((0, 1), 0)):
+        with pytest.raises(UserError, match=f"^of rank {first}$"):
+            agreement.on_every_rank(fails(on, UserError))
+    with pytest.raises(OSError if rank == 1 else UserError) as error:
+        agreement.on_every_rank(fails((1,), OSError))
+    assert rank == 1 or str(error.value) == "rank 1 failed: OSError: of rank 1"
+    assert agreement.on_main_rank(fails((1,), UserError)) == 0, "rank 1 does nothing"
+    with pytest.raises(UserError, match="^of rank 0$"):
+        agreement.on_main_rank(fails((0,), UserError))
+    device = torch.device("cpu")
+    firsts = [agreement.first_rank_where(rank in on, device) for on in ((), (1,), (0, 1))]
+    assert firsts == [None, 1, 0]
 
 
 def _not_finite(folder: Path) -> None:
@@ -154,12 +182,15 @@ def _train(
 
     spoilt: (iteration, weight of one token's loss on rank 1).
     """
-    from megatron_ultralong.checkpoint import optimizer_state, sharded
+    from megatron_ultralong.checkpoint import optimizer_state, sharded, training_state
+    from megatron_ultralong.checkpoint.hf.assets import AssetFolders
+    from megatron_ultralong.checkpoint.training_state import TrainingState
     from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import init, llama
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
+    from megatron_ultralong.train.step import Trainer
 
     train = Train(
         seq_length=S,
@@ -188,10 +219,10 @@ def _train(
                 init.initialise(llama.named_parameters(chunk), model, 1, ranks.tp_rank, ranks.tp)
         chunks = optim.data_parallel(chunks, ranks)
         optimizer = optim.build(chunks, run.optim, train, ranks)
-        progress = sharded.Progress(model=model, rope=ROPE)
+        state = TrainingState(model=model, rope=ROPE)
         if resume is not None:
             sharded.load(resume, chunks, optimizer)
-            progress = sharded.progress_of(resume)
+            state = training_state.read(resume)
 
         def batches(consumed: int) -> Any:
             while True:
@@ -207,16 +238,11 @@ def _train(
 
         log = _Losses()
         loop.train(
-            run,
-            ranks,
-            chunks,
-            optimizer,
-            progress,
-            data=lambda consumed: [batches(consumed) for _ in chunks],
-            valid=None,
-            save_dir=save,
-            assets=None,
-            log=log,
+            Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer),
+            state,
+            loop.TrainingData(training=lambda consumed: [batches(consumed) for _ in chunks]),
+            loop.Checkpoints(save, AssetFolders(), keep=0),
+            log,
         )
         return {
             "losses": log.losses,
@@ -237,7 +263,7 @@ class _Losses:
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def step(self, progress: Any, *, loss: float, **unused: Any) -> None:
+    def step(self, state: Any, *, loss: float, **unused: Any) -> None:
         self.losses.append(loss)
 
     def saving(self, iteration: int) -> Any:

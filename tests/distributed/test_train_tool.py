@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import sharded, training_state
 from megatron_ultralong.config import Model
 from megatron_ultralong.data import packed_rows
 from tests import processes
@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         stopped = int(tool.lines[-1].split()[4].rstrip(";"))
         assert (
             tool.lines[-1]
-            == f"stop requested: saved iteration {stopped}; start the same command again to go on"
+            == f"SIGTERM received: saved iteration {stopped}; run the same command again to resume"
         )
         assert "Error" not in tool.errors()
     assert _saved(save) == [stopped] and not list(save.glob(".iter_*"))
@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
 
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=4", "train.keep=2") as tool:
         tool.wait_for(
-            f"going on from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences done"
+            f"resuming from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences consumed"
         )
         tool.wait_for(f"iteration {stopped + 13:6d}/100000")
         tool.kill()
@@ -122,7 +122,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     before = set(save.glob(".iter_*"))
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=1") as tool:
         tool.wait_for(
-            f"going on from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences done"
+            f"resuming from {save}/iter_{kept[-1]:07d}: iteration {kept[-1]}, {BATCH * kept[-1]} sequences consumed"
         )
         partial = _halted_while_saving(tool, save, before)
         tool.kill()
@@ -136,7 +136,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     end = max(last, *seen) + 3
     with Tool(inputs, save, f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
-        assert any(f"going on from {save}/iter_{last:07d}" in line for line in tool.lines)
+        assert any(f"resuming from {save}/iter_{last:07d}" in line for line in tool.lines)
     assert _saved(save)[-1] == end and not list(save.glob(".iter_*")), "leftovers of killed saves are removed"
     seen |= tool.iterations()
 
@@ -187,12 +187,12 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
         tool.finish()
         stopped = _saved(save)[-1]
         assert (
-            f"stop requested: saved iteration {stopped}; start the same command again to go on" in tool.lines
+            f"SIGTERM received: saved iteration {stopped}; run the same command again to resume" in tool.lines
         )
         assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
             "auto is settled before it is printed"
         )
-        stored = sharded.stored_run(sharded.progress_of(sharded.whole(save)[-1]))
+        stored = training_state.read(sharded.complete_checkpoints(save)[-1]).stored_run()
         assert stored is not None and stored.memory.offload == "off"
         assert "SIGKILL" not in tool.errors() and "Traceback" not in tool.errors().split("Sending process")[0]
     seen, held_out = tool.iterations(), tool.held_out()
@@ -250,7 +250,7 @@ def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, shard, {"format": "pt"})
     refused(
-        "loss is not finite at iteration 1, first on rank 0; no checkpoint was saved yet",
+        "loss is not finite at iteration 1, first on rank 0; no checkpoint has been saved",
         "train.save_every=1",
         base=poisoned,
     )
@@ -369,7 +369,7 @@ def _check_board(
 
 
 def _saved(save: Path) -> list[int]:
-    return [int(path.name[5:]) for path in sharded.whole(save)]
+    return [int(path.name[5:]) for path in sharded.complete_checkpoints(save)]
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

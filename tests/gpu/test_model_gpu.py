@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_ultralong.checkpoint import sharded
-from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint.hf import config as hf_config
+from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime
 from tests.text import write_rows
 from tests.tiny import LLAMA3, hf_model
@@ -86,7 +87,7 @@ def _train(
         return losses
     import shutil
 
-    for path in sharded.whole(save):
+    for path in sharded.complete_checkpoints(save):
         if int(path.name[5:]) > stop:
             shutil.rmtree(path)
     return losses[:stop]
@@ -101,7 +102,7 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
 
     ranks = launch.start(Runtime(device="cuda"), Parallel())
     try:
-        found = hf.read_config(base)
+        found = hf_config.read_config(base)
         built = {
             te: llama.build(
                 found.model,
@@ -115,22 +116,20 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
             for te in (True, False)
         }
         for chunks in built.values():
-            hf.load_parameters(base, found.model, llama.named_parameters(chunks[0]), 0, 1)
+            hf_reader.load_parameters(base, found.model, llama.named_parameters(chunks[0]), 0, 1)
         tokens = torch.randint(0, MODEL.vocab_size, (2, S), device="cuda")
         with torch.no_grad():
             ours, theirs = (built[te][0](tokens).float() for te in (False, True))
         assert (ours - theirs).abs().max() < 2e-2 * ours.abs().max()
-        from megatron_ultralong.checkpoint.sharded import Progress
+        from megatron_ultralong.checkpoint.training_state import TrainingState
 
         for te in (True, False):
             optimizer = None
             saved = sharded.save(
                 tmp_path / str(te),
-                Progress(model=found.model, rope=found.rope),
+                TrainingState(model=found.model, rope=found.rope),
                 built[te],
                 optimizer,
-                None,
-                ranks,
             )
             sharded.load(saved, built[not te])
     finally:
@@ -148,7 +147,7 @@ def test_memory_settings_give_the_same_gradients(base: Path, transformer_engine:
 
     ranks = launch.start(Runtime(device="cuda"), Parallel())
     try:
-        found = hf.read_config(base)
+        found = hf_config.read_config(base)
         tokens = torch.randint(
             0,
             MODEL.vocab_size,
@@ -174,7 +173,7 @@ def test_memory_settings_give_the_same_gradients(base: Path, transformer_engine:
                 "bf16",
                 transformer_engine=transformer_engine,
             )
-            hf.load_parameters(base, found.model, llama.named_parameters(chunk), 0, 1)
+            hf_reader.load_parameters(base, found.model, llama.named_parameters(chunk), 0, 1)
             for _ in range(3):
                 losses = [
                     chunk(tokens[i : i + 1, :-1], tokens[i : i + 1, 1:], torch.ones(1, 4 * S, device="cuda"))

@@ -14,7 +14,9 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_ultralong.config import Rope
-from megatron_ultralong.model.rope import apply_rope, cos_sin, from_hf, inverse_frequencies, same_maths, to_hf
+from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.rope.hf_config import from_hf, to_hf
+from megatron_ultralong.rope.methods import inverse_frequencies, same_maths
 
 ORIGINAL = "original_max_position_embeddings"
 HEAD_DIMS = (6, 16, 64, 96, 128)
@@ -179,7 +181,8 @@ def test_exports_are_read_alike(tmp_path, rope, max_position):
 
 
 def test_cos_sin_and_rotation_equal_transformers():
-    """At positions small enough for transformers' float32 angles; q and k of [b, h, s, d] and [b, g, s, d]."""
+    """At positions small enough for transformers' float32 angles; q and k of [b, h, s, d] and [b, g, s,
+    d]."""
     torch.manual_seed(0)
     block = {"rope_type": "yarn", "factor": 128.0, ORIGINAL: 8192}
     config, theirs = hf_rope(500000.0, block, 64, "rope_parameters")

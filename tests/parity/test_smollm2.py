@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from examples.smollm2 import ask, get_model
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import convert, sharded
-from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint import convert, sharded, training_state
+from megatron_ultralong.checkpoint.hf import config as hf_config
+from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.config import Parallel, Run, override
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
@@ -205,7 +206,7 @@ def _train(folder: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_ultralong.runtime import launch
-    from megatron_ultralong.train.run import train_run
+    from megatron_ultralong.train.run import RunFiles, train_run
 
     run = settled(
         "parallel.cp=2",
@@ -219,7 +220,7 @@ def _train(folder: Path) -> None:
     rows = [str(folder / "rows")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "stop", parallel_state.destroy_model_parallel)  # the ranks stay
-        train_run(run, data=rows, valid=rows, save=folder / "trained", load_hf=BASE)
+        train_run(run, RunFiles(data=rows, valid=rows, save=folder / "trained", load_hf=BASE))
 
 
 # ---- what it must have left --------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_own_generation_equals_transformers(left: Path) -> None:
 
 
 def test_conversion_is_exact(base: Path, left: Path) -> None:
-    before, after = load_file(base / hf.SINGLE), load_file(left / "exported" / hf.SINGLE)
+    before, after = load_file(base / hf_reader.SINGLE), load_file(left / "exported" / hf_reader.SINGLE)
     assert (
         before.keys() == after.keys() == weight_mapping.hf_shapes(recipes.SMOLLM2_135M).keys()
         and len(before) == 272
@@ -273,7 +274,11 @@ def test_conversion_is_exact(base: Path, left: Path) -> None:
         == json.loads((left / "verify1.json").read_text())
         == []
     )
-    assert hf.read_config(left / "exported").model == hf.read_config(base).model == recipes.SMOLLM2_135M
+    assert (
+        hf_config.read_config(left / "exported").model
+        == hf_config.read_config(base).model
+        == recipes.SMOLLM2_135M
+    )
 
 
 def test_loss_falls(left: Path) -> None:
@@ -282,16 +287,17 @@ def test_loss_falls(left: Path) -> None:
     board: Any = EventAccumulator(str(left / "trained" / "tensorboard")).Reload()
     losses = [event.value for name in ("train/loss", "valid/loss") for event in board.Scalars(name)]
     assert len(losses) == 3 and losses[0] > losses[1] > losses[2] > 1, losses
-    progress = sharded.progress_of(sharded.resolve(left / "trained"))
+    progress = training_state.read(sharded.resolve(left / "trained"))
     assert progress.iteration == 2 and progress.tokens == 1024
 
 
 def test_export_answers_in_transformers(base: Path, left: Path) -> None:
     trained = left / "trained_hf"
-    found = hf.read_config(trained)
+    found = hf_config.read_config(trained)
     assert found.max_position == 65536 and found.raw["rope_scaling"]["factor"] == 8.0
     assert not torch.equal(
-        load_file(trained / hf.SINGLE)["model.norm.weight"], load_file(base / hf.SINGLE)["model.norm.weight"]
+        load_file(trained / hf_reader.SINGLE)["model.norm.weight"],
+        load_file(base / hf_reader.SINGLE)["model.norm.weight"],
     )
     for name in ("LICENSE", "chat_template.jinja"):
         assert (trained / name).read_bytes() == (base / name).read_bytes(), name

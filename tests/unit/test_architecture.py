@@ -24,6 +24,7 @@ PACKAGE = ROOT / "megatron_ultralong"
 
 LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
+    {"rope"},
     {"config"},
     {"recipes", "runtime", "context_parallel", "official_files", "io"},
     {"model", "data"},
@@ -36,6 +37,7 @@ FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbac
 
 NO_MEGATRON = [
     "errors.py",
+    "rope",
     "config.py",
     "recipes.py",
     "planning",

@@ -55,7 +55,7 @@ MODEL = {
         (["data.shuffle=maybe"], "--set data.shuffle=maybe: expected true or false"),
         (["rope.type=ntk"], "--set rope.type=ntk: choose one of none, llama3, yarn"),
         (["runtime.device=tpu"], "choose one of auto, cuda, cpu"),
-        (["model.layers=2"], "--set model.layers: recipe x takes its shape from the loaded model"),
+        (["model.layers=2"], "--set model.layers: recipe x takes its model from --load-hf or --load"),
         (["name=y"], "--set name: no such setting"),
         # Lengths and layouts.
         (
@@ -69,7 +69,7 @@ MODEL = {
         ),
         (["parallel.cp=2", "parallel.tp=3", "train.seq_length=64"], "is not divisible by parallel.tp=3"),
         (["parallel.tp=0"], "parallel.tp=0 must be at least 1"),
-        (["parallel.vpp=2"], "parallel.vpp=2 needs parallel.pp above 1"),
+        (["parallel.vpp=2"], "parallel.vpp=2 requires parallel.pp above 1"),
         (
             ["parallel.dp=3"],
             "train.global_batch=8 is not a multiple of train.micro_batch=1 x 3 data parallel ranks",
@@ -83,7 +83,7 @@ MODEL = {
         (["memory.offload=on"], "--set memory.offload=on: choose one of off, layer_inputs, all, auto"),
         (
             ["memory.recompute=none", "memory.offload=all"],
-            "memory.offload=all needs memory.recompute=all_but_attention, not none",
+            "memory.offload=all requires memory.recompute=all_but_attention, not none",
         ),
         # Schedule.
         (["train.iterations=0"], "train.iterations=0 must be at least 1"),
@@ -101,11 +101,11 @@ MODEL = {
         (["rope.theta=0"], "rope.theta=0.0 must be a positive number"),
         (
             ["rope.type=llama3", "rope.temperature=true"],
-            "rope.temperature and rope.ramp=dimension need rope.type=yarn",
+            "rope.temperature and rope.ramp=dimension require rope.type=yarn",
         ),
         (
             ["rope.type=yarn", "rope.attention_factor=1.5"],
-            "rope.attention_factor needs rope.temperature=true",
+            "rope.attention_factor requires rope.temperature=true",
         ),
     ],
 )

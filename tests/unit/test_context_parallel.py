@@ -293,7 +293,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError) as error:
         check_heads(32, 8, 5)
     assert str(error.value) == (
-        "32 query heads and 8 KV heads of a tensor parallel rank cannot be divided over 5 ranks of all-to-all: "
+        "32 query heads and 8 KV heads per tensor parallel rank cannot be divided over parallel.ulysses=5 ranks; "
         "set parallel.ulysses to one of 1, 2, 4, 8, 16, 32"
     )
     for h, g, ulysses in ((6, 3, 2), (12, 4, 6), (9, 9, 2)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
 from megatron_ultralong.evaluate.tasks.niah import run as niah
 from megatron_ultralong.evaluate.tasks.niah.prompts import NiahSettings
@@ -52,7 +52,7 @@ def test_documents_too_short_are_refused(tmp_path: Path) -> None:
 
 def test_the_base_model_finds_keys_up_to_its_context() -> None:
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 4 * 2**20
-    found = hf.read_config(BASE)
+    found = hf_config.read_config(BASE)
     assert (
         found.rope.type == "none"
         and json.loads((BASE / "config.json").read_text())["max_position_embeddings"] == 512

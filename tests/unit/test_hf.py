@@ -13,8 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_ultralong.checkpoint.hf import assets as hf_assets
+from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
-from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
 from megatron_ultralong.config import Model, Rope, Run, Train
 from megatron_ultralong.errors import UserError
@@ -51,7 +53,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     if shards == 1:
-        save_file(tensors, folder / hf.SINGLE)
+        save_file(tensors, folder / hf_reader.SINGLE)
         return folder
     index: dict[str, str] = {}
     for i in range(shards):
@@ -59,7 +61,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
         names = list(tensors)[i::shards]
         save_file({name: tensors[name] for name in names}, folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / hf_reader.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 
 
@@ -80,7 +82,7 @@ def test_load_equals_split_of_the_whole_tensors(tmp_path, shards, model, tp):
     folder = write_model(tmp_path / "m", tensors, shards, tie_word_embeddings=model.tied_embeddings)
     for rank in range(tp):
         parameters = empty_parameters(model, tp)
-        hf.load_parameters(folder, hf.read_config(folder).model, parameters, rank, tp)
+        hf_reader.load_parameters(folder, hf_config.read_config(folder).model, parameters, rank, tp)
         for name, parameter in parameters.items():
             assert torch.equal(parameter, weight_mapping.split(name, tensors, model, rank, tp)), (name, rank)
 
@@ -94,7 +96,7 @@ def test_load_converts_fills_parameters_in_place_and_knows_transformer_engine_na
         last: torch.nn.Parameter(torch.empty(33, 72)),
     }
     before = parameters[te].data_ptr()
-    hf.load_parameters(folder, TIED, parameters, 2, 3)
+    hf_reader.load_parameters(folder, TIED, parameters, 2, 3)
     assert (
         parameters[te].data_ptr() == before
         and parameters[te].requires_grad
@@ -111,15 +113,15 @@ def test_load_converts_fills_parameters_in_place_and_knows_transformer_engine_na
 def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "m", random_tensors())
     asked: dict[str, int] = {}
-    read = hf.Weights.read
+    read = hf_reader.HFReader.read
 
     def counted(self, name, index=()):
         block = read(self, name, index)
         asked[name] = asked.get(name, 0) + block.numel()
         return block
 
-    monkeypatch.setattr(hf.Weights, "read", counted)
-    hf.load_parameters(folder, MODEL, empty_parameters(MODEL, 3), 1, 3)
+    monkeypatch.setattr(hf_reader.HFReader, "read", counted)
+    hf_reader.load_parameters(folder, MODEL, empty_parameters(MODEL, 3), 1, 3)
     for name, shape in weight_mapping.hf_shapes(MODEL).items():
         whole = torch.Size(shape).numel()
         share = (
@@ -140,23 +142,23 @@ def test_dtype_of_the_stored_weights(tmp_path):
         (torch.float16, torch.float32),
     ):
         stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        assert hf.Weights(write_model(tmp_path / str(dtype), stored), MODEL).dtype == expected
+        assert hf_reader.HFReader(write_model(tmp_path / str(dtype), stored), MODEL).dtype == expected
     stored = {
         name: tensor if name == "model.norm.weight" else tensor.bfloat16() for name, tensor in tensors.items()
     }
-    assert hf.Weights(write_model(tmp_path / "mixed", stored), MODEL).dtype == torch.float32
+    assert hf_reader.HFReader(write_model(tmp_path / "mixed", stored), MODEL).dtype == torch.float32
 
 
 def test_names_set_aside(tmp_path):
     tensors = random_tensors(TIED) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     head = {weight_mapping.HF_OUTPUT: tensors[weight_mapping.HF_EMBEDDING].clone()}
     folder = write_model(tmp_path / "equal", tensors | head, tie_word_embeddings=True)
-    hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
+    hf_reader.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
     head[weight_mapping.HF_OUTPUT][90] += 1
     folder = write_model(tmp_path / "differs", tensors | head, tie_word_embeddings=True)
-    hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 0, 3)  # row 90 is rank 2's
+    hf_reader.load_parameters(folder, TIED, empty_parameters(TIED, 3), 0, 3)  # row 90 is rank 2's
     with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        hf.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
+        hf_reader.load_parameters(folder, TIED, empty_parameters(TIED, 3), 2, 3)
 
 
 def test_wrong_sets_of_tensors_are_named(tmp_path):
@@ -166,7 +168,7 @@ def test_wrong_sets_of_tensors_are_named(tmp_path):
     def error(name, tensors, shards=2, **config):
         folder = write_model(tmp_path / name, tensors, shards, **config)
         with pytest.raises(UserError) as caught:
-            hf.load_parameters(folder, hf.read_config(folder).model, {}, 0, 1)
+            hf_reader.load_parameters(folder, hf_config.read_config(folder).model, {}, 0, 1)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         return str(caught.value)
 
@@ -177,10 +179,10 @@ def test_wrong_sets_of_tensors_are_named(tmp_path):
     )
     bias = "model.layers.0.self_attn.q_proj.bias"
     extra = error("extra", good | {bias: torch.zeros(54)})
-    assert "model-00002-of-00002.safetensors" in extra and f"no tensor {bias}" in extra
+    assert "model-00002-of-00002.safetensors" in extra and f"unexpected tensor {bias}" in extra
     wrong = error("shape", good | {q: torch.zeros(54, 71)})
-    assert f"{q} has shape [54, 71], but config.json makes it [54, 72]" in wrong
-    assert "[97, 72], but config.json makes it [98, 72]" in error("vocabulary", good, vocab_size=98)
+    assert f"{q} has shape [54, 71], but config.json implies [54, 72]" in wrong
+    assert "[97, 72], but config.json implies [98, 72]" in error("vocabulary", good, vocab_size=98)
     assert "stored as I8" in error("int8", good | {q: torch.zeros(54, 72, dtype=torch.int8)}, 1)
 
 
@@ -191,7 +193,7 @@ def test_damaged_files_are_named(tmp_path):
 
     def error():
         with pytest.raises(UserError) as caught:
-            hf.Weights(folder, MODEL)
+            hf_reader.HFReader(folder, MODEL)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -202,11 +204,11 @@ def test_damaged_files_are_named(tmp_path):
     second.unlink()
     assert "shard model-00002-of-00003.safetensors" in error() and "missing" in error()
     save_file({"other": torch.zeros(1)}, second)
-    assert "which model.safetensors.index.json places there, is missing" in error()
-    (folder / hf.INDEX).write_text("{")
+    assert "which model.safetensors.index.json lists there, is missing" in error()
+    (folder / hf_reader.INDEX).write_text("{")
     assert "model.safetensors.index.json cannot be read" in error()
-    (folder / hf.INDEX).unlink()
-    assert "holds neither" in error()
+    (folder / hf_reader.INDEX).unlink()
+    assert "contains neither" in error()
     (folder / "pytorch_model.bin").write_text("")
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
@@ -225,7 +227,7 @@ def test_config_of_a_llama(tmp_path):
             "original_max_position_embeddings": 512,
         },
     )
-    found = hf.read_config(folder)
+    found = hf_config.read_config(folder)
     assert (
         found.model == MODEL
         and found.rope == ROPE
@@ -248,7 +250,7 @@ def test_config_of_a_llama(tmp_path):
             }
         )
     )
-    found = hf.read_config(folder)
+    found = hf_config.read_config(folder)
     assert (
         found.model.kv_heads,
         found.model.head_dim,
@@ -266,7 +268,7 @@ def test_config_of_a_llama(tmp_path):
         ({"mlp_bias": True}, "mlp_bias=true"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"hidden_size": "72"}, "hidden_size='72' should be a whole number"),
+        ({"hidden_size": "72"}, "hidden_size='72' must be a whole number"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"num_key_value_heads": 2}, "not a multiple"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
@@ -275,31 +277,31 @@ def test_config_of_a_llama(tmp_path):
 def test_config_of_something_else_is_refused(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(UserError, match=message) as caught:
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_base_name(tmp_path):
     assert (
-        hf.base_name(tmp_path / "mine", {"_name_or_path": "meta-llama/Llama-3.1-8B"})
+        hf_config.base_name(tmp_path / "mine", {"_name_or_path": "meta-llama/Llama-3.1-8B"})
         == "meta-llama/Llama-3.1-8B"
     )
     assert (
-        hf.base_name(tmp_path / "models--meta-llama--Llama-3.2-1B" / "snapshots" / "4e20de36", {})
+        hf_config.base_name(tmp_path / "models--meta-llama--Llama-3.2-1B" / "snapshots" / "4e20de36", {})
         == "meta-llama/Llama-3.2-1B"
     )
     for private in ("/home/me/model", "./model", "~/model", ""):
-        assert hf.base_name(tmp_path / "Llama-3.1-8B", {"_name_or_path": private}) == "Llama-3.1-8B"
+        assert hf_config.base_name(tmp_path / "Llama-3.1-8B", {"_name_or_path": private}) == "Llama-3.1-8B"
 
 
 def test_config_missing_or_broken(tmp_path):
     with pytest.raises(UserError, match="config.json is missing"):
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="should hold a JSON object"):
-        hf.read_config(tmp_path)
+    with pytest.raises(UserError, match="it is not a JSON object"):
+        hf_config.read_config(tmp_path)
     with pytest.raises(UserError, match="is not a directory; download"):
-        hf.read_config("meta-llama/Llama-3.1-8B-Instruct")
+        hf_config.read_config("meta-llama/Llama-3.1-8B-Instruct")
 
 
 def test_assets_are_all_but_weights(tmp_path):
@@ -334,14 +336,14 @@ def test_assets_are_all_but_weights(tmp_path):
         os.symlink(blobs / name, source / name)  # as the hub's cache does
     (source / "original").mkdir()
     (source / "original" / "tokenizer.model").write_text("x")
-    assert hf.copy_assets(source, tmp_path / "hf") == wanted
+    assert hf_assets.copy_assets(source, tmp_path / "hf") == wanted
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == wanted
     assert (
         not (tmp_path / "hf" / "LICENSE").is_symlink()
         and (tmp_path / "hf" / "LICENSE").read_text() == "LICENSE"
     )
     with pytest.raises(UserError, match="not a directory"):
-        hf.copy_assets(tmp_path / "none", tmp_path / "hf2")
+        hf_assets.copy_assets(tmp_path / "none", tmp_path / "hf2")
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -353,9 +355,7 @@ def write_all(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, s
     ) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-        hf_writer.write_small_files(
-            writer.folder, None, hf_writer.export_config(MODEL, ROPE, 4096, dtype), {}
-        )
+        hf_assets.write_assets(writer.folder, None, hf_config.export_config(MODEL, ROPE, 4096, dtype), {})
         return writer.finish()
 
 
@@ -373,7 +373,7 @@ def test_written_files_are_plain_safetensors(tmp_path, dtype, shard_bytes):
     with safe_open(files[0], "pt") as first:
         assert first.metadata() == {"format": "pt"}
     if len(files) > 1:
-        index = json.loads((out / hf.INDEX).read_text())
+        index = json.loads((out / hf_reader.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert list(index["weight_map"]) == list(tensors)
         assert all(
@@ -384,7 +384,7 @@ def test_written_files_are_plain_safetensors(tmp_path, dtype, shard_bytes):
             f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
         ]
     parameters = empty_parameters(MODEL, 1, dtype)
-    hf.load_parameters(out, hf.read_config(out).model, parameters, 0, 1)
+    hf_reader.load_parameters(out, hf_config.read_config(out).model, parameters, 0, 1)
     assert all(
         torch.equal(p, weight_mapping.split(name, tensors, MODEL, 0, 1)) for name, p in parameters.items()
     )
@@ -415,7 +415,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
     assert not (tmp_path / "out").exists()
     write_all(tmp_path / "out", tensors, torch.float32, 10**9)
-    assert (tmp_path / "out" / hf.SINGLE).is_file()
+    assert (tmp_path / "out" / hf_reader.SINGLE).is_file()
 
 
 def test_writer_insists_on_the_plan(tmp_path):
@@ -439,7 +439,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     for out in ("full", "file"):
         with pytest.raises(UserError, match="already exists and is not an empty directory"):
             hf_writer.HFWriter(tmp_path / out, shapes, torch.float32)
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="below cannot be written"):
         hf_writer.HFWriter(tmp_path / "file" / "below", shapes, torch.float32)
     with pytest.raises(UserError, match="GB are free"):
         hf_writer.HFWriter(tmp_path / "large", {"a": (10**9, 10**9)}, torch.float32)
@@ -449,13 +449,13 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
 
     writer = hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
     with pytest.raises(UserError, match="No space left on device"), writer:
-        monkeypatch.setattr(hf_writer, "_close_synced", full)
+        monkeypatch.setattr(hf_writer.HFWriter, "_begin", full)
         writer.add("a", torch.zeros(2, 3))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     (tmp_path / "empty").mkdir()
     monkeypatch.undo()
     write_all(tmp_path / "empty", {"a": torch.zeros(2)}, torch.float32, 100)
-    assert (tmp_path / "empty" / hf.SINGLE).is_file()
+    assert (tmp_path / "empty" / hf_reader.SINGLE).is_file()
 
 
 def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_path):
@@ -466,13 +466,13 @@ def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_
         "torch_dtype": "float16",
         "rope_scaling": {"type": "linear", "factor": 2.0},
     }
-    config = hf_writer.export_config(MODEL, ROPE, 4096, torch.bfloat16, base)
+    config = hf_config.export_config(MODEL, ROPE, 4096, torch.bfloat16, base)
     assert config["eos_token_id"] == [1, 2] and "_name_or_path" not in config
     assert (
         config["torch_dtype"] == config["dtype"] == "bfloat16" and config["max_position_embeddings"] == 4096
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    again = hf.read_config(tmp_path)
+    again = hf_config.read_config(tmp_path)
     assert again.rope == ROPE and again.model == MODEL and again.max_position == 4096
 
 
@@ -484,7 +484,7 @@ def test_small_files_of_the_base_go_along(tmp_path):
     (base / "tokenizer_config.json").write_text(
         json.dumps({"model_max_length": 512, "chat_template": "{{ messages }}"})
     )
-    hf_writer.write_small_files(out, base, {"max_position_embeddings": 4096}, {"README.md": "card"})
+    hf_assets.write_assets(out, base, {"max_position_embeddings": 4096}, {"README.md": "card"})
     assert (out / "README.md").read_text() == "card"
     assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 4096}
     assert (out / "LICENSE").read_text() == "base's LICENSE" and (out / "chat_template.jinja").is_file()
@@ -508,8 +508,8 @@ def test_card_of_a_llama_says_what_its_licence_asks(tmp_path):
         train=Train(seq_length=2**20, iterations=125, lr=3e-5, global_batch=8),
     )
     rope = Rope(type="yarn", factor=128.0)
-    text = model_card.model_card(
-        "my-1M",
+    text = model_card.ModelCard(
+        name="my-1M",
         base=run.base,
         license=license,
         run=run,
@@ -519,7 +519,7 @@ def test_card_of_a_llama_says_what_its_licence_asks(tmp_path):
         iterations=125,
         tokens=125 * 8 * 2**20,
         dtype=torch.bfloat16,
-    )
+    ).text()
     rope_row = (
         "| RoPE | yarn, theta 500,000, factor 128 over 8,192 positions, alpha 1, beta 4, ramp over rotations, "
         "without attention temperature |"
@@ -547,8 +547,8 @@ def test_card_of_another_llama_shaped_model(tmp_path):
     (tmp_path / "LICENSE.txt").write_text("Apache License, Version 2.0")
     license = model_card.base_license(tmp_path)
     assert license.llama == "" and model_card.notice(license) == {}
-    text = model_card.model_card(
-        "smol-64k",
+    text = model_card.ModelCard(
+        name="smol-64k",
         base="",
         license=license,
         run=None,
@@ -558,12 +558,12 @@ def test_card_of_another_llama_shaped_model(tmp_path):
         iterations=0,
         tokens=0,
         dtype=torch.float32,
-    )
+    ).text()
     assert "Built with Llama" not in text and "base_model:" not in text
     assert "license: apache-2.0" in text and "`LICENSE.txt`" in text
     assert "| base model | not recorded |" in text and "| recipe | none (converted, not trained) |" in text
-    text = model_card.model_card(
-        "small",
+    text = model_card.ModelCard(
+        name="small",
         base="",
         license=model_card.License(),
         run=None,
@@ -573,7 +573,7 @@ def test_card_of_another_llama_shaped_model(tmp_path):
         iterations=0,
         tokens=0,
         dtype=torch.float32,
-    )
+    ).text()
     assert "# small\n" in text and "No base model is recorded." in text
     assert (
         model_card.base_license(None).files == ()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ultralong.model import loss
-from megatron_ultralong.model.loss import sharded_token_loss, sharded_token_nll
+from megatron_ultralong.model.loss import LossSpec, sharded_token_loss, sharded_token_nll
 
 S, B, H, V, PADDED = 13, 2, 8, 29, 32
 
@@ -20,6 +20,10 @@ class One:
 
     def rank(self) -> int:
         return 0
+
+
+def spec(chunk: int, z_loss: float = 0.0) -> LossSpec:
+    return LossSpec(group=One(), vocab_size=V, chunk=chunk, z_loss=z_loss)
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -51,9 +55,7 @@ def test_value_and_gradients(chunk: int, z_loss: float, block: int, monkeypatch:
     hidden, weight, labels, weights = inputs(torch.float32)
     want = reference(hidden, weight, labels, weights, z_loss)
     want_grads = torch.autograd.grad(want, (hidden, weight))
-    got = sharded_token_loss(
-        hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=chunk, z_loss=z_loss
-    )
+    got = sharded_token_loss(hidden, weight, labels, weights, spec(chunk, z_loss))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for grad, want_grad in zip(torch.autograd.grad(3 * got, (hidden, weight)), want_grads, strict=True):
         torch.testing.assert_close(grad, 3 * want_grad, rtol=1e-5, atol=1e-5)
@@ -63,7 +65,7 @@ def test_bf16_sums_chunks_in_float32() -> None:
     hidden, weight, labels, weights = inputs(torch.bfloat16)
     want = torch.autograd.grad(reference(hidden, weight, labels, weights, 0.0), (hidden, weight))
     got = torch.autograd.grad(
-        sharded_token_loss(hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=1),
+        sharded_token_loss(hidden, weight, labels, weights, spec(chunk=1)),
         (hidden, weight),
     )
     for grad, want_grad in zip(got, want, strict=True):
@@ -78,17 +80,11 @@ def test_all_tokens_masked_and_no_graph() -> None:
         weight,
         labels,
         torch.zeros_like(weights),
-        One(),
-        V,
-        sequence_parallel=False,
-        chunk=4,
-        z_loss=0.1,
+        spec(chunk=4, z_loss=0.1),
     )
     assert got == 0 and all((grad == 0).all() for grad in torch.autograd.grad(got, (hidden, weight)))
     with torch.no_grad():
-        assert not sharded_token_loss(
-            hidden, weight, labels, weights, One(), V, sequence_parallel=False, chunk=4
-        ).requires_grad
+        assert not sharded_token_loss(hidden, weight, labels, weights, spec(chunk=4)).requires_grad
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 1000])
@@ -100,6 +96,6 @@ def test_the_loss_of_each_token(chunk: int) -> None:
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(
         B, S
     )
-    got = sharded_token_nll(hidden, weight, labels, One(), V, sequence_parallel=False, chunk=chunk, norm=norm)
+    got = sharded_token_nll(hidden, weight, labels, spec(chunk), norm)
     assert got.shape == (B, S) and not got.requires_grad
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,9 @@ from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import rope as ropes
-from megatron_ultralong.model.rope import apply_rope, cos_sin, from_hf, inverse_frequencies, same_maths, to_hf
+from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.rope.hf_config import from_hf, to_hf
+from megatron_ultralong.rope.methods import inverse_frequencies, same_maths
 
 M = 1024**2
 ORIGINAL = "original_max_position_embeddings"
@@ -316,14 +318,14 @@ def test_unknown_types_are_refused_by_name(kind, style):
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
             "rope_parameters.partial_rotary_factor=0.25",
         ),
-        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' should be an object"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
-        ({"rope_scaling": {"factor": 8.0}}, "key 'factor' is not known for RoPE type default"),
+        ({"rope_scaling": {"factor": 8.0}}, "unknown key 'factor' for RoPE type default"),
         (
             {"rope_scaling": {**LLAMA3, "attention_factor": 1.2}},
-            "key 'attention_factor' is not known for RoPE type llama3",
+            "unknown key 'attention_factor' for RoPE type llama3",
         ),
-        ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, "key 'attn_factor' is not known for RoPE type yarn"),
+        ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, "unknown key 'attn_factor' for RoPE type yarn"),
         ({"rope_scaling": {**LLAMA3, "type": "linear"}}, "rope_type=llama3 and type=linear contradict"),
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 32.0}},
@@ -337,22 +339,25 @@ def test_unknown_types_are_refused_by_name(kind, style):
             {"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 500000.0}},
             "rope_parameters.rope_theta=500000.0 contradict",
         ),
-        ({"rope_scaling": YARN, ORIGINAL: 4096}, f"{ORIGINAL}=8192 contradicts {ORIGINAL}=4096 outside"),
-        ({"rope_scaling": {**YARN, ORIGINAL: 81.5}}, "should be a whole number"),
-        ({"rope_theta": "500000"}, "rope_theta='500000' should be a positive number"),
-        ({"rope_theta": -1.0}, "rope_theta=-1.0 should be a positive number"),
+        (
+            {"rope_scaling": YARN, ORIGINAL: 4096},
+            f"{ORIGINAL}=8192 contradicts the top-level {ORIGINAL}=4096",
+        ),
+        ({"rope_scaling": {**YARN, ORIGINAL: 81.5}}, "must be a whole number"),
+        ({"rope_theta": "500000"}, "rope_theta='500000' must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 must be a positive number"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "rope_scaling: low_freq_factor is missing"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
-        ({"rope_scaling": {**YARN, "factor": True}}, "factor=True should be a positive number"),
-        ({"rope_scaling": {**YARN, "factor": math.nan}}, "factor=nan should be a positive number"),
+        ({"rope_scaling": {**YARN, "factor": True}}, "factor=True must be a positive number"),
+        ({"rope_scaling": {**YARN, "factor": math.nan}}, "factor=nan must be a positive number"),
         ({"rope_scaling": {**YARN, "factor": 0.5}}, "factor=0.5 must be at least 1"),
         (
             {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
             "low_freq_factor=4 must be below high_freq_factor=4",
         ),
         ({"rope_scaling": {**YARN, "beta_slow": 40}}, "beta_slow=40 must be below beta_fast=32"),
-        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 should be true or false"),
-        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor=0 should be a positive number"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 must be true or false"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor=0 must be a positive number"),
     ],
 )
 def test_configs_that_are_refused(config, message):
@@ -377,7 +382,8 @@ def test_exported_keys():
 
 def test_what_config_json_cannot_say():
     with pytest.raises(
-        UserError, match=r"cannot say YaRN over rotations with attention temperature.*rope.temperature=false"
+        UserError,
+        match=r"cannot express YaRN over rotations with attention temperature.*rope.temperature=false",
     ):
         to_hf(Rope(type="yarn", factor=128.0, temperature=True), M)
     with pytest.raises(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import training_state
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Rope, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
@@ -66,11 +67,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "foreign", [[1] * 32 + [61]] * 4)
     write_rows(folder / "long", [[1] * 65] * 4)
     write_rows(folder / "empty", [])
-    for name, version in (("theirs", sharded.FORMAT), ("newer", sharded.FORMAT + 1)):
+    for name, version in (("theirs", training_state.FORMAT), ("newer", training_state.FORMAT + 1)):
         checkpoint = folder / name / "iter_0000007"
         checkpoint.mkdir(parents=True)
         (checkpoint / "metadata.json").write_text("{}")
-        progress = sharded.Progress(model=MODEL, rope=Rope(type="yarn", factor=4.0), iteration=7)
+        progress = TrainingState(model=MODEL, rope=Rope(type="yarn", factor=4.0), iteration=7)
         (checkpoint / "run.json").write_text(json.dumps({"format": version, **dataclasses.asdict(progress)}))
     (folder / "nothing").mkdir()
     (folder / "nothing" / "iter_0000009").mkdir()  # cut short: it holds nothing
@@ -147,7 +148,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT data.documents=masked train.micro_batch=2 --load-hf {}/base --data {}/rows",
         1,
-        "data.documents=masked takes one row at a time: set train.micro_batch=1, not 2",
+        "data.documents=masked requires train.micro_batch=1, not 2",
     ),
     (
         "--recipe tiny_extend SHORT parallel.ulysses=2 --load-hf {}/base --data {}/rows",
@@ -173,7 +174,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load-hf {}/mistral --data {}/rows",
         1,
-        "model_type=mistral, .*; only LlamaForCausalLM can be read",
+        "model_type=mistral, .*; only LlamaForCausalLM is supported",
     ),
     (
         "--recipe tiny_extend SHORT --load-hf {}/none --data {}/rows",
@@ -183,12 +184,12 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny --load-hf {}/base --data {}/rows",
         1,
-        "base has model.hidden_size=32, but the recipe says 128; use another recipe or --set",
+        "base has model.hidden_size=32, but the recipe specifies 128; use another recipe or --set",
     ),
     (
         "--recipe tiny_extend SHORT --load {}/nothing --data {}/rows",
         1,
-        "nothing holds no whole checkpoint; expected a run directory",
+        "nothing contains no complete checkpoint; expected a run directory",
     ),
     (
         "--recipe tiny_extend SHORT --load {}/newer --data {}/rows",
@@ -215,7 +216,7 @@ def test_refused(
 
 def test_a_run_directory_of_another_run_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(inputs.rglob("*"))
-    line = "theirs/iter_0000007 was trained with Rope.*factor=4.0.* but this run asks for Rope.*; use a new --save folder"
+    line = "theirs/iter_0000007 was trained with Rope.*factor=4.0.* but this run specifies Rope.*; use a new --save folder"
     with pytest.raises(UserError, match=line):
         train(
             monkeypatch,
@@ -228,7 +229,7 @@ def test_a_run_directory_of_another_run_is_refused(inputs: Path, monkeypatch: py
             inputs / "theirs",
         )
     with pytest.raises(
-        UserError, match="theirs/iter_0000007 has model.hidden_size=32, but the recipe says 128"
+        UserError, match="theirs/iter_0000007 has model.hidden_size=32, but the recipe specifies 128"
     ):
         train(monkeypatch, "--recipe", "tiny", "--data", inputs / "rows", "--save", inputs / "theirs")
     assert sorted(inputs.rglob("*")) == before

@@ -1,7 +1,7 @@
-"""The model card of an export: base, recipe, RoPE, length and tokens, and what the base's licence asks for.
+"""The model card of an export: base, recipe, RoPE, length and tokens, and what the base's licence requires.
 
-Meta's Llama licences (3 to 3.3) ask whoever passes a derived model on to include the agreement and a notice
-file, to display "Built with Llama" and to begin the model's name with "Llama".
+Meta's Llama licences (3 to 3.3) require whoever distributes a derived model to include the agreement and a
+notice file, to display "Built with Llama" and to begin the model's name with "Llama".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_ultralong.config import Model, Rope, Run
+from megatron_ultralong.rope.methods import describe
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LEGAL = re.compile(r"licen[sc]e|notice|copying|use_policy", re.IGNORECASE)
@@ -20,20 +21,21 @@ _LEGAL = re.compile(r"licen[sc]e|notice|copying|use_policy", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class License:
-    """What is known of the base model's licence."""
+    """What is known about the base model's licence."""
 
     header: tuple[tuple[str, str], ...] = ()
-    """license, license_name, license_link of the base card's YAML header, those that are there."""
+    """license, license_name, license_link from the YAML header of the base model's card, if present."""
     files: tuple[str, ...] = ()
-    """Licence, notice and policy files carried along."""
+    """Licence, notice and policy files, which are copied."""
     llama: str = ""
     """Version of Meta's Llama licence ("3.1"), empty where the base has another licence."""
 
 
 def base_license(folder: Path | None, base: str = "") -> License:
-    """The licence of the base model whose small files lie in `folder`; `base` is its name on the hub, if
-    known."""
-    # The name decides only where the directory says nothing.
+    """Determine the licence of the base model whose small files are in `folder`.
+
+    base: its name on the hub, if known; it decides only where the folder contains no licence.
+    """
     metas = _llama_version(base) if re.match(r"(meta-llama/)?(meta-)?llama-?\d", base.lower()) else ""
     if folder is None or not folder.is_dir():
         return License(llama=metas)
@@ -43,9 +45,9 @@ def base_license(folder: Path | None, base: str = "") -> License:
     if card.is_file():
         front = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         for key in ("license", "license_name", "license_link"):
-            found = re.search(rf"^{key}:[ \t]*(\S.*)$", front[1], re.MULTILINE) if front else None
-            if found:
-                header[key] = found[1].strip().strip("\"'")
+            value = re.search(rf"^{key}:[ \t]*(\S.*)$", front[1], re.MULTILINE) if front else None
+            if value:
+                header[key] = value[1].strip().strip("\"'")
     texts = [(folder / name).read_text(encoding="utf-8", errors="replace")[:2000] for name in files]
     name = header.get("license_name") or header.get("license", "")
     agreement = re.search(r"llama\s*([\d.]+)\s+community\s+licen[sc]e", "\n".join(texts), re.IGNORECASE)
@@ -59,7 +61,8 @@ def base_license(folder: Path | None, base: str = "") -> License:
 
 
 def notice(license: License) -> dict[str, str]:
-    """File name -> text of the notice file that Meta's licence asks for, where the base does not bring one."""
+    """File name -> text of the notice file that Meta's licence requires; empty where the base model has
+    one."""
     if not license.llama or any(name.lower().startswith("notice") for name in license.files):
         return {}
     return {
@@ -68,72 +71,80 @@ def notice(license: License) -> dict[str, str]:
     }
 
 
-def model_card(
-    name: str,
-    *,
-    base: str,
-    license: License,
-    run: Run | None,
-    model: Model,
-    rope: Rope,
-    max_position: int,
-    iterations: int,
-    tokens: int,
-    dtype: torch.dtype,
-) -> str:
-    """README.md of an export called `name`; `base` is the base model's name ("" = not recorded), `run` its
-    training, if any."""
-    title = f"Llama-{name}" if license.llama and not name.lower().startswith("llama") else name
-    header = [f"base_model: {base}"] if _HUB_NAME.fullmatch(base) else []
-    header += [f"{key}: {value}" for key, value in license.header]
-    if license.llama and not license.header:
-        header.append(f"license: llama{license.llama}")
-    header += [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- long-context",
-        "- megatron-ultralong",
-    ]
-    recipe = run.name if run else "none (converted, not trained)"
-    rows = {"base model": base or "not recorded", "recipe": recipe, "RoPE": rope_text(rope)}
-    if run is not None and tokens:
-        rows["sequence length trained at"] = f"{run.train.seq_length:,} tokens"
-    rows["max_position_embeddings"] = f"{max_position:,} tokens"
-    rows["tokens trained on"] = f"{tokens:,}"
-    if run is not None and tokens:
-        rows["iterations x global batch"] = f"{iterations:,} x {run.train.global_batch:,}"
-        rows["learning rate"] = (
-            f"{run.train.lr:g}, {run.train.schedule}, {run.train.warmup} warm-up iterations"
-        )
-    rows["weights"] = (
-        f"{str(dtype).removeprefix('torch.')}, {model.layers} layers, hidden size {model.hidden_size:,}"
-    )
-    parts = ["---", *header, "---", "", f"# {title}", ""]
-    if license.llama:
-        parts += ["**Built with Llama**", ""]
-    parts += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
-    if run is not None:
-        parts += [f"Every setting of the run is in `training_run.json`. {run.notes}".rstrip(), ""]
-    parts += ["## Licence", "", _license_text(license, base), ""]
-    return "\n".join(parts)
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the README.md of an export says."""
 
+    name: str
+    base: str
+    """Name of the base model; empty where it is not recorded."""
+    license: License
+    run: Run | None
+    """The training run; None for a model that was only converted."""
+    model: Model
+    rope: Rope
+    max_position: int
+    """max_position_embeddings, tokens."""
+    iterations: int
+    tokens: int
+    """Tokens trained on."""
+    dtype: torch.dtype
 
-def rope_text(rope: Rope) -> str:
-    """A RoPE setting in one line for people."""
-    text = f"{rope.type}, theta {rope.theta:,.10g}"
-    if rope.type == "none":
-        return f"unscaled, theta {rope.theta:,.10g}"
-    text += f", factor {rope.factor:g} over {rope.original_length:,} positions, alpha {rope.alpha:g}, beta {rope.beta:g}"
-    if rope.type == "yarn":
-        text += f", ramp over {rope.ramp}s, {'with' if rope.temperature else 'without'} attention temperature"
-    return text
+    def text(self) -> str:
+        license = self.license
+        is_named = not license.llama or self.name.lower().startswith("llama")
+        title = self.name if is_named else f"Llama-{self.name}"
+        lines = ["---", *self._header(), "---", "", f"# {title}", ""]
+        if license.llama:
+            lines += ["**Built with Llama**", ""]
+        lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in self._table().items()), ""]
+        if self.run is not None:
+            lines += [f"Every setting of the run is in `training_run.json`. {self.run.notes}".rstrip(), ""]
+        lines += ["## Licence", "", _license_text(license, self.base), ""]
+        return "\n".join(lines)
+
+    def _header(self) -> list[str]:
+        """Lines of the YAML header."""
+        lines = [f"base_model: {self.base}"] if _HUB_NAME.fullmatch(self.base) else []
+        lines += [f"{key}: {value}" for key, value in self.license.header]
+        if self.license.llama and not self.license.header:
+            lines.append(f"license: llama{self.license.llama}")
+        return [
+            *lines,
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            "- long-context",
+            "- megatron-ultralong",
+        ]
+
+    def _table(self) -> dict[str, str]:
+        run, trained = self.run, self.run is not None and bool(self.tokens)
+        table = {
+            "base model": self.base or "not recorded",
+            "recipe": run.name if run else "none (converted, not trained)",
+            "RoPE": describe(self.rope),
+        }
+        if run is not None and trained:
+            table["sequence length trained at"] = f"{run.train.seq_length:,} tokens"
+        table["max_position_embeddings"] = f"{self.max_position:,} tokens"
+        table["tokens trained on"] = f"{self.tokens:,}"
+        if run is not None and trained:
+            train = run.train
+            table["iterations x global batch"] = f"{self.iterations:,} x {train.global_batch:,}"
+            table["learning rate"] = f"{train.lr:g}, {train.schedule}, {train.warmup} warm-up iterations"
+        dtype = str(self.dtype).removeprefix("torch.")
+        table["weights"] = f"{dtype}, {self.model.layers} layers, hidden size {self.model.hidden_size:,}"
+        return table
 
 
 def _license_text(license: License, base: str) -> str:
     files = ", ".join(f"`{name}`" for name in license.files)
     if not base and license == License():
-        return "No base model is recorded. Where there is one, its licence holds; a model from scratch has the licence that its makers give it."
+        return (
+            "No base model is recorded. Where there is one, its licence holds; a model from scratch has the "
+            "licence that its makers give it."
+        )
     if not license.llama:
         return "This model comes under the licence of its base model" + (
             f": see {files}." if files else "; its directory held no licence file to carry along."
@@ -147,5 +158,5 @@ def _license_text(license: License, base: str) -> str:
 
 
 def _llama_version(name: str) -> str:
-    found = re.search(r"llama-?(\d(?:\.\d)?)", name.lower())
-    return found[1] if found else "3"
+    version = re.search(r"llama-?(\d(?:\.\d)?)", name.lower())
+    return version[1] if version else "3"

@@ -1,7 +1,7 @@
 """Answers and log-likelihoods of the parallel model; prompts with a common beginning share its keys and
 values.
 
-Every rank runs this with the same arguments. The model is a `model.inference.prefill_decode.Reader`; nothing
+Every rank runs this with the same arguments. The model is a `model.inference.prefill_decode.InferenceModel`; nothing
 here knows its layers.
 """
 
@@ -18,7 +18,7 @@ from megatron_ultralong.evaluate.backends.sampling import Sampling
 from megatron_ultralong.model.inference.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from megatron_ultralong.model.inference.prefill_decode import Reader
+    from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
 StopCheck = Callable[[list[int]], bool]
 """Whether an answer is complete, from all of its tokens so far."""
@@ -28,7 +28,7 @@ class DecodingSession:
     """A model together with the keys and values of the context it read last, which the next prompts may
     share."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: InferenceModel) -> None:
         self.reader = reader
         self._ids: list[int] = []
         self._context: KVCache | None = None
@@ -53,7 +53,7 @@ class DecodingSession:
         reader, prompts = self.reader, [list(prompt) for prompt in prompts]
         common = _common_length(prompts)
         own = [
-            reader.share(len(prompt) - common) + reader.share(most)
+            reader.tokens_per_rank(len(prompt) - common) + reader.tokens_per_rank(most)
             for prompt, most in zip(prompts, max_tokens, strict=True)
         ]
         context = self._read_context(prompts[0][:common], own, progress)
@@ -61,8 +61,8 @@ class DecodingSession:
         for prompt, capacity in zip(prompts, own, strict=True):
             caches.append(reader.cache(capacity, context))
             last_hidden.append(self._read_to_last(prompt[common:], caches[-1], progress))
-        hidden = reader.ends(last_hidden) if reader.last else None
-        chooses = reader.ranks.rank == reader.speaker
+        hidden = reader.gather_hidden(last_hidden) if reader.last else None
+        chooses = reader.ranks.rank == reader.output_rank
         generators = [sampling.generator(prompt) for prompt in prompts] if chooses else []
         generated: list[list[int]] = [[] for _ in prompts]
         active = [i for i, most in enumerate(max_tokens) if most > 0]
@@ -77,7 +77,7 @@ class DecodingSession:
                     chosen = torch.tensor(
                         [sampling.choose(row, generators[i]) for i, row in zip(active, logits, strict=True)]
                     ).to(chosen)
-            torch.distributed.broadcast(chosen, src=reader.speaker)
+            torch.distributed.broadcast(chosen, src=reader.output_rank)
             unfinished = []
             for i, token in zip(active, chosen.tolist(), strict=True):
                 generated[i].append(token)
@@ -127,7 +127,7 @@ class DecodingSession:
         self._ids = ids[:-1]
         if reader.last:
             torch.distributed.all_reduce(scored, group=reader.ranks.groups.cp)
-        torch.distributed.broadcast(scored, src=reader.speaker)
+        torch.distributed.broadcast(scored, src=reader.output_rank)
         logp, greedy = scored.cpu()
         return logp, greedy > 0
 
@@ -154,8 +154,8 @@ class DecodingSession:
     def _read(
         self, ids: Sequence[int], cache: KVCache, progress: Callable[[int], Any]
     ) -> Iterator[tuple[int, Tensor]]:
-        """`Reader.read` with progress reports."""
-        size = self.reader.size
+        """`InferenceModel.read` with progress reports."""
+        size = self.reader.chunk_tokens
         for start in range(0, len(ids), size):
             chunk = ids[start : start + size]
             for place, hidden in self.reader.read(chunk, cache):
@@ -177,7 +177,7 @@ class DecodingSession:
         reader = self.reader
         if not self._ids:
             self._context = None  # free its memory before allocating
-        needed = (self._context.held if self._context else 0) + reader.share(len(more))
+        needed = (self._context.held if self._context else 0) + reader.tokens_per_rank(len(more))
         memory_check.check_room(
             reader, needed - (self._context.capacity if self._context else 0), own, len(self._ids) + len(more)
         )

@@ -136,14 +136,16 @@ def check_room(reader: Any, more: int, own: list[int], tokens: int) -> None:
     ranks, itemsize = reader.ranks, reader.dtype.itemsize
     parallel = Parallel(tp=ranks.tp, pp=ranks.pp, cp=ranks.cp)
     need = kept_bytes(reader.model, parallel, max(0, more) + sum(own), itemsize) + chunk_bytes(
-        reader.model, parallel, reader.size, itemsize
+        reader.model, parallel, reader.chunk_tokens, itemsize
     )
     free = int(free_bytes(ranks.device) * (1 - SPARE))
     left = torch.tensor([free - need], dtype=torch.int64, device=ranks.device)
     torch.distributed.all_reduce(left, op=torch.distributed.ReduceOp.MIN)
     if int(left) < 0:
         total = tokens + sum(own) * ranks.cp
-        have = int(left) + needed(reader.model, parallel, reader.size, itemsize, total)
+        have = int(left) + needed(reader.model, parallel, reader.chunk_tokens, itemsize, total)
         raise UserError(
-            refusal(reader.model, parallel, chunk=reader.size, itemsize=itemsize, tokens=total, have=have)
+            refusal(
+                reader.model, parallel, chunk=reader.chunk_tokens, itemsize=itemsize, tokens=total, have=have
+            )
         )

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import sharded
-from megatron_ultralong.checkpoint.hf import reader as hf
+from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint.hf.config import read_config
+from megatron_ultralong.checkpoint.hf.reader import load_parameters
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
@@ -30,7 +31,7 @@ from megatron_ultralong.evaluate.backends.protocol import (
 )
 from megatron_ultralong.evaluate.backends.sampling import Sampling
 from megatron_ultralong.evaluate.prompts.encode import ChatMode, PromptEncoder
-from megatron_ultralong.runtime import launch
+from megatron_ultralong.runtime import agreement, launch
 
 WAIT = timedelta(days=100)
 """Timeout of the wait for rank 0's next call. Where rank 0 fails, torchrun ends the other ranks."""
@@ -72,25 +73,24 @@ class ParallelModel:
         # timeout of any collective.
         self._calls = torch.distributed.new_group(backend="gloo", timeout=WAIT)
         precision = dtype if dtype != "auto" else "fp32" if self.ranks.device.type == "cpu" else "bf16"
-        self._agree(
+        agreement.on_every_rank(
             lambda: memory_check.check_plan(
                 model, parallel, self.ranks.device, chunk=chunk, itemsize=4 if precision == "fp32" else 2
             )
         )
 
-        from megatron_ultralong.model.inference.prefill_decode import Reader
+        from megatron_ultralong.model.inference.prefill_decode import InferenceModel
         from megatron_ultralong.model.llama import named_parameters
 
-        reader = Reader(model, rope, self.ranks, parallel, precision, chunk)
+        reader = InferenceModel(model, rope, self.ranks, parallel, precision, chunk)
         if place == assets:
-            hf.load_parameters(
+            load_parameters(
                 place,
                 model,
                 named_parameters(reader.chunk),
                 self.ranks.tp_rank,
                 self.ranks.tp,
                 group=self.ranks.groups.dp_cp,
-                show_progress=self.ranks.is_main,
             )
         else:
             sharded.load(place, [reader.chunk])
@@ -134,7 +134,7 @@ class ParallelModel:
             "fingerprint": fingerprint(self._place),
             "dtype": str(reader.dtype).removeprefix("torch."),
             "device": ranks.device.type,
-            "layout": {"tp": ranks.tp, "pp": ranks.pp, "cp": ranks.cp, "chunk": reader.size},
+            "layout": {"tp": ranks.tp, "pp": ranks.pp, "cp": ranks.cp, "chunk": reader.chunk_tokens},
             "max_position": self.max_position,
             "settings": generation_settings(self.sampling, self.chat),
             "rope": vars(self._rope),
@@ -177,12 +177,12 @@ class ParallelModel:
 
     def _check(self, length: int, batch: int) -> None:
         reader, ranks = self._session.reader, self.ranks
-        self._agree(
+        agreement.on_every_rank(
             lambda: memory_check.check_plan(
                 reader.model,
                 Parallel(tp=ranks.tp, pp=ranks.pp, cp=ranks.cp),
                 ranks.device,
-                chunk=reader.size,
+                chunk=reader.chunk_tokens,
                 itemsize=reader.dtype.itemsize,
                 tokens=length * batch,
                 loaded=True,
@@ -208,28 +208,16 @@ class ParallelModel:
                 prompts, max_tokens, [stop_check(stop) for stop in stops], self.sampling, bar.update
             )
 
-    def _agree(self, check: Any) -> None:
-        """Run `check` on every rank; the UserError of any is raised on all."""
-        failure: str | None = None
-        try:
-            check()
-        except UserError as error:
-            failure = str(error)
-        everyone: list[str | None] = [None] * self.ranks.world
-        torch.distributed.all_gather_object(everyone, failure)
-        if any(everyone):
-            raise UserError(next(line for line in everyone if line))
-
 
 def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
     """Locate a model: (path of the weights, model, RoPE, maximum positions, folder of config and
     tokenizer)."""
     if (path / "config.json").is_file():
-        config = hf.read_config(path)
+        config = read_config(path)
         return path, config.model, config.rope, config.max_position, path
     place = sharded.resolve(path)
-    progress = sharded.progress_of(place)
-    return place, progress.model, progress.rope, progress.max_length or None, place / "hf"
+    state = training_state.read(place)
+    return place, state.model, state.rope, state.max_length or None, place / "hf"
 
 
 def _iteration(place: Path) -> int | None:

@@ -1,7 +1,7 @@
-"""Keys and values of tokens that were read, for every layer of a pipeline stage: this context-parallel rank's
-share.
+"""The KV cache of a pipeline stage: keys and values of the tokens read so far that this context-parallel rank
+holds.
 
-Two caches make a chain: a question's own tokens after a context that many questions share. Plain torch.
+Two caches can form a chain: the tokens of one question after a context that many questions share.
 
 Shapes: g KV heads of this tensor-parallel rank, d head dimension, n tokens.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """One stretch of tokens after those of `before`, filled in order of position."""
+    """A range of tokens that follows those of `before`, filled in order of position."""
 
     def __init__(
         self,
@@ -26,17 +26,17 @@ class KVCache:
         before: KVCache | None = None,
         **kind: Any,
     ) -> None:
-        """capacity: tokens that this rank can keep; more grow it. kind: dtype and device."""
+        """capacity: tokens that this rank has room for (`reserve` makes more). kind: dtype and device."""
         assert before is None or before.before is None
         self.before: KVCache | None = before
         self.start: int = before.end if before else 0
         """Position of its first token."""
         self.end: int = self.start
-        """Position after its last, on whichever rank that is."""
+        """Position after its last token, on any rank."""
         self.held = 0
-        """Tokens that this rank keeps."""
+        """Tokens that this rank holds."""
         self._runs: list[tuple[int, int]] = []
-        """(first position, how many) of what this rank keeps."""
+        """(first position, count) of the runs of tokens that this rank holds."""
         self._kv = [torch.empty(2, 1, kv_heads, capacity, head_dim, **kind) for _ in range(layers)]
 
     @property
@@ -49,35 +49,34 @@ class KVCache:
         return self._kv[0].shape[3]
 
     def kept(self, layer: int, more: int = 0) -> tuple[Tensor, Tensor]:
-        """This rank's keys and values of a layer, [1, g, held, d] each; `more` of those that were put but not
-        counted yet."""
+        """Return this rank's keys and values of a layer, [1, g, held + more, d] each. more: tokens that were
+        put but not yet counted by `advance`."""
         k, v = self._kv[layer]
         return k[:, :, : self.held + more], v[:, :, : self.held + more]
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keep k and v [1, g, n, d] of a layer behind what is there; `advance` counts them once every layer
-        has put its own."""
+        """Append k and v [1, g, n, d] of a layer; `advance` counts them once every layer has done so."""
         n = k.shape[2]
         for kept, new in zip(self._kv[layer], (k, v), strict=True):
             kept[:, :, self.held : self.held + n] = new
 
     def advance(self, tokens: int, first: int, n: int) -> None:
-        """`tokens` were read on all ranks; this one put `n`, from position `first` on."""
+        """Count `tokens` tokens read by all ranks, of which this one put `n`, from position `first` on."""
         if n:
             self._runs.append((first, n))
         self.held += n
         self.end += tokens
 
     def truncate(self, end: int) -> None:
-        """Forget the tokens from position `end` on."""
+        """Remove the tokens from position `end` on."""
         assert self.start <= end <= self.end
         self._runs = [(first, min(n, end - first)) for first, n in self._runs if first < end]
         self.held = sum(n for _, n in self._runs)
         self.end = end
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens of this rank, a layer at a time: beside the whole there is at most
-        one layer twice."""
+        """Make room for `capacity` tokens of this rank, one layer at a time: at most one layer exists
+        twice."""
         for layer, old in enumerate(self._kv):
             if old.shape[3] < capacity:
                 new = old.new_empty(*old.shape[:3], capacity, old.shape[4])

@@ -1,10 +1,11 @@
-"""Llama that reads prompts and writes tokens, under tensor, pipeline and context parallelism.
+"""Generation: prefill of prompts in chunks and decoding of tokens, under tensor, pipeline and context
+parallelism.
 
-A prompt is read in chunks, each cut over the context-parallel ranks into equal runs of consecutive tokens, so
-activations take memory by the chunk and keys and values stay on the rank that computed them
-(context_parallel/decode.py). Written tokens are the same on all context-parallel ranks; each is kept by one
-of them in turn. Pipeline stages work on different chunks at a time. Built without sequence parallelism, which
-could not split one token. Every rank makes the same calls.
+Each chunk of a prompt is split over the context-parallel ranks into equal runs of consecutive tokens. So
+activations take memory for one chunk only, and keys and values stay on the rank that computed them
+(context_parallel/decode.py). Generated tokens are the same on all context-parallel ranks; their keys and
+values are kept by the ranks in turn. Pipeline stages work on different chunks at the same time. There is no
+sequence parallelism, which cannot split a single token. Every rank makes the same calls.
 
 Shapes: C tokens of a chunk, c = C/CP of this rank, n sequences, H hidden size, v = V/TP rows of the padded
 vocabulary.
@@ -22,18 +23,19 @@ from megatron_ultralong.config import LOSS_BLOCK, Memory, Model, Parallel, Rope
 from megatron_ultralong.context_parallel import decode
 from megatron_ultralong.model import llama
 from megatron_ultralong.model.inference.kv_cache import KVCache
-from megatron_ultralong.model.rope import apply_rope, cos_sin, inverse_frequencies
+from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.rope.methods import inverse_frequencies
 from megatron_ultralong.runtime.launch import Ranks
 
 
-class Reader:
-    """One rank's part of a model, its weights not yet set: see `chunk`."""
+class InferenceModel:
+    """This rank's part of a model for generation. Its weights, in `chunk`, are not yet set."""
 
     def __init__(
         self, model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, precision: str, chunk_tokens: int
     ) -> None:
-        """chunk_tokens: tokens read at a time by all ranks, C; rounded up to a multiple of CP. UserError
-        where the model cannot be split."""
+        """chunk_tokens: prompt tokens that all ranks read at a time, C; rounded up to a multiple of CP.
+        UserError where the model cannot be split."""
         [self.chunk] = llama.build(
             model,
             rope,
@@ -43,23 +45,23 @@ class Reader:
             precision,
             sequence_parallel=False,
         )
-        """The model chunk, to be filled."""
+        """The model chunk, to be filled with weights."""
         self.model, self.ranks = model, ranks
-        self.size = -(-chunk_tokens // ranks.cp) * ranks.cp
+        self.chunk_tokens = -(-chunk_tokens // ranks.cp) * ranks.cp
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._llama = llama.unwrap(self.chunk).eval().requires_grad_(False)
         self._rope = inverse_frequencies(rope, model.head_dim)
         self._groups = ranks.groups
         self.first, self.last = ranks.pp_rank == 0, ranks.pp_rank == ranks.pp - 1
-        speaks = torch.tensor(
+        output_rank = torch.tensor(
             [ranks.rank if self.last and ranks.tp_rank == ranks.cp_rank == 0 else -1], device=ranks.device
         )
-        torch.distributed.all_reduce(speaks, op=torch.distributed.ReduceOp.MAX)
-        self.speaker = int(speaks)
-        """The global rank whose choice of tokens counts: it has the logits."""
+        torch.distributed.all_reduce(output_rank, op=torch.distributed.ReduceOp.MAX)
+        self.output_rank = int(output_rank)
+        """The global rank that has the logits and chooses the next tokens."""
 
     def cache(self, capacity: int, before: KVCache | None = None) -> KVCache:
-        """An empty cache with room for `capacity` tokens of this rank (see `share`)."""
+        """Create an empty cache with room for `capacity` tokens of this rank (see `tokens_per_rank`)."""
         m = self.model
         return KVCache(
             m.layers // self.ranks.pp,
@@ -71,27 +73,28 @@ class Reader:
             device=self.ranks.device,
         )
 
-    def share(self, tokens: int) -> int:
-        """Tokens of `tokens` that one rank may come to keep."""
+    def tokens_per_rank(self, tokens: int) -> int:
+        """The most of `tokens` tokens that one rank can hold."""
         return -(-tokens // self.ranks.cp)
 
-    # ---- reading --------------------------------------------------------------------------------
+    # ---- prefill --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int], cache: KVCache) -> Iterator[tuple[int, Tensor]]:
-        """Read `tokens` into `cache`, chunk by chunk. Yields, on the last stage and where this rank has any
-        of a chunk's tokens, (place in `tokens` of its first one, hidden states [c, H] after the last layer).
-        To be run to its end."""
+        """Read `tokens` into `cache`, chunk by chunk (prefill).
+
+        Yields, on the last stage and for chunks of which this rank has any tokens, (index in `tokens` of its
+        first one, hidden states [c, H] after the last layer). The iterator must be exhausted.
+        """
         device, cp, rank = self.ranks.device, self.ranks.cp, self.ranks.cp_rank
-        for start in range(0, len(tokens), self.size):
-            n = min(self.size, len(tokens) - start)
+        for start in range(0, len(tokens), self.chunk_tokens):
+            n = min(self.chunk_tokens, len(tokens) - start)
             c = -(-n // cp)
             first = start + rank * c
             mine = max(0, min(c, n - rank * c))
             position = cache.end + rank * c
             positions = torch.arange(position, position + c, device=device)
-            # What fills up the last ranks' runs comes after all tokens: none of them sees it, and it is not
-            # kept.
+            # Padding of the last ranks' runs follows all tokens: no token attends to it, and it is not kept.
             ids = torch.zeros(c, dtype=torch.int64, device=device)
             ids[:mine] = torch.tensor(tokens[first : first + mine], dtype=torch.int64, device=device)
             angles = cos_sin(positions, *self._angles())
@@ -108,22 +111,23 @@ class Reader:
             if self.last and mine:
                 yield first, x[:mine, 0]
 
-    def ends(self, found: list[Tensor | None]) -> Tensor:
-        """Hidden states [n, H], of which each is known to one context-parallel rank, on all of them. Last
-        stage only."""
+    def gather_hidden(self, states: list[Tensor | None]) -> Tensor:
+        """Give all context-parallel ranks the hidden states [n, H], each of which one rank has. Last stage
+        only."""
         zero = torch.zeros(self.model.hidden_size, dtype=self.dtype, device=self.ranks.device)
-        rows = torch.stack([zero if row is None else row for row in found])
+        rows = torch.stack([zero if row is None else row for row in states])
         torch.distributed.all_reduce(rows, group=self._groups.cp)  # zeros but for one rank: exact
         return rows
 
-    # ---- writing --------------------------------------------------------------------------------
+    # ---- decode ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, tokens: list[int], caches: list[KVCache], turn: int) -> Tensor | None:
-        """Read one more token of each of n sequences -> on the last stage hidden states [n, H] after the last
-        layer.
+        """Read one more token of each of n sequences (decode) and return, on the last stage, hidden states
+        [n, H] after the last layer.
 
-        The caches have their `before` in common. turn: counts the steps; says which rank keeps the tokens.
+        The caches share the same `before`. turn: the step's number, which determines the rank that keeps the
+        tokens.
         """
         device = self.ranks.device
         keeps = turn % self.ranks.cp == self.ranks.cp_rank
@@ -154,8 +158,8 @@ class Reader:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, H] after the last layer -> logits float32 [n, V] without padding, on every
-        tensor-parallel rank."""
+        """Compute logits, float32 [n, V] without padding, on every tensor-parallel rank, from hidden states
+        [n, H] after the last layer."""
         part = self._logits(hidden)
         if self.ranks.tp == 1:
             return part[:, : self.model.vocab_size]
@@ -165,16 +169,16 @@ class Reader:
 
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities float32 [n] of `targets` int64 [n] after hidden states [n, H], and whether each
-        is the likeliest token.
+        """Compute the log-probabilities, float32 [n], of `targets`, int64 [n], after hidden states [n, H],
+        and whether each is the most likely token.
 
-        A block of rows at a time, over the shards of the vocabulary: logits never exist whole.
+        One block of rows at a time, over the shards of the vocabulary: complete logits never exist.
         """
-        found = [
+        scored = [
             self._score_block(x, t)
             for x, t in zip(*(y.split(self._block()) for y in (hidden, targets)), strict=True)
         ]
-        return torch.cat([score for score, _ in found]), torch.cat([best for _, best in found])
+        return torch.cat([score for score, _ in scored]), torch.cat([best for _, best in scored])
 
     def _score_block(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._logits(hidden)  # [n, v]
@@ -183,7 +187,7 @@ class Reader:
         inside = (local >= 0) & (local < v)
         picked = torch.where(inside, logits.gather(1, local.clamp(0, v - 1)[:, None]).squeeze(1), -torch.inf)
         peak, best = logits.max(dim=1)
-        # float64 holds a token's number exactly beside the rest.
+        # float64 represents a token id exactly.
         mine = torch.stack(
             [
                 torch.logsumexp(logits, dim=1).double(),
@@ -202,7 +206,7 @@ class Reader:
         return max(1, LOSS_BLOCK // self._llama.output_layer.output_size_per_partition)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [n, v] of this rank's rows of the vocabulary, padding at -inf."""
+        """Logits, float32 [n, v], of this rank's rows of the vocabulary; padding rows are -inf."""
         llama = self._llama
         weight = (
             llama.shared_embedding_or_output_weight()
@@ -221,13 +225,14 @@ class Reader:
         return frequencies.to(self.ranks.device), factor
 
     def _project(self, layer: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm, projection and RoPE: x [c, 1, H] -> q [1, h, c, d], k and v [1, g, c, d]."""
+        """Apply norm, projection and RoPE: x [c, 1, H] -> q [1, h, c, d], k and v [1, g, c, d]."""
         qkv = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(x), None)
         q, k, v = (part.permute(1, 2, 0, 3) for part in qkv)
         return apply_rope(q, *angles), apply_rope(k, *angles), v
 
     def _enter(self, ids: Tensor) -> Tensor:
-        """ids [c] -> [c, 1, H], from the embedding or from the stage before."""
+        """Return the stage's input [c, 1, H]: the embedding of ids [c], or the output of the previous
+        stage."""
         if self.first:
             return self._llama.embedding(ids[None], None)
         x = torch.empty(len(ids), 1, self.model.hidden_size, dtype=self.dtype, device=self.ranks.device)
@@ -239,6 +244,7 @@ class Reader:
         return x
 
     def _leave(self, x: Tensor) -> Tensor:
+        """Send the stage's output to the next stage, if any."""
         if not self.last:
             torch.distributed.send(
                 x.contiguous(),

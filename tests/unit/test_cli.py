@@ -11,14 +11,14 @@ from tests import processes
 
 TOOL = """
 import multiprocessing, time
-from megatron_ultralong.config import UserError
-from megatron_ultralong.runtime import errors
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime import cli
 
 def tool():
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,)).start()
     {end}
 
-errors.main(tool)
+cli.main(tool)
 """
 
 

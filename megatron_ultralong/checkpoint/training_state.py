@@ -1,0 +1,68 @@
+"""run.json of a checkpoint: everything that a checkpoint records besides its tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ultralong import config
+from megatron_ultralong.config import Model, Rope
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import files
+
+FORMAT = 2
+"""Format version of run.json. Version 1 has other names for some settings of the run (`config.RENAMED`); both
+are read."""
+READABLE = (1, FORMAT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Model, RoPE, run and position in the data. The field names are the keys of run.json."""
+
+    model: Model
+    rope: Rope
+    iteration: int = 0
+    consumed: int = 0
+    """Sequences trained on so far."""
+    tokens: int = 0
+    """Tokens trained on so far."""
+    run: dict[str, Any] | None = None
+    """The resolved run (`config.to_dict`)."""
+    max_length: int = 0
+    """Longest sequence length of its training so far, including that of the checkpoint it started from,
+    tokens."""
+    data: dict[str, Any] | None = None
+    """What it was trained on: seed, shuffling, and the weight and manifest hash of each data set."""
+    base: str = ""
+    """Name of the base model."""
+
+    def stored_run(self) -> config.Run | None:
+        """The run as dataclasses; None for a model that was only converted."""
+        return config.from_dict(self.run) if self.run else None
+
+
+def write(checkpoint: Path, state: TrainingState) -> None:
+    """Write run.json into the folder `checkpoint`. UserError where it cannot be written."""
+    values = {"format": FORMAT, **asdict(state)}
+    files.write_text(checkpoint / "run.json", json.dumps(values, indent=2) + "\n")
+
+
+def read(checkpoint: Path) -> TrainingState:
+    """Read run.json of a checkpoint. UserError where it is missing or has a newer format."""
+    file = checkpoint / "run.json"
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing: not a checkpoint of this program (one of Megatron-LM requires a recipe with the "
+            "model's shape)"
+        )
+    values = files.read_json(file)
+    version = values.pop("format", None)
+    if version not in READABLE:
+        raise UserError(
+            f"{file}: unsupported format version {version} (expected {' or '.join(map(str, READABLE))}); "
+            "use the release that wrote it"
+        )
+    return TrainingState(model=Model(**values.pop("model")), rope=Rope(**values.pop("rope")), **values)
