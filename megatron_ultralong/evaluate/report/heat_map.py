@@ -9,14 +9,7 @@ from typing import Any
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, short_count
 from megatron_ultralong.io import files
 
-RED_TO_GREEN = (
-    "#d73027",
-    "#fc8d59",
-    "#fee08b",
-    "#d9ef8b",
-    "#91cf60",
-    "#1a9850",
-)
+RED_TO_GREEN = ("#d73027", "#fc8d59", "#fee08b", "#d9ef8b", "#91cf60", "#1a9850")
 PANELS = 3  # per row
 INK, QUIET = "#1f2430", "#6b7280"
 

@@ -144,9 +144,7 @@ def _by_row(results: list[ModelScores], kind: str) -> dict[str, dict[Any, Any]]:
     return rows
 
 
-def _ruler(
-    scores: dict[str, dict[int, TableCell]],
-) -> tuple[dict[int, TableCell], dict[str, TableCell]]:
+def _ruler(scores: dict[str, dict[int, TableCell]]) -> tuple[dict[int, TableCell], dict[str, TableCell]]:
     """(by length, up to the paper's bounds), computed as in ruler.json."""
     averages = ruler_averages.averages(
         {task: {length: cell.value for length, cell in cells.items()} for task, cells in scores.items()}
@@ -169,9 +167,7 @@ def _ruler(
     }
 
 
-def _lveval(
-    scores: dict[str, dict[int, TableCell]],
-) -> tuple[dict[int, TableCell], dict[str, TableCell]]:
+def _lveval(scores: dict[str, dict[int, TableCell]]) -> tuple[dict[int, TableCell], dict[str, TableCell]]:
     """(by length, up to the paper's bounds), computed as in lveval.json: all sets and lengths have the same
     weight."""
 

@@ -138,12 +138,7 @@ def measure(
     return BenchmarkResult(
         task="perplexity",
         model=backend.describe(),
-        settings={
-            "lengths": lengths,
-            "rows": settings.rows,
-            "text_key": settings.text_key,
-            "data": [*data],
-        },
+        settings={"lengths": lengths, "rows": settings.rows, "text_key": settings.text_key, "data": [*data]},
         scores=tuple(
             TaskScore(
                 task="perplexity", length=length, score=summaries[length]["perplexity"], count=done[length]
