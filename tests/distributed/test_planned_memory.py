@@ -139,6 +139,7 @@ CASES: dict[str, tuple[Memory, Model, Parallel]] = {
 }
 
 
+@pytest.mark.slow
 def test_plans_are_what_is_counted() -> None:
     run_ranks(_plans, 1)
 
@@ -161,6 +162,7 @@ def _plans(rank: int, world: int) -> None:
     assert not off, off
 
 
+@pytest.mark.slow
 def test_longest_sequences_take_24_kib_a_token() -> None:
     """All that a step holds, with what does not grow with the sequence: weight gradients of a layer, a
     chunk's MLP, of logits."""

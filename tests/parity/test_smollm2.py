@@ -26,6 +26,8 @@ from megatron_ultralong.model import weight_mapping
 from tests.spawn import run_ranks
 from tests.text import write_rows
 
+pytestmark = pytest.mark.slow
+
 BASE = Path(__file__).parents[2] / "runs" / "smollm2" / "base"  # kept: examples/smollm2.sh uses it too
 LAYOUTS = {"dp2": Parallel(), "pp2": Parallel(pp=2), "cp2": Parallel(cp=2)}
 COMPARED = (("dp2", "base"), ("dp2", "yarn"), ("pp2", "base"), ("cp2", "yarn"))

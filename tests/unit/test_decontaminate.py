@@ -587,7 +587,7 @@ def test_a_killed_run_resumes(tmp_path, bench):
         "--workers",
         "2",
     ]
-    tool = processes.Popen(words, stdout=processes.DEVNULL, stderr=processes.DEVNULL)
+    tool = processes.Popen(words, own_children=True, stdout=processes.DEVNULL, stderr=processes.DEVNULL)
     partial = tmp_path / "out" / ".1.jsonl.partial"
     while not (partial.exists() and partial.stat().st_size):
         assert tool.poll() is None, "it ended before it could be killed"
