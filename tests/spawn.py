@@ -86,22 +86,6 @@ def _enter(
     except BaseException:
         traceback.print_exc()
         raise
-    if os.environ.get("SUITE_CPU_LOG"):
-        import resource
-
-        r, c = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-        with open(os.environ["SUITE_CPU_LOG"], "a") as file:
-            print(
-                function.__module__,
-                function.__name__,
-                world_size,
-                rank,
-                "cpu",
-                round(r.ru_utime + r.ru_stime, 1),
-                "children",
-                round(c.ru_utime + c.ru_stime, 1),
-                file=file,
-            )
     torch.distributed.barrier()  # the first one that ends is not taken for a failure by the others
     torch.distributed.destroy_process_group()
 

@@ -97,6 +97,7 @@ def reader_of(case: int, ranks: Any, parallel: Parallel, chunk: int) -> Any:
     return reader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_answers_equal_transformers(world: int) -> None:
     run_ranks(_answers, world)
@@ -244,6 +245,7 @@ def tool(name: str, *words: Any, ranks: int = 1) -> processes.CompletedProcess[s
     return processes.run(command, capture_output=True)
 
 
+@pytest.mark.slow
 def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     """Plain transformers; our own model over two context parallel ranks, read in place, in bfloat16 too; a
     checkpoint over two tensor parallel ranks."""

@@ -1,9 +1,9 @@
 """Bytes that a step of two layers of Llama-3.1-8B with embedding and loss holds, counted, against
 planning/memory.py's sums and a bound.
 
-Counted at the real shape and without its work: tensors are fake (they have shapes and storages, no data), so
-only what kernels hold inside is not seen. Other context parallel ranks are fake as well: what is sent to them
-goes nowhere.
+Counted at the real shape and without its work: tensors are on the meta device, where they have shapes and
+storages but no data, so only what kernels hold inside is not seen. Other context parallel ranks are fake:
+what is sent to them goes nowhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -32,6 +31,13 @@ KEPT = Memory(recompute="all_but_attention", offload="off", layer_chunk=8 * K, l
 CHUNKED = replace(KEPT, offload="all", query_chunks=True)
 
 
+META = torch.device("meta")
+
+
+def _storages(tensors: Any) -> set[int]:
+    return {x.untyped_storage()._cdata for x in tree_iter(tensors) if isinstance(x, torch.Tensor)}
+
+
 class Alive(TorchDispatchMode):
     """Bytes of the storages that operations made, at most at one time; without those of bytes, which are the
     host's memory here."""
@@ -42,13 +48,15 @@ class Alive(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:  # the host's memory too
+            kwargs = {**kwargs, "device": META}
+        result = function(*args, **kwargs)
         for x in tree_iter(result):
             if not isinstance(x, torch.Tensor) or x.dtype == torch.uint8:
                 continue
             storage = x.untyped_storage()
-            if storage._cdata not in given | self._known:
+            if storage._cdata not in self._known and storage._cdata not in _storages((args, kwargs)):
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
@@ -78,6 +86,7 @@ class FakeCommunicator:
 def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Parallel | None = None) -> int:
     """Peak bytes of a step on `tokens` of a rank's tokens, beyond weights and their gradients."""
     from megatron_ultralong.context_parallel import api
+    from megatron_ultralong.context_parallel.kernels import select
     from megatron_ultralong.model import llama
 
     p = parallel or Parallel()
@@ -88,16 +97,16 @@ def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Par
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "split_group", lambda *args, **kwargs: groups)
+        patch.setattr(select, "choose", lambda *args: "cpu")  # also for tensors without data
         [chunk] = llama.build(model, Rope(), ranks, Parallel(), memory, "bf16")
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in chunk.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(fake.from_tensor(parameter.data))
+                    module._parameters[name] = torch.nn.Parameter(parameter.data.to(META))
                     module._parameters[name].grad = torch.zeros_like(module._parameters[name])
-        row, mask = torch.zeros(1, tokens + 1, dtype=torch.int64), torch.ones(1, tokens)
+        row = torch.zeros(1, tokens + 1, dtype=torch.int64, device=META)
         with Alive() as alive:
-            chunk(row[:, :-1], row[:, 1:], mask).backward()
+            chunk(row[:, :-1], row[:, 1:], torch.ones(1, tokens, device=META)).backward()
     return alive.most
 
 
@@ -139,6 +148,7 @@ CASES: dict[str, tuple[Memory, Model, Parallel]] = {
 }
 
 
+@pytest.mark.slow
 def test_plans_are_what_is_counted() -> None:
     run_ranks(_plans, 1)
 
@@ -161,6 +171,7 @@ def _plans(rank: int, world: int) -> None:
     assert not off, off
 
 
+@pytest.mark.slow
 def test_longest_sequences_take_24_kib_a_token() -> None:
     """All that a step holds, with what does not grow with the sequence: weight gradients of a layer, a
     chunk's MLP, of logits."""

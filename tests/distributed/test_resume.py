@@ -22,6 +22,7 @@ ROPE = Rope(type="yarn", theta=10000.0, factor=4.0, original_length=16)
 S, BATCH = 32, 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume(tmp_path: Path, precision: str) -> None:
     run_ranks(_resume, 4, str(tmp_path), precision)

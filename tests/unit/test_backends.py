@@ -72,11 +72,11 @@ def test_what_may_pass_is_tried_again_and_the_rest_is_kept(server, folder):
     trouble = {
         "busy": {"status": 429, "headers": {"Retry-After": "0.05"}, "raw": "{}"},
         "broken": {"status": 500, "raw": "{}"},
-        "late": {"sleep": 0.9},
+        "late": {"sleep": 1.6},
         "gone": {"hang_up": True},
     }
     server.script = lambda text, nth: trouble[text] if text in trouble and nth < 2 else f" {text}! "
-    found = ask(endpoint(server, folder, timeout=0.6), "fine", *trouble)
+    found = ask(endpoint(server, folder, timeout=1.2), "fine", *trouble)
     assert {name: one.text for name, one in found.items()} == {
         name: f"{name}!" for name in ("fine", *trouble)
     }
@@ -160,16 +160,17 @@ def test_a_server_that_comes_back_on_another_port_is_the_same_model(server, fold
 
 
 def test_answers_come_as_they_are_there_some_at_a_time(server, folder):
-    server.script = lambda text, nth: {"text": text, "sleep": 0.5 if text == "slow" else 0}
+    server.script = lambda text, nth: {"text": text, "sleep": 1 if text == "slow" else 0}
     order = list(ask(endpoint(server, folder, concurrency=2), "slow", "1", "2", "3"))
     assert order == ["1", "2", "3", "slow"] and server.most == 2
     # Nothing is left running where the caller stops.
+    server.script = lambda text, nth: {"text": text, "sleep": 5 if text == "slow" else 0}
     began = time.monotonic()
     for _ in endpoint(server, folder, concurrency=2).generate(
         [GenerationRequest(id=t, text=t, max_tokens=7) for t in ("a", "slow", "b")]
     ):
         break
-    assert time.monotonic() - began < 0.4 and threading.active_count() < 20
+    assert time.monotonic() - began < 3 and threading.active_count() < 20
 
 
 def test_what_is_sent(server, folder):
