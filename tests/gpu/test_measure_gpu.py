@@ -1,4 +1,4 @@
-"""The library of tools/benchmark.py on a GPU at small sizes: events, the allocator's peak, MFU, out of memory."""
+"""The library of tools/benchmark.py on a GPU at small sizes: events, peak memory, MFU, out of memory."""
 
 from __future__ import annotations
 

@@ -47,8 +47,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def endpoint(
-    server: servers.Server, folder: Path, sampling: Sampling = Sampling(), **more: Any
-) -> OpenAIEndpoint:  # noqa: B008
+    server: servers.Server,
+    folder: Path,
+    sampling: Sampling = Sampling(),
+    **more: Any,  # noqa: B008
+) -> OpenAIEndpoint:
     return OpenAIEndpoint(
         EndpointSettings(
             **{"base_url": server.url, "model": "m", "retries": 2, "backoff": 0.01, "timeout": 5, **more}

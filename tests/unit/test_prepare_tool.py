@@ -1,4 +1,4 @@
-"""tools/prepare_data.py: from the command line to rows that the trainer opens, and one line for each mistake."""
+"""tools/prepare_data.py: from the command line to rows that the trainer opens; one line per mistake."""
 
 from __future__ import annotations
 

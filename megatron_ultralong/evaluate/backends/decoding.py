@@ -1,8 +1,8 @@
 """Answers and log-likelihoods of the parallel model; prompts with a common beginning share its keys and
 values.
 
-Every rank runs this with the same arguments. The model is a `model.inference.prefill_decode.InferenceModel`; nothing
-here knows its layers.
+Every rank runs this with the same arguments. The model is a
+`model.inference.prefill_decode.InferenceModel`; nothing here knows its layers.
 """
 
 from __future__ import annotations
