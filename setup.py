@@ -1,5 +1,5 @@
-"""Packaging. Version ranges are here, exact pins in constraints.txt, so that an install inside NVIDIA's container
-replaces neither torch nor TransformerEngine.
+"""Packaging. Version ranges are here, exact pins in constraints.txt, so that an install inside NVIDIA's
+container replaces neither torch nor TransformerEngine.
 """
 
 import re
@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",  # tensors, torch.distributed, the attention kernels
-        # Parallel layers, pipeline schedules, distributed optimizer, checkpoints; 0.17 and later need Python 3.12.
+        # Parallel layers, pipeline schedules, distributed optimizer, checkpoints; 0.17+ needs Python 3.12.
         "megatron-core>=0.16.1,<0.20",
         "numpy",  # packed data files
         "einops",  # used by Megatron-Core's attention, which does not ask for it itself

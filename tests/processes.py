@@ -1,8 +1,8 @@
 """Python programs as processes that start in milliseconds, forked from a server with the libraries imported.
 
 `Popen` and `run` take commands as subprocess does; `torchrun` runs one on several ranks; `on_path`
-is for shell
-scripts. A process is as fresh as a new interpreter: the server has imported modules and nothing else.
+is for shell scripts. A process is as fresh as a new interpreter: the server has imported modules and nothing
+else.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def folder(tmp_path_factory) -> Path:
 def endpoint(
     server: servers.Server,
     folder: Path,
-    sampling: Sampling = Sampling(),
-    **more: Any,  # noqa: B008
+    sampling: Sampling = Sampling(),  # noqa: B008
+    **more: Any,
 ) -> OpenAIEndpoint:
     return OpenAIEndpoint(
         EndpointSettings(
