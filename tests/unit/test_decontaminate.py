@@ -820,9 +820,9 @@ def test_a_named_form_is_searched_alone(tmp_path, bench):
             {"inputs": ["a.jsonl", "sub/a.jsonl"]},
             "a.jsonl and .*sub/a.jsonl have the same name, and both would be written as",
         ),
-        ({"inputs": ["a.json"]}, "a.json: kind of file not known by its name"),
+        ({"inputs": ["a.json"]}, "a.json: unknown kind of file"),
         ({"inputs": ["none.jsonl"]}, "none.jsonl: cannot be read: No such file"),
-        ({"inputs": ["report.json"]}, "report.json: kind of file not known"),
+        ({"inputs": ["report.json"]}, "report.json: unknown kind of file"),
         ({"inputs": ["matches.jsonl"]}, "matches.jsonl is the name of a result"),
         (
             {"inputs": ["a.txt"], "action": "cut", "pieces": "split"},

@@ -45,18 +45,14 @@ class DocumentBatch:
 
 def kind_of(path: Path) -> tuple[str, str]:
     """Return (kind, compression) by the file's name. UserError for unknown kinds."""
-    name = path.name.lower()
-    compression = _compression(name)
-    kind = next((end for end in KINDS if name.removesuffix(compression).endswith(end)), None)
+    compression = input_files.compression(path)
+    name = path.name.lower().removesuffix(compression)
+    kind = next((end for end in KINDS if name.endswith(end)), None)
     if kind is None or (kind == ".parquet" and compression):
         raise UserError(
-            f"{path}: kind of file not known by its name; known are .txt and .jsonl, also as .gz or .zst, and .parquet"
+            f"{path}: unknown kind of file; known are .txt and .jsonl, also as .gz or .zst, and .parquet"
         )
     return kind, compression
-
-
-def _compression(name: str) -> str:
-    return next((end for end in input_files.COMPRESSIONS if name.lower().endswith(end)), "")
 
 
 def output_name(path: Path, form: str | None) -> str:
@@ -168,7 +164,7 @@ def open_writer(
     """Return the writer to `file` of the kind and compression of `source`; of lines for conversations."""
     if form is None and kind_of(source)[0] == ".parquet":
         return ParquetFileWriter(source, file, text_key)
-    return LineFileWriter(file, _compression(output_name(source, form)))
+    return LineFileWriter(file, input_files.compression(Path(output_name(source, form))))
 
 
 class LineFileWriter:

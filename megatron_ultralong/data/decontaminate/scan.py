@@ -251,6 +251,8 @@ def _content(message: Any) -> str:
 
 def _checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name!r} contains {'nothing' if value is None else type(value).__name__}, not text")
+        raise ValueError(
+            f"{name!r} contains {'nothing' if value is None else type(value).__name__}, not text"
+        )
     value.isascii() or value.encode()  # JSON can contain "\ud800": UnicodeEncodeError is a ValueError
     return value
