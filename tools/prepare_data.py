@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Prepare data: pack documents and conversations into rows for tools/train.py; before that, refine answers and
-remove benchmark text.
+"""Prepare data: pack documents and conversations into rows for tools/train.py; before that, refine answers
+and remove benchmark text.
 
 python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub gsm8k=data/gsm8k --output DIR
 python tools/prepare_data.py pretrain --input *.jsonl --tokenizer DIR --seq-length 1M --output runs/1m/text
