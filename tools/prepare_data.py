@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Prepare data: pack documents and conversations into rows for tools/train.py; before that, refine answers and remove
-benchmark text.
+"""Prepare data: pack documents and conversations into rows for tools/train.py; before that, refine answers
+and remove benchmark text.
 
-python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub gsm8k=data/gsm8k --output clean
-python tools/prepare_data.py pretrain --input *.jsonl --tokenizer Llama-3.1-8B-Instruct --seq-length 1M --output runs/1m/text
+python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub gsm8k=data/gsm8k --output DIR
+python tools/prepare_data.py pretrain --input *.jsonl --tokenizer DIR --seq-length 1M --output runs/1m/text
 python tools/prepare_data.py refine --input chat/*.jsonl --model gpt-4o-mini --output runs/sft/refined.jsonl
-python tools/prepare_data.py sft --sources chat.yaml --tokenizer Llama-3.1-8B-Instruct --examples 100000 --output runs/1m/chat
+python tools/prepare_data.py sft --sources chat.yaml --tokenizer DIR --examples 100000 --output runs/1m/chat
 """
 
 from __future__ import annotations

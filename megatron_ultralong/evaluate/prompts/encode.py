@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from megatron_ultralong.data.sft.chat_template import DATE
+from megatron_ultralong.data.sft.chat_template import apply_template
 from megatron_ultralong.errors import UserError
 
 ChatMode = Literal["auto", "yes", "no"]
@@ -20,15 +20,13 @@ _MARKER = "<<<TEXT>>>"
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-    """Render a conversation with the tokenizer's chat template; without the generation prompt its last turn
-    stays open. The date that Llama-3.1's template writes is pinned, so that prompts do not change from day to
-    day."""
-    return tokenizer.apply_chat_template(
+    """Render a conversation with the tokenizer's chat template and a pinned date; without the generation
+    prompt its last turn stays open."""
+    return apply_template(
+        tokenizer,
         messages,
-        tokenize=False,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,
-        date_string=DATE,
     )
 
 
