@@ -210,7 +210,7 @@ def _check_scores(reader: Any, case: int) -> None:
         want = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).sum()
         assert abs(score - float(want)) < 1e-3 and greedy == bool((logits.argmax(-1) == targets).all())
     assert session.loglikelihood(pairs[:1])[0][1] is True
-    with pytest.raises(ValueError, match="a token of context"):
+    with pytest.raises(ValueError, match="at least one token of context"):
         session.loglikelihood([([], [1])])
 
 
@@ -327,7 +327,7 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     for words, message in (
         (
             ["--ckpt", tmp_path / "ckpt", *grid, "--out", tmp_path / "cp"],
-            "niah.predictions.jsonl is of model.",
+            "niah.predictions.jsonl was written with model.",
         ),
         (
             ["--model", DEMO, "--lengths", "20", "--out", tmp_path / "x", "--device", "cpu"],

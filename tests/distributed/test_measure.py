@@ -167,7 +167,7 @@ def _store_frees_its_memory() -> None:
     store = HostStore(torch.device("cpu"))
     kept = [store.offload([torch.full((10,), float(i))]) for i in range(4)]
     assert store.bytes == 160
-    assert [float(k.get()[0][0]) for k in reversed(kept)] == [3, 2, 1, 0]
+    assert [float(k.fetch()[0][0]) for k in reversed(kept)] == [3, 2, 1, 0]
     store.close()
     assert store.bytes == 0
     assert float(store.offload([torch.ones(10)]).fetch()[0][0]) == 1 and store.bytes == 40

@@ -79,7 +79,7 @@ def _into_ours(
         train=Train(seq_length=S, iterations=1, lr=1e-3, precision="fp32"),
     )
     run, source = weights_source.find(run, run_directory / "none", run_directory, None)
-    assert source.weights == run_directory / "iter_0000100" and source.progress.iteration == 0
+    assert source.checkpoint == run_directory / "iter_0000100" and source.state.iteration == 0
     ours = _ours(model, ranks)
     weights_source.load_weights([ours], run, source, ranks)
     for name, parameter in ours.named_parameters():

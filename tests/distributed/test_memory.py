@@ -42,7 +42,7 @@ def _one_rank(rank: int, world: int) -> None:
     from megatron_ultralong.runtime import launch
 
     ranks = launch.start(Runtime(device="cpu"), Parallel())
-    with pytest.raises(AssertionError, match="settle_offload comes first"):
+    with pytest.raises(AssertionError, match="must be resolved first"):
         llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), Memory(), "fp32")
     tokens = torch.randint(0, MODEL.vocab_size, (1, S + 1), generator=torch.Generator().manual_seed(0))
     largest, kept, grads = {}, {}, {}

@@ -195,8 +195,9 @@ def _check_layout(
 ) -> None:
     from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
-    from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
+    from megatron_ultralong.train.loss_normalisation import global_mean
+    from megatron_ultralong.train.step import Trainer, forward_backward
 
     where, count = f"{parallel} {memory}", len(rows["tokens"])
     chunks = llama.build(
@@ -241,15 +242,14 @@ def _check_layout(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     with _counted_kernels() as calls:
-        total, tokens = loop.step(
-            run, ranks, chunks, [batches() for _ in chunks], run.micro_batches(ranks.dp), training=True
-        )
+        trainer = Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
+        total, tokens = forward_backward(trainer, [batches() for _ in chunks], run.micro_batches(ranks.dp))
     # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second
     # time.
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
     if starts is None and not memory.query_chunks:
         assert calls == {"forward": once * (2 if memory.recompute == "full" else 1), "backward": once}, where
-    mean, targets = loop._mean_loss(total, tokens, ranks)
+    mean, targets = global_mean(total, tokens, ranks)
     assert targets == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
     for chunk in chunks:

@@ -95,7 +95,7 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
     from megatron_ultralong.checkpoint.hf import reader as hf_reader
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
-    from megatron_ultralong.train import loop
+    from megatron_ultralong.train.step import Trainer, token_losses
 
     loss_by_position.FIRST = 16
     prepare = during_training([str(folder / "rows")], folder)
@@ -123,7 +123,9 @@ def _ranks(rank: int, world: int, folder: Path) -> None:
                 group=ranks.groups.dp_cp,
             )
         scalars = prepare(run, None, MODEL.vocab_size)(
-            number, ranks, functools.partial(loop.token_losses, run, ranks, chunks)
+            number,
+            ranks,
+            functools.partial(token_losses, Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=None)),
         )
         assert set(scalars) == {"perplexity/all", "perplexity/0-16", "perplexity/16-32", "perplexity/32-64"}
         leave_groups()

@@ -139,14 +139,14 @@ def _logit_errors(
     run, source = weights_source.find(run if yarn else replace(run, rope=None), folder / "none", None, BASE)
     ranks = launch.start(run.runtime, parallel)
     [chunk] = llama.build(
-        source.progress.model, source.progress.rope, ranks, parallel, run.memory, run.train.precision
+        source.state.model, source.state.rope, ranks, parallel, run.memory, run.train.precision
     )
     weights_source.load_weights([chunk], run, source, ranks)
     mine = zigzag.shard(tokens, ranks.cp_rank, ranks.cp, 1)
     errors = []
     with torch.no_grad():
         if ranks.pp_rank > 0:
-            hidden = torch.empty(mine.shape[1], 1, source.progress.model.hidden_size)  # [s, b, H]
+            hidden = torch.empty(mine.shape[1], 1, source.state.model.hidden_size)  # [s, b, H]
             torch.distributed.recv(hidden, group=ranks.groups.pp, group_src=ranks.pp_rank - 1)
             chunk.set_input_tensor(hidden)
         out = chunk(mine)

@@ -450,7 +450,7 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
         (["--model", "a", "--engine", "endpoint"], "needs --base-url URL"),
         (["--model", "a", "--base-url", "http://h/v1"], "needs --tokenizer DIR"),
         (["--model", "a", "--cp", "2"], "--model a: no such directory"),
-        (["--ckpt", "none"], "holds no whole checkpoint"),
+        (["--ckpt", "none"], "contains no complete checkpoint"),
         (["--model", "a", "--tp", "1", "--read-chunk", "0"], "--read-chunk must be at least 1"),
         (["--model", "a", "--temperature", "-1"], "--temperature -1"),
         (

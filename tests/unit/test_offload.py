@@ -97,6 +97,6 @@ def test_a_machine_without_memory_left_is_reported(monkeypatch: pytest.MonkeyPat
 
 def test_offload_needs_recompute_all_but_attention() -> None:
     with pytest.raises(
-        UserError, match=r"memory\.offload=layer_inputs needs memory\.recompute=all_but_attention"
+        UserError, match=r"memory\.offload=layer_inputs requires memory\.recompute=all_but_attention"
     ):
         Memory(recompute="full", offload="layer_inputs")

@@ -722,7 +722,7 @@ def test_given_memory_settings_are_kept():
         ),
         (
             {"recipe": "ultralong_1m", "settings": ["memory.recompute=full", "memory.offload=all"]},
-            "memory.offload=all needs",
+            "memory.offload=all requires",
         ),
         ({"recipe": "ultralong_1m", "settings": ["memory.layer_chunk=few"]}, "expected a whole number"),
         ({"recipe": "ultralong_1m", "global_batch": 0}, "train.global_batch=0 must be at least 1"),

@@ -602,7 +602,7 @@ def test_the_command(
     main = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]
     whole = list(sys.argv)
     for change, message in (
-        (["--temperature", "0.7"], "--temperature 0.7: this benchmark's answers are greedy; leave it out"),
+        (["--temperature", "0.7"], "--temperature 0.7: this benchmark's answers are greedy; omit it"),
         (["--tasks", ""], "--tasks: give at least one task"),
         (["--tasks", " ,"], "--tasks: give at least one task"),
         (["--max-length", "0"], "--max-length must be at least 1"),

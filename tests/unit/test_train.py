@@ -133,17 +133,17 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/foreign",
         1,
-        "foreign holds token id 61, but the model has a vocabulary of 61; it was made with by-hand: prepare the data again",
+        "foreign contains token id 61, but the model has a vocabulary of 61; it was made with by-hand: prepare the data again",
     ),
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/rows --valid {}/foreign",
         1,
-        "foreign holds token id 61",
+        "foreign contains token id 61",
     ),
     (
         "--recipe tiny_extend SHORT data.documents=masked --load-hf {}/base --data {}/rows",
         1,
-        "rows does not say where its documents start, which data.documents=masked needs; prepare it with --document-starts",
+        "rows has no document starts, which data.documents=masked requires; prepare it with --document-starts",
     ),
     (
         "--recipe tiny_extend SHORT data.documents=masked train.micro_batch=2 --load-hf {}/base --data {}/rows",
@@ -158,7 +158,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/empty",
         1,
-        "empty holds no rows; prepare the data again",
+        "empty contains no rows; prepare the data again",
     ),
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/none",
@@ -168,7 +168,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/long",
         1,
-        "long has rows of 65 tokens, but sequence length 32 needs 33",
+        "long has rows of 65 tokens, but sequence length 32 requires 33",
     ),
     # Where the weights come from.
     (
