@@ -225,7 +225,7 @@ def _check_memory(reader: Any) -> None:
         )
         with pytest.raises(
             UserError,
-            match=r"keys and values of [\d,]+ tokens\), but has .* GiB at --tp .*; --cp \d+ .*would fit",
+            match=r"keys and values of [\d,]+ tokens\) but has .* GiB at --tp .*; --cp \d+ .*would fit",
         ) as error:
             session.generate([ids(30000, 1)], [2], [lambda tokens: False], Sampling())
         assert "\n" not in str(error.value)
