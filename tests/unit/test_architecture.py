@@ -340,3 +340,18 @@ def test_annotated_tree():
     assert not missing, f"listed, but missing: {missing}"
     files = {str(p.relative_to(ROOT)) for p in [*PACKAGE.rglob("*.py"), *TOOLS] if p.name != "__init__.py"}
     assert not sorted(files - listed), "not listed in the tree of docs/architecture.md"
+
+
+def test_documents_name_files_that_exist():
+    tracked = [
+        *PACKAGE.rglob("*.*"),
+        *(ROOT / "tests").rglob("*.*"),
+        *(ROOT / "docs").glob("*"),
+        *TOOLS,
+        *SCRIPTS,
+    ]
+    known = {"/".join(path.relative_to(ROOT).parts[i:]) for path in tracked for i in range(4)}
+    others = {"src/prompt.py"}  # of another project
+    for path in DOCUMENTS:
+        named = set(re.findall(r"`([a-z_][\w/.-]*\.(?:py|md|sh))`", path.read_text(encoding="utf-8")))
+        assert not sorted(named - known - others), path

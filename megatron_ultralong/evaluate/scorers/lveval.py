@@ -1,4 +1,4 @@
-"""LV-Eval's scorers, equal to infinigence/LVEval's flops.py (tests/parity/test_official_scores_lv.py).
+"""LV-Eval's scorers, equal to infinigence/LVEval's metrics.py (tests/parity/test_official_scores_lv.py).
 
     hotpotwikiqa, loogle_*, multifieldqa_en   F1 of English words; 0 with less than a fifth of the keywords
     multifieldqa_zh, cmrc, lic                F1 of Chinese words (jieba); 0 with less than two fifths of them

@@ -1,7 +1,7 @@
 """LV-Eval (infinigence/LVEval): questions about long mixed passages, 11 sets at 5 lengths, 16k to 256k words.
 
 Everything but the wording follows that repository: length of the answers (config.py), cutting of the middle
-(utils.py), scorers (flops.py). Its wording is read from a checkout (--official); ours asks the same in the
+(utils.py), scorers (metrics.py). Its wording is read from a checkout (--official); ours asks the same in the
 same order.
 """
 
