@@ -14,7 +14,7 @@ import pytest
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
-STORED = ROOT / "tests" / "golden" / "format_1"
+STORED = ROOT / "tests" / "golden" / "checkpoint_format_1"
 SETTINGS = ["model.hidden_size=8", "model.ffn_size=16", "model.layers=2", "model.heads=2", "model.kv_heads=1"]
 SETTINGS += [
     "model.head_dim=4",

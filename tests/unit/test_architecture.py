@@ -350,7 +350,7 @@ def test_documents_name_files_that_exist():
         *TOOLS,
         *SCRIPTS,
     ]
-    known = {"/".join(path.relative_to(ROOT).parts[i:]) for path in tracked for i in range(4)}
+    known = {"/".join(path.relative_to(ROOT).parts[i:]) for path in tracked for i in range(5)}
     others = {"src/prompt.py"}  # of another project
     for path in DOCUMENTS:
         named = set(re.findall(r"`([a-z_][\w/.-]*\.(?:py|md|sh))`", path.read_text(encoding="utf-8")))
