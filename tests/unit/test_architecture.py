@@ -343,14 +343,9 @@ def test_annotated_tree():
 
 
 def test_documents_name_files_that_exist():
-    tracked = [
-        *PACKAGE.rglob("*.*"),
-        *(ROOT / "tests").rglob("*.*"),
-        *(ROOT / "docs").glob("*"),
-        *TOOLS,
-        *SCRIPTS,
-    ]
-    known = {"/".join(path.relative_to(ROOT).parts[i:]) for path in tracked for i in range(5)}
+    folders = (PACKAGE, *(ROOT / name for name in ("tests", "docs", "tools", "examples")))
+    files = [path for folder in folders for path in folder.rglob("*.*")] + list(ROOT.glob("*.*"))
+    known = {"/".join(path.relative_to(ROOT).parts[i:]) for path in files for i in range(5)}
     others = {"src/prompt.py"}  # of another project
     for path in DOCUMENTS:
         named = set(re.findall(r"`([a-z_][\w/.-]*\.(?:py|md|sh))`", path.read_text(encoding="utf-8")))
