@@ -19,7 +19,7 @@ import tenacity
 from megatron_ultralong.errors import UserError
 
 OPENAI = "https://api.openai.com/v1"
-_LONGEST_WAIT = 60.0  # seconds between two tries, where the endpoint does not say
+_LONGEST_WAIT = 60.0  # seconds between two tries, where the endpoint does not specify it
 _LONGEST_RETRY_AFTER = 600.0  # seconds
 _ONLY_THIS_REQUEST = re.compile(  # in the body of a 400: other requests may succeed
     r"context_length|content_filter|content_policy|invalid_prompt|above_max_length|context length|context size|"
@@ -41,7 +41,7 @@ class Failure(Exception):
         self.retryable = retryable
         """Whether another try may help."""
         self.retry_after = retry_after
-        """Seconds to wait before it, as the endpoint says."""
+        """Seconds to wait before it, as requested by the endpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class Reply:
     refused: bool
     """The endpoint itself marks it as a refusal."""
     tokens: tuple[int, int] | None
-    """Of prompt and completion; None where the endpoint does not say."""
+    """Tokens of prompt and completion; None where the endpoint does not report them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One model at one address, and how patiently it is asked."""
+    """One model at one address, with timeouts and retries."""
 
     base_url: str
     model: str
@@ -293,7 +293,7 @@ def check_base_url(url: str) -> str:
         raise UserError("--base-url: expected something like http://localhost:8000/v1")
     if "@" in split.netloc or split.query or split.fragment:
         raise UserError(
-            "--base-url: give scheme, host, port and path only; a key belongs into the variable that --key-env names"
+            "--base-url: give scheme, host, port and path only; put the key into the variable that --key-env names"
         )
     return url.rstrip("/")
 

@@ -1,4 +1,4 @@
-"""A log of finished requests, so that a run that was stopped asks nothing twice.
+"""A log of finished requests, so that a resumed run repeats none of them.
 
 {"journal": "refine", "format": 1, ...}     header: the kind, and values common to all requests
 {"key": "...", ...}                         one per finished request; keys may repeat
@@ -31,15 +31,16 @@ class RequestLog:
     ) -> None:
         """Open or create a log.
 
-        of: plain values that its header contains, and must contain. forget: lines with this field are
-        ignored. flag: the option that chooses its folder, for messages. UserError where another process has
-        it, where its header differs, or where it is not a log or cannot be read or written."""
+        of: plain values that a new log's header gets, and that an existing log's header must contain. forget:
+        lines with this field are ignored. flag: the option that chooses its folder, for messages. UserError
+        where another process has it, where its header differs, or where it is not a log or cannot be read or
+        written."""
         self.path, self._flag, self._forget = path, flag, forget
         self._header = {"journal": kind, "format": FORMAT, **json.loads(json.dumps(of or {}))}
         self.tokens_in, self.tokens_out = 0, 0
         """Sums over all lines, of any run."""
         self._spans: defaultdict[str, list[Span]] = defaultdict(list)
-        """Of the lines of a key."""
+        """The lines of each key."""
         self._file = AppendFile(path, self._replay, flag=flag)
 
     def __len__(self) -> int:

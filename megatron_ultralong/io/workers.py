@@ -29,7 +29,7 @@ class WorkerPool:
     """A context with `workers` processes, each of which calls `make(*arguments)` once and applies the
     function that it returns to items. 0 or 1: this process does the work.
 
-    An exception that leaves the context terminates the processes. Tokenizers share the cores with them.
+    An exception that leaves the context terminates the processes. Their tokenizers share the cores.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A user's YAML file, read with one line for whatever is wrong with it."""
+"""A user's YAML file; any mistake in it is reported in one line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from megatron_ultralong.errors import UserError
 
 
 def read(path: Path, flag: str) -> Any:
-    """What the file holds. flag: the option that names it, for errors. UserError where it cannot be read, is
-    no YAML, or says a key twice."""
+    """Read the content of a YAML file. flag: the option that names it, for errors. UserError where it cannot
+    be read, is not YAML, or has a duplicate key."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """The safe loader, which takes no key twice: the first one would be lost without a word."""
+        """The safe loader, which also refuses duplicate keys: PyYAML silently keeps only the last one."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             again = next((key for k, key in enumerate(keys) if key in keys[:k]), None)
             if again is not None:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {again} stands twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {again}", node.start_mark)
             return super().construct_mapping(node, deep)
 
     try:

@@ -519,7 +519,7 @@ def test_custom_prompts(server, tmp_path):
         ("- a", "expected a mapping with some of system, general"),
         ("math: 3", "'math' must be text"),
         ("a: [", "not YAML: "),
-        ("system: x\nsystem: y", "the key system stands twice"),
+        ("system: x\nsystem: y", "duplicate key system"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=re.escape(message)):

@@ -509,7 +509,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, tokenizer_dir, m
     "text, message",
     [
         ("[", "not YAML"),
-        ("sources: {a: {input: x}, a: {input: y}}", "the key a stands twice"),
+        ("sources: {a: {input: x}, a: {input: y}}", "duplicate key a"),
         ("a: {input: x}", "must contain `sources:`"),
         ("sources: {}", "must contain `sources:`"),
         ("sources: {a: {input: a.jsonl, text: b}}", "a: must contain input, and optionally domain and form"),
