@@ -1,8 +1,9 @@
 """All-gather attention: a rank gathers the keys and values of the complete sequence, one KV head at a time.
 
-Queries stay, as in the ring, but the keys of all ranks come by one all-gather per head, so that no hop waits
-for another, and the backward returns dKV by one reduce-scatter per head, in float32 (the all-gather of Llama
-3's training, arXiv 2407.21783, done head by head). The next head is gathered while this one is computed.
+Queries stay, as in the ring, but the keys of all ranks arrive in one all-gather per head, so that no hop
+waits for another, and the backward returns dKV by one reduce-scatter per head, in float32 (the all-gather of
+Llama 3's training, arXiv 2407.21783, done head by head). The next head is gathered while this one is
+computed.
 
 Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads in g KV heads of
 r = h/g, d head dimension. Memory beyond inputs and outputs: KV of one head over all tokens twice (as

@@ -2,8 +2,8 @@
 
 Cached tokens come before all new tokens, so they need no mask, and it does not matter which rank caches which
 tokens. New queries go to all ranks, each attends with its own keys, and the partial outputs come back and are
-merged by their logsumexps in float32. Exact, and the traffic does not grow with the cache: keys and values
-stay where they are.
+merged by their logsumexps in float32. The result is exact, and the traffic does not grow with the cache: keys
+and values stay where they are.
 
 Shapes: n new tokens, c of them on this rank, h query heads, g KV heads, t cached tokens of this rank, d head
 dimension. Bytes sent per rank and layer: `prefill_attention` (CP - 1) c h (d e + 4 (d + 1)), e bytes per

@@ -3,8 +3,8 @@
 Keys and values travel from rank to rank while queries stay (Liu et al., arXiv 2310.01889); the zigzag order
 (zigzag.py) gives every rank the same work. The backward is a ring of its own: it takes the final output and
 logsumexp, so it never computes the forward again (as FlashAttention's backward, arXiv 2205.14135), and the
-gradients of keys and values travel with them, in float32, until they are home. In packed rows a hop computes
-only what shares a document.
+gradients of keys and values travel with them, in float32, until they are back on their own rank. In packed
+rows a hop computes only blocks whose queries and keys share a document.
 
 Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d
 head dimension. Memory beyond inputs and outputs, at any CP: two KV buffers [2, b, g, s, d] and the float32
@@ -96,8 +96,8 @@ def rotate(k: Tensor, v: Tensor, ring: Communicator | None) -> Iterator[tuple[in
 
 
 class RotatingSum:
-    """dKV on its way round the ring, one hop behind KV: each rank adds its share and sends the sum on; after
-    CP hops it is home. Without a ring, a plain sum."""
+    """dKV on its way round the ring, one hop behind KV: each rank adds its share and forwards the sum; after
+    CP hops it is back on its own rank. Without a ring, a plain sum."""
 
     def __init__(self, total: Tensor, ring: Communicator | None) -> None:
         """total [2, b, g, s, d], to which is added in place."""
@@ -118,7 +118,7 @@ class RotatingSum:
             self._add_pending()
 
     def send(self) -> None:
-        """Send the sum on, with the shares of this rank."""
+        """Forward the sum, with the shares of this rank."""
         if self._transfer is not None:
             self._transfer.wait()
             self._here, self._arriving = self._arriving, self._here

@@ -8,9 +8,9 @@ The order nests: the shards of U adjacent ranks r U .. r U + U - 1, joined by `u
 complete sequence, are the shard of rank r among cp/U. Ulysses inside a ring relies on this (ulysses.py).
 
 Packed rows: `document_starts` are the positions in the complete row at which its documents start, ascending,
-the first 0. The row is cut like any other; a token attends to its own document only. What a rank holds of one
-document is one contiguous range of its local tokens, possibly empty: of what lies between its two chunks it
-holds nothing.
+the first 0. The row is cut like any other; a token attends to its own document only. A rank's tokens of one
+document are one contiguous range of its local tokens, possibly empty: it holds no token between its two
+chunks.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ class _Measurement:
         self._ideal: dict[str, Any] | None = None
 
     def row(self, method: AttentionMethod) -> dict[str, Any]:
-        """Return the figures of one method, or a note why there are none."""
+        """Return the figures of one method, or a note that says why it has none."""
         row = self._try(method)
         self._ideal = self._ideal or row
         return row

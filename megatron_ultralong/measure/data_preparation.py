@@ -72,7 +72,7 @@ class DataSettings:
         if not self.inputs or any(path.suffix != ".jsonl" or not path.is_file() for path in self.inputs):
             raise UserError("--input: expected existing .jsonl files")
         if not (self.tokenizer / "tokenizer.json").is_file():
-            raise UserError(f"--tokenizer {self.tokenizer}: no tokenizer.json in it")
+            raise UserError(f"--tokenizer {self.tokenizer}: contains no tokenizer.json")
         for name in self.methods:
             if name not in METHODS:
                 raise UserError(f"--methods {name}: choose from {', '.join(METHODS)}")
@@ -81,7 +81,7 @@ class DataSettings:
 def run(
     settings: DataSettings, device: Any, command: str, progress: Callable[[str], None] = lambda line: None
 ) -> SpeedReport:
-    """Measure all methods in turns, so that a slow phase of the machine affects all of them, and report
+    """Measure the methods alternately, so that a slow phase of the machine affects all of them, and report
     medians."""
     size = sum(path.stat().st_size for path in settings.inputs)
     report = SpeedReport(

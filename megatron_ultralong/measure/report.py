@@ -1,8 +1,7 @@
 """A speed report: a table for the terminal, JSON and a bar chart, each with device, versions, date and
 command.
 
-It holds speed and memory of this program. Scores of models are results of evaluate/, which this is unrelated
-to.
+It contains speed and memory of this program, and is unrelated to scores of models (evaluate/).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class SearchResult:
 
 def estimate(run: Run, model: Model, machine: Machine) -> Estimate:
     """Estimate `run`, with its layout and memory mode, on `machine`. Raises UserError if it cannot be split
-    so."""
+    this way."""
     dp = run.parallel.data_parallel(machine.gpus)
     gpu = memory.gpu_memory(run, model, machine.gpus)
     per_gpu = memory.host_memory(run, model, machine.gpus)

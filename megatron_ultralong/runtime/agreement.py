@@ -1,5 +1,5 @@
-"""Agreement of ranks on errors and values: what one rank meets, all ranks raise, so none waits for one that
-left.
+"""Agreement of ranks on errors and values: an error on one rank is raised on all, so that no rank waits for
+one that has left.
 
 Every function is a collective: all ranks of the group call it.
 """

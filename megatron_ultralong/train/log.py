@@ -79,7 +79,7 @@ class Log:
         )
 
     def note(self, line: str) -> None:
-        """Print a line of its own."""
+        """Print a separate line."""
         if self.ranks.is_main:
             tqdm.write(line)
             sys.stdout.flush()  # a pipe or file would buffer lines, and a killed run would lose them

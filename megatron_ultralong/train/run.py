@@ -23,8 +23,8 @@ from megatron_ultralong.train.step import Batches, Trainer
 from megatron_ultralong.train.weights_source import WeightsSource
 
 PrepareEvaluation = Callable[[Run, Path | None, int], loop.Evaluation]
-"""Called before the ranks start, with the resolved run, a folder with its tokenizer (None if there is none)
-and the vocabulary size."""
+"""Called before the ranks start, with the resolved run, a folder with its tokenizer (None if it has none) and
+the vocabulary size."""
 
 
 @dataclass(frozen=True, kw_only=True)

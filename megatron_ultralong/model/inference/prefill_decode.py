@@ -116,7 +116,7 @@ class InferenceModel:
         only."""
         zero = torch.zeros(self.model.hidden_size, dtype=self.dtype, device=self.ranks.device)
         rows = torch.stack([zero if row is None else row for row in states])
-        torch.distributed.all_reduce(rows, group=self._groups.cp)  # zeros but for one rank: exact
+        torch.distributed.all_reduce(rows, group=self._groups.cp)  # zeros except on one rank: exact
         return rows
 
     # ---- decode ---------------------------------------------------------------------------------

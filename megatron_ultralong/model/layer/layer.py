@@ -1,8 +1,8 @@
 """The transformer layer: Megatron's parameters, and a forward that is a function of its own.
 
 The spec chooses that function (model/spec.py): everything in one graph (`forward_in_one_graph`), attention
-computed once and all else recomputed in chunks of the sequence (recompute.py), or queries and attention in
-chunks too (query_chunks.py). This file has the parts that these are made of.
+computed once and everything else recomputed in chunks of the sequence (recompute.py), or queries and
+attention in chunks too (query_chunks.py). This file has the parts that these are made of.
 
 Shapes: s tokens of this context-parallel rank, t = s/TP of them on this rank with sequence parallelism
 (otherwise t = s), b sequences, H hidden size, h query heads and g KV heads of this tensor-parallel rank, d

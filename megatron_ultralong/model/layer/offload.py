@@ -1,5 +1,5 @@
-"""memory.offload: what layers keep for their backward, in host memory. Copied out behind the forward, and
-back before the backward needs it.
+"""memory.offload: what layers keep for their backward, in host memory. It is copied to the host during the
+forward, and back before the backward needs it.
 
 On a GPU the copies run on streams of their own between pinned host memory and the device. The tensors of the
 last `OFFLOADED_LAYERS_ON_GPU` layers stay there, so that device memory for them is bounded whatever the
@@ -143,7 +143,7 @@ class OffloadedTensors:
             for x, buffer, layout in zip(self._device_copy, self._buffers, self._layouts, strict=True)
         ]
         if store.cuda:
-            # Whoever had the new tensors' memory before must be done with it.
+            # Earlier work on the memory that the new tensors reuse must have finished.
             store.to_device.wait_stream(torch.cuda.current_stream())
             store.to_device.wait_event(self._copied_out)
             with torch.cuda.stream(store.to_device):

@@ -80,7 +80,7 @@ def _forward(
         if saved is not None:
             saved.save_attention(out, lse)
         y[rows] = layer.output_and_mlp(x[rows], out)
-    # A chunk that is being copied out holds all of x, next to which the following layer would have its own.
+    # A chunk whose copy is in flight keeps all of x alive, in addition to the input of the following layer.
     layer.store.drop_device_copies()
     return y
 

@@ -1,9 +1,10 @@
 """The questions and documents of RULER's qa_1 and qa_2, read from the official files of SQuAD 2.0 and
 HotpotQA.
 
-SQuAD     dev-v2.0.json                    {"data": [{"paragraphs": [{"context", "qas": [{"question",
-"answers", "is_impossible"}]}]}]} HotpotQA  hotpot_dev_distractor_v1.json    [{"question", "answer",
-"context": [[title, [sentence, ...]], ...]}]
+SQuAD     dev-v2.0.json
+          {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers", "is_impossible"}]}]}]}
+HotpotQA  hotpot_dev_distractor_v1.json
+          [{"question", "answer", "context": [[title, [sentence, ...]], ...]}]
 """
 
 from __future__ import annotations
