@@ -240,7 +240,7 @@ def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp
         len(refusing.tokenizer.encode(prompt, add_special_tokens=False)) for prompt, _ in refusing.prompts
     ] == [*[100 - 12] * 5, 86]
     assert (
-        "22 prompts lost their beginning, to 100 tokens including the answer\n1 prompts were refused by the endpoint"
+        "22 prompts were truncated at the beginning, to 100 tokens including the answer\n1 prompts were refused by the endpoint"
         in standard.table(first)
     )
     again = Scholar(False)

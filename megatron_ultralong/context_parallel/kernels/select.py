@@ -7,7 +7,8 @@ Shapes: q, out, dout [b, h, s, d]; k, v [b, g, t, d], h a multiple of g (KV head
 lse [b, h, s]. Any strides. The backends:
 
     cpu     flash attention of the CPU
-    flash   FlashAttention-2 of CUDA (or its replacement by `torch.nn.attention.activate_flash_attention_impl`)
+    flash   FlashAttention-2 of CUDA, or its replacement
+            (`torch.nn.attention.activate_flash_attention_impl`)
     cudnn   cuDNN; the fastest on Hopper and later, backward not bit-reproducible
     eager   eager.py, for what the others do not support
 """

@@ -26,7 +26,7 @@ from megatron_ultralong.evaluate.prompts.encode import ChatMode, PromptEncoder
 from megatron_ultralong.io import endpoint_client
 
 NO_ANSWER = ("content_filter", "abort", "error")
-"""Finish reasons of a server that mean: no answer."""
+"""Finish reasons by which a server reports that it gave no answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class OpenAIEndpoint:
         )
         return (
             answer if answer.answered else replace(answer, text="")
-        )  # the rest of a filtered answer is no answer
+        )  # what remains of a filtered answer is not an answer
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """UserError: endpoints do not return the likelihood of a given text."""

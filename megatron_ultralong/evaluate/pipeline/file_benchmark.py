@@ -142,7 +142,7 @@ def footnotes(result: BenchmarkResult) -> list[str]:
         reasons = ", ".join(f"{reason} ({number})" for reason, number in refused.items())
         lines.append(
             f"! {sum(refused.values())} prompts were refused by the endpoint and count as 0: {reasons}; the same command "
-            "asks them again"
+            "requests them again"
         )
     if any(score.notes.get("cut") for score in result.scores):
         lines.append(

@@ -1,8 +1,8 @@
-"""Answers of a model, kept on disk as they arrive: a run that was stopped, in whatever way, asks nothing
-twice.
+"""Answers of a model, stored on disk as they arrive: a resumed run repeats no request, however the earlier
+one was stopped.
 
-What an endpoint refused (`Completion.answered`) is recorded with its reason, but is no answer: the next run
-asks again.
+A request that an endpoint refused (`Completion.answered`) is recorded with the reason, but counts as
+unanswered: the next run sends it again.
 
     {"journal": "predictions", "format": 1, "model": {...}}      first line: model and generation settings
     {"key": ID, "prompt_sha256": ..., "prediction": ..., "tokens_in": ..., "tokens_out": ..., "finish": ...,

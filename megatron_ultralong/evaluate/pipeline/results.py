@@ -4,7 +4,7 @@
      "scores": [{"task": "vt", "length": 4096, "score": 81.2, "count": 500, "refused": 2}, ...],
      "extra": {...}}
 
-Files of format 1, which every benchmark wrote in a form of its own, are converted by report/format_1.py.
+Files of format 1, in which every benchmark had its own schema, are converted by report/format_1.py.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class BenchmarkResult:
     model: dict[str, Any]
     """`Backend.describe()`; {} = not recorded."""
     settings: dict[str, Any]
-    """How the prompts were made and answered: everything that decides the scores but the model."""
+    """How the prompts were made and answered: everything that determines the scores except the model."""
     scores: tuple[TaskScore, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     """What only this benchmark records: averages, single answers, seconds ..."""

@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a stage's file; {} where there is no such file."""
+    """The header of a stage's file; {} where the file does not exist."""
     header = jsonl.read_header(path)
     made_from = header.get("of")
     return header if isinstance(made_from, dict) and made_from.get("format") == FORMAT else {}

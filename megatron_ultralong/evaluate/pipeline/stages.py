@@ -3,13 +3,13 @@ alone.
 
     prepare   NAME.prompts.jsonl      {"id", "text", "start", "tokens"}: prompts, length of the answers
               NAME.answers.jsonl      {"id", ...}: what the scorer needs
-    predict   NAME.journal.jsonl      answers as they arrive: a run that was stopped asks nothing twice
+    predict   NAME.journal.jsonl      answers as they arrive: a resumed run repeats no request
               NAME.predictions.jsonl  {"id", "prediction", "prompt_tokens", "cut"}, once all are available;
-                                      `refused`: why an endpoint refused it. The next run asks it again
+                                      `refused`: why an endpoint refused it. The next run requests it again
     score     NAME.scores.jsonl       {"id", "score", "prediction", ...}; the results go to NAME.json
 
-The header of each file records what it was made from. A stage that finds its output made from the same, with
-nothing refused, does nothing.
+The header of each file records what it was made from. A stage does nothing if its output was made from the
+same inputs and no prompt was refused.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def prepare(
     progress: Callable[[int], Any] = lambda n: None,
 ) -> int:
     """Write the prompts and gold answers of `questions` and return their number; do nothing where they exist
-    already, made from the same.
+    already and were made from the same inputs.
 
     made_from: the settings and files they are made from. UserError where there are no questions, or two with
     one id.
@@ -122,7 +122,7 @@ def predict(
     prepared = stage_files.require_header(out / f"{name}.answers.jsonl", "prepare", "items", "tokens")
     if stage_files.read_header(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:
         raise UserError(
-            f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are of different runs; use --stage prepare again"
+            f"{out}: {name}.prompts.jsonl and {name}.answers.jsonl are from different runs; run --stage prepare again"
         )
     max_length = max_length if max_length is not None else backend.max_position
     if max_length is None:
@@ -186,14 +186,14 @@ def score(
     question its gold answer, `prediction`, `cut` and `score`).
 
     scorer: called with a line of the gold answers and a prediction. UserError where a previous stage is
-    missing, or was run on something else.
+    missing, or was run on other inputs.
     """
     prepared = stage_files.require_header(out / f"{name}.answers.jsonl", "prepare")
     path = out / f"{name}.predictions.jsonl"
     header = stage_files.require_header(path, "predict", "model", "settings", "refused")
     if header["of"] != prepared["of"]:
         raise UserError(
-            f"{out}: the predictions do not belong to the questions that were prepared last; use --stage predict again"
+            f"{out}: the predictions do not belong to the questions that were prepared last; run --stage predict again"
         )
     fields = ("id", "prediction", "prompt_tokens", "cut")
     predictions = {line["id"]: line for line in stage_files.read_lines(path, "predict", *fields)}
@@ -201,7 +201,7 @@ def score(
     for gold in stage_files.read_lines(out / f"{name}.answers.jsonl", "prepare", "id", "task"):
         if gold["id"] not in predictions:
             raise UserError(
-                f"{out}: {path.name} has no answer to {gold['id']}; remove it and use --stage predict again"
+                f"{out}: {path.name} has no answer to {gold['id']}; remove it and run --stage predict again"
             )
         line = predictions[gold["id"]]
         points = 0.0 if "refused" in line else scorer(gold, line["prediction"])

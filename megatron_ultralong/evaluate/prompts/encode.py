@@ -76,7 +76,7 @@ class PromptEncoder:
 
     def encode(self, text: str, prefix: str) -> list[int]:
         """Token ids of the complete prompt, encoded as one text. A text that starts with a special token
-        brings its own template and gets no other."""
+        contains its own template; no other is applied."""
         if text.startswith(tuple(token for token in self.tokenizer.all_special_tokens if token)):
             return self.ids(text + prefix)
         return [*self.bos, *self.ids(self.head + text + self.tail + prefix)]

@@ -20,7 +20,8 @@ def perplexity_by_position(results: list[BenchmarkResult], path: Path) -> None:
     """Write a PNG of perplexity results that pass `check`, each at its greatest length: by powers of two, and
     by sixteenths of the length.
 
-    Where they are of different text, the legend says which. UserError where `path` cannot be written.
+    Where they were measured on different texts, the legend names these. UserError where `path` cannot be
+    written.
     """
     texts, names = [text_of(result) for result in results], model_names([result.model for result in results])
     figure, (left, right) = _figure(2, "Perplexity by position")

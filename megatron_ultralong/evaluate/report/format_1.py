@@ -1,5 +1,4 @@
-"""Results files of format 1, in which every benchmark had a form of its own, converted to the form of format
-2.
+"""Results files of format 1, in which every benchmark had its own schema, converted to format 2.
 
     ruler          "scores": {task: {length: {"score", "samples", ...}}}, "data": {task: how made}, "wording"
     lveval         "cells": [{"set", "length": "16k", "score", "questions", ...}], "of", "settings", "wording"

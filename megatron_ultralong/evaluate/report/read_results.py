@@ -60,8 +60,8 @@ def read_for(path: Path, check: Callable[[BenchmarkResult], None]) -> BenchmarkR
 
 
 def collect(places: Iterable[str]) -> tuple[list[ModelScores], list[str], list[str]]:
-    """(results in the order of their files, one line per file that is not a result, one line per choice that
-    was made between results).
+    """Return (results in the order of their files, one line per file that is not a result, one line per
+    choice between two results for the same cell).
 
     places: PATH or NAME=PATH, where NAME is the name of the models below that path; directories are searched.
     UserError where a path does not exist.

@@ -43,7 +43,7 @@ _NAMED_FILES = 3
 
 def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> list[str]:
     """Write report.md, a .csv per table and plots into `out`; returns lines to print. UserError where no
-    result is found.
+    results are found.
 
     places: PATH or NAME=PATH, see read_results.collect. Tables and plots of an earlier report in `out` that
     this one does not contain are removed.
@@ -192,7 +192,8 @@ def _part(count: int, complete: int, what: str) -> list[str]:
 
 
 def _with_texts(results: list[ModelScores]) -> list[ModelScores]:
-    """The results; where perplexities are of different text, each has a note of its own."""
+    """Return the results; where perplexities were measured on different texts, each gets a note that names
+    its text."""
     if len({curves.text_of(one.result) for one in results if one.kind == "perplexity"}) < 2:
         return results
     return [

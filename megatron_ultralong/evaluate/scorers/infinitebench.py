@@ -5,7 +5,7 @@ passkey, number_string      the first number is the answer
 kv_retrieval                the answer is one of the words
 longdialogue_qa_eng         the same, in capitals
 code_run                    the last word is the number
-math_find                   the first number, with decimals, is it
+math_find                   the first number, with decimals, is the answer
 math_calc                   fraction of the results that are right before the first wrong one
 code_debug, longbook_choice the letter, or the choice's text, comes first or after words like "answer is:"
 longbook_qa_eng, _chn       best F1 over the answers, of words or of Chinese characters

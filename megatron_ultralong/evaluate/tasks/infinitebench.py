@@ -3,7 +3,7 @@
 Everything but the wording follows that repository: length of the answers and the parts of an example in a
 prompt (src/eval_utils.py), cutting of the middle, scorers (src/compute_scores.py). Its wording is read from a
 checkout (--official): the templates for open models (yarn_mistral_templates of src/prompt.py), whose last
-words begin the answer. Ours asks the same in the same order.
+words begin the answer. This project's own wording asks the same, in the same order.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class InfiniteBenchSettings:
 
 
 def find_files(data: str | Path, settings: InfiniteBenchSettings) -> list[Path]:
-    """The official files in `data`, or on the hub, of the requested tasks; UserError where there are none, or
-    one twice."""
+    """The official files in `data`, or on the hub, of the requested tasks; UserError where none exists, or
+    one exists twice."""
     paths = official_files.find_files("infinitebench", data, names=settings.tasks)
     for one, other in itertools.combinations(paths, 2):
         if one.stem == other.stem:

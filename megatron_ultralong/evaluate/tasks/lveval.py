@@ -1,8 +1,8 @@
 """LV-Eval (infinigence/LVEval): questions about long mixed passages, 11 sets at 5 lengths, 16k to 256k words.
 
 Everything but the wording follows that repository: length of the answers (config.py), cutting of the middle
-(utils.py), scorers (metrics.py). Its wording is read from a checkout (--official); ours asks the same in the
-same order.
+(utils.py), scorers (metrics.py). Its wording is read from a checkout (--official); this project's own wording
+asks the same, in the same order.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def answer_tokens(name: str) -> int:
 
 
 def find_files(data: str | Path, settings: LVEvalSettings) -> list[Path]:
-    """The official files in `data`, or on the hub, that contain the requested sets; UserError where there are
-    none."""
+    """The official files in `data`, or on the hub, that contain the requested sets; UserError where none
+    exists."""
     names = [f"{name}_{level}" for name in settings.sets for level in settings.levels]
     return official_files.find_files("lveval", data, names=[*settings.sets, *names])
 

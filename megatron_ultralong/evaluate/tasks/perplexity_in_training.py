@@ -61,8 +61,8 @@ def during_training(
     documents, which require a tokenizer.
 
     The data is opened before the model is built, so that mistakes in it are reported early. Results: scalars
-    for the log, and one line per evaluation in SAVE/perplexity.jsonl (a resumed run writes an iteration
-    again; the last line counts).
+    for the log, and one line per evaluation in SAVE/perplexity.jsonl (a resumed run may write an iteration
+    twice; the last line is valid).
     """
 
     def prepare(
@@ -98,7 +98,7 @@ def during_training(
             for part in parts:
                 total += part
             torch.distributed.all_reduce(total, group=ranks.groups.dp_cp)
-            torch.distributed.all_reduce(total, group=ranks.groups.pp)  # zero but on the last stage
+            torch.distributed.all_reduce(total, group=ranks.groups.pp)  # zero except on the last stage
             summary = loss_by_position.summary(total.cpu(), length)
             if ranks.is_main:
                 with (save / "perplexity.jsonl").open("a", encoding="utf-8") as file:

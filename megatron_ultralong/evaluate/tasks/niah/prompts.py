@@ -56,8 +56,8 @@ class NiahSettings:
     digits: int = 5
     """Digits of a pass key."""
     needles: int = 1
-    """Pass keys in a prompt, all of which are asked for: the first at the depth, the others evenly from there
-    to the end."""
+    """Pass keys in a prompt; the question asks for all of them. The first is at the depth, the others are
+    spread evenly from there to the end."""
     answer_tokens: int | None = None
     """Tokens to generate; None = the size of the answer, or 24 per needle in a chat."""
     chat: ChatMode = "auto"
@@ -137,7 +137,7 @@ def question(*names: str) -> str:
 
 
 def answer_start(*names: str) -> str:
-    """The first words of the answer, so that the next thing the model generates is the value."""
+    """The first words of the answer, so that the model generates the value next."""
     return f" The pass key of {names[0]} is" if len(names) == 1 else f" The pass keys of {_joined(names)} are"
 
 
@@ -165,13 +165,13 @@ def _joined(words: Sequence[str]) -> str:
 class NiahPromptBuilder:
     """Builds prompts of exact length with one tokenizer.
 
-    The parts are encoded alone and joined as tokens: sizes are exact, and the needle is the same tokens
-    wherever it stands.
+    The parts are encoded separately and joined as tokens: sizes are exact, and the needle has the same tokens
+    at every position.
     """
 
     def __init__(self, tokenizer: Any, settings: NiahSettings, haystack: str | None = None) -> None:
-        """haystack: text to hide needles in, repeated where it is short; None = own filler sentences.
-        UserError as in `PromptEncoder`."""
+        """haystack: text to hide needles in, repeated where it is short; None = this project's filler
+        sentences. UserError as in `PromptEncoder`."""
         self.settings = settings
         self.encoder = PromptEncoder(tokenizer, settings.chat)
         texts = sentences(haystack) if haystack is not None else [" " + text for text in FILLER]

@@ -25,7 +25,7 @@ DESCRIPTION = "Passkey retrieval: one fact hidden in a long text, at every lengt
 
 
 def is_correct(prediction: str, value: str) -> bool:
-    """Whether a number in the prediction is exactly `value`: no digit more, no digit less."""
+    """Whether a number in the prediction is exactly `value`: no more and no fewer digits."""
     return value in re.findall(r"\d+", prediction)
 
 
@@ -41,12 +41,12 @@ def run(
     """Run all trials.
 
     batch: prompts per batch; None = as many as make 16K tokens. answers: the file that keeps the answers, so
-    that a stopped run asks nothing twice. progress: called with the number of trials finished since the last
+    that a resumed run repeats no request. progress: called with the number of trials finished since the last
     call.
     """
     started = time.time()
     builder = NiahPromptBuilder(backend.tokenizer, settings, _read(haystack) if haystack else None)
-    for length in settings.lengths:  # report a length that is too short before the work begins
+    for length in settings.lengths:  # report a length that is too short before any model call
         builder.prompt(length, settings.depths[0], 0)
     backend.check(max(settings.lengths), batch or 1)
     asked: deque[NiahPrompt] = (
@@ -174,7 +174,7 @@ def table(result: BenchmarkResult) -> str:
         lines.append(f"* beyond the {limit:,} positions of the model's config")
     if refused := sum(score.notes.get("refused", 0) for score in result.scores):
         lines.append(
-            f"{refused} prompts were refused by the endpoint and count as 0; the same command asks them again"
+            f"{refused} prompts were refused by the endpoint and count as 0; the same command requests them again"
         )
     return "\n".join(lines)
 
@@ -223,9 +223,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="pass keys in a prompt, all of which are asked for, spread evenly from the depth on; the score is the fraction "
-        "found "
-        "(default: 1)",
+        help="pass keys in a prompt, all of them requested, spread evenly from the depth to the end; the score is the "
+        "fraction found (default: 1)",
     )
 
 

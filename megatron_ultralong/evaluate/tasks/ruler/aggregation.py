@@ -14,7 +14,7 @@ from megatron_ultralong.evaluate.tasks.ruler.material import PromptMaterial, dis
 from megatron_ultralong.evaluate.tasks.ruler.tasks import RulerTask
 
 COMMON_WORDS = 10
-"""cwe: words asked for."""
+"""cwe: number of most common words that the prompt asks for."""
 SHORT = 4096
 """cwe: below this length words are repeated less often, as in RULER."""
 CODED_LETTERS, ALPHA, ZETA = 6, 2.0, math.pi**2 / 6
@@ -65,7 +65,7 @@ def cwe_draft(material: PromptMaterial, length: int, rng: random.Random) -> Prom
 
 
 def _cwe_words(rng: random.Random, *, single: bool) -> Iterator[str]:
-    """Yield distinct words; the first ones, which are asked for, are not part of any other."""
+    """Yield distinct words; the first ones, which are the answers, are not part of any other."""
     order = iter(
         rng.sample(filler_text.SINGLE, len(filler_text.SINGLE))
         if single

@@ -2,8 +2,8 @@
 text.
 
 Tokenising a text of 4M tokens takes seconds. Therefore the units are tokenised alone, once, and the sum of
-their sizes tells about how many fit. The complete prompt is tokenised to know its exact size, and again with
-a better number of units only where it is too long, or leaves room for another unit.
+their sizes estimates how many fit. The complete prompt is tokenised to know its exact size, and again with a
+better number of units only where it is too long, or leaves room for another unit.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class PromptMaterial:
         haystack: list[str] | None = None,
         qa_data: dict[str, QAData] | None = None,
     ) -> None:
-        """haystack: sentences of the essay, repeated where they do not suffice; None = own sentences.
-        qa_data: of `squad` and `hotpotqa`."""
+        """haystack: sentences of the essay, repeated where they do not suffice; None = this project's
+        sentences. qa_data: of `squad` and `hotpotqa`."""
         self.encoder, self.wording, self.seed, self.qa_data = encoder, wording, seed, qa_data or {}
         rng = random.Random(f"{seed}/essay")
         own = (filler_text.sentence(rng) for _ in itertools.count())

@@ -30,8 +30,8 @@ def predict(
     batch: int | None = None,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> None:
-    """Write the model's answers to all prompts. UserError where existing answers are another model's or to
-    other prompts.
+    """Write the model's answers to all prompts. UserError where existing answers belong to another model or
+    to other prompts.
 
     batch: prompts per batch; None = as many as make 16K tokens.
     """

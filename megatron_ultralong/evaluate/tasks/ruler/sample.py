@@ -3,7 +3,7 @@
 The structure is that of NVIDIA/RULER at c3f5e3b4 (scripts/data/synthetic/*.py); code and random numbers are
 this project's own. It differs where RULER's own data can be ambiguous or needlessly short: keys, values and
 coded words are distinct and occur nowhere else, filler is added until not one more unit fits, and the worked
-examples of vt and cwe stand in the user message.
+examples of vt and cwe are in the user message.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ UNKNOWN_WORDING = "as in the data"
 
 
 def score(settings: RulerSettings) -> BenchmarkResult:
-    """Score the predictions on disk. UserError where some are missing, or of different models or making."""
+    """Score the predictions on disk. UserError where some are missing, or come from different models or from
+    prompts made in different ways."""
     scores: list[TaskScore] = []
     model: dict[str, Any] = {}
     max_position: int | None = None
@@ -98,7 +99,8 @@ def _read(settings: RulerSettings, task: str, length: int) -> list[dict[str, Any
 
 
 def _check_same(settings: RulerSettings, what: str, first: dict[str, Any], other: dict[str, Any]) -> None:
-    """UserError where two predictions differ in their model or making: a table must not mix them."""
+    """UserError where two predictions come from different models or from prompts made in different ways: a
+    table must not mix them."""
     if first != other:
         name = next(name for name in {**other, **first} if other.get(name) != first.get(name))
         raise UserError(

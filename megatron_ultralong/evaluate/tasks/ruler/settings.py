@@ -34,7 +34,7 @@ class RulerSettings:
     seed: int = 0
     chat: ChatMode = "auto"
     haystack: tuple[Path, ...] = ()
-    """Text for the tasks with an essay; none = own sentences."""
+    """Text for the tasks with an essay; none = this project's sentences."""
     squad: Path | None = None
     hotpotqa: Path | None = None
     official: Path | None = None
@@ -81,7 +81,7 @@ class RulerSettings:
 
     def find_prompt_file(self, task: str, length: int) -> Path:
         """The prompts of a task and length, in this project's layout or in NVIDIA/RULER's. UserError where
-        there are none."""
+        none exist."""
         root = self.data or self.out / "data"
         places = [
             root / task / f"{length}.jsonl",

@@ -101,8 +101,8 @@ class HarnessModel(TemplateLM):
                 del self._notes[note]
 
     def count_cut(self, requests: Iterable[tuple[Any, ...]]) -> int:
-        """The number of requests that were longer than `max_length` and lost their beginning, in this run or
-        an earlier one."""
+        """The number of requests that were longer than `max_length` and were truncated at the beginning, in
+        this run or an earlier one."""
         cut = {key for key in self._notes if key.startswith(CUT)}
         return sum(CUT + hash_args("", args) in cut for args in requests)
 

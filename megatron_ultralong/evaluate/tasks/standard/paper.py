@@ -168,7 +168,7 @@ class CodeRunner:
             raise UserError(f"HumanEval: programs cannot be run on this machine ({outcome.reason})")
 
     def pass_at_1(self, doc: dict[str, Any], results: list[str]) -> dict[str, int]:
-        body = results[0].split("```")[0]  # in a chat the function stands in a code block
+        body = results[0].split("```")[0]  # in a chat the function is in a code block
         program = f"{doc['prompt']}{body}\n{doc['test']}\ncheck({doc['entry_point']})"
         self.outcomes.append(code_sandbox.run(program, seconds=CODE_SECONDS))
         return {"pass@1": int(self.outcomes[-1].passed)}

@@ -43,7 +43,7 @@ class StandardSettings:
     run_code: bool = False
     """Run the programs that the model generates."""
     max_length: int | None = None
-    """Tokens of prompt and answer together: longer prompts lose their beginning. None = the model's
+    """Tokens of prompt and answer together: longer prompts are truncated at the beginning. None = the model's
     positions; where they are not known, as with an endpoint, nothing is cut."""
 
     def names(self) -> list[str]:
@@ -70,7 +70,7 @@ class StandardSettings:
 def run(backend: Any, settings: StandardSettings, out: Path) -> tuple[BenchmarkResult, list[dict[str, Any]]]:
     """Run the tasks; returns the results and every question with its answers.
 
-    Answers are kept in `out` as they arrive, so that a stopped run asks nothing twice. UserError where the
+    Answers are kept in `out` as they arrive, so that a resumed run repeats no request. UserError where the
     harness is not installed, has no such task, or cannot load its data.
     """
     names = settings.names()
@@ -203,10 +203,12 @@ def table(result: BenchmarkResult) -> str:
     lines = [f"{one.task.ljust(width)}  {one.score:6.2f}" for one in result.scores]
     if cut := result.extra["prompts_cut"]:
         limit = result.settings["max_length"]
-        lines.append(f"{cut} prompts lost their beginning, to {limit:,} tokens including the answer")
+        lines.append(
+            f"{cut} prompts were truncated at the beginning, to {limit:,} tokens including the answer"
+        )
     if refused := result.extra["unanswered"]:
         lines.append(
-            f"{refused} prompts were refused by the endpoint and count as wrong; the same command asks them again"
+            f"{refused} prompts were refused by the endpoint and count as wrong; the same command requests them again"
         )
     return "\n".join(lines)
 
@@ -230,9 +232,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length",
         metavar="N",
-        help="tokens of prompt and answer together; longer prompts lose their beginning (default: the model's positions; "
-        "those of an "
-        "endpoint are not known, and nothing is cut)",
+        help="tokens of prompt and answer together; longer prompts are truncated at the beginning (default: the model's "
+        "positions; those of an endpoint are not known, and nothing is cut)",
     )
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with custom task files")
     parser.add_argument(
