@@ -371,7 +371,7 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="search for benchmark texts shorter than an n-gram as a whole, if they have at least N words (default: 8)",
+        help="search for benchmark texts shorter than an n-gram as complete texts, if they have at least N words (default: 8)",
     )
     parser.add_argument(
         "--common",
@@ -493,7 +493,7 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
         "--seq-length",
         default="8K",
         metavar="S",
-        help="tokens per sequence; must divide by 2 x CP (default: 8K)",
+        help="tokens per sequence; must be divisible by 2 x CP (default: 8K)",
     )
     parser.add_argument(
         "--cp", type=int, default=1, metavar="N", help="context parallel size of the training (default: 1)"
@@ -513,7 +513,7 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=int,
         metavar="N",
-        help="number of examples in all, the same from each source of a domain as far as it has them (default: all)",
+        help="total number of examples, equal over the sources of a domain as far as available (default: all)",
     )
     parser.add_argument(
         "--mix",

@@ -186,7 +186,8 @@ def as_messages(record: Any, form: str, name: str) -> dict[str, Any]:
     """Convert a record to the form `messages`, with its own `id`, or `name`. Refused where it has no
     conversation.
 
-    Of a record in another form only the domain is kept: further columns could be read as that form again.
+    From a record in another form only the domain is kept: its other columns could be detected as that form
+    again.
     """
     messages, _ = turns(record, form)
     kept = (

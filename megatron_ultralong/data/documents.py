@@ -1,8 +1,8 @@
 """Raw documents as streams: .txt (one document per file), .jsonl (one per line), both also as .gz and .zst;
 .parquet (one per row). A Megatron corpus, .bin/.idx, contains tokens: tokenise_worker.py reads it.
 
-What is wrong with a document is one line that names the file and the line or row, and may be skipped. What is
-wrong with a file raises.
+A broken document is reported in one line that names the file and the line or row, and may be skipped. A
+broken file raises an error.
 """
 
 from __future__ import annotations

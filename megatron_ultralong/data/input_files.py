@@ -1,5 +1,5 @@
-"""Input files of any tool of data preparation: found in folders, opened, decompressed; what fails is one
-line."""
+"""Input files of any tool of data preparation: found in folders, opened and decompressed, with one-line
+errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_ultralong.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst")
 REPORTS = ("report.json", "matches.jsonl", "broken.jsonl")
-"""What decontamination writes next to its output: they quote the text that was removed."""
+"""Files that decontamination writes next to its output: they quote the text that was removed."""
 _LARGEST_WINDOW = 1 << 31  # bytes a zstd decoder may look back: what `zstd --long=31` writes
 
 
@@ -71,8 +71,8 @@ def decompressed(file: BinaryIO, compression: str) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """Decompressed bytes of a .zst file. zstandard's own stream reader does not notice that a file was
-    cut."""
+    """Decompressed bytes of a .zst file. zstandard's own stream reader does not notice that a file is
+    truncated."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

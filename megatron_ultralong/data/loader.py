@@ -1,5 +1,5 @@
-"""Rows to this rank's micro-batches: deterministic, resumable on any layout, each context parallel rank its
-share.
+"""Rows to this rank's micro-batches: deterministic, resumable on any layout, sharded over context parallel
+ranks.
 
 S tokens of a sequence, s = S / CP of this rank, b sequences of a micro-batch. A checkpoint only has to
 contain how many samples were consumed. Sample number n is the same row on every layout: micro-batch m after
@@ -25,7 +25,7 @@ from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data.packed_rows import BlendedDataset
 
 Batch = dict[str, Tensor]
-"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, where asked for,
+"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, if requested,
 document_starts: int64 [documents], where documents start in the complete row of S tokens (b = 1)."""
 
 

@@ -1,6 +1,6 @@
 """Packed rows in files, and several sets of them blended by weight.
 
-Which row is sample number n is a pure function of n and the seed, so that a run resumes from its number of
+The row of sample number n is a pure function of n and the seed, so that a run resumes from its number of
 samples alone. A sample is one row: S + 1 tokens.
 """
 
@@ -29,7 +29,8 @@ class PackedDataset:
     """The rows of PREFIX.bin/.idx, memory-mapped, with PREFIX.mask and PREFIX.docs where the manifest has
     them. Can be pickled.
 
-    UserError where a file is missing or cut short, where a row is not S + 1 tokens, or without rows.
+    UserError where a file is missing or truncated, where a row does not have S + 1 tokens, or where there are
+    no rows.
     """
 
     def __init__(self, prefix: str, seq_length: int) -> None:

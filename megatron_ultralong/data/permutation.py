@@ -1,4 +1,4 @@
-"""The one pseudo-random order of the library: the same on every machine and in every version of numpy."""
+"""The library's only pseudo-random permutation: the same on every machine and with every version of numpy."""
 
 from __future__ import annotations
 

@@ -823,7 +823,7 @@ def test_a_named_form_is_searched_alone(tmp_path, bench):
         ({"inputs": ["a.json"]}, "a.json: unknown kind of file"),
         ({"inputs": ["none.jsonl"]}, "none.jsonl: cannot be read: No such file"),
         ({"inputs": ["report.json"]}, "report.json: unknown kind of file"),
-        ({"inputs": ["matches.jsonl"]}, "matches.jsonl is the name of a result"),
+        ({"inputs": ["matches.jsonl"]}, "matches.jsonl is the name of an output file"),
         (
             {"inputs": ["a.txt"], "action": "cut", "pieces": "split"},
             "a.txt: a .txt contains one document; use --pieces join",

@@ -379,7 +379,7 @@ def test_a_domain_with_too_few_examples_is_reported(tmp_path, tokenizer_dir, mon
         "--output",
         tmp_path / "out",
     )
-    assert "math: 2 of 4 wanted; no more are available" in capsys.readouterr().out
+    assert "math: 2 of 4 requested; no more are available" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out.json").read_text())
     assert manifest["domains"]["code"]["chosen"] == 4 and manifest["documents"] == 6
 
@@ -464,11 +464,11 @@ def test_show_prints_tokens_and_marks_and_writes_nothing(tmp_path, tokenizer_dir
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--seq-length", "255"], "--seq-length 255: must divide by 2 x CP = 2; use 254"),
+        (["--seq-length", "255"], "--seq-length 255: must be divisible by 2 x CP = 2; use 254"),
         (["--seq-length", "128", "--max-tokens", "130"], "--max-tokens 130: a row has 128 + 1 tokens"),
-        (["--cp", "3"], "--seq-length 256: must divide by 2 x CP = 6; use 252"),
+        (["--cp", "3"], "--seq-length 256: must be divisible by 2 x CP = 6; use 252"),
         (["--max-tokens", "300"], "--max-tokens 300: a row has 256 + 1 tokens"),
-        (["--mix", "math=1"], "--mix requires --examples, the number of examples in all"),
+        (["--mix", "math=1"], "--mix requires --examples, the total number of examples"),
         (["--mix", "math=1", "--examples", "3"], "--mix: the input has no example of domain math"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--examples", "0"], "--examples 0: must be at least 1"),

@@ -1,5 +1,5 @@
-"""Files of documents read in batches and written again with some documents replaced or left out; all else
-stays byte for byte the same.
+"""Files of documents read in batches and rewritten with some documents replaced or left out; everything else
+is copied unchanged, byte for byte.
 
 .jsonl and .txt (one document), also as .gz and .zst; .parquet, with all columns and the compression it had.
 Conversations, in any of the forms that conversations.py reads, are written as .jsonl in its form `messages`.
@@ -22,7 +22,7 @@ from megatron_ultralong.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet")
 BATCH_BYTES = 1 << 21
-"""A batch is complete from this size on; a longer line is a batch of its own."""
+"""A batch is complete when it reaches this size; a longer line is a separate batch."""
 _ROWS = 64
 """Rows of a .parquet read at a time."""
 _ROW_GROUP_BYTES = 1 << 26
@@ -68,7 +68,7 @@ def output_name(path: Path, form: str | None) -> str:
 def read_batches(
     path: Path, text_key: str, form: str | None, progress: Callable[[int], Any]
 ) -> Iterator[tuple[DocumentBatch, Any]]:
-    """Yield the file's batches, each with what the writer's `write` needs of it besides.
+    """Yield the file's batches, each with the `rows` argument of the writer's `write`.
 
     form: of conversations (conversations.py); None = documents, with their text under `text_key`. progress:
     called with the bytes of the file read since the last call.
@@ -161,7 +161,8 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 def open_writer(
     source: Path, file: IO[bytes], text_key: str, form: str | None
 ) -> LineFileWriter | ParquetFileWriter:
-    """Return the writer to `file` of the kind and compression of `source`; of lines for conversations."""
+    """Return a writer to `file` in the format and compression of `source`; for conversations, a writer of
+    lines."""
     if form is None and kind_of(source)[0] == ".parquet":
         return ParquetFileWriter(source, file, text_key)
     return LineFileWriter(file, input_files.compression(Path(output_name(source, form))))

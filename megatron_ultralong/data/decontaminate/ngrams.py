@@ -2,8 +2,8 @@
 
 Words have ids (normalise.py), so an n-gram is a sequence of ids. The hash of L ids w is the polynomial sum of
 h(w[i]) B^(L-1-i), mixed with L, modulo 2^64; it is computed for all positions of a text at once. A text of
-fewer than n words is searched for as a complete text. A word of the benchmarks takes some 22 bytes in files
-that processes share, and 16 to 32 bytes in each process; while the index is built, some 120.
+fewer than n words is searched for as a complete text. Each word of the benchmarks takes about 22 bytes in
+files that processes share, and 16 to 32 bytes in each process; about 120 while the index is built.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _hash_filter(hashes: NDArray[numpy.uint64]) -> tuple[NDArray[numpy.bool_], n
 def rolling_hashes(
     word_hashes: NDArray[numpy.uint64], lengths: list[int]
 ) -> Iterator[tuple[int, NDArray[numpy.uint64]]]:
-    """Yield (L, hash of the L words from each position) for each L of `lengths`, which must rise."""
+    """Yield (L, hash of the L words from each position) for each L of `lengths`, which must be ascending."""
     hashes = word_hashes.copy()
     for length in range(1, lengths[-1] + 1):
         if length > len(word_hashes):

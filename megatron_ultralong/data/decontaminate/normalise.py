@@ -27,7 +27,7 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _BLOCK = 1 << 20
 """Characters split into parts at a time; the list of parts takes about fifty bytes per character."""
 _MAX_CACHED_LENGTH = 48
-"""Characters; longer parts are unlikely to come again and are not cached."""
+"""Characters; longer parts are unlikely to occur again and are not cached."""
 _MAX_CACHED_PARTS = 1 << 18
 """Some 40 MB."""
 
@@ -39,7 +39,7 @@ WordIds = NDArray[numpy.int32]
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The differences between two texts that do not count.
+    """Which differences between two texts are ignored.
 
     nfkc: Unicode compatibility forms. lower: case (folded). punctuation: everything but letters, digits and
     marks separates words; without it only white space does. cjk: each character of a script written without

@@ -70,8 +70,8 @@ def _no_matches() -> dict[str, int]:
 
 
 def format_table(report: Mapping[str, Any]) -> str:
-    """Format a table for the terminal: one line per benchmark and per task with matches, then what became of
-    the documents."""
+    """Format a table for the terminal: one line per benchmark and per task with matches, then what happened
+    to the documents."""
     columns = ("examples", "found", "matches", "documents", "too_short", "common")
     rows: list[tuple[str, ...]] = [
         ("benchmark", "examples", "found", "matches", "documents", "too short", "template n-grams")

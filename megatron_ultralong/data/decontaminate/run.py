@@ -36,13 +36,13 @@ from megatron_ultralong.official_files import find
 from megatron_ultralong.official_files.records import BenchmarkExample
 
 FORMAT = 1
-"""Of the settings, the record of a complete file, and the report."""
+"""Format version of the settings, of the record of a complete file, and of the report."""
 LISTS = ("matches", "broken")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecontaminationSettings:
-    """What is searched for, in which text, and what becomes of it."""
+    """What is searched for, in which text, and what happens to matching documents."""
 
     rules: NgramRules = field(default_factory=NgramRules)
     normalisation: Normalisation = field(default_factory=Normalisation)
@@ -67,8 +67,8 @@ def decontaminate(
 
     inputs: files of documents; or files, folders or globs of conversations. benchmarks: NAME=WHERE each
     (names of find.py, or text=FILE.jsonl). workers: processes that search; 0 or 1 = this one; the output does
-    not depend on it. UserError for mistakes of the user; files complete by then are kept and skipped the next
-    time.
+    not depend on it. UserError for mistakes of the user; files that are complete by then are kept, and the
+    next run skips them.
     """
     form = settings.form
     if form is not None:
@@ -143,7 +143,7 @@ def _check_names(inputs: Sequence[Path], output: Path, settings: Decontamination
                 "use two output directories, or rename one"
             )
         if name in input_files.REPORTS:
-            raise UserError(f"{path}: {name} is the name of a result; rename the file")
+            raise UserError(f"{path}: {name} is the name of an output file; rename the input")
         inputs_by_name[name] = path
         if path.parent.resolve() == output.resolve():
             raise UserError(

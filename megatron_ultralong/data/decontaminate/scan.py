@@ -22,7 +22,7 @@ _SHOWN_WORDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ContaminationPolicy:
-    """What becomes of a contaminated document."""
+    """What happens to a contaminated document."""
 
     action: Literal["report", "drop", "cut"] = "drop"
     margin: int = 0
@@ -123,7 +123,7 @@ class BatchScanner:
                 scan.counts["broken"] += 1
 
     def _parse_document(self, batch: DocumentBatch, i: int, item: Any) -> _ScannedDocument:
-        """Return the document of an item. ValueError, with the reason, for an item that is none."""
+        """Return the document of an item. ValueError, with the reason, for an item that is not a document."""
         if batch.kind == ".txt":
             return _ScannedDocument(i, [item.decode("utf-8-sig")])
         if batch.kind == ".parquet":

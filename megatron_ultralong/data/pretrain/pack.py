@@ -184,7 +184,7 @@ def pack(
 
 
 def _check_places(mix: DocumentMix, output: str, work: Path, tokens_dir: Path | None) -> None:
-    """UserError where the output would replace an input or files of others, or become an input itself."""
+    """UserError where the output would replace an input or unrelated files, or become an input itself."""
     prefix = Path(output).resolve()
     written = {Path(f"{prefix}{suffix}") for suffix in (*row_writer.SUFFIXES, *row_writer.EXTRAS, ".json")}
     for path in mix.files:
@@ -208,7 +208,8 @@ def _check_places(mix: DocumentMix, output: str, work: Path, tokens_dir: Path | 
 
 
 def _keep_or_remove(work: Path, output: str) -> str:
-    """What an error says of intermediate files that are kept; "" where they are small, and removed."""
+    """What an error message adds about intermediate files that are kept; "" where they are small, and
+    removed."""
     size = (
         sum(path.stat().st_size for path in work.rglob("*") if path.is_file() and path.suffix != ".partial")
         if work.exists()
@@ -222,7 +223,8 @@ def _keep_or_remove(work: Path, output: str) -> str:
 
 
 def _uses(cache: TokenCache, mix: DocumentMix, packing: Packing) -> DocumentUses:
-    """How often each document is used. UserError where none is, and for duplicates that stop."""
+    """How often each document is used. UserError where no document is used, and for duplicates with
+    --duplicates stop."""
     status, low, high = cache.columns("status", "hash_low", "hash_high")
     low, high = low[status == OK], high[status == OK]
     duplicate = ~length_resampling.first_of_equal(low, high)

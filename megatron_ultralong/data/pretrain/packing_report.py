@@ -1,5 +1,5 @@
-"""Reports on packed documents: a table of all documents, lengths before and after as a table and a plot, and
-what was not simply packed."""
+"""Reports on packed documents: a table of all documents, lengths before and after packing as a table and a
+plot, and warnings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def length_table(manifest: dict[str, Any]) -> str:
 
 
 def warnings(manifest: dict[str, Any], output: str) -> list[str]:
-    """What a user should know of documents that were not simply packed, one line each."""
+    """Warnings about the packed documents, one line each."""
     lines = []
     skipped, duplicates = manifest["skipped"], manifest["duplicates"]
     if skipped["broken"]:

@@ -3,7 +3,7 @@ by length of document.
 
 The YAML file of `--sources` (only `sources` and `input` are required):
 
-    tokens: 1B                # tokens in all, without separators; B is 10^9
+    tokens: 1B                # tokens in total, without separators; B is 10^9
     seed: 0
     max_repeats: 4            # how often a document may be used
     shuffle: true             # documents in random order
@@ -54,7 +54,7 @@ class LengthBuckets:
     document is used (0.25 = one in four)."""
 
     def name(self, bucket: int) -> str:
-        """A bucket as people write it: <4K, 4K-8K, >=8K, all."""
+        """A bucket as written in the file: <4K, 4K-8K, >=8K, all."""
         borders = [_short(edge) for edge in self.edges]
         if not borders:
             return "all"
@@ -87,7 +87,7 @@ class DocumentMix:
 
     sources: tuple[DocumentSource, ...]
     tokens: int | None = None
-    """Tokens in all; None = as weights and rates give."""
+    """Tokens in total; None = as weights and rates give."""
     max_repeats: int = MAX_REPEATS
     shuffle: bool = False
     seed: int = 0

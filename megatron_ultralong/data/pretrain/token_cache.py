@@ -4,7 +4,7 @@ The inputs are divided into units of 8 to 128 MiB, independent of the number of 
 
     000012.bin, .idx     its documents' tokens as a Megatron corpus (not where the input is one)
     000012.parquet       one row per document: number (line or row), id, status, reason, tokens, begin, hash
-    000012.json          totals; written last: a unit without it is incomplete and is made again
+    000012.json          totals; written last: a unit without it is incomplete and is recomputed
 
 and each input file NNN that is split over units, file-NNN.json with its SHA-256. plan.json says what the
 folder was made from.
@@ -218,7 +218,7 @@ def make(
     keep: bool,
     progress: tuple[Callable[[int], Any], Callable[[str], Any]] = (lambda n: None, lambda text: None),
 ) -> TokenCache:
-    """Make the tokens of all sources in `folder`; finished units of an earlier run are used again.
+    """Make the tokens of all sources in `folder`; finished units of an earlier run are reused.
 
     keep: the folder is the user's, whose tokens of other inputs are not removed but refused. progress: called
     with bytes of input done, those done before included; and with a note for the user.
@@ -249,7 +249,7 @@ def make(
 def _identity(
     files: list[Path], units: list[CacheUnit], tokenizer: Tokenizer, bad: BadDocuments
 ) -> dict[str, Any]:
-    """The content of plan.json: a cache with another one is of no use."""
+    """The content of plan.json: a cache with another content cannot be used."""
     stats = [
         (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
         for file in files
@@ -285,7 +285,7 @@ def _claim(folder: Path, identity: dict[str, Any], keep: bool, note: Callable[[s
             raise UserError(
                 f"{folder} contains tokens made from other inputs or settings ({what} differ); name another folder, or remove it"
             )
-        note(f"tokens of an earlier run are made again ({what} differ)")
+        note(f"tokens of an earlier run are recomputed ({what} differ)")
     if earlier != identity:
         for old in folder.iterdir():
             if re.fullmatch(r"(\d{6}|file-\d{6}|plan)\.\w+(\.partial)?", old.name):
@@ -326,7 +326,7 @@ def _open(job: TokeniseJob, tokenizer: Tokenizer) -> TokenCache:
         job.folder, units, all_totals, hashes, no_number, no_number, numpy.empty(0, numpy.int32)
     )
     for path, counts in zip(job.files, cache.counts_by_file(), strict=True):
-        # Not a single usable line: not damage, but the wrong key or kind of file.
+        # No usable line at all: the key or the kind of file is wrong, rather than the content damaged.
         usable = counts["documents"] + counts["empty"]
         if counts["broken"] and not usable and documents.kind(path) != ".txt":
             raise UserError(counts["first_broken"])

@@ -193,7 +193,7 @@ def _blocks(file: BinaryIO, dtype: numpy.dtype[Any], length: int) -> Iterator[tu
 
 
 def read_into(file: BinaryIO, numbers: NDArray[Any]) -> None:
-    """Fill an array from an unbuffered file. UserError where the file ends before."""
+    """Fill an array from an unbuffered file. UserError where the file ends early."""
     view, done = memoryview(numbers.view(numpy.uint8)), 0  # type: ignore[arg-type]
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
@@ -204,7 +204,7 @@ def read_into(file: BinaryIO, numbers: NDArray[Any]) -> None:
 
 @dataclass(frozen=True)
 class _TableRow:
-    """A document on its way to the table."""
+    """A document that is not yet in the table."""
 
     part: int
     """Which of the unit's ranges it is in."""

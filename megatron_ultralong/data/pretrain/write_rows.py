@@ -18,7 +18,7 @@ from megatron_ultralong.data.pretrain.token_cache import TokenCache, TokenReader
 from megatron_ultralong.data.row_writer import RowWriter
 
 _BLOCK = 32 << 20  # bytes of rows written at a time
-_SYNC = 1 << 30  # bytes of rows between two syncs of the disk, each of which notes the position
+_SYNC = 1 << 30  # bytes of rows between two syncs of the disk, each of which records the position
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
 """The conversations that refinement reads, in the forms of conversations.py; records that cannot be used are
-noted with their place."""
+listed with their place."""
 
 from __future__ import annotations
 

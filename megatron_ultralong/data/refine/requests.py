@@ -1,5 +1,5 @@
-"""The requests for all answers that the request log lacks, concurrently, until it lacks none or there is a
-reason to stop."""
+"""Concurrent requests for all answers that the request log lacks, until it is complete or the run has to
+stop."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def request_all(
 
 @contextlib.contextmanager
 def _signals_set(event: asyncio.Event) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM set `event`. Only the main thread can handle signals: nothing in others."""
+    """Let Ctrl-C and SIGTERM set `event`. Only the main thread can handle signals; in other threads this does
+    nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,5 +1,5 @@
-"""Answers of instruction data rewritten by a model behind an OpenAI-compatible endpoint, as UltraLong refines
-its own with GPT-4o.
+"""Answers of instruction data rewritten by a model behind an OpenAI-compatible endpoint, as the UltraLong
+recipe does with GPT-4o.
 
 NAME.jsonl          the conversations in the order of the input, each with its outcome; appears when complete
 NAME.json           report: counts, reasons, tokens, cost, settings

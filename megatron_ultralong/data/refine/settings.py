@@ -1,4 +1,4 @@
-"""Settings of a refinement: the endpoint, how often it is asked, and at which price."""
+"""Settings of a refinement: the endpoint, the number of attempts, and prices."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def summary_lines(manifest: dict[str, Any], broken: Path) -> list[str]:
         lines.append(_table_line("all", name, *(entry.get(key, "") for key in _COLUMNS)))
     for name, entry in domains.items():
         if entry["chosen"] < entry["wanted"]:
-            lines.append(f"{name}: {entry['chosen']:,} of {entry['wanted']:,} wanted; no more are available")
+            lines.append(
+                f"{name}: {entry['chosen']:,} of {entry['wanted']:,} requested; no more are available"
+            )
     if broken.exists():
         with broken.open(encoding="utf-8") as file:
             unusable = [json.loads(line) for line in islice(file, SHOWN_UNUSABLE)]

@@ -93,8 +93,8 @@ def parse_mix(text: str) -> dict[str, Fraction]:
 def domain_quotas(
     available: dict[str, int], examples: int | None, mix: dict[str, Fraction] | None
 ) -> dict[str, int]:
-    """Return how many examples are wanted of each domain. Without `mix` the domains keep their proportions;
-    without `examples` all are wanted.
+    """Return how many examples to select from each domain. Without `mix` the domains keep their proportions;
+    without `examples` all are selected.
 
     The sum is exactly `examples` if that many are available: rounded by largest remainder.
     """
@@ -112,8 +112,8 @@ def domain_quotas(
 
 
 def split_evenly(available: list[int], wanted: int) -> list[int]:
-    """Return how many of `wanted` examples each source gives: the same number, as far as it has them; the
-    others give what it lacks."""
+    """Return how many of `wanted` examples to take from each source: equal numbers as far as available; the
+    other sources make up for what one lacks."""
     given = [0] * len(available)
     left = min(wanted, sum(available))
     # Smallest first: what it cannot give is shared by those after it.
@@ -131,7 +131,7 @@ def select_examples(
     into `names`. domain: int [examples], into DOMAINS.
 
     A source's examples come in an order that depends only on its name and the seed. All of a domain are
-    selected if it has fewer than wanted.
+    selected if it has fewer than requested.
     """
     selected = []
     for name_of_domain, count in wanted.items():

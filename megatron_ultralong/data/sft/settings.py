@@ -19,7 +19,7 @@ class SftSettings:
     other."""
 
     seq_length: int = 8192
-    """S; must divide by 2 x cp. A row has one token more, the target of the last one."""
+    """S; must be divisible by 2 x cp. A row has one more token, the target of the last one."""
     cp: int = 1
     """Context parallel size of the training."""
     max_tokens: int | None = None
@@ -27,7 +27,7 @@ class SftSettings:
     long: Literal["drop", "cut"] = "drop"
     """Longer examples: dropped, or cut after the last answer that fits."""
     examples: int | None = None
-    """Examples in all; None = all that are available."""
+    """Examples in total; None = all that are available."""
     mix: dict[str, Fraction] | None = None
     """Share of each domain; None = as available."""
     fit: Literal["best", "single"] = "best"
@@ -52,14 +52,14 @@ class SftSettings:
         if self.seq_length % multiple:
             below = self.seq_length // multiple * multiple
             raise UserError(
-                f"--seq-length {self.seq_length}: must divide by 2 x CP = {multiple}; use {below or multiple}"
+                f"--seq-length {self.seq_length}: must be divisible by 2 x CP = {multiple}; use {below or multiple}"
             )
         if self.longest > self.seq_length + 1:
             raise UserError(
                 f"--max-tokens {self.longest}: a row has {self.seq_length} + 1 tokens; use fewer, or a longer --seq-length"
             )
         if self.mix is not None and self.examples is None:
-            raise UserError("--mix requires --examples, the number of examples in all")
+            raise UserError("--mix requires --examples, the total number of examples")
 
     @property
     def longest(self) -> int:
