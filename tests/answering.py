@@ -14,7 +14,7 @@ SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
 
 
 def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """A token a byte, and four special ones."""
+    """One token per byte, and four special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     made.add_special_tokens(SPECIAL)
@@ -27,7 +27,7 @@ def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 class Answering:
     """A backend that answers a prompt by `answer`; stops the process after `dies_after` answers as a kill
-    would (KeyboardInterrupt); refuses prompts that hold `refuses`, as an endpoint would."""
+    would (KeyboardInterrupt); refuses prompts that contain `refuses`, as an endpoint would."""
 
     def __init__(
         self,

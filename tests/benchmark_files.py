@@ -132,7 +132,7 @@ def humaneval_hub(folder: Path) -> Path:
 
 
 def ruler(folder: Path) -> Path:
-    """What RULER's prepare.py leaves: a folder a task."""
+    """What RULER's prepare.py writes: one folder per task."""
     prompts = {
         "niah_single_2": (
             "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number "

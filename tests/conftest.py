@@ -1,5 +1,5 @@
-"""What all tests share: one thread per process, so that ranks on few cores do not fight; modules of the
-repository are found from any folder; no process outlives its test; who runs what under pytest-xdist."""
+"""What all tests share: one thread per process, so that ranks do not compete for few cores; modules of the
+repository are found from any folder; no process outlives its test; how pytest-xdist distributes tests."""
 
 import os
 from collections.abc import Iterator

@@ -39,10 +39,10 @@ for name in (
 ):
     try:
         importlib.import_module(name)
-    except ImportError:  # an optional one, or one that needs a GPU: whoever needs it says so
+    except ImportError:  # an optional one, or one that needs a GPU: its users report that it is missing
         continue
 
-# What the forked processes start themselves is forked from here too.
+# Processes that the forked ones start are forked from here too.
 multiprocessing.forkserver._forkserver.ensure_running = lambda: None
 
-gc.freeze()  # what is here stays, and need not be searched for garbage in every process
+gc.freeze()  # these objects stay, and need not be searched for garbage in every process

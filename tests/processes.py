@@ -1,8 +1,8 @@
 """Python programs as processes that start in milliseconds, forked from a server with the libraries imported.
 
 `Popen` and `run` take commands as subprocess does; `torchrun` runs one on several ranks; `on_path`
-is for shell scripts. A process is as fresh as a new interpreter: the server has imported modules and nothing
-else.
+is for shell scripts. A process starts in the state of a new interpreter, except that modules are already
+imported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["DEVNULL", "PIPE", "Popen", "kill_all", "on_path", "run", "spawn_by_i
 
 @contextmanager
 def spawn_by_interpreter() -> Iterator[None]:
-    """Have processes spawned as without tests: by new interpreters that are children of this process."""
+    """Spawn processes as outside of tests: by new interpreters that are children of this process."""
     _contexts["spawn"] = SPAWN
     yield
     _contexts["spawn"] = SERVER
@@ -222,7 +222,7 @@ def _interpret(
     new_session: bool,
     own_children: bool,
 ) -> None:
-    """Be the interpreter: what `python *words` does."""
+    """Act as the interpreter: do what `python *words` does."""
     if new_session:
         os.setsid()
     for number, stream in streams.items():

@@ -1,5 +1,5 @@
-"""A real HTTP server that answers as an OpenAI-compatible endpoint, is late, refuses, breaks off and counts
-what it was asked."""
+"""A real HTTP server that acts as an OpenAI-compatible endpoint: it can delay, refuse and break off answers,
+and counts requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 class Server:
     """Speaks /v1/chat/completions and /v1/completions. `script(draft, nth)` decides on the nth request for a
-    draft (or else the last message, or the prompt): a text or a dict, see `reply`."""
+    draft (otherwise the last message, or the prompt): a text or a dict, see `reply`."""
 
     def __init__(self) -> None:
         self.script: Any = lambda draft, nth: f"Better: {draft}"
@@ -29,7 +29,9 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = -1  # one packet an answer, or each would wait for the client's delayed acknowledgement
+            wbufsize = (
+                -1
+            )  # one packet per answer; otherwise each would wait for the client's delayed acknowledgement
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -55,7 +57,7 @@ class Server:
 
             def reply(self, what: Any) -> None:
                 """text = an answer; dict: text, finish, refusal, usage; or raw (body), status, headers;
-                sleep, drip (s a byte); hang_up."""
+                sleep, drip (seconds per byte); hang_up."""
                 what = {"text": what} if isinstance(what, str) else what
                 time.sleep(what.get("sleep", 0))
                 if what.get("hang_up"):

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, processes of their own; the first failure wins."""
+"""Run a function on several gloo ranks, each a separate process; the first failure is raised."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def leave_groups() -> None:
     """End all process groups of this rank and join the other ranks anew: for the next of several layouts in
     one call.
 
-    Groups that are only forgotten keep their threads, and each of gloo's wakes a hundred times a second.
+    Groups that are only dropped keep their threads, and each of gloo's wakes a hundred times per second.
     """
     from megatron_ultralong.runtime import launch
 
@@ -86,7 +86,7 @@ def _enter(
     except BaseException:
         traceback.print_exc()
         raise
-    torch.distributed.barrier()  # the first one that ends is not taken for a failure by the others
+    torch.distributed.barrier()  # so that the others do not take the first rank's end for a failure
     torch.distributed.destroy_process_group()
 
 

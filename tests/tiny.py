@@ -47,6 +47,6 @@ def hf_model(
     )
     with torch.no_grad():
         for parameter in built.parameters():
-            # Norm weights off one, or a norm applied twice or not at all would go unseen.
+            # Norm weights differ from one: otherwise a norm applied twice or not at all would go unnoticed.
             parameter.normal_(1.0, 0.2) if parameter.dim() == 1 else parameter.normal_(0.0, 0.1)
     return built

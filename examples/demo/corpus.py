@@ -117,8 +117,7 @@ class Writer:
         return "".join(parts)
 
     def keys(self, length: int, most: int, start: str = "") -> str:
-        """Keys hidden in filler sentences, asked for in one to three blocks of questions, the last at the
-        end.
+        """Keys hidden in filler sentences, queried in one to three blocks of questions, the last at the end.
 
         The number of keys is log-uniform up to `most`: the passkey test's single key as well as many.
         """
@@ -154,8 +153,8 @@ class Writer:
         return "".join(text + self._questions(known, values, left))
 
     def _questions(self, known: list[str], values: dict[str, str], count: int) -> list[str]:
-        """`count` questions with their answers, each of `known` once in random order before any is asked
-        again."""
+        """`count` questions with their answers, each of `known` once in random order before any is
+        repeated."""
         order: list[str] = []
         while len(order) < count:
             order += self.rng.sample(known, len(known))
