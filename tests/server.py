@@ -29,9 +29,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = (
-                -1
-            )  # one packet per answer; otherwise each would wait for the client's delayed acknowledgement
+            # One packet per answer; otherwise each would wait for the client's delayed acknowledgement.
+            wbufsize = -1
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
