@@ -44,7 +44,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def leave_groups() -> None:
-    """End all process groups of this rank and join the other ranks anew: for the next of several layouts in
+    """End all process groups of this rank and join the other ranks again, for the next of several layouts in
     one call.
 
     Groups that are only dropped keep their threads, and each of gloo's wakes a hundred times per second.
@@ -101,7 +101,7 @@ def _forget_optimizers() -> None:
 
 
 _place: dict[str, Any] = {}
-"""Where this process stands among the ranks."""
+"""This process's place among the ranks."""
 
 
 def _join() -> None:

@@ -132,7 +132,7 @@ class Writer:
         questions = max(1, min(2 * count, int(room * rng.uniform(0.3, 0.9)) // question_size))
         filler = self._filler(room - questions * question_size)
 
-        # Where keys and blocks of questions stand: before filler sentence i, or after the last.
+        # Positions of keys and blocks of questions: before filler sentence i, or after the last.
         needles: dict[int, list[str]] = {}
         for name in values:
             kind = rng.random()

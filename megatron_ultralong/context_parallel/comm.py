@@ -75,8 +75,8 @@ class ProcessGroupCommunicator:
         self._hops_started = 0
 
     def send_recv(self, send: Tensor, receive: Tensor) -> _Works:
-        # Two hops may be in flight between the same two ranks (KV and its gradient). The tag tells them apart
-        # if the backend supports tags; NCCL keeps the order in which they were started.
+        # Two hops may be in flight between the same two ranks (KV and its gradient). The tag distinguishes
+        # them if the backend supports tags; NCCL keeps the order in which they were started.
         tag = self._hops_started
         self._hops_started += 1
         return _Works(

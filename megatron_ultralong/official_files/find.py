@@ -44,9 +44,9 @@ def find_files(
     """Return the benchmark's files, sorted.
 
     where: a directory, one file, or `hub` = downloaded from the hub or taken from its cache. splits: which
-    files of a directory to take (test, dev, validation, train); a single file is taken whatever its split.
-    names: take, and download, only files of these names without their suffix; None = all. UserError if none
-    exist, with what to download from where.
+    files of a directory to take (test, dev, validation, train); a single file is taken regardless of its
+    split. names: take, and download, only files of these names without their suffix; None = all. UserError if
+    none exist, with what to download from where.
     """
     files = _files(benchmark)
     root = _download(benchmark, files, splits, names) if str(where) == "hub" else Path(where)

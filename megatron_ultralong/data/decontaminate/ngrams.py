@@ -115,7 +115,7 @@ class NgramIndex:
                     yield start, entry
 
     def digest(self) -> str:
-        """Return a SHA-256 that changes with whatever is searched for."""
+        """Return a SHA-256 of everything that is searched for."""
         digest = hashlib.sha256(
             json.dumps([self.normalisation.steps, list(self.word_to_id), self.texts]).encode()
         )

@@ -220,8 +220,8 @@ def make(
 ) -> TokenCache:
     """Make the tokens of all sources in `folder`; finished units of an earlier run are reused.
 
-    keep: the folder is the user's, whose tokens of other inputs are not removed but refused. progress: called
-    with bytes of input done, those done before included; and with a note for the user.
+    keep: the folder belongs to the user, so tokens of other inputs in it are refused, not removed. progress:
+    called with bytes of input done, those done before included; and with a note for the user.
     """
     advance, note = progress
     units = plan(sources)

@@ -31,7 +31,7 @@ class RewriteRequest:
 
 @dataclass(frozen=True)
 class RefinedExample:
-    """An example for which nothing remains to be requested."""
+    """An example that needs no further request."""
 
     messages: list[dict[str, Any]]
     outcomes: list[str]

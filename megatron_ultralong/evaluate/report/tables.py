@@ -38,7 +38,7 @@ _PLOTS = "long_context standard ruler perplexity".split()
 FILES = (*(f"{name}.csv" for name in _TABLES), *(f"{name}.png" for name in _PLOTS))
 """All files that a report may contain besides report.md."""
 _NAMED_FILES = 3
-"""Files that the error names where none is a result."""
+"""Number of files that the error lists if none is a result."""
 
 
 def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> list[str]:

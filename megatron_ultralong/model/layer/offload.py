@@ -2,9 +2,9 @@
 forward, and back before the backward needs it.
 
 On a GPU the copies run on streams of their own between pinned host memory and the device. The tensors of the
-last `OFFLOADED_LAYERS_ON_GPU` layers stay there, so that device memory for them is bounded whatever the
-number of layers. Host memory is what is kept at one time: buffers are reused. On a CPU the same code copies
-between two places in host memory, without streams.
+last `OFFLOADED_LAYERS_ON_GPU` layers stay there, so that device memory for them is bounded for any number of
+layers. Host memory is what is kept at one time: buffers are reused. On a CPU the same code copies between two
+places in host memory, without streams.
 """
 
 from __future__ import annotations
