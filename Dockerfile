@@ -8,7 +8,7 @@ FROM ${BASE}
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/megatron_ultralong
 
-# What the container brings is written down first, and held during the install: nothing may replace it.
+# Packages of the container are recorded first and pinned during the install, so that nothing replaces them.
 RUN python - <<'PYTHON' > /tmp/container.txt
 from importlib.metadata import PackageNotFoundError, version
 for name in ("torch", "transformer-engine", "apex", "triton", "flash-attn", "numpy"):

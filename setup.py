@@ -27,8 +27,8 @@ setup(
         # Parallel layers, pipeline schedules, distributed optimizer, checkpoints; 0.17+ needs Python 3.12.
         "megatron-core>=0.16.1,<0.20",
         "numpy",  # packed data files
-        "einops",  # used by Megatron-Core's attention, which does not ask for it itself
-        "psutil",  # used by Megatron-Core's checkpoint writers, which do not ask for it themselves
+        "einops",  # used by Megatron-Core's attention, which does not require it itself
+        "psutil",  # used by Megatron-Core's checkpoint writers, which do not require it themselves
         "transformers>=4.56",  # tokenizers, and models to evaluate
         "tokenizers",  # fast tokenizers
         "sentencepiece",  # tokenizers of older Llama models
@@ -38,12 +38,12 @@ setup(
         "zstandard",  # raw documents in .jsonl.zst
         "openai>=1.40",  # client of OpenAI-compatible endpoints, which refine answers and are evaluated
         "tenacity>=8.3",  # waits and tries again where such an endpoint is busy
-        "pyyaml",  # files of sources; prompts of one's own
+        "pyyaml",  # files of sources; custom prompts
         "regex",  # Unicode scripts and marks, for the words that decontamination compares
         "huggingface_hub>=0.34",  # benchmarks' files from the hub
-        "jieba>=0.42.1",  # Chinese words, as LV-Eval's scorer has them
-        "rouge>=1.0.1,<2",  # ROUGE-L, as LV-Eval's scorer has it
-        "rouge_score>=0.1.2",  # ROUGE-Lsum, as InfiniteBench's scorer has it
+        "jieba>=0.42.1",  # Chinese words, as in LV-Eval's scorer
+        "rouge>=1.0.1,<2",  # ROUGE-L, as in LV-Eval's scorer
+        "rouge_score>=0.1.2",  # ROUGE-Lsum, as in InfiniteBench's scorer
         "matplotlib",  # heat maps
         "tensorboard",  # training curves
         "tqdm",  # progress bars

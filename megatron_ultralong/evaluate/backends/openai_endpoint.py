@@ -92,8 +92,7 @@ class OpenAIEndpoint:
         if self.settings.api == "chat" and any(one.ids is not None and not one.text for one in requests):
             raise UserError(
                 "this benchmark makes complete prompts, chat template included, which a chat endpoint would put into a "
-                "message again; "
-                "use --api completions"
+                "message again; use --api completions"
             )
         failures: list[endpoint_client.Failure] = []
         for i, answer in endpoint_client.iterate(self._answers(requests)):
@@ -177,8 +176,7 @@ class OpenAIEndpoint:
         """UserError: endpoints do not return the likelihood of a given text."""
         raise UserError(
             "an endpoint does not return likelihoods of given answers, which this task compares; choose tasks that generate "
-            "answers, "
-            "or another --engine"
+            "answers, or another --engine"
         )
 
     def describe(self) -> dict[str, Any]:

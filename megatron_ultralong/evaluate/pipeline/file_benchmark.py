@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, title: str, file_names: str) 
         "--max-length",
         metavar="N",
         help="tokens of prompt and answer together; the middle of longer prompts is cut out (default: the positions of the "
-        "model's "
-        "config; those of an endpoint are not known, and nothing is cut)",
+        "model's config; those of an endpoint are not known, and nothing is cut)",
     )
     parser.add_argument(
         "--stage",

@@ -128,8 +128,7 @@ def predict(
     if max_length is None:
         print(
             f"{name}: prompts are not cut, since the model's positions are not known; an endpoint refuses those that are too "
-            "long "
-            "(see --max-length)"
+            "long (see --max-length)"
         )
     truncator = PromptTruncator(backend.tokenizer, chat=backend.chat, max_length=max_length)
     for task, max_tokens in prepared["tokens"].items():

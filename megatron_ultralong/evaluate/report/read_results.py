@@ -85,8 +85,7 @@ def collect(places: Iterable[str]) -> tuple[list[ModelScores], list[str], list[s
     for i, one in enumerate(separated):
         notes += [
             f"{one.file} is used, not {other.file}: both contain {one.kind} of {one.row}; the one that --results names later "
-            "is used, and "
-            "in one directory the one whose name sorts later, regardless of age"
+            "is used, and in one directory the one whose name sorts later, regardless of age"
             for other in separated[:i]
             if (other.kind, other.row) == (one.kind, one.row) and _overlap(other.scores, one.scores)
         ]

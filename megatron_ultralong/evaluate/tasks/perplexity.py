@@ -131,8 +131,7 @@ def measure(
         if not count:
             raise UserError(
                 f"--lengths {short_count(length)}: no row is that long (the longest has {longest_seen} tokens); give longer "
-                "documents, "
-                "or packed rows"
+                "documents, or packed rows"
             )
     summaries = {length: loss_by_position.summary(sums[length], length) for length in lengths}
     return BenchmarkResult(

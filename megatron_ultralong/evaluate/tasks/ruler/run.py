@@ -66,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="checkout of NVIDIA/RULER whose wording is used (default: the official wording where lm-evaluation-harness is "
-        "installed, "
-        "which contains it, otherwise this project's own)",
+        "installed, which contains it, otherwise this project's own)",
     )
     wording.add_argument("--own-words", action="store_true", help="use this project's own wording")
     parser.add_argument(

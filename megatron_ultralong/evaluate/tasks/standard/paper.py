@@ -100,8 +100,7 @@ def load_tasks(manager: Any, name: str, chat: bool, runner: CodeRunner) -> list[
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"--tasks {name}: cannot be loaded ({line[:200]}); its data is downloaded once where the Hugging Face hub can be "
-            "reached: "
-            "set HF_HOME to that cache"
+            "reached: set HF_HOME to that cache"
         ) from None
     leaves = list(loaded["tasks"].values())
     if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in leaves):

@@ -223,8 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="paper",
         metavar="NAME,NAME,...",
         help="paper; one of its five: paper/mmlu, paper/mmlu_pro, paper/math, paper/gsm8k, paper/humaneval; or names of the "
-        "harness "
-        "(default: %(default)s)",
+        "harness (default: %(default)s)",
     )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)"
