@@ -44,7 +44,7 @@ def main() -> int:
     args = arguments()
 
     # Imported here so that --help answers at once.
-    from megatron_ultralong.io import files
+    from megatron_ultralong.io import atomic_files
     from megatron_ultralong.measure import report, timing
 
     device = timing.select_device(args.device)
@@ -54,7 +54,7 @@ def main() -> int:
         outputs += [(report.write_json, args.out / f"{name}.json"), (report.plot, args.out / f"{name}.png")]
     for _, path in outputs:
         if path is not None:
-            files.check_writable(path.parent, str(path))
+            atomic_files.check_writable(path.parent, str(path))
     measure = {
         "attention": _attention,
         "loss": _loss,

@@ -89,11 +89,11 @@ def main() -> int:
     args = arguments()
 
     # Imported here so that --help answers at once.
-    from megatron_ultralong.io import files
+    from megatron_ultralong.io import atomic_files
     from megatron_ultralong.planning import report
 
     if args.json is not None:
-        files.check_writable(args.json.parent, f"--json {args.json}")
+        atomic_files.check_writable(args.json.parent, f"--json {args.json}")
     plan = report.report(
         report.PlanRequest(
             model=args.model,
@@ -111,7 +111,7 @@ def main() -> int:
     )
     print(plan.text)
     if args.json is not None:
-        files.write_json(args.json, plan.values, what=f"--json {args.json}")
+        atomic_files.write_json(args.json, plan.values, what=f"--json {args.json}")
     return 0 if plan.fits else 1
 
 

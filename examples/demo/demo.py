@@ -22,7 +22,7 @@ import corpus
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, short_count
 from megatron_ultralong.evaluate.report import heat_map, read_results
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ def main() -> int:
         name: {str(one.length): (one.score or 0.0) / 100 for one in result.scores}
         for name, result in (("before", before), ("after", after))
     }
-    files.write_json(ROOT / OUT / "summary.json", {**summary, "seconds": seconds})
+    atomic_files.write_json(ROOT / OUT / "summary.json", {**summary, "seconds": seconds})
     heat_map.heat_maps(
         [before, after],
         [f"before: context {BASE_LENGTH}", f"after: YaRN {FACTOR}x, {ITERATIONS} iterations"],

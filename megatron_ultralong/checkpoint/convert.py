@@ -29,7 +29,7 @@ from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Rope, Runtime, check_model_layout, to_dict
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.hf_config import exact_max_position
 from megatron_ultralong.rope.methods import describe, same_maths, scaled_length
@@ -290,7 +290,7 @@ def _make_run_directory(out: Path) -> None:
         raise UserError(
             f"{out} already exists and is not an empty directory; choose another --out or remove it"
         )
-    files.check_writable(out, f"--out {out}")
+    atomic_files.check_writable(out, f"--out {out}")
 
 
 def _base_config(assets: Path) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def _base_config(assets: Path) -> dict[str, Any]:
     or not a Llama's."""
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     if (assets / "config.json").is_file():
-        raw = files.read_json(assets / "config.json")
+        raw = atomic_files.read_json(assets / "config.json")
         return raw if raw.get("model_type") == "llama" else {key: raw[key] for key in special if key in raw}
     if not (assets / "tokenizer_config.json").is_file():
         return {}

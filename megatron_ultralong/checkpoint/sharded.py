@@ -22,7 +22,7 @@ from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import agreement
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def _writing(final: Path, act: Callable[[], T]) -> T:
     try:
         return act()
     except OSError as error:
-        raise files.cannot_write(f"checkpoint {final}", error) from None
+        raise atomic_files.cannot_write(f"checkpoint {final}", error) from None
 
 
 def _begin(final: Path, assets: AssetFolders) -> str:
@@ -76,7 +76,7 @@ def _begin(final: Path, assets: AssetFolders) -> str:
         # What cannot be removed (a file still open on NFS) costs space, but does not stop the run: the new
         # folder has another name.
         shutil.rmtree(stale, ignore_errors=True)
-    partial = files.staging_folder(final)
+    partial = atomic_files.staging_folder(final)
     assets.copy_to(partial / "hf")
     return partial.name
 
@@ -86,15 +86,15 @@ def _finish(partial: Path, final: Path, state: TrainingState, keep: int) -> None
     training_state.write(partial, state)
     if final.exists():
         _remove(final)
-    files.publish(partial, final)
-    files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(state.iteration))
+    atomic_files.publish(partial, final)
+    atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(state.iteration))
     for old in complete_checkpoints(final.parent)[:-keep] if keep else []:
         _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
     """Rename it to a hidden name first: a kill in the middle must not leave a folder that looks complete."""
-    hidden = files.staging_folder(checkpoint)
+    hidden = atomic_files.staging_folder(checkpoint)
     os.rename(checkpoint, hidden / checkpoint.name)
     shutil.rmtree(hidden, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ultralong import config
 from megatron_ultralong.config import Model, Rope
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 FORMAT = 2
 """Format version of run.json. Version 1 has other names for some settings of the run (`config.RENAMED`); both
@@ -47,7 +47,7 @@ class TrainingState:
 def write(checkpoint: Path, state: TrainingState) -> None:
     """Write run.json into the folder `checkpoint`. UserError where it cannot be written."""
     values = {"format": FORMAT, **asdict(state)}
-    files.write_text(checkpoint / "run.json", json.dumps(values, indent=2) + "\n")
+    atomic_files.write_text(checkpoint / "run.json", json.dumps(values, indent=2) + "\n")
 
 
 def read(checkpoint: Path) -> TrainingState:
@@ -58,7 +58,7 @@ def read(checkpoint: Path) -> TrainingState:
             f"{file} is missing: not a checkpoint of this program (one of Megatron-LM requires a recipe with the "
             "model's shape)"
         )
-    values = files.read_json(file)
+    values = atomic_files.read_json(file)
     version = values.pop("format", None)
     if version not in READABLE:
         raise UserError(

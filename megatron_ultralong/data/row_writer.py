@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from megatron_ultralong.data import megatron_index
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 SUFFIXES = (".bin", ".idx", ".mask.bin", ".mask.idx", ".docs.bin", ".docs.idx")
 """Files next to a manifest that the trainer reads."""
@@ -106,11 +106,11 @@ def staged(output: str) -> Iterator[Path]:
     prefix = check_output(output)
     stage: Path | None = None
     try:
-        stage = files.staging_folder(prefix)
+        stage = atomic_files.staging_folder(prefix)
         yield stage
         publish(stage, output)
     except OSError as error:
-        raise files.cannot_write(f"--output {output}", error) from None
+        raise atomic_files.cannot_write(f"--output {output}", error) from None
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
@@ -124,7 +124,7 @@ def check_output(output: str) -> Path:
         raise UserError(
             f"--output {output}: is a directory; give a prefix of the files' names, like {prefix / 'text'}"
         )
-    files.check_writable(prefix.parent, f"--output {output}")
+    atomic_files.check_writable(prefix.parent, f"--output {output}")
     return prefix
 
 
@@ -147,7 +147,7 @@ def publish(stage: Path, output: str) -> None:
     """Move the files of a staging folder to their names, the manifest last."""
     manifest = Path(f"{output}.json")
     for path in stage.iterdir():
-        files.sync(path)
+        atomic_files.sync(path)
     manifest.unlink(missing_ok=True)
     for suffix in (*SUFFIXES, *EXTRAS):
         new, old = stage / suffix, Path(output + suffix)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 _SYNC_INTERVAL = 1.0  # seconds
 
@@ -54,7 +54,7 @@ def complete_file(
     flag: the option that chooses the folder, for messages. UserError where another run is writing it. Lines
     are ASCII: a lone surrogate, which data may contain, has no other encoding.
     """
-    with files.whole_file(path, busy=_busy(path, flag)) as file:
+    with atomic_files.whole_file(path, busy=_busy(path, flag)) as file:
 
         def write(record: dict[str, Any]) -> None:
             file.write(json.dumps(record).encode() + b"\n")
@@ -88,7 +88,7 @@ class AppendFile:
         self.path, self._flag, self._ensure_ascii = path, flag, ensure_ascii
         self._synced = time.monotonic()
         with self._errors():
-            self._file = files.open_locked(path, _busy(path, flag))
+            self._file = atomic_files.open_locked(path, _busy(path, flag))
             try:
                 self.size = self._replay(replay)
                 self._file.truncate(self.size)
@@ -150,7 +150,7 @@ class AppendFile:
         try:
             yield
         except OSError as error:
-            raise files.cannot_write(str(self.path), error) from None
+            raise atomic_files.cannot_write(str(self.path), error) from None
 
 
 class ResumableFile:
@@ -174,7 +174,7 @@ class ResumableFile:
             if self._was_complete:
                 path.rename(self.part)
         except OSError as error:
-            raise files.cannot_write(str(self.part), error) from None
+            raise atomic_files.cannot_write(str(self.part), error) from None
         self._file = AppendFile(self.part, replay, flag=flag, ensure_ascii=False)
 
     def add(self, line: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_ultralong import __version__
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 FORMAT = 1
 INK, QUIET, BAR, BASELINE = "#1f2430", "#6b7280", "#2166ac", "#b0b7c3"
@@ -104,7 +104,7 @@ def text(report: SpeedReport) -> str:
 
 def write_json(report: SpeedReport, path: Path) -> None:
     """Write the report as JSON. Raises UserError if the file cannot be written."""
-    files.write_json(path, report.values())
+    atomic_files.write_json(path, report.values())
 
 
 def plot(report: SpeedReport, path: Path) -> None:
@@ -140,7 +140,7 @@ def plot(report: SpeedReport, path: Path) -> None:
     try:
         figure.savefig(path, format="png")
     except OSError as error:
-        raise files.cannot_write(str(path), error) from None
+        raise atomic_files.cannot_write(str(path), error) from None
 
 
 def _draw_bars(panel: Any, column: ReportColumn, rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
 from megatron_ultralong.rope.methods import inverse_frequencies
 
 DocumentStarts = Sequence[int] | None

@@ -19,7 +19,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.planning import flops
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
@@ -53,7 +53,7 @@ class Log:
     def _open(self, save_dir: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        files.check_writable(save_dir, f"--save {save_dir}")
+        atomic_files.check_writable(save_dir, f"--save {save_dir}")
         self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
         if self.run.runtime.wandb:
             try:

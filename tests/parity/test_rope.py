@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_ultralong.config import Rope
-from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 from megatron_ultralong.rope.methods import inverse_frequencies, same_maths
 

@@ -42,7 +42,7 @@ NO_MEGATRON = [
     "recipes.py",
     "planning",
     "model/weight_mapping.py",
-    "model/rope.py",
+    "model/rotary_embedding.py",
     "context_parallel",
     "official_files",
     "io",
@@ -123,13 +123,13 @@ def breaks_levels(package: str, module: str) -> bool:
 
 
 def test_breaks_levels():
-    assert not breaks_levels("model", "context_parallel.zigzag") and not breaks_levels("model", "model.rope")
+    assert not breaks_levels("model", "context_parallel.zigzag") and not breaks_levels("model", "model.rotary_embedding")
     assert (
         breaks_levels("model", "checkpoint.sharded")
         and breaks_levels("model", "data.loader")
         and breaks_levels("train", "evaluate.tasks.niah")
     )
-    assert breaks_levels("runtime", "model.rope") and not breaks_levels(
+    assert breaks_levels("runtime", "model.rotary_embedding") and not breaks_levels(
         "measure", "evaluate.backends.memory_check"
     )
 

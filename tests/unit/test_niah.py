@@ -22,7 +22,7 @@ from megatron_ultralong.evaluate.report import heat_map, read_results
 from megatron_ultralong.evaluate.tasks.niah import prompts
 from megatron_ultralong.evaluate.tasks.niah import run as niah
 from megatron_ultralong.evaluate.tasks.niah.prompts import NiahPromptBuilder, NiahSettings
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 
@@ -260,7 +260,7 @@ def test_run_counts_every_cell(tokenizer):
 
 def test_results_are_written_whole_with_a_plot_and_a_table(tokenizer, tmp_path):
     result = niah.run(Reader(tokenizer, sight=180), grid())
-    files.check_writable(tmp_path / "deep" / "er", "--out")
+    atomic_files.check_writable(tmp_path / "deep" / "er", "--out")
     result.write(tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())
     assert written == json.loads(json.dumps(result.to_json())) and written["format"] == 2

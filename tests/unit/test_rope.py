@@ -15,8 +15,8 @@ from megatron_ultralong import recipes
 from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.model import rope as ropes
-from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.model import rotary_embedding as ropes
+from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 from megatron_ultralong.rope.methods import inverse_frequencies, same_maths
 

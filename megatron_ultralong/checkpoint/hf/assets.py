@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 TOKENIZER = (
     "tokenizer*",
@@ -114,13 +114,13 @@ def write_assets(folder: Path, base: Path | None, config: dict[str, Any], extra:
         (folder / "config.json").write_text(to_json(config), encoding="utf-8")
         tokenizer = folder / "tokenizer_config.json"
         if tokenizer.is_file():
-            values, longest = files.read_json(tokenizer), config["max_position_embeddings"]
+            values, longest = atomic_files.read_json(tokenizer), config["max_position_embeddings"]
             if isinstance(values.get("model_max_length"), int) and values["model_max_length"] < longest:
                 tokenizer.write_text(to_json({**values, "model_max_length": longest}), encoding="utf-8")
         for name, text in extra.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise files.cannot_write(str(folder), error) from None
+        raise atomic_files.cannot_write(str(folder), error) from None
 
 
 def to_json(values: dict[str, Any]) -> str:

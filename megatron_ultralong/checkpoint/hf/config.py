@@ -11,7 +11,7 @@ import torch
 
 from megatron_ultralong.config import Model, Rope
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -40,7 +40,7 @@ def read_config(folder: Path | str) -> HFConfig:
             f"{folder} is not a directory; download the Hugging Face model first and pass its local directory"
         )
     file = folder / "config.json"
-    raw = files.read_json(file)
+    raw = atomic_files.read_json(file)
     _refuse_other_models(raw, file)
     for key in _SIZES:
         if not isinstance(raw.get(key), int):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.model.weight_mapping import HF_EMBEDDING, HF_OUTPUT
 from megatron_ultralong.runtime import agreement
@@ -164,7 +164,7 @@ def _tensor_files(folder: Path, opened: dict[Path, Any]) -> dict[str, Path]:
         other = sorted(p.name for p in entries if p.suffix in (".bin", ".pth", ".gguf", ".safetensors"))
         hint = f" (only {other[0]}; save the model again with transformers' save_pretrained)" if other else ""
         raise UserError(f"{folder} contains neither {SINGLE} nor {INDEX}{hint}")
-    index = files.read_json(folder / INDEX).get("weight_map")
+    index = atomic_files.read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise UserError(f"{folder / INDEX} has no weight_map of tensor names to files")
     tensors = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ultralong.checkpoint.hf.assets import to_json
 from megatron_ultralong.checkpoint.hf.reader import INDEX, SINGLE
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 SHARD_BYTES = 5 * 10**9  # the usual size in transformers and on the hub
 
@@ -71,7 +71,7 @@ class HFWriter:
                 self._file.close()
                 self._file = None
         except OSError as error:
-            raise files.cannot_write(str(self.out_dir), error) from None
+            raise atomic_files.cannot_write(str(self.out_dir), error) from None
 
     def finish(self) -> Path:
         """Write the index, sync everything to the disk, and rename the directory. Returns it."""
@@ -88,9 +88,9 @@ class HFWriter:
                 }
                 (self.folder / INDEX).write_text(to_json(index), encoding="utf-8")
             check_output(self.out_dir)  # again: it may have been filled meanwhile
-            files.publish(self.folder, self.out_dir)
+            atomic_files.publish(self.folder, self.out_dir)
         except OSError as error:
-            raise files.cannot_write(str(self.out_dir), error) from None
+            raise atomic_files.cannot_write(str(self.out_dir), error) from None
         return self.out_dir
 
     def abandon(self) -> None:
@@ -116,9 +116,9 @@ class HFWriter:
                 raise UserError(
                     f"{self.out_dir}: the export needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
                 )
-            return files.staging_folder(self.out_dir)
+            return atomic_files.staging_folder(self.out_dir)
         except OSError as error:
-            raise files.cannot_write(str(self.out_dir), error) from None
+            raise atomic_files.cannot_write(str(self.out_dir), error) from None
 
     def _shard_name(self, number: int) -> str:
         total = len(self._shards)

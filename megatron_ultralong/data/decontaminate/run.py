@@ -30,7 +30,7 @@ from megatron_ultralong.data.decontaminate.normalise import Normalisation
 from megatron_ultralong.data.decontaminate.report import build_report
 from megatron_ultralong.data.decontaminate.scan import BatchScan, BatchScanner, ContaminationPolicy, to_json
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.io.workers import WorkerPool
 from megatron_ultralong.official_files import find
 from megatron_ultralong.official_files.records import BenchmarkExample
@@ -121,9 +121,9 @@ def decontaminate(
             _read_lists(inputs, work, "broken"),
         )
         for name in LISTS:
-            with files.whole_file(output / f"{name}.jsonl") as file:
+            with atomic_files.whole_file(output / f"{name}.jsonl") as file:
                 file.writelines(to_json(item) + b"\n" for item in _read_lists(inputs, work, name))
-        files.write_text(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+        atomic_files.write_text(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     return report
 
 
@@ -194,10 +194,10 @@ def _work_folder(output: Path, recorded: dict[str, Any]) -> Iterator[Path]:
             raise UserError(f"--output {output}: is not empty; choose another directory")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        files.write_text(settings_file, json.dumps(recorded, indent=1))
+        atomic_files.write_text(settings_file, json.dumps(recorded, indent=1))
         yield work
     except OSError as error:
-        raise files.cannot_write(f"--output {output}", error) from None
+        raise atomic_files.cannot_write(f"--output {output}", error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -213,10 +213,12 @@ def _filter_file(
     with contextlib.ExitStack() as stack:
         writer = None
         if written:
-            file = stack.enter_context(files.whole_file(target))
+            file = stack.enter_context(atomic_files.whole_file(target))
             writer = filter_files.open_writer(path, file, settings.text_key, form)
             stack.callback(writer.close)
-        lists = {name: stack.enter_context(files.whole_file(work / f"{path.name}.{name}")) for name in LISTS}
+        lists = {
+            name: stack.enter_context(atomic_files.whole_file(work / f"{path.name}.{name}")) for name in LISTS
+        }
         batches = filter_files.read_batches(path, settings.text_key, form, bar.update)
         for batch, rows, scan in pool.map(batches):
             for name in LISTS:
@@ -231,7 +233,7 @@ def _filter_file(
         target.unlink(missing_ok=True)  # no document, no file
         written = False
     record = {"file": str(path), **state, "written": written, "counts": counts}
-    files.write_text(work / f"{path.name}.json", json.dumps(record))
+    atomic_files.write_text(work / f"{path.name}.json", json.dumps(record))
 
 
 def _file_state(path: Path) -> dict[str, int]:

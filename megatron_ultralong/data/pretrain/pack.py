@@ -31,7 +31,7 @@ from megatron_ultralong.data.pretrain.tokenise_worker import OK, BadDocuments, c
 from megatron_ultralong.data.pretrain.write_rows import RowContent, write_rows
 from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.io.workers import cores
 
 WORTH_KEEPING = 64 << 20
@@ -176,7 +176,7 @@ def pack(
             kept = _keep_or_remove(work, output)
             if isinstance(error, OSError):
                 what = str(error.filename or f"--output {output}")
-                raise UserError(f"{files.cannot_write(what, error)}{kept}") from None
+                raise UserError(f"{atomic_files.cannot_write(what, error)}{kept}") from None
             if isinstance(error, UserError | KeyboardInterrupt) and kept:
                 raise type(error)(f"{error}{kept}") from None
             raise

@@ -40,7 +40,7 @@ from megatron_ultralong.data.pretrain.tokenise_worker import (
 )
 from megatron_ultralong.data.tokenizer import Tokenizer
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files as io_files
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.io.workers import WorkerPool
 
 FORMAT = 1
@@ -200,9 +200,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
     except OSError as error:
-        raise io_files.cannot_write(str(folder), error) from None
+        raise atomic_files.cannot_write(str(folder), error) from None
     with file:
-        io_files.lock(
+        atomic_files.lock(
             file, f"{folder}: another process prepares data in it; wait for it, or choose another folder"
         )
         yield
@@ -290,7 +290,7 @@ def _claim(folder: Path, identity: dict[str, Any], keep: bool, note: Callable[[s
         for old in folder.iterdir():
             if re.fullmatch(r"(\d{6}|file-\d{6}|plan)\.\w+(\.partial)?", old.name):
                 old.unlink()
-        io_files.write_text(path, json.dumps(identity))
+        atomic_files.write_text(path, json.dumps(identity))
     for old in folder.glob("*.partial"):
         old.unlink()
 
@@ -307,7 +307,7 @@ def _split_files(units: list[CacheUnit]) -> set[int]:
 
 def _open(job: TokeniseJob, tokenizer: Tokenizer) -> TokenCache:
     def result(task: Task) -> dict[str, Any]:
-        return io_files.read_json(result_file(job.folder, task))
+        return atomic_files.read_json(result_file(job.folder, task))
 
     units, all_totals = job.units, [result(("unit", k)) for k in range(len(job.units))]
     hashes = ["" for _ in job.files]

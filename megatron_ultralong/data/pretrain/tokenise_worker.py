@@ -19,7 +19,7 @@ from megatron_ultralong.data import documents, input_files, megatron_index
 from megatron_ultralong.data.documents import BrokenDocument, FileRange
 from megatron_ultralong.data.tokenizer import encode_all
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 OK, EMPTY, BROKEN = 0, 1, 2
 """Status of a document."""
@@ -79,7 +79,7 @@ def worker(job: TokeniseJob, advance: Callable[[int], Any]) -> Callable[[Task], 
         else:
             path = content_file(job.files[number])
             values = {"path": str(path), "sha256": _sha256(path)}
-            files.write_text(result_file(job.folder, task), json.dumps(values))
+            atomic_files.write_text(result_file(job.folder, task), json.dumps(values))
 
     return work
 
@@ -107,9 +107,9 @@ def _make_unit(job: TokeniseJob, number: int, backend: Any, advance: Callable[[i
             totals = _scan_corpus(unit, table, advance)
         else:
             totals = _tokenise_unit(job, number, backend, table, advance)
-    files.sync(table.path)
+    atomic_files.sync(table.path)
     totals["sha256"] = [_sha256(content_file(r.path)) if r.end is None else None for r in unit.ranges]
-    files.write_text(result_file(job.folder, ("unit", number)), json.dumps(totals | table.totals()))
+    atomic_files.write_text(result_file(job.folder, ("unit", number)), json.dumps(totals | table.totals()))
 
 
 def _sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from megatron_ultralong.data.refine.read import RefineInput
 from megatron_ultralong.data.refine.requests import request_all
 from megatron_ultralong.data.refine.settings import RefineSettings
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import endpoint_client, files
+from megatron_ultralong.io import atomic_files, endpoint_client
 from megatron_ultralong.io.request_log import RequestLog
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def refine(
         first = "; the first: {place}: {reason}".format(**examples.broken[0]) if examples.broken else ""
         others = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
         raise UserError(f"no conversation in {inputs[0]}{others}, {len(examples.broken)} broken lines{first}")
-    files.check_writable(output.parent, f"--output {output}")
+    atomic_files.check_writable(output.parent, f"--output {output}")
     forget = "failed" if settings.retry_failed else None
     with contextlib.closing(RequestLog(log_path, forget=forget)) as log:
         request_all(examples, count, settings, prompts, log, show_progress)
@@ -79,7 +79,7 @@ def _write_output(
     domains = {domain: Counter({"examples": 0, "refined": 0}) for domain in DOMAINS}
     outcomes: Counter[str] = Counter()
     not_asked = 0
-    with files.whole_file(output) as file:
+    with atomic_files.whole_file(output) as file:
         for example in examples:
             step = next_step(example, settings, prompts, log)
             if isinstance(step, RewriteRequest):
@@ -120,5 +120,5 @@ def _write_output(
         "cost_usd": settings.cost(log.tokens_in, log.tokens_out),
         "broken_lines": examples.broken,
     }
-    files.write_json(output.with_suffix(".json"), report)
+    atomic_files.write_json(output.with_suffix(".json"), report)
     return report

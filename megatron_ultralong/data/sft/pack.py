@@ -34,7 +34,7 @@ from megatron_ultralong.data.sft.select_examples import (
 )
 from megatron_ultralong.data.sft.settings import SftSettings
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ def _remove_abandoned(stage: Path, output: str) -> Iterator[None]:
     free."""
     with (stage / "new lock").open("w") as own:
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            files.lock(own, "")
+            atomic_files.lock(own, "")
         (stage / "new lock").rename(stage / "lock")
         for path in stage.parent.glob(f".{glob.escape(Path(output).name)}.partial-*/lock"):
             if path == stage / "lock":
                 continue
             with contextlib.suppress(OSError, UserError), path.open("r+") as other:
-                files.lock(other, "")
+                atomic_files.lock(other, "")
                 shutil.rmtree(path.parent, ignore_errors=True)
         yield

@@ -11,7 +11,7 @@ from megatron_ultralong.config import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def check_limit(limit: int | None) -> None:
 
 def check_out(out: Path) -> None:
     """Create --out. UserError where it cannot be written; called before the work."""
-    files.check_writable(out, f"--out {out}")
+    atomic_files.check_writable(out, f"--out {out}")
 
 
 def progress_bar(description: str, total: int | None = None, unit: str = "prompt") -> Any:

@@ -4,7 +4,7 @@
      "scores": [{"task": "vt", "length": 4096, "score": 81.2, "count": 500, "refused": 2}, ...],
      "extra": {...}}
 
-Files of format 1, in which every benchmark had its own schema, are converted by report/format_1.py.
+Files of format 1, in which every benchmark had its own schema, are converted by report/results_format_1.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 FORMAT = 2
 """Version of the results files."""
@@ -108,7 +108,7 @@ class BenchmarkResult:
         """Write the results as JSON; print a line where results of other settings are replaced."""
         if changed := self._replaces(path):
             print(f"{path} replaces results with other {changed}; give another --out to keep both")
-        files.write_json(path, self.to_json())
+        atomic_files.write_json(path, self.to_json())
 
     def _replaces(self, path: Path) -> str:
         """What differs between this result and the one of the same benchmark in `path`; "" = nothing."""
@@ -148,7 +148,7 @@ def section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def write_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line; the file appears complete or not at all."""
-    files.write_text(
+    atomic_files.write_text(
         path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, short_count
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 RED_TO_GREEN = ("#d73027", "#fc8d59", "#fee08b", "#d9ef8b", "#91cf60", "#1a9850")
 PANELS = 3  # per row
@@ -116,7 +116,7 @@ def save_figure(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, format="png")
     except OSError as error:
-        raise files.cannot_write(str(path), error) from None
+        raise atomic_files.cannot_write(str(path), error) from None
 
 
 def _means(result: BenchmarkResult) -> dict[int, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
-from megatron_ultralong.evaluate.report import curves, format_1
+from megatron_ultralong.evaluate.report import curves, results_format_1
 from megatron_ultralong.evaluate.report.cells import TableCell, notes_of
 
 SEVERAL = "niah, several needles"
@@ -42,7 +42,7 @@ class ModelScores:
 def parse(raw: Any) -> BenchmarkResult:
     """The results in a JSON object of format 1 or 2. ValueError where it contains none."""
     if isinstance(raw, dict) and raw.get("format") == 1:
-        return format_1.convert(raw)
+        return results_format_1.convert(raw)
     return BenchmarkResult.from_json(raw)
 
 

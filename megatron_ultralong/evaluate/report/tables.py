@@ -23,7 +23,7 @@ from megatron_ultralong.evaluate.report.read_results import SEVERAL, ModelScores
 from megatron_ultralong.evaluate.tasks import infinitebench, lveval
 from megatron_ultralong.evaluate.tasks.ruler import averages as ruler_averages
 from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS as RULER_TASKS
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 RULER = tuple(f"RULER <{short_count(bound)}" for bound in ruler_averages.BOUNDS)
 LVEVAL = {
@@ -55,7 +55,7 @@ def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> l
             "--results: no results found; give the files or directories that the other commands wrote"
             + (f" ({'; '.join(left_out[:_NAMED_FILES])}{more})" if left_out else "")
         )
-    files.check_writable(out, f"--out {out}")
+    atomic_files.check_writable(out, f"--out {out}")
     had_report = _is_report(out / "report.md")
     tables = build(results, with_published)
     text = [HEADING, ""]
@@ -63,11 +63,11 @@ def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> l
         text += [f"## {table.heading}", "", markdown(table), ""]
         if table.name == "passkey" and with_published:
             text += [published.PASSKEY, ""]
-        files.write_text(out / f"{table.name}.csv", as_csv(table))
+        atomic_files.write_text(out / f"{table.name}.csv", as_csv(table))
     if with_published:
         text += [f"*Rows in italics are published figures ({published.SOURCE}), not measured here.*", ""]
     text += [f"- {line}" for line in notes]
-    files.write_text(out / "report.md", "\n".join(text) + "\n")
+    atomic_files.write_text(out / "report.md", "\n".join(text) + "\n")
     plots = _draw(results, tables, out)
     written = {*plots, *(f"{table.name}.csv" for table in tables)}
     stale = [out / name for name in FILES if had_report and name not in written and (out / name).exists()]

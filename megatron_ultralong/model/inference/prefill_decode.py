@@ -23,7 +23,7 @@ from megatron_ultralong.config import LOSS_BLOCK, Memory, Model, Parallel, Rope
 from megatron_ultralong.context_parallel import decode
 from megatron_ultralong.model import llama
 from megatron_ultralong.model.inference.kv_cache import KVCache
-from megatron_ultralong.model.rope import apply_rope, cos_sin
+from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
 from megatron_ultralong.rope.methods import inverse_frequencies
 from megatron_ultralong.runtime.launch import Ranks
 

@@ -17,7 +17,7 @@ from megatron_ultralong.evaluate.pipeline.results import write_json_lines
 from megatron_ultralong.evaluate.prompts.encode import PromptEncoder
 from megatron_ultralong.evaluate.tasks.ruler.settings import RulerSettings, prompt_fields
 from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS
-from megatron_ultralong.io import files, jsonl
+from megatron_ultralong.io import atomic_files, jsonl
 
 MADE_WITH = ("seed", "wording", "tokenizer", "chat", "haystack", "words", "source")
 """Fields of a prompt's meta that describe how it was made; the results record them for each task."""
@@ -46,7 +46,7 @@ def predict(
     backend.check(longest, batch or max(1, BATCH_TOKENS // longest))
     for (task, length), source in sources.items():
         path = settings.prediction_file(task, length)
-        files.check_writable(path.parent, f"--out {path.parent}")
+        atomic_files.check_writable(path.parent, f"--out {path.parent}")
         prompts = _Prompts(source, task, encoder, settings.samples)
         if _is_complete(path, prompts, model):
             progress(settings.samples)

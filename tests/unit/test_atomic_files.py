@@ -11,7 +11,7 @@ import textwrap
 import pytest
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import files
+from megatron_ultralong.io import atomic_files
 
 
 def names(folder):
@@ -20,27 +20,30 @@ def names(folder):
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"text": "é \ud800"})
-    assert path.read_text(encoding="utf-8") == '{\n "text": "é \\ud800"\n}\n' and files.read_json(path) == {
-        "text": "é \ud800"
-    }
-    with pytest.raises(RuntimeError), files.whole_file(path) as file:
+    atomic_files.write_json(path, {"text": "é \ud800"})
+    assert path.read_text(encoding="utf-8") == '{\n "text": "é \\ud800"\n}\n' and atomic_files.read_json(
+        path
+    ) == {"text": "é \ud800"}
+    with pytest.raises(RuntimeError), atomic_files.whole_file(path) as file:
         file.write(b"half")
         raise RuntimeError
-    assert files.read_json(path) == {"text": "é \ud800"} and names(tmp_path) == ["a.json"]
+    assert atomic_files.read_json(path) == {"text": "é \ud800"} and names(tmp_path) == ["a.json"]
     (tmp_path / ".a.json.partial").write_text("left by a killed run")
-    files.write_json(path, {})
-    assert files.read_json(path) == {} and names(tmp_path) == ["a.json"]
+    atomic_files.write_json(path, {})
+    assert atomic_files.read_json(path) == {} and names(tmp_path) == ["a.json"]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"a cannot be written: Is a directory"):
-        files.write_text(tmp_path / "a", "x")
+        atomic_files.write_text(tmp_path / "a", "x")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out file cannot be written: "):
-        files.check_writable(tmp_path / "file" / "below", "--out file")
-    with pytest.raises(UserError, match="cannot be written"), files.whole_folder(tmp_path / "file" / "below"):
+        atomic_files.check_writable(tmp_path / "file" / "below", "--out file")
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        atomic_files.whole_folder(tmp_path / "file" / "below"),
+    ):
         pass
     assert names(tmp_path) == ["a", "file"]
 
@@ -48,14 +51,14 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
 def test_a_folder_is_whole_or_absent(tmp_path):
     old = os.umask(0o027)
     try:
-        with files.whole_folder(tmp_path / "below" / "out") as folder:
+        with atomic_files.whole_folder(tmp_path / "below" / "out") as folder:
             assert not (tmp_path / "below" / "out").exists()
             (folder / "x").write_text("1")
     finally:
         os.umask(old)
     out = tmp_path / "below" / "out"
     assert (out / "x").read_text() == "1" and stat.S_IMODE(out.stat().st_mode) == 0o750
-    with pytest.raises(KeyboardInterrupt), files.whole_folder(tmp_path / "below" / "other") as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_files.whole_folder(tmp_path / "below" / "other") as folder:
         (folder / "x").write_text("1")
         raise KeyboardInterrupt
     assert names(tmp_path / "below") == ["out"]
@@ -63,15 +66,15 @@ def test_a_folder_is_whole_or_absent(tmp_path):
 
 def test_json_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="none is missing"):
-        files.read_json(tmp_path / "none")
+        atomic_files.read_json(tmp_path / "none")
     for text in ("[]", "{", "\x00"):
         (tmp_path / "broken").write_text(text)
         with pytest.raises(UserError, match="broken cannot be read"):
-            files.read_json(tmp_path / "broken")
+            atomic_files.read_json(tmp_path / "broken")
 
 
 def test_kill_while_writing_leaves_the_old_file(tmp_path):
-    files.write_text(tmp_path / "a", "old")
+    atomic_files.write_text(tmp_path / "a", "old")
     code = """
         import os, signal
         from pathlib import Path
@@ -83,14 +86,14 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path):
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path).returncode == -9
     assert (tmp_path / "a").read_text() == "old"
-    files.write_text(tmp_path / "a", "new")
+    atomic_files.write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new" and names(tmp_path) == ["a"]
 
 
 def test_lock_is_held_once(tmp_path):
     with (tmp_path / "lock").open("a") as one, (tmp_path / "lock").open("a") as other:
-        files.lock(one, "unused")
+        atomic_files.lock(one, "unused")
         with pytest.raises(UserError, match="another run is writing"):
-            files.lock(other, "another run is writing")
+            atomic_files.lock(other, "another run is writing")
     with (tmp_path / "lock").open("a") as other:
-        files.lock(other, "free again")
+        atomic_files.lock(other, "free again")
