@@ -78,8 +78,8 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path):
     code = """
         import os, signal
         from pathlib import Path
-        from megatron_ultralong.io import files
-        with files.whole_file(Path("a")) as file:
+        from megatron_ultralong.io import atomic_files
+        with atomic_files.whole_file(Path("a")) as file:
             file.write(b"half of the new")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
