@@ -123,7 +123,9 @@ def breaks_levels(package: str, module: str) -> bool:
 
 
 def test_breaks_levels():
-    assert not breaks_levels("model", "context_parallel.zigzag") and not breaks_levels("model", "model.rotary_embedding")
+    assert not breaks_levels("model", "context_parallel.zigzag") and not breaks_levels(
+        "model", "model.rotary_embedding"
+    )
     assert (
         breaks_levels("model", "checkpoint.sharded")
         and breaks_levels("model", "data.loader")
