@@ -23,8 +23,8 @@ from megatron_ultralong.evaluate.tasks.standard import run as standard
 from tests import benchmark_files as made
 from tests.spawn import run_ranks
 from tests.text import write_jsonl
+from tests.tools.test_standard import write_tasks
 from tests.unit.test_infinitebench import data as infinitebench_files
-from tests.unit.test_standard import write_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 

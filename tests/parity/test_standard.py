@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_standard import assert_parity, own_cache, write_tasks  # noqa: F401
+from tests.tools.test_standard import assert_parity, own_cache, write_tasks  # noqa: F401
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
