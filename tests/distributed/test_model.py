@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning.memory import gpu_memory, stage_parameters
+from megatron_ultralong.rope.methods import Llama3
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
-ROPE = Rope(type="llama3", theta=10000.0, factor=4.0, original_length=32)
+ROPE = Llama3(theta=10000.0, factor=4.0, original_length=32)
 S = 64
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Model, Rope, Train
+from megatron_ultralong.config import Model, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import flops
 from megatron_ultralong.recipes import LLAMA_3_1_8B
+from megatron_ultralong.rope.methods import YaRN
 from megatron_ultralong.train.optimizer import learning_rate
 from tests.text import write_rows
 
@@ -71,7 +72,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint = folder / name / "iter_0000007"
         checkpoint.mkdir(parents=True)
         (checkpoint / "metadata.json").write_text("{}")
-        progress = TrainingState(model=MODEL, rope=Rope(type="yarn", factor=4.0), iteration=7)
+        progress = TrainingState(model=MODEL, rope=YaRN(factor=4.0), iteration=7)
         (checkpoint / "run.json").write_text(json.dumps({"format": version, **dataclasses.asdict(progress)}))
     (folder / "nothing").mkdir()
     (folder / "nothing" / "iter_0000009").mkdir()  # cut short: it holds nothing
