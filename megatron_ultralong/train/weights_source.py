@@ -112,10 +112,11 @@ def _rope(run: Run, loaded: Rope, length: int) -> Rope:
     """The RoPE of a run from a model with the RoPE `loaded` that was made for `length` tokens."""
     reach = max(length, loaded.covered_length() or 0)
     rope = resolve(run.rope, loaded, reach, run.train.seq_length)
+    covered = rope.covered_length()
     if rope == loaded and run.train.seq_length <= reach:
         # The loaded model may read more than its factor says, like Llama-3.1: 131,072 tokens with 8 x 8,192.
-        return replace(rope, allow_short=True)
-    config.check_reach(rope, rope.covered_length(), run.train.seq_length)
+        return replace(rope, allow_short=covered is not None and covered < run.train.seq_length)
+    config.check_reach(rope, covered, run.train.seq_length)
     return rope
 
 
