@@ -281,8 +281,6 @@ class Run:
             self.micro_batches(p.dp)
         if self.model is not None:
             check_model_layout(self.model, p)
-        if isinstance(self.rope, ScaledRope) and self.rope.factor and self.rope.original_length:
-            check_reach(self.rope, self.rope.covered_length(), s)
 
     def micro_batches(self, dp: int) -> int:
         """Micro-batches per iteration on each of `dp` data parallel ranks. UserError where they do not
@@ -423,7 +421,10 @@ def override(run: Run, settings: list[str]) -> Run:
         rescaled = _factor(rope) != _factor(run.rope) and not any("rope.factor" in x for x in settings)
         shown = [*settings, f"rope.factor={_factor(rope):g}"] if rescaled and _factor(rope) else settings
         new["notes"] = f"{run.notes} Changed for this run: {', '.join(shown)}.".strip()
-    return dataclasses.replace(run, **new)
+    changed = dataclasses.replace(run, **new)
+    if isinstance(rope, ScaledRope) and rope.factor and rope.original_length:
+        check_reach(rope, rope.covered_length(), new_length)
+    return changed
 
 
 def _change_rope(run: Run, values: dict[str, Any], seq_length: int) -> Rope | None:

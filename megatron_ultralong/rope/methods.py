@@ -66,15 +66,15 @@ def from_values(values: Mapping[str, Any], ignore_others: bool = False) -> Rope:
     return METHODS[kind](**own)
 
 
-def matches(stated: Rope, stored: Rope) -> bool:
-    """Whether `stored` is what `stated` says, apart from what `stated` leaves open (None)."""
+def differences(stated: Rope, stored: Rope) -> list[str]:
+    """Settings of `stated` that `stored` does not have, apart from those that `stated` leaves open (None)."""
     if type(stated) is not type(stored):
-        return False
-    return all(
-        getattr(stated, f.name) in (None, getattr(stored, f.name))
+        return ["type"]
+    return [
+        f.name
         for f in dataclasses.fields(stated)
-        if f.compare
-    )
+        if f.compare and getattr(stated, f.name) not in (None, getattr(stored, f.name))
+    ]
 
 
 def resolve(stated: Rope | None, loaded: Rope, loaded_length: int, length: int) -> Rope:
@@ -99,7 +99,7 @@ def resolve(stated: Rope | None, loaded: Rope, loaded_length: int, length: int) 
         theta, original = loaded.base()
         return YaRN(theta=theta, original_length=original, factor=length / original)
     if isinstance(stated, ScaledRope) and stated.factor is None and length <= loaded_length:
-        if matches(stated, loaded):
+        if not differences(stated, loaded):
             return loaded
         raise UserError(
             f"rope.type={stated.type} without rope.factor: train.seq_length={length} is within the "

@@ -19,7 +19,7 @@ from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.methods import Unscaled, matches, resolve
+from megatron_ultralong.rope.methods import Unscaled, differences, resolve
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -69,9 +69,14 @@ def find(
 def _resume(run: Run, newest: Path) -> WeightsSource:
     state = training_state.read(newest)
     _check_same_model(run.model, state.model, newest)
-    if run.rope is not None and not matches(run.rope, state.rope):
+    other = differences(run.rope, state.rope) if run.rope is not None else []
+    if other:
+        theirs, ours = (
+            ", ".join(f"rope.{name}={getattr(rope, name)}" for name in other)
+            for rope in (state.rope, run.rope)
+        )
         raise UserError(
-            f"{newest} was trained with {state.rope}, but this run specifies {run.rope}; use a new --save folder"
+            f"{newest} was trained with {theirs}, but this run specifies {ours}; use a new --save folder"
         )
     return WeightsSource(state=state, resume=newest, assets=_assets_of(newest))
 

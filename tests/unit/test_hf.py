@@ -272,7 +272,7 @@ def test_config_of_a_llama(tmp_path):
         ({"hidden_size": "72"}, "hidden_size='72' must be a whole number"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"num_key_value_heads": 2}, "not a multiple"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
     ],
 )
 def test_config_of_something_else_is_refused(tmp_path, change, message):

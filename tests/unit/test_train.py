@@ -106,7 +106,7 @@ REFUSED: list[tuple[str, int, str]] = [
     ),
     # Layouts.
     (
-        "--recipe tiny_extend --set train.seq_length=66 --load-hf {}/base --data {}/rows",
+        "--recipe tiny_extend --set train.seq_length=66 rope.factor=8 --load-hf {}/base --data {}/rows",
         2,
         "train.seq_length=66 is not divisible by 2 x parallel.cp = 4; the nearest that are: 64 and 68",
     ),
@@ -217,7 +217,7 @@ def test_refused(
 
 def test_a_run_directory_of_another_run_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(inputs.rglob("*"))
-    line = "theirs/iter_0000007 was trained with Rope.*factor=4.0.* but this run specifies Rope.*; use a new --save folder"
+    line = "theirs/iter_0000007 was trained with .*rope.factor=4.0.* but this run specifies .*rope.factor=1.0.*; use a new --save folder"
     with pytest.raises(UserError, match=line):
         train(
             monkeypatch,
