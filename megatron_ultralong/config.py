@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.rope.settings import Rope
+from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.methods import METHODS, from_values, settings_of
 
 OFFLOADED_LAYERS_ON_GPU = 2
 """Layers whose offloaded tensors are on the GPU at a time: one is copied while the next is computed."""
@@ -241,7 +244,7 @@ class Run:
     model: Model | None = None
     """Model to train from scratch; None = that of --load-hf or --load."""
     rope: Rope | None = None
-    """None = that of the loaded model."""
+    """None = that of the loaded model, extended only if it does not reach train.seq_length."""
     parallel: Parallel = field(default_factory=Parallel)
     memory: Memory = field(default_factory=Memory)
     data: Data = field(default_factory=Data)
@@ -294,6 +297,19 @@ class Run:
                 f"interleaved pipeline: {n} micro-batches are not a multiple of parallel.pp={p.pp}; change train.global_batch"
             )
         return n
+
+
+def check_reach(rope: Rope, covered: int | None, seq_length: int) -> None:
+    """UserError where `rope` is not made for sequences of `seq_length` tokens, unless it says so itself.
+    covered: tokens it is made for, None = any number."""
+    if covered is not None and seq_length > covered and not rope.allow_short:
+        change = f"rope.factor={seq_length / (rope.original_length or covered):g}"
+        if not isinstance(rope, ScaledRope):
+            change = f"another rope.type, like yarn with {change}"
+        raise UserError(
+            f"train.seq_length={seq_length} is longer than the {covered} tokens that rope.type={rope.type} covers here; "
+            f"set {change}, or rope.allow_short=true to train beyond them"
+        )
 
 
 def check_model_layout(model: Model, parallel: Parallel) -> None:
@@ -374,7 +390,7 @@ def override(run: Run, settings: list[str]) -> Run:
     Values: numbers (integers may end in K or M, 1024-based), true/false, `none`, names. UserError for an
     unknown key, with the nearest valid one, and for a value of the wrong type.
     """
-    valid = {f"{section}.{f.name}" for section, kind in _sections().items() for f in dataclasses.fields(kind)}
+    hints = _type_hints()
     changes: dict[str, dict[str, Any]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -382,13 +398,16 @@ def override(run: Run, settings: list[str]) -> Run:
         if not equals:
             raise UserError(f"--set {setting}: expected key=value")
         _check_renamed(key, text.strip())
-        if key not in valid:
-            near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.0)[0]
+        if key not in hints:
+            near = difflib.get_close_matches(key, sorted(hints), n=1, cutoff=0.0)[0]
             raise UserError(f"--set {key}: no such setting; did you mean {near}?")
         section, _, name = key.partition(".")
-        hint = typing.get_type_hints(_sections()[section])[name]
-        changes.setdefault(section, {})[name] = _parse(key, text.strip(), hint)
+        changes.setdefault(section, {})[name] = _parse(key, text.strip(), hints[key])
     new: dict[str, Any] = {}
+    new_length = changes.get("train", {}).get("seq_length", run.train.seq_length)
+    rope = _change_rope(run, changes.pop("rope", {}), new_length)
+    if rope != run.rope:
+        new["rope"] = rope
     for section, values in changes.items():
         old = getattr(run, section)
         if old is None and section == "model":
@@ -399,8 +418,52 @@ def override(run: Run, settings: list[str]) -> Run:
             dataclasses.replace(old, **values) if old is not None else _sections()[section](**values)
         )
     if settings:  # the notes describe published values, which these settings are not
-        new["notes"] = f"{run.notes} Changed for this run: {', '.join(settings)}.".strip()
-    return dataclasses.replace(run, **new)
+        rescaled = _factor(rope) != _factor(run.rope) and not any("rope.factor" in x for x in settings)
+        shown = [*settings, f"rope.factor={_factor(rope):g}"] if rescaled and _factor(rope) else settings
+        new["notes"] = f"{run.notes} Changed for this run: {', '.join(shown)}.".strip()
+    changed = dataclasses.replace(run, **new)
+    if isinstance(rope, ScaledRope) and rope.factor and rope.original_length:
+        check_reach(rope, rope.covered_length(), new_length)
+    return changed
+
+
+def _change_rope(run: Run, values: dict[str, Any], seq_length: int) -> Rope | None:
+    """The RoPE of `run` with settings changed, for sequences of `seq_length` tokens. A new method keeps what
+    it shares with the recipe's; a factor that is not set follows the length."""
+    old = run.rope
+    if old is None and not values:
+        return None
+    kind = values.get("type", old.type if old is not None else "")
+    if not kind:
+        raise UserError(
+            f"--set rope.{next(iter(values))}: recipe {run.name} keeps the RoPE of the loaded model; set rope.type too"
+        )
+    kept: dict[str, Any] = {"theta": None, "original_length": None}
+    if old is not None:
+        kept = {f.name: getattr(old, f.name) for f in dataclasses.fields(old) if f.name != "type"}
+    if old is None or kind != old.type:
+        # A changed base is always stated, and the factor of dynamic scaling is another quantity.
+        apart = {"theta": ("theta",), "dynamic": ("factor",)}
+        dropped = {*apart.get(kind, ()), *(("factor",) if old is not None and old.type == "dynamic" else ())}
+        kept = {
+            name: value
+            for name, value in kept.items()
+            if name in settings_of(METHODS[kind]) and name not in dropped
+        }
+    rope = from_values({**kept, **values, "type": kind})
+    if isinstance(rope, ScaledRope) and rope.factor and "factor" not in values:
+        factor = rope.factor * seq_length / run.train.seq_length
+        if factor < 1:
+            raise UserError(
+                f"--set train.seq_length={seq_length}: shorter than the {rope.original_length} tokens before scaling, "
+                f"so that rope.factor={rope.factor:g} cannot follow it; set rope.factor too"
+            )
+        rope = dataclasses.replace(rope, factor=factor)
+    return rope
+
+
+def _factor(rope: Rope | None) -> float | None:
+    return rope.factor if isinstance(rope, ScaledRope) else None
 
 
 def to_dict(run: Run) -> dict[str, Any]:
@@ -412,7 +475,9 @@ def from_dict(values: dict[str, Any]) -> Run:
     """Inverse of `to_dict`, also for runs of earlier releases. UserError for unknown keys."""
     sections, values = _sections(), _with_new_names(values)
     try:
-        built = {
+        rope = values.pop("rope", None)
+        built: dict[str, Any] = {"rope": from_values(rope, ignore_others=True) if rope is not None else None}
+        built |= {
             key: sections[key](**value) if key in sections and value is not None else value
             for key, value in values.items()
         }
@@ -424,7 +489,6 @@ def from_dict(values: dict[str, Any]) -> Run:
 def _sections() -> dict[str, type]:
     return {
         "model": Model,
-        "rope": Rope,
         "parallel": Parallel,
         "memory": Memory,
         "data": Data,
@@ -432,6 +496,37 @@ def _sections() -> dict[str, type]:
         "train": Train,
         "runtime": Runtime,
     }
+
+
+def _type_hints() -> dict[str, Any]:
+    """The type of every setting of the command line, by `section.name`."""
+    hints = {
+        f"{section}.{f.name}": typing.get_type_hints(kind)[f.name]
+        for section, kind in _sections().items()
+        for f in dataclasses.fields(kind)
+    }
+    for kind in METHODS.values():
+        of_kind = typing.get_type_hints(kind)
+        hints |= {f"rope.{name}": of_kind[name] for name in settings_of(kind)}
+    return {**hints, "rope.type": Literal[tuple(METHODS)]}
+
+
+def _parse_numbers(key: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, or the list in a JSON file."""
+    found: Any = text.split(",")
+    if text.endswith(".json"):
+        try:
+            found = json.loads(Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--set {key}={text}: cannot read the file ({error})") from None
+        if not isinstance(found, list):
+            raise UserError(f"--set {key}={text}: the file must hold a list of numbers")
+    try:
+        return tuple(float(x) for x in found)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"--set {key}={text}: expected numbers with commas, or a JSON file with a list"
+        ) from None
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:
@@ -443,6 +538,8 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         if text not in choices:
             raise UserError(f"--set {key}={text}: choose one of {', '.join(choices)}")
         return text
+    if typing.get_origin(hint) is tuple:
+        return _parse_numbers(key, text)
     if hint is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise UserError(f"--set {key}={text}: expected true or false")

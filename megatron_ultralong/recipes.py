@@ -11,8 +11,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.methods import Unscaled, YaRN
 
 LLAMA_3_1_8B = Model(
     hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256
@@ -56,7 +58,7 @@ def tiny() -> Run:
             tied_embeddings=True,
             init_std=0.08,
         ),
-        rope=Rope(type="none", theta=10000.0, original_length=512),
+        rope=Unscaled(theta=10000.0, original_length=512),
         memory=Memory(recompute="none"),
         optim=Optim(weight_decay=0.01),
         train=Train(
@@ -81,9 +83,7 @@ def tiny_extend() -> Run:
         notes="A toy extension by 8; every figure is this project's own choice.",
         # Unlike the paper: with temperature, so small a model retrieves keys at eight times its length almost
         # at once.
-        rope=Rope(
-            type="yarn", theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True
-        ),
+        rope=YaRN(theta=10000.0, factor=8.0, original_length=512, ramp="dimension", temperature=True),
         parallel=Parallel(cp=2),
         memory=Memory(recompute="none"),
         optim=Optim(weight_decay=0.01),
@@ -219,8 +219,7 @@ def _ultralong_sft(size: str) -> Run:
 
 def _yarn(factor: int, *, theta: float, original_length: int) -> Rope:
     """The paper's YaRN: ramp over rotations, no temperature; `factor` replaces the base model's own."""
-    return Rope(
-        type="yarn",
+    return YaRN(
         theta=theta,
         factor=float(factor),
         original_length=original_length,

@@ -20,7 +20,11 @@ LLAMA3 = {
 
 
 def hf_model(
-    model: Model, rope: dict[str, Any] | None = None, seed: int = 0, **config: Any
+    model: Model,
+    rope: dict[str, Any] | None = None,
+    seed: int = 0,
+    max_position: int = 512,
+    **config: Any,
 ) -> LlamaForCausalLM:
     """A LlamaForCausalLM of `model`'s shape in float32, weights large enough that errors show."""
     torch.manual_seed(seed)
@@ -36,7 +40,7 @@ def hf_model(
                 head_dim=model.head_dim,
                 rms_norm_eps=model.norm_eps,
                 tie_word_embeddings=model.tied_embeddings,
-                max_position_embeddings=512,
+                max_position_embeddings=max_position,
                 attn_implementation="eager",
                 rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
                 **config,

@@ -27,12 +27,12 @@ from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
 from megatron_ultralong.checkpoint.hf.reader import HFReader, load_parameters
 from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Runtime, check_model_layout, to_dict
+from megatron_ultralong.config import Memory, Model, Parallel, Runtime, check_model_layout, to_dict
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.rope.hf_config import exact_max_position
-from megatron_ultralong.rope.methods import describe, same_maths, scaled_length
+from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -171,7 +171,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
         return different
     if not same_maths(hf.rope, state.rope, hf.model.head_dim):
         different.append(
-            f"config.json: RoPE is {describe(hf.rope)}; in the checkpoint {describe(state.rope)}"
+            f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {state.rope.describe()}"
         )
     reader = HFReader(folder, hf.model)
     narrow = torch.bfloat16 if torch.bfloat16 in (stored, reader.dtype) else torch.float32
@@ -204,12 +204,12 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
 def max_position(state: TrainingState, base: dict[str, Any]) -> int:
     """max_position_embeddings of an export, tokens: the length reached in training, and the full range of a
     scaled RoPE."""
-    exact = exact_max_position(state.rope)
+    exact = state.rope.exact_max_position()
     if exact is not None:
         return exact
     run, scaled, base_length = (
         state.stored_run(),
-        scaled_length(state.rope),
+        (isinstance(state.rope, ScaledRope) and state.rope.covered_length()) or 0,
         int(base.get("max_position_embeddings", 0)),
     )
     if run is None:  # imported, not trained

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong import config
-from megatron_ultralong.config import Model, Rope
+from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.methods import from_values
 
 FORMAT = 2
 """Format version of run.json. Version 1 has other names for some settings of the run (`config.RENAMED`); both
@@ -65,4 +67,5 @@ def read(checkpoint: Path) -> TrainingState:
             f"{file}: unsupported format version {version} (expected {' or '.join(map(str, READABLE))}); "
             "use the release that wrote it"
         )
-    return TrainingState(model=Model(**values.pop("model")), rope=Rope(**values.pop("rope")), **values)
+    rope = from_values(values.pop("rope"), ignore_others=True)
+    return TrainingState(model=Model(**values.pop("model")), rope=rope, **values)

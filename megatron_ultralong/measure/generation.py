@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.config import Model, Parallel, Rope, Runtime
+from megatron_ultralong.config import Model, Parallel, Runtime
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
@@ -21,6 +21,7 @@ from megatron_ultralong.measure import timing
 from megatron_ultralong.measure.number_format import byte_count, integer, three_digits, token_count
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.step import model_text
+from megatron_ultralong.rope.methods import Unscaled
 
 WARM_UP = 256
 """Tokens of a first prefill that loads kernels and is not measured."""
@@ -144,7 +145,7 @@ def run(
 def _reader(settings: GenerationSettings, ranks: Any) -> Any:
     from megatron_ultralong.model.inference.prefill_decode import InferenceModel
 
-    reader = InferenceModel(settings.model, Rope(), ranks, Parallel(), settings.precision, settings.chunk)
+    reader = InferenceModel(settings.model, Unscaled(), ranks, Parallel(), settings.precision, settings.chunk)
     with torch.no_grad():
         for parameter in reader.chunk.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, settings.model.init_std)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import timing
@@ -33,6 +33,7 @@ from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.planning.flops import FORMULA, flops_per_token, peak_flops
 from megatron_ultralong.recipes import LLAMA_3_1_8B
+from megatron_ultralong.rope.methods import Unscaled
 
 SETTINGS = {
     "none": Memory(recompute="none", offload="off"),
@@ -225,7 +226,7 @@ def _measured(
 
     model, device = settings.model, ranks.device
     memory = replace(SETTINGS[name], layer_chunk=settings.layer_chunk, loss_chunk=settings.loss_chunk)
-    (chunk,) = llama.build(model, Rope(), ranks, Parallel(), memory, settings.precision)
+    (chunk,) = llama.build(model, Unscaled(), ranks, Parallel(), memory, settings.precision)
     store = llama.unwrap(chunk).store
     stores.append(store)
     parameters = list(chunk.parameters())

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
-from megatron_ultralong.rope.methods import inverse_frequencies
+from megatron_ultralong.rope.base import Rope
 
 DocumentStarts = Sequence[int] | None
 """Positions in the complete row (b = 1) at which documents start, to keep attention inside them; None = one
@@ -34,7 +33,8 @@ class RotaryTable:
     def __init__(self, rope: Rope, head_dim: int, by_document: bool = False) -> None:
         """by_document: positions restart in each document of a packed row."""
         self.by_document = by_document
-        self.inverse_frequencies, self.attention_factor = inverse_frequencies(rope, head_dim)
+        rope.inverse_frequencies(head_dim)  # refuse settings that do not fit, before any weight is read
+        self.rope, self.head_dim = rope, head_dim
         self._key: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -55,7 +55,7 @@ class RotaryTable:
                 if starts is None
                 else zigzag.document_positions(starts, seq_length, cp_rank, cp, device=device)
             )
-            self._tables = cos_sin(positions, self.inverse_frequencies.to(device), self.attention_factor)
+            self._tables = cos_sin(positions, *self.rope.inverse_frequencies(self.head_dim, seq_length))
             self._key = key
         return self._tables
 

@@ -21,13 +21,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import WrappedTensor
 from torch import Tensor
 
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, check_model_layout
+from megatron_ultralong.config import Memory, Model, Parallel, check_model_layout
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
 from megatron_ultralong.model.loss import LossSpec, sharded_token_loss, sharded_token_nll
 from megatron_ultralong.model.weight_mapping import padded_vocab_size
+from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.runtime.launch import Ranks
 
 

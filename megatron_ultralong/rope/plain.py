@@ -1,26 +1,61 @@
-"""RoPE without scaling (rope.type=none; RoFormer, arXiv 2104.09864): frequency i is theta^(-2i/D)."""
+"""RoPE without a scaling rule: the loaded model's base (rope.type=none), or a stated one (rope.type=theta,
+"adjusted base frequency", arXiv 2309.16039)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ultralong.rope.settings import Rope
+from megatron_ultralong.rope.base import Rope, unscaled
+from megatron_ultralong.rope.hf_block import HFBlock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def periods(theta: float, head_dim: int) -> Tensor:
-    """theta^(2i/D), the inverse of each frequency: float32 [D/2] on the CPU."""
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class Unscaled(Rope):
+    """Frequency i is theta^(-2i/D)."""
 
-    return theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    type: Literal["none"] = "none"
+
+    hf_type = "default"
+
+    def frequencies(self, head_dim: int, length: int) -> Tensor:
+        return unscaled(self.base()[0], head_dim)
+
+    def describe(self) -> str:
+        return f"unscaled, theta {self.base()[0]:,.10g}"
+
+    def to_hf(self, max_position: int, head_dim: int) -> dict[str, Any]:
+        return {"rope_theta": float(self.base()[0]), "rope_scaling": None}
+
+    @classmethod
+    def from_hf(cls, block: HFBlock) -> Rope:
+        return cls(theta=block.theta, original_length=block.max_position())
 
 
-def frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position, float32 [D/2]."""
-    return 1.0 / periods(rope.theta, head_dim)
+@dataclass(frozen=True, kw_only=True)
+class ChangedBase(Rope):
+    """Frequency i is theta^(-2i/D) with a theta chosen for the new length. It is exported as rope_theta."""
 
+    type: Literal["theta"] = "theta"
+    theta: float | None = None
+    """The new RoPE base; it must be set."""
 
-def describe(rope: Rope) -> str:
-    return f"unscaled, theta {rope.theta:,.10g}"
+    def frequencies(self, head_dim: int, length: int) -> Tensor:
+        return unscaled(self.base()[0], head_dim)
+
+    def covered_length(self) -> int | None:
+        return None  # the base is whatever was chosen for the new length
+
+    def for_length(self, loaded: Rope | None, length: int) -> Rope:
+        if self.theta is None:
+            self.base()  # a changed base is never that of the loaded model
+        return super().for_length(loaded, length)
+
+    def describe(self) -> str:
+        return f"unscaled, changed theta {self.base()[0]:,.10g}"
+
+    def to_hf(self, max_position: int, head_dim: int) -> dict[str, Any]:
+        return {"rope_theta": float(self.base()[0]), "rope_scaling": None}

@@ -14,6 +14,7 @@ from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.rope.methods import report
 from megatron_ultralong.runtime import launch
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loop, weights_source
@@ -119,6 +120,7 @@ def _print_start(
     """Log what the run is trained on and where it starts."""
     run = trainer.run
     log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
+    log.note(f"RoPE: {report(state.rope, state.model.head_dim, run.train.seq_length)}")
     if source.resume is None:
         note = weights_source.theta_note(run, source)
     else:

@@ -14,10 +14,12 @@ from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Model, Rope, Run
+from megatron_ultralong.config import Model, Run
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.methods import Unscaled, differences, resolve
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -54,7 +56,10 @@ def find(
     elif load_hf is not None:
         source = _from_hf(run, load_hf, tokenizer)
     elif run.model is not None:
-        state = TrainingState(model=run.model, rope=run.rope or Rope(), base=run.base)
+        stated = run.rope or Unscaled(original_length=run.train.seq_length)
+        state = TrainingState(
+            model=run.model, rope=stated.for_length(None, run.train.seq_length), base=run.base
+        )
         source = WeightsSource(state=state, assets=AssetFolders(tokenizer=tokenizer))
     else:
         raise UserError(f"recipe {run.name} starts from a model: give --load-hf DIR or --load CKPT")
@@ -64,9 +69,14 @@ def find(
 def _resume(run: Run, newest: Path) -> WeightsSource:
     state = training_state.read(newest)
     _check_same_model(run.model, state.model, newest)
-    if run.rope is not None and run.rope != state.rope:
+    other = differences(run.rope, state.rope) if run.rope is not None else []
+    if other:
+        theirs, ours = (
+            ", ".join(f"rope.{name}={getattr(rope, name)}" for name in other)
+            for rope in (state.rope, run.rope)
+        )
         raise UserError(
-            f"{newest} was trained with {state.rope}, but this run specifies {run.rope}; use a new --save folder"
+            f"{newest} was trained with {theirs}, but this run specifies {ours}; use a new --save folder"
         )
     return WeightsSource(state=state, resume=newest, assets=_assets_of(newest))
 
@@ -74,14 +84,23 @@ def _resume(run: Run, newest: Path) -> WeightsSource:
 def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSource:
     if not (path / "run.json").is_file() and run.model is not None:
         # A checkpoint of Megatron-LM: the recipe gives the shape.
-        stored = TrainingState(model=run.model, rope=run.rope or Rope())
+        stored = TrainingState(
+            model=run.model, rope=(run.rope or Unscaled()).for_length(None, run.train.seq_length)
+        )
     else:
         stored = training_state.read(path)
     _check_same_model(run.model, stored.model, path)
+    assets = _assets_of(path)
+    length = stored.max_length
+    if not length and assets.base is not None:  # converted, not trained
+        length = hf_config.read_config(assets.base).max_position
     state = TrainingState(
-        model=stored.model, rope=run.rope or stored.rope, base=stored.base, max_length=stored.max_length
+        model=stored.model,
+        rope=_rope(run, stored.rope, length),
+        base=stored.base,
+        max_length=stored.max_length,
     )
-    return WeightsSource(state=state, checkpoint=path, assets=replace(_assets_of(path), tokenizer=tokenizer))
+    return WeightsSource(state=state, checkpoint=path, assets=replace(assets, tokenizer=tokenizer))
 
 
 def _from_hf(run: Run, folder: Path, tokenizer: Path | None) -> WeightsSource:
@@ -90,8 +109,20 @@ def _from_hf(run: Run, folder: Path, tokenizer: Path | None) -> WeightsSource:
     name = hf_config.base_name(folder, hf.raw)
     if run.base.rpartition("/")[2].lower() == name.lower():
         name = run.base  # the directory has the short name of the recipe's base: use the full name
-    state = TrainingState(model=hf.model, rope=run.rope or hf.rope, base=name)
+    state = TrainingState(model=hf.model, rope=_rope(run, hf.rope, hf.max_position), base=name)
     return WeightsSource(state=state, hf=folder, assets=AssetFolders(base=folder, tokenizer=tokenizer))
+
+
+def _rope(run: Run, loaded: Rope, length: int) -> Rope:
+    """The RoPE of a run from a model with the RoPE `loaded` that was made for `length` tokens."""
+    reach = max(length, loaded.covered_length() or 0)
+    rope = resolve(run.rope, loaded, reach, run.train.seq_length)
+    covered = rope.covered_length()
+    if rope == loaded and run.train.seq_length <= reach:
+        # The loaded model may read more than its factor says, like Llama-3.1: 131,072 tokens with 8 x 8,192.
+        return replace(rope, allow_short=covered is not None and covered < run.train.seq_length)
+    config.check_reach(rope, covered, run.train.seq_length)
+    return rope
 
 
 def _assets_of(checkpoint: Path) -> AssetFolders:
@@ -162,7 +193,7 @@ def data_note(before: TrainingState, now: TrainingState) -> str | None:
 def theta_note(run: Run, source: WeightsSource) -> str | None:
     """A line for a run whose RoPE base differs from the model's: intended for NTK-aware scaling, otherwise a
     mistake."""
-    if source.hf is None or run.rope is None:
+    if source.hf is None or run.rope is None or run.rope.type == "theta":
         return None
     theirs = hf_config.read_config(source.hf).rope.theta
     if theirs == run.rope.theta:

@@ -20,15 +20,17 @@ from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
 from tests import processes
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
 ROOT = Path(__file__).parents[2]
-BASE_ROPE = Rope(type="llama3", theta=10000.0, factor=4.0, original_length=32)
+BASE_ROPE = Llama3(theta=10000.0, factor=4.0, original_length=32)
 # Odd sizes: vocabulary 97 is padded at TP 2, 3 and 4; head_dim is not hidden / heads.
 UNTIED = Model(hidden_size=48, ffn_size=40, layers=4, heads=8, kv_heads=4, head_dim=10, vocab_size=97)
 TIED_3_KV = Model(
@@ -110,10 +112,7 @@ def test_four_ranks(tmp_path):
 
     trained = tmp_path / "trained_hf"
     found = hf_config.read_config(trained)
-    assert (
-        found.rope == Rope(type="llama3", theta=10000.0, factor=32.0, original_length=32)
-        and found.max_position == 1024
-    )
+    assert found.rope == Llama3(theta=10000.0, factor=32.0, original_length=32) and found.max_position == 1024
     assert json.loads((trained / "tokenizer_config.json").read_text())["model_max_length"] == 1024
     stored = json.loads((trained / "training_run.json").read_text())
     assert stored["name"] == "tiny" and stored["train"]["seq_length"] == 1024
@@ -344,13 +343,13 @@ def test_max_position_of_an_export():
         state = TrainingState(model=UNTIED, rope=rope, run=run if trained else None)
         return convert.max_position(state, {} if base is None else {"max_position_embeddings": base})
 
-    llama = Rope(type="llama3", factor=8.0, original_length=8192)
+    llama = Llama3(factor=8.0, original_length=8192)
     assert (
         of(llama, False, 131072) == 131072
         and of(llama, False, None) == 65536
-        and of(Rope(), False, None) == 2048
+        and of(Unscaled(), False, None) == 2048
     )
-    assert of(Rope(type="yarn", factor=8.0, original_length=512), True, 512) == 4096
-    assert of(Rope(type="yarn", factor=2.0, original_length=512), True, 512) == 3000  # trained past its range
-    assert of(Rope(type="yarn", factor=2.0, original_length=512, ramp="dimension"), True, 512) == 1024
-    assert of(Rope(theta=1e8), True, 512) == 3000 and of(Rope(theta=1e8), True, 8192) == 8192
+    assert of(YaRN(factor=8.0, original_length=512), True, 512) == 4096
+    assert of(YaRN(factor=2.0, original_length=512), True, 512) == 3000  # trained past its range
+    assert of(YaRN(factor=2.0, original_length=512, ramp="dimension"), True, 512) == 1024
+    assert of(Unscaled(theta=1e8), True, 512) == 3000 and of(Unscaled(theta=1e8), True, 8192) == 8192

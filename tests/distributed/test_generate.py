@@ -124,6 +124,52 @@ def _answers(rank: int, world: int) -> None:
         leave_groups()
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def test_dynamic_frequencies_are_those_of_the_whole_request() -> None:
+    run_ranks(_dynamic, 2)
+
+
+def _dynamic(rank: int, world: int) -> None:
+    """Against transformers reading every prompt in one pass, padded to the length of its request."""
+    from megatron_ultralong.model import llama
+    from megatron_ultralong.model.inference.prefill_decode import InferenceModel
+    from megatron_ultralong.runtime import launch
+
+    parallel = Parallel(cp=2)
+    ranks = launch.start(Runtime(device="cpu"), parallel)
+    reference = hf_model(UNTIED, DYNAMIC, max_position=16)
+    rope = from_hf({"rope_parameters": DYNAMIC, "max_position_embeddings": 16})
+    reader = InferenceModel(UNTIED, rope, ranks, parallel, "fp32", 5)
+    whole = {name: p.data for name, p in reference.named_parameters()}
+    for name, parameter in llama.named_parameters(reader.chunk).items():
+        parameter.data.copy_(weight_mapping.split(name, whole, UNTIED, 0, 1))
+
+    def logits(tokens: list[int], length: int) -> torch.Tensor:
+        """[tokens, 97], with the frequencies of `length` tokens."""
+        with torch.no_grad():
+            return reference(torch.tensor([tokens + [0] * (length - len(tokens))])).logits[0, : len(tokens)]
+
+    session = DecodingSession(reader)
+    prompts, most = [CONTEXT + ids(3, 5), CONTEXT + ids(9, 6), ids(4, 7)], [4, 30, 6]
+    answers = session.generate(prompts, most, [lambda tokens: False] * 3, Sampling())
+    for prompt, count, answer in zip(prompts, most, answers, strict=True):
+        want = list(prompt)
+        for _ in range(count):
+            want.append(int(logits(want, len(prompt) + count)[-1].argmax()))
+        assert answer == want[len(prompt) :]
+    # A prompt of the same length shares what was read of the last one, another reads all of it anew.
+    for context, continuation in ((CONTEXT, ids(8, 1)), (CONTEXT, ids(8, 2)), (CONTEXT, ids(30, 2))):
+        logp, _ = session.scores(context, continuation)
+        n = len(context) + len(continuation)
+        want_logp = logits(context + continuation, n).log_softmax(-1)[len(context) - 1 : -1]
+        torch.testing.assert_close(
+            logp, want_logp.gather(1, torch.tensor(continuation)[:, None])[:, 0], rtol=0, atol=1e-4
+        )
+    leave_groups()
+
+
 def _check_logits(reader: Any, case: int) -> None:
     for prompt in PROMPTS:
         cache = reader.cache(reader.tokens_per_rank(len(prompt)))

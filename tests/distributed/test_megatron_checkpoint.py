@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.rope.methods import Unscaled
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import hf_model
 
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=2, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
 TIED = replace(UNTIED, tied_embeddings=True)
-ROPE = Rope(theta=10000.0)
+ROPE = Unscaled(theta=10000.0)
 S, ROWS = 32, 2
 MEGATRON_LM_VOCABULARY = 128
 """Megatron-LM's own padding of 97: to a multiple of 128."""

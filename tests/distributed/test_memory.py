@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Runtime
+from megatron_ultralong.config import Memory, Model, Parallel, Runtime
 from megatron_ultralong.model import init  # no megatron
+from megatron_ultralong.rope.methods import Unscaled
 from tests.spawn import run_ranks
 
 S = 512
@@ -43,7 +44,7 @@ def _one_rank(rank: int, world: int) -> None:
 
     ranks = launch.start(Runtime(device="cpu"), Parallel())
     with pytest.raises(AssertionError, match="must be resolved first"):
-        llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), Memory(), "fp32")
+        llama.build(MODEL, Unscaled(theta=10000.0), ranks, Parallel(), Memory(), "fp32")
     tokens = torch.randint(0, MODEL.vocab_size, (1, S + 1), generator=torch.Generator().manual_seed(0))
     largest, kept, grads = {}, {}, {}
     for name, memory in {
@@ -55,7 +56,7 @@ def _one_rank(rank: int, world: int) -> None:
             recompute="all_but_attention", offload="all", layer_chunk=CHUNK, loss_chunk=CHUNK
         ),
     }.items():
-        (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
+        (chunk,) = llama.build(MODEL, Unscaled(theta=10000.0), ranks, Parallel(), memory, "fp32")
         init.initialise(llama.named_parameters(chunk), MODEL, 1, 0, 1)
         saved = 0
 
@@ -144,7 +145,7 @@ def _shared_gradients(rank: int, world: int) -> None:
             for where in ("off", "layer_inputs", "all")
         ),
     ):
-        (chunk,) = llama.build(MODEL, Rope(theta=10000.0), ranks, Parallel(), memory, "fp32")
+        (chunk,) = llama.build(MODEL, Unscaled(theta=10000.0), ranks, Parallel(), memory, "fp32")
         init.initialise(llama.named_parameters(chunk), MODEL, 1, 0, 1)
         layers = list(llama.unwrap(chunk).decoder.layers)
 

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning.memory import gpu_memory, stage_parameters
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.hf_config import from_hf
+from megatron_ultralong.rope.methods import Llama3
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
-ROPE = Rope(type="llama3", theta=10000.0, factor=4.0, original_length=32)
+ROPE = Llama3(theta=10000.0, factor=4.0, original_length=32)
 S = 64
 # Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
 UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
@@ -139,6 +142,48 @@ def _packed(rank: int, world: int) -> None:
         leave_groups()
 
 
+# config.json's words for the other methods, and max_position_embeddings.
+OTHER_METHODS: tuple[tuple[dict[str, Any], int], ...] = (
+    ({"rope_type": "linear", "factor": 4.0}, 16),
+    ({"rope_type": "dynamic", "factor": 2.0}, 16),
+    (
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "long_factor": [1.0, 1.5, 2.5, 3.0, 4.0],
+            "short_factor": [1.0, 1.0, 1.5, 1.5, 2.0],
+        },
+        64,
+    ),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+)
+
+
+@pytest.mark.slow
+def test_other_methods_equal_transformers() -> None:
+    """Training computes what transformers does for a sequence of the same length."""
+    run_ranks(_other_methods, 4)
+
+
+def _other_methods(rank: int, world: int) -> None:
+    from megatron_ultralong.runtime import launch
+
+    parallel = Parallel(tp=2, cp=2)
+    ranks = launch.start(Runtime(device="cpu"), parallel)
+    rows = _rows(UNTIED, 4)
+    losses = set()
+    for block, max_position in OTHER_METHODS:
+        block = {**block, "rope_theta": 10000.0}
+        rope = from_hf({"rope_parameters": block, "max_position_embeddings": max_position})
+        reference = hf_model(UNTIED, block, max_position=max_position)
+        logits, loss, grads = _reference(reference, rows)
+        losses.add(loss)
+        _check_layout(UNTIED, reference, ranks, parallel, MEMORY[0], rows, logits, loss, grads, rope=rope)
+    assert len(losses) == len(OTHER_METHODS)
+    leave_groups()
+
+
 def _rows(model: Model, count: int) -> dict[str, torch.Tensor]:
     """`count` packed rows of S + 1 tokens; masks that differ by row, whole rows and a whole rank's stretch
     masked."""
@@ -192,6 +237,7 @@ def _check_layout(
     *,
     starts: Any = None,
     positions: str = "row",
+    rope: Rope = ROPE,
 ) -> None:
     from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
@@ -201,7 +247,7 @@ def _check_layout(
 
     where, count = f"{parallel} {memory}", len(rows["tokens"])
     chunks = llama.build(
-        model, ROPE, ranks, parallel, memory, "fp32", positions_by_document=positions == "document"
+        model, rope, ranks, parallel, memory, "fp32", positions_by_document=positions == "document"
     )
     assert sum(p.numel() for chunk in chunks for p in chunk.parameters()) == stage_parameters(
         model, parallel.tp, parallel.pp, ranks.pp_rank

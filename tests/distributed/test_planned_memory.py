@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import Memory, Model, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.planning import layer_memory
 from megatron_ultralong.planning.memory import gpu_memory, total
+from megatron_ultralong.rope.methods import Unscaled
 from tests.spawn import run_ranks
 
 K = 1024
@@ -98,7 +99,7 @@ def counted(ranks: Any, memory: Memory, model: Model, tokens: int, parallel: Par
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "split_group", lambda *args, **kwargs: groups)
         patch.setattr(select, "choose", lambda *args: "cpu")  # also for tensors without data
-        [chunk] = llama.build(model, Rope(), ranks, Parallel(), memory, "bf16")
+        [chunk] = llama.build(model, Unscaled(), ranks, Parallel(), memory, "bf16")
         for module in chunk.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

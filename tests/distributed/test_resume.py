@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.config import Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.methods import YaRN
 from tests.spawn import leave_groups, run_ranks
 
 MODEL = Model(
     hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61, init_std=0.2
 )
 TIED = replace(MODEL, tied_embeddings=True)
-ROPE = Rope(type="yarn", theta=10000.0, factor=4.0, original_length=16)
+ROPE = YaRN(theta=10000.0, factor=4.0, original_length=16)
 S, BATCH = 32, 4
 
 

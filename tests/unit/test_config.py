@@ -13,13 +13,13 @@ from megatron_ultralong.config import (
     Model,
     Optim,
     Parallel,
-    Rope,
     Run,
     Runtime,
     Train,
     override,
 )
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.methods import YaRN
 
 TRAIN = Train(seq_length=64, iterations=10, lr=1e-3)
 RUN = Run(name="x", train=TRAIN)
@@ -53,7 +53,10 @@ MODEL = {
         (["train.seq_length=-4"], "expected a whole number"),
         (["train.lr=fast"], "--set train.lr=fast: expected a number"),
         (["data.shuffle=maybe"], "--set data.shuffle=maybe: expected true or false"),
-        (["rope.type=ntk"], "--set rope.type=ntk: choose one of none, llama3, yarn"),
+        (
+            ["rope.type=pi"],
+            "--set rope.type=pi: choose one of none, theta, linear, ntk, dynamic, llama3, yarn",
+        ),
         (["runtime.device=tpu"], "choose one of auto, cuda, cpu"),
         (["model.layers=2"], "--set model.layers: recipe x takes its model from --load-hf or --load"),
         (["name=y"], "--set name: no such setting"),
@@ -93,15 +96,40 @@ MODEL = {
         # RoPE.
         (
             ["rope.factor=8"],
-            "rope.factor=8.0 has no effect with rope.type=none; set rope.type=yarn or llama3",
+            "--set rope.factor: recipe x keeps the RoPE of the loaded model; set rope.type too",
         ),
+        (
+            ["rope.type=none", "rope.factor=8"],
+            "rope.factor is a setting of rope.type=linear or ntk or .*; rope.type=none has theta, original_length",
+        ),
+        (
+            ["rope.type=linear", "rope.ramp=dimension"],
+            "rope.ramp is a setting of rope.type=yarn; rope.type=linear",
+        ),
+        (["rope.type=longrope"], "rope.type=longrope requires rope.factors, one per pair of head dimensions"),
+        (
+            ["rope.type=longrope", "rope.factors=1,two"],
+            "--set rope.factors=1,two: expected numbers with commas",
+        ),
+        (["rope.type=longrope", "rope.factors=no.json"], "--set rope.factors=no.json: cannot read the file"),
+        (["rope.type=longrope", "rope.factors=1,0"], "rope.factors: 0.0 must be a positive number"),
+        (
+            ["rope.type=longrope", "rope.factors=1,2", "rope.short_factors=1"],
+            "rope.short_factors has 1 numbers, but rope.factors 2",
+        ),
+        (["rope.type=dynamic", "rope.factor=0.5"], "rope.factor=0.5 must be at least 1"),
         (["rope.type=yarn", "rope.factor=0.5"], "rope.factor=0.5 must be at least 1"),
         (["rope.type=yarn", "rope.factor=inf"], "rope.factor=inf must be at least 1"),
         (["rope.type=yarn", "rope.alpha=4"], "rope.alpha=4.0 must be positive and below rope.beta=4.0"),
-        (["rope.theta=0"], "rope.theta=0.0 must be a positive number"),
+        (["rope.type=yarn", "rope.theta=1"], "rope.theta=1.0 must be above 1"),
         (
             ["rope.type=llama3", "rope.temperature=true"],
-            "rope.temperature and rope.ramp=dimension require rope.type=yarn",
+            "rope.temperature is a setting of rope.type=yarn; rope.type=llama3 has",
+        ),
+        (
+            ["rope.type=yarn", "rope.factor=2", "rope.original_length=16", "train.seq_length=64"],
+            "train.seq_length=64 is longer than the 32 tokens that rope.type=yarn covers here; set rope.factor=4, or "
+            "rope.allow_short=true",
         ),
         (
             ["rope.type=yarn", "rope.attention_factor=1.5"],
@@ -168,7 +196,8 @@ def test_settings_are_applied_at_once():
             "train.warmup=20",
         ],
     )
-    assert run.rope == Rope(type="yarn", factor=8.0)
+    # What is not set is that of the loaded model.
+    assert run.rope == YaRN(factor=8.0, theta=None, original_length=None)
     assert (run.train.seq_length, run.train.iterations, run.train.warmup) == (4096, 1000, 20)
     assert RUN.train.seq_length == 64, "the recipe itself is not touched"
 
@@ -211,7 +240,7 @@ def test_stored_run_reads_back():
         notes="n",
         base="b",
         model=Model(**MODEL),
-        rope=Rope(type="yarn", factor=2),
+        rope=YaRN(factor=2),
         parallel=Parallel(cp=2),
         memory=Memory(loss_chunk=8),
         data=Data(workers=1),

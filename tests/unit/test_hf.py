@@ -18,9 +18,10 @@ from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
-from megatron_ultralong.config import Model, Rope, Run, Train
+from megatron_ultralong.config import Model, Run, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
 
 MODEL = Model(hidden_size=72, ffn_size=42, layers=2, heads=9, kv_heads=3, head_dim=6, vocab_size=97)
 TIED = dataclasses.replace(MODEL, tied_embeddings=True)
@@ -40,7 +41,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-ROPE = Rope(type="llama3", theta=10000.0, factor=8.0, original_length=512)
+ROPE = Llama3(theta=10000.0, factor=8.0, original_length=512)
 
 
 def random_tensors(model: Model = MODEL, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -271,7 +272,7 @@ def test_config_of_a_llama(tmp_path):
         ({"hidden_size": "72"}, "hidden_size='72' must be a whole number"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"num_key_value_heads": 2}, "not a multiple"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
     ],
 )
 def test_config_of_something_else_is_refused(tmp_path, change, message):
@@ -507,7 +508,7 @@ def test_card_of_a_llama_says_what_its_licence_asks(tmp_path):
         base="meta-llama/Llama-3.1-8B-Instruct",
         train=Train(seq_length=2**20, iterations=125, lr=3e-5, global_batch=8),
     )
-    rope = Rope(type="yarn", factor=128.0)
+    rope = YaRN(factor=128.0)
     text = model_card.ModelCard(
         name="my-1M",
         base=run.base,
@@ -553,7 +554,7 @@ def test_card_of_another_llama_shaped_model(tmp_path):
         license=license,
         run=None,
         model=MODEL,
-        rope=Rope(),
+        rope=Unscaled(),
         max_position=512,
         iterations=0,
         tokens=0,
@@ -568,7 +569,7 @@ def test_card_of_another_llama_shaped_model(tmp_path):
         license=model_card.License(),
         run=None,
         model=MODEL,
-        rope=Rope(),
+        rope=Unscaled(),
         max_position=512,
         iterations=0,
         tokens=0,

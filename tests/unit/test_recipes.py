@@ -109,7 +109,7 @@ def test_smollm2():
     assert run.rope.factor * run.rope.original_length == run.train.seq_length == 65536
     assert run.rope.theta == 100000
     check_model_layout(SMOLLM2_135M, run.parallel)
-    override(run, ["train.seq_length=2048", "parallel.cp=2"])
+    override(run, ["train.seq_length=2048", "rope.factor=8", "parallel.cp=2"])
     with pytest.raises(UserError, match=r"model.heads=9 is not divisible by parallel.tp=2"):
         check_model_layout(SMOLLM2_135M, Parallel(tp=2))
 

@@ -12,13 +12,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import Rope
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import rotary_embedding as ropes
 from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
-from megatron_ultralong.rope.methods import inverse_frequencies, same_maths
+from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN, same_maths
 
 M = 1024**2
 ORIGINAL = "original_max_position_embeddings"
@@ -57,15 +56,15 @@ def refused(config: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("rope", "ratios"),
     [
-        (Rope(type="llama3", factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
-        (Rope(type="yarn", factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
-        (Rope(type="yarn", factor=128.0, ramp="dimension"), [1.165, 1.396, 1.740, 2.309, 3.433, 6.687]),
+        (Llama3(factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
+        (YaRN(factor=128.0), [1.242, 1.678, 2.349, 3.486, 5.752, 12.231]),
+        (YaRN(factor=128.0, ramp="dimension"), [1.165, 1.396, 1.740, 2.309, 3.433, 6.687]),
     ],
 )
 def test_only_indices_29_to_34_lie_on_the_ramp(rope, ratios):
     """Llama-3.1 from 8192 positions to 1M: plain frequencies below index 29, divided by 128 from 35 on."""
-    plain, factor = inverse_frequencies(Rope(), 128)
-    scaled, _ = inverse_frequencies(rope, 128)
+    plain, factor = Unscaled().inverse_frequencies(128)
+    scaled, _ = rope.inverse_frequencies(128)
     assert factor == 1.0 and torch.equal(plain[:29], scaled[:29])
     assert [round(x, 3) for x in (plain / scaled)[29:35].tolist()] == ratios
     torch.testing.assert_close(plain[35:] / scaled[35:], torch.full((29,), 128.0))
@@ -75,9 +74,9 @@ def test_rotation_ramp_is_that_of_the_paper():
     """YaRN paper eq. 17-20 in exact arithmetic but for theta's powers, at ends of the ramp that are no
     integers."""
     theta, s, length, alpha, beta = 10000.0, 7.3, 511, 0.7, 11.5
-    found, _ = inverse_frequencies(
-        Rope(type="yarn", theta=theta, factor=s, original_length=length, alpha=alpha, beta=beta), 96
-    )
+    found, _ = YaRN(
+        theta=theta, factor=s, original_length=length, alpha=alpha, beta=beta
+    ).inverse_frequencies(96)
     expected = []
     for i in range(48):
         f = theta ** (-2 * i / 96)
@@ -92,7 +91,7 @@ def test_rotation_ramp_is_that_of_the_paper():
 @pytest.mark.parametrize("ramp", ["rotation", "dimension"])
 def test_attention_factor(factor, expected, ramp):
     def found(**settings):
-        return inverse_frequencies(Rope(type="yarn", factor=factor, ramp=ramp, **settings), 128)[1]
+        return YaRN(factor=factor, ramp=ramp, **settings).inverse_frequencies(128)[1]
 
     assert round(found(temperature=True), 6) == expected
     assert found() == 1.0 and found(temperature=True, attention_factor=1.25) == 1.25
@@ -100,34 +99,32 @@ def test_attention_factor(factor, expected, ramp):
 
 def test_settings_without_meaning_are_refused():
     with pytest.raises(UserError, match="head_dim=7 must be even"):
-        inverse_frequencies(Rope(), 7)
+        Unscaled().inverse_frequencies(7)
     with pytest.raises(UserError, match="theta=1.0 must be above 1"):
-        inverse_frequencies(Rope(type="yarn", ramp="dimension", theta=1.0, factor=2.0), 64)
+        YaRN(ramp="dimension", theta=1.0, factor=2.0).inverse_frequencies(64)
     with pytest.raises(UserError, match="attention_factor=-1.0 must be a positive"):
-        inverse_frequencies(Rope(type="yarn", factor=2.0, temperature=True, attention_factor=-1.0), 64)
+        YaRN(factor=2.0, temperature=True, attention_factor=-1.0).inverse_frequencies(64)
 
 
 def test_frequencies_stay_on_the_cpu():
     """Also where another default device is set: a GPU's power function has other last bits."""
     with torch.device("meta"):
         for rope in (
-            Rope(),
-            Rope(type="llama3", factor=8.0),
-            Rope(type="yarn", ramp="dimension", factor=8.0),
+            Unscaled(),
+            Llama3(factor=8.0),
+            YaRN(ramp="dimension", factor=8.0),
         ):
-            assert inverse_frequencies(rope, 64)[0].device.type == "cpu"
+            assert rope.inverse_frequencies(64)[0].device.type == "cpu"
 
 
 # ---- angles ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "rope", [Rope(), Rope(type="yarn", factor=512.0, ramp="dimension", temperature=True)]
-)
+@pytest.mark.parametrize("rope", [Unscaled(), YaRN(factor=512.0, ramp="dimension", temperature=True)])
 def test_angles_at_4m_positions(rope):
     """Against cos and sin of the exact product of position and float32 frequency, at 50 digits; float32
     products fail this."""
-    frequencies, attention_factor = inverse_frequencies(rope, 128)
+    frequencies, attention_factor = rope.inverse_frequencies(128)
     positions = torch.tensor(
         [0, 1, 8191, M - 1, M + 1, 2 * M - 1, 2**24 - 1, 4 * M - 4097, 4 * M - 2, 4 * M - 1]
     )
@@ -151,7 +148,7 @@ def test_angles_at_4m_positions(rope):
 
 
 def test_table_does_not_depend_on_chunks_and_their_float64_is_small(monkeypatch):
-    frequencies, _ = inverse_frequencies(Rope(), 128)
+    frequencies, _ = Unscaled().inverse_frequencies(128)
     positions = torch.arange(4 * M - 40_000, 4 * M)
     with Float64Sizes() as sizes:
         cos, sin = cos_sin(positions, frequencies, 1.5)
@@ -164,7 +161,7 @@ def test_table_does_not_depend_on_chunks_and_their_float64_is_small(monkeypatch)
 
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_a_rank_computes_only_its_own_positions(cp):
-    frequencies, _ = inverse_frequencies(Rope(type="llama3", factor=8.0), 16)
+    frequencies, _ = Llama3(factor=8.0).inverse_frequencies(16)
     whole = cos_sin(torch.arange(48), frequencies, 1.0)
     for rank in range(cp):
         mine = cos_sin(zigzag.positions(48, rank, cp), frequencies, 1.0)
@@ -182,7 +179,7 @@ def test_scores_depend_on_the_distance_only_up_to_4m():
     """q.k of one pair of vectors, moved along the sequence: float32 to float32 rounding, bf16 to bf16
     rounding."""
     torch.manual_seed(0)
-    frequencies, _ = inverse_frequencies(Rope(type="yarn", factor=512.0), 128)
+    frequencies, _ = YaRN(factor=512.0).inverse_frequencies(128)
     q, k = torch.randn(1, 1, 128), torch.randn(300, 1, 128)  # one query, 300 keys
     distances = torch.randint(0, 5000, (300,))
 
@@ -229,7 +226,7 @@ def test_gradient():
     torch.manual_seed(0)
     cos, sin = cos_sin(
         torch.tensor([3, 500, 4 * M]),
-        *inverse_frequencies(Rope(type="yarn", factor=512.0, temperature=True), 6),
+        *YaRN(factor=512.0, temperature=True).inverse_frequencies(6),
     )
     x = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin), (x,))
@@ -239,7 +236,7 @@ def test_gradient():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_backward_is_the_rotation_back_and_keeps_only_cos_and_sin(dtype):
     torch.manual_seed(0)
-    cos, sin = cos_sin(torch.arange(5), *inverse_frequencies(Rope(), 16))
+    cos, sin = cos_sin(torch.arange(5), *Unscaled().inverse_frequencies(16))
     kept: list[int] = []
     leaf = torch.randn(5, 2, 3, 16, dtype=dtype, requires_grad=True)  # [s, b, h, d], as Megatron has it
     x = leaf.permute(1, 2, 0, 3)  # [b, h, s, d]
@@ -265,20 +262,20 @@ def test_shapes_that_do_not_fit():
 
 
 def test_what_configs_say():
-    assert from_hf({}) == from_hf({"rope_scaling": None}) == Rope(theta=10000.0)
+    length = {"max_position_embeddings": 8192}
+    assert from_hf({}) == from_hf({"rope_scaling": None}) == Unscaled(theta=10000.0, original_length=2048)
     assert (
-        from_hf({"rope_theta": 500000})
-        == from_hf({"rope_parameters": {"rope_theta": 500000.0}})
-        == Rope(theta=500000.0)
+        from_hf({"rope_theta": 500000, **length})
+        == from_hf({"rope_parameters": {"rope_theta": 500000.0}, **length})
+        == Unscaled(theta=500000.0, original_length=8192)
     )
-    llama31 = Rope(type="llama3", theta=500000.0, factor=8.0, original_length=8192, alpha=1.0, beta=4.0)
+    llama31 = Llama3(theta=500000.0, factor=8.0, original_length=8192, alpha=1.0, beta=4.0)
     old, new = (
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
         {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
     )
     assert from_hf(old) == from_hf(new) == from_hf({**old, **new}) == llama31
-    yarn = Rope(
-        type="yarn",
+    yarn = YaRN(
         ramp="dimension",
         theta=10000.0,
         factor=16.0,
@@ -299,7 +296,7 @@ def test_what_configs_say():
     )  # Llama's default
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope", "proportional", "su", ["yarn"]])
+@pytest.mark.parametrize("kind", ["proportional", "su", "ntk", ["yarn"]])
 @pytest.mark.parametrize(
     "style", ["rope_scaling.type", "rope_scaling.rope_type", "rope_parameters.rope_type"]
 )
@@ -365,19 +362,19 @@ def test_configs_that_are_refused(config, message):
 
 
 def test_exported_keys():
-    assert to_hf(Rope(theta=10000.0), 512) == {
+    assert to_hf(Unscaled(theta=10000.0), 512, 128) == {
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
         "rope_scaling": None,
     }
     scaling = {**LLAMA3, "factor": 128.0}
-    exported = to_hf(Rope(type="yarn", factor=128.0), M)
+    exported = to_hf(YaRN(factor=128.0), M, 128)
     assert exported == {"max_position_embeddings": M, "rope_theta": 500000.0, "rope_scaling": scaling}
     yarn = {"rope_type": "yarn", "factor": 128.0, ORIGINAL: 8192, "beta_fast": 4.0, "beta_slow": 1.0}
-    ours = Rope(type="yarn", ramp="dimension", factor=128.0)
-    assert to_hf(ours, M)["rope_scaling"] == {**yarn, "attention_factor": 1.0}
-    with_temperature = Rope(type="yarn", ramp="dimension", factor=128.0, temperature=True, truncate=False)
-    assert to_hf(with_temperature, M)["rope_scaling"] == {**yarn, "truncate": False}
+    ours = YaRN(ramp="dimension", factor=128.0)
+    assert to_hf(ours, M, 128)["rope_scaling"] == {**yarn, "attention_factor": 1.0}
+    with_temperature = YaRN(ramp="dimension", factor=128.0, temperature=True, truncate=False)
+    assert to_hf(with_temperature, M, 128)["rope_scaling"] == {**yarn, "truncate": False}
 
 
 def test_what_config_json_cannot_say():
@@ -385,21 +382,21 @@ def test_what_config_json_cannot_say():
         UserError,
         match=r"cannot express YaRN over rotations with attention temperature.*rope.temperature=false",
     ):
-        to_hf(Rope(type="yarn", factor=128.0, temperature=True), M)
+        to_hf(YaRN(factor=128.0, temperature=True), M, 128)
     with pytest.raises(
         UserError,
         match=r"max_position_embeddings=1073152 must be rope.factor x rope.original_length = 1048576",
     ):
-        to_hf(Rope(type="yarn", ramp="dimension", factor=128.0), 1073152)
+        to_hf(YaRN(ramp="dimension", factor=128.0), 1073152, 128)
     with pytest.raises(UserError, match="max_position_embeddings=0"):
-        to_hf(Rope(), 0)
+        to_hf(Unscaled(), 0, 128)
 
 
 def test_same_maths():
-    yarn = Rope(type="yarn", factor=128.0)
-    assert same_maths(yarn, Rope(type="llama3", factor=128.0), 128)
-    assert not same_maths(yarn, Rope(type="llama3", factor=256.0), 128)
-    assert not same_maths(yarn, Rope(type="yarn", factor=128.0, temperature=True), 128)
+    yarn = YaRN(factor=128.0)
+    assert same_maths(yarn, Llama3(factor=128.0), 128)
+    assert not same_maths(yarn, Llama3(factor=256.0), 128)
+    assert not same_maths(yarn, YaRN(factor=128.0, temperature=True), 128)
 
 
 @pytest.mark.parametrize(
@@ -407,5 +404,5 @@ def test_same_maths():
 )
 def test_papers_recipes_export_as_llama3(name, factor):
     run = getattr(recipes, name)()
-    scaling = to_hf(run.rope, run.train.seq_length)["rope_scaling"]
+    scaling = to_hf(run.rope, run.train.seq_length, 128)["rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"], scaling[ORIGINAL]) == ("llama3", factor, 8192)

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Model, Rope, Train
+from megatron_ultralong.config import Model, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import flops
 from megatron_ultralong.recipes import LLAMA_3_1_8B
+from megatron_ultralong.rope.methods import YaRN
 from megatron_ultralong.train.optimizer import learning_rate
 from tests.text import write_rows
 
@@ -71,7 +72,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint = folder / name / "iter_0000007"
         checkpoint.mkdir(parents=True)
         (checkpoint / "metadata.json").write_text("{}")
-        progress = TrainingState(model=MODEL, rope=Rope(type="yarn", factor=4.0), iteration=7)
+        progress = TrainingState(model=MODEL, rope=YaRN(factor=4.0), iteration=7)
         (checkpoint / "run.json").write_text(json.dumps({"format": version, **dataclasses.asdict(progress)}))
     (folder / "nothing").mkdir()
     (folder / "nothing" / "iter_0000009").mkdir()  # cut short: it holds nothing
@@ -105,7 +106,7 @@ REFUSED: list[tuple[str, int, str]] = [
     ),
     # Layouts.
     (
-        "--recipe tiny_extend --set train.seq_length=66 --load-hf {}/base --data {}/rows",
+        "--recipe tiny_extend --set train.seq_length=66 rope.factor=8 --load-hf {}/base --data {}/rows",
         2,
         "train.seq_length=66 is not divisible by 2 x parallel.cp = 4; the nearest that are: 64 and 68",
     ),
@@ -216,7 +217,7 @@ def test_refused(
 
 def test_a_run_directory_of_another_run_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(inputs.rglob("*"))
-    line = "theirs/iter_0000007 was trained with Rope.*factor=4.0.* but this run specifies Rope.*; use a new --save folder"
+    line = "theirs/iter_0000007 was trained with .*rope.factor=4.0.* but this run specifies .*rope.factor=1.0.*; use a new --save folder"
     with pytest.raises(UserError, match=line):
         train(
             monkeypatch,

@@ -11,8 +11,9 @@ import pytest
 from megatron_ultralong import config
 from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Rope, Run, Runtime, Train
+from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.methods import Unscaled, YaRN
 
 # As releases with format 1 wrote it.
 FORMAT_1: dict[str, Any] = {
@@ -114,7 +115,7 @@ def test_format_1_is_read(tmp_path: Path) -> None:
     assert state.model == Model(
         hidden_size=32, ffn_size=48, layers=2, heads=4, kv_heads=2, head_dim=8, vocab_size=61
     )
-    assert state.rope == Rope(type="yarn", theta=10000.0, factor=4.0, original_length=16)
+    assert state.rope == YaRN(theta=10000.0, factor=4.0, original_length=16)
     assert (state.iteration, state.consumed, state.tokens, state.max_length) == (7, 56, 3584, 64)
     assert state.base == "someone/base" and state.data == FORMAT_1["data"]
     assert state.stored_run() == RUN
@@ -122,12 +123,12 @@ def test_format_1_is_read(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     model = Model(**FORMAT_1["model"])
-    state = TrainingState(model=model, rope=Rope(), iteration=3, run=config.to_dict(RUN), base="é")
+    state = TrainingState(model=model, rope=Unscaled(), iteration=3, run=config.to_dict(RUN), base="é")
     training_state.write(tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["format"] == 2
     assert training_state.read(tmp_path) == state and state.stored_run() == RUN
-    assert TrainingState(model=model, rope=Rope()).stored_run() is None
+    assert TrainingState(model=model, rope=Unscaled()).stored_run() is None
 
 
 @pytest.mark.parametrize(

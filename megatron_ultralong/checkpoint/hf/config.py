@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.config import Model, Rope
+from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -102,7 +103,7 @@ def export_config(
         "attention_bias": False,
         "mlp_bias": False,
         "max_position_embeddings": max_position,
-        **to_hf(rope, max_position),
+        **to_hf(rope, max_position, model.head_dim),
         "torch_dtype": DTYPE_NAMES[dtype],
         "dtype": DTYPE_NAMES[dtype],
     }

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ultralong.config import Model, Rope, Run
-from megatron_ultralong.rope.methods import describe
+from megatron_ultralong.config import Model, Run
+from megatron_ultralong.rope.base import Rope
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LEGAL = re.compile(r"licen[sc]e|notice|copying|use_policy", re.IGNORECASE)
@@ -123,7 +123,7 @@ class ModelCard:
         table = {
             "base model": self.base or "not recorded",
             "recipe": run.name if run else "none (converted, not trained)",
-            "RoPE": describe(self.rope),
+            "RoPE": self.rope.describe(),
         }
         if run is not None and trained:
             table["sequence length trained at"] = f"{run.train.seq_length:,} tokens"

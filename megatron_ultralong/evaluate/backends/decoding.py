@@ -32,6 +32,7 @@ class DecodingSession:
         self.reader = reader
         self._ids: list[int] = []
         self._context: KVCache | None = None
+        self._length: int | None = None
 
     def generate(
         self,
@@ -50,6 +51,13 @@ class DecodingSession:
         """
         if not all(prompts):
             raise ValueError("a prompt must have at least one token; give the beginning-of-text token")
+        if self.reader.rope.depends_on_length() and len(prompts) > 1:
+            # Each has frequencies of its own, and shares no keys with the others.
+            return [
+                self.generate([prompt], [most], [check], sampling, progress)[0]
+                for prompt, most, check in zip(prompts, max_tokens, stop_checks, strict=True)
+            ]
+        self._set_length(len(prompts[0]) + max_tokens[0])
         reader, prompts = self.reader, [list(prompt) for prompt in prompts]
         common = _common_length(prompts)
         own = [
@@ -110,6 +118,7 @@ class DecodingSession:
             )
         reader, device = self.reader, self.reader.ranks.device
         ids = [*context, *continuation]
+        self._set_length(len(ids))
         # The last token of the context is read again: the first score comes from it.
         reused = self._keep_common(ids[: len(context) - 1])
         cache = self._grow(ids[reused:-1], [])
@@ -132,6 +141,13 @@ class DecodingSession:
         return logp, greedy > 0
 
     # ---- the shared context ---------------------------------------------------------------------
+
+    def _set_length(self, tokens: int) -> None:
+        """Fix the length of a request, prompt and new tokens, for RoPE methods that depend on it: from its
+        first token on, so that cached keys never mix frequencies."""
+        if self.reader.rope.depends_on_length() and tokens != self._length:
+            self._ids, self._context, self._length = [], None, tokens
+            self.reader.set_length(tokens)
 
     def _read_context(self, ids: Sequence[int], own: list[int], progress: Callable[[int], Any]) -> KVCache:
         reused = self._keep_common(ids)

@@ -6,6 +6,7 @@ calls the other ranks wait.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -137,7 +138,7 @@ class ParallelModel:
             "layout": {"tp": ranks.tp, "pp": ranks.pp, "cp": ranks.cp, "chunk": reader.chunk_tokens},
             "max_position": self.max_position,
             "settings": generation_settings(self.sampling, self.chat),
-            "rope": vars(self._rope),
+            "rope": dataclasses.asdict(self._rope),
         }
 
     def close(self) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import LOSS_BLOCK, Memory, Model, Parallel, Rope
+from megatron_ultralong.config import LOSS_BLOCK, Memory, Model, Parallel
 from megatron_ultralong.context_parallel import decode
 from megatron_ultralong.model import llama
 from megatron_ultralong.model.inference.kv_cache import KVCache
 from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
-from megatron_ultralong.rope.methods import inverse_frequencies
+from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.runtime.launch import Ranks
 
 
@@ -50,7 +50,8 @@ class InferenceModel:
         self.chunk_tokens = -(-chunk_tokens // ranks.cp) * ranks.cp
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._llama = llama.unwrap(self.chunk).eval().requires_grad_(False)
-        self._rope = inverse_frequencies(rope, model.head_dim)
+        self.rope = rope
+        self._frequencies = rope.inverse_frequencies(model.head_dim)
         self._groups = ranks.groups
         self.first, self.last = ranks.pp_rank == 0, ranks.pp_rank == ranks.pp - 1
         output_rank = torch.tensor(
@@ -72,6 +73,13 @@ class InferenceModel:
             dtype=self.dtype,
             device=self.ranks.device,
         )
+
+    def set_length(self, tokens: int) -> None:
+        """Use the frequencies of sequences of `tokens` tokens, for RoPE methods that depend on the length.
+
+        Keys that were cached with other frequencies must be read again.
+        """
+        self._frequencies = self.rope.inverse_frequencies(self.model.head_dim, tokens)
 
     def tokens_per_rank(self, tokens: int) -> int:
         """The most of `tokens` tokens that one rank can hold."""
@@ -221,7 +229,7 @@ class InferenceModel:
     # ---- parts of a stage -----------------------------------------------------------------------
 
     def _angles(self) -> tuple[Tensor, float]:
-        frequencies, factor = self._rope
+        frequencies, factor = self._frequencies
         return frequencies.to(self.ranks.device), factor
 
     def _project(self, layer: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
