@@ -53,7 +53,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         # MMLU, MMLU-Pro, MATH, GSM8K and HumanEval.
         "eval": lm_eval,
-        # Reads the GGUF file that examples/smollm2.sh takes its model from.
+        # Reads GGUF files: tools/inspect_rope.py, and the model of examples/smollm2.sh.
         "gguf": gguf,
         # Weights & Biases beside TensorBoard (runtime.wandb).
         "wandb": ["wandb"],
