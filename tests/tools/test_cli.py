@@ -4,6 +4,7 @@ and no process left behind."""
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,12 @@ def test_no_child_holds_the_output_open(end: str, code: int, said: str) -> None:
     done = processes.run([sys.executable, "-c", TOOL.format(end=end)], capture_output=True, timeout=120)
     assert done.returncode == code and done.stderr.endswith(said)
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_a_mistake_ends_a_tool_with_one_line():
+    tool = Path(__file__).parents[2] / "tools" / "plan.py"
+    done = processes.run(
+        [sys.executable, tool, "--recipe", "ultralong_1m", "--gpus", "7"], capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no layout of 7 GPUs") and done.stderr.count("\n") == 1

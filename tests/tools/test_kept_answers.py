@@ -174,7 +174,7 @@ def test_batches_are_taken_as_they_are_needed():
 KILLED = """
 from pathlib import Path
 from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
-from tests.unit.test_kept_answers import Echo, requests
+from tests.tools.test_kept_answers import Echo, requests
 list(answer_all(Echo(seconds=0.02), requests(500), Path({path!r}), batch=50))
 """
 
