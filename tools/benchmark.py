@@ -48,13 +48,16 @@ def main() -> int:
     from megatron_ultralong.measure import report, timing
 
     device = timing.select_device(args.device)
-    outputs = [(report.write_json, args.json), (report.plot, args.plot)]
+    figures, plots = [args.json], [args.plot]
     if args.out is not None:
         name = "longest_step" if args.benchmark == "step" and args.longest else args.benchmark
-        outputs += [(report.write_json, args.out / f"{name}.json"), (report.plot, args.out / f"{name}.png")]
+        figures.append(args.out / f"{name}.json")
+        plots.append(args.out / f"{name}.png")
+    # Figures first: a plot that fails must lose nothing that was measured.
+    outputs = [(report.write_json, path) for path in figures] + [(report.plot, path) for path in plots]
     for _, path in outputs:
         if path is not None:
-            atomic_files.check_writable(path.parent, str(path))
+            atomic_files.check_file_writable(path, str(path))
     measure = {
         "attention": _attention,
         "loss": _loss,

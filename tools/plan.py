@@ -93,7 +93,7 @@ def main() -> int:
     from megatron_ultralong.planning import report
 
     if args.json is not None:
-        atomic_files.check_writable(args.json.parent, f"--json {args.json}")
+        atomic_files.check_file_writable(args.json, f"--json {args.json}")
     plan = report.report(
         report.PlanRequest(
             model=args.model,
@@ -109,7 +109,7 @@ def main() -> int:
             show=args.show,
         )
     )
-    print(plan.text)
+    print(plan.text, flush=True)  # before the JSON where that goes to standard output too
     if args.json is not None:
         atomic_files.write_json(args.json, plan.values, what=f"--json {args.json}")
     return 0 if plan.fits else 1

@@ -3,11 +3,13 @@ module.
 
 What is being written has a hidden name next to the final one (`.NAME.partial`, `.NAME.partial-XXXX` for
 folders), is synced to the disk, and is renamed once it is complete. A killed process leaves at most such a
-hidden name."""
+hidden name. Where the final name is a symbolic link, the file that it names is replaced, and the link stays.
+Devices and pipes, like /dev/stdout, cannot be replaced and are written directly."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -27,15 +29,21 @@ def whole_file(path: Path, *, what: str | None = None, busy: str | None = None) 
     The folder must exist. what: how messages name the file; its path if None. busy: the message where another
     process is writing the same file; None = do not lock. UserError where it cannot be written; an earlier
     file at `path` then stays as it was."""
-    partial = path.with_name(f".{path.name}.partial")  # one name: the next run overwrites a killed run's file
     try:
+        if _is_special(path):
+            with path.open("wb") as file:
+                yield file
+            return
+        final = Path(os.path.realpath(path))
+        # One name: the next run overwrites a killed run's file.
+        partial = final.with_name(f".{final.name}.partial")
         with partial.open("wb") if busy is None else open_locked(partial, busy) as file:
             try:
                 file.truncate(0)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                partial.replace(path)
+                partial.replace(final)
             except BaseException:
                 with contextlib.suppress(OSError):
                     partial.unlink(missing_ok=True)
@@ -107,10 +115,15 @@ def publish(folder: Path, final: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file or a folder's entries to the disk. A folder that its file system cannot sync is left to
+    it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network and FUSE file systems sync files only.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -128,9 +141,29 @@ def check_writable(folder: Path, what: str) -> None:
         raise cannot_write(what, error) from None
 
 
+def check_file_writable(path: Path, what: str) -> None:
+    """Create the folder of `path` if missing. UserError where `whole_file` could not write `path`; call it
+    before the work. what: as in `check_writable`."""
+    try:
+        if not _is_special(path):
+            check_writable(Path(os.path.realpath(path)).parent, what)
+        elif path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        elif not os.access(path, os.W_OK):  # not opened: a pipe would wait for its reader
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise cannot_write(what, error) from None
+
+
+def _is_special(path: Path) -> bool:
+    """Whether `path` exists and is not a file, like a device, a pipe, or a directory, which fails when it is
+    opened. It is not resolved first: the pipe behind a /dev/stdout has no path."""
+    return path.exists() and not path.is_file()
+
+
 def open_locked(path: Path, busy: str) -> BinaryIO:
     """Open `path` to read and append, created if missing, with its exclusive lock. UserError with the line
-    `busy` where another process has it; OSError where it cannot be opened."""
+    `busy` where another process has it, or where it cannot be locked; OSError where it cannot be opened."""
     while True:
         file = path.open("a+b")
         try:
@@ -146,11 +179,15 @@ def open_locked(path: Path, busy: str) -> BinaryIO:
 
 def lock(file: IO[Any], busy: str) -> None:
     """Take the exclusive lock of an open file, until it is closed. UserError with the line `busy` where
-    another process has it."""
+    another process has it, and where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(busy) from None
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot be locked: {error.strerror or error}; its file system must support locks"
+        ) from None
 
 
 def cannot_write(what: str, error: OSError) -> UserError:

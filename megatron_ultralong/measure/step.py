@@ -47,6 +47,12 @@ SETTINGS = {
 }
 """Memory settings by name. For comparison, the last one is torch.autograd.graph.save_on_cpu around layers
 without recompute."""
+RENAMED = {
+    "attention": "all-but-attention",
+    "offload-checkpoints": "offload-layer-inputs",
+    "offload-attention": "offload-all",
+}
+"""Names of settings in earlier releases, and what they are called now."""
 CONSTANT_PARTS = ("weights", "gradients (fp32)", "optimizer (fp32)")
 """Parts of planning/memory.py that do not grow with the sequence."""
 WARM_UP = 256
@@ -103,6 +109,9 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.settings if name not in SETTINGS]
+        for name in unknown:
+            if name in RENAMED:
+                raise UserError(f"--settings {name}: this setting is now called {RENAMED[name]}")
         if unknown:
             raise UserError(f"--settings {unknown[0]}: choose from {', '.join(SETTINGS)}")
         for name, value in [("lengths", length) for length in self.lengths] + [

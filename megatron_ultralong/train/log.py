@@ -54,7 +54,12 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         atomic_files.check_writable(save_dir, f"--save {save_dir}")
-        self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        try:
+            self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        except OSError as error:
+            raise UserError(
+                f"--save {save_dir} cannot be written: tensorboard: {error.strerror or error}"
+            ) from None
         if self.run.runtime.wandb:
             try:
                 import wandb

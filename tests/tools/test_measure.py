@@ -274,6 +274,12 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
         ("loss --chunks 0", "--chunks 0 must be at least 1"),
         ("loss --tokens 0", "--tokens 0 must be at least 1"),
         ("step --settings every", "--settings every: choose from none, full"),
+        (
+            "step --settings none,attention",
+            "--settings attention: this setting is now called all-but-attention",
+        ),
+        ("step --settings offload-checkpoints", "this setting is now called offload-layer-inputs"),
+        ("step --settings offload-attention", "this setting is now called offload-all"),
         ("step --longest", "--longest on a CPU needs --limit"),
         ("step --limit many", "--limit many: expected bytes"),
         ("step --lengths 0", "--lengths 0 must be at least 1"),
@@ -282,6 +288,18 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
 def test_refusals(line: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
         call(monkeypatch, *line.split(), "--device", "cpu")
+
+
+def test_all_figures_are_written_before_any_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = "--tokens 64 --hidden 8 --vocab 32 --chunks 32 --error-tokens 16 --repeats 1 --device cpu".split()
+
+    def blocked(report: Any, path: Path) -> None:
+        raise UserError(f"{path} cannot be written")
+
+    monkeypatch.setattr("megatron_ultralong.measure.report.plot", blocked)
+    with pytest.raises(UserError, match="one.png cannot be written"):
+        call(monkeypatch, "loss", *sizes, "--plot", str(tmp_path / "one.png"), "--out", str(tmp_path / "out"))
+    assert rows_of(tmp_path / "out" / "loss.json")
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

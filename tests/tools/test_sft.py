@@ -3,7 +3,10 @@ whatever the workers."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import runpy
 import signal
 import sys
@@ -441,6 +444,19 @@ def test_a_live_run_keeps_its_folder(tmp_path):
     third.mkdir()
     with pack._remove_abandoned(third, str(tmp_path / "out")):
         assert not live.exists() and not own.exists() and third.exists()
+
+
+def test_a_file_system_without_locks_removes_no_folder(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    other, own = tmp_path / ".out.partial-other", tmp_path / ".out.partial-own"
+    for folder in (other, own):
+        folder.mkdir()
+    (other / "lock").touch()
+    with pack._remove_abandoned(own, str(tmp_path / "out")):
+        assert other.exists() and own.exists()
 
 
 def test_show_prints_tokens_and_marks_and_writes_nothing(tmp_path, tokenizer_dir, monkeypatch, capsys):

@@ -631,6 +631,13 @@ def test_the_command(
         json.loads(line) for line in (tmp_path / "out" / "standard_samples.jsonl").read_text().splitlines()
     ]
     assert len(lines) == 8 and re.search(r"write +100\.00", capsys.readouterr().out)
+    # The results come before the samples: where these fail, nothing is lost.
+    for name in ("standard.json", "standard_samples.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "standard_samples.jsonl").mkdir()
+    with pytest.raises(UserError, match="standard_samples.jsonl cannot be written"):
+        main()
+    assert json.loads((tmp_path / "out" / "standard.json").read_text())["scores"] == result["scores"]
 
 
 # ---- programs ----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import runpy
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check, model_files
 from megatron_ultralong.evaluate.backends import protocol as backends
 from megatron_ultralong.evaluate.backends.openai_endpoint import EndpointSettings, OpenAIEndpoint
+from megatron_ultralong.evaluate.backends.parallel_model import ParallelModel
 from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
 from megatron_ultralong.evaluate.backends.sampling import Sampling
+from megatron_ultralong.evaluate.prompts import encode
 from megatron_ultralong.evaluate.prompts.encode import PromptEncoder
 from tests import server as servers
 from tests.text import save_tokenizer
@@ -227,6 +231,29 @@ def test_what_is_sent(server, folder):
     assert len(server.bodies) == asked
 
 
+def test_a_chat_template_is_rendered_once_and_only_for_messages(server, folder, monkeypatch):
+    rendered = []
+
+    def render(tokenizer, messages, **more):
+        rendered.append(messages)
+        return f"[user] {messages[0]['content']}"
+
+    monkeypatch.setattr(encode, "render_chat", render)
+    server.script = lambda text, nth: "yes"
+    backend = endpoint(server, folder, api="completions")
+    ask(backend, "a", "b", ids=[5, 6, 7])
+    assert not rendered
+    ask(backend, "a", "b")
+    ask(backend, "c")
+    assert len(rendered) == 1
+
+    model = object.__new__(ParallelModel)  # without weights and ranks
+    model.tokenizer, model.end_tokens = backend.tokenizer, frozenset()
+    model._encoder = partial(pytest.fail, "made")
+    monkeypatch.setattr(model, "_together", lambda name, prompts, *_: prompts)
+    assert ask(model, "a", ids=[5, 6, 7])["a"].tokens_in == 3
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -253,7 +280,9 @@ def test_prompts_and_completions(folder):
         ("auto", "<|begin|>[user] the sky[assistant]  is"),
         ("no", "the sky is"),
     ):
-        assert tokenizer.decode(backends.prompt_ids(PromptEncoder(tokenizer, chat), request)) == text
+        assert tokenizer.decode(backends.prompt_ids(partial(PromptEncoder, tokenizer, chat), request)) == text
+    # With ids no encoder is made, as its template may be refused.
+    assert backends.prompt_ids(lambda: pytest.fail("made"), replace(request, ids=[3, 4])) == [3, 4]
     written = tokenizer.encode("blue and grey\nthe", add_special_tokens=False)
     end = frozenset([tokenizer.eos_token_id])
     for stop, ended, text, finish in (

@@ -289,6 +289,38 @@ def test_tokens_kept_for_another_length(tmp_path, tokenizer_dir, monkeypatch):
         )
 
 
+def test_tokens_of_another_format_are_not_mixed_with_new_ones(tmp_path, tokenizer_dir):
+    source = made.write_jsonl(tmp_path / "a.jsonl", [made.text(i, 50) for i in range(9)])
+    folder, notes = tmp_path / "tokens", []
+    folder.mkdir()
+
+    def cache(keep):
+        return token_cache.make(
+            folder,
+            sources.from_inputs([source]).sources,
+            load_tokenizer(tokenizer_dir),
+            tokenise_worker.BadDocuments(),
+            workers=1,
+            keep=keep,
+            progress=(lambda n: None, notes.append),
+        )
+
+    lengths = cache(True).lengths
+    plan = json.loads((folder / "plan.json").read_text())
+    old = {**plan, "format": 1}
+    (folder / "plan.json").write_text(json.dumps(old))
+    (folder / "000000.bin").write_bytes(b"")  # finished, but its tokens are not used again
+    with pytest.raises(
+        UserError,
+        match=r"tokens contains tokens of unsupported format version 1 \(expected 2\); name another",
+    ):
+        cache(True)
+    assert json.loads((folder / "plan.json").read_text()) == old and not notes
+    assert cache(False).lengths.tolist() == lengths.tolist() and (folder / "000000.bin").stat().st_size
+    assert notes == ["tokens of an earlier run are recomputed (unsupported format version 1)"]
+    assert json.loads((folder / "plan.json").read_text()) == plan
+
+
 def test_a_corpus_of_another_tokenizer_and_a_damaged_one(tmp_path, tokenizer_dir):
     path = corpus(tmp_path / "ids", [[5, 6, 7, 2], [100_000, 3, 2]])
     with pytest.raises(UserError, match=r"ids.idx contains token id 100000, but the tokenizer has \d+"):

@@ -6,13 +6,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
-from megatron_ultralong.evaluate.pipeline import stages
+from megatron_ultralong.evaluate.pipeline import command, stages
 from megatron_ultralong.evaluate.pipeline.results import BENCHMARKS
 from megatron_ultralong.evaluate.report import curves, heat_map, read_results, tables
 from megatron_ultralong.evaluate.tasks import lveval
@@ -66,6 +67,22 @@ def test_every_old_form_is_converted_and_written_as_format_2(tmp_path: Path) -> 
     assert results["ruler"].settings["prompts"]["vt"]["wording"] == "own"
     assert results["infinitebench"].settings["limit"] == 1
     assert results["niah_several"].settings["needles"] == 3
+
+
+def test_replacing_an_old_file_says_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for old in sorted(OLD.glob("*/*.json")):
+        result = read_results.read_for(old, lambda result: None)
+        path = tmp_path / f"{result.task}.json"
+        other_model = {**result.model, "path": "other"}
+        for changed, words in (
+            (replace(result, settings={}), ""),
+            (replace(result, model=other_model), "model"),
+            (replace(result, model=other_model, scores=result.scores[:-1]), "model, tasks or lengths"),
+        ):
+            shutil.copyfile(old, path)
+            command.write_results(changed, tmp_path, "table")
+            line = f"{path} replaces results with other {words}; give another --out to keep both\n"
+            assert capsys.readouterr().out == (line if words else "") + f"table\n{path} written\n", old
 
 
 # ---- kept answers ------------------------------------------------------------------------------

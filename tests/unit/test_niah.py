@@ -324,6 +324,17 @@ def test_hugging_face_backend_is_greedy(model_dir):
     assert backend.describe()["max_position"] == 128 and backend.describe()["dtype"] == "float32"
 
 
+def test_hugging_face_backend_needs_no_template_for_ids(model_dir):
+    from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
+
+    backend = TransformersModel(model_dir, device="cpu")
+    backend.tokenizer.chat_template = "without the message"
+    [(_, one)] = backend.generate([GenerationRequest(id="x", ids=[5, 6, 7], max_tokens=1)])
+    assert one.tokens_in == 3
+    with pytest.raises(UserError, match="does not contain the user message"):
+        list(backend.generate([GenerationRequest(id="x", text="Why?", max_tokens=1)]))
+
+
 def test_hugging_face_backend_stops_and_samples(model_dir):
     from megatron_ultralong.evaluate.backends.sampling import Sampling
     from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
@@ -435,6 +446,15 @@ def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
         and (tmp_path / "out" / "niah.png").exists()
     )
     assert "1K*" in capsys.readouterr().out
+
+
+def test_a_failed_figure_loses_no_results(model_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "niah.png").mkdir()
+    words = ["--lengths", "100", "--depths", "1", "--trials", "1", "--device", "cpu"]
+    with pytest.raises(UserError, match="niah.png cannot be written"):
+        command(monkeypatch, "niah", "--model", model_dir, *words, "--out", tmp_path)
+    assert json.loads((tmp_path / "niah.json").read_text())["scores"][0]["count"] == 1
+    assert "depth" in capsys.readouterr().out
 
 
 def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):

@@ -200,6 +200,11 @@ def test_the_command(
         "text_key": "text",
         "data": [{"name": "a.jsonl", "bytes": (tmp_path / "a.jsonl").stat().st_size}],
     }
+    (tmp_path / "blocked" / "perplexity.png").mkdir(parents=True)
+    with pytest.raises(UserError, match="perplexity.png cannot be written"):
+        run("--lengths", "500", "--out", tmp_path / "blocked")
+    kept = json.loads((tmp_path / "blocked" / "perplexity.json").read_text())
+    assert kept["scores"][0]["score"] == pytest.approx(result["scores"][0]["score"]), "nothing is lost"
     run("--lengths", "1K", "--out", tmp_path / "more", "--beside", tmp_path / "out" / "perplexity.json")
     for bad, message in (
         ({"format": 1, "task": "standard", "scores": {"MMLU": 1.0}}, "is not a result of `perplexity`"),

@@ -779,7 +779,8 @@ def test_a_hugging_face_directory_is_a_model(tmp_path):
 
 
 def test_tool_prints_and_writes(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "new" / "plan.json"
+    file = tmp_path / "link.json"
+    file.symlink_to(tmp_path / "new" / "plan.json")
     monkeypatch.setattr(
         sys,
         "argv",
@@ -802,7 +803,8 @@ def test_tool_prints_and_writes(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(TOOL), run_name="__main__")
     assert stop.value.code == 0
-    text, values = capsys.readouterr().out, json.loads(file.read_text())
+    text, values = capsys.readouterr().out, json.loads((tmp_path / "new" / "plan.json").read_text())
+    assert file.is_symlink()
     assert (
         list(values["plans"]) == ["best", "no. 2"]
         and values["estimated"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.pipeline.command import write_results
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
 from megatron_ultralong.evaluate.report import curves, published, read_results
 from megatron_ultralong.evaluate.report import tables as report_tables
@@ -549,12 +550,13 @@ def test_results_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "字" in path.read_text(encoding="utf-8")
     read = read_results.parse(json.loads(path.read_text(encoding="utf-8")))
     assert read == standard_result("MMLU", text="half a pair \ud83d \\ud83d, 字")
-    standard_result("MMLU", seconds=3).write(path)
-    assert capsys.readouterr().out == ""
+    written = f"table\n{path} written\n"
+    write_results(standard_result("MMLU", seconds=3), tmp_path, "table")
+    assert capsys.readouterr().out == written
     for changed, words in (
         (standard_result("MMLU", limit=2), "settings"),
         (standard_result("MMLU", "MATH", limit=2), "tasks or lengths"),
     ):
-        changed.write(path)
+        write_results(changed, tmp_path, "table")
         line = f"{path} replaces results with other {words}; give another --out to keep both\n"
-        assert capsys.readouterr().out == line
+        assert capsys.readouterr().out == line + written

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Train
@@ -20,6 +22,8 @@ from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import flops
 from megatron_ultralong.recipes import LLAMA_3_1_8B
 from megatron_ultralong.rope.methods import YaRN
+from megatron_ultralong.runtime import agreement
+from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.optimizer import learning_rate
 from tests.text import write_rows
 
@@ -234,6 +238,20 @@ def test_a_run_directory_of_another_run_is_refused(inputs: Path, monkeypatch: py
     ):
         train(monkeypatch, "--recipe", "tiny", "--data", inputs / "rows", "--save", inputs / "theirs")
     assert sorted(inputs.rglob("*")) == before
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "on_every_rank", lambda act: act())  # one rank, no process group
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match=f"^--save {tmp_path} cannot be written: tensorboard: File exists$"):
+        Log(
+            recipes.tiny(),
+            SimpleNamespace(is_main=True, device=torch.device("cpu")),
+            MODEL,
+            tmp_path,
+            0,
+            None,
+        )
 
 
 def test_weights_come_from_one_place(

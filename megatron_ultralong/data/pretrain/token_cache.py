@@ -43,7 +43,9 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.io.workers import WorkerPool
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the folder. 1: long documents were encoded in windows, which does not always give the tokens of
+the whole document; a folder must not mix both."""
 UNIT_SIZES = (8 << 20, 128 << 20)
 """Least and largest size of a unit, bytes of input."""
 _UNITS = 256  # units of an input before they get larger
@@ -281,11 +283,16 @@ def _claim(folder: Path, identity: dict[str, Any], keep: bool, note: Callable[[s
         earlier = {}
     if earlier is not None and earlier != identity:
         what = next(key for key in identity if earlier.get(key) != identity[key])
+        other_format = what == "format" and "format" in earlier
         if keep:
-            raise UserError(
-                f"{folder} contains tokens made from other inputs or settings ({what} differ); name another folder, or remove it"
+            made = (
+                f"of unsupported format version {earlier.get('format')} (expected {FORMAT})"
+                if other_format
+                else f"made from other inputs or settings ({what} differ)"
             )
-        note(f"tokens of an earlier run are recomputed ({what} differ)")
+            raise UserError(f"{folder} contains tokens {made}; name another folder, or remove it")
+        why = f"unsupported format version {earlier.get('format')}" if other_format else f"{what} differ"
+        note(f"tokens of an earlier run are recomputed ({why})")
     if earlier != identity:
         for old in folder.iterdir():
             if re.fullmatch(r"(\d{6}|file-\d{6}|plan)\.\w+(\.partial)?", old.name):

@@ -197,7 +197,7 @@ def _remove_abandoned(stage: Path, output: str) -> Iterator[None]:
     """Hold a lock in the staging folder, and remove those of killed runs of this output: their locks are
     free."""
     with (stage / "new lock").open("w") as own:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        with contextlib.suppress(UserError):  # some network file systems have no locks
             atomic_files.lock(own, "")
         (stage / "new lock").rename(stage / "lock")
         for path in stage.parent.glob(f".{glob.escape(Path(output).name)}.partial-*/lock"):

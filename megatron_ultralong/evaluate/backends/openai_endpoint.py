@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ class OpenAIEndpoint:
             raise UserError("--top-k: OpenAI's endpoint does not support it")
         self.settings, self.chat, self.sampling = settings, chat, sampling
         self.tokenizer = load_tokenizer(tokenizer, "--tokenizer")
+        self._encoder = cache(partial(PromptEncoder, self.tokenizer, chat))
         self._measured_with = tokenizer.name
 
     def check(self, length: int, batch: int) -> None:
@@ -141,7 +143,7 @@ class OpenAIEndpoint:
         try:
             if self.settings.api == "completions":
                 reply = await client.complete(
-                    prompt_ids(PromptEncoder(self.tokenizer, self.chat), request),
+                    prompt_ids(self._encoder, request),
                     self.sampling.temperature,
                     request.max_tokens,
                     **more,

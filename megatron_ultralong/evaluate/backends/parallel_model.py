@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class ParallelModel:
         self.tokenizer = load_tokenizer(
             tokenizer or assets, "--tokenizer" if tokenizer else "--model" if place == assets else "--ckpt"
         )
+        self._encoder = cache(partial(PromptEncoder, self.tokenizer, chat))
         self.end_tokens = end_tokens(assets, self.tokenizer)
         self.ranks = launch.start(Runtime(device=device), parallel)  # type: ignore[arg-type]
         # Between two calls rank 0 may work alone for hours (prompts of 4M tokens, data sets): longer than the
@@ -106,8 +108,7 @@ class ParallelModel:
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         """Answer all requests in one batch; the common beginning of their prompts is read once, and kept for
         the next call."""
-        encoder = PromptEncoder(self.tokenizer, self.chat)
-        prompts = [prompt_ids(encoder, request) for request in requests]
+        prompts = [prompt_ids(self._encoder, request) for request in requests]
         answers = self._together(
             "generate",
             prompts,

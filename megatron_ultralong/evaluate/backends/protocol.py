@@ -11,7 +11,7 @@ token ids of the complete prompt, for all others. Where the ids are not given, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,9 +105,13 @@ def identity(backend: Backend) -> dict[str, Any]:
     return {name: value for name, value in backend.describe().items() if name not in excluded}
 
 
-def prompt_ids(encoder: PromptEncoder, request: GenerationRequest) -> list[int]:
-    """Token ids of a request's complete prompt."""
-    return list(request.ids) if request.ids is not None else encoder.encode(request.text, request.prefix)
+def prompt_ids(encoder: Callable[[], PromptEncoder], request: GenerationRequest) -> list[int]:
+    """Token ids of a request's complete prompt.
+
+    encoder: returns the encoder; called only where the request has no ids, because making one renders the
+    chat template, which may be refused.
+    """
+    return list(request.ids) if request.ids is not None else encoder().encode(request.text, request.prefix)
 
 
 def completion(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class TransformersModel:
         chosen: Any = DTYPES[dtype] if dtype != "auto" else torch.float32 if self.device == "cpu" else "auto"
         logging.disable_progress_bar()
         self.tokenizer = load_tokenizer(tokenizer or path)
+        self._encoder = cache(partial(PromptEncoder, self.tokenizer, chat))
         try:
             self.model = (
                 AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True)
@@ -88,8 +90,7 @@ class TransformersModel:
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         """Batch prompts of equal length, so that none is padded; each answer ends on its own. Sampled answers
         are generated one at a time: the random numbers of a batch would depend on its size."""
-        encoder = PromptEncoder(self.tokenizer, self.chat)
-        prompts = [prompt_ids(encoder, request) for request in requests]
+        prompts = [prompt_ids(self._encoder, request) for request in requests]
 
         def batch_key(i: int) -> tuple[Any, ...]:
             return (

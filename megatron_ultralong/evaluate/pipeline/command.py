@@ -4,6 +4,8 @@ results."""
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from megatron_ultralong.config import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
+from megatron_ultralong.evaluate.report import results_format_1
 from megatron_ultralong.io import atomic_files
 
 
@@ -69,9 +72,46 @@ def progress_bar(description: str, total: int | None = None, unit: str = "prompt
     return tqdm(total=total, desc=description, unit=unit, disable=None)
 
 
-def write_results(result: BenchmarkResult, out: Path, table: str, written: str = "written") -> None:
-    """Write OUT/TASK.json and print the table. written: the end of the last line, after the file's name."""
+def write_results(
+    result: BenchmarkResult,
+    out: Path,
+    table: str,
+    written: str = "written",
+    write_more: Callable[[], Any] = lambda: None,
+) -> None:
+    """Write OUT/TASK.json and print the table, and a line where that replaces results of another model, of
+    other settings, tasks or lengths.
+
+    written: the end of the last line, after the file's name. write_more: writes the other files that
+    `written` names; called after the results are written, so that its failure loses none.
+    """
     path = out / f"{result.task}.json"
+    if changed := _replaced(path, result):
+        print(f"{path} replaces results with other {changed}; give another --out to keep both")
     result.write(path)
     print(table)
+    write_more()
     print(f"{path} {written}")
+
+
+def _replaced(path: Path, result: BenchmarkResult) -> str:
+    """What differs between `result` and the one of the same benchmark in `path`; "" = nothing."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        converted = isinstance(raw, dict) and raw.get("format") == 1
+        before = results_format_1.convert(raw) if converted else BenchmarkResult.from_json(raw)
+    except (OSError, ValueError):
+        return ""
+    if before.task != result.task:
+        return ""
+    after = BenchmarkResult.from_json(json.loads(json.dumps(result.to_json())))
+    files = {name: before.model.get(name) for name in ("path", "fingerprint")}
+    if converted:  # it does not always record both
+        files = {name: value for name, value in files.items() if value is not None}
+    cells = [{(score.task, score.length) for score in one.scores} for one in (before, after)]
+    differs = {
+        "model": any(after.model.get(name) != value for name, value in files.items()),
+        "settings": not converted and before.settings != after.settings,  # format 1 has another form of them
+        "tasks or lengths": cells[0] != cells[1],
+    }
+    return ", ".join(name for name in differs if differs[name])

@@ -105,37 +105,8 @@ class BenchmarkResult:
         )
 
     def write(self, path: Path) -> None:
-        """Write the results as JSON; print a line where results of other settings are replaced."""
-        if changed := self._replaces(path):
-            print(f"{path} replaces results with other {changed}; give another --out to keep both")
+        """Write the results as JSON, completely or not at all."""
         atomic_files.write_json(path, self.to_json())
-
-    def _replaces(self, path: Path) -> str:
-        """What differs between this result and the one of the same benchmark in `path`; "" = nothing."""
-        try:
-            before = self.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return ""
-        if before.task != self.task:
-            return ""
-        after = self.from_json(json.loads(json.dumps(self.to_json())))
-        return ", ".join(
-            name
-            for name, old, new in (
-                ("model", _model_files(before.model), _model_files(after.model)),
-                ("settings", before.settings, after.settings),
-                ("tasks or lengths", _cells(before.scores), _cells(after.scores)),
-            )
-            if old != new
-        )
-
-
-def _model_files(model: dict[str, Any]) -> list[Any]:
-    return [model.get(name) for name in ("path", "fingerprint")]
-
-
-def _cells(scores: Iterable[TaskScore]) -> list[tuple[str, int | None]]:
-    return [(score.task, score.length) for score in scores]
 
 
 def section(values: dict[str, Any], name: str) -> dict[str, Any]:

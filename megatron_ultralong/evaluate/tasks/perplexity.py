@@ -229,7 +229,10 @@ def run_command(args: argparse.Namespace) -> None:
         backend.check(max(settings.lengths), 1)
         rows = read_rows(args.data, backend.tokenizer, args.text_key)
         result = measure(backend, rows, settings, bar.update, data=data)  # type: ignore[arg-type]
-    curves.perplexity_by_position([result, *others], args.out / "perplexity.png")
     command.write_results(
-        result, args.out, table(result), f"and perplexity.png written, {result.extra['seconds']:.0f} s"
+        result,
+        args.out,
+        table(result),
+        f"and perplexity.png written, {result.extra['seconds']:.0f} s",
+        lambda: curves.perplexity_by_position([result, *others], args.out / "perplexity.png"),
     )

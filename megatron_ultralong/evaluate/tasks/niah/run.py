@@ -251,13 +251,15 @@ def run_command(args: argparse.Namespace) -> None:
             progress=bar.update,
         )
     title = f"{result.model['path']}, {total} prompts"
-    heat_map.heat_maps([result], [title], args.out / "niah.png", trained=[result.model["max_position"]])
     extra = result.extra
     command.write_results(
         result,
         args.out,
         table(result),
         f"and niah.png written; {extra['accuracy']:.1%} of {total * settings.needles} pass keys found, {extra['seconds']:.0f} s",
+        lambda: heat_map.heat_maps(
+            [result], [title], args.out / "niah.png", trained=[result.model["max_position"]]
+        ),
     )
 
 

@@ -256,11 +256,11 @@ def run_command(args: argparse.Namespace) -> None:
     command.check_out(args.out)
     with options.open_backend(args) as backend:  # under torchrun only rank 0 enters the block
         result, samples = run(backend, settings, args.out)
-    write_json_lines(args.out / "standard_samples.jsonl", samples)
     command.write_results(
         result,
         args.out,
         table(result),
         f"and standard_samples.jsonl written; {sum(result.extra['questions'].values())} questions, "
         f"{result.extra['seconds']:.0f} s",
+        lambda: write_json_lines(args.out / "standard_samples.jsonl", samples),
     )
