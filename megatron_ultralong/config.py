@@ -201,6 +201,9 @@ class Train:
     """Held-out rows per evaluation (all if fewer)."""
     log_every: int = 1
     """Iterations between log lines."""
+    load_optimizer: bool = False
+    """With --load: start with the optimizer's moments of that checkpoint too. Iterations and schedule start
+    anew."""
     z_loss: float = 0.0
     """Weight of the squared logsumexp of the logits in the training loss (not in the held-out loss); 0 =
     off."""
@@ -239,6 +242,8 @@ class Run:
     name: str
     notes: str = ""
     """Where the values come from, and which of them are this project's own choice."""
+    unpublished: tuple[str, ...] = ()
+    """Settings (`section.name`) that the recipe's source does not state: this project's own choice."""
     base: str = ""
     """Hugging Face name of the base model."""
     model: Model | None = None
@@ -421,6 +426,8 @@ def override(run: Run, settings: list[str]) -> Run:
         rescaled = _factor(rope) != _factor(run.rope) and not any("rope.factor" in x for x in settings)
         shown = [*settings, f"rope.factor={_factor(rope):g}"] if rescaled and _factor(rope) else settings
         new["notes"] = f"{run.notes} Changed for this run: {', '.join(shown)}.".strip()
+        keys = {setting.partition("=")[0].strip() for setting in settings}
+        new["unpublished"] = tuple(key for key in run.unpublished if key not in keys)
     changed = dataclasses.replace(run, **new)
     if isinstance(rope, ScaledRope) and rope.factor and rope.original_length:
         check_reach(rope, rope.covered_length(), new_length)
@@ -481,6 +488,7 @@ def from_dict(values: dict[str, Any]) -> Run:
             key: sections[key](**value) if key in sections and value is not None else value
             for key, value in values.items()
         }
+        built["unpublished"] = tuple(built.get("unpublished", ()))
         return Run(**built)
     except TypeError as error:
         raise UserError(f"stored run cannot be read by this version: {error}") from None

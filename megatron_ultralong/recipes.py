@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
+from megatron_ultralong import peer_recipes
 from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
@@ -32,6 +34,7 @@ SMOLLM2_135M = Model(
 
 # Base models of the recipes by their Hugging Face names, to plan a run before its weights are downloaded.
 SHAPES = {
+    peer_recipes.LLAMA_3_8B: LLAMA_3_1_8B,  # Llama-3 has the same shape
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
 }
@@ -129,6 +132,7 @@ def ultralong_1m() -> Run:
         cp=4,
         train=_pretraining(1024**2, global_batch=8, iterations=125),
         batch_note="125 iterations of 8 sequences are unverified",
+        unpublished=("train.iterations", "train.global_batch"),
     )
 
 
@@ -140,6 +144,7 @@ def ultralong_2m() -> Run:
         cp=16,
         train=_pretraining(2 * 1024**2, global_batch=4, iterations=125),
         batch_note="iterations and global batch are this project's own (1B tokens, as published)",
+        unpublished=("train.iterations", "train.global_batch"),
     )
 
 
@@ -169,7 +174,45 @@ def ultralong_4m_sft() -> Run:
     return _ultralong_sft("4m")
 
 
-def _ultralong(size: str, *, factor: int, cp: int, train: Train, batch_note: str) -> Run:
+def ultralong_1m_constant() -> Run:
+    """`ultralong_1m` with a constant learning rate."""
+    return _constant(ultralong_1m())
+
+
+def ultralong_2m_constant() -> Run:
+    """`ultralong_2m` with a constant learning rate."""
+    return _constant(ultralong_2m())
+
+
+def ultralong_4m_constant() -> Run:
+    """`ultralong_4m` with a constant learning rate."""
+    return _constant(ultralong_4m())
+
+
+def _constant(run: Run) -> Run:
+    """The variant with a constant learning rate and no warm-up, as NVIDIA's later extensions to 1M use it
+    (Nemotron 3); the paper does not publish its schedule."""
+    return replace(
+        run,
+        name=f"{run.name}_constant",
+        notes=f"{run.notes} Constant learning rate without warm-up, as in NVIDIA's later extensions (Nemotron 3).",
+        train=replace(run.train, schedule="constant", warmup=0, min_lr=0.0),
+    )
+
+
+_UNPUBLISHED = (
+    "train.schedule",
+    "train.warmup",
+    "train.min_lr",
+    "optim.weight_decay",
+    "optim.clip",
+    "train.seed",
+)
+
+
+def _ultralong(
+    size: str, *, factor: int, cp: int, train: Train, batch_note: str, unpublished: tuple[str, ...] = ()
+) -> Run:
     dp = 256 // (8 * cp)
     return Run(
         name=f"ultralong_{size}",
@@ -177,6 +220,7 @@ def _ultralong(size: str, *, factor: int, cp: int, train: Train, batch_note: str
         "rate, one step of one epoch are published; "
         f"256 GPUs as TP 8 x CP {cp} (data parallel {dp}) and AdamW's betas are second-hand; {batch_note}; "
         "schedule, warm-up, weight decay, clipping and seed are this project's own.",
+        unpublished=(*_UNPUBLISHED, *unpublished),
         base="meta-llama/Llama-3.1-8B-Instruct",
         rope=_yarn(factor, theta=500000.0, original_length=8192),
         parallel=Parallel(tp=8, cp=cp),
@@ -208,6 +252,14 @@ def _ultralong_sft(size: str) -> Run:
         "one epoch of them, one example a row (782 iterations; prepare_data.py sft --fit single), TP 8, AdamW's "
         "betas, schedule, warm-up, weight decay, clipping and seed are this project's own. Attention stays inside "
         "documents, so packed rows work too, with fewer rows a step and iterations.",
+        unpublished=(
+            "train.iterations",
+            "data.documents",
+            "parallel.tp",
+            "optim.beta1",
+            "optim.beta2",
+            *_UNPUBLISHED,
+        ),
         parallel=Parallel(tp=8),
         memory=Memory(recompute="all_but_attention"),
         data=Data(documents="masked"),
@@ -242,6 +294,10 @@ RECIPES: tuple[Callable[[], Run], ...] = (
     ultralong_1m_sft,
     ultralong_2m_sft,
     ultralong_4m_sft,
+    ultralong_1m_constant,
+    ultralong_2m_constant,
+    ultralong_4m_constant,
+    *peer_recipes.RECIPES,
 )
 
 

@@ -182,6 +182,10 @@ def print_run(run: Run, ranks: Ranks) -> None:
     if not ranks.is_main:
         return
     for section, values in config.to_dict(run).items():
+        if section == "unpublished":
+            if values:
+                print(f"not published, this project's own choice: {', '.join(values)}")
+            continue
         print(f"{section}: {json.dumps(values) if isinstance(values, dict) else values}")
     print(
         f"ranks: {ranks.world} on {ranks.device.type} = tp {ranks.tp} x pp {ranks.pp} x cp {ranks.cp} x dp {ranks.dp}",

@@ -96,7 +96,7 @@ def train(
         iteration = state.iteration + 1
         began = time.perf_counter()
         lr = optim.learning_rate(t, iteration)
-        optim.set_learning_rate(optimizer, lr, run.optim.weight_decay)
+        optim.set_hyperparameters(optimizer, lr, run.optim)
 
         # Gradients of the global batch.
         for chunk in trainer.chunks:

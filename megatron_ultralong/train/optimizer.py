@@ -76,8 +76,11 @@ def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Rank
     return optimizer
 
 
-def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:
-    """Set this iteration's values in every parameter group, scaled by the group's own multipliers."""
+def set_hyperparameters(optimizer: Any, lr: float, optim: Optim) -> None:
+    """Set this iteration's values in every parameter group, scaled by the group's own multipliers. A loaded
+    checkpoint leaves its own there."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (optim.beta1, optim.beta2)
+        group["eps"] = optim.eps

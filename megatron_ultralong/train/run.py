@@ -111,6 +111,9 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
         sharded.load(source.resume, chunks, optimizer)
+    elif run.train.load_optimizer:
+        assert source.checkpoint is not None
+        sharded.load(source.checkpoint, chunks, optimizer)
     return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
 
 

@@ -63,7 +63,22 @@ def find(
         source = WeightsSource(state=state, assets=AssetFolders(tokenizer=tokenizer))
     else:
         raise UserError(f"recipe {run.name} starts from a model: give --load-hf DIR or --load CKPT")
+    if run.train.load_optimizer and source.resume is None:
+        _check_optimizer(source.checkpoint)
     return replace(run, model=source.state.model, rope=source.state.rope), source
+
+
+def _check_optimizer(checkpoint: Path | None) -> None:
+    """UserError where there is no optimizer state to start with."""
+    without = "or set train.load_optimizer=false to start with a new one"
+    if checkpoint is None:
+        raise UserError(
+            f"train.load_optimizer=true takes the optimizer from a checkpoint: give --load CKPT, {without}"
+        )
+    if not any(name.startswith("optimizer.") for name in sharded.stored_tensors(checkpoint)):
+        raise UserError(
+            f"{checkpoint} contains no optimizer state: --load a checkpoint of a training run, {without}"
+        )
 
 
 def _resume(run: Run, newest: Path) -> WeightsSource:

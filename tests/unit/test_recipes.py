@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +20,11 @@ from megatron_ultralong.config import (
     override,
     to_dict,
 )
+from megatron_ultralong.data.pretrain.sources import load as load_sources
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import memory
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
+from megatron_ultralong.train.optimizer import learning_rate
 
 GIB = 1024**3
 H100 = 80 * 10**9  # bytes, as the vendor counts them
@@ -101,6 +105,74 @@ def test_instruction_tuning_figures(size):
     )
     check_model_layout(LLAMA_3_1_8B, run.parallel)
     assert run.micro_batches(run.parallel.data_parallel(256)) == 4
+
+
+@pytest.mark.parametrize("size", ["1m", "2m", "4m"])
+def test_constant_learning_rate(size):
+    run, constant = recipes.get(f"ultralong_{size}"), recipes.get(f"ultralong_{size}_constant")
+    assert [learning_rate(constant.train, i) for i in (1, 60, constant.train.iterations)] == [3e-5] * 3
+    train = replace(constant.train, schedule="cosine", warmup=run.train.warmup, min_lr=run.train.min_lr)
+    assert replace(constant, name=run.name, notes=run.notes, train=train) == run
+
+
+# Published figures of other models, written out once more: recipe, theta, S, global batch, iterations, LR,
+# warm-up, LR at the end, tokens in millions as published.
+PEERS = [
+    ("prolong_64k", 8e6, 65536, 64, 5000, 1e-5, 500, 1e-6, 21_000),
+    ("prolong_512k", 1.28e8, 524288, 16, 2500, 5e-6, 250, 5e-7, 21_000),
+    ("prolong_sft", None, 65536, 64, 250, 2e-5, 12, 2e-6, 1_050),
+    ("gradient_65k", 15.3e6, 65536, 32, 30, 2e-5, 0, 2e-5, 62.9),
+    ("gradient_262k", 207.1e6, 262144, 16, 24, 2e-5, 0, 2e-5, 100.7),
+    ("gradient_524k", 1.06e9, 524288, 16, 50, 2e-5, 0, 2e-5, 419.4),
+    ("gradient_1048k", 3580165449.0, 1048576, 16, 50, 2e-5, 0, 2e-5, 838.9),
+    ("gradient_4194k", 4.52e10, 4194304, 4, 12, 2e-5, 0, 2e-5, 201.3),
+]
+
+
+@pytest.mark.parametrize("figures", PEERS, ids=lambda figures: figures[0])
+def test_peer_figures(figures):
+    name, theta, s, batch, iterations, lr, warmup, last, millions = figures
+    run = recipes.get(name)
+    t = run.train
+    assert (None if run.rope is None else run.rope.theta) == theta
+    assert (t.seq_length, t.global_batch, t.iterations, t.lr, t.warmup) == (s, batch, iterations, lr, warmup)
+    assert learning_rate(t, t.iterations) == pytest.approx(last)
+    assert s * batch * iterations / 1e6 == pytest.approx(millions, rel=2e-3)
+    assert t.load_optimizer == (name == "prolong_512k")
+    assert run.data.documents == ("masked" if "prolong" in name else "joined")
+    check_model_layout(LLAMA_3_1_8B, run.parallel)
+    world = run.parallel.tp * run.parallel.cp
+    run.micro_batches(run.parallel.data_parallel(world))
+    assert memory.fits(
+        memory.gpu_memory(override(run, ["memory.offload=all"]), LLAMA_3_1_8B, 4 * world), H100
+    )
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_unpublished_settings_exist(name):
+    run = recipes.get(name)
+    values = to_dict(run)
+    for key in run.unpublished:
+        section, setting = key.split(".")
+        assert setting in values[section]
+    assert run.unpublished or "own choice" in run.notes
+    changed = override(run, ["train.seed=7"])
+    assert "train.seed" not in changed.unpublished, "it is the user's choice now"
+
+
+@pytest.mark.parametrize(("name", "sources"), [("prolong_64k", 10), ("prolong_512k", 12)])
+def test_prolong_mixes(tmp_path, name, sources):
+    file = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
+    (tmp_path / file.name).write_text(file.read_text())
+    for folder in set(re.findall(r"input: (\S+),", file.read_text())):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text("a")
+    mix = load_sources(tmp_path / file.name)
+    assert len(mix.sources) == sources and sum(source.weight for source in mix.sources) == 1
+    run = recipes.get(name).train
+    assert mix.tokens == pytest.approx(run.seq_length * run.global_batch * run.iterations, rel=2e-3)
+    whole = {source.name: source.weight for source in mix.sources if source.lengths}
+    assert float(sum(whole.values())) == pytest.approx(0.6), "repositories and books come in whole packs"
 
 
 def test_smollm2():
