@@ -301,6 +301,23 @@ RECIPES: tuple[Callable[[], Run], ...] = (
 )
 
 
+STAGES: dict[str, tuple[str, ...]] = {
+    "tiny_stages": ("tiny", "tiny_extend"),
+    "ultralong_1m_stages": ("ultralong_1m", "ultralong_1m_sft"),
+    "ultralong_2m_stages": ("ultralong_2m", "ultralong_2m_sft"),
+    "ultralong_4m_stages": ("ultralong_4m", "ultralong_4m_sft"),
+    "prolong": ("prolong_64k", "prolong_512k", "prolong_sft"),
+    "gradient": ("gradient_65k", "gradient_262k", "gradient_524k", "gradient_1048k", "gradient_4194k"),
+}
+"""Recipes that are trained one after the other, each from the one before."""
+
+
+def stages(name: str) -> tuple[Run, ...]:
+    """The runs of a name given to --recipe: several for one of `STAGES`, otherwise one. UserError as in
+    `get`."""
+    return tuple(get(stage) for stage in STAGES.get(name, (name,)))
+
+
 def names() -> list[str]:
     """The names of the recipes, as given to --recipe."""
     return [recipe.__name__ for recipe in RECIPES]
@@ -311,5 +328,6 @@ def get(name: str) -> Run:
     for recipe in RECIPES:
         if recipe.__name__ == name:
             return recipe()
-    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
-    raise UserError(f"--recipe {name}: no such recipe; did you mean {near}? All: {', '.join(names())}")
+    known = [*names(), *STAGES]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise UserError(f"--recipe {name}: no such recipe; did you mean {near}? All: {', '.join(known)}")

@@ -2,15 +2,21 @@
 """Train a recipe: continued pretraining or instruction tuning, under torchrun or as a single rank.
 
 torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf DIR --data PREFIX --save runs/1m
+
+A recipe of several stages takes --data once for each stage, and has a run directory for each in --save:
+
+torchrun --nproc-per-node 8 tools/train.py --recipe prolong --load-hf DIR --data 64K --data 512K --data SFT --save runs/prolong
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_ultralong import recipes
 from megatron_ultralong.config import override
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli
 
 
@@ -21,7 +27,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         required=True,
-        help="recipe in megatron_ultralong/recipes.py: " + ", ".join(recipes.names()),
+        help="recipe in megatron_ultralong/recipes.py: "
+        + ", ".join(recipes.names())
+        + "; of several stages: "
+        + ", ".join(recipes.STAGES),
     )
     parser.add_argument(
         "--set",
@@ -29,7 +38,8 @@ def arguments() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="change settings of the recipe, for example train.seq_length=64K parallel.cp=4",
+        help="change settings of the recipe, for example train.seq_length=64K parallel.cp=4; of one stage: "
+        "STAGE:KEY=VALUE",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
@@ -50,11 +60,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         nargs="+",
+        action="append",
         required=True,
         metavar="PREFIX",
-        help="packed rows to train on: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",
+        help="packed rows to train on: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; once for each stage",
     )
-    parser.add_argument("--valid", nargs="+", metavar="PREFIX", help="packed rows for the held-out loss")
+    parser.add_argument(
+        "--valid",
+        nargs="+",
+        action="append",
+        metavar="PREFIX",
+        help="packed rows for the held-out loss; once for each stage",
+    )
     parser.add_argument(
         "--perplexity",
         nargs="+",
@@ -74,21 +91,58 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    run = override(recipes.get(args.recipe), args.set)
+    runs = [
+        override(run, settings_of(run.name, args.set, args.recipe)) for run in recipes.stages(args.recipe)
+    ]
+    for option, given in (("--data", args.data), ("--valid", args.valid)):
+        if given is not None and len(given) != len(runs):
+            raise UserError(
+                f"{option} is given {len(given)} times, but {args.recipe} has {len(runs)} stages "
+                f"({', '.join(run.name for run in runs)}); give it once for each"
+            )
 
     # Imported here so that --help and wrong settings are answered at once.
     from megatron_ultralong.evaluate.tasks.perplexity_in_training import during_training
-    from megatron_ultralong.train.run import RunFiles, train_run
+    from megatron_ultralong.train.run import PrepareEvaluation, RunFiles, train_run
+    from megatron_ultralong.train.stages import Stage, train_stages
 
     files = RunFiles(
-        data=args.data,
-        valid=args.valid,
+        data=args.data[0],
+        valid=args.valid[0] if args.valid else None,
         save=args.save,
         load=args.load,
         load_hf=args.load_hf,
         tokenizer=args.tokenizer,
     )
-    train_run(run, files, [during_training(args.perplexity, args.save)] if args.perplexity else [])
+
+    def evaluations(save: Path) -> list[PrepareEvaluation]:
+        return [during_training(args.perplexity, save)] if args.perplexity else []
+
+    if len(runs) == 1:
+        train_run(runs[0], files, evaluations(args.save))
+        return
+    stages = [
+        Stage(run=run, data=data, valid=valid)
+        for run, data, valid in zip(runs, args.data, args.valid or [None] * len(runs), strict=True)
+    ]
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    train_stages(stages, files, lambda line: print(line, flush=True) if is_main else None, evaluations)
+
+
+def settings_of(stage: str, settings: list[str], recipe: str) -> list[str]:
+    """The settings of one stage: those without a stage, and its own. UserError for an unknown stage."""
+    own = []
+    for setting in settings:
+        name, colon, rest = setting.partition(":")
+        if not colon or "=" in name:
+            own.append(setting)
+            continue
+        known = recipes.STAGES.get(recipe, (recipe,))
+        if name not in known:
+            raise UserError(f"--set {setting}: {recipe} has no stage {name}; its stages: {', '.join(known)}")
+        if name == stage:
+            own.append(rest)
+    return own
 
 
 if __name__ == "__main__":

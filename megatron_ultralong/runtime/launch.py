@@ -138,8 +138,27 @@ def join(device: torch.device, timeout_minutes: int) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
-        return
-    torch.distributed.init_process_group(
-        backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-    )
+        store, rank, world = _meeting.store(timeout)
+    else:
+        store, rank, world = torch.distributed.HashStore(), 0, 1
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+class _Meeting:
+    """torchrun's store, which all ranks share, for any number of process groups one after the other."""
+
+    def __init__(self) -> None:
+        self._found: tuple[Any, int, int] | None = None
+        self._groups = 0
+
+    def store(self, timeout: timedelta) -> tuple[Any, int, int]:
+        """Return (store, rank, world size) for the next process group. Each group has its own keys: it would
+        find the addresses of the one before in theirs."""
+        if self._found is None:
+            self._found = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store, rank, world = self._found
+        self._groups += 1
+        return torch.distributed.PrefixStore(f"group {self._groups}", store), rank, world
+
+
+_meeting = _Meeting()

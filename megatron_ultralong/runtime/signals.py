@@ -11,14 +11,17 @@ from megatron_ultralong.runtime import agreement
 
 
 class StopRequest:
-    """Records SIGTERM from its creation on. Slurm may signal a single rank, so all ranks agree on it."""
+    """Records SIGTERM from the first one's creation on, for all later ones of the process too: a signal
+    between two stages stops the next. Slurm may signal a single rank, so all ranks agree on it."""
+
+    _received = False
 
     def __init__(self) -> None:
-        self._received = False
         signal.signal(signal.SIGTERM, self._receive)
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self._received = True
+    @staticmethod
+    def _receive(number: int, frame: Any) -> None:
+        StopRequest._received = True
 
     def on_any_rank(self, device: torch.device) -> bool:
         """Whether any rank has received SIGTERM. Every rank calls it."""

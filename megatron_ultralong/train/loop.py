@@ -91,6 +91,9 @@ def train(
     batches = data.training(state.consumed)
     stop = StopRequest()
     validated = None  # iteration
+    if stop.on_any_rank(ranks.device):
+        log.note("SIGTERM received before the first iteration; run the same command again")
+        return state
 
     while state.iteration < t.iterations:
         iteration = state.iteration + 1

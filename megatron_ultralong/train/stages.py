@@ -1,0 +1,97 @@
+"""Several runs one after the other, each from the last checkpoint of the one before.
+
+A stage is complete when its last iteration is saved. The same command skips complete stages and resumes the
+first that is not.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.config import Run
+from megatron_ultralong.data import packed_rows
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.train import weights_source
+from megatron_ultralong.train.run import PrepareEvaluation, RunFiles, train_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A run with its packed rows; `RunFiles` explains them."""
+
+    run: Run
+    data: list[str]
+    valid: list[str] | None = None
+
+
+def train_stages(
+    stages: Sequence[Stage],
+    first: RunFiles,
+    say: Callable[[str], None],
+    evaluations: Callable[[Path], Sequence[PrepareEvaluation]] = lambda save: (),
+) -> bool:
+    """Train `stages` in order; every rank calls it. Returns whether all are complete: False where a stage was
+    asked to stop.
+
+    first: the files of the first stage; its `save` is the folder of all run directories, named by recipe.
+    say: called with a line for each stage. evaluations: those of a run directory. UserError as in
+    `train_run`, and before the first stage where another's rows do not fit.
+    """
+    _check_rows(stages, first)
+    previous: Path | None = None
+    for number, stage in enumerate(stages, 1):
+        save = first.save / stage.run.name
+        name, iterations = f"stage {number} of {len(stages)}: {stage.run.name}", stage.run.train.iterations
+        done = _iterations(save)
+        if done >= iterations:
+            say(f"{name}: complete after {done} iterations")
+            previous = sharded.resolve(save)
+        else:
+            start = (
+                f"resumes at iteration {done}"
+                if done
+                else f"starts from {previous}"
+                if previous
+                else "starts"
+            )
+            say(f"{name}: {start}, {iterations} iterations")
+            files = replace(first, data=stage.data, valid=stage.valid, save=save)
+            if previous is not None:
+                files = replace(files, load=previous, load_hf=None)
+            state = train_run(stage.run, files, evaluations(save))
+            if state.iteration < iterations:
+                return False
+            gc.collect()  # models and optimizers are in reference cycles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            # By its own name: another node may still have an older listing of the run directory.
+            previous = save / f"iter_{iterations:07d}"
+    return True
+
+
+def _check_rows(stages: Sequence[Stage], first: RunFiles) -> None:
+    run, source = weights_source.find(
+        stages[0].run, first.save / stages[0].run.name, first.load, first.load_hf, first.tokenizer
+    )
+    for stage in stages:
+        for names in (stage.data, stage.valid):
+            if names:
+                masked = stage.run.data.documents == "masked"
+                try:
+                    packed_rows.open_blend(
+                        names, stage.run.train.seq_length, source.state.model.vocab_size, masked
+                    )
+                except UserError as error:
+                    raise UserError(f"stage {stage.run.name}: {error}") from None
+
+
+def _iterations(save: Path) -> int:
+    """Iterations of the newest complete checkpoint in a run directory; 0 = none."""
+    checkpoints = sharded.complete_checkpoints(save)
+    return int(checkpoints[-1].name[5:]) if checkpoints else 0
