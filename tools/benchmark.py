@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.config import parse_count
+from megatron_ultralong.command_settings import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli
 

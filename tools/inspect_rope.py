@@ -44,7 +44,7 @@ def main() -> int:
 
     # Imported here so that --help answers at once.
     from megatron_ultralong.checkpoint.rope_sources import compare, read, report
-    from megatron_ultralong.config import parse_count
+    from megatron_ultralong.command_settings import parse_count
     from megatron_ultralong.io import atomic_files
 
     head_dim, length = (

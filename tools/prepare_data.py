@@ -15,7 +15,7 @@ import dataclasses
 import signal
 from pathlib import Path
 
-from megatron_ultralong.config import parse_count
+from megatron_ultralong.command_settings import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli
 

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import override
+from megatron_ultralong.command_settings import override
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_ultralong.config import parse_count
+from megatron_ultralong.command_settings import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.tasks.niah import prompts as niah
 from megatron_ultralong.runtime import cli

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import Model, Parallel, Run, Train, override, parse_count, to_dict
+from megatron_ultralong.command_settings import override, parse_count
+from megatron_ultralong.config import Model, Parallel, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import memory, report_table, search
 from megatron_ultralong.planning.flops import FORMULA

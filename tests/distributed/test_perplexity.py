@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import Model, Parallel, Run, override
+from megatron_ultralong.command_settings import override
+from megatron_ultralong.config import Model, Parallel, Run
 from megatron_ultralong.evaluate.backends import likelihood
 from megatron_ultralong.evaluate.scorers import loss_by_position
 from megatron_ultralong.evaluate.tasks import perplexity

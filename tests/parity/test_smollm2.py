@@ -21,7 +21,8 @@ from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import convert, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
-from megatron_ultralong.config import Parallel, Run, override
+from megatron_ultralong.command_settings import override
+from megatron_ultralong.config import Parallel, Run
 from megatron_ultralong.model import weight_mapping
 from tests.parity.conftest import BASE
 from tests.spawn import run_ranks

@@ -6,18 +6,9 @@ import re
 
 import pytest
 
-from megatron_ultralong import config
-from megatron_ultralong.config import (
-    Data,
-    Memory,
-    Model,
-    Optim,
-    Parallel,
-    Run,
-    Runtime,
-    Train,
-    override,
-)
+from megatron_ultralong import command_settings, config
+from megatron_ultralong.command_settings import override
+from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.methods import YaRN
 
@@ -217,9 +208,9 @@ def test_values():
     assert run.train.seq_length == 1024**2 and run.parallel.dp is None and run.data == Data(shuffle=False)
     assert run.runtime == Runtime(wandb="my project") and run.train.lr == 3e-5 and run.train.seed == 7
     assert override(run, ["parallel.dp=4", "runtime.wandb=none"]).parallel.dp == 4
-    assert config.parse_count("128k", "x") == 131072
+    assert command_settings.parse_count("128k", "x") == 131072
     with pytest.raises(UserError, match="x=K: expected a whole number"):
-        config.parse_count("K", "x")
+        command_settings.parse_count("K", "x")
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "all_but_attention"])

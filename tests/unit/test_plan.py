@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_ultralong import recipes
-from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train, override
+from megatron_ultralong.command_settings import override
+from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import layouts, memory, report, search, time

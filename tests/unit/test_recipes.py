@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ultralong import recipes
+from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import (
     Memory,
     Model,
@@ -17,7 +18,6 @@ from megatron_ultralong.config import (
     Train,
     check_model_layout,
     from_dict,
-    override,
     to_dict,
 )
 from megatron_ultralong.data.pretrain.sources import load as load_sources

@@ -12,7 +12,8 @@ import pytest
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Model, Run, Train, override
+from megatron_ultralong.command_settings import override
+from megatron_ultralong.config import Model, Run, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import (

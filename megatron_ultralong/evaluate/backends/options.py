@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ultralong.config import Parallel, parse_count
+from megatron_ultralong.command_settings import parse_count
+from megatron_ultralong.config import Parallel
 from megatron_ultralong.errors import UserError
 
 if TYPE_CHECKING:

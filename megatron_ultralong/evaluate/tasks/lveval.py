@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.config import parse_count
+from megatron_ultralong.command_settings import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.pipeline import command, file_benchmark, stages
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore

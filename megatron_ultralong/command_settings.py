@@ -1,0 +1,177 @@
+"""Settings from a command line: `--set section.name=value` applied to a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ultralong.config import RENAMED, Run, check_reach, sections
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.methods import METHODS, from_values, settings_of
+
+
+def override(run: Run, settings: list[str]) -> Run:
+    """Apply `--set` settings (`a.b=value`) to `run`, all at once, and check the result.
+
+    Values: numbers (integers may end in K or M, 1024-based), true/false, `none`, names. UserError for an
+    unknown key, with the nearest valid one, and for a value of the wrong type.
+    """
+    hints = _type_hints()
+    changes: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UserError(f"--set {setting}: expected key=value")
+        _check_renamed(key, text.strip())
+        if key not in hints:
+            near = difflib.get_close_matches(key, sorted(hints), n=1, cutoff=0.0)[0]
+            raise UserError(f"--set {key}: no such setting; did you mean {near}?")
+        section, _, name = key.partition(".")
+        changes.setdefault(section, {})[name] = _parse(key, text.strip(), hints[key])
+    new: dict[str, Any] = {}
+    new_length = changes.get("train", {}).get("seq_length", run.train.seq_length)
+    rope = _change_rope(run, changes.pop("rope", {}), new_length)
+    if rope != run.rope:
+        new["rope"] = rope
+    for section, values in changes.items():
+        old = getattr(run, section)
+        if old is None and section == "model":
+            raise UserError(
+                f"--set model.{next(iter(values))}: recipe {run.name} takes its model from --load-hf or --load"
+            )
+        new[section] = (
+            dataclasses.replace(old, **values) if old is not None else sections()[section](**values)
+        )
+    if settings:  # the notes describe published values, which these settings are not
+        rescaled = _factor(rope) != _factor(run.rope) and not any("rope.factor" in x for x in settings)
+        shown = [*settings, f"rope.factor={_factor(rope):g}"] if rescaled and _factor(rope) else settings
+        new["notes"] = f"{run.notes} Changed for this run: {', '.join(shown)}.".strip()
+        keys = {setting.partition("=")[0].strip() for setting in settings}
+        new["unpublished"] = tuple(key for key in run.unpublished if key not in keys)
+    changed = dataclasses.replace(run, **new)
+    if isinstance(rope, ScaledRope) and rope.factor and rope.original_length:
+        check_reach(rope, rope.covered_length(), new_length)
+    return changed
+
+
+def _change_rope(run: Run, values: dict[str, Any], seq_length: int) -> Rope | None:
+    """The RoPE of `run` with settings changed, for sequences of `seq_length` tokens. A new method keeps what
+    it shares with the recipe's; a factor that is not set follows the length."""
+    old = run.rope
+    if old is None and not values:
+        return None
+    kind = values.get("type", old.type if old is not None else "")
+    if not kind:
+        raise UserError(
+            f"--set rope.{next(iter(values))}: recipe {run.name} keeps the RoPE of the loaded model; set rope.type too"
+        )
+    kept: dict[str, Any] = {"theta": None, "original_length": None}
+    if old is not None:
+        kept = {f.name: getattr(old, f.name) for f in dataclasses.fields(old) if f.name != "type"}
+    if old is None or kind != old.type:
+        # A changed base is always stated, and the factor of dynamic scaling is another quantity.
+        apart = {"theta": ("theta",), "dynamic": ("factor",)}
+        dropped = {*apart.get(kind, ()), *(("factor",) if old is not None and old.type == "dynamic" else ())}
+        kept = {
+            name: value
+            for name, value in kept.items()
+            if name in settings_of(METHODS[kind]) and name not in dropped
+        }
+    rope = from_values({**kept, **values, "type": kind})
+    if isinstance(rope, ScaledRope) and rope.factor and "factor" not in values:
+        factor = rope.factor * seq_length / run.train.seq_length
+        if factor < 1:
+            raise UserError(
+                f"--set train.seq_length={seq_length}: shorter than the {rope.original_length} tokens before scaling, "
+                f"so that rope.factor={rope.factor:g} cannot follow it; set rope.factor too"
+            )
+        rope = dataclasses.replace(rope, factor=factor)
+    return rope
+
+
+def _factor(rope: Rope | None) -> float | None:
+    return rope.factor if isinstance(rope, ScaledRope) else None
+
+
+def _check_renamed(key: str, text: str) -> None:
+    """UserError with the new form of an old setting."""
+    if key not in RENAMED:
+        return
+    name, values = RENAMED[key]
+    if name != key or text in values:
+        raise UserError(f"--set {key}={text}: this setting is now {name}={values.get(text, text)}")
+
+
+# ---- values ------------------------------------------------------------------------------------
+
+
+def _type_hints() -> dict[str, Any]:
+    """The type of every setting of the command line, by `section.name`."""
+    hints = {
+        f"{section}.{f.name}": typing.get_type_hints(kind)[f.name]
+        for section, kind in sections().items()
+        for f in dataclasses.fields(kind)
+    }
+    for kind in METHODS.values():
+        of_kind = typing.get_type_hints(kind)
+        hints |= {f"rope.{name}": of_kind[name] for name in settings_of(kind)}
+    return {**hints, "rope.type": Literal[tuple(METHODS)]}
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [a for a in typing.get_args(hint) if a is not type(None)]
+        return None if text.lower() in ("none", "null") else _parse(key, text, kinds[0])
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if text not in choices:
+            raise UserError(f"--set {key}={text}: choose one of {', '.join(choices)}")
+        return text
+    if typing.get_origin(hint) is tuple:
+        return _parse_numbers(key, text)
+    if hint is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UserError(f"--set {key}={text}: expected true or false")
+        return text.lower() in ("true", "1", "yes")
+    if hint is int:
+        return parse_count(text, f"--set {key}")
+    if hint is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f"--set {key}={text}: expected a number") from None
+    return text
+
+
+def _parse_numbers(key: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, or the list in a JSON file."""
+    found: Any = text.split(",")
+    if text.endswith(".json"):
+        try:
+            found = json.loads(Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--set {key}={text}: cannot read the file ({error})") from None
+        if not isinstance(found, list):
+            raise UserError(f"--set {key}={text}: the file must hold a list of numbers")
+    try:
+        return tuple(float(x) for x in found)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"--set {key}={text}: expected numbers with commas, or a JSON file with a list"
+        ) from None
+
+
+def parse_count(text: str, what: str) -> int:
+    """Parse a whole number with an optional K or M (x 1024, x 1024^2): "4096", "128K", "1M"."""
+    scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.replace("_", "").isdigit():
+        raise UserError(f"{what}={text}: expected a whole number, like 4096 or 128K")
+    return int(digits) * scale
