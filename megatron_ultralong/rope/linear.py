@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ultralong.rope.base import Rope, ScaledRope, unscaled
-from megatron_ultralong.rope.hf_block import HFBlock
+from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ class Linear(ScaledRope):
     type: Literal["linear"] = "linear"
 
     hf_type = "linear"
-    hf_keys = ("factor",)
+    hf_keys = ("factor", ORIGINAL)
 
     def frequencies(self, head_dim: int, length: int) -> Tensor:
         return unscaled(self.base()[0], head_dim) / self.scale()
@@ -28,13 +28,13 @@ class Linear(ScaledRope):
         theta, original = self.base()
         return f"linear, theta {theta:,.10g}, factor {self.scale():g} over {original:,} positions"
 
-    def exact_max_position(self) -> int | None:
-        return self.original()  # the block has no original length, and vLLM multiplies this one by the factor
-
     def to_hf(self, max_position: int, head_dim: int) -> dict[str, Any]:
+        theta, original = self.base()
         block = {"rope_type": "linear", "factor": float(self.scale())}
-        return {"rope_theta": float(self.base()[0]), "rope_scaling": block}
+        # No client reads the original length here; it keeps the factor's meaning for a later extension.
+        return {"rope_theta": float(theta), "rope_scaling": block, ORIGINAL: original}
 
     @classmethod
     def from_hf(cls, block: HFBlock) -> Rope:
-        return cls(theta=block.theta, factor=block.factor(), original_length=block.max_position())
+        # Most published configs have max_position_embeddings at its value before scaling.
+        return cls(theta=block.theta, factor=block.factor(), original_length=block.original_length())

@@ -121,7 +121,7 @@ EXPORTS = [
         131072,
     ),
     (ChangedBase(theta=1.28e8), 524288),
-    (Linear(factor=7.3, theta=10000.0, original_length=2048), 2048),
+    (Linear(factor=7.3, theta=10000.0, original_length=2048), 14950),
     (NTK(factor=128.0), 1048576),
     (NTK(factor=8.0, theta=10000.0, original_length=512, law="length"), 4096),
     (DynamicNTK(factor=2.0), 8192),

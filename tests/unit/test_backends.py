@@ -21,6 +21,7 @@ from megatron_ultralong.config import Model, Parallel
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check, model_files
 from megatron_ultralong.evaluate.backends import protocol as backends
+from megatron_ultralong.evaluate.backends.model_files import position_limit
 from megatron_ultralong.evaluate.backends.openai_endpoint import EndpointSettings, OpenAIEndpoint
 from megatron_ultralong.evaluate.backends.parallel_model import ParallelModel
 from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
@@ -516,3 +517,9 @@ def test_ranks_that_do_not_fit(tmp_path, monkeypatch):
                 "--out",
                 tmp_path,
             )
+
+
+def test_position_limit():
+    assert position_limit({}) is None and position_limit({"max_position_embeddings": 512}) == 512
+    for block in ({"rope_scaling": {"type": "dynamic"}}, {"rope_parameters": {"rope_type": "dynamic"}}):
+        assert position_limit({"max_position_embeddings": 512, **block}) is None

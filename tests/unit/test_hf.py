@@ -13,14 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_ultralong.checkpoint.convert import max_position
 from megatron_ultralong.checkpoint.hf import assets as hf_assets
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.recipes import LLAMA_3_1_8B
 from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
 
 MODEL = Model(hidden_size=72, ffn_size=42, layers=2, heads=9, kv_heads=3, head_dim=6, vocab_size=97)
@@ -280,6 +283,75 @@ def test_config_of_something_else_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as caught:
         hf_config.read_config(tmp_path)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Keys of config.json as published for models of this shape (written out from their model cards and
+# repositories, not copied): a name, the keys, and how this project describes the RoPE.
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+}
+PUBLISHED = [
+    *(
+        (
+            f"Llama-3.1-8B-UltraLong-{size}",
+            {
+                "rope_theta": 500000.0,
+                "max_position_embeddings": length,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            f"llama3, theta 500,000, factor {factor:g} over 8,192 positions, alpha 1, beta 4",
+        )
+        for size, length, factor in (("1M", 1073152, 128.0), ("2M", 2146304, 256.0), ("4M", 4292608, 512.0))
+    ),
+    *(
+        (
+            name,
+            {"rope_theta": theta, "max_position_embeddings": length, "rope_scaling": None},
+            f"unscaled, theta {theta:,.10g}",
+        )
+        for name, theta, length in (
+            ("Llama-3-8B-ProLong-64k", 8e6, 65536),
+            ("Llama-3-8B-ProLong-512k", 1.28e8, 524288),
+            ("Llama-3-8B-Instruct-Gradient-1048k", 3580165449.0, 1048576),
+            ("Llama-3-8B-Instruct-Gradient-4194k", 45200000000.0, 4194304),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "described"), PUBLISHED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_published_configs_come_back_unchanged(tmp_path, name, keys, described):
+    published = {**LLAMA_8B, **keys}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    read = hf_config.read_config(tmp_path)
+    assert read.rope.describe() == described
+    assert dataclasses.replace(read.model, init_std=0.02) == LLAMA_3_1_8B
+    length = max_position(TrainingState(model=read.model, rope=read.rope, base=name), read.raw)
+    exported = hf_config.export_config(read.model, read.rope, length, torch.bfloat16, read.raw)
+    assert {key: exported[key] for key in published} == published
+    assert set(exported) - set(published) == {"head_dim", "attention_bias", "mlp_bias", "dtype"}
 
 
 def test_base_name(tmp_path):

@@ -13,12 +13,20 @@ from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.hf_block import ORIGINAL
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_NOT_EXPORTED = ("rope_theta", "rope_scaling", "rope_parameters", "_name_or_path", "transformers_version")
+_NOT_EXPORTED = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    ORIGINAL,
+    "_name_or_path",
+    "transformers_version",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--model {path}: config.json cannot be read: {error}") from None
 
 
+def position_limit(config: dict[str, Any]) -> int | None:
+    """Positions that a model's config.json allows, tokens; None = any number, or not stated."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        return None  # max_position_embeddings is the length before scaling
+    return config.get("max_position_embeddings")
+
+
 def load_tokenizer(path: Path, flag: str = "--model") -> Any:
     """Load a transformers tokenizer. flag: the option that named `path`, for messages."""
     from transformers import AutoTokenizer

@@ -23,7 +23,12 @@ from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
 from megatron_ultralong.evaluate.backends.decoding import DecodingSession
-from megatron_ultralong.evaluate.backends.model_files import end_tokens, fingerprint, load_tokenizer
+from megatron_ultralong.evaluate.backends.model_files import (
+    end_tokens,
+    fingerprint,
+    load_tokenizer,
+    position_limit,
+)
 from megatron_ultralong.evaluate.backends.protocol import (
     Completion,
     GenerationRequest,
@@ -216,7 +221,7 @@ def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
     tokenizer)."""
     if (path / "config.json").is_file():
         config = read_config(path)
-        return path, config.model, config.rope, config.max_position, path
+        return path, config.model, config.rope, position_limit(config.raw), path
     place = sharded.resolve(path)
     state = training_state.read(place)
     return place, state.model, state.rope, state.max_length or None, place / "hf"

@@ -16,6 +16,7 @@ from megatron_ultralong.evaluate.backends.model_files import (
     end_tokens,
     fingerprint,
     load_tokenizer,
+    position_limit,
     read_config,
 )
 from megatron_ultralong.evaluate.backends.protocol import (
@@ -80,7 +81,7 @@ class TransformersModel:
         self.model.generation_config = type(kept)(
             bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id
         )
-        self.max_position: int | None = config.get("max_position_embeddings")
+        self.max_position: int | None = position_limit(config)
         self.end_tokens = end_tokens(path, self.tokenizer)
 
     def check(self, length: int, batch: int) -> None:
