@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -38,7 +39,7 @@ def override(run: Run, settings: list[str]) -> Run:
     new: dict[str, Any] = {}
     new_length = changes.get("train", {}).get("seq_length", run.train.seq_length)
     rope = _change_rope(run, changes.pop("rope", {}), new_length)
-    if rope != run.rope:
+    if rope is not run.rope:  # equal settings may still differ in allow_short
         new["rope"] = rope
     for section, values in changes.items():
         old = getattr(run, section)
@@ -50,7 +51,9 @@ def override(run: Run, settings: list[str]) -> Run:
             dataclasses.replace(old, **values) if old is not None else sections()[section](**values)
         )
     if settings:  # the notes describe published values, which these settings are not
-        rescaled = _factor(rope) != _factor(run.rope) and not any("rope.factor" in x for x in settings)
+        rescaled = _factor(rope) != _factor(run.rope) and not any(
+            x.partition("=")[0].strip() == "rope.factor" for x in settings
+        )
         shown = [*settings, f"rope.factor={_factor(rope):g}"] if rescaled and _factor(rope) else settings
         new["notes"] = f"{run.notes} Changed for this run: {', '.join(shown)}.".strip()
         keys = {setting.partition("=")[0].strip() for setting in settings}
@@ -79,6 +82,8 @@ def _change_rope(run: Run, values: dict[str, Any], seq_length: int) -> Rope | No
         # A changed base is always stated, and the factor of dynamic scaling is another quantity.
         apart = {"theta": ("theta",), "dynamic": ("factor",)}
         dropped = {*apart.get(kind, ()), *(("factor",) if old is not None and old.type == "dynamic" else ())}
+        if old is not None and old.type == "theta":
+            kept["theta"] = None  # that of the loaded model, which the new method scales
         kept = {
             name: value
             for name, value in kept.items()
@@ -172,6 +177,6 @@ def parse_count(text: str, what: str) -> int:
     """Parse a whole number with an optional K or M (x 1024, x 1024^2): "4096", "128K", "1M"."""
     scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
-    if not digits.replace("_", "").isdigit():
+    if not re.fullmatch(r"[0-9]+(_[0-9]+)*", digits):
         raise UserError(f"{what}={text}: expected a whole number, like 4096 or 128K")
     return int(digits) * scale

@@ -328,6 +328,8 @@ def get(name: str) -> Run:
     for recipe in RECIPES:
         if recipe.__name__ == name:
             return recipe()
+    if name in STAGES:
+        raise UserError(f"--recipe {name} has several stages; give one of them: {', '.join(STAGES[name])}")
     known = [*names(), *STAGES]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise UserError(f"--recipe {name}: no such recipe; did you mean {near}? All: {', '.join(known)}")

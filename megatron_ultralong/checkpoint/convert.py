@@ -210,7 +210,7 @@ def max_position(state: TrainingState, base: dict[str, Any]) -> int:
     run, scaled, base_length = (
         state.stored_run(),
         (isinstance(state.rope, ScaledRope) and state.rope.covered_length()) or 0,
-        int(base.get("max_position_embeddings", 0)),
+        int(base.get("max_position_embeddings") or 0),
     )
     if run is None:  # imported, not trained
         return base_length or scaled or 2048

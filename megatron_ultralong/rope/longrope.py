@@ -131,4 +131,6 @@ class LongRoPE(ScaledRope):
 
 def default_attention_factor(factor: float, original_length: int) -> float:
     """sqrt(1 + ln s / ln L), 1 for s = 1."""
+    if original_length < 2:
+        raise UserError(f"the original length {original_length} must be at least 2 for longrope")
     return math.sqrt(1 + math.log(factor) / math.log(original_length)) if factor > 1 else 1.0

@@ -27,14 +27,20 @@ class NTK(ScaledRope):
     once within T (the rule behind Gradient's 1M and 4M models)."""
 
     def scaled_theta(self, head_dim: int) -> float:
-        """theta', computed in float64. UserError for a head or a length too small for the rule."""
+        """theta', computed in float64. UserError for a head or a length too small for the rule, and a factor
+        too large for it."""
         theta, original = self.base()
-        if self.law == "length":
-            if original <= 2 * math.pi:
-                raise UserError(f"rope.original_length={original} must be above 6 for rope.law=length")
-            target = self.scale() * original
-            return float(theta ** (math.log(target / (2 * math.pi)) / math.log(original / (2 * math.pi))))
-        return float(theta * self.scale() ** ntk_exponent(head_dim))
+        if self.law == "length" and original <= 2 * math.pi:
+            raise UserError(f"rope.original_length={original} must be above 6 for rope.law=length")
+        try:
+            if self.law == "length":
+                target = self.scale() * original
+                return float(theta ** (math.log(target / (2 * math.pi)) / math.log(original / (2 * math.pi))))
+            return float(theta * self.scale() ** ntk_exponent(head_dim))
+        except OverflowError:
+            raise UserError(
+                f"rope.factor={self.factor:g} is too large: theta would not be a number"
+            ) from None
 
     def frequencies(self, head_dim: int, length: int) -> Tensor:
         return unscaled(self.scaled_theta(head_dim), head_dim)
@@ -67,7 +73,7 @@ class DynamicNTK(Rope):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.factor < math.inf:
+        if self.factor is None or not 1 <= self.factor < math.inf:  # JSON may say null
             raise UserError(f"rope.factor={self.factor} must be at least 1")
 
     def frequencies(self, head_dim: int, length: int) -> Tensor:

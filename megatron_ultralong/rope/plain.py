@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope, unscaled
 from megatron_ultralong.rope.hf_block import HFBlock
 
@@ -43,16 +44,16 @@ class ChangedBase(Rope):
     theta: float | None = None
     """The new RoPE base; it must be set."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.theta is None:
+            raise UserError("rope.type=theta requires rope.theta, the new base")
+
     def frequencies(self, head_dim: int, length: int) -> Tensor:
         return unscaled(self.base()[0], head_dim)
 
     def covered_length(self) -> int | None:
         return None  # the base is whatever was chosen for the new length
-
-    def for_length(self, loaded: Rope | None, length: int) -> Rope:
-        if self.theta is None:
-            self.base()  # a changed base is never that of the loaded model
-        return super().for_length(loaded, length)
 
     def describe(self) -> str:
         return f"unscaled, changed theta {self.base()[0]:,.10g}"

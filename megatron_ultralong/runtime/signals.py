@@ -14,6 +14,8 @@ class StopRequest:
     """Records SIGTERM from the first one's creation on, for all later ones of the process too: a signal
     between two stages stops the next. Slurm may signal a single rank, so all ranks agree on it."""
 
+    stopped = False
+    """Whether the ranks have agreed to stop."""
     _received = False
 
     def __init__(self) -> None:
@@ -25,4 +27,6 @@ class StopRequest:
 
     def on_any_rank(self, device: torch.device) -> bool:
         """Whether any rank has received SIGTERM. Every rank calls it."""
-        return agreement.first_rank_where(self._received, device) is not None
+        if agreement.first_rank_where(self._received, device) is not None:
+            StopRequest.stopped = True
+        return StopRequest.stopped

@@ -1,12 +1,13 @@
 """Several runs one after the other, each from the last checkpoint of the one before.
 
-A stage is complete when its last iteration is saved. The same command skips complete stages and resumes the
-first that is not.
+A stage is complete when its last iteration is saved and evaluated. The same command skips complete stages and
+resumes the first that is not.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,17 @@ from pathlib import Path
 import torch
 
 from megatron_ultralong.checkpoint import sharded
-from megatron_ultralong.config import Run
+from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import packed_rows
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import atomic_files
+from megatron_ultralong.runtime import launch
+from megatron_ultralong.runtime.signals import StopRequest
 from megatron_ultralong.train import weights_source
 from megatron_ultralong.train.run import PrepareEvaluation, RunFiles, train_run
+
+_MARK = "complete"
+"""File of a run directory that is written after the last evaluation, which follows the last checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +50,14 @@ def train_stages(
     say: called with a line for each stage. evaluations: those of a run directory. UserError as in
     `train_run`, and before the first stage where another's rows do not fit.
     """
-    _check_rows(stages, first)
+    _check(stages, first)
+    _check_order(stages, first.save)
     previous: Path | None = None
     for number, stage in enumerate(stages, 1):
         save = first.save / stage.run.name
         name, iterations = f"stage {number} of {len(stages)}: {stage.run.name}", stage.run.train.iterations
         done = _iterations(save)
-        if done >= iterations:
+        if _complete(stage, save):
             say(f"{name}: complete after {done} iterations")
             previous = sharded.resolve(save)
         else:
@@ -65,8 +73,10 @@ def train_stages(
             if previous is not None:
                 files = replace(files, load=previous, load_hf=None)
             state = train_run(stage.run, files, evaluations(save))
-            if state.iteration < iterations:
+            if state.iteration < iterations or StopRequest.stopped:
                 return False
+            if int(os.environ.get("RANK", "0")) == 0:
+                atomic_files.write_text(save / _MARK, f"{state.iteration}\n")
             gc.collect()  # models and optimizers are in reference cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -75,11 +85,17 @@ def train_stages(
     return True
 
 
-def _check_rows(stages: Sequence[Stage], first: RunFiles) -> None:
+def _check(stages: Sequence[Stage], first: RunFiles) -> None:
+    """UserError where a stage's rows or layout cannot work, before the first one starts."""
     run, source = weights_source.find(
         stages[0].run, first.save / stages[0].run.name, first.load, first.load_hf, first.tokenizer
     )
     for stage in stages:
+        try:
+            stage.run.micro_batches(stage.run.parallel.data_parallel(launch.world_size()))
+            check_model_layout(source.state.model, stage.run.parallel)
+        except UserError as error:
+            raise UserError(f"stage {stage.run.name}: {error}") from None
         for names in (stage.data, stage.valid):
             if names:
                 masked = stage.run.data.documents == "masked"
@@ -89,6 +105,26 @@ def _check_rows(stages: Sequence[Stage], first: RunFiles) -> None:
                     )
                 except UserError as error:
                     raise UserError(f"stage {stage.run.name}: {error}") from None
+
+
+def _check_order(stages: Sequence[Stage], folder: Path) -> None:
+    """UserError where a stage still has to train, but a later one was trained from another checkpoint of
+    it."""
+    trained = [_iterations(folder / stage.run.name) for stage in stages]
+    for i, stage in enumerate(stages):
+        if not _complete(stage, folder / stage.run.name):
+            for later, iterations in zip(stages[i + 1 :], trained[i + 1 :], strict=True):
+                if iterations:
+                    raise UserError(
+                        f"{folder / later.run.name} was trained from another checkpoint of stage {stage.run.name}, "
+                        "which is not complete; remove it, or use a new --save folder"
+                    )
+            return
+
+
+def _complete(stage: Stage, save: Path) -> bool:
+    """Whether the stage was trained and evaluated to its end."""
+    return _iterations(save) >= stage.run.train.iterations and (save / _MARK).is_file()
 
 
 def _iterations(save: Path) -> int:

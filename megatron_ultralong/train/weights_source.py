@@ -93,6 +93,10 @@ def _resume(run: Run, newest: Path) -> WeightsSource:
         raise UserError(
             f"{newest} was trained with {theirs}, but this run specifies {ours}; use a new --save folder"
         )
+    covered = state.rope.covered_length()
+    if covered is not None and not (run.rope is not None and run.rope.allow_short):
+        reach = max(state.max_length, covered)
+        config.check_reach(replace(state.rope, allow_short=False), reach, run.train.seq_length)
     return WeightsSource(state=state, resume=newest, assets=_assets_of(newest))
 
 
@@ -107,13 +111,16 @@ def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSou
     _check_same_model(run.model, stored.model, path)
     assets = _assets_of(path)
     length = stored.max_length
-    if not length and assets.base is not None:  # converted, not trained
-        length = hf_config.read_config(assets.base).max_position
+    if assets.base is not None:
+        base = hf_config.read_config(assets.base)
+        if base.rope == stored.rope:  # it may state more than it was trained on here
+            length = max(length, base.max_position)
+    rope = _rope(run, stored.rope, length)
     state = TrainingState(
         model=stored.model,
-        rope=_rope(run, stored.rope, length),
+        rope=rope,
         base=stored.base,
-        max_length=stored.max_length,
+        max_length=length if rope == stored.rope else stored.max_length,
     )
     return WeightsSource(state=state, checkpoint=path, assets=replace(assets, tokenizer=tokenizer))
 
@@ -124,7 +131,9 @@ def _from_hf(run: Run, folder: Path, tokenizer: Path | None) -> WeightsSource:
     name = hf_config.base_name(folder, hf.raw)
     if run.base.rpartition("/")[2].lower() == name.lower():
         name = run.base  # the directory has the short name of the recipe's base: use the full name
-    state = TrainingState(model=hf.model, rope=_rope(run, hf.rope, hf.max_position), base=name)
+    rope = _rope(run, hf.rope, hf.max_position)
+    length = hf.max_position if rope == hf.rope else 0
+    state = TrainingState(model=hf.model, rope=rope, base=name, max_length=length)
     return WeightsSource(state=state, hf=folder, assets=AssetFolders(base=folder, tokenizer=tokenizer))
 
 

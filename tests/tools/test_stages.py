@@ -98,13 +98,28 @@ def test_stages(rows: Path, tmp_path: Path) -> None:
     one, two = ([float(loss) for loss in losses(run.stdout)] for run in (whole, ranks))
     assert one == pytest.approx(two, rel=1e-4)
 
+    # The file that is written after the last evaluation decides.
+    (broken / "tiny_extend" / "complete").unlink()
+    done = processes.run(command(rows, broken), capture_output=True)
+    assert done.returncode == 0 and "tiny_extend: resumes at iteration 4" in done.stdout
     done = processes.run(command(rows, broken), capture_output=True)
     assert done.returncode == 0 and not losses(done.stdout) and done.stdout.count("complete after") == 2
+
+    # A first stage that trains on would leave the second one behind.
+    done = processes.run(command(rows, broken, "tiny:train.iterations=5"), capture_output=True)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {broken / 'tiny_extend'} was trained from another checkpoint of stage tiny, which is not complete; "
+        "remove it, or use a new --save folder\n"
+    )
 
 
 def test_mistakes_are_found_before_the_first_stage(rows: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     for arguments, message in (
+        (
+            command(rows, save, "tiny_extend:parallel.cp=2"),
+            "stage tiny_extend: parallel.tp=1 x pp=1 x cp=2 needs a multiple of 2 ranks, but 1 were started",
+        ),
         (
             command(rows, save, "nothing:train.lr=1"),
             "tiny_stages has no stage nothing; its stages: tiny, tiny_extend",

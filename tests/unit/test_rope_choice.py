@@ -11,9 +11,10 @@ import pytest
 
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import training_state
+from megatron_ultralong.checkpoint.convert import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
-from megatron_ultralong.config import Model, Run, Train
+from megatron_ultralong.config import Model, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import (
@@ -134,8 +135,8 @@ def test_a_method_without_a_factor(llama31: Path, tmp_path: Path) -> None:
     assert chosen(run_of(8 * K, "rope.type=llama3"), hf=llama31) == Llama3(factor=8.0)
     with pytest.raises(UserError, match=r"rope.type=yarn without rope.factor: .*within the 131,072 tokens"):
         chosen(run_of(8 * K, "rope.type=yarn"), hf=llama31)
-    with pytest.raises(UserError, match="rope.theta is not set, and no model is loaded that states it"):
-        chosen(run_of(512 * K, "rope.type=theta"), hf=llama31)
+    with pytest.raises(UserError, match="rope.type=theta requires rope.theta"):
+        run_of(512 * K, "rope.type=theta")
     assert chosen(run_of(512 * K, "rope.type=theta", "rope.theta=1.28e8"), hf=llama31) == ChangedBase(
         theta=1.28e8
     )
@@ -167,7 +168,11 @@ def test_a_recipe_follows_the_length() -> None:
     assert override(run, ["train.seq_length=2M", "rope.type=linear"]).rope == Linear(factor=256.0)
     # A changed base is always stated, and the factor of dynamic scaling is another quantity.
     assert override(run, ["rope.type=dynamic"]).rope == DynamicNTK()
-    assert override(run, ["rope.type=theta"]).rope == ChangedBase()
+    assert override(run, ["rope.type=theta", "rope.theta=8e6"]).rope == ChangedBase(theta=8e6)
+    changed = override(recipes.get("prolong_64k"), ["rope.type=linear", "rope.factor=8"]).rope
+    assert changed == Linear(theta=None, factor=8.0), "no scaling on top of a changed base"
+    insisted = override(run, ["train.seq_length=2M", "rope.factor=128", "rope.allow_short=true"])
+    assert insisted.rope == run.rope and insisted.rope is not None and insisted.rope.allow_short
     for settings, message in (
         (
             ["train.seq_length=2M", "rope.factor=128"],
@@ -195,6 +200,60 @@ def test_resuming_keeps_what_was_resolved(tmp_path: Path) -> None:
             chosen(run_of(32 * K, f"rope.type={name}", "rope.factor=8"), save=save)
         with pytest.raises(UserError, match="use a new --save folder"):
             chosen(run_of(32 * K, "rope.type=ntk"), save=save)
+
+
+def test_resuming_at_a_longer_length(tmp_path: Path) -> None:
+    """Also where nothing states a factor."""
+    save = checkpoint(tmp_path / "run", YaRN(factor=4.0), max_length=32 * K)
+    for settings in ([], ["rope.type=yarn"]):
+        with pytest.raises(UserError, match="train.seq_length=65536 is longer than the 32768 tokens"):
+            chosen(run_of(64 * K, *settings), save=save)
+    assert chosen(run_of(64 * K, "rope.type=yarn", "rope.allow_short=true"), save=save) == YaRN(factor=4.0)
+
+
+def test_what_a_model_states_outlives_a_short_run(llama31: Path, tmp_path: Path) -> None:
+    """Llama-3.1 reads 131,072 tokens with 8 x 8,192, also after a run at 8K that kept its RoPE."""
+    _, source = weights_source.find(run_of(8 * K), Path("no such folder"), None, llama31)
+    assert source.state.max_length == 128 * K
+    trained = checkpoint(tmp_path / "8k", source.state.rope, max_length=source.state.max_length)
+    assert chosen(run_of(128 * K), load=trained) == Llama3(factor=8.0)
+    run = to_dict(run_of(8 * K))
+    assert max_position(dataclasses.replace(source.state, run=run), BASE) == 128 * K
+    # A checkpoint of an earlier release recorded its training only; its config states more.
+    old = checkpoint(tmp_path / "old", Llama3(factor=8.0), max_length=8 * K)
+    (old / "iter_0000001" / "hf").mkdir()
+    (old / "iter_0000001" / "hf" / "config.json").write_text((llama31 / "config.json").read_text())
+    assert chosen(run_of(128 * K), load=old) == Llama3(factor=8.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rope.type=dynamic", "rope.factor=none"], "rope.factor=None must be at least 1"),
+        (["train.seq_length=1__0"], "expected a whole number"),
+        (["train.seq_length=²"], "expected a whole number"),
+    ],
+)
+def test_odd_settings(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_of(64, *settings)
+
+
+def test_odd_numbers() -> None:
+    with pytest.raises(UserError, match="is too large: theta would not be a number"):
+        NTK(factor=1e30, original_length=7, law="length").inverse_frequencies(64)
+    with pytest.raises(UserError, match="is too large: theta would not be a number"):
+        NTK(factor=1e300).inverse_frequencies(4)
+
+
+@pytest.mark.parametrize("value", [None, "131072", 1.5])
+def test_odd_max_positions(tmp_path: Path, value: Any) -> None:
+    folder = hf_directory(tmp_path / "odd", max_position_embeddings=value, rope_scaling=LLAMA31)
+    if value is None:  # Llama's default
+        assert chosen(run_of(64 * K), hf=folder) == Llama3(factor=8.0)
+    else:
+        with pytest.raises(UserError, match="max_position_embeddings"):
+            chosen(run_of(64 * K), hf=folder)
 
 
 def test_every_method_is_stored_and_read_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.hf_block import ORIGINAL
+from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -70,9 +70,10 @@ def read_config(folder: Path | str) -> HFConfig:
             init_std=raw.get("initializer_range", 0.02),
         )
         rope = from_hf(raw)
+        max_position = HFBlock(raw, {}, "").max_position()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return HFConfig(model=model, rope=rope, max_position=raw.get("max_position_embeddings", 2048), raw=raw)
+    return HFConfig(model=model, rope=rope, max_position=max_position, raw=raw)
 
 
 def base_name(folder: Path | str, raw: dict[str, Any]) -> str:
