@@ -236,7 +236,8 @@ def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
         assert not list(tmp_path.rglob("*iter_*"))
 
     refused(
-        "--recipe tinny: no such recipe; did you mean tiny? All: " + ", ".join(recipes.names()),
+        "--recipe tinny: no such recipe; did you mean tiny? All: "
+        + ", ".join([*recipes.names(), *recipes.STAGES]),
         recipe="tinny",
     )
     refused("--set train.iteration: no such setting; did you mean train.iterations?", "train.iteration=4")
