@@ -8,6 +8,8 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 # More arguments for pytest, like ARGS="tests/unit -k rope" or ARGS="-n0 --pdb".
 ARGS ?=
+# One per file of pins, tests/clients/NAME.txt; each has a venv of its own, .venv-clients/NAME.
+CLIENTS = $(basename $(notdir $(wildcard tests/clients/*.txt)))
 # Tests run on every core, at most on four: those with ranks use several cores each.
 WORKERS = -n logical --maxprocesses 4
 
@@ -15,12 +17,13 @@ WORKERS = -n logical --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv venv-latest demo test test-latest check clean
+.PHONY: help venv venv-latest demo test test-latest test-clients check clean
 
 help:
 	@echo "make demo         extend a small Llama model 8x on this machine's CPU and evaluate it (sets up first)"
 	@echo "make test         the complete test suite (sets up first)"
 	@echo "make test-latest  the suite on Python 3.12 with the newest supported megatron-core"
+	@echo "make test-clients exports read by other versions of transformers and by vLLM, in .venv-clients"
 	@echo "make check        ruff (format and rules) and mypy"
 	@echo "make venv         only the set-up of $(VENV) from setup.py and constraints.txt"
 	@echo "make clean        remove build files and caches; $(VENV), $(VENV_LATEST) and runs/ are kept"
@@ -39,6 +42,11 @@ test: venv
 
 test-latest: venv-latest
 	$(VENV_LATEST)/bin/python -m pytest $(WORKERS) $(ARGS)
+
+# A client that cannot be installed is skipped, with the reason in one line.
+test-clients: venv
+	@$(foreach client,$(CLIENTS),$(call set_up_client,$(client));)
+	$(VENV)/bin/python -m pytest -rs tests/clients $(ARGS)
 
 check: venv
 	$(VENV)/bin/python -m ruff format --check .
@@ -66,4 +74,17 @@ rm -rf $(1) && "$$python" -m venv $(1) && \
 $(1)/bin/python -m pip install --quiet -c constraints.txt torch && \
 $(1)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' && \
 echo "$$want" > $(1)/set-up
+endef
+
+# $(1) client. Its own packages come before those of $(VENV), where it finds the rest (torch among them).
+define set_up_client
+dir=.venv-clients/$(1); want="$$(cat tests/clients/$(1).txt constraints.txt | cksum) $(CURDIR)"; \
+if [ "$$(cat $$dir/set-up 2>/dev/null)" != "$$want" ]; then \
+  echo "setting up $$dir"; rm -rf $$dir; mkdir -p .venv-clients; \
+  if $(VENV)/bin/python -m venv $$dir && \
+    $$dir/bin/python -m pip install --quiet --no-deps -r tests/clients/$(1).txt >$$dir/log 2>&1 && \
+    $(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+      > "$$($$dir/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/base.pth"; then \
+    echo "$$want" > $$dir/set-up; \
+  else echo "skipped: $(1): $$(grep ERROR $$dir/log | tail -n 1)"; rm -f $$dir/set-up; fi; fi
 endef

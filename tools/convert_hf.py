@@ -59,10 +59,12 @@ def main() -> int:
     from megatron_ultralong.checkpoint import convert, sharded, training_state
     from megatron_ultralong.checkpoint.hf.config import read_config
     from megatron_ultralong.checkpoint.hf.writer import check_output
+    from megatron_ultralong.rope.hf_config import client_warnings
 
     if args.command == "export":
         check_output(args.out)
-        model = training_state.read(sharded.resolve(args.ckpt)).model
+        state = training_state.read(sharded.resolve(args.ckpt))
+        model = state.model
     else:
         model = read_config(args.hf).model
     with convert.started(model, args.tp, args.pp) as (ranks, parallel):
@@ -77,6 +79,7 @@ def main() -> int:
         else:
             dtype = convert.DTYPES.get(args.dtype)
             lines = [f"wrote {convert.export_hf(args.ckpt, args.out, ranks, parallel, dtype)}"]
+            lines += [f"note: {line}" for line in client_warnings(state.rope)]
         if ranks.is_main:
             print("\n".join(lines), flush=True)
     return 1 if different else 0

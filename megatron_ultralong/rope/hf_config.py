@@ -10,7 +10,9 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_block import HFBlock
 from megatron_ultralong.rope.methods import HF_METHODS
+from megatron_ultralong.rope.ntk import DynamicNTK
 from megatron_ultralong.rope.plain import Unscaled
+from megatron_ultralong.rope.yarn import YaRN
 
 
 def to_hf(rope: Rope, max_position: int, head_dim: int) -> dict[str, Any]:
@@ -33,6 +35,40 @@ def to_hf(rope: Rope, max_position: int, head_dim: int) -> dict[str, Any]:
             f"max_position_embeddings={max_position} must be {of} = {exact} to export rope.type={rope.type}"
         )
     return {"max_position_embeddings": max_position, **rope.to_hf(max_position, head_dim)}
+
+
+def client_warnings(rope: Rope) -> list[str]:
+    """One line per client that computes something else from an export of `rope` than it was trained with:
+    client, versions, what to do. `make test-clients` runs the clients and checks these lines."""
+    lines = []
+    if isinstance(rope, YaRN) and rope.ramp == "dimension":
+        if not rope.truncate:
+            lines.append(
+                "transformers below 4.55 ignores rope.truncate=false and computes other frequencies; serve with 4.55 or later"
+            )
+        if rope.scale() * rope.original() != rope.covered_length():
+            lines.append(
+                "transformers 4.51 to 4.55 takes max_position_embeddings / original length as the factor, which differs from "
+                f"{rope.scale():g} x {rope.original()}; serve with 4.56 or later"
+            )
+    if rope.depends_on_length():
+        safe = f"at most {rope.original()} tokens in all"
+        if not isinstance(rope, DynamicNTK):
+            safe += ", or prompts longer than that"
+        lines.append(
+            "transformers (4.51 to 5.23 tested) keeps cached keys with the frequencies of a shorter sequence while one grows "
+            f"past {rope.original()} tokens; generate {safe}"
+        )
+    if isinstance(rope, DynamicNTK):
+        lines.append(
+            "vLLM (0.32.0 tested) applies no scaling to rope_type=dynamic on a Llama; serve with transformers"
+        )
+    elif rope.depends_on_length():
+        lines.append(
+            "vLLM (0.32.0 tested) uses the long factors for sequences of every length; for short sequences start a second "
+            f"server with --max-model-len {rope.original()}"
+        )
+    return lines
 
 
 def from_hf(config: Mapping[str, Any]) -> Rope:
