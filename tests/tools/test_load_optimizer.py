@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
 from tests import processes
 from tests.text import write_rows
@@ -41,7 +42,7 @@ def losses(done: Any) -> list[float]:
 def stored(folder: Path, save: str, iterations: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """run.json and the optimizer's parameter groups of a checkpoint."""
     place = folder / save / f"iter_{iterations:07d}"
-    common = torch.load(place / "common.pt", weights_only=False)
+    common = dist_checkpointing.load_common_state_dict(str(place))
     return json.loads((place / "run.json").read_text()), common["optimizer"]["optimizer"]["param_groups"]
 
 
