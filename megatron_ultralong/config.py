@@ -278,6 +278,8 @@ class Run:
             raise UserError(
                 f"data.documents=masked requires train.micro_batch=1, not {self.train.micro_batch}"
             )
+        if self.rope is not None and self.rope.type == "clex" and self.data.positions == "document":
+            raise UserError("rope.type=clex draws the positions of a row; set data.positions=row")
         if p.dp is not None:
             self.micro_batches(p.dp)
         if self.model is not None:

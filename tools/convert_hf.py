@@ -38,6 +38,13 @@ def arguments() -> argparse.Namespace:
     add["export"].add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory"
     )
+    add["export"].add_argument(
+        "--clex-scale",
+        type=float,
+        metavar="T",
+        help="with rope.type=clex: scale at which the frequencies are frozen, for T x original_length tokens "
+        "(default: the largest trained)",
+    )
     for name in ("import", "export"):
         add[name].add_argument(
             "--dtype", choices=("bf16", "fp32"), help="dtype of the weights written (default: as stored)"
@@ -63,8 +70,7 @@ def main() -> int:
 
     if args.command == "export":
         check_output(args.out)
-        state = training_state.read(sharded.resolve(args.ckpt))
-        model = state.model
+        model = training_state.read(sharded.resolve(args.ckpt)).model
     else:
         model = read_config(args.hf).model
     with convert.started(model, args.tp, args.pp) as (ranks, parallel):
@@ -78,8 +84,10 @@ def main() -> int:
             lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
         else:
             dtype = convert.DTYPES.get(args.dtype)
-            lines = [f"wrote {convert.export_hf(args.ckpt, args.out, ranks, parallel, dtype)}"]
-            lines += [f"note: {line}" for line in client_warnings(state.rope)]
+            out, rope = convert.export_hf(
+                args.ckpt, args.out, ranks, parallel, dtype, clex_scale=args.clex_scale
+            )
+            lines = [f"wrote {out}", *(f"note: {line}" for line in client_warnings(rope))]
         if ranks.is_main:
             print("\n".join(lines), flush=True)
     return 1 if different else 0

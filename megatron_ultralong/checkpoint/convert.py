@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint import rope_network, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
@@ -32,6 +32,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.clex import CLEX
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
@@ -103,15 +104,18 @@ def export_hf(
     parallel: Parallel,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> Path:
-    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it; every rank
-    calls it.
+    clex_scale: float | None = None,
+) -> tuple[Path, Rope]:
+    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it, and the
+    RoPE that its config.json states; every rank calls it.
 
-    dtype: None = the checkpoint's. UserError, on every rank, where `out` is in use or cannot be written, or
-    config.json cannot express the RoPE; `out` then does not exist.
+    dtype: None = the checkpoint's. clex_scale: scale at which CLEX's frequencies are frozen; None = the
+    largest. UserError, on every rank, where `out` is in use or cannot be written, or config.json cannot
+    express the RoPE; `out` then does not exist.
     """
     checkpoint = sharded.resolve(checkpoint)
     state, stored = training_state.read(checkpoint), stored_dtype(checkpoint)
+    state = replace(state, rope=_exported_rope(checkpoint, state, clex_scale))
     dtype = dtype or stored
     model, assets = state.model, checkpoint / "hf"
     base = _base_config(assets)
@@ -146,7 +150,19 @@ def export_hf(
     finally:
         if writer is not None:
             writer.abandon()
-    return out
+    return out, state.rope
+
+
+def _exported_rope(checkpoint: Path, state: TrainingState, clex_scale: float | None) -> Rope:
+    """The RoPE that an export states: CLEX's frequencies at one scale, any other method as it is."""
+    rope = state.rope
+    if not isinstance(rope, CLEX):
+        if clex_scale is not None:
+            raise UserError(f"--clex-scale is for rope.type=clex; {checkpoint} has rope.type={rope.type}")
+        return rope
+    trained = rope_network.with_weights(checkpoint, rope, state.model.head_dim)
+    assert isinstance(trained, CLEX)
+    return trained.frozen(rope.scale() if clex_scale is None else clex_scale, state.model.head_dim)
 
 
 def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> list[str]:
@@ -169,10 +185,10 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     ]
     if different:
         return different
-    if not same_maths(hf.rope, state.rope, hf.model.head_dim):
-        different.append(
-            f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {state.rope.describe()}"
-        )
+    scale = hf.rope.scale() if isinstance(state.rope, CLEX) and isinstance(hf.rope, ScaledRope) else None
+    rope = _exported_rope(checkpoint, state, scale)
+    if not same_maths(hf.rope, rope, hf.model.head_dim):
+        different.append(f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {rope.describe()}")
     reader = HFReader(folder, hf.model)
     narrow = torch.bfloat16 if torch.bfloat16 in (stored, reader.dtype) else torch.float32
     chunk = _build(hf.model, hf.rope, ranks, parallel, stored)

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_ultralong.checkpoint import training_state
+from megatron_ultralong.checkpoint import rope_network, training_state
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.runtime import agreement
 
 T = TypeVar("T")
@@ -45,9 +46,10 @@ def save(
     optimizer: Any,
     assets: AssetFolders = NO_ASSETS,
     keep: int = 0,
+    rope_tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write `folder/iter_NNNNNNN` and return it; every rank calls it. Then the oldest checkpoints beyond
-    `keep` are removed (0 = keep all).
+    `keep` are removed (0 = keep all). rope_tensors: see rope_network.py.
 
     UserError, on every rank, where it cannot be written.
     """
@@ -58,7 +60,9 @@ def save(
     dist_checkpointing.save(state_dict(chunks, optimizer), str(partial), validate_access_integrity=True)
     _end_writers()
     torch.distributed.barrier()
-    agreement.on_main_rank(lambda: _writing(final, lambda: _finish(partial, final, state, keep)))
+    agreement.on_main_rank(
+        lambda: _writing(final, lambda: _finish(partial, final, state, keep, rope_tensors))
+    )
     return final
 
 
@@ -81,9 +85,17 @@ def _begin(final: Path, assets: AssetFolders) -> str:
     return partial.name
 
 
-def _finish(partial: Path, final: Path, state: TrainingState, keep: int) -> None:
+def _finish(
+    partial: Path,
+    final: Path,
+    state: TrainingState,
+    keep: int,
+    rope_tensors: dict[str, torch.Tensor] | None,
+) -> None:
     """Make `partial` the complete checkpoint `final`, and remove old ones."""
     training_state.write(partial, state)
+    if rope_tensors is not None:
+        rope_network.write(partial, rope_tensors)
     if final.exists():
         _remove(final)
     atomic_files.publish(partial, final)
@@ -177,7 +189,8 @@ def stored_tensors(checkpoint: Path) -> dict[str, Any]:
 
 
 def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> None:
-    """Fill `chunks` (and the optimizer) from the checkpoint at `path`, written under any layout.
+    """Fill `chunks` (and the optimizer) from the checkpoint at `path`, written under any layout. The network
+    of a RoPE method keeps its weights where the checkpoint has none.
 
     UserError, on every rank, names the first tensor that is missing, extra or of another shape; only
     `_extra_state` may differ.
@@ -198,6 +211,9 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
         missing, unexpected = unwrap(chunk).load_state_dict(tensors, strict=False)
         unmatched = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
         assert not unmatched, unmatched
+    rope = unwrap(chunks[0]).rotary.rope
+    if isinstance(rope, TrainedCLEX):
+        agreement.on_every_rank(lambda: rope_network.copy_weights_if_stored(path, rope.weights))
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         optimizer_state.after_load(optimizer)

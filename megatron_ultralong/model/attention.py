@@ -7,7 +7,8 @@ tensor-parallel rank, d head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,37 @@ from torch import Tensor
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
+from megatron_ultralong.model.rotary_embedding import FrequencyGradient, apply_rope, cos_sin
 from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.clex import CLEX, with_network
 
 DocumentStarts = Sequence[int] | None
 """Positions in the complete row (b = 1) at which documents start, to keep attention inside them; None = one
 document."""
+
+
+class Angles(NamedTuple):
+    """What rotates the tokens of one rank, in its zigzag order."""
+
+    cos: Tensor
+    """float32 [S/CP, d/2]."""
+    sin: Tensor
+    """float32 [S/CP, d/2]."""
+    positions: Tensor
+    """int64 [S/CP], or float64 with a `Draw`."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Frequencies and positions of one training iteration of a RoPE method that trains its frequencies."""
+
+    frequencies: Tensor
+    """float32 [d/2]."""
+    positions: Tensor
+    """float64 [S], of all tokens of a sequence in their order."""
+    gradient: Tensor
+    """float64 [d/2] on the device; the backward passes of the iteration add the frequencies' gradient of this
+    rank."""
 
 
 class RotaryTable:
@@ -34,9 +60,21 @@ class RotaryTable:
         """by_document: positions restart in each document of a packed row."""
         self.by_document = by_document
         rope.inverse_frequencies(head_dim)  # refuse settings that do not fit, before any weight is read
-        self.rope, self.head_dim = rope, head_dim
+        if isinstance(rope, CLEX):
+            rope = with_network(rope, rope.network(head_dim))
+        self.rope, self.head_dim = rope, head_dim  # the method with its network, if it has one
+        self._draw: Draw | None = None
         self._key: tuple[Any, ...] | None = None
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._angles: Angles | None = None
+
+    @property
+    def draw(self) -> Draw | None:
+        """What this iteration trains with; None = the method's own frequencies and positions."""
+        return self._draw
+
+    @draw.setter
+    def draw(self, draw: Draw | None) -> None:
+        self._draw, self._key, self._angles = draw, None, None
 
     def __call__(
         self,
@@ -45,19 +83,25 @@ class RotaryTable:
         cp: int,
         device: torch.device,
         document_starts: DocumentStarts = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin), each float32 [S/CP, d/2], of the zigzag positions of `cp_rank`."""
+    ) -> Angles:
+        """Return the angles of the zigzag positions of `cp_rank`."""
         starts = document_starts if self.by_document else None
         key = (seq_length, cp_rank, cp, device, starts)
-        if key != self._key or self._tables is None:
+        if key != self._key or self._angles is None:
             positions = (
                 zigzag.positions(seq_length, cp_rank, cp, device=device)
                 if starts is None
                 else zigzag.document_positions(starts, seq_length, cp_rank, cp, device=device)
             )
-            self._tables = cos_sin(positions, *self.rope.inverse_frequencies(self.head_dim, seq_length))
+            if self._draw is None:
+                frequencies, factor = self.rope.inverse_frequencies(self.head_dim, seq_length)
+            else:
+                frequencies, factor = self._draw.frequencies, 1.0
+                positions = self._draw.positions.to(device)[positions]
+            cos, sin = cos_sin(positions, frequencies, factor)
+            self._angles = Angles(cos, sin, positions)
             self._key = key
-        return self._tables
+        return self._angles
 
 
 class CoreAttention(torch.nn.Module):
@@ -95,8 +139,10 @@ class CoreAttention(torch.nn.Module):
         shards of t tokens that make up this rank's s tokens."""
         cp = self.groups.size
         angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, q.device, document_starts)
-        cos, sin = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        cos, sin, positions = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)
+        draw = self.rotary.draw
+        gradient = None if draw is None else FrequencyGradient(draw.gradient, positions)
+        return apply_rope(q, cos, sin, gradient), apply_rope(k, cos, sin, gradient)
 
     def spec(
         self, document_starts: DocumentStarts, query_rows: Sequence[slice] | None = None

@@ -60,6 +60,8 @@ class Stage:
     """Megatron's specification of its layers."""
     store: HostStore
     """Where its layers keep offloaded tensors."""
+    rotary: RotaryTable
+    """What rotates its layers' queries and keys."""
     loss_chunk: int
     """`memory.loss_chunk`."""
 
@@ -74,7 +76,7 @@ class Llama(LanguageModule):
         self.share_embeddings_and_output_weights = model.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.vocab_size, self.loss_chunk = model.vocab_size, stage.loss_chunk
-        self.store = stage.store
+        self.store, self.rotary = stage.store, stage.rotary
         padded = padded_vocab_size(model.vocab_size, groups.tp.size())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -268,6 +270,7 @@ def build(
             vp_stage=vp_stage,
             block=spec.block_spec(rotary, context, layers, memory, store, use_te),
             store=store,
+            rotary=rotary,
             loss_chunk=memory.loss_chunk,
         )
         chunk = Llama(config, model, ranks.groups, stage)

@@ -5,7 +5,7 @@ D head dimension, s positions of this rank. The frequencies come from the method
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ def cos_sin(positions: Tensor, inverse_frequencies: Tensor, attention_factor: fl
     """Compute cos and sin of position x frequency, times the attention factor: each float32 [s, D/2] on the
     positions' device.
 
-    positions: int64 [s], in any order. The product and its cosine are float64: in float32 the product alone
-    would be off by 0.125 rad at 4M positions.
+    positions: int64 or float64 [s], in any order. The product and its cosine are float64: in float32 the
+    product alone would be off by 0.125 rad at 4M positions.
     """
-    if positions.dtype != torch.int64 or positions.dim() != 1:
-        raise ValueError(f"positions must be int64 [s], not {positions.dtype} {list(positions.shape)}")
+    if positions.dtype not in (torch.int64, torch.float64) or positions.dim() != 1:
+        raise ValueError(
+            f"positions must be int64 or float64 [s], not {positions.dtype} {list(positions.shape)}"
+        )
     frequencies = inverse_frequencies.to(device=positions.device, dtype=torch.float64)
     cos = torch.empty(len(positions), len(frequencies), dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)
@@ -34,23 +36,37 @@ def cos_sin(positions: Tensor, inverse_frequencies: Tensor, attention_factor: fl
     return cos, sin
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class FrequencyGradient(NamedTuple):
+    """Where the backward of a rotation adds the gradient of the frequencies."""
+
+    total: Tensor
+    """float64 [D/2]: summed over layers, heads, positions and micro-batches."""
+    positions: Tensor
+    """Positions that are rotated, float64 [s]."""
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, gradient: FrequencyGradient | None = None) -> Tensor:
     """Rotate each pair (x[i], x[i + d/2]) by its angle (rotate-half order, as Hugging Face stores q and k).
 
     x: [..., s, d], any float dtype and strides; cos and sin: float32 [s, d/2] of `cos_sin`, which get no
     gradient. Computed in float32 (float64 for float64 x), returned in x's dtype. The backward rotates by the
     negative angles and needs only cos and sin.
+
+    gradient: for frequencies that are trained; x is [b, h, s, d] then. It is a sum beside autograd's graph,
+    because no parameter may pass through a layer's recomputation (model/layer/recompute.py); each rotation of
+    a step has one backward, however often its forward runs.
     """
     if x.shape[-2:] != (cos.shape[-2], 2 * cos.shape[-1]) or sin.shape != cos.shape:
         raise ValueError(f"x {list(x.shape)} does not fit cos {list(cos.shape)} and sin {list(sin.shape)}")
-    return _Rotation.apply(x, cos, sin, 1)
+    return _Rotation.apply(x, cos, sin, 1, gradient)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.direction = direction
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, direction: int, gradient: FrequencyGradient | None
+    ) -> Tensor:
+        ctx.direction, ctx.gradient = direction, gradient
         first, second = x.chunk(2, dim=-1)  # [..., s, d/2] each
         out = torch.empty_like(x)
         half = x.shape[-1] // 2
@@ -58,9 +74,28 @@ class _Rotation(torch.autograd.Function):
         # once.
         out[..., :half] = torch.mul(first, cos).addcmul_(second, sin, value=-direction)
         out[..., half:] = torch.mul(second, cos).addcmul_(first, sin, value=direction)
+        # Attention keeps the rotated tensor too, so that saving it takes no memory.
+        ctx.save_for_backward(cos, sin, *(() if gradient is None else (out,)))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Rotation.apply(grads[0], cos, sin, -ctx.direction), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cos, sin, *rotated = ctx.saved_tensors
+        if rotated:
+            _add_frequency_gradient(ctx.gradient, rotated[0], grads[0])
+        return _Rotation.apply(grads[0], cos, sin, -ctx.direction, None), None, None, None, None
+
+
+@torch.no_grad()
+def _add_frequency_gradient(gradient: FrequencyGradient, rotated: Tensor, grad: Tensor) -> None:
+    """Add the gradient of the frequencies from that of the rotated queries or keys, both [b, h, s, d].
+
+    A pair (y1, y2) turns by dy1 = -y2, dy2 = y1 with its angle. Summed over sequences and heads one by one,
+    in float32 (float64 for float64), then over positions in float64.
+    """
+    dtype = torch.float64 if rotated.dtype == torch.float64 else torch.float32
+    half = rotated.shape[-1] // 2
+    angles = torch.zeros(rotated.shape[-2], half, dtype=dtype, device=rotated.device)
+    for y, dy in zip(rotated.flatten(0, 1), grad.flatten(0, 1), strict=True):
+        angles.addcmul_(dy[:, half:], y[:, :half]).addcmul_(dy[:, :half], y[:, half:], value=-1)
+    gradient.total.add_(gradient.positions @ angles.double())

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.clex import CLEX
 from megatron_ultralong.rope.linear import Linear
 from megatron_ultralong.rope.llama3 import Llama3
 from megatron_ultralong.rope.longrope import LongRoPE
@@ -27,6 +28,7 @@ _CLASSES: tuple[type[Rope], ...] = (
     Llama3,
     YaRN,
     LongRoPE,
+    CLEX,
 )
 METHODS: dict[str, type[Rope]] = {kind.type: kind for kind in _CLASSES}
 HF_METHODS: dict[str, type[Rope]] = {kind.hf_type: kind for kind in _CLASSES if kind.hf_type}

@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,13 @@ class Checkpoints:
     def save(self, trainer: Trainer, state: TrainingState) -> None:
         """Write the checkpoint of `state`. Every rank calls it."""
         self._newest = sharded.save(
-            self._folder, state, trainer.chunks, trainer.optimizer, self._assets, self._keep
+            self._folder,
+            state,
+            trainer.chunks,
+            trainer.optimizer,
+            self._assets,
+            self._keep,
+            trainer.ode.tensors() if trainer.ode else None,
         )
         if (self._newest / "hf").is_dir():  # the folder they came from may be a checkpoint removed by `keep`
             self._assets = AssetFolders(base=self._newest / "hf")
@@ -105,7 +112,8 @@ def train(
         for chunk in trainer.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss, tokens = forward_backward(trainer, batches, micro_batches)
+        with trainer.ode.drawn(iteration) if trainer.ode else nullcontext():
+            loss, tokens = forward_backward(trainer, batches, micro_batches)
         bad_rank = agreement.first_rank_where(not bool(torch.isfinite(loss)), ranks.device)
         if bad_rank is not None:
             raise TrainingStopped(
@@ -117,9 +125,13 @@ def train(
         if agreement.first_rank_where(not math.isfinite(grad_norm or 0.0), ranks.device) is not None:
             raise TrainingStopped(f"gradient norm is not finite at iteration {iteration}; {checkpoints}")
         assert updated, "no loss scaling is in use, so every step must update"
+        mean_loss, target_tokens = global_mean(loss, tokens, ranks)
+        if trainer.ode is not None and not trainer.ode.step(target_tokens, lr / t.lr if t.lr else 0.0):
+            raise TrainingStopped(
+                f"gradient of the RoPE's network is not finite at iteration {iteration}; {checkpoints}"
+            )
 
         # Log.
-        mean_loss, target_tokens = global_mean(loss, tokens, ranks)
         state = replace(
             state,
             iteration=iteration,

@@ -14,12 +14,14 @@ from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
-from megatron_ultralong.runtime import launch
+from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loop, weights_source
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
+from megatron_ultralong.train.ode_training import OdeTraining
 from megatron_ultralong.train.step import Batches, Trainer
 from megatron_ultralong.train.weights_source import WeightsSource
 
@@ -114,16 +116,25 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
     elif run.train.load_optimizer:
         assert source.checkpoint is not None
         sharded.load(source.checkpoint, chunks, optimizer)
-    return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
+    ode, rotary = None, llama.unwrap(chunks[0]).rotary
+    if isinstance(rotary.rope, TrainedCLEX):
+        ode = OdeTraining(rotary, run.train, run.optim, ranks)
+        with_optimizer = source.resume or (source.checkpoint if run.train.load_optimizer else None)
+        if with_optimizer is not None:
+            agreement.on_every_rank(lambda: ode.load_optimizer(with_optimizer))
+    return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer, ode=ode)
 
 
 def _print_start(
     log: Log, trainer: Trainer, source: WeightsSource, state: TrainingState, rows: BlendedDataset
 ) -> None:
     """Log what the run is trained on and where it starts."""
+    from megatron_ultralong.model import llama
+
     run = trainer.run
     log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
-    log.note(f"RoPE: {report(state.rope, state.model.head_dim, run.train.seq_length)}")
+    rope = llama.unwrap(trainer.chunks[0]).rotary.rope
+    log.note(f"RoPE: {report(rope, state.model.head_dim, run.train.seq_length)}")
     if source.resume is None:
         note = weights_source.theta_note(run, source)
     else:

@@ -15,6 +15,7 @@ from megatron_ultralong.data.loader import Batch
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loss_normalisation
 from megatron_ultralong.train.loss_normalisation import SumAndCount
+from megatron_ultralong.train.ode_training import OdeTraining
 
 Batches = list[Iterator[Batch]]
 """This rank's micro-batches, one iterator per model chunk."""
@@ -28,6 +29,8 @@ class Trainer:
     ranks: Ranks
     chunks: list[torch.nn.Module]
     optimizer: Any
+    ode: OdeTraining | None = None
+    """Of a RoPE method whose frequencies are trained."""
 
 
 def forward_backward(trainer: Trainer, batches: Batches, micro_batches: int) -> SumAndCount:

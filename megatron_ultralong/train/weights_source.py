@@ -19,6 +19,7 @@ from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
 from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import Unscaled, differences, resolve
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
@@ -182,6 +183,8 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource,
     together with the optimizer."""
     if source.resume is not None:
         return
+    if isinstance(rope := llama.unwrap(chunks[0]).rotary.rope, TrainedCLEX):
+        rope.weights.initialise(run.train.seed)
     if source.checkpoint is not None:
         sharded.load(source.checkpoint, chunks)
         return
@@ -197,7 +200,7 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource,
 def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:
     """Add the resolved run and its training data to the state that its checkpoints record."""
     data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
-    max_length = max(state.max_length, run.train.seq_length)
+    max_length = max(state.max_length, state.rope.trained_length(run.train.seq_length))
     return replace(state, run=config.to_dict(run), max_length=max_length, data=data)
 
 

@@ -117,7 +117,7 @@ def _notes_on_other_models(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _checkpoint(folder: Path, name: Path) -> RopeSource:
-    from megatron_ultralong.checkpoint import convert, training_state
+    from megatron_ultralong.checkpoint import convert, rope_network, training_state
 
     state = training_state.read(folder)
     config = folder / "hf" / "config.json"
@@ -125,7 +125,7 @@ def _checkpoint(folder: Path, name: Path) -> RopeSource:
     return RopeSource(
         name=str(name),
         kind="checkpoint",
-        rope=state.rope,
+        rope=rope_network.with_weights(folder, state.rope, state.model.head_dim),
         head_dim=state.model.head_dim,
         max_position=convert.max_position(state, base),
     )

@@ -50,7 +50,6 @@ class InferenceModel:
         self.chunk_tokens = -(-chunk_tokens // ranks.cp) * ranks.cp
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._llama = llama.unwrap(self.chunk).eval().requires_grad_(False)
-        self.rope = rope
         self._frequencies = rope.inverse_frequencies(model.head_dim)
         self._groups = ranks.groups
         self.first, self.last = ranks.pp_rank == 0, ranks.pp_rank == ranks.pp - 1
@@ -60,6 +59,11 @@ class InferenceModel:
         torch.distributed.all_reduce(output_rank, op=torch.distributed.ReduceOp.MAX)
         self.output_rank = int(output_rank)
         """The global rank that has the logits and chooses the next tokens."""
+
+    @property
+    def rope(self) -> Rope:
+        """The RoPE method, with its trained network if it has one."""
+        return self._llama.rotary.rope
 
     def cache(self, capacity: int, before: KVCache | None = None) -> KVCache:
         """Create an empty cache with room for `capacity` tokens of this rank (see `tokens_per_rank`)."""
