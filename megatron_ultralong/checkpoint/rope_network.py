@@ -1,5 +1,5 @@
-"""rope.safetensors of a checkpoint: the network of a RoPE method whose frequencies are trained (CLEX), and its
-optimizer's state. It is the same on every rank, so that it is read under any layout."""
+"""rope.safetensors of a checkpoint: the network of a RoPE method whose frequencies are trained (CLEX), and
+its optimizer's state. It is the same on every rank, so that it is read under any layout."""
 
 from __future__ import annotations
 

@@ -145,6 +145,7 @@ class OdeNetwork:
         """W_up, float32 [D/2, l D]."""
         self.down = torch.zeros(hidden, head_dim // 2, device="cpu", requires_grad=True)
         """W_down, float32 [l D, D/2]."""
+        self._tables: dict[tuple[float, int, int], LongRoPE] = {}
         self.initialise(0)
 
     def initialise(self, seed: int) -> None:
@@ -199,12 +200,15 @@ class OdeNetwork:
         """
         import torch
 
+        key = (scale, self.up._version, self.down._version)
+        if key in self._tables:  # of one length after another, as evaluation asks
+            return self._tables[key]
         with torch.no_grad():
             theta, original = self.rope.base()
             plain = self._pairs() * (-math.log(theta) / self.head_dim)
             x = self.log_frequencies(scale) if log_frequencies is None else log_frequencies
             factors = (plain - x).exp().float()
-        return LongRoPE(
+        table = LongRoPE(
             theta=theta,
             original_length=original,
             factor=float(scale),
@@ -212,6 +216,8 @@ class OdeNetwork:
             attention_factor=1.0,
             allow_short=self.rope.allow_short,
         )
+        self._tables = {k: v for k, v in self._tables.items() if k[1:] == key[1:]} | {key: table}
+        return table
 
     def _pairs(self) -> Tensor:
         """2i for each pair, float64 [D/2]."""

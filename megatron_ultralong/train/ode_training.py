@@ -1,8 +1,8 @@
 """Training of CLEX's network: the scale and the positions that an iteration draws, and the update.
 
-Megatron's optimizer does not know the network: its weights are the same on every rank, and its gradient, through
-cos and sin of every layer and head, is a sum over all ranks (tensor and pipeline parallel ranks have different
-heads and layers, context and data parallel ranks different tokens).
+Megatron's optimizer does not know the network: its weights are the same on every rank, and its gradient,
+through cos and sin of every layer and head, is a sum over all ranks (tensor and pipeline parallel ranks have
+different heads and layers, context and data parallel ranks different tokens).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@ recomputing, and runs that resume under another layout."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ TRAIN = Train(
 # Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
 LAYOUTS: tuple[tuple[Parallel, Memory], ...] = (
     (Parallel(), Memory(recompute="none", offload="off")),
-    (Parallel(tp=2, cp=2), Memory(offload="all", layer_chunk=10)),
-    (Parallel(tp=2, cp=2), Memory(query_chunks=True, offload="all", layer_chunk=10)),
+    (Parallel(tp=2, cp=2), Memory(query_chunks=True, offload="all", layer_chunk=22)),
+    (Parallel(cp=2), Memory(offload="all", layer_chunk=22)),
     (Parallel(cp=2), Memory(query_chunks=True, offload="off", layer_chunk=0)),
     (Parallel(tp=2, pp=2), Memory(recompute="full", offload="off")),
     (Parallel(pp=2, vpp=2), Memory(offload="layer_inputs", layer_chunk=10)),
@@ -46,7 +48,6 @@ def _ranks(rank: int, world: int, folder: str) -> None:
 
 
 def _gradients() -> None:
-    from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train import optimizer as optim
@@ -82,16 +83,9 @@ def _gradients() -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
 
-        def batches() -> Any:
-            for row in range(ranks.dp_rank, BATCH, ranks.dp):
-                yield {
-                    name: zigzag.shard(x[row : row + 1], ranks.cp_rank, ranks.cp, 1)
-                    for name, x in rows.items()
-                }
-
         with ode.drawn(ITERATION):
             total, tokens = forward_backward(
-                trainer, [batches() for _ in chunks], run.micro_batches(ranks.dp)
+                trainer, [_batches(rows, ranks) for _ in chunks], run.micro_batches(ranks.dp)
             )
         assert rotary.draw is None
         mean, targets = global_mean(total, tokens, ranks)
@@ -101,6 +95,14 @@ def _gradients() -> None:
             got = getattr(network, name).grad
             assert float((got - grad).norm() / grad.norm()) < 2e-5, (parallel, memory, name)
         leave_groups()
+
+
+def _batches(rows: dict[str, torch.Tensor], ranks: Any) -> Iterator[Any]:
+    """This rank's micro-batches."""
+    from megatron_ultralong.context_parallel import zigzag
+
+    for row in range(ranks.dp_rank, BATCH, ranks.dp):
+        yield {name: zigzag.shard(x[row : row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()}
 
 
 def _set_weights(network: Any) -> None:
@@ -176,7 +178,9 @@ def _resume(rank: int, folder: Path) -> None:
     whole = _train(folder, "whole", first, iterations=5)
     assert float(whole["down"].abs().max()) > 1e-4 and whole["up.step"] == 5 - whole["unscaled"]
     for save, parallel, tolerance in (("same", first, 0.0), ("other", Parallel(tp=2, pp=2), 1e-4)):
-        _train(folder, save, first, iterations=2)
+        if rank == 0:
+            shutil.copytree(folder / "whole" / "iter_0000002", folder / save / "iter_0000002")
+        torch.distributed.barrier()
         resumed = _train(folder, save, parallel, iterations=5)
         for name in ("up", "down", "down.exp_avg", "up.step"):
             error = float((resumed[name] - whole[name]).abs().max())
@@ -205,6 +209,8 @@ def _train(folder: Path, save: str, parallel: Parallel, iterations: int) -> dict
             precision="fp32",
             seed=5,
             schedule="constant",
+            save_every=2,
+            keep=0,
         ),
         runtime=Runtime(device="cpu"),
     )

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_ultralong.checkpoint import training_state
+from megatron_ultralong.checkpoint import rope_network, training_state
 from megatron_ultralong.config import Model
 from tests import processes
 from tests.text import write_rows
@@ -28,6 +28,7 @@ METHODS = {
     "dynamic": (("rope.factor=2",), ORIGINAL),
     "longrope": (("rope.factors=1,1.5,2.5,4",), LENGTH),
     "theta": (("rope.theta=2e5",), LENGTH),
+    "clex": (("rope.lr=1e-2", "train.seed=1", "train.schedule=constant"), LENGTH),
 }
 
 
@@ -70,6 +71,7 @@ def test_trained_exported_and_read(tmp_path: Path) -> None:
         assert written["max_position_embeddings"] == max_position
         theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(out))
         theirs(torch.zeros(1), torch.arange(LENGTH)[None])
+        rope = rope_network.with_weights(save / "iter_0000001", rope, MODEL.head_dim)
         frequencies, attention_factor = rope.inverse_frequencies(MODEL.head_dim, LENGTH)
         assert torch.equal(theirs.inv_freq, frequencies) and theirs.attention_scaling == attention_factor
         seen.add(tuple(frequencies.tolist()))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import training_state
+from megatron_ultralong.checkpoint import rope_network, training_state
 from megatron_ultralong.checkpoint.convert import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
@@ -18,6 +18,7 @@ from megatron_ultralong.config import Model, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import (
+    CLEX,
     METHODS,
     NTK,
     ChangedBase,
@@ -266,10 +267,15 @@ def test_every_method_is_stored_and_read_back(tmp_path: Path) -> None:
         "llama3": Llama3(factor=2.0, alpha=0.5, beta=7.0),
         "yarn": YaRN(factor=2.0, ramp="dimension", temperature=True, attention_factor=1.5, truncate=False),
         "longrope": LongRoPE(factor=2.0, factors=(1.0, 1.5, 2.0, 4.0), short_factors=(1.0, 1.0, 1.0, 2.0)),
+        "clex": CLEX(theta=1e4, factor=3, width=2, activation="silu", ode_theta=500.0, lr=1e-3),
     }
     assert set(ropes) == set(METHODS)
     for name, rope in ropes.items():
         folder = checkpoint(tmp_path / name, rope)
+        if isinstance(rope, CLEX):
+            with pytest.raises(UserError, match=r"lacks rope.safetensors, the network of rope.type=clex"):
+                training_state.read(folder / "iter_0000001")
+            (folder / "iter_0000001" / rope_network.FILE).touch()
         assert training_state.read(folder / "iter_0000001").rope == rope
         assert report(rope, 8, 64).startswith(rope.describe())
         # A setting of another method is refused by name; run.json of format 1 has those of every method.
