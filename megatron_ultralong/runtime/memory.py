@@ -25,20 +25,54 @@ def free_bytes(device: torch.device) -> int:
 
 
 def host_bytes() -> int:
-    """Available bytes of host memory: of the machine, minus a reserve, and of the container if it has a
-    limit."""
+    """Available bytes of host memory: of the machine, minus a reserve, and of every control group that limits
+    this process (container, Slurm job)."""
     memory = psutil.virtual_memory()
-    available = int(memory.available - RESERVE * memory.total)
-    group = Path("/sys/fs/cgroup")
+    return min([int(memory.available - RESERVE * memory.total), *control_group_bytes()])
+
+
+def control_group_bytes(
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Bytes left below the memory limit of each control group that this process is in, versions 1 and 2,
+    from its own group to the root.
+
+    membership: the process's groups, one per line: `0::/path` (version 2), `5:memory:/path` (version 1).
+    mount: where the groups are visible; version 1 has a folder for each controller there. A group's page
+    cache that can be dropped counts as left.
+    """
     try:
-        cached = sum(
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text().splitlines()
-            if line.split()[0] == "inactive_file"
-        )
-        return min(
-            available,
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached,
-        )
-    except (OSError, ValueError):  # no cgroup v2 here, or "max"
-        return available
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:  # not Linux
+        return []
+    left = []
+    for number, controllers, path in (line for line in lines if len(line) == 3):
+        if number == "0" and not controllers:
+            root, limit, used, cache = mount, "memory.max", "memory.current", "inactive_file"
+            if not (root / "cgroup.controllers").is_file():  # beside version 1
+                root = mount / "unified"
+        elif "memory" in controllers.split(","):
+            root, limit, used = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be that of the host, of which only the root is visible here.
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            left += _left_in(folder, limit, used, cache)
+    return left
+
+
+def _left_in(folder: Path, limit: str, used: str, cache: str) -> list[int]:
+    """Bytes left in one group, or nothing if it has no limit."""
+    try:
+        most, now = int((folder / limit).read_text()), int((folder / used).read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return []
+    try:
+        stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        stat = {}
+    return [most - now + int(stat.get(cache, 0))]
