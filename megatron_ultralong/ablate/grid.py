@@ -30,7 +30,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,14 @@ class Grid:
     axes: dict[str, tuple[str, ...]]
     """Axis -> the names of its values."""
     cells: tuple[Cell, ...]
+    seeds: tuple[int, ...]
     note: str = ""
     """A line below the table."""
-    seeds: tuple[int, ...] = field(default=())
 
 
 def read(path: Path, only: Mapping[str, tuple[str, ...]] | None = None) -> Grid:
     """Read a grid file and expand it. only: axis -> the values to keep, "seed" among the axes. UserError, in
-    one line, for whatever the file or `only` gets wrong in form; `plan.plan` checks the settings."""
+    one line, for whatever the file or `only` gets wrong in form; `plan.check` checks the settings."""
     raw = yaml_file.read(path, "--grid")
     where = f"--grid {path}"
     _keys(raw, _FILE, where)
