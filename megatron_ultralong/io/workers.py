@@ -128,7 +128,7 @@ def _start(
     global _function
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    _end_with_main()
+    end_with_main()
 
     def advance(count: int) -> None:
         with counter.get_lock():
@@ -142,7 +142,7 @@ def _work(item: Any) -> Any:
     return _function(item)
 
 
-def _end_with_main() -> None:
+def end_with_main() -> None:
     """Exit when the main process ends: a killed one would leave this one waiting forever. Ctrl-C is handled
     by the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

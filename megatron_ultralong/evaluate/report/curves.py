@@ -179,6 +179,7 @@ def _style(i: int, label: str) -> dict[str, Any]:
         "marker": MARKERS[i % len(MARKERS)],
         "markersize": 4,
         "linewidth": 1.6,
+        "linestyle": "-" if i < len(COLOURS) else "--",
         "label": label,
     }
 
