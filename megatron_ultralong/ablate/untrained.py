@@ -10,6 +10,7 @@ from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.rope.clex import CLEX
 from megatron_ultralong.train import weights_source
 
 
@@ -19,6 +20,8 @@ def write(base: Path, out: Path, recipe: str, settings: list[str]) -> None:
     run, source = weights_source.find(override(recipes.get(recipe), settings), out, None, base)
     hf = hf_config.read_config(base)
     rope = source.state.rope
+    if isinstance(rope, CLEX):
+        rope = rope.frozen(rope.scale_of(run.train.seq_length), hf.model.head_dim)
     state = TrainingState(model=hf.model, rope=rope, max_length=run.train.seq_length, run=config.to_dict(run))
     dtype = next(dtype for dtype, name in hf_config.DTYPE_NAMES.items() if name == _dtype(hf.raw))
     new = hf_config.export_config(hf.model, rope, convert.max_position(state, hf.raw), dtype, hf.raw)
