@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +50,9 @@ class Model:
             raise UserError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} must be even for RoPE")
+        if not 0 < self.norm_eps < math.inf:
+            raise UserError(f"model.norm_eps={self.norm_eps} must be a positive number")
+        _not_negative("model.init_std", self.init_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,15 @@ class Optim:
     clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be from 0 to below 1")
+        if not 0 < self.eps < math.inf:
+            raise UserError(f"optim.eps={self.eps} must be a positive number")
+        for name in ("weight_decay", "clip"):
+            _not_negative(f"optim.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -211,8 +224,7 @@ class Train:
         for name in ("seq_length", "micro_batch", "global_batch", "iterations", "log_every", "eval_rows"):
             _positive(f"train.{name}", getattr(self, name))
         for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every", "z_loss"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must be 0 or more")
+            _not_negative(f"train.{name}", getattr(self, name))
         if self.min_lr > self.lr:
             raise UserError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}")
         if self.warmup >= self.iterations and self.warmup:
@@ -229,6 +241,9 @@ class Runtime:
     """Minutes that a collective waits for other ranks before it fails."""
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to TensorBoard."""
+
+    def __post_init__(self) -> None:
+        _positive("runtime.timeout_minutes", self.timeout_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +425,11 @@ def sections() -> dict[str, type]:
         "train": Train,
         "runtime": Runtime,
     }
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:  # nan too
+        raise UserError(f"{name}={value} must be 0 or more")
 
 
 def _positive(name: str, value: int) -> None:

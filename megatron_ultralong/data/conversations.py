@@ -64,12 +64,16 @@ PAIRS = (
 )
 """Columns of a question and its answer; the first pair that a record has is used."""
 SYSTEM_KEYS = ("system", "system_prompt")
+MARKS = ("weight", "train", "train_on_turn")
+"""Keys of a turn that say whether it is trained on: 0 or false = no (OpenAI and Mistral; axolotl)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     role: Literal["system", "user", "assistant"]
     content: str
+    trained: bool = True
+    """False for an answer that its file marks as context only (`MARKS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,10 @@ def as_messages(record: Any, form: str, name: str) -> dict[str, Any]:
     return {
         **kept,
         "id": _id(record, name),
-        "messages": [{"role": message.role, "content": message.content} for message in messages],
+        "messages": [
+            {"role": message.role, "content": message.content, **({} if message.trained else {"weight": 0})}
+            for message in messages
+        ],
     }
 
 
@@ -227,7 +234,20 @@ def _turn(turn: Any) -> Message:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise Refused(f"unknown role {name!r}")
-    return Message(role, _text(turn.get("content") if turn.get("value") is None else turn["value"], role))
+    content = _text(turn.get("content") if turn.get("value") is None else turn["value"], role)
+    return Message(role, content, role != "assistant" or _trained(turn))
+
+
+def _trained(turn: dict[str, Any]) -> bool:
+    """Whether a turn is trained on. Refused where its marks are neither yes nor no, or contradict each
+    other."""
+    marks = {name: turn[name] for name in MARKS if turn.get(name) is not None}
+    for name, value in marks.items():
+        if value not in (0, 1):
+            raise Refused(f"{name}={value!r} of a turn must be 0 or 1", "unsupported")
+    if len(set(map(bool, marks.values()))) > 1:
+        raise Refused(f"the marks of a turn contradict each other ({', '.join(marks)})")
+    return all(marks.values())
 
 
 def _pair(record: dict[str, Any], form: str) -> list[Message]:
@@ -271,6 +291,8 @@ def _in_turn(turns: list[Message]) -> tuple[tuple[Message, ...], int]:
             )
         if not turn.content.strip():
             raise Refused(f"turn {first + i + 1} ({turn.role}) is empty")
+    if not any(turn.trained for turn in kept if turn.role == "assistant"):
+        raise Refused("none of its answers is to be trained on", "unsupported")
     return tuple([turn for turn in system if turn.content.strip()] + kept), len(rest) - len(kept)
 
 

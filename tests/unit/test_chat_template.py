@@ -3,6 +3,7 @@ that end them."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy
@@ -160,3 +161,13 @@ def test_many_batches_keep_their_order(folders, monkeypatch):
         encoded_chats, tokenise_chat.encode_batch(backend, texts), strict=True
     ):
         assert numpy.array_equal(ids, want_ids) and numpy.array_equal(trained, want_trained)
+
+
+@pytest.mark.parametrize("name", ["llama", "chatml", "marked"])
+def test_answers_that_are_context_only_are_not_trained_on(folders, name):
+    template = chat_template.select_template(folders[name])
+    messages = talk("one", "two", "three", "four", "five", "six")
+    whole = template.render(messages)
+    messages[3] = dataclasses.replace(messages[3], trained=False)
+    some = template.render(messages)
+    assert some.text == whole.text and some.spans == (whole.spans[0], whole.spans[2])

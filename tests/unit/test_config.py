@@ -84,6 +84,14 @@ MODEL = {
         (["train.warmup=10"], "train.warmup=10 must be below train.iterations=10"),
         (["train.min_lr=1"], "train.min_lr=1.0 is above train.lr=0.001"),
         (["train.lr=-1"], "train.lr=-1.0 must be 0 or more"),
+        (["train.lr=nan"], "train.lr=nan must be 0 or more"),
+        (["train.z_loss=inf"], "train.z_loss=inf must be 0 or more"),
+        (["optim.beta1=2"], "optim.beta1=2.0 must be from 0 to below 1"),
+        (["optim.beta2=nan"], "optim.beta2=nan must be from 0 to below 1"),
+        (["optim.eps=0"], "optim.eps=0.0 must be a positive number"),
+        (["optim.clip=-1"], "optim.clip=-1.0 must be 0 or more"),
+        (["optim.weight_decay=nan"], "optim.weight_decay=nan must be 0 or more"),
+        (["runtime.timeout_minutes=0"], "runtime.timeout_minutes=0 must be at least 1"),
         # RoPE.
         (
             ["rope.factor=8"],

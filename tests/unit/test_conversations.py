@@ -268,3 +268,39 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             conversations.files([text])
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"train_on_turn": False}])
+def test_answers_that_are_context_only(tmp_path, mark):
+    def record(first, second):
+        contents = (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+        marks = ({"weight": 1, "train": True}, first, mark, second)  # a question's own means nothing
+        return {
+            "messages": [
+                {"role": role, "content": text, **m} for (role, text), m in zip(contents, marks, strict=True)
+            ]
+        }
+
+    file = write_jsonl(tmp_path / "a.jsonl", [record(mark, {}), record({}, mark), record({"weight": None}, {}), record(mark, mark)])  # fmt: skip
+    *read, none = conversations.read(file, source="s")
+    trained = [[m.trained for m in one.messages if m.role == "assistant"] for one in read]
+    assert trained == [[False, True], [True, False], [True, True]]
+    assert none.kind == "unsupported" and none.reason == "none of its answers is to be trained on"
+    # What refine writes is read back alike.
+    again = conversations.as_messages(record(mark, {}), "auto", "name")
+    assert conversations.turns(again, "auto") == conversations.turns(record(mark, {}), "auto")
+
+
+@pytest.mark.parametrize(
+    ("mark", "reason"),
+    [
+        ({"weight": 0.5}, "weight=0.5 of a turn must be 0 or 1"),
+        ({"train": "no"}, "train='no' of a turn must be 0 or 1"),
+        ({"weight": 1, "train": False}, "the marks of a turn contradict each other (weight, train)"),
+    ],
+)
+def test_marks_that_say_neither(mark, reason):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **mark}]
+    with pytest.raises(conversations.Refused) as caught:
+        conversations.turns({"messages": turns}, "auto")
+    assert str(caught.value) == reason

@@ -1,6 +1,7 @@
 """Conversations rendered by a chat template, and which characters of the text are trained on.
 
-Trained on are the assistant's content and the token that ends its turn, nothing else. Two templates:
+Trained on are the assistant's content and the token that ends its turn, nothing else, but for answers that
+the data mark as context only. Two templates:
 
     llama3.1    Llama-3.1-Instruct's, rendered here segment by segment; the date is pinned
     tokenizer   the tokenizer's own, rendered by transformers. The spans are those of its {% generation %}
@@ -135,11 +136,18 @@ def _checked(
     render: Callable[[Sequence[Message]], RenderedChat], special: re.Pattern[str], messages: Sequence[Message]
 ) -> RenderedChat:
     """Refuse contents that spell out a special token: it would be encoded as one, and could end a turn or
-    begin another."""
+    begin another. Answers that are context only are rendered, but not trained on."""
     for message in messages:
         if spelled := special.search(message.content):
             raise NotRendered(f"the {message.role}'s content spells the special token {spelled[0]}")
-    return render(messages)
+    rendered = render(messages)
+    answers = [message for message in messages if message.role == "assistant"]
+    if all(answer.trained for answer in answers):
+        return rendered
+    if len(rendered.spans) != len(answers):
+        raise NotRendered("the chat template does not mark every answer, and some are not to be trained on")
+    spans = zip(rendered.spans, answers, strict=True)
+    return RenderedChat(rendered.text, tuple(span for span, answer in spans if answer.trained))
 
 
 # ---- the tokenizer's own template --------------------------------------------------------------
