@@ -97,7 +97,7 @@ def _change_rope(run: Run, values: dict[str, Any], seq_length: int) -> Rope | No
                 f"--set train.seq_length={seq_length}: shorter than the {rope.original_length} tokens before scaling, "
                 f"so that rope.factor={rope.factor:g} cannot follow it; set rope.factor too"
             )
-        rope = dataclasses.replace(rope, factor=factor)
+        rope = dataclasses.replace(rope, factor=rope.possible_factor(factor))
     return rope
 
 

@@ -321,12 +321,13 @@ def check_reach(rope: Rope, covered: int | None, seq_length: int) -> None:
     """UserError where `rope` is not made for sequences of `seq_length` tokens, unless it says so itself.
     covered: tokens it is made for, None = any number."""
     if covered is not None and seq_length > covered and not rope.allow_short:
-        change = f"rope.factor={seq_length / (rope.original_length or covered):g}"
+        factor = seq_length / (rope.original_length or covered)
+        change = f"rope.factor={rope.possible_factor(factor) if isinstance(rope, ScaledRope) else factor:g}"
         if not isinstance(rope, ScaledRope):
             change = f"another rope.type, like yarn with {change}"
         raise UserError(
             f"train.seq_length={seq_length} is longer than the {covered} tokens that rope.type={rope.type} covers here; "
-            f"set {change}, or rope.allow_short=true to train beyond them"
+            f"set {change}{'' if rope.type == 'clex' else ', or rope.allow_short=true to train beyond them'}"
         )
 
 

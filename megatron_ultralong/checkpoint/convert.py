@@ -33,6 +33,7 @@ from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.base import Rope, ScaledRope
 from megatron_ultralong.rope.clex import CLEX
+from megatron_ultralong.rope.longrope import LongRoPE
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
@@ -185,8 +186,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     ]
     if different:
         return different
-    scale = hf.rope.scale() if isinstance(state.rope, CLEX) and isinstance(hf.rope, ScaledRope) else None
-    rope = _exported_rope(checkpoint, state, scale)
+    rope = _exported_rope(checkpoint, state, compared_scale(hf.rope, state.rope))
     if not same_maths(hf.rope, rope, hf.model.head_dim):
         different.append(f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {rope.describe()}")
     reader = HFReader(folder, hf.model)
@@ -215,6 +215,14 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
                 f"{hf_name}: {sum(n for n, _ in counts):,} differ, by up to {max(d for _, d in counts):.3g}"
             )
     return different
+
+
+def compared_scale(hf: Rope, stored: Rope) -> float | None:
+    """Scale at which the RoPE of a checkpoint is compared with that of an HF directory; None for a method
+    without, and for the largest where the directory is no export of CLEX."""
+    if isinstance(stored, CLEX) and isinstance(hf, LongRoPE):
+        return min(hf.scale(), stored.scale())
+    return None
 
 
 def max_position(state: TrainingState, base: dict[str, Any]) -> int:

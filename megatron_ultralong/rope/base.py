@@ -150,6 +150,10 @@ class ScaledRope(Rope):
     def covered_length(self) -> int | None:
         return round(self.scale() * self.original())
 
+    def possible_factor(self, factor: float) -> float:
+        """The smallest factor of this method that is not below `factor`."""
+        return factor
+
     def for_length(self, loaded: Rope | None, length: int) -> Rope:
         filled = super().for_length(loaded, length)
         assert isinstance(filled, ScaledRope)
@@ -161,7 +165,7 @@ class ScaledRope(Rope):
                 f"train.seq_length={length} is below rope.original_length={original}: rope.type={self.type} has "
                 "nothing to extend; set rope.factor, or rope.type=none"
             )
-        return replace(filled, factor=length / original)
+        return replace(filled, factor=filled.possible_factor(length / original))
 
 
 # ---- frequencies without scaling ----------------------------------------------------------------

@@ -4,11 +4,11 @@ scaling factor."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.base import ScaledRope
 from megatron_ultralong.rope.longrope import LongRoPE
 from megatron_ultralong.rope.ntk import ntk_exponent
 
@@ -51,6 +51,10 @@ class CLEX(ScaledRope):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.allow_short:
+            raise UserError(
+                "rope.allow_short=true: rope.type=clex has no frequencies beyond rope.factor; set rope.factor"
+            )
         if self.factor is not None and (self.factor < 2 or self.factor != int(self.factor)):
             raise UserError(
                 f"rope.factor={self.factor:g} must be a whole number from 2 on for rope.type=clex; set rope.factor"
@@ -92,14 +96,8 @@ class CLEX(ScaledRope):
     def trained_length(self, seq_length: int) -> int:
         return max(seq_length, round(self.scale() * self.original()))
 
-    def for_length(self, loaded: Rope | None, length: int) -> Rope:
-        filled = Rope.for_length(self, loaded, length)
-        assert isinstance(filled, CLEX)
-        return (
-            filled
-            if filled.factor is not None
-            else replace(filled, factor=math.ceil(length / filled.original()))
-        )
+    def possible_factor(self, factor: float) -> float:
+        return math.ceil(factor)
 
     def describe(self) -> str:
         theta, original = self.base()
@@ -208,13 +206,17 @@ class OdeNetwork:
             plain = self._pairs() * (-math.log(theta) / self.head_dim)
             x = self.log_frequencies(scale) if log_frequencies is None else log_frequencies
             factors = (plain - x).exp().float()
+        if not bool((factors.isfinite() & (factors > 0)).all()):
+            raise UserError(
+                f"rope.type=clex: the network's frequencies at scale {scale:g} are beyond float32; train it again with a "
+                "lower rope.lr"
+            )
         table = LongRoPE(
             theta=theta,
             original_length=original,
             factor=float(scale),
             factors=tuple(factors.tolist()),
             attention_factor=1.0,
-            allow_short=self.rope.allow_short,
         )
         self._tables = {k: v for k, v in self._tables.items() if k[1:] == key[1:]} | {key: table}
         return table

@@ -79,6 +79,13 @@ def differences(stated: Rope, stored: Rope) -> list[str]:
     ]
 
 
+def with_rate(stored: Rope, stated: Rope | None) -> Rope:
+    """Return a stored RoPE with the learning rate of the run that trains it further."""
+    if isinstance(stored, CLEX) and isinstance(stated, CLEX):
+        return dataclasses.replace(stored, lr=stated.lr)
+    return stored
+
+
 def resolve(stated: Rope | None, loaded: Rope, loaded_length: int, length: int) -> Rope:
     """Choose the RoPE of a run on sequences of `length` tokens from a loaded model.
 
@@ -102,7 +109,7 @@ def resolve(stated: Rope | None, loaded: Rope, loaded_length: int, length: int) 
         return YaRN(theta=theta, original_length=original, factor=length / original)
     if isinstance(stated, ScaledRope) and stated.factor is None and length <= loaded_length:
         if not differences(stated, loaded):
-            return loaded
+            return with_rate(loaded, stated)
         raise UserError(
             f"rope.type={stated.type} without rope.factor: train.seq_length={length} is within the "
             f"{loaded_length:,} tokens of the loaded model ({loaded.describe()}); set rope.factor, or leave out "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ultralong.checkpoint import rope_network
 from megatron_ultralong.config import Optim, Train
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.model.attention import Draw, RotaryTable
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.runtime.launch import Ranks
@@ -77,6 +78,8 @@ class OdeTraining:
         self._adam.zero_grad()
         # d/dx of a function of exp(x)
         log_frequencies.backward(gradient * log_frequencies.detach().exp())
+        if not all(bool(weight.grad.isfinite().all()) for weight in self._weights):
+            return False
         if self._optim.clip:
             torch.nn.utils.clip_grad_norm_(self._weights, self._optim.clip)
         for group in self._adam.param_groups:
@@ -117,9 +120,14 @@ class OdeTraining:
         stored = rope_network.read(checkpoint)
         for name, weight in zip(rope_network.WEIGHTS, self._weights, strict=True):
             if f"{name}.step" in stored:
-                self._adam.state[weight] = {
-                    key: stored[f"{name}.{key}"].clone() for key in ("step", *_MOMENTS)
-                }
+                shapes = {"step": (), **dict.fromkeys(_MOMENTS, weight.shape)}
+                for key, shape in shapes.items():
+                    tensor = stored.get(f"{name}.{key}")
+                    if tensor is None or tensor.shape != shape or not bool(tensor.isfinite().all()):
+                        raise UserError(
+                            f"{checkpoint / rope_network.FILE}: {name}.{key} must be finite numbers of shape {list(shape)}"
+                        )
+                    self._adam.state[weight][key] = tensor.clone()
 
 
 def draw(

@@ -7,21 +7,25 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import rope_network
+from megatron_ultralong.checkpoint import convert, rope_network, training_state
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
-from megatron_ultralong.config import Data, Run, Train
+from megatron_ultralong.config import Data, Model, Optim, Run, Train, check_reach
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.rotary_embedding import FrequencyGradient, apply_rope, cos_sin
 from megatron_ultralong.rope import clex
 from megatron_ultralong.rope.clex import CLEX, with_network
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
-from megatron_ultralong.rope.methods import DynamicNTK, Unscaled, report, same_maths
-from megatron_ultralong.train.ode_training import draw
+from megatron_ultralong.rope.methods import DynamicNTK, Llama3, Unscaled, YaRN, report, same_maths
+from megatron_ultralong.train import weights_source
+from megatron_ultralong.train.ode_training import OdeTraining, draw
 
 ROPE = CLEX(theta=10000.0, original_length=512, factor=16)
 
@@ -32,6 +36,13 @@ def trained(rope: CLEX = ROPE, head_dim: int = 16) -> clex.TrainedCLEX:
     with torch.no_grad():
         network.down.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
     return with_network(rope, network)
+
+
+def diverged() -> clex.TrainedCLEX:
+    rope = trained()
+    with torch.no_grad():
+        rope.weights.down.mul_(1e4)
+    return rope
 
 
 # ---- frequencies -------------------------------------------------------------------------------
@@ -104,6 +115,9 @@ def test_refused(tmp_path: Path) -> None:
         (lambda: CLEX(factor=2.5), "rope.factor=2.5 must be a whole number from 2 on"),
         (lambda: CLEX(width=0), "rope.width=0 must be at least 1"),
         (lambda: CLEX(lr=-1.0), "rope.lr=-1.0 must be 0 or more"),
+        (lambda: CLEX(allow_short=True), "rope.type=clex has no frequencies beyond rope.factor"),
+        (lambda: check_reach(ROPE, 8192, 8700), r"rope.type=clex covers here; set rope.factor=17$"),
+        (lambda: diverged().inverse_frequencies(16, 8192), "scale 16 are beyond float32; train it again with a lower"),
         (lambda: CLEX(ode_theta=1.0), "rope.ode_theta=1.0 must be above 1"),
         (lambda: rope.frozen(17, 16), "scale 17 is outside of 1 to rope.factor=16"),
         (lambda: rope.frozen(0.5, 16), "scale 0.5 is outside of 1 to rope.factor=16"),
@@ -120,7 +134,39 @@ def test_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             act()
         assert "\n" not in str(error.value)
+
+
+def test_settings_follow_the_run(tmp_path: Path) -> None:
     assert CLEX().for_length(None, 8192 * 3 + 1).covered_length() == 4 * 8192, "a factor follows the length"
+    run = Run(
+        name="r", rope=YaRN(factor=8.0, original_length=512), train=Train(seq_length=4096, iterations=1, lr=1)
+    )
+    changed = override(run, ["rope.type=clex", "train.seq_length=1000"])
+    assert isinstance(changed.rope, CLEX) and changed.rope.factor == 2 and "rope.factor=2" in changed.notes
+
+    # The learning rate is the run's, not that of the checkpoint it starts or continues from.
+    place, stored = tmp_path / "iter_0000001", dataclasses.replace(ROPE, lr=0.1)
+    place.mkdir()
+    (place / "metadata.json").write_text("{}")
+    (place / rope_network.FILE).touch()
+    model = Model(hidden_size=16, ffn_size=16, layers=1, heads=1, kv_heads=1, head_dim=16, vocab_size=32)
+    training_state.write(place, TrainingState(model=model, rope=stored, max_length=8192))
+    train = Train(seq_length=512, iterations=1, lr=1)
+    for rope, lr in ((None, 0.1), (CLEX(theta=None, original_length=None, lr=0.3), 0.3)):
+        run = Run(name="r", rope=rope, train=train)
+        for save, load in ((tmp_path, None), (tmp_path / "new", tmp_path)):
+            found = weights_source.find(run, save, load, None)[0].rope
+            assert found == ROPE and isinstance(found, CLEX) and found.lr == lr
+
+
+def test_verified_at_the_scale_of_the_export() -> None:
+    for hf, scale in (
+        (ROPE.frozen(2.5, 16), 2.5),
+        (dataclasses.replace(ROPE.frozen(2, 16), factor=40.0), 16),
+        (Llama3(factor=32.0), None),
+    ):
+        assert convert.compared_scale(hf, ROPE) == scale
+    assert convert.compared_scale(ROPE.frozen(2, 16), YaRN(factor=2.0)) is None
 
 
 def test_damaged_network(tmp_path: Path) -> None:
@@ -177,6 +223,39 @@ def test_samples_are_uniform() -> None:
     mean = sum(counts) / len(counts)
     assert sum(counts) == 10 * (sum(counts) // 10) and mean > 600
     assert max(abs(count - mean) for count in counts) < 5 * math.sqrt(mean)
+
+
+def ode_training() -> OdeTraining:
+    train = Train(seq_length=64, iterations=9, lr=1.0, seed=1)
+    return OdeTraining(RotaryTable(ROPE, 16), train, Optim(), SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+
+
+def test_a_gradient_beyond_float32_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.fill_(1e300))
+    ode = ode_training()
+    before = ode.tensors()
+    with ode.drawn(1):
+        pass
+    assert not ode.step(64, 1.0)
+    after = ode.tensors()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_damaged_optimizer(tmp_path: Path) -> None:
+    ode = ode_training()
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(8, 16), "exp_avg_sq": torch.ones(8, 16)}
+    tensors = ode.tensors() | {f"up.{key}": value for key, value in state.items()}
+    rope_network.write(tmp_path, tensors)
+    ode.load_optimizer(tmp_path)
+    assert ode.tensors().keys() == tensors.keys()
+    for damaged in ({"up.exp_avg": torch.ones(16, 8)}, {"up.exp_avg": torch.full((8, 16), math.nan)}):
+        rope_network.write(tmp_path, tensors | damaged)
+        with pytest.raises(UserError, match=r"up.exp_avg must be finite numbers of shape \[8, 16\]"):
+            ode.load_optimizer(tmp_path)
+    del tensors["up.exp_avg"]
+    rope_network.write(tmp_path, tensors)
+    with pytest.raises(UserError, match="up.exp_avg must be"):
+        ode.load_optimizer(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
