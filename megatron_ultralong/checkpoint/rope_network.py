@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.clex import CLEX, OdeNetwork, TrainedCLEX, with_network
+from megatron_ultralong.rope.clex import CLEX, TrainedCLEX, with_network
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megatron_ultralong.rope.ode import OdeNetwork
 
 FILE = "rope.safetensors"
 WEIGHTS = ("up", "down")

@@ -73,9 +73,9 @@ class Rope:
         """Positions that the settings are made for, tokens; None = any number."""
         return self.original()
 
-    def trained_length(self, seq_length: int) -> int:
-        """Tokens that a model can read after training on sequences of `seq_length` tokens."""
-        return seq_length
+    def readable_length(self, trained_length: int) -> int:
+        """Tokens that a model can read whose longest sequence in training had `trained_length` tokens."""
+        return trained_length
 
     def original(self) -> int:
         """The original length. UserError where it is that of a model which is not known yet."""

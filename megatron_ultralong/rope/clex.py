@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import ScaledRope
 from megatron_ultralong.rope.longrope import LongRoPE
-from megatron_ultralong.rope.ntk import ntk_exponent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEP = 0.01
-"""Step of the integration (RK4) in the scale."""
+    from megatron_ultralong.rope.ode import OdeNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +57,8 @@ class CLEX(ScaledRope):
             raise UserError(
                 f"rope.factor={self.factor:g} must be a whole number from 2 on for rope.type=clex; set rope.factor"
             )
+        if self.original_length == 1:
+            raise UserError("rope.original_length=1 must be at least 2 for rope.type=clex")
         if self.width < 1:
             raise UserError(f"rope.width={self.width} must be at least 1")
         if self.ode_theta is not None and not 1 < self.ode_theta < math.inf:
@@ -70,7 +70,9 @@ class CLEX(ScaledRope):
 
     def network(self, head_dim: int) -> OdeNetwork:
         """The network before training."""
-        return OdeNetwork(self, head_dim)
+        from megatron_ultralong.rope.ode import OdeNetwork  # imports torch
+
+        return OdeNetwork(self, head_dim, width=self.width, activation=self.activation, theta=self.ode_theta)
 
     def frozen(self, scale: float, head_dim: int) -> LongRoPE:
         """Return the frequencies at `scale` as a table, without a temperature. UserError for a scale that is
@@ -93,8 +95,8 @@ class CLEX(ScaledRope):
     def depends_on_length(self) -> bool:
         return True
 
-    def trained_length(self, seq_length: int) -> int:
-        return max(seq_length, round(self.scale() * self.original()))
+    def readable_length(self, trained_length: int) -> int:
+        return max(trained_length, round(self.scale() * self.original()))
 
     def possible_factor(self, factor: float) -> float:
         return math.ceil(factor)
@@ -127,110 +129,3 @@ class TrainedCLEX(CLEX):
 def with_network(rope: CLEX, network: OdeNetwork) -> TrainedCLEX:
     """Return `rope` with `network`."""
     return TrainedCLEX(**{f.name: getattr(rope, f.name) for f in fields(CLEX)}, weights=network)
-
-
-class OdeNetwork:
-    """The right-hand side of the equation, with l D^2 parameters for the width l D, and its integration:
-    float64 on the CPU, so that all ranks compute the same bits."""
-
-    def __init__(self, rope: CLEX, head_dim: int) -> None:
-        import torch
-
-        ntk_exponent(head_dim)  # refuse a head dimension without NTK-aware scaling
-        self.rope, self.head_dim = rope, head_dim
-        hidden = rope.width * head_dim
-        self.up = torch.zeros(head_dim // 2, hidden, device="cpu", requires_grad=True)
-        """W_up, float32 [D/2, l D]."""
-        self.down = torch.zeros(hidden, head_dim // 2, device="cpu", requires_grad=True)
-        """W_down, float32 [l D, D/2]."""
-        self._tables: dict[tuple[float, int, int], LongRoPE] = {}
-        self.initialise(0)
-
-    def initialise(self, seed: int) -> None:
-        """Set the weights before training: W_up uniform up to 1 / sqrt(l D) (kaiming_uniform with
-        a = sqrt(5), of a [D/2, l D] weight), W_down 0."""
-        import torch
-
-        generator = torch.Generator().manual_seed(seed % 2**32)
-        bound = 1 / math.sqrt(self.up.shape[1])
-        with torch.no_grad():
-            self.up.uniform_(-bound, bound, generator=generator)
-            self.down.zero_()
-
-    def log_frequencies(self, scale: float) -> Tensor:
-        """x(scale), float64 [D/2], differentiable with respect to the weights. UserError for a scale that is
-        not trained."""
-        import torch
-
-        if not 1 <= scale <= self.rope.scale():
-            raise UserError(
-                f"scale {scale:g} is outside of 1 to rope.factor={self.rope.scale():g}, which this CLEX was trained for"
-            )
-        theta = self.rope.base()[0]
-        x = self._pairs() * (-math.log(theta) / self.head_dim)
-        steps = math.ceil(round((scale - 1) / STEP, 6))
-        if not steps:
-            return x
-        act = torch.tanh if self.rope.activation == "tanh" else torch.nn.functional.silu
-        up, down = self.up.double().T, self.down.double().T
-        h = (scale - 1) / steps
-        # At the beginnings and in the middles of the steps, and at the end.
-        logs, slopes = self._ntk(1 + (h / 2) * torch.arange(2 * steps + 1, dtype=torch.float64, device="cpu"))
-        # (x + ln f) W_up = x W_up + ln f W_up, whose second term needs no loop.
-        inputs, slopes = (logs @ up.T).unbind(), slopes.unbind()
-
-        def slope(x: Tensor, half_step: int) -> Tensor:
-            return torch.addmv(slopes[half_step], down, act(torch.addmv(inputs[half_step], up, x)))
-
-        for i in range(0, 2 * steps, 2):
-            k1 = slope(x, i)
-            k2 = slope(x.add(k1, alpha=h / 2), i + 1)
-            k3 = slope(x.add(k2, alpha=h / 2), i + 1)
-            k4 = slope(x.add(k3, alpha=h), i + 2)
-            x = x.add(k1.add(k4), alpha=h / 6).add(k2.add(k3), alpha=h / 3)
-        return x
-
-    def table(self, scale: float, log_frequencies: Tensor | None = None) -> LongRoPE:
-        """The frequencies at `scale` as LongRoPE factors, rounded to float32: 1 / (factor x theta^(2i/D)).
-
-        Training, evaluation and exports all rotate by this table, so that they have the same bits.
-        log_frequencies: those at `scale`, where they are known already.
-        """
-        import torch
-
-        key = (scale, self.up._version, self.down._version)
-        if key in self._tables:  # of one length after another, as evaluation asks
-            return self._tables[key]
-        with torch.no_grad():
-            theta, original = self.rope.base()
-            plain = self._pairs() * (-math.log(theta) / self.head_dim)
-            x = self.log_frequencies(scale) if log_frequencies is None else log_frequencies
-            factors = (plain - x).exp().float()
-        if not bool((factors.isfinite() & (factors > 0)).all()):
-            raise UserError(
-                f"rope.type=clex: the network's frequencies at scale {scale:g} are beyond float32; train it again with a "
-                "lower rope.lr"
-            )
-        table = LongRoPE(
-            theta=theta,
-            original_length=original,
-            factor=float(scale),
-            factors=tuple(factors.tolist()),
-            attention_factor=1.0,
-        )
-        self._tables = {k: v for k, v in self._tables.items() if k[1:] == key[1:]} | {key: table}
-        return table
-
-    def _pairs(self) -> Tensor:
-        """2i for each pair, float64 [D/2]."""
-        import torch
-
-        return torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
-
-    def _ntk(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(ln f(t) with the network's theta, f'(t) / f(t)) at `times`, each [*times.shape, D/2]."""
-        theta = self.rope.ode_theta or self.rope.base()[0]
-        growth = 2 * times - 1
-        exponents = -self._pairs() / (self.head_dim - 2)
-        logs = self._pairs() * (-math.log(theta) / self.head_dim) + growth.log()[..., None] * exponents
-        return logs, 2 * exponents / growth[..., None]

@@ -90,14 +90,13 @@ class OdeTraining:
         return True
 
     def _equal_on_all_ranks(self) -> None:
-        """Take rank 0's weights: processors of different kinds may differ in the last bit."""
-        flat = torch.cat([weight.detach().flatten() for weight in self._weights]).to(self._ranks.device)
+        """Take rank 0's weights and moments: processors of different kinds may differ in the last bit."""
+        moments = [self._adam.state[weight][key] for weight in self._weights for key in _MOMENTS]
+        own = [weight.detach() for weight in self._weights] + moments
+        flat = torch.cat([tensor.flatten() for tensor in own]).to(self._ranks.device)
         torch.distributed.broadcast(flat, src=0)
-        with torch.no_grad():
-            for weight, new in zip(
-                self._weights, flat.cpu().split([w.numel() for w in self._weights]), strict=True
-            ):
-                weight.copy_(new.view_as(weight))
+        for tensor, new in zip(own, flat.cpu().split([tensor.numel() for tensor in own]), strict=True):
+            tensor.copy_(new.view_as(tensor))
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

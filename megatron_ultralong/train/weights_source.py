@@ -201,7 +201,7 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource,
 def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:
     """Add the resolved run and its training data to the state that its checkpoints record."""
     data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
-    max_length = max(state.max_length, state.rope.trained_length(run.train.seq_length))
+    max_length = max(state.max_length, run.train.seq_length)
     return replace(state, run=config.to_dict(run), max_length=max_length, data=data)
 
 

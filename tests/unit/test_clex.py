@@ -20,7 +20,7 @@ from megatron_ultralong.config import Data, Model, Optim, Run, Train, check_reac
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.rotary_embedding import FrequencyGradient, apply_rope, cos_sin
-from megatron_ultralong.rope import clex
+from megatron_ultralong.rope import clex, ode
 from megatron_ultralong.rope.clex import CLEX, with_network
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 from megatron_ultralong.rope.methods import DynamicNTK, Llama3, Unscaled, YaRN, report, same_maths
@@ -78,7 +78,7 @@ def test_integration(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slope = getattr(torch.nn.functional, activation)((at[4] + log_ntk) @ up) @ down - 4 * i / (14 * 7)
     torch.testing.assert_close((at[4.01] - at[3.99]) / 0.02, slope, rtol=1e-4, atol=1e-6)
     assert float((at[4] - rope.network(16).log_frequencies(4)).abs().max()) > 0.05, "the network matters"
-    monkeypatch.setattr(clex, "STEP", 0.005)
+    monkeypatch.setattr(ode, "STEP", 0.005)
     torch.testing.assert_close(network.log_frequencies(4).detach(), at[4], rtol=0, atol=2e-9)
 
 

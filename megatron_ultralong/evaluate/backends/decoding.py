@@ -146,8 +146,9 @@ class DecodingSession:
         """Fix the length of a request, prompt and new tokens, for RoPE methods that depend on it: from its
         first token on, so that cached keys never mix frequencies."""
         if self.reader.rope.depends_on_length() and tokens != self._length:
-            self._ids, self._context, self._length = [], None, tokens
-            self.reader.set_length(tokens)
+            self._length = tokens
+            if self.reader.set_length(tokens):
+                self._ids, self._context = [], None
 
     def _read_context(self, ids: Sequence[int], own: list[int], progress: Callable[[int], Any]) -> KVCache:
         reused = self._keep_common(ids)

@@ -224,7 +224,8 @@ def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
         return path, config.model, config.rope, position_limit(config.raw), path
     place = sharded.resolve(path)
     state = training_state.read(place)
-    return place, state.model, state.rope, state.max_length or None, place / "hf"
+    longest = state.rope.readable_length(state.max_length) if state.max_length else None
+    return place, state.model, state.rope, longest, place / "hf"
 
 
 def _iteration(place: Path) -> int | None:

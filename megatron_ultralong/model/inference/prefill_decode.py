@@ -78,12 +78,16 @@ class InferenceModel:
             device=self.ranks.device,
         )
 
-    def set_length(self, tokens: int) -> None:
+    def set_length(self, tokens: int) -> bool:
         """Use the frequencies of sequences of `tokens` tokens, for RoPE methods that depend on the length.
 
-        Keys that were cached with other frequencies must be read again.
+        Returns whether they are others than before: keys that were cached with those must be read again.
         """
-        self._frequencies = self.rope.inverse_frequencies(self.model.head_dim, tokens)
+        before, self._frequencies = (
+            self._frequencies,
+            self.rope.inverse_frequencies(self.model.head_dim, tokens),
+        )
+        return not torch.equal(before[0], self._frequencies[0]) or before[1] != self._frequencies[1]
 
     def tokens_per_rank(self, tokens: int) -> int:
         """The most of `tokens` tokens that one rank can hold."""
