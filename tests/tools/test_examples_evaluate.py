@@ -1,5 +1,5 @@
-"""The script that evaluates a model by the paper's protocol, on the demo's model and small official files: all but
-the standard benchmarks, the report, and the comparison with published figures."""
+"""The script that evaluates a model by the paper's protocol, on the demo's model and small official files:
+all but the standard benchmarks and perplexity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tests import benchmark_files as made
 from tests import processes
-from tests.text import write_jsonl
 from tests.unit.test_infinitebench import data as infinitebench_files
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,6 @@ def evaluate(path: str, *arguments: str, **settings: str) -> subprocess.Complete
 
 
 def test_every_benchmark_is_compared(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "books.jsonl", ["The grass is green. The pass key of Ada is 12345. " * 60])
     settings = {
         "OUT": str(tmp_path / "out"),
         "NIAH": "--lengths 256 --trials 1",
@@ -35,7 +33,6 @@ def test_every_benchmark_is_compared(tmp_path: Path) -> None:
         "LVEVAL": f"--data {made.lveval(tmp_path / 'lveval')}",
         "INFINITEBENCH": f"--data {infinitebench_files(tmp_path / 'infinitebench', ('passkey',))}",
         "STANDARD": "",
-        "PERPLEXITY": f"--data {tmp_path / 'books.jsonl'} --lengths 300",
     }
     with processes.on_path(tmp_path) as path:
         wrong = evaluate(path, str(BASE), "UltraLong-9M", **settings)
@@ -44,7 +41,7 @@ def test_every_benchmark_is_compared(tmp_path: Path) -> None:
         run = evaluate(path, str(BASE), "UltraLong-1M", **settings)
     assert run.returncode == 0, run.stderr[-3000:]
     report = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
-    for heading in ("Passkey", "RULER", "LV-Eval", "InfiniteBench", "erplexity"):
+    for heading in ("Passkey", "RULER", "LV-Eval", "InfiniteBench"):
         assert heading in report, report
     assert report.count("| base") >= 3
     lines = {
