@@ -5,20 +5,27 @@
 # newest checkpoint.
 set -euo pipefail
 
-of_recipe() {  # recipe, setting; prints it as SETTINGS change it
+of_recipe() {  # prints a recipe's tokens per sequence and iterations, as SETTINGS change them
     python -c 'import sys
 from megatron_ultralong import command_settings, recipes
-name, setting, *changes = sys.argv[1:]
-print(getattr(command_settings.override(recipes.get(name), changes).train, setting))' "$1" "$2" $SETTINGS
+from megatron_ultralong.runtime import cli
+def show(name, *changes):
+    train = command_settings.override(recipes.get(name), list(changes)).train
+    print(train.seq_length, train.iterations)
+cli.main(lambda: show(*sys.argv[1:]))' "$1" $SETTINGS
 }
-# Whether run directory $1 has the last iteration of recipe $2: a run that was asked to stop saves and exits early.
-finished() {
-    [ -d "$1/iter_$(printf %07d "$(of_recipe "$2" iterations)")" ]
-}
-train() {  # recipe, run directory, more arguments
-    finished "$2" "$1" && return
-    on_all_ranks tools/train.py --recipe "$1" --save "$2" ${SETTINGS:+--set $SETTINGS} "${@:3}"
-    finished "$2" "$1" || { echo "$1 was stopped before its end; start the script again to resume"; exit 1; }
+values=$(of_recipe "$RECIPE")
+read -r LENGTH ITERATIONS <<< "$values"
+values=$(of_recipe "${RECIPE}_sft")
+read -r SFT_LENGTH SFT_ITERATIONS <<< "$values"
+
+train() {  # recipe, its iterations, run directory, more arguments
+    local last
+    last="$3/iter_$(printf %07d "$2")"
+    [ ! -d "$last" ] || return 0
+    on_all_ranks tools/train.py --recipe "$1" --save "$3" ${SETTINGS:+--set $SETTINGS} "${@:4}"
+    # A run that was asked to stop saves and exits early.
+    [ -d "$last" ] || { echo "$1 was stopped before its end; start the script again to resume"; exit 1; }
 }
 evaluate() {  # name, model
     [ -f "$RUNS/$1/niah/niah.png" ] || in_one_process python tools/evaluate.py niah --model "$2" --lengths "$LENGTHS" --trials 5 --out "$RUNS/$1/niah"
@@ -32,21 +39,21 @@ say "1. documents, and conversations, to packed rows of S + 1 tokens, unless giv
 if [ -z "$ROWS" ]; then
     ROWS="$RUNS/text"
     [ -f "$ROWS.json" ] || in_one_process python tools/prepare_data.py pretrain \
-        --input $TEXT --tokenizer "$MODEL" --seq-length "$(of_recipe "$RECIPE" seq_length)" --output "$ROWS"
+        --input $TEXT --tokenizer "$MODEL" --seq-length "$LENGTH" --output "$ROWS"
 fi
 if [ -z "$SFT_ROWS" ] && [ -n "$CHAT" ]; then
     SFT_ROWS="$RUNS/chat"
     [ -f "$SFT_ROWS.json" ] || in_one_process python tools/prepare_data.py sft --fit single \
-        --input $CHAT --tokenizer "$MODEL" --seq-length "$(of_recipe "${RECIPE}_sft" seq_length)" --output "$SFT_ROWS"
+        --input $CHAT --tokenizer "$MODEL" --seq-length "$SFT_LENGTH" --output "$SFT_ROWS"
 fi
 
 say "2. continued pretraining, directly at the target length"
-train "$RECIPE" "$RUNS/pretrain" --load-hf "$MODEL" --data "$ROWS"
+train "$RECIPE" "$ITERATIONS" "$RUNS/pretrain" --load-hf "$MODEL" --data "$ROWS"
 FINAL="$RUNS/pretrain"
 
 if [ -n "$SFT_ROWS" ]; then
     say "3. instruction tuning on short examples; RoPE is unchanged"
-    train "${RECIPE}_sft" "$RUNS/sft" --load "$RUNS/pretrain" --data "$SFT_ROWS"
+    train "${RECIPE}_sft" "$SFT_ITERATIONS" "$RUNS/sft" --load "$RUNS/pretrain" --data "$SFT_ROWS"
     FINAL="$RUNS/sft"
 fi
 
