@@ -15,9 +15,9 @@ CHAT=$RUNS/raw/chat.jsonl                  # conversations
 SFT_ROWS=
 BOOKS=$RUNS/raw/held_out.jsonl             # documents for perplexity
 LENGTHS=${LENGTHS:-512,1K,2K,4K}           # of passkey grid and perplexity
-SETTINGS="runtime.device=cpu ${SETTINGS:-}"
-DOCUMENTS=${DOCUMENTS:-240}
-CONVERSATIONS=${CONVERSATIONS:-1000}
+SETTINGS="runtime.device=cpu ${SETTINGS:-train.iterations=30}"    # of both recipes; half of their iterations suffice
+DOCUMENTS=${DOCUMENTS:-120}
+CONVERSATIONS=${CONVERSATIONS:-500}
 
 export OMP_NUM_THREADS=1
 on_all_ranks() { torchrun --standalone --nproc-per-node 2 "$@"; }

@@ -5,19 +5,16 @@
 # newest checkpoint.
 set -euo pipefail
 
-of_recipe() {  # prints a recipe's tokens per sequence and iterations, as SETTINGS change them
-    python -c 'import sys
+# Tokens per sequence and iterations of the two recipes, as SETTINGS change them.
+values=$(python -c 'import sys
 from megatron_ultralong import command_settings, recipes
 from megatron_ultralong.runtime import cli
 def show(name, *changes):
-    train = command_settings.override(recipes.get(name), list(changes)).train
-    print(train.seq_length, train.iterations)
-cli.main(lambda: show(*sys.argv[1:]))' "$1" $SETTINGS
-}
-values=$(of_recipe "$RECIPE")
-read -r LENGTH ITERATIONS <<< "$values"
-values=$(of_recipe "${RECIPE}_sft")
-read -r SFT_LENGTH SFT_ITERATIONS <<< "$values"
+    for recipe in (name, f"{name}_sft"):
+        train = command_settings.override(recipes.get(recipe), list(changes)).train
+        print(train.seq_length, train.iterations, end=" ")
+cli.main(lambda: show(*sys.argv[1:]))' "$RECIPE" $SETTINGS)
+read -r LENGTH ITERATIONS SFT_LENGTH SFT_ITERATIONS <<< "$values"
 
 train() {  # recipe, its iterations, run directory, more arguments
     local last

@@ -21,7 +21,7 @@ def run(path: str, runs: Path) -> str:
         "RUNS": str(runs),
         "DOCUMENTS": "2",
         "CONVERSATIONS": "4",
-        "LENGTHS": "512,1K",
+        "LENGTHS": "512",
         "SETTINGS": "train.seq_length=1K train.iterations=1 train.warmup=0 train.global_batch=2 parallel.cp=1",
     }
     done = subprocess.run(

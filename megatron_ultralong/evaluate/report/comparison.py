@@ -70,14 +70,14 @@ def read(places: list[str], model: Path) -> tuple[list[ModelScores], list[str]]:
     """Return (results of the model below `places`, lines on files that are not used). UserError where one
     is of another model."""
     results, left_out, notes = collect(places)
-    fingerprint = model_files.fingerprint(model)
+    name, fingerprint = model.resolve().name, model_files.fingerprint(model)
     for one in results:
         if one.fingerprint and one.fingerprint != fingerprint:
             raise UserError(
                 f"{one.file} has results of another model ({one.result.model.get('path')}, files "
                 f"{one.fingerprint}), not of --model {model} (files {fingerprint}); give each model its own folder"
             )
-    return [replace(one, model=model.name, row=model.name) for one in results], [*left_out, *notes]
+    return [replace(one, model=name, row=name) for one in results], [*left_out, *notes]
 
 
 def compare(results: list[ModelScores], name: str | None) -> list[ComparedScore]:
@@ -221,7 +221,7 @@ def _short(lengths: Iterable[int]) -> str:
 
 def heading(model: Path, name: str | None) -> str:
     figures = f"beside the published figures of {name}" if name else "without published figures"
-    return f"{model.name} by the protocol of {published.SOURCE}, {figures} (%)"
+    return f"{model.resolve().name} by the protocol of {published.SOURCE}, {figures} (%)"
 
 
 def as_text(scores: list[ComparedScore]) -> str:
