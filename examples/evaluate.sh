@@ -1,49 +1,52 @@
 #!/bin/bash
-# The paper's tables: passkey grid, RULER, LV-Eval, InfiniteBench, standard benchmarks and perplexity by position for every model, then the
-# report next to the published figures. Runs on one node; when run again it resumes where it was stopped (perplexity starts from the beginning).
-#   MODELS="models/Llama-3.1-8B-1M models/Llama-3.1-8B-Instruct" bash examples/evaluate.sh
+# Evaluates a model by the paper's protocol: passkey grid, RULER, LV-Eval, InfiniteBench and the standard benchmarks, then prints what was
+# measured beside the published figures, and what differs between the two. Runs on one node; when run again it resumes where it was stopped.
+#   bash examples/evaluate.sh models/Llama-3.1-8B-UltraLong-1M-Instruct
+#   bash examples/evaluate.sh runs/ultralong_1m/hf UltraLong-1M    # a model of your own beside the figures of this one
+# A released model (UltraLong, ProLong, Gradient, Llama-3.1-8B-Instruct) is recognised by the name of its directory.
 set -euo pipefail
+
+MODEL=$(realpath -m "${1:?a Hugging Face model directory}")
+PUBLISHED=${2:+--published $2}
 cd "$(dirname "$0")/.."
 
-MODELS=${MODELS:-models/Llama-3.1-8B-1M models/Llama-3.1-8B-Instruct}  # Hugging Face directories
-OUT=${OUT:-runs/evaluation}
+OUT=${OUT:-runs/evaluation}                 # of all models; each has a folder in it
 RANKS=${RANKS:-8}                           # GPUs; 1 = plain transformers
 LAYOUT=${LAYOUT---tp $RANKS}                # of --engine megatron on RANKS: --tp, --pp, --cp
-NIAH=${NIAH-32K,128K,512K,1M}               # lengths of the passkey grid; an empty value skips a benchmark
-TRIALS=${TRIALS:-10}
-RULER=${RULER-4K,8K,16K,32K,64K,128K,256K,512K,1M}
-SAMPLES=${SAMPLES:-500}                     # of RULER, per task and length; its authors use 500
-RULER_FILES=${RULER_FILES-}                 # --squad dev-v2.0.json --hotpotqa hotpot_dev_distractor_v1.json --haystack PaulGrahamEssays.json
-LVEVAL=${LVEVAL-hub}                        # official files: a directory, or hub
-INFINITEBENCH=${INFINITEBENCH-hub}
-STANDARD=${STANDARD-paper}                  # tasks of lm-evaluation-harness; HumanEval's programs are executed, see docs/how-to-evaluate-standard.md
-BOOKS=${BOOKS-}                             # long documents for perplexity, such as PG19: files or globs
-PERPLEXITY=${PERPLEXITY-4K,32K,128K}
+# Options of each benchmark (python tools/evaluate.py NAME --help); an empty value skips it. The official wording of the prompts is read from
+# a checkout of its authors: --official DIR, for RULER, LV-Eval and InfiniteBench.
+NIAH=${NIAH-"--lengths 32K,128K,512K,1M --trials 10"}
+RULER=${RULER-"--lengths 4K,8K,16K,32K,64K,128K,256K,512K,1M --samples 500"}    # --squad, --hotpotqa and --haystack: its authors' texts
+LVEVAL=${LVEVAL-"--data hub"}               # or the folder of its official files
+INFINITEBENCH=${INFINITEBENCH-"--data hub"}
+STANDARD=${STANDARD-"--tasks paper --run-code"}    # runs HumanEval's programs, see docs/how-to-evaluate-standard.md
+PERPLEXITY=${PERPLEXITY-}                   # not in the paper; --data of long documents such as PG19, --lengths 4K,32K,128K
 
-ask() {  # benchmark, more arguments; evaluates $model on RANKS
+RESULTS="$OUT/$(basename "$MODEL")"
+
+ask() {  # benchmark, its options; evaluates the model on RANKS
     if [ "$RANKS" -gt 1 ]; then
-        torchrun --standalone --nproc-per-node "$RANKS" tools/evaluate.py "$1" --model "$model" $LAYOUT --out "$out/$1" "${@:2}"
+        torchrun --standalone --nproc-per-node "$RANKS" tools/evaluate.py "$1" --model "$MODEL" $LAYOUT --out "$RESULTS/$1" "${@:2}"
     else
-        python tools/evaluate.py "$1" --model "$model" --out "$out/$1" "${@:2}"
+        python tools/evaluate.py "$1" --model "$MODEL" --out "$RESULTS/$1" "${@:2}"
     fi
 }
+beside_published() {
+    python tools/evaluate.py published --model "$MODEL" $PUBLISHED --out "$RESULTS"
+}
 
-if [ "$(for model in $MODELS; do basename "$model"; done | sort | uniq -d)" ]; then
-    echo "MODELS: two directories have the same name and would share a folder in $OUT; rename one" >&2; exit 2
+beside_published > /dev/null    # a wrong directory or name ends here, before hours of work
+if [ -n "$NIAH" ]; then ask niah $NIAH; fi
+if [ -n "$RULER" ]; then
+    # Generating prompts needs no GPU, so it is done before the ranks start.
+    python tools/evaluate.py ruler --stage prepare --model "$MODEL" --out "$RESULTS/ruler" $RULER
+    ask ruler --stage predict $RULER
+    python tools/evaluate.py ruler --stage score --out "$RESULTS/ruler" $RULER
 fi
-for model in $MODELS; do
-    out="$OUT/$(basename "$model")"
-    if [ -n "$NIAH" ]; then ask niah --lengths "$NIAH" --trials "$TRIALS"; fi
-    if [ -n "$RULER" ]; then
-        # Generating prompts needs no GPU, so it is done before the ranks start.
-        python tools/evaluate.py ruler --stage prepare --model "$model" --out "$out/ruler" --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
-        ask ruler --stage predict --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
-        python tools/evaluate.py ruler --stage score --out "$out/ruler" --lengths "$RULER" --samples "$SAMPLES" $RULER_FILES
-    fi
-    if [ -n "$LVEVAL" ]; then ask lveval --data "$LVEVAL"; fi
-    if [ -n "$INFINITEBENCH" ]; then ask infinitebench --data "$INFINITEBENCH"; fi
-    if [ -n "$STANDARD" ]; then ask standard --tasks "$STANDARD" --run-code; fi
-    if [ -n "$BOOKS" ]; then ask perplexity --data $BOOKS --lengths "$PERPLEXITY"; fi
-done
+if [ -n "$LVEVAL" ]; then ask lveval $LVEVAL; fi
+if [ -n "$INFINITEBENCH" ]; then ask infinitebench $INFINITEBENCH; fi
+if [ -n "$STANDARD" ]; then ask standard $STANDARD; fi
+if [ -n "$PERPLEXITY" ]; then ask perplexity $PERPLEXITY; fi
 
-python tools/evaluate.py report --results "$OUT" --out "$OUT/report"
+python tools/evaluate.py report --results "$OUT" --out "$OUT/report"    # this model next to the others in $OUT
+beside_published

@@ -1,32 +1,41 @@
 #!/bin/bash
-# The complete pipeline on a laptop's CPU with two ranks: a toy model trained from scratch at 512 tokens, extended 8x, and exported to a
-# Hugging Face directory. The stages are those of a cluster; this model is trained too little to be useful (see make demo for one that is).
-#   bash examples/laptop.sh TOKENIZER_DIR TEXT_FILE...
+# The complete pipeline on a laptop's CPU: the demo's model (examples/demo/base, 512 tokens of context) in, continued pretraining at 4,096
+# tokens on two context parallel ranks, instruction tuning on short conversations, export, evaluation before and after. Takes 10 minutes of
+# CPU time (2 cores of an AMD EPYC, 2026-11-29).
+# The stages are those of the 1M run on a cluster, examples/ultralong_1m.sh: the same file, examples/ultralong_stages.sh.
+#   bash examples/laptop.sh      when run again it resumes where it was stopped
 set -euo pipefail
-
-TOKENIZER=$(realpath "${1:?a Hugging Face tokenizer directory}")
-TEXT=("${@:2}")
-[ ${#TEXT[@]} -gt 0 ] || { echo "usage: bash examples/laptop.sh TOKENIZER_DIR TEXT_FILE..." >&2; exit 2; }
-for i in "${!TEXT[@]}"; do TEXT[i]=$(realpath "${TEXT[i]}"); done
-RUNS=${RUNS:-runs/laptop}
-BASE_STEPS=${BASE_STEPS:-100}
-LONG_STEPS=${LONG_STEPS:-20}
-
 cd "$(dirname "$0")/.."
+
+RECIPE=tiny_extend                         # and ${RECIPE}_sft for instruction tuning
+RUNS=${RUNS:-runs/laptop}
+MODEL=$RUNS/base                           # Hugging Face directory, read in place
+TEXT=$RUNS/raw/text.jsonl                  # raw documents
+ROWS=
+CHAT=$RUNS/raw/chat.jsonl                  # conversations
+SFT_ROWS=
+BOOKS=$RUNS/raw/held_out.jsonl             # documents for perplexity
+LENGTHS=${LENGTHS:-512,1K,2K,4K}           # of passkey grid and perplexity
+SETTINGS="runtime.device=cpu ${SETTINGS:-train.iterations=30}"    # of both recipes; half of their iterations suffice
+DOCUMENTS=${DOCUMENTS:-120}
+CONVERSATIONS=${CONVERSATIONS:-500}
+
 export OMP_NUM_THREADS=1
-mkdir -p "$RUNS"
-VOCAB=$(python -c "import sys, transformers; print(len(transformers.AutoTokenizer.from_pretrained(sys.argv[1])))" "$TOKENIZER")
+on_all_ranks() { torchrun --standalone --nproc-per-node 2 "$@"; }
+in_one_process() { "$@"; }
 
-# Packed rows of both lengths from the same text.
-python tools/prepare_data.py pretrain --input "${TEXT[@]}" --tokenizer "$TOKENIZER" --seq-length 512 --output "$RUNS/text_512"
-python tools/prepare_data.py pretrain --input "${TEXT[@]}" --tokenizer "$TOKENIZER" --seq-length 4K --output "$RUNS/text_4k"
+# The base model has no chat template; its instruction-tuned version gets this one.
+if [ ! -f "$MODEL/chat_template.jinja" ]; then
+    mkdir -p "$RUNS"
+    cp -r examples/demo/base "$RUNS"
+    cat > "$MODEL/chat_template.jinja" <<'TEMPLATE'
+{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% else %}Question: {{ message.content }}
+{% endif %}{% endfor %}
+TEMPLATE
+fi
+raw() { [ -f "$4" ] || python examples/demo/corpus.py "$1" --tokenizer "$MODEL" --length "$2" --rows "$3" --output "$4" "${@:5}"; }
+raw documents 4K "$DOCUMENTS" "$TEXT" --list 0 --seed 1
+raw documents 5K 8 "$BOOKS" --list 0 --seed 2
+raw conversations 400 "$CONVERSATIONS" "$CHAT" --seed 3
 
-# From scratch on two data parallel ranks, then extended on two context parallel ranks.
-torchrun --standalone --nproc-per-node 2 tools/train.py --recipe tiny --tokenizer "$TOKENIZER" \
-    --set runtime.device=cpu model.vocab_size="$VOCAB" train.iterations="$BASE_STEPS" --data "$RUNS/text_512" --save "$RUNS/base"
-torchrun --standalone --nproc-per-node 2 tools/train.py --recipe tiny_extend \
-    --set runtime.device=cpu train.iterations="$LONG_STEPS" --load "$RUNS/base" --data "$RUNS/text_4k" --save "$RUNS/long"
-
-[ -d "$RUNS/hf" ] || python tools/convert_hf.py export --ckpt "$RUNS/long" --out "$RUNS/hf"
-python tools/evaluate.py niah --model "$RUNS/hf" --lengths 512,4K --depths 0,50,100 --trials 2 --device cpu --out "$RUNS/niah"
-echo "the model is in $RUNS/hf, its passkey grid in $RUNS/niah"
+source examples/ultralong_stages.sh

@@ -8,17 +8,21 @@
 #SBATCH --signal=TERM@1500
 #SBATCH --output=%x-%j.log
 #
-# Llama-3.1-8B-Instruct to 1M tokens as in arXiv 2504.06214: continued pretraining, instruction tuning, export, passkey grid.
+# Llama-3.1-8B-Instruct to 1M tokens as in arXiv 2504.06214: continued pretraining, instruction tuning, export, evaluation.
 #   sbatch examples/ultralong_1m.sh       from the top of the repository; submit again to resume
 set -euo pipefail
 
-SIZE=1m                                    # recipes ultralong_$SIZE and ultralong_${SIZE}_sft
+RECIPE=ultralong_1m                        # and ${RECIPE}_sft for instruction tuning
 MODEL=models/Llama-3.1-8B-Instruct         # Hugging Face directory, read in place
 TEXT="data/text/*.jsonl.zst"               # raw documents; not used if ROWS is set
 ROWS=                                      # packed rows of 1M + 1 tokens, like data/ultralong/rows_1m of examples/ultralong_data.sh
-SFT_ROWS=                                  # packed instruction data of 8192 + 1 tokens per row, like its data/ultralong/sft; empty = no instruction tuning
+CHAT=                                      # conversations in any published format; not used if SFT_ROWS is set
+SFT_ROWS=                                  # packed conversations of 8192 + 1 tokens per row, like data/ultralong/sft; both empty = no instruction tuning
+BOOKS=                                     # long documents such as PG19, for perplexity; empty = none
 RUNS=runs/ultralong_1m
-LENGTHS=32K,128K,255K                      # lengths that fit one GPU in plain transformers
+LENGTHS=32K,128K,255K                      # of passkey grid and perplexity: lengths that fit one GPU in plain transformers
+SETTINGS=                                  # changes of both recipes, like train.save_every=10
 
 cd "${SLURM_SUBMIT_DIR:-.}"
+source examples/slurm.sh
 source examples/ultralong_stages.sh

@@ -1,53 +1,69 @@
 #!/bin/bash
-# The stages of examples/ultralong_{1m,2m,4m}.sh, which set SIZE, MODEL, TEXT, ROWS, SFT_ROWS, RUNS and LENGTHS and source this
-# file inside a Slurm job. A stage whose output exists is skipped; training resumes from its newest checkpoint.
+# The pipeline of examples/ultralong_{1m,2m,4m}.sh, on a cluster, and of examples/laptop.sh, on a laptop: a Hugging Face model in, continued
+# pretraining, instruction tuning, export, evaluation. These scripts set RECIPE, MODEL, TEXT, ROWS, CHAT, SFT_ROWS, BOOKS, RUNS, LENGTHS and
+# SETTINGS, define on_all_ranks and in_one_process, and source this file. A stage whose output exists is skipped; training resumes from its
+# newest checkpoint.
 set -euo pipefail
 
-export OMP_NUM_THREADS=8
-# One hardware queue, so that communication starts in the order in which Megatron-Core issues it.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Long sequences need large blocks: let the allocator grow segments instead of fragmenting memory.
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-# On Slurm's SIGTERM the current iteration ends and a checkpoint is saved; torchrun's default of 30 s is too short for that.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1200
+# Tokens per sequence and iterations of the two recipes, as SETTINGS change them.
+values=$(python -c 'import sys
+from megatron_ultralong import command_settings, recipes
+from megatron_ultralong.runtime import cli
+def show(name, *changes):
+    for recipe in (name, f"{name}_sft"):
+        train = command_settings.override(recipes.get(recipe), list(changes)).train
+        print(train.seq_length, train.iterations, end=" ")
+cli.main(lambda: show(*sys.argv[1:]))' "$RECIPE" $SETTINGS)
+read -r LENGTH ITERATIONS SFT_LENGTH SFT_ITERATIONS <<< "$values"
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-on_all_nodes() {
-    srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=8 --rdzv-backend=c10d \
-        --rdzv-endpoint="$head_node:29500" --rdzv-id="$SLURM_JOB_ID" "$@"
+train() {  # recipe, its iterations, run directory, more arguments
+    local last
+    last="$3/iter_$(printf %07d "$2")"
+    [ ! -d "$last" ] || return 0
+    on_all_ranks tools/train.py --recipe "$1" --save "$3" ${SETTINGS:+--set $SETTINGS} "${@:4}"
+    # A run that was asked to stop saves and exits early.
+    [ -d "$last" ] || { echo "$1 was stopped before its end; start the script again to resume"; exit 1; }
 }
-on_one_node() {
-    srun --nodes=1 --ntasks=1 "$@"
+evaluate() {  # name, model
+    [ -f "$RUNS/$1/niah/niah.png" ] || in_one_process python tools/evaluate.py niah --model "$2" --lengths "$LENGTHS" --trials 5 --out "$RUNS/$1/niah"
+    [ -z "$BOOKS" ] || [ -f "$RUNS/$1/perplexity/perplexity.json" ] || in_one_process python tools/evaluate.py perplexity \
+        --model "$2" --data $BOOKS --lengths "$LENGTHS" --out "$RUNS/$1/perplexity"
 }
-# Whether run directory $1 has the last iteration of recipe $2: a run that was asked to stop saves and exits early.
-finished() {
-    [ -d "$1/$(python -c "from megatron_ultralong import recipes; print(f'iter_{recipes.get(\"$2\").train.iterations:07d}')")" ]
-}
-train() {  # recipe, run directory, more arguments
-    on_all_nodes tools/train.py --recipe "$1" --save "$2" "${@:3}"
-    finished "$2" "$1" || { echo "$1 was stopped before its end; submit again to resume"; exit 1; }
-}
+say() { printf '\n== %s ==\n' "$1"; }
 mkdir -p "$RUNS"
 
-# 1. Documents to packed rows of S + 1 tokens, unless given.
+say "1. documents, and conversations, to packed rows of S + 1 tokens, unless given"
 if [ -z "$ROWS" ]; then
     ROWS="$RUNS/text"
-    [ -f "$ROWS.json" ] || on_one_node python tools/prepare_data.py pretrain \
-        --input $TEXT --tokenizer "$MODEL" --seq-length "${SIZE^^}" --output "$ROWS"
+    [ -f "$ROWS.json" ] || in_one_process python tools/prepare_data.py pretrain \
+        --input $TEXT --tokenizer "$MODEL" --seq-length "$LENGTH" --output "$ROWS"
+fi
+if [ -z "$SFT_ROWS" ] && [ -n "$CHAT" ]; then
+    SFT_ROWS="$RUNS/chat"
+    [ -f "$SFT_ROWS.json" ] || in_one_process python tools/prepare_data.py sft --fit single \
+        --input $CHAT --tokenizer "$MODEL" --seq-length "$SFT_LENGTH" --output "$SFT_ROWS"
 fi
 
-# 2. Continued pretraining, directly at the target length.
-train "ultralong_$SIZE" "$RUNS/pretrain" --load-hf "$MODEL" --data "$ROWS"
+say "2. continued pretraining, directly at the target length"
+train "$RECIPE" "$ITERATIONS" "$RUNS/pretrain" --load-hf "$MODEL" --data "$ROWS"
 FINAL="$RUNS/pretrain"
 
-# 3. Instruction tuning on short examples, if given; RoPE is unchanged.
 if [ -n "$SFT_ROWS" ]; then
-    train "ultralong_${SIZE}_sft" "$RUNS/sft" --load "$RUNS/pretrain" --data "$SFT_ROWS"
+    say "3. instruction tuning on short examples; RoPE is unchanged"
+    train "${RECIPE}_sft" "$SFT_ITERATIONS" "$RUNS/sft" --load "$RUNS/pretrain" --data "$SFT_ROWS"
     FINAL="$RUNS/sft"
 fi
 
-# 4. Export to a Hugging Face directory.
-[ -d "$RUNS/hf" ] || on_one_node python tools/convert_hf.py export --ckpt "$FINAL" --out "$RUNS/hf" --dtype bf16
+say "4. export to a Hugging Face directory"
+[ -d "$RUNS/hf" ] || in_one_process python tools/convert_hf.py export --ckpt "$FINAL" --out "$RUNS/hf" --dtype bf16
 
-# 5. Passkey grid.
-on_one_node python tools/evaluate.py niah --model "$RUNS/hf" --lengths "$LENGTHS" --trials 5 --out "$RUNS/niah"
+say "5. passkey grid, and perplexity if BOOKS are given, before and after"
+evaluate before "$MODEL"
+evaluate after "$RUNS/hf"
+python tools/evaluate.py report --results before="$RUNS/before" after="$RUNS/after" --no-published --out "$RUNS/report"
+
+echo
+sed 1,2d "$RUNS/report/report.md"
+echo "model         $RUNS/hf"
+echo "checkpoints   $FINAL"
+echo "evaluation    $RUNS/report, $RUNS/before, $RUNS/after"

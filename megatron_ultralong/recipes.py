@@ -104,6 +104,28 @@ def tiny_extend() -> Run:
     )
 
 
+def tiny_extend_sft() -> Run:
+    """Instruction tuning after `tiny_extend`, on examples under 512 tokens; RoPE is that of the loaded
+    checkpoint."""
+    return Run(
+        name="tiny_extend_sft",
+        notes="Toy instruction tuning; every figure is this project's own choice.",
+        memory=Memory(recompute="none"),
+        data=Data(documents="masked"),
+        optim=Optim(weight_decay=0.01),
+        train=Train(
+            seq_length=512,
+            global_batch=16,
+            iterations=60,
+            lr=5e-4,
+            warmup=5,
+            precision="fp32",
+            save_every=0,
+            log_every=10,
+        ),
+    )
+
+
 # ---- one node ----------------------------------------------------------------------------------
 
 
@@ -287,6 +309,7 @@ def _yarn(factor: int, *, theta: float, original_length: int) -> Rope:
 RECIPES: tuple[Callable[[], Run], ...] = (
     tiny,
     tiny_extend,
+    tiny_extend_sft,
     smollm2_135m,
     ultralong_1m,
     ultralong_2m,

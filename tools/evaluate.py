@@ -11,6 +11,7 @@
     python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
     torchrun --nproc-per-node 8 tools/evaluate.py perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M \\
         --out results/perplexity
+    python tools/evaluate.py published --model DIR --out results
     python tools/evaluate.py report --results results --out results/report
     python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
 
@@ -57,6 +58,14 @@ def arguments() -> argparse.Namespace:
     )
     report.add_report_arguments(command)
     command.set_defaults(function=report.run_report)
+
+    command = commands.add_parser(
+        "published",
+        help="a model's results beside its published figures, and what differs",
+        description="The benchmarks of arXiv 2504.06214: measured, published, and what differs between the two.",
+    )
+    report.add_published_arguments(command)
+    command.set_defaults(function=report.run_published)
 
     command = commands.add_parser(
         "compare",

@@ -1,7 +1,9 @@
-"""Synthetic text for the demo: a tokenizer, and documents with many questions about the pass keys of names.
+"""Synthetic text for the demo: a tokenizer, documents with many questions about the pass keys of names, and
+conversations that ask for them.
 
     python examples/demo/corpus.py tokenizer --output DIR
     python examples/demo/corpus.py documents --tokenizer DIR --length 4096 --rows 240 --output FILE.jsonl
+    python examples/demo/corpus.py conversations --tokenizer DIR --length 400 --rows 1000 --output FILE.jsonl
 
 Everything is generated from a seed, so there is no data to download. There are two kinds of documents:
 
@@ -20,6 +22,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -184,6 +187,25 @@ class Writer:
                 text, size = text + piece, size + count
         return self._cut(text, length)
 
+    def conversation(self, most: int) -> list[dict[str, str]]:
+        """A text of up to `most` tokens with one to four pass keys, each asked for in a turn of its own."""
+        names = self.rng.sample(niah.NAMES, self.rng.randint(1, 4))
+        values = {name: niah.pass_key(self.rng, DIGITS) for name in names}
+        parts = self._filler(self.rng.randint(most // 8, most))
+        for name in names:
+            parts.insert(self.rng.randint(0, len(parts)), niah.needle(name, values[name]))
+        asked = [niah.question(name) for name in self.rng.sample(names, len(names))]
+        asked[0] = niah.INTRODUCTION + "".join(parts) + asked[0]
+        messages = []
+        for text in asked:
+            name = text.rsplit(" ", 1)[1].rstrip("?")
+            answer = niah.answer_start(name) + niah.answer(values[name])
+            messages += [
+                {"role": "user", "content": text.strip()},
+                {"role": "assistant", "content": answer.strip()},
+            ]
+        return messages
+
     def _cut(self, text: str, length: int) -> str:
         """Return the first `length` tokens of `text`."""
         return self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False)[:length])
@@ -211,9 +233,21 @@ def write_documents(
     texts = [writer.row(length, listed=listed, whole=whole) for _ in range(rows)]
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         assert len(ids) == length, f"a document has {len(ids)} tokens instead of {length}"
+    _write_records(output, [{"text": text} for text in texts])
+
+
+def write_conversations(tokenizer_dir: Path, output: Path, *, length: int, rows: int, seed: int) -> None:
+    """Write `rows` conversations about texts of up to `length` tokens as JSON lines."""
+    if length < SHORTEST or rows < 1:
+        raise UserError(f"--length must be at least {SHORTEST} tokens and --rows at least 1")
+    writer = Writer(AutoTokenizer.from_pretrained(tokenizer_dir), seed)
+    _write_records(output, [{"messages": writer.conversation(length)} for _ in range(rows)])
+
+
+def _write_records(output: Path, records: list[dict[str, Any]]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        output.write_text("".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
@@ -246,9 +280,23 @@ def main() -> None:
         default=1.0,
         help="fraction of texts that are a single document (default: %(default)s)",
     )
+    one = commands.add_parser("conversations", help="write conversations as JSON lines")
+    one.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
+    one.add_argument("--output", type=Path, required=True, metavar="FILE")
+    one.add_argument("--length", required=True, help="tokens of the longest text that is asked about")
+    one.add_argument("--rows", type=int, required=True, help="conversations to write")
+    one.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.command == "tokenizer":
         make_tokenizer().save_pretrained(args.output)
+    elif args.command == "conversations":
+        write_conversations(
+            args.tokenizer,
+            args.output,
+            length=parse_count(args.length, "--length"),
+            rows=args.rows,
+            seed=args.seed,
+        )
     else:
         write_documents(
             args.tokenizer,

@@ -15,10 +15,11 @@ import pytest
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.pipeline.command import write_results
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
-from megatron_ultralong.evaluate.report import curves, published, read_results
+from megatron_ultralong.evaluate.report import comparison, curves, published, read_results
 from megatron_ultralong.evaluate.report import tables as report_tables
 from megatron_ultralong.evaluate.report.markdown import as_csv, markdown
 from megatron_ultralong.evaluate.scorers import loss_by_position
+from megatron_ultralong.evaluate.tasks import infinitebench, lveval
 from megatron_ultralong.evaluate.tasks.ruler import averages as ruler_averages
 from megatron_ultralong.evaluate.tasks.ruler import tasks as ruler_tasks
 
@@ -525,6 +526,147 @@ def test_the_command_writes_markdown_csv_and_plots(
         report_tables.write([str(folder / "b" / "manifest.json")], out)
     with pytest.raises(UserError, match="no such file"):
         report_tables.write([f"x={folder / 'nothing'}"], out)
+
+
+# ---- one model beside its published figures ----------------------------------------------------
+
+LADDER = tuple(4 * K * 2**i for i in range(9))
+
+
+def protocol(folder: Path, *, lengths: tuple[int, ...] = LADDER, samples: int = 500) -> Path:
+    """Results of every benchmark of the paper, complete unless fewer lengths or samples are given."""
+    model = {"path": str(folder / "model"), "settings": {"temperature": 0.0, "chat": "auto"}}
+    own = {"prompt": "own wording", "grid": "own grid", "depths": [0.0, 100.0], "trials": 10}
+    paper_tasks = {
+        f"paper/{name}": {"name": name, "task": name.lower(), "shots": shots, "metric": "acc,none"}
+        for name, shots in published.SHOTS.items()
+    }
+    for task, settings, scores in (
+        ("niah", own, [TaskScore(task="passkey", length=n, score=90.0, count=20) for n in lengths]),
+        (
+            "ruler",
+            {
+                "official_samples": 500,
+                "prompts": {task: {"wording": "official"} for task in ruler_tasks.TASKS},
+            },
+            [
+                TaskScore(task=task, length=length, score=80.0, count=samples)
+                for task in ruler_tasks.TASKS
+                for length in lengths
+            ],
+        ),
+        (
+            "lveval",
+            {"wording": "own"},
+            [
+                TaskScore(task=name, length=length, score=30.0, count=5)
+                for name in lveval.SETS
+                for length in (16 * K, 32 * K, 64 * K, 128 * K)
+            ],
+        ),
+        (
+            "infinitebench",
+            {"wording": "official", "limit": 7},
+            [TaskScore(task=name, score=25.0, count=7) for name in infinitebench.TASKS],
+        ),
+        (
+            "standard",
+            {"harness": "lm-evaluation-harness 0.4.13", "paper": paper_tasks},
+            [TaskScore(task=name, score=60.0, count=9) for name in published.SHOTS],
+        ),
+    ):
+        of_task = BenchmarkResult(task=task, model=model, settings=settings, scores=tuple(scores))
+        write(folder / "results", f"{task}.json", of_task.to_json())
+    return folder / "results"
+
+
+def compared(results: Path, name: str | None) -> dict[str, tuple[str, str, str]]:
+    """{benchmark: (measured, published, what differs)}"""
+    (results.parent / "model").mkdir(exist_ok=True)
+    found, _ = comparison.read([str(results)], results.parent / "model")
+    cells = [score.cells() for score in comparison.compare(found, name)]
+    return {benchmark: (measured, figure, differs) for benchmark, measured, figure, differs in cells}
+
+
+def test_what_differs_from_the_published_figures(tmp_path: Path) -> None:
+    lines = compared(protocol(tmp_path), "UltraLong-1M")
+    assert lines["RULER <1M"] == ("80.00", "79.10", "no known difference")
+    assert lines["RULER <128K"] == ("80.00", "-", "no known difference")
+    assert lines["LV-Eval <128K"] == ("30.00", "-", "own wording")
+    assert lines["LV-Eval <256K"][0] == "-" and lines["LV-Eval <256K"][2] == (
+        "the average also contains 256K, measured over 16K, 32K, 64K, 128K; own wording"
+    )
+    assert lines["InfiniteBench"] == ("25.00", "32.14", "only the first 7 questions")
+    assert lines["MATH, 0 shots"] == (
+        "60.00",
+        "-",
+        "prompts and scorer of lm-evaluation-harness 0.4.13: math, acc,none",
+    )
+    assert lines["average of the five"] == ("60.00", "62.47", "no known difference")
+    assert lines["passkey"] == (
+        "90.00",
+        "100.00",
+        "published at every length up to 1M, measured at 4K, 8K, 16K, 32K, 64K, 128K, 256K, 512K, 1M; own wording; "
+        "own grid; 20 prompts per length, at 2 depths",
+    )
+    # A longer model's pass keys were published further than measured here.
+    assert compared(tmp_path / "results", "UltraLong-4M")["passkey"][:2] == ("-", "100.00")
+    assert compared(tmp_path / "results", "ProLong-512k")["passkey"][:2] == ("90.00", "-")
+    assert {figure for _, figure, _ in compared(tmp_path / "results", None).values()} == {"-"}
+
+
+def test_an_average_over_other_lengths_is_not_compared(tmp_path: Path) -> None:
+    results = protocol(tmp_path, lengths=LADDER[:7], samples=50)
+    for name in ("lveval", "infinitebench"):
+        (results / f"{name}.json").unlink()
+    values = json.loads((results / "standard.json").read_text())
+    values["scores"] = [score for score in values["scores"] if score["task"] != "HumanEval"]
+    values["settings"]["paper"]["paper/MMLU"]["shots"] = 0
+    values["model"]["settings"] = {"temperature": 0.5, "chat": "no"}
+    write(results, "standard.json", values)
+    lines = compared(results, "UltraLong-2M")
+    assert lines["RULER <128K"] == ("80.00", "-", "50 of 500 samples per task and length")
+    assert lines["RULER <1M"] == (
+        "-",
+        "78.20",
+        "published over lengths up to 1M, measured over 4K, 8K, 16K, 32K, 64K, 128K, 256K; "
+        "50 of 500 samples per task and length",
+    )
+    assert lines["InfiniteBench"] == ("-", "32.49", "not run")
+    assert lines["MMLU, 5 shots"][2].startswith("sampled at temperature 0.5; chat template not used; prompts")
+    assert lines["MMLU, 5 shots"][2].endswith("; 0 shots (published: 5)")
+    assert lines["HumanEval, 0 shots"] == ("-", "-", "not run")
+    assert lines["average of the five"] == ("-", "61.06", "not run: HumanEval")
+
+
+def test_which_figures_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert set(published.RELEASED.values()) == set(published.STANDARD)
+    assert published.released("llama-3.1-8b-ultralong-2m-instruct") == "UltraLong-2M"
+    assert published.released("Llama-3.1-8B-UltraLong-2M") is None
+    model = tmp_path / "Llama-3-8B-ProLong-512k-Instruct"
+    write(model, "config.json", {})
+    arguments = ("published", "--model", model, "--out", tmp_path / "out")
+    command(monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    assert "beside the published figures of ProLong-512k" in said and said.count("not run") == 13
+    assert "| average of the five | - | 40.81 | not run |" in (tmp_path / "out" / "published.md").read_text()
+    assert "RULER <1M,-,71.20,not run" in (tmp_path / "out" / "published.csv").read_text()
+    model_of = {"path": "models/other", "fingerprint": "1f0c"}
+    other = BenchmarkResult(
+        task="standard", model=model_of, settings={}, scores=(TaskScore(task="MMLU", score=1.0),)
+    )
+    other.write(tmp_path / "out" / "standard.json")
+    for change, message in (
+        ((), "standard.json has results of another model \\(models/other, files 1f0c\\), not of --model"),
+        (("--published", "UltraLong"), "--published UltraLong: unknown; choose from Llama-3.1-8B-Instruct, "),
+        (("--model", tmp_path / "no"), "no: no such directory"),
+        (("--model", tmp_path / "out"), "out: contains no config.json"),
+        (("--results", tmp_path / "no"), "no: no such file or directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command(monkeypatch, *arguments, *change)
 
 
 def test_only_perplexities_are_drawn_together() -> None:

@@ -1,4 +1,4 @@
-"""The commands `report` and `compare` of tools/evaluate.py."""
+"""The commands `report`, `published` and `compare` of tools/evaluate.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.backends import model_files
 from megatron_ultralong.evaluate.pipeline import command
-from megatron_ultralong.evaluate.report import curves, heat_map, tables
+from megatron_ultralong.evaluate.report import comparison, curves, heat_map, published, tables
 from megatron_ultralong.evaluate.report.read_results import read_for
 
 
@@ -25,6 +26,38 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     print("\n".join(tables.write(args.results, args.out, with_published=not args.no_published)))
+
+
+def add_published_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the model"
+    )
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        metavar="PATH",
+        help="its result files, or directories that are searched for *.json (default: --out)",
+    )
+    parser.add_argument(
+        "--published",
+        metavar="NAME",
+        help=f"compare with the figures of {', '.join(published.STANDARD)} (default: of the released model with the "
+        "directory's name)",
+    )
+    command.add_out_argument(parser)
+
+
+def run_published(args: argparse.Namespace) -> None:
+    model_files.read_config(args.model)
+    name = comparison.published_name(args.model, args.published)
+    places = args.results or ([str(args.out)] if args.out.exists() else [])
+    results, notes = comparison.read(places, args.model)
+    scores = comparison.compare(results, name)
+    comparison.write(scores, args.model, name, args.out)
+    lines = [*notes, comparison.heading(args.model, name), "", comparison.as_text(scores)]
+    if name is None:
+        lines.append(f"--published NAME compares with one of {', '.join(published.STANDARD)}")
+    print("\n".join([*lines, f"{args.out / 'published.md'} and published.csv written"]))
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:

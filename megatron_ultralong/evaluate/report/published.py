@@ -1,5 +1,5 @@
-"""Figures that the UltraLong paper published ("From 128K to 4M", arXiv 2504.06214), for comparison in the
-report. Nothing here was measured by this project.
+"""Figures that the UltraLong paper published ("From 128K to 4M", arXiv 2504.06214), for comparison with
+results. Nothing here was measured by this project.
 
 Percent. RULER and LV-Eval are averages over lengths up to the named one. A missing figure is unknown, not
 zero.
@@ -55,3 +55,32 @@ STANDARD: dict[str, dict[str, float]] = {
 """{model: {column: score}} of the table of standard benchmarks."""
 
 PASSKEY = "UltraLong-1M, -2M and -4M: 100% at every length and depth (published)."
+PASSKEY_UP_TO = {"UltraLong-1M": 2**20, "UltraLong-2M": 2**21, "UltraLong-4M": 2**22}
+"""{model: tokens up to which it found every pass key}: its training length."""
+
+SHOTS = {"MMLU": 5, "MMLU-Pro": 5, "MATH": 0, "GSM8K": 8, "HumanEval": 0}
+"""Examples in a prompt of each standard benchmark."""
+
+NOT_STATED = (
+    "The paper states shots and metrics of the standard benchmarks, but no prompts, and not which lengths its "
+    "averages of RULER contain: here 4K and its doublings up to and including the named one. A published figure "
+    "that this program does not know is shown as -."
+)
+
+RELEASED = {
+    "Llama-3.1-8B-Instruct": "Llama-3.1-8B-Instruct",
+    "Meta-Llama-3.1-8B-Instruct": "Llama-3.1-8B-Instruct",
+    "Llama-3-8B-Instruct-Gradient-1048k": "Gradient-1048k",
+    "Llama-3-8B-ProLong-512k-Instruct": "ProLong-512k",
+    **{f"Llama-3.1-8B-UltraLong-{size}-Instruct": f"UltraLong-{size}" for size in ("1M", "2M", "4M")},
+    **{
+        f"Llama-3.1-Nemotron-8B-UltraLong-{size}-Instruct": f"UltraLong-{size}" for size in ("1M", "2M", "4M")
+    },
+}
+"""{name on the Hugging Face hub, without its organisation: name here}."""
+
+
+def released(directory: str) -> str | None:
+    """The name here of a released model, from the name of its directory; None for any other directory."""
+    names = {name.lower(): model for name, model in RELEASED.items()}
+    return names.get(directory.lower())

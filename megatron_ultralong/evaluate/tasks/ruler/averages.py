@@ -15,6 +15,11 @@ FIRST = 4096
 BOUNDS = (2**17, 2**19, 2**20)
 
 
+def lengths_up_to(bound: int) -> list[int]:
+    """The lengths that the average up to `bound` contains."""
+    return [FIRST * 2**i for i in range((bound // FIRST).bit_length())]
+
+
 def averages(scores: dict[str, dict[int, float]]) -> dict[str, Any]:
     """From {task: {length: score}}: the mean over tasks at each length, and the mean of those up to each of
     `BOUNDS`.
@@ -32,7 +37,7 @@ def averages(scores: dict[str, dict[int, float]]) -> dict[str, Any]:
         }
     up_to = {}
     for bound in BOUNDS:
-        expected = [FIRST * 2**i for i in range((bound // FIRST).bit_length())]
+        expected = lengths_up_to(bound)
         used = [length for length in expected if length in lengths]
         if used and bound in lengths:
             up_to[short_count(bound)] = {
