@@ -8,8 +8,9 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -98,8 +99,9 @@ class Log:
         grad_norm: float | None,
         lr: float,
         seconds: float,
+        more: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Log one iteration: its line and its scalars."""
+        """Log one iteration: its line and its scalars. more: further scalars by name."""
         if not self.ranks.is_main:
             return
         t = self.run.train
@@ -117,6 +119,7 @@ class Log:
             "speed/tokens_per_second_per_gpu": tokens_per_second,
             "speed/tflops_per_gpu": tflops,
             "speed/iteration_seconds": seconds,
+            **more,
         }
         if self.peak_flops:
             scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak_flops

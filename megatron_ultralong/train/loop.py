@@ -142,7 +142,13 @@ def train(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         log.step(
-            state, loss=mean_loss, target_tokens=target_tokens, grad_norm=grad_norm, lr=lr, seconds=seconds
+            state,
+            loss=mean_loss,
+            target_tokens=target_tokens,
+            grad_norm=grad_norm,
+            lr=lr,
+            seconds=seconds,
+            more=trainer.ode.scalars if trainer.ode else {},
         )
 
         # Validation and checkpoint.

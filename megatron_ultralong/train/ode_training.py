@@ -36,6 +36,8 @@ class OdeTraining:
         self._weights = [getattr(self._network, name) for name in rope_network.WEIGHTS]
         self._adam = torch.optim.AdamW(self._weights, weight_decay=0.0)
         self._log_frequencies: Tensor | None = None
+        self.scalars: dict[str, float] = {}
+        """Of the last iteration, for the log: its scale, and the norm of the network's gradient."""
 
     @contextmanager
     def drawn(self, iteration: int) -> Iterator[None]:
@@ -49,6 +51,7 @@ class OdeTraining:
         )
         head_dim, device = self._rotary.head_dim, self._ranks.device
         self._log_frequencies = x = self._network.log_frequencies(scale)
+        self.scalars = {"train/rope_scale": float(scale), "train/rope_grad_norm": 0.0}
         self._gradient = torch.zeros(head_dim // 2, dtype=torch.float64, device=device)
         self._rotary.draw = Draw(
             frequencies=self._network.table(scale, x).frequencies(head_dim, self._train.seq_length),
@@ -80,6 +83,8 @@ class OdeTraining:
         log_frequencies.backward(gradient * log_frequencies.detach().exp())
         if not all(bool(weight.grad.isfinite().all()) for weight in self._weights):
             return False
+        norm = torch.linalg.vector_norm(torch.cat([weight.grad.flatten() for weight in self._weights]))
+        self.scalars["train/rope_grad_norm"] = float(norm)
         if self._optim.clip:
             torch.nn.utils.clip_grad_norm_(self._weights, self._optim.clip)
         for group in self._adam.param_groups:

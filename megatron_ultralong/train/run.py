@@ -135,6 +135,9 @@ def _print_start(
     log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
     rope = llama.unwrap(trainer.chunks[0]).rotary.rope
     log.note(f"RoPE: {report(rope, state.model.head_dim, run.train.seq_length)}")
+    covered = rope.covered_length()
+    if rope.depends_on_length() and covered is not None and covered > run.train.seq_length:
+        log.note(f"RoPE at {covered} tokens: {report(rope, state.model.head_dim, covered)}")
     if source.resume is None:
         note = weights_source.theta_note(run, source)
     else:

@@ -19,6 +19,7 @@ from tests.text import write_rows
 from tests.tiny import hf_model
 
 S, ORIGINAL, BATCH, ITERATION = 64, 16, 4, 3
+SCALE = 2  # drawn in that iteration
 MODEL = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
 ROPE = CLEX(theta=10000.0, original_length=ORIGINAL, factor=4, width=2)
 TRAIN = Train(
@@ -91,6 +92,9 @@ def _gradients() -> None:
         mean, targets = global_mean(total, tokens, ranks)
         assert abs(mean - loss) <= 1e-5 * abs(loss), (parallel, mean, loss)
         assert ode.step(targets, lr_share=0.0)
+        norm = float(torch.stack([grad.norm() for grad in wanted.values()]).norm())
+        assert ode.scalars["train/rope_scale"] == SCALE
+        assert abs(ode.scalars["train/rope_grad_norm"] - norm) < 1e-4 * norm
         for name, grad in wanted.items():
             got = getattr(network, name).grad
             assert float((got - grad).norm() / grad.norm()) < 2e-5, (parallel, memory, name)
@@ -139,7 +143,7 @@ def _reference(reference: Any, rows: dict[str, torch.Tensor]) -> tuple[float, di
     network = ROPE.network(MODEL.head_dim)
     _set_weights(network)
     scale, positions = draw(4, ORIGINAL, S, (TRAIN.seed, ITERATION))
-    assert scale > 1 and positions[1] % 1, "a scale with a network, and positions between whole ones"
+    assert scale == SCALE and positions[1] % 1, "a scale with a network, and positions between whole ones"
     weights = {name: getattr(network, name).detach().double().requires_grad_() for name in ("up", "down")}
     d, i = MODEL.head_dim, torch.arange(MODEL.head_dim // 2).double()
 
