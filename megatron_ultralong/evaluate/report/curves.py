@@ -211,5 +211,15 @@ def _finish(figure: Any, path: Path, panels: list[Any]) -> None:
         for side in ("left", "bottom"):
             panel.spines[side].set_color("#d1d5db")
     if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(fontsize=7.5, frameon=False, labelcolor=INK)
+        # Beside the panels, where it covers no line; long enough for the dashes of a line to show.
+        panels[-1].legend(
+            *panels[0].get_legend_handles_labels(),
+            fontsize=7.5,
+            frameon=False,
+            labelcolor=INK,
+            handlelength=3.2,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            borderaxespad=0.0,
+        )
     save_figure(figure, path)
