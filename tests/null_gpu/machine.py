@@ -95,19 +95,20 @@ def environment() -> dict[str, str]:
 def run(words: Sequence[str], **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `python *words` on the null GPU, with `settings` in its environment; the output is text, errors
     included."""
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment() | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    threading.Thread(target=_watch, args=(process,), daemon=True).start()
-    try:
-        output, _ = process.communicate(timeout=600)
-    finally:
-        process.kill()
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment() | {"NULL_GPU_LOG": log.name} | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=_watch, args=(process,), daemon=True).start()
+        try:
+            output, _ = process.communicate(timeout=600)
+        finally:
+            process.kill()
     return subprocess.CompletedProcess(list(words), process.returncode, output)
 
 

@@ -10,7 +10,7 @@
 namespace null_gpu {
 
 void log(const char* format, ...) {
-  static FILE* file = is_set("NULL_GPU_LOG") ? fopen(getenv("NULL_GPU_LOG"), "w") : nullptr;
+  static FILE* file = is_set("NULL_GPU_LOG") ? fopen(getenv("NULL_GPU_LOG"), "a") : nullptr;
   if (!file) return;
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
