@@ -212,7 +212,8 @@ def _local(target: Tensor, rank: int, v: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunk_of(x: Tensor, start: int, rows: int, parts: int) -> Tensor:
-    """The rows of x [s, b] that a gathered chunk holds, `start` and following of each rank's t: view [parts, c, b].
+    """The rows of x [s, b] that a gathered chunk holds, `start` and following of each rank's t: view [parts,
+    c, b].
 
     A view, and not an index made on the host, for whose copy the host would have to wait.
     """

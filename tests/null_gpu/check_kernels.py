@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,9 +13,7 @@ CUDA = torch.device("cuda", 0)
 
 def tensors(h: int, g: int, s: int, d: int = 64) -> list[torch.Tensor]:
     """q, k, v as the model has them, [s, 1, heads, d] in memory."""
-    return [
-        torch.empty(s, 1, n, d, device=CUDA, dtype=torch.bfloat16).permute(1, 2, 0, 3) for n in (h, g, g)
-    ]
+    return [torch.empty(s, 1, n, d, device=CUDA, dtype=torch.bfloat16).permute(1, 2, 0, 3) for n in (h, g, g)]
 
 
 @pytest.mark.parametrize("documents", [65_535, 65_536, 200_000])

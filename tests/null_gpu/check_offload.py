@@ -1,6 +1,6 @@
-"""Copies between GPU and host run on streams of their own: nothing they read or write may be reused before they
-have ended. Checked by PyTorch's own race detector (torch.cuda._sanitizer), which follows events and streams
-and needs no kernel to compute anything."""
+"""Copies between GPU and host run on streams of their own: nothing they read or write may be reused before
+they have ended. Checked by PyTorch's own race detector (torch.cuda._sanitizer), which follows events and
+streams and needs no kernel to compute anything."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ MEMORY = {
 
 
 class Handler(_sanitizer.EventHandler):
-    """PyTorch's, except that freed memory stays known: the next tensor there must wait for what the last one is
-    used for."""
+    """PyTorch's, except that freed memory stays known: the next tensor there must wait for what the last one
+    is used for."""
 
     def _handle_memory_allocation(self, data_ptr: int) -> None:
         self.tensors_accessed.ensure_tensor_exists(data_ptr)
@@ -90,7 +90,9 @@ BUGS: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("memory", "bug"), [*((name, None) for name in MEMORY), *(("all", bug) for bug in BUGS)])
+@pytest.mark.parametrize(
+    ("memory", "bug"), [*((name, None) for name in MEMORY), *(("all", bug) for bug in BUGS)]
+)
 def test_steps_have_no_race(ranks: Any, detector: Any, memory: str, bug: str | None) -> None:
     (chunk,) = llama.build(MODEL, Unscaled(), ranks, Parallel(), MEMORY[memory], "bf16")
     store = llama.unwrap(chunk).store

@@ -1,4 +1,5 @@
-"""No host synchronisation inside the forward and backward of the model: the host must stay ahead of the GPU."""
+"""No host synchronisation inside the forward and backward of the model: the host must stay ahead of the
+GPU."""
 
 from __future__ import annotations
 
@@ -44,17 +45,24 @@ def ranks() -> Iterator[Any]:
 def logged_synchronisations() -> list[str]:
     """The lines of the stub's log that say that the host waited for the device."""
     ctypes.CDLL(None).fflush(None)
-    return [line for line in Path(os.environ["NULL_GPU_LOG"]).read_text().splitlines() if line.startswith("sync")]
+    return [
+        line for line in Path(os.environ["NULL_GPU_LOG"]).read_text().splitlines() if line.startswith("sync")
+    ]
 
 
 @contextmanager
 def synchronisations() -> Iterator[Counter[str]]:
-    """Counts what the block waits for: by the line of this library, as PyTorch sees it; and in the stub's log."""
+    """Counts what the block waits for: by the line of this library, as PyTorch sees it; and in the stub's
+    log."""
     found: Counter[str] = Counter()
 
     def note(message: Any, *more: Any, **unused: Any) -> None:
         if "called a synchronizing" in str(message):
-            stack = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_stack() if "ultralong" in f.filename]
+            stack = [
+                f"{Path(f.filename).name}:{f.lineno}"
+                for f in traceback.extract_stack()
+                if "ultralong" in f.filename
+            ]
             found[" < ".join(stack[:-4:-1]) or str(message)] += 1
 
     before = len(logged_synchronisations())

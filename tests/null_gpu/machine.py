@@ -1,8 +1,8 @@
 """Python on the null GPU: a CUDA whose kernels compute nothing (stub/), on a machine without a GPU.
 
 What runs for real is the host's side: PyTorch's C++ dispatch, its caching allocator (so peak memory at full
-size), the checks of FlashAttention, cuDNN's graphs, NCCL's calls, launch limits, streams and events. Values on
-the device are zeros or undefined.
+size), the checks of FlashAttention, cuDNN's graphs, NCCL's calls, launch limits, streams and events. Values
+on the device are zeros or undefined.
 
     python -m tests.null_gpu.machine SCRIPT-OR-OPTIONS...    as `python ...`, on the null GPU
 """
@@ -68,7 +68,8 @@ def build() -> Path:
         for library, files in LIBRARIES.items():
             compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", f"-I{_headers()}"]
             subprocess.run(
-                [*compiler, *(STUB / file for file in files), "-o", f"{temporary}/{library}", "-ldl"], check=True
+                [*compiler, *(STUB / file for file in files), "-o", f"{temporary}/{library}", "-ldl"],
+                check=True,
             )
         shutil.copytree(temporary, made := Path(tempfile.mkdtemp(dir=folder.parent)), dirs_exist_ok=True)
     try:

@@ -14,7 +14,9 @@ GIB = 2**30
 def group(folder: Path, limit: str, used: int, cached: int = 0, version: int = 2) -> None:
     """Write the files of one group."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = {2: ("memory.max", "memory.current"), 1: ("memory.limit_in_bytes", "memory.usage_in_bytes")}[version]
+    names = {2: ("memory.max", "memory.current"), 1: ("memory.limit_in_bytes", "memory.usage_in_bytes")}[
+        version
+    ]
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
     key = "inactive_file" if version == 2 else "total_inactive_file"

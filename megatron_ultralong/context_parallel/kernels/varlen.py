@@ -15,9 +15,9 @@ from megatron_ultralong.context_parallel.host_values import copy_to_device
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
-WORKSPACE_PADDING = 128
-"""Rows by which each document of a call enlarges the float32 workspace of the backward. So a call takes at
-most one document per that many tokens: the workspace is then at most twice that of one long document."""
+TOKENS_PER_DOCUMENT = 1024
+"""A call of the backward takes at most one document per that many tokens: each enlarges its float32 workspace
+by up to 128 rows, all together by at most an eighth."""
 MAX_DOCUMENTS = 65_535
 """Documents of one call: its kernels have one for each along the second dimension of their grid."""
 
@@ -49,24 +49,17 @@ def backward(
 ) -> QKVGradients:
     """As `select.backward_diagonal`, under the conditions of `forward`; several calls if the documents are
     very short."""
+    calls = list(_calls(blocks, min(max(q.shape[2] // TOKENS_PER_DOCUMENT, 1), MAX_DOCUMENTS)))
+    if len(calls) == 1:
+        return _backward(dout, q, k, v, out, lse, blocks, scale)
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
-    for some in _calls(blocks, min(max(q.shape[2] // WORKSPACE_PADDING, 1), MAX_DOCUMENTS)):
-        cu_seqlens, max_seqlen = _cu_seqlens(some, q.device)
-        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    for some in calls:
         rows = _rows(some)
-        partial = torch.ops.aten._flash_attention_backward(
-            *(_tokens_first(x[rows]) for x in (dout, q, k, v, out)),
-            lse[rows].squeeze(0).contiguous(),
-            *lengths,
-            0.0,
-            True,
-            rng_state,
-            rng_state[0],
-            scale=scale,
-        )
+        dout_, q_, k_, v_, out_, lse_ = (x[rows] for x in (dout, q, k, v, out, lse))
+        partial = _backward(dout_, q_, k_, v_, out_, lse_, some, scale)
         for gradient, x in zip(gradients, partial, strict=True):
-            gradient[rows] = _heads_first(x)
+            gradient[rows] = x
+        del partial, x
     return gradients
 
 
@@ -82,9 +75,38 @@ def _forward(
     return _heads_first(out), lse.unsqueeze(0)  # lse is returned as [h, s]
 
 
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Sequence[AttentionBlock],
+    scale: float | None,
+) -> QKVGradients:
+    """`backward` in one call."""
+    cu_seqlens, max_seqlen = _cu_seqlens(blocks, q.device)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        *(_tokens_first(x) for x in (dout, q, k, v, out)),
+        lse.squeeze(0).contiguous(),
+        *lengths,
+        0.0,
+        True,
+        rng_state,
+        rng_state[0],
+        scale=scale,
+    )
+    return _heads_first(dq), _heads_first(dk), _heads_first(dv)
+
+
 def _calls(blocks: Sequence[AttentionBlock], most: int) -> Iterator[Sequence[AttentionBlock]]:
-    """`blocks`, at most `most` at a time."""
-    return (blocks[first : first + most] for first in range(0, len(blocks), most))
+    """`blocks` in equal parts of at most `most`."""
+    calls = -(-len(blocks) // most)
+    bounds = [len(blocks) * call // calls for call in range(calls + 1)]
+    return (blocks[first:stop] for first, stop in pairwise(bounds))
 
 
 def _rows(blocks: Sequence[AttentionBlock]) -> tuple[slice, slice, slice]:

@@ -183,8 +183,8 @@ class OffloadedTensors:
 
     def __del__(self) -> None:  # a graph that is dropped without a backward
         if getattr(self, "_device_copy", None) is not None and self._store.cuda:
-            # The stream that the device copy was allocated for may reuse its memory at once: not before the copy
-            # to or from the host has ended.
+            # The stream that the device copy was allocated for may reuse its memory at once: not before the
+            # copy to or from the host has ended.
             self._compute.wait_event(self._copied_out if self._arrival is None else self._arrival)
         self._release()
 
@@ -268,8 +268,8 @@ class _HostBuffer:
 
 
 def _take_pending_error() -> None:
-    """Take the error of a failed call from CUDA's runtime, which otherwise keeps it for whoever asks next: PyTorch
-    after the next kernel, which would then fail in its place."""
+    """Take the error of a failed call from CUDA's runtime, which otherwise keeps it for whoever asks next:
+    PyTorch after the next kernel, which would then fail in its place."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")
 
