@@ -114,10 +114,11 @@ def run(words: Sequence[str], **settings: str) -> subprocess.CompletedProcess[st
 
 
 def _watch(process: subprocess.Popen[str]) -> None:
-    """End the process when it holds more than `MEMORY`."""
+    """End the process when it and its children hold more than `MEMORY`."""
     while process.poll() is None:
         try:
-            held = psutil.Process(process.pid).memory_info().rss
+            parent = psutil.Process(process.pid)
+            held = sum(p.memory_info().rss for p in (parent, *parent.children(recursive=True)))
         except psutil.Error:
             return
         if held > MEMORY:

@@ -11,12 +11,18 @@ from tests.null_gpu import machine
 
 pytestmark = pytest.mark.skipif(machine.why_not() is not None, reason=machine.why_not() or "")
 
-CHECKS = sorted(path.name for path in Path(__file__).parent.glob("check_*.py"))
+HERE = Path(__file__).parent
+CHECKS = [
+    *sorted(HERE.glob("check_*.py")),
+    *sorted((HERE.parent / "gpu").glob("test_*.py")),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_null_gpu(name: str) -> None:
-    done = machine.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", f"tests/null_gpu/{name}"])
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_on_null_gpu(path: Path) -> None:
+    unchecked = ["-p", "tests.null_gpu.unchecked_numbers"] if path.parent != HERE else []
+    options = ["-q", "-n0", "-p", "no:cacheprovider", *unchecked]
+    done = machine.run(["-m", "pytest", *options, str(path)])
     print(done.stdout)
     assert done.returncode == 0

@@ -84,11 +84,16 @@ cudaError_t release(void* pointer, Ranges& ranges) {
 }
 
 constexpr size_t EXECUTED_BYTES = 1 << 20;  // longer copies and memsets would only fill the machine's memory
+constexpr size_t RESULT_BYTES = 64;          // a few numbers, like a loss, that the host waits for
 
 cudaError_t copy(const char* call, void* to, const void* from, size_t size, cudaStream_t stream) {
   log("%s stream=%p to=%p from=%p size=%zu %s<-%s", call, static_cast<void*>(stream), to, from, size, kind_of(to),
       kind_of(from));
-  if (size <= EXECUTED_BYTES) memmove(to, from, size);
+  const bool result = size <= RESULT_BYTES && *kind_of(from) == 'd' && *kind_of(to) != 'd';
+  if (result && is_set("NULL_GPU_ZERO_RESULTS"))
+    memset(to, 0, size);
+  else if (size <= EXECUTED_BYTES)
+    memmove(to, from, size);
   return cudaSuccess;
 }
 
