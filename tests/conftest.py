@@ -27,13 +27,15 @@ def _no_process_stays() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute files in order, tests with ranks one by one, and tests on a GPU all to one worker."""
+    """Distribute files in order, tests with ranks and on the null GPU one by one, and tests on a GPU
+    all to one worker."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             folder = os.path.dirname(file := nodeid.split("::")[0])
-            return {"tests/distributed": nodeid, "tests/gpu": folder}.get(folder, file)
+            one_by_one = {"tests/distributed": nodeid, "tests/null_gpu": nodeid}
+            return {**one_by_one, "tests/gpu": folder}.get(folder, file)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ultralong.context_parallel.host_values import copy_to_device
 from megatron_ultralong.errors import UserError
 
 
@@ -66,7 +67,7 @@ def document_positions(
 ) -> Tensor:
     """As `positions`, counted from the start of each token's document: int64 [s]."""
     row_positions = positions(seq_length, rank, cp, device)
-    starts = torch.tensor(check_document_starts(document_starts, seq_length), device=device)
+    starts = copy_to_device(torch.tensor(check_document_starts(document_starts, seq_length)), device)
     return row_positions - starts[torch.bucketize(row_positions, starts, right=True) - 1]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
+from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Runtime, Train
+from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import timing
@@ -290,7 +291,13 @@ def _measured(
     if save_on_cpu and device.type == "cpu":
         figures["note"] = "on a CPU nothing is copied"
     if not save_on_cpu:
-        figures["planned_bytes"] = planned_bytes(model, memory, length, settings.precision)
+        figures["planned_bytes"] = planned_bytes(
+            model,
+            memory,
+            length,
+            settings.precision,
+            kernels.choose(device, timing.DTYPES[settings.precision], model.head_dim),
+        )
         figures["measured_over_planned"] = peak.bytes / figures["planned_bytes"]
     return figures
 
@@ -326,18 +333,24 @@ def _longest(name: str, settings: StepSettings, ranks: Any) -> dict[str, Any]:
     return _row(f"longest, {name}", name) | (best or {}) | {"note": ended, "fails_at": bad}
 
 
-def planned_bytes(model: Model, memory: Memory, length: int, precision: str) -> int:
-    """Return the bytes planning/memory.py estimates for one rank and sequence, without `CONSTANT_PARTS`."""
+def planned_bytes(
+    model: Model, memory: Memory, length: int, precision: str, backend: Backend, masked: bool = False
+) -> int:
+    """Return the bytes planning/memory.py estimates for one rank and sequence, without `CONSTANT_PARTS`.
+
+    masked: attention stays inside documents.
+    """
     train = Train(
         seq_length=length,
         global_batch=1,
         iterations=1,
         lr=1e-5,
         precision="bf16" if precision == "bf16" else "fp32",
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    parts = planned_memory.gpu_memory(
-        Run(name="benchmark", model=model, memory=memory, train=train), model, 1
-    )
+    data = Data(documents="masked" if masked else "joined")
+    run = Run(name="benchmark", model=model, memory=memory, train=train, data=data)
+    parts = planned_memory.gpu_memory(run, model, 1, backend)
     return planned_memory.total({part: size for part, size in parts.items() if part not in CONSTANT_PARTS})
 
 

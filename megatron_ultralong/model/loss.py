@@ -79,10 +79,10 @@ def sharded_token_nll(
     nll = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     for start in range(0, t, rows):
         x_cbH = _gather(norm(hidden[start : start + rows]), group, parts)
-        take = _chunk_positions(start, min(start + rows, t), t, parts).to(labels.device)
         logits = torch.matmul(x_cbH.flatten(0, 1), weight.t())  # [c, v]
-        log_sum, picked, _ = _statistics(logits, labels[take].flatten(), spec)
-        nll[take] = (log_sum - picked).view(-1, b)
+        target = _chunk_of(labels, start, rows, parts)
+        log_sum, picked, _ = _statistics(logits, target.flatten(), spec)
+        _chunk_of(nll, start, rows, parts).copy_((log_sum - picked).view_as(target))
     return nll.t()
 
 
@@ -116,9 +116,8 @@ class _ShardedTokenLoss(torch.autograd.Function):
                     before = leaf(before)
                     after = norm(before)
             x_cbH = _gather(after.detach(), group, parts)
-            take = _chunk_positions(start, stop, t, parts).to(labels.device)
             x = x_cbH.flatten(0, 1)  # [c, H]
-            target, mask = labels[take].flatten(), loss_mask[take].flatten().float()
+            target, mask = (_chunk_of(y, start, rows, parts).flatten() for y in (labels, loss_mask.float()))
             logits = torch.matmul(x, weight.t())  # [c, v]
             loss, grad = _cross_entropy(logits, target, mask, spec, need_hidden or need_weight)
             del logits  # overwritten by the gradient
@@ -212,9 +211,13 @@ def _local(target: Tensor, rank: int, v: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, v - 1), (local >= 0) & (local < v)
 
 
-def _chunk_positions(start: int, stop: int, t: int, parts: int) -> Tensor:
-    """Sequence positions of a gathered chunk: positions start to stop of each rank's t."""
-    return torch.cat([torch.arange(part * t + start, part * t + stop) for part in range(parts)])
+def _chunk_of(x: Tensor, start: int, rows: int, parts: int) -> Tensor:
+    """The rows of x [s, b] that a gathered chunk holds, `start` and following of each rank's t: view [parts,
+    c, b].
+
+    A view, and not an index made on the host, for whose copy the host would have to wait.
+    """
+    return x.unflatten(0, (parts, -1))[:, start : start + rows]
 
 
 def _all_reduce(x: Tensor, group: Any, op: Any) -> None:

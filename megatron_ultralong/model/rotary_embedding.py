@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ultralong.context_parallel.host_values import copy_to_device
+
 _CHUNK = 2**20  # angles computed at a time: 8 MiB per float64 temporary
 
 
@@ -25,7 +27,7 @@ def cos_sin(positions: Tensor, inverse_frequencies: Tensor, attention_factor: fl
         raise ValueError(
             f"positions must be int64 or float64 [s], not {positions.dtype} {list(positions.shape)}"
         )
-    frequencies = inverse_frequencies.to(device=positions.device, dtype=torch.float64)
+    frequencies = copy_to_device(inverse_frequencies.double(), positions.device)
     cos = torch.empty(len(positions), len(frequencies), dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)
     rows = max(1, _CHUNK // len(frequencies))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning.flops import PEAKS
 
@@ -35,6 +36,8 @@ class Gpu:
     """Bandwidth of the GPU's own network card, bytes/s."""
     pcie: float
     """Bandwidth to host memory, bytes/s."""
+    backend: Backend = "cudnn"
+    """The attention kernel that context_parallel/kernels/select.py chooses on it."""
 
 
 # Boards of eight: H100 and H200 SXM5 and HGX B200 with 400 Gbit/s InfiniBand per GPU, A100 SXM4 with 200.
@@ -43,7 +46,7 @@ GPUS = {
     for gpu in (  # memory, bf16, fp32, hbm, nvlink, infiniband, pcie
         Gpu("h100", 80 * 10**9, PEAKS["H100"], 67e12, 3.35e12, 450e9, 50e9, 64e9),
         Gpu("h200", 141 * 10**9, PEAKS["H200"], 67e12, 4.8e12, 450e9, 50e9, 64e9),
-        Gpu("a100", 80 * 10**9, PEAKS["A100"], 19.5e12, 2.04e12, 300e9, 25e9, 32e9),
+        Gpu("a100", 80 * 10**9, PEAKS["A100"], 19.5e12, 2.04e12, 300e9, 25e9, 32e9, "flash"),
         Gpu("b200", 180 * 10**9, PEAKS["B200"], 75e12, 8e12, 900e9, 50e9, 64e9),
     )
 }

@@ -2,7 +2,8 @@
 
 Each figure is the sum of the tensors that exist at the same time, at the points where that sum is largest
 (docs/plan.md). For memory.recompute=all_but_attention, tests/distributed/test_planned_memory.py checks them
-against counted tensors; what kernels allocate inside is estimated.
+against counted tensors, and tests/null_gpu/check_memory.py everything, kernels included, against PyTorch's
+allocator.
 
 Letters as in planning/memory.py, on one rank: n tokens (b s), c of them per chunk; `hidden`, `q`, `kv` are
 elements per token of the hidden states, the queries, and the keys (or values), divided by TP. All-to-all runs
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatron_ultralong.config import KEY_BLOCK, Model, Run
+from megatron_ultralong.context_parallel.attention_spec import Backend
 
 
 class LayerShape(NamedTuple):
@@ -31,9 +33,14 @@ class LayerShape(NamedTuple):
     mlp: int
     ring: int
     """R."""
+    backend: Backend
+    """The kernel that computes the backward."""
+    deterministic: bool
+    documents: bool
+    """Many documents in one call."""
 
     @classmethod
-    def of(cls, run: Run, model: Model) -> LayerShape:
+    def of(cls, run: Run, model: Model, backend: Backend = "cudnn") -> LayerShape:
         p, m = run.parallel, run.memory
         tokens = run.train.micro_batch * run.train.seq_length // p.cp
         kv_heads = model.kv_heads // p.tp
@@ -48,15 +55,25 @@ class LayerShape(NamedTuple):
             heads=model.heads // p.tp,
             mlp=model.ffn_size // p.tp,
             ring=p.cp // p.ulysses,
+            backend=backend_of(run, model, backend),
+            deterministic=run.train.deterministic,
+            documents=run.data.documents == "masked",
         )
 
 
-def peak_bytes(run: Run, model: Model) -> int:
+def backend_of(run: Run, model: Model, backend: Backend) -> Backend:
+    """Return the backend that a run uses where `backend` is the GPU's: FlashAttention-2 in place of cuDNN for
+    what context_parallel/kernels/select.py does not give to cuDNN."""
+    masked, wide = run.data.documents == "masked", model.head_dim > 128
+    return "flash" if backend == "cudnn" and (run.train.deterministic or masked or wide) else backend
+
+
+def peak_bytes(run: Run, model: Model, backend: Backend) -> int:
     """Return the bytes that the layer being computed holds at its peak, weight gradients of a chunk
     included."""
     if run.memory.recompute != "all_but_attention":
-        return _autograd_layer_bytes(run, model)
-    return max(phase_bytes(run, model).values()) + weight_gradient_bytes(run, model)
+        return max(_autograd_phase_bytes(run, model, backend).values())
+    return max(phase_bytes(run, model, backend).values()) + weight_gradient_bytes(run, model)
 
 
 def weight_gradient_bytes(run: Run, model: Model) -> int:
@@ -67,13 +84,13 @@ def weight_gradient_bytes(run: Run, model: Model) -> int:
     return weights * (x.e + (4 if x.chunk < x.tokens else 0))
 
 
-def phase_bytes(run: Run, model: Model) -> dict[str, int]:
+def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     """Return the bytes held in each phase of a layer with memory.recompute=all_but_attention.
 
     Weight gradients are not included.
     """
     assert run.memory.offload != "auto", "settle_offload comes first"
-    x, p = LayerShape.of(run, model), run.parallel
+    x, p = LayerShape.of(run, model, backend), run.parallel
     hidden, qkv = x.tokens * x.hidden * x.e, x.tokens * (x.q + 2 * x.kv) * x.e
     # A gradient that a pipeline stage received exists alongside that of the layer's input; any other is
     # overwritten by it in place.
@@ -102,7 +119,7 @@ def phase_bytes(run: Run, model: Model) -> dict[str, int]:
             + kv_gradients
             + ring
             + (kv * 4 if ring else 0)
-            + _kernel_workspace(x, x.chunk),
+            + _kernel_workspace(x, x.chunk, min(KEY_BLOCK, x.tokens)),
         }
     # In the forward, this layer's own input, output and logsumexp: the two offloaded layers counted under
     # "saved activations" are other layers.
@@ -118,12 +135,23 @@ def phase_bytes(run: Run, model: Model) -> dict[str, int]:
     }
 
 
-def _kernel_workspace(x: LayerShape, queries: int) -> int:
-    """Bytes inside a backward kernel: the gradient of `queries` queries in float32.
+def _kernel_workspace(x: LayerShape, queries: int, keys: int, share: int = 1) -> int:
+    """Bytes that a backward kernel allocates beyond the gradients it returns, for one of `share` equal parts
+    of the heads.
 
-    An estimate, since counting tensors does not see what kernels allocate.
+    The gradient of the queries in float32, in FlashAttention-2 and in cuDNN, and what is added here. Not
+    counted is what cuDNN's engines allocate themselves.
     """
-    return queries * x.q * 4
+    workspace = queries * x.q * 4
+    if x.backend == "flash":
+        if x.documents and not x.deterministic:
+            workspace += workspace // 8  # padding of documents: kernels/varlen.py
+        if x.q != x.kv_inside:
+            workspace += keys * 2 * x.q * x.e  # gradients of keys and values for every query head
+        if x.deterministic:
+            # By blocks of queries: the sums of the gradients of keys and values (kernels/deterministic.py).
+            workspace += keys * 2 * x.kv_inside * 4
+    return workspace // share
 
 
 def _attention_forward_bytes(run: Run, model: Model, x: LayerShape) -> int:
@@ -151,25 +179,35 @@ def _attention_forward_bytes(run: Run, model: Model, x: LayerShape) -> int:
 def _attention_backward_bytes(run: Run, model: Model, x: LayerShape) -> int:
     """Bytes of attention in the backward beyond q, k, v, the output and its gradient."""
     gradients = x.tokens * (x.q + 2 * x.kv_inside) * x.e
-    attention = gradients
-    if x.ring > 1:
+    own_keys = _kernel_workspace(x, x.tokens, x.tokens)
+    if x.ring == 1:
+        attention = gradients + own_keys
+    else:
         # The gradients of this rank's own block in e, then summed in float32.
         float32_gradients = x.tokens * (x.q + 2 * x.kv_inside) * 4
         if run.parallel.cp_comm_type == "all_gather":
-            # Keys and values of one head twice, their float32 gradients twice, and those of a block in e.
-            attention = float32_gradients + max(
-                gradients + 2 * _kv_head_bytes(run, model, 4),
-                gradients + 2 * _kv_head_bytes(run, model, x.e),
-                x.tokens * x.q // (x.kv_inside // model.head_dim) * x.e
-                + 3 * _kv_head_bytes(run, model, x.e)
-                + 2 * _kv_head_bytes(run, model, 4),
+            heads = x.kv_inside // model.head_dim
+            kv_head, float32_kv_head = (_kv_head_bytes(run, model, size) for size in (x.e, 4))
+            attention = max(
+                gradients + 2 * kv_head + own_keys,
+                float32_gradients + gradients + 2 * max(kv_head, float32_kv_head),
+                # Keys and values of one head, their float32 gradients twice, and those of a block in e.
+                float32_gradients
+                + x.tokens * x.q // heads * x.e
+                + 3 * kv_head
+                + 2 * float32_kv_head
+                + _kernel_workspace(x, x.tokens, x.tokens * x.ring, heads),
             )
         else:
             # Two buffers of keys and values, a second one of their gradients, and one hop's gradients.
             attention = (
-                gradients + float32_gradients + x.tokens * (4 * x.kv_inside * x.e + 2 * x.kv_inside * 4)
+                gradients
+                + float32_gradients
+                + x.tokens * (4 * x.kv_inside * x.e + 2 * x.kv_inside * 4)
+                + own_keys
             )
-    attention += _kernel_workspace(x, x.tokens)
+        if x.backend == "flash" and run.train.micro_batch > 1:
+            attention += x.tokens * 2 * x.q * x.e  # the output and its gradient in the kernel's own layout
     if run.parallel.ulysses == 1:
         return attention
     inside = x.tokens * (3 * x.q + 2 * x.kv_inside) * x.e
@@ -181,22 +219,23 @@ def _kv_head_bytes(run: Run, model: Model, size: int) -> int:
     return 2 * run.train.micro_batch * run.train.seq_length * model.head_dim * size
 
 
-def _autograd_layer_bytes(run: Run, model: Model) -> int:
+def _autograd_phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     """Bytes of the recompute (if any) and the backward of a layer through autograd, all tokens at once."""
-    x = LayerShape.of(run, model)
-    attention = (x.q + 2 * x.kv) * x.e  # q, k, v out of the projection
-    attention += (x.q + x.kv) * x.e + 2 * x.q * x.e  # q and k rotated; the output and its gradient
-    attention += (x.q + 2 * x.kv) * 4  # dq, dk, dv, float32
-    # Two buffers each of k, v in e and of dk, dv in float32; or one KV head of the whole sequence twice, and
-    # its gradients.
-    ring = 2 * 2 * x.kv_inside * (x.e + 4) * x.tokens if x.ring > 1 else 0
-    if ring and run.parallel.cp_comm_type == "all_gather":
-        ring = 2 * _kv_head_bytes(run, model, x.e + 4)
-    # Sent, received and local copies of five tensors in the backward.
-    exchange = 3 * (3 * x.q + 2 * x.kv_inside) * x.e if run.parallel.ulysses > 1 else 0
-    mlp = 5 * x.mlp * x.e  # gate, up and their product; the gradients of gate and up
+    x = LayerShape.of(run, model, backend)
+    # What autograd saved of attention: the projection, q and k rotated, the output and its logsumexp. Before
+    # it the first norm's output.
+    attention = (x.hidden + 3 * x.q + 3 * x.kv) * x.e + 4 * x.heads
+    # After it the second norm's input and output, what autograd saved of the MLP (gate, up, silu, a copy of
+    # up, their product), and the gradients of silu and up before that of the product is freed, the product
+    # itself having been freed.
+    mlp = (2 * x.hidden + 7 * x.mlp) * x.e
+    # The gradient of the layer's output; where the layer is computed again, its output, otherwise its input.
+    ends = 2 * x.hidden * x.e
     # With sequence parallelism a linear's input is gathered over TP, and so is its gradient before it is
     # scattered.
     gathered = 2 * model.hidden_size * x.e if run.parallel.tp > 1 else 0
-    residual = 4 * x.hidden * x.e  # the layer's input, both norms' outputs, the gradient
-    return (attention + mlp + gathered + residual + exchange) * x.tokens + ring
+    in_attention = (attention + ends + gathered + (x.hidden + x.q) * x.e) * x.tokens
+    return {
+        "backward, MLP": (attention + mlp + ends + gathered) * x.tokens,
+        "backward, attention": in_attention + _attention_backward_bytes(run, model, x),
+    }

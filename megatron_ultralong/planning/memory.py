@@ -20,6 +20,7 @@ from megatron_ultralong.config import (
     Run,
     check_model_layout,
 )
+from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.model.weight_mapping import padded_vocab_size
 from megatron_ultralong.planning import layer_memory
 
@@ -37,20 +38,24 @@ before."""
 # ---- GPU memory --------------------------------------------------------------------------------
 
 
-def gpu_memory(run: Run, model: Model, world_size: int) -> dict[str, int]:
+def gpu_memory(run: Run, model: Model, world_size: int, backend: Backend = "cudnn") -> dict[str, int]:
     """Return the bytes, by part, on a GPU of the fullest pipeline stage.
 
     Here and below, `memory.offload` must not be auto (see `settle_offload`), `model` is the model's shape,
-    and UserError is raised if model, batch or ranks cannot be split as `run.parallel` says.
+    `backend` the attention kernel that the GPU uses by default (cuDNN from Hopper on), and UserError is
+    raised if model, batch or ranks cannot be split as `run.parallel` says.
     """
     dp, micro_batches = data_parallel_split(run, model, world_size)
     stages = [
-        stage_memory(run, model, dp, micro_batches, stage) for stage in sorted({0, run.parallel.pp - 1})
+        stage_memory(run, model, dp, micro_batches, stage, backend)
+        for stage in sorted({0, run.parallel.pp - 1})
     ]
     return max(stages, key=total)
 
 
-def stage_memory(run: Run, model: Model, dp: int, micro_batches: int, stage: int) -> dict[str, int]:
+def stage_memory(
+    run: Run, model: Model, dp: int, micro_batches: int, stage: int, backend: Backend = "cudnn"
+) -> dict[str, int]:
     """Return the bytes, by part, on a GPU of pipeline stage `stage` (0 is the first)."""
     p, (tokens, e) = run.parallel, micro_batch_sizes(run)
     parameters = stage_parameters(model, p.tp, p.pp, stage)
@@ -61,7 +66,7 @@ def stage_memory(run: Run, model: Model, dp: int, micro_batches: int, stage: int
         # parallel ranks.
         "optimizer (fp32)": parameters * (12 if e == 2 else 8) // (dp * p.cp),
         "saved activations": 0,
-        "working layer": layer_memory.peak_bytes(run, model),
+        "working layer": layer_memory.peak_bytes(run, model, backend),
         # cos and sin, float32 [s, d/2] each
         "RoPE tables": tokens // run.train.micro_batch * model.head_dim * 4,
     }
@@ -183,7 +188,9 @@ def memory_modes(run: Run, fixed: Collection[str] = ()) -> list[Run]:
     ]
 
 
-def settle_offload(run: Run, model: Model, world_size: int, gpu_bytes: int | None) -> Run:
+def settle_offload(
+    run: Run, model: Model, world_size: int, gpu_bytes: int | None, backend: Backend = "cudnn"
+) -> Run:
     """Return `run` with memory.offload=auto replaced by the first of off, layer_inputs, all that fits the
     GPU.
 
@@ -195,7 +202,9 @@ def settle_offload(run: Run, model: Model, world_size: int, gpu_bytes: int | Non
     choices = memory_modes(run, ["memory.recompute"])
     if gpu_bytes is None:
         return choices[0]
-    return next((c for c in choices if fits(gpu_memory(c, model, world_size), gpu_bytes)), choices[-1])
+    return next(
+        (c for c in choices if fits(gpu_memory(c, model, world_size, backend), gpu_bytes)), choices[-1]
+    )
 
 
 def data_parallel_split(run: Run, model: Model, world_size: int) -> tuple[int, int]:

@@ -222,7 +222,9 @@ def _recipe_layout(recipe: Run, given: list[str], shape: Model, machine: Machine
     """The recipe's own layout with the given settings and memory.offload as training settles it, or why it
     fails."""
     try:
-        run = memory.settle_offload(override(recipe, given), shape, machine.gpus, machine.gpu.memory)
+        run = memory.settle_offload(
+            override(recipe, given), shape, machine.gpus, machine.gpu.memory, machine.gpu.backend
+        )
         return search.estimate(run, shape, machine)
     except UserError as error:
         return str(error)

@@ -64,7 +64,7 @@ def estimate(run: Run, model: Model, machine: Machine) -> Estimate:
     """Estimate `run`, with its layout and memory mode, on `machine`. Raises UserError if it cannot be split
     this way."""
     dp = run.parallel.data_parallel(machine.gpus)
-    gpu = memory.gpu_memory(run, model, machine.gpus)
+    gpu = memory.gpu_memory(run, model, machine.gpus, machine.gpu.backend)
     per_gpu = memory.host_memory(run, model, machine.gpus)
     host = {name: machine.gpus_per_node * size for name, size in per_gpu.items()}
     seconds = time.iteration_time(run, model, machine)

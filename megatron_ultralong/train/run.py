@@ -11,6 +11,7 @@ import torch
 from megatron_ultralong.checkpoint import sharded
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Run, check_model_layout
+from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.planning import memory as plan
@@ -72,7 +73,9 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
-    run = plan.settle_offload(run, model, ranks.world, gpu_bytes)
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    backend = kernels.choose(ranks.device, dtype, model.head_dim)
+    run = plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
     print_run(run, ranks)
     state = weights_source.with_run(source.state, run, rows)
     log = Log(run, ranks, model, files.save, state.iteration, rows)

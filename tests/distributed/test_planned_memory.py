@@ -121,7 +121,7 @@ def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None
         train=Train(seq_length=tokens * p.cp, global_batch=1, iterations=1, lr=1.0),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_memory, "_kernel_workspace", lambda shape, rows: 0)
+        patch.setattr(layer_memory, "_kernel_workspace", lambda *sizes: 0)
         parts = gpu_memory(run, model, p.cp)
     return total(
         {

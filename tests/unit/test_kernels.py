@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel.kernels import aten
+from megatron_ultralong.context_parallel.kernels import aten, deterministic
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.merge import merge_
 
@@ -128,6 +129,31 @@ def test_gradients_of_parts_of_the_keys_add_up(backend: kernels.Backend) -> None
         dk[:, :, part], dv[:, :, part] = share[1:]
     for x, y in zip((dq, dk, dv), reference_gradients(dout, q, k, v, False, 0.25), strict=True):
         assert_close(x, y.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 70])
+@pytest.mark.parametrize(("s", "t", "causal"), [(64, 64, True), (70, 70, True), (50, 33, False)])
+def test_backward_by_rows(s: int, t: int, causal: bool, rows: int) -> None:
+    """FlashAttention's deterministic backward for some queries at a time, here with the kernel of the CPU."""
+    q, k, v, dout = tensors(2, 6, 2, s, t, 16, torch.float32)
+    out, lse = kernels.forward(q, k, v, causal, 0.3)
+    calls: list[int] = []
+
+    def run(dout_: Tensor, q_: Tensor, *more: Any) -> Any:
+        calls.append(q_.shape[2])
+        return aten.cpu_backward(dout_, q_, *more)
+
+    got = deterministic.backward_by_rows(run, rows, dout, q, k, v, out, lse, causal, 0.3)
+    assert max(calls) <= rows
+    for x, y in zip(got, reference_gradients(dout, q, k, v, causal, 0.3), strict=True):
+        assert x.dtype == torch.float32
+        assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
+
+
+def test_splits_of_the_deterministic_backward() -> None:
+    assert deterministic.splits(torch.empty(1, 4, 8, 16)) == 1, "not on a CPU"
+    assert deterministic.rows_at_a_time(262_144, 33) == 7944
+    assert deterministic.rows_at_a_time(8192, 33) == 1024
 
 
 def test_eager_takes_long_queries_in_blocks() -> None:

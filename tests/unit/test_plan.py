@@ -68,7 +68,8 @@ def test_memory_by_hand():
         "gradients (fp32)": parameters * 4,
         "optimizer (fp32)": parameters * 12 // 2,
         "saved activations": 4 * 256,  # 32 tokens x 8 x 2 bytes / TP
-        "working layer": 32 * (76 + 48 + 80 + 32 + 32),
+        # Per token: attention, MLP, the layer's output and its gradient, gathered over TP.
+        "working layer": 32 * (52 + 128 + 16 + 32),
         "RoPE tables": 32 * 2 * 4,
         "loss": 32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2,
         "shared by layer and loss": -(32 * 5 * (2 + 8) + 5 * 8 * (2 + 4) + 2 * 16 * 8 * 2),
@@ -112,12 +113,25 @@ def test_published_sizes_of_llama():
     }
     assert parts["full"]["saved activations"] == 32 * tokens * 2 * 4096
     assert parts["all_but_attention"]["saved activations"] == 32 * tokens * (2 * 4096 + 2 * 32 * 128 + 4 * 32)
-    # All at once, through autograd: attention, RoPE and their gradients 62 KiB, residuals 32, MLP 140.
-    assert parts["full"]["working layer"] == tokens * (62 + 32 + 140) * 1024
+    # All at once, through autograd: 3 (q + k) and a norm's output 38 KiB, logsumexps, two norms' and 7 F 212,
+    # the layer's output and its gradient 16.
+    assert parts["full"]["working layer"] == tokens * ((38 + 212 + 16) * 1024 + 4 * 32)
     # The gradient, that of the attention output, q, k, v and their gradients, in kernels a float32 gradient
     # of q; a layer's weight gradients twice.
     weights = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336)
     assert parts["all_but_attention"]["working layer"] == tokens * (8 + 8 + 12 + 12 + 16) * 1024 + weights * 6
+    # FlashAttention-2: gradients of keys and values for every query head; a deterministic backward also sums
+    # them in float32; documents are padded.
+    flash = with_memory(run, "all_but_attention")
+    for changed, more in (
+        (flash, 16),
+        (replace(flash, train=replace(flash.train, deterministic=True)), 16 + 8),
+        (replace(flash, data=Data(documents="masked")), 16 + 2),
+    ):
+        planned = memory.stage_memory(changed, LLAMA_3_1_8B, 1, 8, 0, "flash")["working layer"]
+        assert planned == parts["all_but_attention"]["working layer"] + tokens * more * 1024
+        if changed is not flash:  # cuDNN is not used for these
+            assert planned == memory.stage_memory(changed, LLAMA_3_1_8B, 1, 8, 0)["working layer"]
     # Where the MLP is most: 7 F and 6 H in bf16.
     whole = memory.stage_memory(with_memory(run, "all_but_attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
     assert whole["working layer"] == tokens * (8 + 8 + 7 * 28 + 6 * 8) * 1024 + weights * 2

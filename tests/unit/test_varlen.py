@@ -92,15 +92,15 @@ def test_varlen_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_in_one_call", lambda q, blocks, spec: len(blocks) > 2)
     documents_per_call: list[int] = []
     inputs = sequence((1, 6, 2, 7, 8), 2, seed=3)
-    for padding, most in ((1, 14), (4, 3), (128, 1)):
-        monkeypatch.setattr(varlen, "WORKSPACE_PADDING", padding)
+    for tokens, most in ((1, 14), (4, 3), (128, 1)):
+        monkeypatch.setattr(varlen, "TOKENS_PER_DOCUMENT", tokens)
         documents_per_call.clear()
         for comm_type, name in itertools.product(COMM_TYPES, ("any", "one-token documents")):
             starts = documents(2, 7)[name]
             for rank, got in enumerate(
                 run_virtual(lambda r, w=comm_type, t=starts: compute(inputs, split_group(r, 1, w), t), 2)
             ):
-                check(got, expected(inputs, starts), rank, 2, what=(comm_type, name, padding))
+                check(got, expected(inputs, starts), rank, 2, what=(comm_type, name, tokens))
         assert max(documents_per_call) == most
 
 
@@ -126,7 +126,9 @@ def test_varlen_arguments_are_what_pytorch_takes(monkeypatch: pytest.MonkeyPatch
     ("count", "b", "backend", "one_call"),
     [
         (3, 1, "flash", True),
-        (2, 1, "flash", False),
+        (2, 1, "flash", True),
+        (2, 1, "cudnn", False),
+        (3, 1, "cudnn", True),
         (3, 2, "flash", False),
         (3, 1, "eager", False),
         (3, 1, None, False),

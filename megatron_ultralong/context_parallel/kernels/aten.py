@@ -12,7 +12,9 @@ import functools
 import torch
 from torch import Tensor
 
-QKVGradients = tuple[Tensor, Tensor, Tensor]
+from megatron_ultralong.context_parallel.kernels import deterministic
+
+QKVGradients = deterministic.QKVGradients
 """(dq, dk, dv)."""
 
 
@@ -41,6 +43,16 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 
 
 def flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> QKVGradients:
+    splits = deterministic.splits(q)
+    rows = deterministic.rows_at_a_time(q.shape[2], splits)
+    if splits == 1 or rows >= q.shape[2]:
+        return _flash_backward(dout, q, k, v, out, lse, causal, scale)
+    return deterministic.backward_by_rows(_flash_backward, rows, dout, q, k, v, out, lse, causal, scale)
+
+
+def _flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> QKVGradients:
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec, Backend
-from megatron_ultralong.context_parallel.kernels import aten, eager, varlen
+from megatron_ultralong.context_parallel.kernels import aten, deterministic, eager, varlen
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype, merge_
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
@@ -149,7 +149,8 @@ def backward_diagonal(
     `backward`."""
     if len(blocks) == 1:
         return backward(dout, q, k, v, out, lse, True, spec.scale, backend=spec.backend)
-    if _in_one_call(q, blocks, spec):
+    # Deterministic calls would allocate dQ several times.
+    if _in_one_call(q, blocks, spec) and deterministic.splits(q, len(blocks)) == 1:
         return varlen.backward(dout, q, k, v, out, lse, blocks, spec.scale)
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for block in blocks:
@@ -189,7 +190,9 @@ def backward_past(
 
 def _in_one_call(q: Tensor, blocks: Sequence[AttentionBlock], spec: AttentionSpec) -> bool:
     chosen = spec.backend or choose(q.device, q.dtype, q.shape[3])
-    return len(blocks) > 2 and q.shape[0] == 1 and chosen in ("flash", "cudnn")
+    # Two blocks are also two ranges of a whole row's queries, for which cuDNN is faster.
+    least = {"flash": 2, "cudnn": 3}.get(chosen)
+    return least is not None and len(blocks) >= least and q.shape[0] == 1
 
 
 def _tokens(rows: slice) -> tuple[slice, slice, slice]:

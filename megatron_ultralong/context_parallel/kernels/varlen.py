@@ -5,30 +5,36 @@ Shapes: h query heads, g KV heads, s tokens of one packed row (b = 1), d head di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from megatron_ultralong.context_parallel.host_values import copy_to_device
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
-WORKSPACE_PADDING = 128
-"""Rows by which each document of a call enlarges the float32 workspace of the backward. So a call takes at
-most one document per that many tokens: the workspace is then at most twice that of one long document."""
+TOKENS_PER_DOCUMENT = 1024
+"""A call of the backward takes at most one document per that many tokens: each enlarges its float32 workspace
+by up to 128 rows, all together by at most an eighth."""
+MAX_DOCUMENTS = 65_535
+"""Documents of one call: its kernels have one for each along the second dimension of their grid."""
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[AttentionBlock], scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `select.forward_diagonal`, for b = 1 on CUDA in half precision."""
-    cu_seqlens, max_seqlen = _cu_seqlens(blocks, q.device)
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out, lse = torch.ops.aten._flash_attention_forward(
-        *(_tokens_first(x) for x in (q, k, v)), *lengths, 0.0, True, False, scale=scale
-    )[:2]
-    return _heads_first(out), lse.unsqueeze(0)  # lse is returned as [h, s]
+    """As `select.forward_diagonal`, for b = 1 on CUDA in half precision; several calls if there are very many
+    documents."""
+    if len(blocks) <= MAX_DOCUMENTS:
+        return _forward(q, k, v, blocks, scale)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    for some in _calls(blocks, MAX_DOCUMENTS):
+        rows = _rows(some)
+        out[rows], lse[rows] = _forward(q[rows], k[rows], v[rows], some, scale)
+    return out, lse
 
 
 def backward(
@@ -43,27 +49,69 @@ def backward(
 ) -> QKVGradients:
     """As `select.backward_diagonal`, under the conditions of `forward`; several calls if the documents are
     very short."""
-    max_documents = max(q.shape[2] // WORKSPACE_PADDING, 1)
+    calls = list(_calls(blocks, min(max(q.shape[2] // TOKENS_PER_DOCUMENT, 1), MAX_DOCUMENTS)))
+    if len(calls) == 1:
+        return _backward(dout, q, k, v, out, lse, blocks, scale)
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
-    for first in range(0, len(blocks), max_documents):
-        some = blocks[first : first + max_documents]
-        cu_seqlens, max_seqlen = _cu_seqlens(some, q.device)
-        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        rows = (slice(None), slice(None), slice(some[0].queries.start, some[-1].queries.stop))
-        partial = torch.ops.aten._flash_attention_backward(
-            *(_tokens_first(x[rows]) for x in (dout, q, k, v, out)),
-            lse[rows].squeeze(0).contiguous(),
-            *lengths,
-            0.0,
-            True,
-            rng_state,
-            rng_state[0],
-            scale=scale,
-        )
+    for some in calls:
+        rows = _rows(some)
+        dout_, q_, k_, v_, out_, lse_ = (x[rows] for x in (dout, q, k, v, out, lse))
+        partial = _backward(dout_, q_, k_, v_, out_, lse_, some, scale)
         for gradient, x in zip(gradients, partial, strict=True):
-            gradient[rows] = _heads_first(x)
+            gradient[rows] = x
+        del partial, x
     return gradients
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[AttentionBlock], scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`forward` in one call."""
+    cu_seqlens, max_seqlen = _cu_seqlens(blocks, q.device)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *(_tokens_first(x) for x in (q, k, v)), *lengths, 0.0, True, False, scale=scale
+    )[:2]
+    return _heads_first(out), lse.unsqueeze(0)  # lse is returned as [h, s]
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Sequence[AttentionBlock],
+    scale: float | None,
+) -> QKVGradients:
+    """`backward` in one call."""
+    cu_seqlens, max_seqlen = _cu_seqlens(blocks, q.device)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        *(_tokens_first(x) for x in (dout, q, k, v, out)),
+        lse.squeeze(0).contiguous(),
+        *lengths,
+        0.0,
+        True,
+        rng_state,
+        rng_state[0],
+        scale=scale,
+    )
+    return _heads_first(dq), _heads_first(dk), _heads_first(dv)
+
+
+def _calls(blocks: Sequence[AttentionBlock], most: int) -> Iterator[Sequence[AttentionBlock]]:
+    """`blocks` in equal parts of at most `most`."""
+    calls = -(-len(blocks) // most)
+    bounds = [len(blocks) * call // calls for call in range(calls + 1)]
+    return (blocks[first:stop] for first, stop in pairwise(bounds))
+
+
+def _rows(blocks: Sequence[AttentionBlock]) -> tuple[slice, slice, slice]:
+    """The index of the tokens of `blocks` in [1, h, s, ...]."""
+    return (slice(None), slice(None), slice(blocks[0].queries.start, blocks[-1].queries.stop))
 
 
 def _cu_seqlens(blocks: Sequence[AttentionBlock], device: torch.device) -> tuple[Tensor, int]:
@@ -72,7 +120,7 @@ def _cu_seqlens(blocks: Sequence[AttentionBlock], device: torch.device) -> tuple
     bounds = [block.queries.start - first for block in blocks] + [blocks[-1].queries.stop - first]
     # At least 2: for single queries FlashAttention has a path of its own, meant for decoding.
     longest = max(2, *(b - a for a, b in pairwise(bounds)))
-    return torch.tensor(bounds, dtype=torch.int32, device=device), longest
+    return copy_to_device(torch.tensor(bounds, dtype=torch.int32), device), longest
 
 
 def _tokens_first(x: Tensor) -> Tensor:

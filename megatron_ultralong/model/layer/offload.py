@@ -9,6 +9,7 @@ places in host memory, without streams.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections import defaultdict, deque
@@ -80,8 +81,9 @@ class HostStore:
                 f"{self.bytes / 2**30:.1f} GiB of offloaded tensors on this rank, and a layer needs "
                 f"{size / 2**30:.1f} GiB more; raise parallel.cp, tp or pp, or use memory.offload=layer_inputs"
             )
+        buffer = _HostBuffer(size, pinned=self.cuda)
         self.bytes += size
-        return _HostBuffer(size, pinned=self.cuda)
+        return buffer
 
     def release_buffers(self, buffers: list[_HostBuffer]) -> None:
         for buffer in buffers:
@@ -103,12 +105,14 @@ class OffloadedTensors:
         self, store: HostStore, tensors: Sequence[Tensor], previous: OffloadedTensors | None
     ) -> None:
         self._store, self._previous = store, previous
-        self._device_copy: list[Tensor] | None = list(tensors)
+        self._device_copy: list[Tensor] | None = None
         self.forward_pass = store.forward_pass
         self._layouts = [_TensorLayout.of(x) for x in tensors]
         self._buffers = [store.acquire_buffer(x) for x in tensors]
+        self._device_copy = list(tensors)
         self._arrival: Any = None
         if store.cuda:
+            self._compute: Any = torch.cuda.current_stream()
             store.to_host.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(store.to_host):
                 self._copy_to_host(tensors)
@@ -144,7 +148,8 @@ class OffloadedTensors:
         ]
         if store.cuda:
             # Earlier work on the memory that the new tensors reuse must have finished.
-            store.to_device.wait_stream(torch.cuda.current_stream())
+            self._compute = torch.cuda.current_stream()
+            store.to_device.wait_stream(self._compute)
             store.to_device.wait_event(self._copied_out)
             with torch.cuda.stream(store.to_device):
                 for x, host in copies:
@@ -162,7 +167,7 @@ class OffloadedTensors:
         self._store.drop_device_copies(except_pass=self.forward_pass)
         if keep:
             # The caller will free the tensors without waiting for the copy to the host, which is still
-            # needed.
+            # needed. Otherwise it may go on reading memory that has been freed: nobody uses it any more.
             self.drop_device_copy()
         self.prefetch()
         if self._previous is not None:
@@ -177,6 +182,10 @@ class OffloadedTensors:
         return tensors
 
     def __del__(self) -> None:  # a graph that is dropped without a backward
+        if getattr(self, "_device_copy", None) is not None and self._store.cuda:
+            # The stream that the device copy was allocated for may reuse its memory at once: not before the
+            # copy to or from the host has ended.
+            self._compute.wait_event(self._copied_out if self._arrival is None else self._arrival)
         self._release()
 
     def _copy_to_host(self, tensors: Sequence[Tensor]) -> None:
@@ -240,6 +249,7 @@ class _HostBuffer:
         self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         error = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
         if error != 0:
+            _take_pending_error()
             raise UserError(
                 f"memory.offload: {size / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error "
                 f"{error}); raise the container's locked-memory limit (ulimit -l unlimited)"
@@ -255,6 +265,13 @@ class _HostBuffer:
     def view_as(self, layout: _TensorLayout) -> Tensor:
         """Return the tensor stored in this buffer."""
         return self.bytes.view(layout.dtype).as_strided(layout.shape, layout.stride)
+
+
+def _take_pending_error() -> None:
+    """Take the error of a failed call from CUDA's runtime, which otherwise keeps it for whoever asks next:
+    PyTorch after the next kernel, which would then fail in its place."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _unlock(memory: Tensor) -> None:
