@@ -640,7 +640,7 @@ def test_weights_optimizer_and_host_memory_as_reasons():
     ) and "memory.offload=layer_inputs" in str(short.problem)
 
 
-MODELS = {"tiny": None, "tiny_extend": recipes.tiny().model}
+MODELS = {"tiny": None, **dict.fromkeys(("tiny_extend", "tiny_extend_sft"), recipes.tiny().model)}
 
 
 @pytest.mark.parametrize("name", recipes.names())
