@@ -293,8 +293,10 @@ class Run:
             raise UserError(
                 f"data.documents=masked requires train.micro_batch=1, not {self.train.micro_batch}"
             )
-        if self.rope is not None and self.rope.type == "clex" and self.data.positions == "document":
-            raise UserError("rope.type=clex draws the positions of a row; set data.positions=row")
+        if self.rope is not None and self.rope.draws_positions and self.data.positions == "document":
+            raise UserError(
+                f"rope.type={self.rope.type} draws the positions of a row; set data.positions=row"
+            )
         if p.dp is not None:
             self.micro_batches(p.dp)
         if self.model is not None:
@@ -327,7 +329,7 @@ def check_reach(rope: Rope, covered: int | None, seq_length: int) -> None:
             change = f"another rope.type, like yarn with {change}"
         raise UserError(
             f"train.seq_length={seq_length} is longer than the {covered} tokens that rope.type={rope.type} covers here; "
-            f"set {change}{'' if rope.type == 'clex' else ', or rope.allow_short=true to train beyond them'}"
+            f"set {change}{', or rope.allow_short=true to train beyond them' if rope.reaches_further else ''}"
         )
 
 

@@ -32,8 +32,6 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.base import Rope, ScaledRope
-from megatron_ultralong.rope.clex import CLEX
-from megatron_ultralong.rope.longrope import LongRoPE
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
@@ -116,7 +114,8 @@ def export_hf(
     """
     checkpoint = sharded.resolve(checkpoint)
     state, stored = training_state.read(checkpoint), stored_dtype(checkpoint)
-    state = replace(state, rope=_exported_rope(checkpoint, state, clex_scale))
+    rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
+    state = replace(state, rope=rope)
     dtype = dtype or stored
     model, assets = state.model, checkpoint / "hf"
     base = _base_config(assets)
@@ -154,18 +153,6 @@ def export_hf(
     return out, state.rope
 
 
-def _exported_rope(checkpoint: Path, state: TrainingState, clex_scale: float | None) -> Rope:
-    """The RoPE that an export states: CLEX's frequencies at one scale, any other method as it is."""
-    rope = state.rope
-    if not isinstance(rope, CLEX):
-        if clex_scale is not None:
-            raise UserError(f"--clex-scale is for rope.type=clex; {checkpoint} has rope.type={rope.type}")
-        return rope
-    trained = rope_network.with_weights(checkpoint, rope, state.model.head_dim)
-    assert isinstance(trained, CLEX)
-    return trained.frozen(rope.scale() if clex_scale is None else clex_scale, state.model.head_dim)
-
-
 def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> list[str]:
     """Compare every weight of an HF directory and a checkpoint bit by bit; return one line per difference,
     the same list on every rank.
@@ -186,7 +173,8 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     ]
     if different:
         return different
-    rope = _exported_rope(checkpoint, state, compared_scale(hf.rope, state.rope))
+    scale = rope_network.compared_scale(hf.rope, state.rope)
+    rope = rope_network.exported(checkpoint, state.rope, hf.model.head_dim, scale)
     if not same_maths(hf.rope, rope, hf.model.head_dim):
         different.append(f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {rope.describe()}")
     reader = HFReader(folder, hf.model)
@@ -215,14 +203,6 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
                 f"{hf_name}: {sum(n for n, _ in counts):,} differ, by up to {max(d for _, d in counts):.3g}"
             )
     return different
-
-
-def compared_scale(hf: Rope, stored: Rope) -> float | None:
-    """Scale at which the RoPE of a checkpoint is compared with that of an HF directory; None for a method
-    without, and for the largest where the directory is no export of CLEX."""
-    if isinstance(stored, CLEX) and isinstance(hf, LongRoPE):
-        return min(hf.scale(), stored.scale())
-    return None
 
 
 def max_position(state: TrainingState, base: dict[str, Any]) -> int:

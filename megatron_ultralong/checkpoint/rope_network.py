@@ -10,6 +10,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import CLEX, TrainedCLEX, with_network
+from megatron_ultralong.rope.longrope import LongRoPE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,12 @@ def read(checkpoint: Path) -> dict[str, Tensor]:
         raise UserError(f"{checkpoint / FILE} {reason}; it holds the network of rope.type=clex") from None
 
 
+def check_present(checkpoint: Path, rope: Rope) -> None:
+    """UserError where a checkpoint lacks the file that its method needs."""
+    if isinstance(rope, CLEX) and not (checkpoint / FILE).is_file():
+        raise UserError(f"{checkpoint} lacks {FILE}, the network of rope.type=clex")
+
+
 def copy_weights(checkpoint: Path, network: OdeNetwork) -> None:
     """Fill `network` with the weights of a checkpoint. UserError where they do not fit."""
     import torch
@@ -49,10 +56,12 @@ def copy_weights(checkpoint: Path, network: OdeNetwork) -> None:
             target: Tensor = getattr(network, name)
             stored = tensors.get(name)
             if stored is None or stored.shape != target.shape or not bool(stored.isfinite().all()):
-                found = "no tensor" if stored is None else f"{list(stored.shape)}"
+                found = "is missing" if stored is None else f"has shape {list(stored.shape)}"
+                if stored is not None and stored.shape == target.shape:
+                    found = "has values that are not finite"
                 raise UserError(
-                    f"{checkpoint / FILE}: {name} must be finite numbers of shape {list(target.shape)} (rope.width and "
-                    f"model.head_dim), not {found}"
+                    f"{checkpoint / FILE}: {name} {found}; it must be finite numbers of shape {list(target.shape)} "
+                    "(rope.width and model.head_dim)"
                 )
             target.copy_(stored)
 
@@ -61,6 +70,25 @@ def copy_weights_if_stored(checkpoint: Path, network: OdeNetwork) -> None:
     """`copy_weights`, unless the checkpoint has no network."""
     if (checkpoint / FILE).is_file():
         copy_weights(checkpoint, network)
+
+
+def exported(checkpoint: Path, rope: Rope, head_dim: int, clex_scale: float | None) -> Rope:
+    """Return the RoPE that an export of a checkpoint states: CLEX's frequencies at one scale (None = the
+    largest), any other method as it is. UserError where `clex_scale` does not fit."""
+    trained = with_weights(checkpoint, rope, head_dim)
+    if isinstance(trained, CLEX):
+        return trained.frozen(trained.scale() if clex_scale is None else clex_scale, head_dim)
+    if clex_scale is not None:
+        raise UserError(f"--clex-scale is for rope.type=clex; {checkpoint} has rope.type={rope.type}")
+    return rope
+
+
+def compared_scale(hf: Rope, stored: Rope) -> float | None:
+    """Scale at which the RoPE of a checkpoint is compared with that of an HF directory; None for a method
+    without, and for the largest where the directory is no export of CLEX."""
+    if isinstance(stored, CLEX) and isinstance(hf, LongRoPE):
+        return min(hf.scale(), stored.scale())
+    return None
 
 
 def with_weights(checkpoint: Path, rope: Rope, head_dim: int) -> Rope:

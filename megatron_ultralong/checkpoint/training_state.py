@@ -13,7 +13,6 @@ from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.clex import CLEX
 from megatron_ultralong.rope.methods import from_values
 
 FORMAT = 2
@@ -70,6 +69,5 @@ def read(checkpoint: Path) -> TrainingState:
             "use the release that wrote it"
         )
     rope = from_values(values.pop("rope"), ignore_others=True)
-    if isinstance(rope, CLEX) and not (checkpoint / rope_network.FILE).is_file():
-        raise UserError(f"{checkpoint} lacks {rope_network.FILE}, the network of rope.type=clex")
+    rope_network.check_present(checkpoint, rope)
     return TrainingState(model=Model(**values.pop("model")), rope=rope, **values)

@@ -33,6 +33,10 @@ class Rope:
     allow_short: bool = field(default=False, compare=False)
     """Train on sequences longer than the RoPE covers (`covered_length`), which is refused otherwise."""
 
+    draws_positions: ClassVar[bool] = False
+    """Training draws the positions of a row's tokens."""
+    reaches_further: ClassVar[bool] = True
+    """Frequencies exist beyond `covered_length`, so that `allow_short` is possible."""
     hf_type: ClassVar[str] = ""
     """`rope_type` of config.json; empty where the method has none."""
     hf_keys: ClassVar[tuple[str, ...]] = ()

@@ -47,6 +47,9 @@ class CLEX(ScaledRope):
     lr: float = field(default=2e-5, compare=False)
     """Highest learning rate of the network; it follows the run's schedule. Without weight decay."""
 
+    draws_positions = True
+    reaches_further = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.allow_short:

@@ -79,11 +79,13 @@ def differences(stated: Rope, stored: Rope) -> list[str]:
     ]
 
 
-def with_rate(stored: Rope, stated: Rope | None) -> Rope:
-    """Return a stored RoPE with the learning rate of the run that trains it further."""
-    if isinstance(stored, CLEX) and isinstance(stated, CLEX):
-        return dataclasses.replace(stored, lr=stated.lr)
-    return stored
+def follow_run(stored: Rope, stated: Rope | None) -> Rope:
+    """Return a stored RoPE with those settings of the run that trains it further that any run may change:
+    those that `differences` leaves out."""
+    if type(stated) is not type(stored):
+        return stored
+    free = {f.name: getattr(stated, f.name) for f in dataclasses.fields(stored) if not f.compare}
+    return dataclasses.replace(stored, **free)
 
 
 def resolve(stated: Rope | None, loaded: Rope, loaded_length: int, length: int) -> Rope:
@@ -109,7 +111,7 @@ def resolve(stated: Rope | None, loaded: Rope, loaded_length: int, length: int) 
         return YaRN(theta=theta, original_length=original, factor=length / original)
     if isinstance(stated, ScaledRope) and stated.factor is None and length <= loaded_length:
         if not differences(stated, loaded):
-            return with_rate(loaded, stated)
+            return follow_run(loaded, stated)
         raise UserError(
             f"rope.type={stated.type} without rope.factor: train.seq_length={length} is within the "
             f"{loaded_length:,} tokens of the loaded model ({loaded.describe()}); set rope.factor, or leave out "

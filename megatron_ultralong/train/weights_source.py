@@ -20,7 +20,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import init, llama
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import TrainedCLEX
-from megatron_ultralong.rope.methods import Unscaled, differences, resolve, with_rate
+from megatron_ultralong.rope.methods import Unscaled, differences, follow_run, resolve
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -94,7 +94,7 @@ def _resume(run: Run, newest: Path) -> WeightsSource:
         raise UserError(
             f"{newest} was trained with {theirs}, but this run specifies {ours}; use a new --save folder"
         )
-    state = replace(state, rope=with_rate(state.rope, run.rope))
+    state = replace(state, rope=follow_run(state.rope, run.rope))
     covered = state.rope.covered_length()
     if covered is not None and not (run.rope is not None and run.rope.allow_short):
         reach = max(state.max_length, covered)

@@ -174,8 +174,8 @@ def _plans(rank: int, world: int) -> None:
 
 
 def _longest(ranks: Any) -> None:
-    """The longest sequences take 24 KiB a token: all that a step of 1M tokens holds, with what does not grow
-    with the sequence (weight gradients of a layer, a chunk's MLP, of logits).
+    """The longest sequences take at most 24 KiB per token: all that a step of 1M tokens holds, including what
+    does not grow with the sequence (weight gradients of a layer, the MLP and the logits of a chunk).
 
     From 256K tokens on it grows by the same number of bytes with each token.
     """

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import convert, rope_network, training_state
+from megatron_ultralong.checkpoint import rope_network, training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Data, Model, Optim, Run, Train, check_reach
@@ -80,6 +80,29 @@ def test_integration(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((at[4] - rope.network(16).log_frequencies(4)).abs().max()) > 0.05, "the network matters"
     monkeypatch.setattr(ode, "STEP", 0.005)
     torch.testing.assert_close(network.log_frequencies(4).detach(), at[4], rtol=0, atol=2e-9)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+def test_gradient_of_the_solution(activation: str) -> None:
+    """Against differences along random directions, over more than one block of steps of the backward."""
+    rope = dataclasses.replace(ROPE, activation=activation, width=2)
+    network, generator = trained(rope).weights, torch.Generator().manual_seed(2)
+    scale = 1 + 2.5 * ode._BLOCK * ode.STEP
+    weight = torch.randn(8, generator=generator, dtype=torch.float64)
+    (network.log_frequencies(scale) * weight).sum().backward()
+    for parameter in (network.up, network.down):
+        direction = torch.randn(parameter.shape, generator=generator)
+        at = []
+        for step in (-1e-4, 1e-4):
+            before = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.add_(direction, alpha=step)
+                at.append(((network.log_frequencies(scale) * weight).sum(), parameter - before))
+                parameter.copy_(before)
+        along = (at[1][1] - at[0][1]).double()  # as rounded to float32
+        assert parameter.grad is not None
+        wanted = (parameter.grad.double() * along).sum()
+        assert abs(float(at[1][0] - at[0][0] - wanted)) < 5e-5 * abs(float(wanted)), activation
 
 
 def test_tables_follow_the_weights() -> None:
@@ -165,8 +188,11 @@ def test_verified_at_the_scale_of_the_export() -> None:
         (dataclasses.replace(ROPE.frozen(2, 16), factor=40.0), 16),
         (Llama3(factor=32.0), None),
     ):
-        assert convert.compared_scale(hf, ROPE) == scale
-    assert convert.compared_scale(ROPE.frozen(2, 16), YaRN(factor=2.0)) is None
+        assert rope_network.compared_scale(hf, ROPE) == scale
+    assert rope_network.compared_scale(ROPE.frozen(2, 16), YaRN(factor=2.0)) is None
+    for clex_scale in (2.0, 17.0):
+        with pytest.raises(UserError, match="--clex-scale is for rope.type=clex; here has rope.type=yarn"):
+            rope_network.exported(Path("here"), YaRN(factor=2.0), 16, clex_scale)
 
 
 def test_damaged_network(tmp_path: Path) -> None:
@@ -181,7 +207,10 @@ def test_damaged_network(tmp_path: Path) -> None:
         {**tensors, "up": tensors["up"] * math.nan},
     ):
         rope_network.write(tmp_path, damaged)
-        with pytest.raises(UserError, match=r"must be finite numbers of shape \[(8, 16|16, 8)\]"):
+        with pytest.raises(
+            UserError,
+            match=r"(is missing|has shape \[4, 16\]|has values that are not finite); it must be finite numbers of shape \[(8, 16|16, 8)\]",
+        ):
             rope_network.with_weights(tmp_path, ROPE, 16)
     (tmp_path / rope_network.FILE).write_bytes(b"\0" * 100)
     with pytest.raises(UserError, match=r"rope.safetensors cannot be read \(.*\); it holds the network"):
