@@ -3,22 +3,31 @@ under any layout.
 
 A run directory contains `iter_0000100/` folders: Megatron's shards, `run.json` (training_state.py) and `hf/`
 (config, tokenizer and licence of the base model). A folder is written under a hidden name and renamed when
-all ranks are done, so each `iter_*` that exists is complete. `latest_checkpointed_iteration.txt` is kept for
-Megatron-LM's own tools.
+all ranks are done, so each `iter_*` was complete when it was written. What has been damaged since is found by
+its checksums (integrity.py, tensor_sums.py). `latest_checkpointed_iteration.txt` is kept for Megatron-LM's
+own tools.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
+import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_ultralong.checkpoint import rope_network, training_state
+from megatron_ultralong.checkpoint import (
+    integrity,
+    rope_network,
+    run_directory,
+    tensor_sums,
+    torch_index,
+    training_state,
+)
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
@@ -54,16 +63,36 @@ def save(
     UserError, on every rank, where it cannot be written.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
 
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
-    dist_checkpointing.save(state_dict(chunks, optimizer), str(partial), validate_access_integrity=True)
-    _end_writers()
+    sums = tensor_sums.Sums(state.model.vocab_size)
+    strategy = sums.while_saving(serialization.get_default_save_sharded_strategy())
+    with _local_results():
+        dist_checkpointing.save(
+            state_dict(chunks, optimizer), str(partial), strategy, validate_access_integrity=True
+        )
     torch.distributed.barrier()
-    agreement.on_main_rank(
-        lambda: _writing(final, lambda: _finish(partial, final, state, keep, rope_tensors))
-    )
+    agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
+    files, tensors = integrity.hash_written(partial), sums.on_all_ranks()
+    agreement.on_main_rank(lambda: integrity.write(partial, files, tensors))
+    agreement.on_main_rank(lambda: _writing(final, lambda: _finish(partial, final, state.iteration, keep)))
     return final
+
+
+@contextlib.contextmanager
+def _local_results() -> Iterator[None]:
+    """Megatron's writers report to a queue in another process, which would die of a SIGTERM to the process
+    group, and outlive a killed rank. They are started and awaited in this process, so a plain queue
+    serves."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
 
 
 def _writing(final: Path, act: Callable[[], T]) -> T:
@@ -85,22 +114,19 @@ def _begin(final: Path, assets: AssetFolders) -> str:
     return partial.name
 
 
-def _finish(
-    partial: Path,
-    final: Path,
-    state: TrainingState,
-    keep: int,
-    rope_tensors: dict[str, torch.Tensor] | None,
-) -> None:
-    """Make `partial` the complete checkpoint `final`, and remove old ones."""
-    training_state.write(partial, state)
+def _add_state(partial: Path, state: TrainingState, rope_tensors: dict[str, torch.Tensor] | None) -> None:
+    training_state.write(partial, state, integrity.ALGORITHM)
     if rope_tensors is not None:
         rope_network.write(partial, rope_tensors)
+
+
+def _finish(partial: Path, final: Path, iteration: int, keep: int) -> None:
+    """Make `partial` the complete checkpoint `final`, and remove old ones."""
     if final.exists():
         _remove(final)
     atomic_files.publish(partial, final)
-    atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(state.iteration))
-    for old in complete_checkpoints(final.parent)[:-keep] if keep else []:
+    atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(iteration))
+    for old in run_directory.complete_checkpoints(final.parent)[:-keep] if keep else []:
         _remove(old)
 
 
@@ -109,14 +135,6 @@ def _remove(checkpoint: Path) -> None:
     hidden = atomic_files.staging_folder(checkpoint)
     os.rename(checkpoint, hidden / checkpoint.name)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _end_writers() -> None:
-    """Release the process that holds the queue of Megatron's writers: it would outlive a killed rank, and
-    keep the rank's output open."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = None
 
 
 def state_dict(
@@ -146,37 +164,12 @@ def _metadata() -> dict[str, Any]:
     return {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-# ---- finding -----------------------------------------------------------------------------------
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first."""
-    if not folder.is_dir():
-        return []
-    checkpoints = [
-        p for p in folder.iterdir() if re.fullmatch(r"iter_\d+", p.name) and (p / "metadata.json").is_file()
-    ]
-    return sorted(checkpoints, key=lambda p: int(p.name[5:]))
-
-
-def resolve(path: Path) -> Path:
-    """Return an iteration's folder: `path` itself, or the newest complete one in the run directory `path`.
-    UserError where none exists."""
-    if (path / "metadata.json").is_file():
-        return path
-    checkpoints = complete_checkpoints(path)
-    if not checkpoints:
-        raise UserError(
-            f"{path} contains no complete checkpoint; expected a run directory with iter_* folders, or one of those"
-        )
-    return checkpoints[-1]
-
-
 def stored_tensors(checkpoint: Path) -> dict[str, Any]:
     """Name -> metadata (global_shape, dtype) of a checkpoint's tensors. UserError where Megatron cannot read
     it."""
     from megatron.core import dist_checkpointing
 
+    torch_index.read(checkpoint)
     try:
         return dist_checkpointing.load_tensors_metadata(str(checkpoint))
     except Exception as error:  # whatever a damaged checkpoint makes torch or Megatron raise
@@ -192,10 +185,12 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     """Fill `chunks` (and the optimizer) from the checkpoint at `path`, written under any layout. The network
     of a RoPE method keeps its weights where the checkpoint has none.
 
-    UserError, on every rank, names the first tensor that is missing, extra or of another shape; only
-    `_extra_state` may differ.
+    UserError, on every rank, names the first tensor that is missing, extra or of another shape (only
+    `_extra_state` may differ), or whose values are not those that were saved. The checkpoint's files are not
+    verified here: see `run_directory.resolve_verified`.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from megatron_ultralong.checkpoint import optimizer_state
@@ -204,8 +199,12 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     if optimizer is not None:
         optimizer_state.before_load(optimizer)
     requested = state_dict(chunks, optimizer, loading=True)
-    _check(path, requested, unwrap(chunks[0]).vocab_size, with_optimizer=optimizer is not None)
-    state = dist_checkpointing.load(requested, str(path), strict=StrictHandling.IGNORE_ALL)
+    vocab_size = unwrap(chunks[0]).vocab_size
+    _check(path, requested, vocab_size, with_optimizer=optimizer is not None)
+    sums = tensor_sums.Sums(vocab_size)
+    strategy = sums.while_loading(serialization.get_default_load_sharded_strategy(str(path)))
+    state = dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
+    _compare(path, sums)
     for i, chunk in enumerate(chunks):
         tensors = {k: v for k, v in state[_chunk_key(chunks, i)].items() if not k.endswith("_extra_state")}
         missing, unexpected = unwrap(chunk).load_state_dict(tensors, strict=False)
@@ -217,6 +216,17 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         optimizer_state.after_load(optimizer)
+
+
+def _compare(path: Path, sums: tensor_sums.Sums) -> None:
+    """UserError, on every rank, where a loaded tensor is not the one that was saved."""
+    loaded = sums.on_all_ranks()
+    stored = agreement.on_main_rank(lambda: integrity.read(path))
+    name = None if stored is None else tensor_sums.first_difference(stored.tensors, loaded)
+    if name is not None:
+        raise UserError(
+            f"{path}: the values of {name} are not those that were saved; a fault of memory, storage or network"
+        )
 
 
 def _check(path: Path, requested: dict[str, Any], vocab_size: int, with_optimizer: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.data.loader import Batch
@@ -56,7 +56,7 @@ class Checkpoints:
     def __init__(self, folder: Path, assets: AssetFolders, keep: int) -> None:
         """assets: small files to copy into each checkpoint. keep: checkpoints kept, 0 = all."""
         self._folder, self._assets, self._keep = folder, assets, keep
-        existing = sharded.complete_checkpoints(folder)
+        existing = run_directory.complete_checkpoints(folder)
         self._newest = existing[-1] if existing else None
 
     def save(self, trainer: Trainer, state: TrainingState) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
@@ -55,7 +55,8 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     UserError for what a user can fix, before anything is built where that can be known.
     """
     run.parallel.data_parallel(launch.world_size())
-    run, source = weights_source.find(run, files.save, files.load, files.load_hf, files.tokenizer)
+    asked = run
+    run, source = weights_source.find(asked, files.save, files.load, files.load_hf, files.tokenizer)
     model = source.state.model
     check_model_layout(model, run.parallel)
     masked = run.data.documents == "masked"
@@ -70,6 +71,10 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
     weights_source.check_same_checkpoint(source, files.save)
+    run, source = weights_source.find(
+        asked, files.save, files.load, files.load_hf, files.tokenizer, verified=True
+    )
+    agreement.on_main_rank(lambda: run_directory.set_aside(path for path, _ in source.damaged))
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
@@ -147,6 +152,11 @@ def _print_start(
         note = weights_source.data_note(source.state, state)
     if note is not None:
         log.note(note)
+    for path, fault in source.damaged:
+        lost = int(path.name[5:])
+        log.note(
+            f"{path} is damaged ({fault}) and was renamed; iterations {state.iteration + 1} to {lost} are trained again"
+        )
     if source.resume is not None:
         log.note(
             f"resuming from {source.resume}: iteration {state.iteration}, {state.consumed} sequences consumed"

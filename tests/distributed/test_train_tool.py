@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.config import Model
 from megatron_ultralong.data import packed_rows
 from tests import processes
@@ -194,7 +194,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
         assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
             "auto is settled before it is printed"
         )
-        stored = training_state.read(sharded.complete_checkpoints(save)[-1]).stored_run()
+        stored = training_state.read(run_directory.complete_checkpoints(save)[-1]).stored_run()
         assert stored is not None and stored.memory.offload == "off"
         assert "SIGKILL" not in tool.errors() and "Traceback" not in tool.errors().split("Sending process")[0]
     seen, held_out = tool.iterations(), tool.held_out()
@@ -373,7 +373,7 @@ def _check_board(
 
 
 def _saved(save: Path) -> list[int]:
-    return [int(path.name[5:]) for path in sharded.complete_checkpoints(save)]
+    return [int(path.name[5:]) for path in run_directory.complete_checkpoints(save)]
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
