@@ -11,9 +11,11 @@ own tools.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +35,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.clex import TrainedCLEX
-from megatron_ultralong.runtime import agreement
+from megatron_ultralong.runtime import agreement, signals
 
 T = TypeVar("T")
 
@@ -60,39 +62,115 @@ def save(
     """Write `folder/iter_NNNNNNN` and return it; every rank calls it. Then the oldest checkpoints beyond
     `keep` are removed (0 = keep all). rope_tensors: see rope_network.py.
 
-    UserError, on every rank, where it cannot be written.
+    UserError, on every rank, where it cannot be written; earlier checkpoints are then as they were.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import serialization
-
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
-    sums = tensor_sums.Sums(state.model.vocab_size)
-    strategy = sums.while_saving(serialization.get_default_save_sharded_strategy())
-    with _local_results():
-        dist_checkpointing.save(
-            state_dict(chunks, optimizer), str(partial), strategy, validate_access_integrity=True
+    try:
+        tensors = _write_shards(partial, final, state_dict(chunks, optimizer), state.model.vocab_size)
+        agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
+        files = integrity.hash_written(partial)
+        agreement.on_main_rank(lambda: integrity.write(partial, files, tensors))
+        agreement.on_main_rank(
+            lambda: _writing(final, lambda: _finish(partial, final, state.iteration, keep))
         )
-    torch.distributed.barrier()
-    agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
-    files, tensors = integrity.hash_written(partial), sums.on_all_ranks()
-    agreement.on_main_rank(lambda: integrity.write(partial, files, tensors))
-    agreement.on_main_rank(lambda: _writing(final, lambda: _finish(partial, final, state.iteration, keep)))
+    except UserError:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
+def _write_shards(partial: Path, final: Path, state: dict[str, Any], vocab_size: int) -> dict[str, str]:
+    """Write Megatron's files of a sharded state dict, and return the sums of its tensors. UserError, on every
+    rank, where that fails."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    size = sum(agreement.gather(_bytes_to_write(state)))
+    agreement.on_main_rank(lambda: _writing(final, lambda: _check_space(final, size)))
+    sums = tensor_sums.Sums(vocab_size)
+    strategy = sums.while_saving(serialization.get_default_save_sharded_strategy())
+
+    def write() -> None:
+        try:
+            with _writers():
+                dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
+        except (Exception, CheckpointException) as error:  # whatever a failed writer makes torch or Megatron raise
+            raise _failed(final, error, size) from None
+
+    agreement.on_every_rank(write)
+    return sums.on_all_ranks()
+
+
+def _bytes_to_write(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensor,
+        ShardedTensorFactory,
+        is_main_replica,
+    )
+
+    leaves = (x for x in nested_values(state) if isinstance(x, (ShardedTensor, ShardedTensorFactory)))
+    return sum(x.data.nbytes for x in leaves if x.data is not None and is_main_replica(x.replica_id))
+
+
+def _check_space(final: Path, size: int) -> None:
+    """UserError where `size` bytes of tensors, and what describes them, do not fit."""
+    free = shutil.disk_usage(final.parent).free
+    size = size + size // 100 + (1 << 20)
+    if free < size:
+        raise UserError(
+            f"checkpoint {final} cannot be written: it needs {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
+        )
+
+
+def _failed(final: Path, error: BaseException, size: int) -> UserError:
+    """The error of a save that failed on a rank. Megatron wraps the first cause, and loses that of a writer
+    process."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError):
+        text = error.strerror or text
+    elif shutil.disk_usage(final.parent).free < size:
+        text = os.strerror(errno.ENOSPC)
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return UserError(f"checkpoint {final} cannot be written: {text}")
+
+
+_writing_in: int | None = None
+"""This process, while it has writers."""
+
+
 @contextlib.contextmanager
-def _local_results() -> Iterator[None]:
-    """Megatron's writers report to a queue in another process, which would die of a SIGTERM to the process
-    group, and outlive a killed rank. They are started and awaited in this process, so a plain queue
-    serves."""
+def _writers() -> Iterator[None]:
+    """Megatron's writers (forked processes or threads, by release) in the block end with this process.
+
+    They report to a queue in another process, which would die of a SIGTERM to the process group, and outlive
+    a killed rank. They are started and awaited in this process, so a plain queue serves.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()
+    global _writing_in
+    if not hasattr(_end_with_parent, "registered"):
+        os.register_at_fork(after_in_child=_end_with_parent)
+        _end_with_parent.registered = True  # type: ignore[attr-defined]
+    filesystem_async._results_queue, _writing_in = queue.Queue(), os.getpid()
     try:
         yield
     finally:
-        filesystem_async._results_queue = None
+        filesystem_async._results_queue = _writing_in = None
+
+
+def _end_with_parent() -> None:
+    """In a child process just forked."""
+    if _writing_in is not None:
+        signals.at_parents_end(signal.SIGKILL, _writing_in)
 
 
 def _writing(final: Path, act: Callable[[], T]) -> T:

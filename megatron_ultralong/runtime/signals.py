@@ -1,7 +1,9 @@
-"""SIGTERM as a request to stop between two iterations, after a checkpoint."""
+"""SIGTERM as a request to stop between two iterations, after a checkpoint; and signals at a parent's end."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 from typing import Any
 
@@ -30,3 +32,19 @@ class StopRequest:
         if agreement.first_rank_where(self._received, device) is not None:
             StopRequest.stopped = True
         return StopRequest.stopped
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def at_parents_end(number: signal.Signals, parent: int | None = None) -> None:
+    """Have Linux send this process a signal when the thread that started it ends, or its whole process.
+    Without effect elsewhere.
+
+    parent: process that started this one; the signal is sent at once where it has ended already.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), number)

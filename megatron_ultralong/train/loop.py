@@ -53,14 +53,33 @@ class TrainingData:
 class Checkpoints:
     """The checkpoints of a run directory."""
 
-    def __init__(self, folder: Path, assets: AssetFolders, keep: int) -> None:
-        """assets: small files to copy into each checkpoint. keep: checkpoints kept, 0 = all."""
+    def __init__(self, folder: Path, assets: AssetFolders, keep: int, failures: int = 1) -> None:
+        """assets: small files to copy into each checkpoint. keep: checkpoints kept, 0 = all. failures: saves
+        in a row of which the last one must not fail."""
         self._folder, self._assets, self._keep = folder, assets, keep
+        self._allowed, self._failed = failures, 0
         existing = run_directory.complete_checkpoints(folder)
         self._newest = existing[-1] if existing else None
 
-    def save(self, trainer: Trainer, state: TrainingState) -> None:
-        """Write the checkpoint of `state`. Every rank calls it."""
+    def save(self, trainer: Trainer, state: TrainingState, log: Log, *, needed: bool) -> None:
+        """Write the checkpoint of `state`. Every rank calls it.
+
+        UserError where it cannot be written, if it is needed or too many have failed; else a warning.
+        """
+        try:
+            with log.saving(state.iteration):
+                self._save(trainer, state)
+        except UserError as error:
+            self._failed += 1
+            if needed or self._failed >= self._allowed:
+                raise UserError(f"{error}; {self}") from None
+            log.note(
+                f"warning: {error}; training goes on without it ({self._failed} of {self._allowed} saves failed), {self}"
+            )
+        else:
+            self._failed = 0
+
+    def _save(self, trainer: Trainer, state: TrainingState) -> None:
         self._newest = sharded.save(
             self._folder,
             state,
@@ -72,6 +91,10 @@ class Checkpoints:
         )
         if (self._newest / "hf").is_dir():  # the folder they came from may be a checkpoint removed by `keep`
             self._assets = AssetFolders(base=self._newest / "hf")
+
+    def saved(self, iteration: int) -> bool:
+        """Whether the newest checkpoint is that of `iteration`."""
+        return self._newest is not None and self._newest.name == f"iter_{iteration:07d}"
 
     def __str__(self) -> str:
         if self._newest is None:
@@ -155,10 +178,10 @@ def train(
         if t.eval_every and iteration % t.eval_every == 0:
             run_validation(trainer, state, data, log, evaluations)
             validated = iteration
-        stopping = stop.on_any_rank(ranks.device)
-        if stopping or iteration == t.iterations or (t.save_every and iteration % t.save_every == 0):
-            with log.saving(iteration):
-                checkpoints.save(trainer, state)
+        stopping, last = stop.on_any_rank(ranks.device), iteration == t.iterations
+        if stopping or last or (t.save_every and iteration % t.save_every == 0):
+            checkpoints.save(trainer, state, log, needed=stopping or last)
+            stopping = stopping or (checkpoints.saved(iteration) and stop.on_any_rank(ranks.device))
         if stopping:
             log.note(f"SIGTERM received: saved iteration {iteration}; run the same command again to resume")
             return state

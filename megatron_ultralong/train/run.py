@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Run, check_model_layout
+from megatron_ultralong.config import Model, Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
@@ -19,7 +20,7 @@ from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
-from megatron_ultralong.train import loop, weights_source
+from megatron_ultralong.train import loop, run_lock, weights_source
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
 from megatron_ultralong.train.ode_training import OdeTraining
@@ -70,36 +71,43 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
-    weights_source.check_same_checkpoint(source, files.save)
-    run, source = weights_source.find(
-        asked, files.save, files.load, files.load_hf, files.tokenizer, verified=True
-    )
-    agreement.on_main_rank(lambda: run_directory.set_aside(path for path, _ in source.damaged))
-    gpu_bytes = (
-        torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
-    )
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    backend = kernels.choose(ranks.device, dtype, model.head_dim)
-    run = plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
-    print_run(run, ranks)
-    state = weights_source.with_run(source.state, run, rows)
-    log = Log(run, ranks, model, files.save, state.iteration, rows)
-    try:
+    with contextlib.ExitStack() as until_end:
+        lock_note = agreement.on_main_rank(lambda: until_end.enter_context(run_lock.locked(files.save)))
+        weights_source.check_same_checkpoint(source, files.save)
+        run, source = weights_source.find(
+            asked, files.save, files.load, files.load_hf, files.tokenizer, verified=True
+        )
+        agreement.on_main_rank(lambda: run_directory.set_aside(path for path, _ in source.damaged))
+        run = _settle_offload(run, ranks, model)
+        print_run(run, ranks)
+        state = weights_source.with_run(source.state, run, rows)
+        log = Log(run, ranks, model, files.save, state.iteration, rows)
+        until_end.callback(log.close)
         trainer = _build(run, ranks, source)
+        if lock_note is not None:
+            log.note(lock_note)
         _print_start(log, trainer, source, state, rows)
         state = loop.train(
             trainer,
             state,
             _training_data(trainer, rows, held_out),
-            loop.Checkpoints(files.save, source.assets, run.train.keep),
+            loop.Checkpoints(files.save, source.assets, run.train.keep, run.train.save_failures),
             log,
             prepared,
         )
-    finally:
-        log.close()
     # Not after a failure: leaving the groups would wait for ranks that may still be in a collective.
     launch.stop()
     return state
+
+
+def _settle_offload(run: Run, ranks: Ranks, model: Model) -> Run:
+    """The run with `memory.offload=auto` replaced by what this device needs."""
+    gpu_bytes = (
+        torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
+    )
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    backend = kernels.choose(ranks.device, dtype, model.head_dim)
+    return plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
 
 
 def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:

@@ -59,7 +59,8 @@ def train_stages(
         done = _iterations(save)
         if _complete(stage, save):
             say(f"{name}: complete after {done} iterations")
-            previous = run_directory.resolve(save)
+            # By its name: an older one must not take its place where it is damaged.
+            previous = run_directory.complete_checkpoints(save)[-1]
         else:
             start = (
                 f"resumes at iteration {done}"

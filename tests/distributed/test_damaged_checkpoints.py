@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import integrity, run_directory, tensor_sums, torch_index
+from megatron_ultralong.checkpoint import integrity, run_directory, sharded, tensor_sums, torch_index
 from megatron_ultralong.config import Parallel
 from megatron_ultralong.errors import UserError
+from tests.disk import fill, small_disk
 from tests.distributed.test_resume import MODEL, _train
 from tests.spawn import run_ranks
 
@@ -113,6 +114,29 @@ def _changed_before_it_was_hashed(rank: int, checkpoint: Path) -> None:
     for parallel in (Parallel(tp=2), Parallel(pp=2), Parallel()):
         with pytest.raises(UserError, match=f"the values of {name} are not those that were saved"):
             _train(MODEL, parallel, "fp32", checkpoint.parent / "x", iterations=3, resume=checkpoint)
+
+
+# ---- a disk that fills while it is written ------------------------------------------------------
+
+
+def test_a_save_that_fails_in_the_middle(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 4) as disk:
+        run_ranks(_full, 2, str(disk))
+
+
+def _full(rank: int, world: int, disk: str) -> None:
+    sharded._check_space = lambda final, size: None  # as if another program took the space afterwards
+    save = Path(disk) / "run"
+    _train(MODEL, Parallel(tp=2), "fp32", save, iterations=2)
+    if rank == 0:
+        fill(Path(disk), leave=100_000)
+    torch.distributed.barrier()
+    message = f"checkpoint {save}/iter_0000003 cannot be written: No space left on device; the last good checkpoint is"
+    with pytest.raises(UserError, match=message):
+        _train(MODEL, Parallel(tp=2), "fp32", save, iterations=3, resume=save / "iter_0000002")
+    torch.distributed.barrier()
+    assert [path.name for path in save.iterdir() if "iter_" in path.name] == ["iter_0000002"]
+    assert integrity.fault_on_all_ranks(save / "iter_0000002") is None
 
 
 # ---- one process -------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.config import Model
 from megatron_ultralong.data import packed_rows
 from tests import processes
+from tests.disk import fill, small_disk
+from tests.distributed.test_damaged_checkpoints import flip
 from tests.text import write_rows
 from tests.tiny import hf_model
 
@@ -108,10 +110,30 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         == 1
     )
 
+    # The same while a checkpoint is written, whose writers get it too: it is completed, and is the last.
+    before = set(save.glob(".iter_*"))
+    with Tool(
+        inputs, save, "train.iterations=100000", "train.save_every=1", "train.keep=0", own_children=True
+    ) as tool:
+        tool.wait_for("resuming from")
+        partial = _halted_while_saving(tool, save, before)
+        os.killpg(tool.process.pid, signal.SIGTERM)
+        tool.send(signal.SIGCONT)
+        assert tool.finish() == 0, tool.errors()
+        stopped = int(re.findall(r"iter_(\d+)", partial.name)[0])
+        assert f"SIGTERM received: saved iteration {stopped}; run the same" in tool.lines[-1]
+        assert "Error" not in tool.errors()
+    assert _saved(save)[-1] == stopped and not list(save.glob(".iter_*"))
+    seen |= tool.iterations()
+
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=4", "train.keep=2") as tool:
         tool.wait_for(
             f"resuming from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences consumed"
         )
+        with Tool(inputs, save) as second:
+            assert second.finish() == 2
+            busy = rf"error: --save {save} is in use by another run \(host \S+, process {tool.process.pid}, since .*\); "
+            assert re.match(busy, second.errors()), second.errors()
         tool.wait_for(f"iteration {stopped + 13:6d}/100000")
         tool.kill()
         assert tool.finish() == -signal.SIGKILL
@@ -134,10 +156,25 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     (save / f"iter_{unfinished + 1:07d}" / "common.pt").write_bytes(b"")
     seen |= tool.iterations()
 
+    # One wrong bit in the newest: the one before it is used.
+    flip(max(Path(save / f"iter_{last:07d}").glob("*.distcp"), key=lambda file: file.stat().st_size), 5000)
     end = max(last, *seen) + 3
     with Tool(inputs, save, f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
-        assert any(f"resuming from {save}/iter_{last:07d}" in line for line in tool.lines)
+        assert any(f"resuming from {save}/iter_{last - 1:07d}" in line for line in tool.lines)
+        told = [line for line in tool.lines if "is damaged" in line]
+        assert told[0] == (
+            f"{save}/iter_{unfinished + 1:07d} is damaged (metadata.json is missing) and was renamed; "
+            f"iterations {last} to {unfinished + 1} are trained again"
+        )
+        assert re.fullmatch(
+            rf"{save}/iter_{last:07d} is damaged \(__0_\d.distcp does not match its checksum\) and was renamed; "
+            rf"iterations {last} to {last} are trained again",
+            told[1],
+        )
+    assert sorted(path.name for path in save.glob("*.damaged")) == [
+        f"iter_{n:07d}.damaged" for n in (last, unfinished + 1)
+    ]
     assert _saved(save)[-1] == end and not list(save.glob(".iter_*")), "leftovers of killed saves are removed"
     seen |= tool.iterations()
 
@@ -208,6 +245,15 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
     seen |= tool.iterations()
     held_out |= tool.held_out()
 
+    # torchrun is killed: its ranks save and end by themselves.
+    with Tool(inputs, save, "train.iterations=100000", *settings, ranks=2) as tool:
+        tool.wait_for(f"iteration {end + 2:6d}/100000")
+        ranks = psutil.Process(tool.process.pid).children()
+        tool.send(signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive and tool.finish() == -signal.SIGKILL
+        assert _saved(save)[-1] > end + 1
+
     reference = _plain_training(inputs, end)
     _check_lines(seen, reference)
     assert list(held_out) == sorted({*range(3, end + 1, 3), end}), "every third iteration and at the end"
@@ -218,6 +264,47 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
             reference[iteration],
         )
     _check_board(save, seen, held_out)
+
+
+# ---- a full disk -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_no_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        save = disk / "run"
+        settings = ("train.iterations=100000", "train.save_every=1", "train.keep=2")
+        with Tool(inputs, save, *settings, "train.save_failures=1000000") as tool:
+            tool.wait_for("saved checkpoint of iteration 2 ")
+            fill(disk)
+            tool.wait_for("warning: checkpoint")
+            assert re.fullmatch(
+                rf"warning: checkpoint {save}/iter_\d+ cannot be written: .*; training goes on without it "
+                rf"\(1 of 1000000 saves failed\), the last good checkpoint is {save}/iter_\d+",
+                tool.lines[-1],
+            )
+            (disk / "filler").unlink()
+            tool.wait_for("saved checkpoint of iteration")
+            fill(disk)
+            tool.wait_for("warning: checkpoint")
+            good = int(tool.lines[-1][-7:])
+            assert _saved(save)[-1] == good
+            tool.send(signal.SIGTERM)
+            assert tool.finish() == 2, "the checkpoint at the end is needed"
+            said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]
+            assert len(said) == 1 and said[0].endswith(f"the last good checkpoint is {save}/iter_{good:07d}")
+        assert not list(save.glob(".iter_*")), "what was written of it is removed"
+        seen = tool.iterations()
+        (disk / "filler").unlink()
+        with Tool(inputs, save, *settings) as tool:
+            tool.wait_for(f"resuming from {save}/iter_{good:07d}")
+            tool.wait_for("saved checkpoint of iteration")
+            fill(disk)
+            assert tool.finish() == 2
+        again = tool.iterations()
+        assert {n: line["loss"] for n, line in again.items() if n in seen} == {
+            n: line["loss"] for n, line in seen.items() if n in again
+        }
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
