@@ -1,4 +1,5 @@
-"""SIGTERM as a request to stop between two iterations, after a checkpoint; and signals at a parent's end."""
+"""SIGTERM and SIGUSR1 as requests to stop between two iterations, after a checkpoint; a signal at a parent's
+end."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from megatron_ultralong.runtime import agreement
 
 
 class StopRequest:
-    """Records SIGTERM from the first one's creation on, for all later ones of the process too: a signal
+    """Records SIGTERM, and SIGUSR1, which batch systems send as a warning, from the first one's creation on, for all later ones of the process too: a signal
     between two stages stops the next. Slurm may signal a single rank, so all ranks agree on it."""
 
     stopped = False
@@ -21,14 +22,15 @@ class StopRequest:
     _received = False
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGTERM, self._receive)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
 
     @staticmethod
     def _receive(number: int, frame: Any) -> None:
         StopRequest._received = True
 
     def on_any_rank(self, device: torch.device) -> bool:
-        """Whether any rank has received SIGTERM. Every rank calls it."""
+        """Whether any rank has received one. Every rank calls it."""
         if agreement.first_rank_where(self._received, device) is not None:
             StopRequest.stopped = True
         return StopRequest.stopped

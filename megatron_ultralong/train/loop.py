@@ -112,7 +112,7 @@ def train(
 ) -> TrainingState:
     """Train from `state` to `run.train.iterations`; return the last state, which is saved.
 
-    Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A SIGTERM saves
+    Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A request to stop saves
     after the current iteration and returns. TrainingStopped where the loss or the gradient norm is not
     finite.
     """
@@ -122,7 +122,7 @@ def train(
     stop = StopRequest()
     validated = None  # iteration
     if stop.on_any_rank(ranks.device):
-        log.note("SIGTERM received before the first iteration; run the same command again")
+        log.note("asked to stop before the first iteration; run the same command again")
         return state
 
     while state.iteration < t.iterations:
@@ -183,7 +183,7 @@ def train(
             checkpoints.save(trainer, state, log, needed=stopping or last)
             stopping = stopping or (checkpoints.saved(iteration) and stop.on_any_rank(ranks.device))
         if stopping:
-            log.note(f"SIGTERM received: saved iteration {iteration}; run the same command again to resume")
+            log.note(f"asked to stop: saved iteration {iteration}; run the same command again to resume")
             return state
 
     if validated != state.iteration:

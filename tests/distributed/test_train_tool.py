@@ -96,7 +96,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         stopped = int(tool.lines[-1].split()[4].rstrip(";"))
         assert (
             tool.lines[-1]
-            == f"SIGTERM received: saved iteration {stopped}; run the same command again to resume"
+            == f"asked to stop: saved iteration {stopped}; run the same command again to resume"
         )
         assert "Error" not in tool.errors()
     assert _saved(save) == [stopped] and not list(save.glob(".iter_*"))
@@ -121,7 +121,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         tool.send(signal.SIGCONT)
         assert tool.finish() == 0, tool.errors()
         stopped = int(re.findall(r"iter_(\d+)", partial.name)[0])
-        assert f"SIGTERM received: saved iteration {stopped}; run the same" in tool.lines[-1]
+        assert f"asked to stop: saved iteration {stopped}; run the same" in tool.lines[-1]
         assert "Error" not in tool.errors()
     assert _saved(save)[-1] == stopped and not list(save.glob(".iter_*"))
     seen |= tool.iterations()
@@ -226,7 +226,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
         tool.finish()
         stopped = _saved(save)[-1]
         assert (
-            f"SIGTERM received: saved iteration {stopped}; run the same command again to resume" in tool.lines
+            f"asked to stop: saved iteration {stopped}; run the same command again to resume" in tool.lines
         )
         assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
             "auto is settled before it is printed"
