@@ -151,6 +151,8 @@ class Data:
     and a document's first token is not a target."""
     positions: Literal["row", "document"] = "row"
     """With documents=masked: RoPE positions count from the start of the row, or of each document."""
+    allow_other_tokenizer: bool = False
+    """Train on rows that were made with another tokenizer than the model's."""
 
     def __post_init__(self) -> None:
         if self.positions == "document" and self.documents != "masked":

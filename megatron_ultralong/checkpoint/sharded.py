@@ -97,7 +97,10 @@ def _write_shards(partial: Path, final: Path, state: dict[str, Any], vocab_size:
         try:
             with _writers():
                 dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
-        except (Exception, CheckpointException) as error:  # whatever a failed writer makes torch or Megatron raise
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # whatever a failed writer makes torch or Megatron raise
             raise _failed(final, error, size) from None
 
     agreement.on_every_rank(write)
@@ -188,7 +191,11 @@ def _begin(final: Path, assets: AssetFolders) -> str:
         # folder has another name.
         shutil.rmtree(stale, ignore_errors=True)
     partial = atomic_files.staging_folder(final)
-    assets.copy_to(partial / "hf")
+    try:
+        assets.copy_to(partial / "hf")
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return partial.name
 
 

@@ -14,8 +14,9 @@ from megatron_ultralong.runtime import agreement
 
 
 class StopRequest:
-    """Records SIGTERM, and SIGUSR1, which batch systems send as a warning, from the first one's creation on, for all later ones of the process too: a signal
-    between two stages stops the next. Slurm may signal a single rank, so all ranks agree on it."""
+    """Records SIGTERM, and SIGUSR1, which batch systems send as a warning. From the first one's creation on,
+    for all later ones of the process too: a signal between two stages stops the next. A single rank may be
+    signalled, so all ranks agree on it."""
 
     stopped = False
     """Whether the ranks have agreed to stop."""

@@ -112,8 +112,8 @@ def train(
 ) -> TrainingState:
     """Train from `state` to `run.train.iterations`; return the last state, which is saved.
 
-    Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A request to stop saves
-    after the current iteration and returns. TrainingStopped where the loss or the gradient norm is not
+    Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A request to stop
+    saves after the current iteration and returns. TrainingStopped where the loss or the gradient norm is not
     finite.
     """
     run, ranks, optimizer, t = trainer.run, trainer.ranks, trainer.optimizer, trainer.run.train

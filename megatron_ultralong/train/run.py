@@ -15,12 +15,13 @@ from megatron_ultralong.config import Model, Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
+from megatron_ultralong.data.tokenizer import check_same
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
-from megatron_ultralong.train import loop, run_lock, weights_source
+from megatron_ultralong.train import loop, resume_changes, run_lock, weights_source
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
 from megatron_ultralong.train.ode_training import OdeTraining
@@ -58,6 +59,8 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     run.parallel.data_parallel(launch.world_size())
     asked = run
     run, source = weights_source.find(asked, files.save, files.load, files.load_hf, files.tokenizer)
+    if source.resume is not None:
+        resume_changes.check(source.state, run)
     model = source.state.model
     check_model_layout(model, run.parallel)
     masked = run.data.documents == "masked"
@@ -67,6 +70,9 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     )
     assert rows is not None
     tokenizer = source.assets.tokenizer or source.assets.base
+    if tokenizer is not None and not run.data.allow_other_tokenizer:
+        for dataset in (*rows.datasets, *(held_out.datasets if held_out else ())):
+            check_same(tokenizer, dataset.prefix, dataset.manifest)
     prepared = [prepare(run, tokenizer, model.vocab_size) for prepare in evaluations]
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
@@ -86,7 +92,7 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
         trainer = _build(run, ranks, source)
         if lock_note is not None:
             log.note(lock_note)
-        _print_start(log, trainer, source, state, rows)
+        _print_start(log, trainer, source, state, rows, files)
         state = loop.train(
             trainer,
             state,
@@ -142,7 +148,12 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
 
 
 def _print_start(
-    log: Log, trainer: Trainer, source: WeightsSource, state: TrainingState, rows: BlendedDataset
+    log: Log,
+    trainer: Trainer,
+    source: WeightsSource,
+    state: TrainingState,
+    rows: BlendedDataset,
+    files: RunFiles,
 ) -> None:
     """Log what the run is trained on and where it starts."""
     from megatron_ultralong.model import llama
@@ -155,11 +166,15 @@ def _print_start(
     if rope.depends_on_length() and covered is not None and covered > run.train.seq_length:
         log.note(f"RoPE at {covered} tokens: {report(rope, state.model.head_dim, covered)}")
     if source.resume is None:
-        note = weights_source.theta_note(run, source)
+        notes = [weights_source.theta_note(run, source)]
     else:
-        note = weights_source.data_note(source.state, state)
-    if note is not None:
-        log.note(note)
+        notes = [
+            weights_source.data_note(source.state, state),
+            *resume_changes.notes(source.state, run, files.load, files.load_hf),
+        ]
+    for note in notes:
+        if note is not None:
+            log.note(note)
     for path, fault in source.damaged:
         lost = int(path.name[5:])
         log.note(

@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
             tool.process.pid, signal.SIGTERM
         )  # as Slurm does: the process that reads the data gets it too
         assert tool.finish() == 0, tool.errors()
-        stopped = int(tool.lines[-1].split()[4].rstrip(";"))
+        stopped = int(re.findall(r"saved iteration (\d+);", tool.lines[-1])[0])
         assert (
             tool.lines[-1]
             == f"asked to stop: saved iteration {stopped}; run the same command again to resume"
@@ -157,19 +157,20 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     seen |= tool.iterations()
 
     # One wrong bit in the newest: the one before it is used.
+    whole = _saved(save)[-2]
     flip(max(Path(save / f"iter_{last:07d}").glob("*.distcp"), key=lambda file: file.stat().st_size), 5000)
     end = max(last, *seen) + 3
     with Tool(inputs, save, f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
-        assert any(f"resuming from {save}/iter_{last - 1:07d}" in line for line in tool.lines)
+        assert any(f"resuming from {save}/iter_{whole:07d}" in line for line in tool.lines)
         told = [line for line in tool.lines if "is damaged" in line]
         assert told[0] == (
             f"{save}/iter_{unfinished + 1:07d} is damaged (metadata.json is missing) and was renamed; "
-            f"iterations {last} to {unfinished + 1} are trained again"
+            f"iterations {whole + 1} to {unfinished + 1} are trained again"
         )
         assert re.fullmatch(
             rf"{save}/iter_{last:07d} is damaged \(__0_\d.distcp does not match its checksum\) and was renamed; "
-            rf"iterations {last} to {last} are trained again",
+            rf"iterations {whole + 1} to {last} are trained again",
             told[1],
         )
     assert sorted(path.name for path in save.glob("*.damaged")) == [
@@ -180,17 +181,17 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
 
     with Tool(inputs, tmp_path / "whole", f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
-    whole = tool.iterations()
+    undisturbed = tool.iterations()
     assert {n: (line["loss"], line["norm"], line["lr"]) for n, line in seen.items()} == {
-        n: (line["loss"], line["norm"], line["lr"]) for n, line in whole.items()
+        n: (line["loss"], line["norm"], line["lr"]) for n, line in undisturbed.items()
     }
     ours, theirs = (_tensors(folder / f"iter_{end:07d}") for folder in (save, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
 
-    _check_lines(whole, _plain_training(inputs, end))
-    _check_board(save, whole)
+    _check_lines(undisturbed, _plain_training(inputs, end))
+    _check_board(save, undisturbed)
 
 
 def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
@@ -225,9 +226,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
         tool.send(signal.SIGTERM)  # to torchrun, which hands it on
         tool.finish()
         stopped = _saved(save)[-1]
-        assert (
-            f"asked to stop: saved iteration {stopped}; run the same command again to resume" in tool.lines
-        )
+        assert f"asked to stop: saved iteration {stopped}; run the same command again to resume" in tool.lines
         assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
             "auto is settled before it is printed"
         )
@@ -245,15 +244,6 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
     seen |= tool.iterations()
     held_out |= tool.held_out()
 
-    # torchrun is killed: its ranks save and end by themselves.
-    with Tool(inputs, save, "train.iterations=100000", *settings, ranks=2) as tool:
-        tool.wait_for(f"iteration {end + 2:6d}/100000")
-        ranks = psutil.Process(tool.process.pid).children()
-        tool.send(signal.SIGKILL)
-        _, alive = psutil.wait_procs(ranks, timeout=60)
-        assert not alive and tool.finish() == -signal.SIGKILL
-        assert _saved(save)[-1] > end + 1
-
     reference = _plain_training(inputs, end)
     _check_lines(seen, reference)
     assert list(held_out) == sorted({*range(3, end + 1, 3), end}), "every third iteration and at the end"
@@ -264,6 +254,15 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
             reference[iteration],
         )
     _check_board(save, seen, held_out)
+
+    # torchrun is killed: its ranks save and end by themselves.
+    with Tool(inputs, save, "train.iterations=100000", *settings, ranks=2) as tool:
+        tool.wait_for(f"iteration {end + 2:6d}/100000")
+        ranks = psutil.Process(tool.process.pid).children()
+        tool.send(signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive and tool.finish() == -signal.SIGKILL
+        assert _saved(save)[-1] > end + 1
 
 
 # ---- a full disk -------------------------------------------------------------------------------

@@ -280,6 +280,7 @@ def _manifest(
         "tokenizer": {
             "name": tokenizer.path.resolve().name,
             "sha256": tokenizer.sha256,
+            "encoding_sha256": tokenizer.encoding_sha256,
             "vocab_size": tokenizer.vocab_size,
         },
         "seed": mix.seed,
