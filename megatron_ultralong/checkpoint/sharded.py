@@ -193,7 +193,7 @@ def _begin(final: Path, assets: AssetFolders) -> str:
     partial = atomic_files.staging_folder(final)
     try:
         assets.copy_to(partial / "hf")
-    except OSError:
+    except (OSError, UserError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return partial.name

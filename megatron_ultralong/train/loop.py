@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -60,6 +61,17 @@ class Checkpoints:
         self._allowed, self._failed = failures, 0
         existing = run_directory.complete_checkpoints(folder)
         self._newest = existing[-1] if existing else None
+        self._good: Path | None = None
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+        if torch.distributed.get_rank() == 0 and assets != AssetFolders():
+            # The folder they come from may be gone when the first checkpoint is saved, hours later.
+            self._copies = tempfile.TemporaryDirectory(prefix="megatron_ultralong-")
+            assets.copy_to(Path(self._copies.name))
+            self._assets = AssetFolders(base=Path(self._copies.name))
+
+    def confirm(self) -> None:
+        """Note that the iteration after the newest checkpoint was finite: that checkpoint is good."""
+        self._good = self._newest
 
     def save(self, trainer: Trainer, state: TrainingState, log: Log, *, needed: bool) -> None:
         """Write the checkpoint of `state`. Every rank calls it.
@@ -99,7 +111,14 @@ class Checkpoints:
     def __str__(self) -> str:
         if self._newest is None:
             return "no checkpoint has been saved"
-        return f"the last good checkpoint is {self._newest}"
+        if self._newest == self._good:
+            return f"the last good checkpoint is {self._good}"
+        good = (
+            "none before it is known to be good"
+            if self._good is None
+            else f"the last good one is {self._good}"
+        )
+        return f"the newest checkpoint is {self._newest}, which no finite iteration has followed; {good}"
 
 
 def train(
@@ -153,6 +172,7 @@ def train(
             raise TrainingStopped(
                 f"gradient of the RoPE's network is not finite at iteration {iteration}; {checkpoints}"
             )
+        checkpoints.confirm()
 
         # Log.
         state = replace(
@@ -180,6 +200,12 @@ def train(
             validated = iteration
         stopping, last = stop.on_any_rank(ranks.device), iteration == t.iterations
         if stopping or last or (t.save_every and iteration % t.save_every == 0):
+            bad_rank = agreement.first_rank_where(not _finite(trainer.chunks), ranks.device)
+            if bad_rank is not None:
+                raise TrainingStopped(
+                    f"weights are not finite after iteration {iteration}, first on rank {bad_rank}, and are not saved; "
+                    f"{checkpoints}"
+                )
             checkpoints.save(trainer, state, log, needed=stopping or last)
             stopping = stopping or (checkpoints.saved(iteration) and stop.on_any_rank(ranks.device))
         if stopping:
@@ -189,6 +215,12 @@ def train(
     if validated != state.iteration:
         run_validation(trainer, state, data, log, evaluations)
     return state
+
+
+def _finite(chunks: list[torch.nn.Module]) -> bool:
+    """Whether all of this rank's weights are finite."""
+    norms = [torch.linalg.vector_norm(p.detach(), torch.inf) for chunk in chunks for p in chunk.parameters()]
+    return not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
 def run_validation(

@@ -15,7 +15,8 @@ from megatron_ultralong.config import Model, Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
-from megatron_ultralong.data.tokenizer import check_same
+from megatron_ultralong.data.tokenizer import check_same, load_tokenizer
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
@@ -172,6 +173,8 @@ def _print_start(
             weights_source.data_note(source.state, state),
             *resume_changes.notes(source.state, run, files.load, files.load_hf),
         ]
+    if log.ranks.is_main:
+        notes.append(_tokenizer_note(source.assets.tokenizer or source.assets.base))
     for note in notes:
         if note is not None:
             log.note(note)
@@ -184,6 +187,17 @@ def _print_start(
         log.note(
             f"resuming from {source.resume}: iteration {state.iteration}, {state.consumed} sequences consumed"
         )
+
+
+def _tokenizer_note(folder: Path | None) -> str | None:
+    """A line for a model whose tokenizer the export cannot contain."""
+    if folder is None:
+        return None
+    try:
+        load_tokenizer(folder)
+    except UserError as error:
+        return f"warning: {error}; checkpoints and exports of this run will have no usable tokenizer"
+    return None
 
 
 def _training_data(

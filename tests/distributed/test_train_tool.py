@@ -352,7 +352,7 @@ def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
         assert tool.finish() == 1
         said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]
         assert said == [f"error: --save {tmp_path}/file/run cannot be written: Not a directory"]
-        assert "exitcode  : 2" in tool.errors()
+        assert "exitcode  : 2" in tool.errors() and f"traceback : {said[0]}" in tool.errors()
 
 
 def _copy(base: Path, to: Path) -> Path:
