@@ -101,8 +101,8 @@ def pack_conversations(
             writer.add(row[None], mask[None], [starts])
         writer.finish()
         buffer.remove()
-        manifest = _manifest(settings, encoder, writer, selection, entries)
-        row_writer.write_manifest(stage, manifest)
+        made = _manifest(settings, encoder, writer, selection, entries)
+        manifest = row_writer.write_manifest(stage, made)
     return manifest
 
 
