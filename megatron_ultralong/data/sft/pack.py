@@ -102,8 +102,7 @@ def pack_conversations(
         writer.finish()
         buffer.remove()
         made = _manifest(settings, encoder, writer, selection, entries)
-        manifest = row_writer.write_manifest(stage, made)
-    return manifest
+        return row_writer.write_manifest(stage, made)
 
 
 def _select(
