@@ -17,7 +17,9 @@ mkdir -p "$RUNS"
 # YaRN factor 32 over 8192 positions = 262,144; 200 iterations of 4 sequences are 210 million tokens.
 torchrun --standalone --nproc-per-node 8 tools/train.py --recipe ultralong_1m \
     --set train.seq_length=256K rope.factor=32 parallel.cp=1 train.global_batch=4 train.iterations=200 train.warmup=10 \
-    --load-hf "$MODEL" --data "$RUNS/text" --save "$RUNS/pretrain"
+    --load-hf "$MODEL" --data "$RUNS/text" --save "$RUNS/pretrain" || true
+# A run that was asked to stop saves and exits early; torchrun's exit code is then 1.
+[ -d "$RUNS/pretrain/iter_0000200" ] || { echo "training ended before its last iteration; run the same command again to resume" >&2; exit 1; }
 
 [ -d "$RUNS/hf" ] || torchrun --standalone --nproc-per-node 8 tools/convert_hf.py export --ckpt "$RUNS/pretrain" --out "$RUNS/hf" --dtype bf16
 

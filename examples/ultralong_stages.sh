@@ -17,12 +17,12 @@ cli.main(lambda: show(*sys.argv[1:]))' "$RECIPE" $SETTINGS)
 read -r LENGTH ITERATIONS SFT_LENGTH SFT_ITERATIONS <<< "$values"
 
 train() {  # recipe, its iterations, run directory, more arguments
-    local last
+    local last status=0
     last="$3/iter_$(printf %07d "$2")"
     [ ! -d "$last" ] || return 0
-    on_all_ranks tools/train.py --recipe "$1" --save "$3" ${SETTINGS:+--set $SETTINGS} "${@:4}"
-    # A run that was asked to stop saves and exits early.
-    [ -d "$last" ] || { echo "$1 was stopped before its end; start the script again to resume"; exit 1; }
+    on_all_ranks tools/train.py --recipe "$1" --save "$3" ${SETTINGS:+--set $SETTINGS} "${@:4}" || status=$?
+    # A run that was asked to stop saves and exits early; torchrun's exit code is then 1.
+    [ -d "$last" ] || { echo "$1 ended before its last iteration (exit code $status); start the script again to resume" >&2; exit 1; }
 }
 evaluate() {  # name, model
     [ -f "$RUNS/$1/niah/niah.png" ] || in_one_process python tools/evaluate.py niah --model "$2" --lengths "$LENGTHS" --trials 5 --out "$RUNS/$1/niah"

@@ -151,6 +151,8 @@ class Data:
     and a document's first token is not a target."""
     positions: Literal["row", "document"] = "row"
     """With documents=masked: RoPE positions count from the start of the row, or of each document."""
+    allow_other_tokenizer: bool = False
+    """Train on rows that were made with another tokenizer than the model's."""
 
     def __post_init__(self) -> None:
         if self.positions == "document" and self.documents != "masked":
@@ -204,6 +206,9 @@ class Train:
     """Iterations between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Checkpoints kept; 0 = all."""
+    save_failures: int = 3
+    """Saves in a row that may fail, for want of space for example, before the run ends. At the end of
+    training, and when it is asked to stop, the first one ends it."""
     eval_every: int = 0
     """Iterations between evaluations on held-out data; 0 = only at the end."""
     eval_rows: int = 64
@@ -221,7 +226,15 @@ class Train:
     """Bit-reproducible GPU kernels (slower); CPU runs are always reproducible."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_length", "micro_batch", "global_batch", "iterations", "log_every", "eval_rows"):
+        for name in (
+            "seq_length",
+            "micro_batch",
+            "global_batch",
+            "iterations",
+            "log_every",
+            "eval_rows",
+            "save_failures",
+        ):
             _positive(f"train.{name}", getattr(self, name))
         for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every", "z_loss"):
             _not_negative(f"train.{name}", getattr(self, name))

@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face Llama directory to a sharded checkpoint and back, or compare the two.
+"""Convert a Hugging Face Llama directory to a sharded checkpoint and back, compare the two, or verify a
+checkpoint's files.
 
 python tools/convert_hf.py import --hf Llama-3.1-8B-Instruct --out runs/base
 python tools/convert_hf.py export --ckpt runs/1m --out Llama-3.1-8B-1M
 torchrun --nproc-per-node 8 tools/convert_hf.py verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
+python tools/convert_hf.py check --ckpt runs/1m
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ COMMANDS = {
     "import": "HF directory to sharded checkpoint (training can also read the HF directory in place)",
     "export": "sharded checkpoint to HF directory",
     "verify": "compare all weights bit by bit; lists the tensors that differ and exits with code 1",
+    "check": "read all files of a checkpoint and compare them with its checksums; exits with code 1 where one is damaged",
 }
 
 
@@ -34,6 +37,9 @@ def arguments() -> argparse.Namespace:
         add[name].add_argument(
             "--ckpt", type=Path, required=True, help="run directory (its newest iteration) or one iteration"
         )
+    add["check"].add_argument(
+        "--ckpt", type=Path, required=True, help="run directory (all of its iterations) or one iteration"
+    )
     add["import"].add_argument("--out", type=Path, required=True, metavar="CKPT", help="new run directory")
     add["export"].add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory"
@@ -49,11 +55,11 @@ def arguments() -> argparse.Namespace:
         add[name].add_argument(
             "--dtype", choices=("bf16", "fp32"), help="dtype of the weights written (default: as stored)"
         )
-    for command in add.values():
-        command.add_argument(
+    for name in ("import", "export", "verify"):
+        add[name].add_argument(
             "--tp", type=int, help="tensor parallel ranks of the conversion, independent of the checkpoint's"
         )
-        command.add_argument(
+        add[name].add_argument(
             "--pp", type=int, help="pipeline parallel ranks; tp x pp = ranks started (default: both chosen)"
         )
     return parser.parse_args()
@@ -63,14 +69,16 @@ def main() -> int:
     args = arguments()
 
     # Imported here so that --help is answered at once.
-    from megatron_ultralong.checkpoint import convert, sharded, training_state
+    from megatron_ultralong.checkpoint import convert, run_directory, training_state
     from megatron_ultralong.checkpoint.hf.config import read_config
     from megatron_ultralong.checkpoint.hf.writer import check_output
     from megatron_ultralong.rope.hf_config import client_warnings
 
+    if args.command == "check":
+        return _check(args.ckpt)
     if args.command == "export":
         check_output(args.out)
-        model = training_state.read(sharded.resolve(args.ckpt)).model
+        model = training_state.read(run_directory.resolve(args.ckpt)).model
     else:
         model = read_config(args.hf).model
     with convert.started(model, args.tp, args.pp) as (ranks, parallel):
@@ -91,6 +99,23 @@ def main() -> int:
         if ranks.is_main:
             print("\n".join(lines), flush=True)
     return 1 if different else 0
+
+
+def _check(place: Path) -> int:
+    """Print a line for each checkpoint; 1 where one is damaged."""
+    from megatron_ultralong.checkpoint import integrity, run_directory
+    from megatron_ultralong.config import Parallel, Runtime
+    from megatron_ultralong.runtime import launch
+
+    ranks = launch.start(Runtime(device="cpu"), Parallel())
+    damaged = False
+    for checkpoint in run_directory.all_of(place):
+        fault = integrity.fault_on_all_ranks(checkpoint)
+        damaged = damaged or fault is not None
+        if ranks.is_main:
+            print(f"{checkpoint}: {integrity.summary(checkpoint) if fault is None else f'damaged: {fault}'}")
+    launch.stop()
+    return int(damaged)
 
 
 if __name__ == "__main__":

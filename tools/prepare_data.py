@@ -6,6 +6,7 @@ python tools/prepare_data.py decontaminate --input *.jsonl --benchmark mmlu=hub 
 python tools/prepare_data.py pretrain --input *.jsonl --tokenizer DIR --seq-length 1M --output runs/1m/text
 python tools/prepare_data.py refine --input chat/*.jsonl --model gpt-4o-mini --output runs/sft/refined.jsonl
 python tools/prepare_data.py sft --sources chat.yaml --tokenizer DIR --examples 100000 --output runs/1m/chat
+python tools/prepare_data.py check runs/1m/text runs/1m/chat
 """
 
 from __future__ import annotations
@@ -31,9 +32,45 @@ def arguments() -> argparse.Namespace:
     add_refine(commands.add_parser("refine", help=text, description=text))
     text = "find documents that share n-grams with benchmarks, and report, drop or cut them"
     add_decontaminate(commands.add_parser("decontaminate", help=text, description=text))
+    text = "read all files of packed rows and compare them with their manifest's checksums"
+    add_check(commands.add_parser("check", help=text, description=text))
     text = "pack conversations into rows of S + 1 tokens with loss masks and document starts; only answers are trained on"
     add_sft(commands.add_parser("sft", help=text, description=text))
     return parser.parse_args()
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=check)
+    parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="prefix of packed rows, like runs/1m/text"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="the rows must have been made with this tokenizer too"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    from megatron_ultralong.data import packed_rows
+    from megatron_ultralong.data.tokenizer import check_same
+
+    for prefix in args.prefixes:
+        manifest = packed_rows.read_manifest(prefix)
+        rows = packed_rows.PackedDataset(prefix, manifest["seq_length"])
+        verified = rows.check_files()
+        largest = max(int(rows[row][0].max()) for row in range(len(rows)))
+        if largest != manifest["max_token_id"]:
+            raise UserError(
+                f"{prefix} contains token id {largest}, but its manifest says {manifest['max_token_id']} is the largest; "
+                "prepare the data again"
+            )
+        if args.tokenizer is not None:
+            check_same(args.tokenizer, prefix, manifest)
+        told = (
+            "all files match their checksums"
+            if verified
+            else "has no checksums; sizes and values are plausible"
+        )
+        print(f"{prefix}: {len(rows):,} rows of {manifest['seq_length']:,} + 1 tokens; {told}")
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import rope_network, sharded, training_state
+from megatron_ultralong.checkpoint import rope_network, run_directory, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
@@ -112,7 +112,7 @@ def export_hf(
     largest. UserError, on every rank, where `out` is in use or cannot be written, or config.json cannot
     express the RoPE; `out` then does not exist.
     """
-    checkpoint = sharded.resolve(checkpoint)
+    checkpoint = run_directory.resolve_verified(checkpoint)
     state, stored = training_state.read(checkpoint), stored_dtype(checkpoint)
     rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
     state = replace(state, rope=rope)
@@ -160,7 +160,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     Where the two are stored in different dtypes, both are compared in the narrower one. UserError where they
     cannot be compared.
     """
-    checkpoint = sharded.resolve(checkpoint)
+    checkpoint = run_directory.resolve_verified(checkpoint)
     hf, state, stored = (
         hf_config.read_config(folder),
         training_state.read(checkpoint),

@@ -3,28 +3,39 @@ under any layout.
 
 A run directory contains `iter_0000100/` folders: Megatron's shards, `run.json` (training_state.py) and `hf/`
 (config, tokenizer and licence of the base model). A folder is written under a hidden name and renamed when
-all ranks are done, so each `iter_*` that exists is complete. `latest_checkpointed_iteration.txt` is kept for
-Megatron-LM's own tools.
+all ranks are done, so each `iter_*` was complete when it was written. What has been damaged since is found by
+its checksums (integrity.py, tensor_sums.py). `latest_checkpointed_iteration.txt` is kept for Megatron-LM's
+own tools.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-import re
+import queue
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_ultralong.checkpoint import rope_network, training_state
+from megatron_ultralong.checkpoint import (
+    integrity,
+    rope_network,
+    run_directory,
+    tensor_sums,
+    torch_index,
+    training_state,
+)
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.clex import TrainedCLEX
-from megatron_ultralong.runtime import agreement
+from megatron_ultralong.runtime import agreement, signals
 
 T = TypeVar("T")
 
@@ -51,19 +62,118 @@ def save(
     """Write `folder/iter_NNNNNNN` and return it; every rank calls it. Then the oldest checkpoints beyond
     `keep` are removed (0 = keep all). rope_tensors: see rope_network.py.
 
-    UserError, on every rank, where it cannot be written.
+    UserError, on every rank, where it cannot be written; earlier checkpoints are then as they were.
     """
-    from megatron.core import dist_checkpointing
-
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
-    dist_checkpointing.save(state_dict(chunks, optimizer), str(partial), validate_access_integrity=True)
-    _end_writers()
-    torch.distributed.barrier()
-    agreement.on_main_rank(
-        lambda: _writing(final, lambda: _finish(partial, final, state, keep, rope_tensors))
-    )
+    try:
+        tensors = _write_shards(partial, final, state_dict(chunks, optimizer), state.model.vocab_size)
+        agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
+        files = integrity.hash_written(partial)
+        agreement.on_main_rank(lambda: integrity.write(partial, files, tensors))
+        agreement.on_main_rank(
+            lambda: _writing(final, lambda: _finish(partial, final, state.iteration, keep))
+        )
+    except UserError:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
+
+
+def _write_shards(partial: Path, final: Path, state: dict[str, Any], vocab_size: int) -> dict[str, str]:
+    """Write Megatron's files of a sharded state dict, and return the sums of its tensors. UserError, on every
+    rank, where that fails."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    size = sum(agreement.gather(_bytes_to_write(state)))
+    agreement.on_main_rank(lambda: _writing(final, lambda: _check_space(final, size)))
+    sums = tensor_sums.Sums(vocab_size)
+    strategy = sums.while_saving(serialization.get_default_save_sharded_strategy())
+
+    def write() -> None:
+        try:
+            with _writers():
+                dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # whatever a failed writer makes torch or Megatron raise
+            raise _failed(final, error, size) from None
+
+    agreement.on_every_rank(write)
+    return sums.on_all_ranks()
+
+
+def _bytes_to_write(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensor,
+        ShardedTensorFactory,
+        is_main_replica,
+    )
+
+    leaves = (x for x in nested_values(state) if isinstance(x, (ShardedTensor, ShardedTensorFactory)))
+    return sum(x.data.nbytes for x in leaves if x.data is not None and is_main_replica(x.replica_id))
+
+
+def _check_space(final: Path, size: int) -> None:
+    """UserError where `size` bytes of tensors, and what describes them, do not fit."""
+    free = shutil.disk_usage(final.parent).free
+    size = size + size // 100 + (1 << 20)
+    if free < size:
+        raise UserError(
+            f"checkpoint {final} cannot be written: it needs {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
+        )
+
+
+def _failed(final: Path, error: BaseException, size: int) -> UserError:
+    """The error of a save that failed on a rank. Megatron wraps the first cause, and loses that of a writer
+    process."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError):
+        text = error.strerror or text
+    elif shutil.disk_usage(final.parent).free < size:
+        text = os.strerror(errno.ENOSPC)
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return UserError(f"checkpoint {final} cannot be written: {text}")
+
+
+_writing_in: int | None = None
+"""This process, while it has writers."""
+
+
+@contextlib.contextmanager
+def _writers() -> Iterator[None]:
+    """Megatron's writers (forked processes or threads, by release) in the block end with this process.
+
+    They report to a queue in another process, which would die of a SIGTERM to the process group, and outlive
+    a killed rank. They are started and awaited in this process, so a plain queue serves.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    global _writing_in
+    if not hasattr(_end_with_parent, "registered"):
+        os.register_at_fork(after_in_child=_end_with_parent)
+        _end_with_parent.registered = True  # type: ignore[attr-defined]
+    filesystem_async._results_queue, _writing_in = queue.Queue(), os.getpid()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = _writing_in = None
+
+
+def _end_with_parent() -> None:
+    """In a child process just forked."""
+    if _writing_in is not None:
+        signals.at_parents_end(signal.SIGKILL, _writing_in)
 
 
 def _writing(final: Path, act: Callable[[], T]) -> T:
@@ -81,26 +191,27 @@ def _begin(final: Path, assets: AssetFolders) -> str:
         # folder has another name.
         shutil.rmtree(stale, ignore_errors=True)
     partial = atomic_files.staging_folder(final)
-    assets.copy_to(partial / "hf")
+    try:
+        assets.copy_to(partial / "hf")
+    except (OSError, UserError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return partial.name
 
 
-def _finish(
-    partial: Path,
-    final: Path,
-    state: TrainingState,
-    keep: int,
-    rope_tensors: dict[str, torch.Tensor] | None,
-) -> None:
-    """Make `partial` the complete checkpoint `final`, and remove old ones."""
-    training_state.write(partial, state)
+def _add_state(partial: Path, state: TrainingState, rope_tensors: dict[str, torch.Tensor] | None) -> None:
+    training_state.write(partial, state, integrity.ALGORITHM)
     if rope_tensors is not None:
         rope_network.write(partial, rope_tensors)
+
+
+def _finish(partial: Path, final: Path, iteration: int, keep: int) -> None:
+    """Make `partial` the complete checkpoint `final`, and remove old ones."""
     if final.exists():
         _remove(final)
     atomic_files.publish(partial, final)
-    atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(state.iteration))
-    for old in complete_checkpoints(final.parent)[:-keep] if keep else []:
+    atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(iteration))
+    for old in run_directory.complete_checkpoints(final.parent)[:-keep] if keep else []:
         _remove(old)
 
 
@@ -109,14 +220,6 @@ def _remove(checkpoint: Path) -> None:
     hidden = atomic_files.staging_folder(checkpoint)
     os.rename(checkpoint, hidden / checkpoint.name)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _end_writers() -> None:
-    """Release the process that holds the queue of Megatron's writers: it would outlive a killed rank, and
-    keep the rank's output open."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = None
 
 
 def state_dict(
@@ -146,37 +249,12 @@ def _metadata() -> dict[str, Any]:
     return {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-# ---- finding -----------------------------------------------------------------------------------
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first."""
-    if not folder.is_dir():
-        return []
-    checkpoints = [
-        p for p in folder.iterdir() if re.fullmatch(r"iter_\d+", p.name) and (p / "metadata.json").is_file()
-    ]
-    return sorted(checkpoints, key=lambda p: int(p.name[5:]))
-
-
-def resolve(path: Path) -> Path:
-    """Return an iteration's folder: `path` itself, or the newest complete one in the run directory `path`.
-    UserError where none exists."""
-    if (path / "metadata.json").is_file():
-        return path
-    checkpoints = complete_checkpoints(path)
-    if not checkpoints:
-        raise UserError(
-            f"{path} contains no complete checkpoint; expected a run directory with iter_* folders, or one of those"
-        )
-    return checkpoints[-1]
-
-
 def stored_tensors(checkpoint: Path) -> dict[str, Any]:
     """Name -> metadata (global_shape, dtype) of a checkpoint's tensors. UserError where Megatron cannot read
     it."""
     from megatron.core import dist_checkpointing
 
+    torch_index.read(checkpoint)
     try:
         return dist_checkpointing.load_tensors_metadata(str(checkpoint))
     except Exception as error:  # whatever a damaged checkpoint makes torch or Megatron raise
@@ -192,10 +270,12 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     """Fill `chunks` (and the optimizer) from the checkpoint at `path`, written under any layout. The network
     of a RoPE method keeps its weights where the checkpoint has none.
 
-    UserError, on every rank, names the first tensor that is missing, extra or of another shape; only
-    `_extra_state` may differ.
+    UserError, on every rank, names the first tensor that is missing, extra or of another shape (only
+    `_extra_state` may differ), or whose values are not those that were saved. The checkpoint's files are not
+    verified here: see `run_directory.resolve_verified`.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from megatron_ultralong.checkpoint import optimizer_state
@@ -204,8 +284,12 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     if optimizer is not None:
         optimizer_state.before_load(optimizer)
     requested = state_dict(chunks, optimizer, loading=True)
-    _check(path, requested, unwrap(chunks[0]).vocab_size, with_optimizer=optimizer is not None)
-    state = dist_checkpointing.load(requested, str(path), strict=StrictHandling.IGNORE_ALL)
+    vocab_size = unwrap(chunks[0]).vocab_size
+    _check(path, requested, vocab_size, with_optimizer=optimizer is not None)
+    sums = tensor_sums.Sums(vocab_size)
+    strategy = sums.while_loading(serialization.get_default_load_sharded_strategy(str(path)))
+    state = dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
+    _compare(path, sums)
     for i, chunk in enumerate(chunks):
         tensors = {k: v for k, v in state[_chunk_key(chunks, i)].items() if not k.endswith("_extra_state")}
         missing, unexpected = unwrap(chunk).load_state_dict(tensors, strict=False)
@@ -217,6 +301,17 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         optimizer_state.after_load(optimizer)
+
+
+def _compare(path: Path, sums: tensor_sums.Sums) -> None:
+    """UserError, on every rank, where a loaded tensor is not the one that was saved."""
+    loaded = sums.on_all_ranks()
+    stored = agreement.on_main_rank(lambda: integrity.read(path))
+    name = None if stored is None else tensor_sums.first_difference(stored.tensors, loaded)
+    if name is not None:
+        raise UserError(
+            f"{path}: the values of {name} are not those that were saved; a fault of memory, storage or network"
+        )
 
 
 def _check(path: Path, requested: dict[str, Any], vocab_size: int, with_optimizer: bool) -> None:

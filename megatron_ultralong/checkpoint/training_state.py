@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,10 @@ class TrainingState:
         return config.from_dict(self.run) if self.run else None
 
 
-def write(checkpoint: Path, state: TrainingState) -> None:
-    """Write run.json into the folder `checkpoint`. UserError where it cannot be written."""
-    values = {"format": FORMAT, **asdict(state)}
+def write(checkpoint: Path, state: TrainingState, checksums: str | None = None) -> None:
+    """Write run.json into the folder `checkpoint`. checksums: the algorithm of the checksums.json that is
+    written next to it. UserError where it cannot be written."""
+    values = {"format": FORMAT, "checksums": checksums, **asdict(state)}
     atomic_files.write_text(checkpoint / "run.json", json.dumps(values, indent=2) + "\n")
 
 
@@ -68,6 +69,21 @@ def read(checkpoint: Path) -> TrainingState:
             f"{file}: unsupported format version {version} (expected {' or '.join(map(str, READABLE))}); "
             "use the release that wrote it"
         )
-    rope = from_values(values.pop("rope"), ignore_others=True)
-    rope_network.check_present(checkpoint, rope)
-    return TrainingState(model=Model(**values.pop("model")), rope=rope, **values)
+    values.pop("checksums", None)  # checkpoint/integrity.py
+    try:
+        rope = from_values(values.pop("rope"), ignore_others=True)
+        rope_network.check_present(checkpoint, rope)
+        state = TrainingState(model=Model(**values.pop("model")), rope=rope, **values)
+        for field in fields(TrainingState):
+            if type(getattr(state, field.name)) is not int and field.type == "int":
+                raise TypeError(f"{field.name} is not a whole number")
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: it has been changed ({_one_line(error)})") from None
+    return state
+
+
+def _one_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    return f"{text} is missing" if isinstance(error, KeyError) else text

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data.packed_rows import BlendedDataset
+from megatron_ultralong.errors import UserError
 
 Batch = dict[str, Tensor]
 """tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, if requested,
@@ -63,16 +64,17 @@ def batches(
     """
     training = _TrainingBatches(dataset, shard, consumed, seed, shuffle)
     if workers:
-        return iter(
+        return map(
+            _batch_or_error,
             DataLoader(
-                training,
+                _InWorker(training),
                 batch_size=None,
                 sampler=itertools.count(),
                 num_workers=workers,  # type: ignore[arg-type]
                 multiprocessing_context="spawn",
                 prefetch_factor=2,
                 worker_init_fn=_ignore_sigterm,
-            )
+            ),
         )
     return _one_ahead(training.__getitem__)
 
@@ -112,6 +114,25 @@ class _TrainingBatches:
         samples = self.shard.samples(self.consumed, number)
         places = [self.dataset.locate(n, self.seed, self.shuffle) for n in samples]
         return _batch(self.dataset, places, self.shard)
+
+
+@dataclass(frozen=True)
+class _InWorker:
+    """The batches of a worker process, which returns its errors: raised there, torch would add tracebacks."""
+
+    training: _TrainingBatches
+
+    def __getitem__(self, number: int) -> Batch | str:
+        try:
+            return self.training[number]
+        except UserError as error:
+            return str(error)
+
+
+def _batch_or_error(made: Batch | str) -> Batch:
+    if isinstance(made, str):
+        raise UserError(made)
+    return made
 
 
 def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], shard: BatchShard) -> Batch:

@@ -97,8 +97,9 @@ class CorpusIndex:
         return numpy.diff(ends[self.documents])
 
 
-def read_index(path: Path) -> CorpusIndex:
-    """The index at `path`. UserError where it is damaged, or does not fit the .bin file next to it."""
+def read_index(path: Path, *, check_size: bool = True) -> CorpusIndex:
+    """The index at `path`. UserError where it is damaged, or does not fit the .bin file next to it (unless
+    check_size is false)."""
     header, data = read_header(path), path.with_suffix(".bin")
     try:
         size, content = data.stat().st_size, path.read_bytes()
@@ -117,7 +118,7 @@ def read_index(path: Path) -> CorpusIndex:
         starts[0] == 0
         and numpy.array_equal(numpy.diff(starts), lengths[:-1].astype(numpy.int64) * dtype.itemsize)
     )
-    if lengths.min(initial=0) < 0 or not in_order or size != total:
+    if lengths.min(initial=0) < 0 or not in_order or (check_size and size != total):
         raise UserError(f"{data} does not fit {path.name} ({size} bytes, expected {total}); make both again")
     if (
         not header.borders

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -17,17 +18,20 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_ultralong.data import megatron_index
+from megatron_ultralong.data import row_files
 from megatron_ultralong.data.permutation import permutation
+from megatron_ultralong.data.row_files import SequenceFile
 from megatron_ultralong.errors import UserError
 
 FORMAT = 1
 """Format version of the manifest: the one written, and the newest one read."""
+SAMPLED_BLOCKS = 4
+"""Blocks of each file that a rank compares with the manifest's checksums when a run starts."""
 
 
 class PackedDataset:
-    """The rows of PREFIX.bin/.idx, memory-mapped, with PREFIX.mask and PREFIX.docs where the manifest has
-    them. Can be pickled.
+    """The rows of PREFIX.bin/.idx, with PREFIX.mask and PREFIX.docs where the manifest has them. Can be
+    pickled.
 
     UserError where a file is missing or truncated, where a row does not have S + 1 tokens, or where there are
     no rows.
@@ -35,24 +39,39 @@ class PackedDataset:
 
     def __init__(self, prefix: str, seq_length: int) -> None:
         self.prefix, self.seq_length = prefix, seq_length
-        self.manifest = _manifest(prefix)
+        self.manifest = read_manifest(prefix)
         self._tokens = _open_rows(prefix, seq_length)
-        self._mask, self._document_starts = None, None
+        self._mask: SequenceFile | None = None
+        self._document_starts: SequenceFile | None = None
+        self._vocab_size: int | None = None
         if self.manifest.get("document_starts"):
-            self._document_starts = _open(f"{prefix}.docs")
+            self._document_starts = SequenceFile(f"{prefix}.docs")
+            self._document_starts.check_size()
             if len(self._document_starts) != len(self._tokens):
                 raise UserError(f"{prefix}.docs does not belong to {prefix}; prepare the data again")
         if self.manifest.get("mask"):
             self._mask = _open_rows(f"{prefix}.mask", seq_length)
-            if len(self._mask) != len(self._tokens) or self._mask.index.dtype != numpy.uint8:
+            if len(self._mask) != len(self._tokens) or self._mask.dtype != numpy.uint8:
                 raise UserError(f"{prefix}.mask does not belong to {prefix}; prepare the data again")
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def __getitem__(self, row: int) -> tuple[NDArray[Any], NDArray[numpy.uint8] | None]:
-        """(tokens [S + 1], whether each counts as a target [S + 1] or None where all do)."""
-        return self._tokens[row], None if self._mask is None else self._mask[row]
+        """(tokens [S + 1], whether each counts as a target [S + 1] or None where all do). UserError where
+        they cannot be read, or are none of these."""
+        tokens, mask = self._tokens[row], None if self._mask is None else self._mask[row]
+        if self._vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            wrong = next(int(x) for x in tokens if not 0 <= x < self._vocab_size)
+            raise UserError(
+                f"{self.prefix}.bin, row {row}: token id {wrong} is outside the vocabulary of {self._vocab_size}; "
+                "the file was changed: prepare the data again"
+            )
+        if mask is not None and mask.max() > 1:
+            raise UserError(
+                f"{self.prefix}.mask.bin, row {row}: contains {mask.max()}, but a mask is 0 or 1; prepare the data again"
+            )
+        return tokens, mask
 
     def document_starts(self, row: int) -> list[int]:
         """Where documents start among the S + 1 tokens of a row, 0 first. UserError where PREFIX.docs is not
@@ -61,10 +80,26 @@ class PackedDataset:
             raise UserError(
                 f"{self.prefix} has no document starts, which data.documents=masked requires; prepare it with --document-starts"
             )
-        return [int(start) for start in self._document_starts[row]]
+        starts = self._document_starts[row]
+        if starts[0] != 0 or (numpy.diff(starts) <= 0).any() or starts[-1] > self.seq_length:
+            raise UserError(
+                f"{self.prefix}.docs.bin, row {row}: starts of documents are not ascending within the row from 0 on; "
+                "prepare the data again"
+            )
+        return [int(start) for start in starts]
+
+    def check_files(self, sample: int | None = None, seed: int = 0) -> bool:
+        """Compare the files with the manifest's checksums: all of them, or a random sample of their blocks.
+        False where the manifest has none. UserError where they differ."""
+        recorded = self.manifest.get("checksums")
+        if recorded is not None:
+            row_files.check(self.prefix, recorded, sample, seed)
+        return recorded is not None
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """UserError where a row contains an id that a model with `vocab_size` embeddings does not have."""
+        """UserError where a row contains an id that a model with `vocab_size` embeddings does not have; from
+        now on, each row that is read is checked too."""
+        self._vocab_size = vocab_size
         largest = self.manifest["max_token_id"]
         if largest >= vocab_size:
             tokenizer = self.manifest.get("tokenizer", {}).get("name", "another tokenizer")
@@ -152,7 +187,11 @@ def open_blend(
     named = parse_data_arguments(arguments)
     datasets = [PackedDataset(prefix, seq_length) for _, prefix in named]
     for dataset in datasets:
+        # Another sample on each rank: what no rank has read yet is checked too.
+        dataset.check_files(SAMPLED_BLOCKS, seed=int(os.environ.get("RANK", "0")))
         dataset.check_vocabulary(vocab_size)
+        if dataset.manifest.get("trained_tokens") == 0:
+            raise UserError(f"{dataset.prefix} contains no token to train on; prepare the data again")
         if document_starts:
             dataset.document_starts(0)
     return BlendedDataset(datasets, [weight for weight, _ in named])
@@ -197,7 +236,8 @@ def _order(rows: int, seed: int, which: int, epoch: int) -> NDArray[numpy.int64]
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _manifest(prefix: str) -> dict[str, Any]:
+def read_manifest(prefix: str) -> dict[str, Any]:
+    """The manifest of packed rows. UserError where it is missing, or is none."""
     path = Path(f"{prefix}.json")
     if prefix.endswith((".bin", ".idx", ".json")) and Path(prefix).is_file():
         raise UserError(f"data {prefix}: give the prefix without {Path(prefix).suffix}")
@@ -223,42 +263,15 @@ def _manifest(prefix: str) -> dict[str, Any]:
     return manifest
 
 
-def _open(prefix: str) -> Any:
-    """Megatron's IndexedDataset of PREFIX.bin/.idx. UserError where the files are damaged."""
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    header = megatron_index.read_header(index)
-    try:
-        with data.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise UserError(f"{data} cannot be read: {error.strerror or error}") from None
-    if header.sequences == 0 or empty:
-        raise UserError(f"{prefix} contains no rows; prepare the data again")
-    if index.stat().st_size < header.index_size:
-        raise UserError(f"{index} was cut short; prepare the data again")
-
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    try:
-        return IndexedDataset(prefix)
-    except (AssertionError, ValueError, KeyError, OSError) as error:
+def _open_rows(prefix: str, seq_length: int) -> SequenceFile:
+    """The rows of PREFIX.bin/.idx, all of seq_length + 1 numbers. UserError where they are damaged, or of
+    another length."""
+    rows = SequenceFile(prefix)
+    wrong = rows.first_length_other_than(seq_length + 1)
+    if wrong is not None:
         raise UserError(
-            f"{index} cannot be read: {error or type(error).__name__}; prepare the data again"
-        ) from None
-
-
-def _open_rows(prefix: str, seq_length: int) -> Any:
-    """As `_open`, for rows of seq_length + 1 numbers."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    rows = _open(prefix)
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    wrong = numpy.flatnonzero(rows.sequence_lengths != seq_length + 1)
-    if len(wrong):
-        raise UserError(
-            f"{prefix} has rows of {rows.sequence_lengths[wrong[0]]} tokens, but sequence length {seq_length} requires "
-            f"{seq_length + 1}; repack it: tools/prepare_data.py pretrain --seq-length {seq_length}"
+            f"{prefix} has rows of {wrong} tokens, but sequence length {seq_length} requires {seq_length + 1}; "
+            f"repack it: tools/prepare_data.py pretrain --seq-length {seq_length}"
         )
-    if data.stat().st_size != len(rows) * (seq_length + 1) * DType.size(rows.index.dtype):
-        raise UserError(f"{data} does not have the length that {index.name} says; prepare the data again")
+    rows.check_size()
     return rows

@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_ultralong.data import megatron_index
+from megatron_ultralong.data import megatron_index, row_files
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 
@@ -138,9 +138,12 @@ def is_manifest(path: Path) -> bool:
     return '"format": ' in begin and '"kind": ' in begin and '"seq_length": ' in begin
 
 
-def write_manifest(stage: Path, values: dict[str, Any]) -> None:
-    """Write the manifest into a staging folder."""
+def write_manifest(stage: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest into a staging folder, with the checksums of the other files, and return it."""
+    files = [(suffix, stage / suffix) for suffix in SUFFIXES if (stage / suffix).is_file()]
+    values = {**values, "checksums": row_files.checksums(files)}
     (stage / "manifest").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return values
 
 
 def publish(stage: Path, output: str) -> None:

@@ -59,6 +59,8 @@ class Tokenizer:
     """Ids of bos, eos and pad."""
     sha256: str
     """Of tokenizer.json, or of tokenizer.model without it."""
+    encoding_sha256: str
+    """Of what decides how text is encoded (`encoding_hash`)."""
 
     def ids(self, text: str) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -76,7 +78,49 @@ def load_tokenizer(path: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return Tokenizer(path, backend, size, special, hashlib.sha256(file.read_bytes()).hexdigest())
+    data = file.read_bytes()
+    return Tokenizer(path, backend, size, special, hashlib.sha256(data).hexdigest(), encoding_hash(data))
+
+
+def encoding_hash(data: bytes) -> str:
+    """SHA-256 of what decides how text is encoded, out of a tokenizer.json: vocabulary, merges, added tokens,
+    normalisation and splitting. Equal for files that another release of tokenizers wrote in another form. Of
+    another file, of all of it."""
+    try:
+        values = json.loads(data)
+        model = dict(values["model"])
+        model["merges"] = [
+            m.split(" ", 1) if isinstance(m, str) else list(m) for m in model.get("merges") or []
+        ]
+        parts = {
+            "model": {
+                name: model.get(name) for name in ("type", "vocab", "merges", "byte_fallback", "unk_token")
+            },
+            "added": sorted((token["id"], token["content"]) for token in values.get("added_tokens") or []),
+            **{name: values.get(name) for name in ("normalizer", "pre_tokenizer")},
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
+
+
+def check_same(folder: Path, rows: str, manifest: dict[str, Any]) -> None:
+    """UserError where packed rows were made with another tokenizer than that of `folder`. Nothing is checked
+    where one of them is not recorded. rows: their prefix."""
+    made_with = manifest.get("tokenizer", {})
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not files or "sha256" not in made_with:
+        return
+    data = files[0].read_bytes()
+    if hashlib.sha256(data).hexdigest() == made_with["sha256"]:
+        return
+    if made_with.get("encoding_sha256") != encoding_hash(data):
+        raise UserError(
+            f"{rows} was made with the tokenizer of {made_with.get('name', 'another model')}, which is not that of the "
+            f"model ({files[0]}); prepare the data again, or --set data.allow_other_tokenizer=true"
+        )
 
 
 def encode_all(texts: Iterable[str], backend: Any) -> Iterator[NDArray[numpy.int32]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -21,13 +22,15 @@ from megatron_ultralong.errors import UserError
 def main(function: Callable[[], int | None]) -> None:
     """Run a tool's `function`; a `UserError` becomes `error: ...` on stderr and exit code 2.
 
-    Under torchrun the first rank of a node with a given error prints it, and every rank exits at once: the
-    others raised the same error, or wait in a collective that would delay the exit until its timeout.
+    Under torchrun the first rank of a node with a given error prints it, torchrun's own report repeats it,
+    and every rank exits at once: the others raised the same error, or wait in a collective that would delay
+    the exit until its timeout. Each line of another error names its rank.
     """
     quiet()
     try:
         code = function() or 0
     except UserError as error:
+        _record(f"error: {error}")
         if _first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
@@ -35,7 +38,10 @@ def main(function: Callable[[], int | None]) -> None:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         _leave(130)
     except Exception:
-        traceback.print_exc()
+        lines = traceback.format_exc().splitlines(keepends=True)
+        _record("".join(lines))
+        rank = f"[rank {os.environ['RANK']}] " if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        sys.stderr.write("".join(rank + line for line in lines))
         _leave(1)
     sys.exit(code)
 
@@ -59,6 +65,16 @@ def _leave(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _record(text: str) -> None:
+    """Write the file from which torchrun reports why a rank failed (torch.distributed.elastic's format)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": said}, file)
 
 
 def _first_to_say(line: str) -> bool:

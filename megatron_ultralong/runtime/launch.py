@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.runtime import cli
+from megatron_ultralong.runtime import cli, signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
     UserError where the device is not available or the ranks do not fit the layout.
     """
     cli.quiet()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A torchrun that is killed would leave its ranks running, beside those of the next one.
+        signals.at_parents_end(signal.SIGTERM)
     device = pick_device(runtime.device)
     world = world_size()
     dp = parallel.data_parallel(world)

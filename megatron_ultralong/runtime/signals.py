@@ -1,7 +1,10 @@
-"""SIGTERM as a request to stop between two iterations, after a checkpoint."""
+"""SIGTERM and SIGUSR1 as requests to stop between two iterations, after a checkpoint; a signal at a parent's
+end."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 from typing import Any
 
@@ -11,22 +14,40 @@ from megatron_ultralong.runtime import agreement
 
 
 class StopRequest:
-    """Records SIGTERM from the first one's creation on, for all later ones of the process too: a signal
-    between two stages stops the next. Slurm may signal a single rank, so all ranks agree on it."""
+    """Records SIGTERM, and SIGUSR1, which batch systems send as a warning. From the first one's creation on,
+    for all later ones of the process too: a signal between two stages stops the next. A single rank may be
+    signalled, so all ranks agree on it."""
 
     stopped = False
     """Whether the ranks have agreed to stop."""
     _received = False
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGTERM, self._receive)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
 
     @staticmethod
     def _receive(number: int, frame: Any) -> None:
         StopRequest._received = True
 
     def on_any_rank(self, device: torch.device) -> bool:
-        """Whether any rank has received SIGTERM. Every rank calls it."""
+        """Whether any rank has received one. Every rank calls it."""
         if agreement.first_rank_where(self._received, device) is not None:
             StopRequest.stopped = True
         return StopRequest.stopped
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def at_parents_end(number: signal.Signals, parent: int | None = None) -> None:
+    """Have Linux send this process a signal when the thread that started it ends, or its whole process.
+    Without effect elsewhere.
+
+    parent: process that started this one; the signal is sent at once where it has ended already.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), number)

@@ -8,7 +8,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -158,8 +158,7 @@ class Log:
     def saving(self, iteration: int) -> Iterator[None]:
         """Log that a checkpoint was saved in the block, and the time it took."""
         began = time.perf_counter()
-        if self.board is not None:
-            self.board.flush()  # a run that resumes from here does not log these scalars again
+        self._on_board(lambda board: board.flush())  # a run that resumes from here does not log them again
         yield
         self.note(f" saved checkpoint of iteration {iteration} in {time.perf_counter() - began:.1f} s")
 
@@ -167,17 +166,28 @@ class Log:
         """Close the progress bar, TensorBoard and wandb."""
         if self.bar is not None:
             self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        self._on_board(lambda board: board.close())
         if self.wandb is not None:
             self.wandb.finish()
 
     def _scalars(self, scalars: dict[str, Any], iteration: int) -> None:
-        if self.board is not None:
+        def add(board: Any) -> None:
             for name, value in scalars.items():
-                self.board.add_scalar(name, value, iteration)
+                board.add_scalar(name, value, iteration)
+
+        self._on_board(add)
         if self.wandb is not None:
             self.wandb.log(scalars, step=iteration)
+
+    def _on_board(self, act: Callable[[Any], None]) -> None:
+        """Use TensorBoard. Where its file cannot be written, say so once and go on without it."""
+        if self.board is None:
+            return
+        try:
+            act(self.board)
+        except Exception as error:  # its writer is a thread, which raises whatever it met
+            self.board = None
+            self.note(f"warning: tensorboard cannot be written ({error}); this run goes on without it")
 
 
 def print_run(run: Run, ranks: Ranks) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.data.loader import Batch
@@ -53,14 +54,44 @@ class TrainingData:
 class Checkpoints:
     """The checkpoints of a run directory."""
 
-    def __init__(self, folder: Path, assets: AssetFolders, keep: int) -> None:
-        """assets: small files to copy into each checkpoint. keep: checkpoints kept, 0 = all."""
+    def __init__(self, folder: Path, assets: AssetFolders, keep: int, failures: int = 1) -> None:
+        """assets: small files to copy into each checkpoint. keep: checkpoints kept, 0 = all. failures: saves
+        in a row of which the last one must not fail."""
         self._folder, self._assets, self._keep = folder, assets, keep
-        existing = sharded.complete_checkpoints(folder)
+        self._allowed, self._failed = failures, 0
+        existing = run_directory.complete_checkpoints(folder)
         self._newest = existing[-1] if existing else None
+        self._good: Path | None = None
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+        if torch.distributed.get_rank() == 0 and assets != AssetFolders():
+            # The folder they come from may be gone when the first checkpoint is saved, hours later.
+            self._copies = tempfile.TemporaryDirectory(prefix="megatron_ultralong-")
+            assets.copy_to(Path(self._copies.name))
+            self._assets = AssetFolders(base=Path(self._copies.name))
 
-    def save(self, trainer: Trainer, state: TrainingState) -> None:
-        """Write the checkpoint of `state`. Every rank calls it."""
+    def confirm(self) -> None:
+        """Note that the iteration after the newest checkpoint was finite: that checkpoint is good."""
+        self._good = self._newest
+
+    def save(self, trainer: Trainer, state: TrainingState, log: Log, *, needed: bool) -> None:
+        """Write the checkpoint of `state`. Every rank calls it.
+
+        UserError where it cannot be written, if it is needed or too many have failed; else a warning.
+        """
+        try:
+            with log.saving(state.iteration):
+                self._save(trainer, state)
+        except UserError as error:
+            self._failed += 1
+            if needed or self._failed >= self._allowed:
+                raise UserError(f"{error}; {self}") from None
+            log.note(
+                f"warning: {error}; training goes on without it ({self._failed} of {self._allowed} saves failed), {self}"
+            )
+        else:
+            self._failed = 0
+
+    def _save(self, trainer: Trainer, state: TrainingState) -> None:
         self._newest = sharded.save(
             self._folder,
             state,
@@ -73,10 +104,21 @@ class Checkpoints:
         if (self._newest / "hf").is_dir():  # the folder they came from may be a checkpoint removed by `keep`
             self._assets = AssetFolders(base=self._newest / "hf")
 
+    def saved(self, iteration: int) -> bool:
+        """Whether the newest checkpoint is that of `iteration`."""
+        return self._newest is not None and self._newest.name == f"iter_{iteration:07d}"
+
     def __str__(self) -> str:
         if self._newest is None:
             return "no checkpoint has been saved"
-        return f"the last good checkpoint is {self._newest}"
+        if self._newest == self._good:
+            return f"the last good checkpoint is {self._good}"
+        good = (
+            "none before it is known to be good"
+            if self._good is None
+            else f"the last good one is {self._good}"
+        )
+        return f"the newest checkpoint is {self._newest}, which no finite iteration has followed; {good}"
 
 
 def train(
@@ -89,8 +131,8 @@ def train(
 ) -> TrainingState:
     """Train from `state` to `run.train.iterations`; return the last state, which is saved.
 
-    Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A SIGTERM saves
-    after the current iteration and returns. TrainingStopped where the loss or the gradient norm is not
+    Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A request to stop
+    saves after the current iteration and returns. TrainingStopped where the loss or the gradient norm is not
     finite.
     """
     run, ranks, optimizer, t = trainer.run, trainer.ranks, trainer.optimizer, trainer.run.train
@@ -99,7 +141,7 @@ def train(
     stop = StopRequest()
     validated = None  # iteration
     if stop.on_any_rank(ranks.device):
-        log.note("SIGTERM received before the first iteration; run the same command again")
+        log.note("asked to stop before the first iteration; run the same command again")
         return state
 
     while state.iteration < t.iterations:
@@ -130,6 +172,7 @@ def train(
             raise TrainingStopped(
                 f"gradient of the RoPE's network is not finite at iteration {iteration}; {checkpoints}"
             )
+        checkpoints.confirm()
 
         # Log.
         state = replace(
@@ -155,17 +198,29 @@ def train(
         if t.eval_every and iteration % t.eval_every == 0:
             run_validation(trainer, state, data, log, evaluations)
             validated = iteration
-        stopping = stop.on_any_rank(ranks.device)
-        if stopping or iteration == t.iterations or (t.save_every and iteration % t.save_every == 0):
-            with log.saving(iteration):
-                checkpoints.save(trainer, state)
+        stopping, last = stop.on_any_rank(ranks.device), iteration == t.iterations
+        if stopping or last or (t.save_every and iteration % t.save_every == 0):
+            bad_rank = agreement.first_rank_where(not _finite(trainer.chunks), ranks.device)
+            if bad_rank is not None:
+                raise TrainingStopped(
+                    f"weights are not finite after iteration {iteration}, first on rank {bad_rank}, and are not saved; "
+                    f"{checkpoints}"
+                )
+            checkpoints.save(trainer, state, log, needed=stopping or last)
+            stopping = stopping or (checkpoints.saved(iteration) and stop.on_any_rank(ranks.device))
         if stopping:
-            log.note(f"SIGTERM received: saved iteration {iteration}; run the same command again to resume")
+            log.note(f"asked to stop: saved iteration {iteration}; run the same command again to resume")
             return state
 
     if validated != state.iteration:
         run_validation(trainer, state, data, log, evaluations)
     return state
+
+
+def _finite(chunks: list[torch.nn.Module]) -> bool:
+    """Whether all of this rank's weights are finite."""
+    norms = [torch.linalg.vector_norm(p.detach(), torch.inf) for chunk in chunks for p in chunk.parameters()]
+    return not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
 def run_validation(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Run, check_model_layout
+from megatron_ultralong.config import Model, Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
+from megatron_ultralong.data.tokenizer import check_same, load_tokenizer
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
-from megatron_ultralong.train import loop, weights_source
+from megatron_ultralong.train import loop, resume_changes, run_lock, weights_source
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.log import Log, print_run
 from megatron_ultralong.train.ode_training import OdeTraining
@@ -55,7 +58,10 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     UserError for what a user can fix, before anything is built where that can be known.
     """
     run.parallel.data_parallel(launch.world_size())
-    run, source = weights_source.find(run, files.save, files.load, files.load_hf, files.tokenizer)
+    asked = run
+    run, source = weights_source.find(asked, files.save, files.load, files.load_hf, files.tokenizer)
+    if source.resume is not None:
+        resume_changes.check(source.state, run)
     model = source.state.model
     check_model_layout(model, run.parallel)
     masked = run.data.documents == "masked"
@@ -65,36 +71,50 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     )
     assert rows is not None
     tokenizer = source.assets.tokenizer or source.assets.base
+    if tokenizer is not None and not run.data.allow_other_tokenizer:
+        for dataset in (*rows.datasets, *(held_out.datasets if held_out else ())):
+            check_same(tokenizer, dataset.prefix, dataset.manifest)
     prepared = [prepare(run, tokenizer, model.vocab_size) for prepare in evaluations]
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
     run.micro_batches(ranks.dp)
-    weights_source.check_same_checkpoint(source, files.save)
+    with contextlib.ExitStack() as until_end:
+        lock_note = agreement.on_main_rank(lambda: until_end.enter_context(run_lock.locked(files.save)))
+        weights_source.check_same_checkpoint(source, files.save)
+        run, source = weights_source.find(
+            asked, files.save, files.load, files.load_hf, files.tokenizer, verified=True
+        )
+        agreement.on_main_rank(lambda: run_directory.set_aside(path for path, _ in source.damaged))
+        run = _settle_offload(run, ranks, model)
+        print_run(run, ranks)
+        state = weights_source.with_run(source.state, run, rows)
+        log = Log(run, ranks, model, files.save, state.iteration, rows)
+        until_end.callback(log.close)
+        trainer = _build(run, ranks, source)
+        if lock_note is not None:
+            log.note(lock_note)
+        _print_start(log, trainer, source, state, rows, files)
+        state = loop.train(
+            trainer,
+            state,
+            _training_data(trainer, rows, held_out),
+            loop.Checkpoints(files.save, source.assets, run.train.keep, run.train.save_failures),
+            log,
+            prepared,
+        )
+    # Not after a failure: leaving the groups would wait for ranks that may still be in a collective.
+    launch.stop()
+    return state
+
+
+def _settle_offload(run: Run, ranks: Ranks, model: Model) -> Run:
+    """The run with `memory.offload=auto` replaced by what this device needs."""
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     backend = kernels.choose(ranks.device, dtype, model.head_dim)
-    run = plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
-    print_run(run, ranks)
-    state = weights_source.with_run(source.state, run, rows)
-    log = Log(run, ranks, model, files.save, state.iteration, rows)
-    try:
-        trainer = _build(run, ranks, source)
-        _print_start(log, trainer, source, state, rows)
-        state = loop.train(
-            trainer,
-            state,
-            _training_data(trainer, rows, held_out),
-            loop.Checkpoints(files.save, source.assets, run.train.keep),
-            log,
-            prepared,
-        )
-    finally:
-        log.close()
-    # Not after a failure: leaving the groups would wait for ranks that may still be in a collective.
-    launch.stop()
-    return state
+    return plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
 
 
 def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
@@ -129,7 +149,12 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
 
 
 def _print_start(
-    log: Log, trainer: Trainer, source: WeightsSource, state: TrainingState, rows: BlendedDataset
+    log: Log,
+    trainer: Trainer,
+    source: WeightsSource,
+    state: TrainingState,
+    rows: BlendedDataset,
+    files: RunFiles,
 ) -> None:
     """Log what the run is trained on and where it starts."""
     from megatron_ultralong.model import llama
@@ -142,15 +167,37 @@ def _print_start(
     if rope.depends_on_length() and covered is not None and covered > run.train.seq_length:
         log.note(f"RoPE at {covered} tokens: {report(rope, state.model.head_dim, covered)}")
     if source.resume is None:
-        note = weights_source.theta_note(run, source)
+        notes = [weights_source.theta_note(run, source)]
     else:
-        note = weights_source.data_note(source.state, state)
-    if note is not None:
-        log.note(note)
+        notes = [
+            weights_source.data_note(source.state, state),
+            *resume_changes.notes(source.state, run, files.load, files.load_hf),
+        ]
+    if log.ranks.is_main:
+        notes.append(_tokenizer_note(source.assets.tokenizer or source.assets.base))
+    for note in notes:
+        if note is not None:
+            log.note(note)
+    for path, fault in source.damaged:
+        lost = int(path.name[5:])
+        log.note(
+            f"{path} is damaged ({fault}) and was renamed; iterations {state.iteration + 1} to {lost} are trained again"
+        )
     if source.resume is not None:
         log.note(
             f"resuming from {source.resume}: iteration {state.iteration}, {state.consumed} sequences consumed"
         )
+
+
+def _tokenizer_note(folder: Path | None) -> str | None:
+    """A line for a model whose tokenizer the export cannot contain."""
+    if folder is None:
+        return None
+    try:
+        load_tokenizer(folder)
+    except UserError as error:
+        return f"warning: {error}; checkpoints and exports of this run will have no usable tokenizer"
+    return None
 
 
 def _training_data(

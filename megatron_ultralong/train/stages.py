@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import run_directory
 from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.data import packed_rows
 from megatron_ultralong.errors import UserError
@@ -59,7 +59,8 @@ def train_stages(
         done = _iterations(save)
         if _complete(stage, save):
             say(f"{name}: complete after {done} iterations")
-            previous = sharded.resolve(save)
+            # By its name: an older one must not take its place where it is damaged.
+            previous = run_directory.complete_checkpoints(save)[-1]
         else:
             start = (
                 f"resumes at iteration {done}"
@@ -129,5 +130,5 @@ def _complete(stage: Stage, save: Path) -> bool:
 
 def _iterations(save: Path) -> int:
     """Iterations of the newest complete checkpoint in a run directory; 0 = none."""
-    checkpoints = sharded.complete_checkpoints(save)
+    checkpoints = run_directory.complete_checkpoints(save)
     return int(checkpoints[-1].name[5:]) if checkpoints else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint import run_directory, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
@@ -38,22 +38,32 @@ class WeightsSource:
     """Another sharded checkpoint: weights only."""
     hf: Path | None = None
     """A Hugging Face model directory: weights only."""
+    damaged: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints of the run that are damaged, and their faults."""
 
 
 def find(
-    run: Run, save: Path, load: Path | None, load_hf: Path | None, tokenizer: Path | None = None
+    run: Run,
+    save: Path,
+    load: Path | None,
+    load_hf: Path | None,
+    tokenizer: Path | None = None,
+    *,
+    verified: bool = False,
 ) -> tuple[Run, WeightsSource]:
-    """Determine model shape, RoPE and where the weights are. The run's own newest checkpoint in `save` takes
-    precedence.
+    """Determine model shape, RoPE and where the weights are. The run's own newest undamaged checkpoint in
+    `save` takes precedence.
 
+    verified: all files of the checkpoint are read and hashed first; every rank calls it.
     Returns the run with `model` and `rope` filled in. UserError where shapes or RoPE settings contradict each
-    other.
+    other, and where all checkpoints are damaged.
     """
-    own = sharded.complete_checkpoints(save)
-    if own:
-        source = _resume(run, own[-1])
+    own, damaged = run_directory.newest_verified(save) if verified else run_directory.newest(save)
+    if own is not None:
+        source = replace(_resume(run, own), damaged=tuple(damaged.items()))
     elif load is not None:
-        source = _from_checkpoint(run, sharded.resolve(load), tokenizer)
+        found = run_directory.resolve_verified(load) if verified else run_directory.resolve(load)
+        source = _from_checkpoint(run, found, tokenizer)
     elif load_hf is not None:
         source = _from_hf(run, load_hf, tokenizer)
     elif run.model is not None:

@@ -193,7 +193,7 @@ def _resume(rank: int, folder: Path) -> None:
 
 def _train(folder: Path, save: str, parallel: Parallel, iterations: int) -> dict[str, Any]:
     """Train with the parts of tools/train.py; return what rope.safetensors has afterwards."""
-    from megatron_ultralong.checkpoint import rope_network, sharded
+    from megatron_ultralong.checkpoint import rope_network, run_directory
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train.ode_training import draw
     from megatron_ultralong.train.run import RunFiles, train_run
@@ -222,7 +222,7 @@ def _train(folder: Path, save: str, parallel: Parallel, iterations: int) -> dict
         patch.setattr(launch, "stop", lambda: None)  # leave_groups stops
         train_run(run, RunFiles(data=[str(folder / "rows")], save=folder / save))
     leave_groups()
-    newest = sharded.resolve(folder / save)
+    newest = run_directory.resolve(folder / save)
     assert newest.name == f"iter_{iterations:07d}"
     scales = [draw(4, ORIGINAL, S, (5, i))[0] for i in range(1, iterations + 1)]
     return {**rope_network.read(newest), "unscaled": scales.count(1)}

@@ -150,21 +150,37 @@ def _not_finite(folder: Path) -> None:
 
     for number, (weight, clip, said) in enumerate(
         (
-            (float("inf"), 0.5, "loss is not finite at iteration 3, first on rank 1"),
+            (float("inf"), 0.5, "loss is not finite at iteration 4, first on rank 1"),
             (
                 1e30,
                 0.5,
-                "gradient norm is not finite at iteration 3",
+                "gradient norm is not finite at iteration 4",
             ),  # the loss itself is, but not the squares of its gradients
-            (1e30, 0.0, "gradient norm is not finite at iteration 3"),
+            (1e30, 0.0, "gradient norm is not finite at iteration 4"),
         )
     ):
         save = folder / f"stopped{number}"
         with pytest.raises(
             TrainingStopped, match=f"^{said}; the last good checkpoint is {save}/iter_0000002$"
         ):
-            _train(MODEL, Parallel(), "fp32", save, iterations=8, save_every=2, clip=clip, spoilt=(3, weight))
+            _train(MODEL, Parallel(), "fp32", save, iterations=8, save_every=2, clip=clip, spoilt=(4, weight))
         assert [p.name for p in save.iterdir() if "iter_" in p.name] == ["iter_0000002"]
+
+    # The iteration after a checkpoint is the one that fails: it may be the checkpoint's fault.
+    for save_every, good in (
+        (2, "none before it is known to be good"),
+        (1, f"the last good one is {folder}/doubtful1/iter_0000001"),
+    ):
+        save = Path(folder) / f"doubtful{save_every}"
+        doubtful = (
+            f"the newest checkpoint is {save}/iter_0000002, which no finite iteration has followed; {good}"
+        )
+        with pytest.raises(
+            TrainingStopped, match=f"^loss is not finite at iteration 3, first on rank 1; {doubtful}$"
+        ):
+            _train(
+                MODEL, Parallel(), "fp32", save, iterations=8, save_every=save_every, spoilt=(3, float("inf"))
+            )
 
 
 def _train(

@@ -3,17 +3,11 @@ against plain torch."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import re
 import shutil
 import signal
-import sys
-import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +18,30 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import sharded, training_state
-from megatron_ultralong.config import Model
+from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.data import packed_rows
-from tests import processes
-from tests.text import write_rows
-from tests.tiny import hf_model
-
-ROOT = Path(__file__).parents[2]
-MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=61)
-S, BATCH, SEED = 32, 4, 5
-ROWS, HELD_OUT = 6, 3
-"""6 rows in batches of 4: an epoch ends in the middle of every other iteration. 3 rows do not divide by
-anything."""
-LR, WARMUP, CLIP = 3e-3, 3, 1.5
-FLOPS = 257_472
-"""A token, by hand: 6 x (4 x (32 x 8 x 8 + 4 x 8 x 32 + 3 x 32 x 64) + 32 x 61) + 6 x 4 x 4 x 8 x 32."""
-SETTINGS = [
-    *(f"model.{name}={value}" for name, value in dataclasses.asdict(MODEL).items() if name != "norm_eps"),
-    f"train.seq_length={S}",
-    f"train.global_batch={BATCH}",
-    f"train.seed={SEED}",
-    "train.log_every=1",
-    f"train.lr={LR}",
-    "train.min_lr=0",
-    f"train.warmup={WARMUP}",
-    "train.schedule=constant",
-    f"optim.clip={CLIP}",
-    "optim.weight_decay=0.1",
-    "memory.loss_chunk=24",
-    "runtime.device=cpu",
-]
-LINE = re.compile(
-    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/\d+ \| consumed samples: (?P<samples>\d+) "
-    r"\| epochs done: (?P<epochs>\d+) \| elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \| learning rate: (?P<lr>\S+) "
-    r"\| global batch size: 4 \| lm loss: (?P<loss>\S+) \| grad norm: (?P<norm>\S+) \| target tokens: (?P<targets>\d+) "
-    r"\| tokens/s/GPU: (?P<speed>[\d.]+) \| TFLOP/s/GPU: [\d.]+ \|"
+from tests.disk import fill, small_disk
+from tests.distributed.test_damaged_checkpoints import flip
+from tests.train_tool import (
+    BATCH,
+    CLIP,
+    FLOPS,
+    HELD_OUT,
+    LR,
+    MODEL,
+    ROWS,
+    SEED,
+    WARMUP,
+    S,
+    Tool,
+    saved,
+    write_inputs,
 )
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base`, a sharded Hugging Face model; `rows` with masks and `valid`, packed rows."""
-    folder = tmp_path_factory.mktemp("inputs")
-    hf_model(MODEL).save_pretrained(folder / "base", max_shard_size="20KB")
-    assert len(list((folder / "base").glob("*.safetensors"))) > 3
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, MODEL.vocab_size, (ROWS + HELD_OUT, S + 1), generator=generator)
-    masks = (torch.rand(ROWS, S + 1, generator=generator) > torch.linspace(0.1, 0.7, ROWS)[:, None]).int()
-    write_rows(folder / "rows", tokens[:ROWS].tolist(), masks.tolist())
-    write_rows(folder / "valid", tokens[ROWS:].tolist())
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 # ---- one rank: stopped, killed twice, bit for bit as if nothing had been -----------------------
@@ -91,13 +58,13 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
             tool.process.pid, signal.SIGTERM
         )  # as Slurm does: the process that reads the data gets it too
         assert tool.finish() == 0, tool.errors()
-        stopped = int(tool.lines[-1].split()[4].rstrip(";"))
+        stopped = int(re.findall(r"saved iteration (\d+);", tool.lines[-1])[0])
         assert (
             tool.lines[-1]
-            == f"SIGTERM received: saved iteration {stopped}; run the same command again to resume"
+            == f"asked to stop: saved iteration {stopped}; run the same command again to resume"
         )
         assert "Error" not in tool.errors()
-    assert _saved(save) == [stopped] and not list(save.glob(".iter_*"))
+    assert saved(save) == [stopped] and not list(save.glob(".iter_*"))
     seen = tool.iterations()
     assert list(seen) == list(range(1, stopped + 1)) and stopped >= 2
     assert (
@@ -108,14 +75,34 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         == 1
     )
 
+    # The same while a checkpoint is written, whose writers get it too: it is completed, and is the last.
+    before = set(save.glob(".iter_*"))
+    with Tool(
+        inputs, save, "train.iterations=100000", "train.save_every=1", "train.keep=0", own_children=True
+    ) as tool:
+        tool.wait_for("resuming from")
+        partial = _halted_while_saving(tool, save, before)
+        os.killpg(tool.process.pid, signal.SIGTERM)
+        tool.send(signal.SIGCONT)
+        assert tool.finish() == 0, tool.errors()
+        stopped = int(re.findall(r"iter_(\d+)", partial.name)[0])
+        assert f"asked to stop: saved iteration {stopped}; run the same" in tool.lines[-1]
+        assert "Error" not in tool.errors()
+    assert saved(save)[-1] == stopped and not list(save.glob(".iter_*"))
+    seen |= tool.iterations()
+
     with Tool(inputs, save, "train.iterations=100000", "train.save_every=4", "train.keep=2") as tool:
         tool.wait_for(
             f"resuming from {save}/iter_{stopped:07d}: iteration {stopped}, {BATCH * stopped} sequences consumed"
         )
+        with Tool(inputs, save) as second:
+            assert second.finish() == 2
+            busy = rf"error: --save {save} is in use by another run \(host \S+, process {tool.process.pid}, since .*\); "
+            assert re.match(busy, second.errors()), second.errors()
         tool.wait_for(f"iteration {stopped + 13:6d}/100000")
         tool.kill()
         assert tool.finish() == -signal.SIGKILL
-    kept = _saved(save)
+    kept = saved(save)
     assert len(kept) in (2, 3) and all(number % 4 == 0 for number in kept) and kept[-1] > stopped
     seen |= tool.iterations()
 
@@ -128,32 +115,48 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
         partial = _halted_while_saving(tool, save, before)
         tool.kill()
         assert tool.finish() == -signal.SIGKILL
-    last, unfinished = _saved(save)[-1], int(re.findall(r"iter_(\d+)", partial.name)[0])
+    last, unfinished = saved(save)[-1], int(re.findall(r"iter_(\d+)", partial.name)[0])
     assert partial.is_dir() and unfinished == last + 1 and not (save / f"iter_{unfinished:07d}").exists()
     (save / f"iter_{unfinished + 1:07d}").mkdir()  # as another program may leave behind
     (save / f"iter_{unfinished + 1:07d}" / "common.pt").write_bytes(b"")
     seen |= tool.iterations()
 
+    # One wrong bit in the newest: the one before it is used.
+    whole = saved(save)[-2]
+    flip(max(Path(save / f"iter_{last:07d}").glob("*.distcp"), key=lambda file: file.stat().st_size), 5000)
     end = max(last, *seen) + 3
     with Tool(inputs, save, f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
-        assert any(f"resuming from {save}/iter_{last:07d}" in line for line in tool.lines)
-    assert _saved(save)[-1] == end and not list(save.glob(".iter_*")), "leftovers of killed saves are removed"
+        assert any(f"resuming from {save}/iter_{whole:07d}" in line for line in tool.lines)
+        told = [line for line in tool.lines if "is damaged" in line]
+        assert told[0] == (
+            f"{save}/iter_{unfinished + 1:07d} is damaged (metadata.json is missing) and was renamed; "
+            f"iterations {whole + 1} to {unfinished + 1} are trained again"
+        )
+        assert re.fullmatch(
+            rf"{save}/iter_{last:07d} is damaged \(__0_\d.distcp does not match its checksum\) and was renamed; "
+            rf"iterations {whole + 1} to {last} are trained again",
+            told[1],
+        )
+    assert sorted(path.name for path in save.glob("*.damaged")) == [
+        f"iter_{n:07d}.damaged" for n in (last, unfinished + 1)
+    ]
+    assert saved(save)[-1] == end and not list(save.glob(".iter_*")), "leftovers of killed saves are removed"
     seen |= tool.iterations()
 
     with Tool(inputs, tmp_path / "whole", f"train.iterations={end}", "train.save_every=0") as tool:
         assert tool.finish() == 0, tool.errors()
-    whole = tool.iterations()
+    undisturbed = tool.iterations()
     assert {n: (line["loss"], line["norm"], line["lr"]) for n, line in seen.items()} == {
-        n: (line["loss"], line["norm"], line["lr"]) for n, line in whole.items()
+        n: (line["loss"], line["norm"], line["lr"]) for n, line in undisturbed.items()
     }
     ours, theirs = (_tensors(folder / f"iter_{end:07d}") for folder in (save, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
 
-    _check_lines(whole, _plain_training(inputs, end))
-    _check_board(save, whole)
+    _check_lines(undisturbed, _plain_training(inputs, end))
+    _check_board(save, undisturbed)
 
 
 def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
@@ -163,7 +166,7 @@ def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
         for partial in set(save.glob(".iter_*.partial*")) - before:
             tool.send(signal.SIGSTOP)
             number = int(re.findall(r"iter_(\d+)", partial.name)[0])
-            if partial.is_dir() and not (save / f"iter_{number:07d}").exists() and number > _saved(save)[-1]:
+            if partial.is_dir() and not (save / f"iter_{number:07d}").exists() and number > saved(save)[-1]:
                 return partial
             tool.send(
                 signal.SIGCONT
@@ -187,14 +190,12 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
         tool.wait_for("iteration      4/100000")
         tool.send(signal.SIGTERM)  # to torchrun, which hands it on
         tool.finish()
-        stopped = _saved(save)[-1]
-        assert (
-            f"SIGTERM received: saved iteration {stopped}; run the same command again to resume" in tool.lines
-        )
+        stopped = saved(save)[-1]
+        assert f"asked to stop: saved iteration {stopped}; run the same command again to resume" in tool.lines
         assert sum('"offload": "off"' in line for line in tool.lines) == 1, (
             "auto is settled before it is printed"
         )
-        stored = training_state.read(sharded.complete_checkpoints(save)[-1]).stored_run()
+        stored = training_state.read(run_directory.complete_checkpoints(save)[-1]).stored_run()
         assert stored is not None and stored.memory.offload == "off"
         assert "SIGKILL" not in tool.errors() and "Traceback" not in tool.errors().split("Sending process")[0]
     seen, held_out = tool.iterations(), tool.held_out()
@@ -204,7 +205,7 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
     with Tool(inputs, save, f"train.iterations={end}", *settings, *others, more=valid, ranks=2) as tool:
         assert tool.finish() == 0, tool.errors()
     assert len([line for line in tool.lines if "causal training FLOPs" in line]) == 1, "rank 0 alone prints"
-    assert _saved(save)[-1] == end
+    assert saved(save)[-1] == end
     seen |= tool.iterations()
     held_out |= tool.held_out()
 
@@ -218,6 +219,56 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
             reference[iteration],
         )
     _check_board(save, seen, held_out)
+
+    # torchrun is killed: its ranks save and end by themselves.
+    with Tool(inputs, save, "train.iterations=100000", *settings, ranks=2) as tool:
+        tool.wait_for(f"iteration {end + 2:6d}/100000")
+        ranks = psutil.Process(tool.process.pid).children()
+        tool.send(signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive and tool.finish() == -signal.SIGKILL
+        assert saved(save)[-1] > end + 1
+
+
+# ---- a full disk -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_no_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        save = disk / "run"
+        settings = ("train.iterations=100000", "train.save_every=1", "train.keep=2")
+        with Tool(inputs, save, *settings, "train.save_failures=1000000") as tool:
+            tool.wait_for("saved checkpoint of iteration 2 ")
+            fill(disk)
+            tool.wait_for("warning: checkpoint")
+            assert re.fullmatch(
+                rf"warning: checkpoint {save}/iter_\d+ cannot be written: .*; training goes on without it "
+                rf"\(1 of 1000000 saves failed\), the last good checkpoint is {save}/iter_\d+",
+                tool.lines[-1],
+            )
+            (disk / "filler").unlink()
+            tool.wait_for("saved checkpoint of iteration")
+            fill(disk)
+            tool.wait_for("warning: checkpoint")
+            good = int(tool.lines[-1][-7:])
+            assert saved(save)[-1] == good
+            tool.send(signal.SIGTERM)
+            assert tool.finish() == 2, "the checkpoint at the end is needed"
+            said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]
+            assert len(said) == 1 and said[0].endswith(f"the last good checkpoint is {save}/iter_{good:07d}")
+        assert not list(save.glob(".iter_*")), "what was written of it is removed"
+        seen = tool.iterations()
+        (disk / "filler").unlink()
+        with Tool(inputs, save, *settings) as tool:
+            tool.wait_for(f"resuming from {save}/iter_{good:07d}")
+            tool.wait_for("saved checkpoint of iteration")
+            fill(disk)
+            assert tool.finish() == 2
+        again = tool.iterations()
+        assert {n: line["loss"] for n, line in again.items() if n in seen} == {
+            n: line["loss"] for n, line in seen.items() if n in again
+        }
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
@@ -266,7 +317,7 @@ def test_mistakes_end_in_one_line(inputs: Path, tmp_path: Path) -> None:
         assert tool.finish() == 1
         said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]
         assert said == [f"error: --save {tmp_path}/file/run cannot be written: Not a directory"]
-        assert "exitcode  : 2" in tool.errors()
+        assert "exitcode  : 2" in tool.errors() and f"traceback : {said[0]}" in tool.errors()
 
 
 def _copy(base: Path, to: Path) -> Path:
@@ -372,10 +423,6 @@ def _check_board(
         assert list(scalars["valid/loss"]) == list(held_out)
 
 
-def _saved(save: Path) -> list[int]:
-    return [int(path.name[5:]) for path in sharded.complete_checkpoints(save)]
-
-
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by torch's own reader: weights, master weights, moments."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -385,114 +432,3 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = torch.load(file, weights_only=False)
     file.unlink()
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-# ---- processes ---------------------------------------------------------------------------------
-
-
-class Tool:
-    """A running `tools/train.py` and what it has printed; killed at the end of the block, with all that it
-    started."""
-
-    def __init__(
-        self,
-        inputs: Path,
-        save: Path,
-        *settings: str,
-        more: tuple[str, ...] = (),
-        ranks: int = 1,
-        recipe: str = "tiny",
-        base: Path | None = None,
-        own_children: bool = False,
-        timeout: float = 300.0,
-    ) -> None:
-        torchrun = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            if ranks > 1
-            else []
-        )
-        command = [
-            sys.executable,
-            *torchrun,
-            "tools/train.py",
-            "--recipe",
-            recipe,
-            "--set",
-            *SETTINGS,
-            *settings,
-            "--load-hf",
-            str(base or inputs / "base"),
-            "--data",
-            str(inputs / "rows"),
-            "--save",
-            str(save),
-            *more,
-        ]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        self.stderr = inputs / f"{uuid.uuid4()}.stderr"
-        with self.stderr.open("w") as file:
-            self.process = processes.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=processes.PIPE,
-                stderr=file,
-                start_new_session=True,
-                own_children=own_children,
-            )
-        self.lines: list[str] = []
-        self.timer = threading.Timer(timeout, self.kill)
-
-    def __enter__(self) -> Tool:
-        self.timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.timer.cancel()
-        self.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def kill(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tool = psutil.Process(self.process.pid)
-            for process in (
-                *tool.children(recursive=True),
-                tool,
-            ):  # torchrun's ranks are sessions of their own
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def output(self) -> Iterator[str]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            yield self.lines[-1]
-
-    def wait_for(self, text: str) -> None:
-        assert any(text in line for line in self.output()), f"ended without {text!r}: {self.errors()}"
-
-    def finish(self) -> int:
-        for _ in self.output():
-            pass
-        return self.process.wait()
-
-    def errors(self) -> str:
-        return self.stderr.read_text()
-
-    def iterations(self) -> dict[int, dict[str, float]]:
-        """Iteration -> the figures of its line."""
-        found = [LINE.fullmatch(line) for line in self.lines if "] iteration " in line]
-        assert found and all(found), self.lines
-        return {int(m["iteration"]): {k: float(v) for k, v in m.groupdict().items()} for m in found if m}
-
-    def held_out(self) -> dict[int, float]:
-        """Iteration -> held-out loss."""
-        held_out = re.compile(r" validation loss at iteration (\d+) \| lm loss value: (\S+) \|")
-        found = [held_out.fullmatch(line) for line in self.lines if "validation" in line]
-        assert all(found), self.lines
-        return {int(m[1]): float(m[2]) for m in found if m}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime
@@ -96,7 +96,7 @@ def _train(
         return losses
     import shutil
 
-    for path in sharded.complete_checkpoints(save):
+    for path in run_directory.complete_checkpoints(save):
         if int(path.name[5:]) > stop:
             shutil.rmtree(path)
     return losses[:stop]

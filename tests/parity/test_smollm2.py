@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from examples.smollm2 import ask
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import convert, sharded, training_state
+from megatron_ultralong.checkpoint import convert, run_directory, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.command_settings import override
@@ -276,7 +276,7 @@ def test_loss_falls(left: Path) -> None:
     board: Any = EventAccumulator(str(left / "trained" / "tensorboard")).Reload()
     losses = [event.value for name in ("train/loss", "valid/loss") for event in board.Scalars(name)]
     assert len(losses) == 3 and losses[0] > losses[1] > losses[2] > 1, losses
-    progress = training_state.read(sharded.resolve(left / "trained"))
+    progress = training_state.read(run_directory.resolve(left / "trained"))
     assert progress.iteration == 2 and progress.tokens == 1024
 
 

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import rope_network, training_state
+from megatron_ultralong.checkpoint import rope_network
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Data, Model, Optim, Run, Train, check_reach
@@ -26,6 +26,7 @@ from megatron_ultralong.rope.hf_config import from_hf, to_hf
 from megatron_ultralong.rope.methods import DynamicNTK, Llama3, Unscaled, YaRN, report, same_maths
 from megatron_ultralong.train import weights_source
 from megatron_ultralong.train.ode_training import OdeTraining, draw
+from tests.checkpoints import write_without_tensors
 
 ROPE = CLEX(theta=10000.0, original_length=512, factor=16)
 
@@ -169,11 +170,9 @@ def test_settings_follow_the_run(tmp_path: Path) -> None:
 
     # The learning rate is the run's, not that of the checkpoint it starts or continues from.
     place, stored = tmp_path / "iter_0000001", dataclasses.replace(ROPE, lr=0.1)
-    place.mkdir()
-    (place / "metadata.json").write_text("{}")
-    (place / rope_network.FILE).touch()
     model = Model(hidden_size=16, ffn_size=16, layers=1, heads=1, kv_heads=1, head_dim=16, vocab_size=32)
-    training_state.write(place, TrainingState(model=model, rope=stored, max_length=8192))
+    write_without_tensors(place, TrainingState(model=model, rope=stored, max_length=8192))
+    (place / rope_network.FILE).touch()
     train = Train(seq_length=512, iterations=1, lr=1)
     for rope, lr in ((None, 0.1), (CLEX(theta=None, original_length=None, lr=0.3), 0.3)):
         run = Run(name="r", rope=rope, train=train)

@@ -17,6 +17,7 @@ from megatron_ultralong.data import row_writer as rows_module
 from megatron_ultralong.data.pretrain import pack, sources
 from megatron_ultralong.data.pretrain.pack import Packing, Separator
 from megatron_ultralong.data.row_writer import RowWriter
+from megatron_ultralong.data.tokenizer import encoding_hash
 from megatron_ultralong.errors import UserError
 from tests import text as made
 
@@ -122,6 +123,13 @@ def test_the_manifest_says_where_each_token_came_from(tmp_path, inputs, tokenize
         "name": "small",
         "vocab_size": len(tokenizer),
         "sha256": hashlib.sha256((tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest(),
+        "encoding_sha256": encoding_hash((tokenizer_dir / "tokenizer.json").read_bytes()),
+    }
+    written = {suffix: (tmp_path / f"out{suffix}").read_bytes() for suffix in manifest["checksums"]}
+    assert set(written) == {".bin", ".idx", ".mask.bin", ".mask.idx"}
+    assert manifest["checksums"] == {
+        suffix: {"bytes": len(data), "block": 4 << 20, "sha256": [hashlib.sha256(data).hexdigest()[:16]]}
+        for suffix, data in written.items()
     }
     assert manifest["separator"] == {"text": "<s>", "ids": tokenizer.encode("<s>", add_special_tokens=False)}
     (source,) = manifest["sources"]

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import training_state
 from megatron_ultralong.checkpoint.rope_sources import compare, read, report
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.methods import Llama3, YaRN
+from tests.checkpoints import write_without_tensors
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 500000.0}
@@ -106,10 +106,8 @@ def write_checkpoint(folder: Path) -> Path:
     model = config.Model(
         hidden_size=4096, ffn_size=64, layers=1, heads=32, kv_heads=8, head_dim=128, vocab_size=64
     )
-    iteration = folder / "iter_0000003"
-    iteration.mkdir(parents=True)
-    (iteration / "metadata.json").write_text("{}")
-    training_state.write(iteration, TrainingState(model=model, rope=YaRN(factor=8.0), iteration=3))
+    state = TrainingState(model=model, rope=YaRN(factor=8.0), iteration=3)
+    write_without_tensors(folder / "iter_0000003", state)
     return folder
 
 

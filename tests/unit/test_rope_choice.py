@@ -33,6 +33,7 @@ from megatron_ultralong.rope.methods import (
     settings_of,
 )
 from megatron_ultralong.train import weights_source
+from tests.checkpoints import write_without_tensors
 
 MODEL = Model(hidden_size=16, ffn_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, vocab_size=32)
 K, M = 1024, 1024**2
@@ -71,10 +72,8 @@ def hf_directory(folder: Path, **config: Any) -> Path:
 
 
 def checkpoint(folder: Path, rope: Rope, max_length: int = 0) -> Path:
-    place = folder / "iter_0000001"
-    place.mkdir(parents=True)
-    (place / "metadata.json").write_text("{}")
-    training_state.write(place, TrainingState(model=MODEL, rope=rope, max_length=max_length))
+    state = TrainingState(model=MODEL, rope=rope, max_length=max_length)
+    write_without_tensors(folder / "iter_0000001", state)
     return folder
 
 

@@ -25,6 +25,7 @@ from megatron_ultralong.rope.methods import YaRN
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.optimizer import learning_rate
+from tests.checkpoints import write_without_tensors
 from tests.text import write_rows
 
 TOOL = Path(__file__).parents[2] / "tools" / "train.py"
@@ -74,8 +75,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "empty", [])
     for name, version in (("theirs", training_state.FORMAT), ("newer", training_state.FORMAT + 1)):
         checkpoint = folder / name / "iter_0000007"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "metadata.json").write_text("{}")
+        write_without_tensors(checkpoint)
         progress = TrainingState(model=MODEL, rope=YaRN(factor=4.0), iteration=7)
         (checkpoint / "run.json").write_text(json.dumps({"format": version, **dataclasses.asdict(progress)}))
     (folder / "nothing").mkdir()
@@ -194,7 +194,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load {}/nothing --data {}/rows",
         1,
-        "nothing contains no complete checkpoint; expected a run directory",
+        r"nothing contains no undamaged checkpoint \(iter_0000009: metadata.json is missing\); use another copy",
     ),
     (
         "--recipe tiny_extend SHORT --load {}/newer --data {}/rows",

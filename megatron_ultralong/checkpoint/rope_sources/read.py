@@ -33,16 +33,16 @@ def read_source(path: Path) -> list[RopeSource]:
 
 def _directory(folder: Path, name: Path) -> list[RopeSource]:
     """name: the path that messages and the report give."""
-    from megatron_ultralong.checkpoint import sharded
+    from megatron_ultralong.checkpoint import run_directory
 
     if (folder / "config.json").is_file():
         return [_hugging_face(atomic_files.read_json(folder / "config.json"), name)]
     if not any((folder / file).is_file() for file in ("run.json", "common.pt")):
-        if not sharded.complete_checkpoints(folder):
+        if not run_directory.complete_checkpoints(folder):
             raise UserError(
                 f"{name} has no config.json, run.json, common.pt or complete iter_* folder; {_EXPECTED}"
             )
-        folder = sharded.resolve(folder)
+        folder = run_directory.resolve(folder)
     if (folder / "run.json").is_file():
         return [_checkpoint(folder, name)]
     return megatron_arguments.read(megatron_checkpoint.stored_arguments(folder / "common.pt"), name)

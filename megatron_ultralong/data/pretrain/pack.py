@@ -169,7 +169,7 @@ def pack(
             stage = write_rows(work, content, [asdict(packing)], show_progress)
             made = _manifest(uses, packing, tokenizer, content, separator_text)
             packing_report.write(stage, uses, made)
-            row_writer.write_manifest(stage, made)
+            made = row_writer.write_manifest(stage, made)
             row_writer.publish(stage, output)
             shutil.rmtree(work)
         except BaseException as error:
@@ -280,6 +280,7 @@ def _manifest(
         "tokenizer": {
             "name": tokenizer.path.resolve().name,
             "sha256": tokenizer.sha256,
+            "encoding_sha256": tokenizer.encoding_sha256,
             "vocab_size": tokenizer.vocab_size,
         },
         "seed": mix.seed,

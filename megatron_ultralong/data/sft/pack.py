@@ -101,9 +101,8 @@ def pack_conversations(
             writer.add(row[None], mask[None], [starts])
         writer.finish()
         buffer.remove()
-        manifest = _manifest(settings, encoder, writer, selection, entries)
-        row_writer.write_manifest(stage, manifest)
-    return manifest
+        made = _manifest(settings, encoder, writer, selection, entries)
+        return row_writer.write_manifest(stage, made)
 
 
 def _select(
@@ -178,6 +177,7 @@ def _manifest(
         "tokenizer": {
             "name": tokenizer.path.resolve().name,
             "sha256": tokenizer.sha256,
+            "encoding_sha256": tokenizer.encoding_sha256,
             "vocab_size": tokenizer.vocab_size,
         },
         "domains": {

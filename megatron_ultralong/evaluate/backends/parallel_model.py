@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import sharded, training_state
+from megatron_ultralong.checkpoint import run_directory, sharded, training_state
 from megatron_ultralong.checkpoint.hf.config import read_config
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
 from megatron_ultralong.config import Parallel, Runtime
@@ -90,6 +90,9 @@ class ParallelModel:
         from megatron_ultralong.model.inference.prefill_decode import InferenceModel
         from megatron_ultralong.model.llama import named_parameters
 
+        if place != assets:
+            self._place = place = run_directory.resolve_verified(path)
+            model, rope, self.max_position, assets = _stored(place)
         reader = InferenceModel(model, rope, self.ranks, parallel, precision, chunk)
         if place == assets:
             load_parameters(
@@ -222,10 +225,14 @@ def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
     if (path / "config.json").is_file():
         config = read_config(path)
         return path, config.model, config.rope, position_limit(config.raw), path
-    place = sharded.resolve(path)
+    place = run_directory.resolve(path)
+    return place, *_stored(place)
+
+
+def _stored(place: Path) -> tuple[Any, Any, int | None, Path]:
     state = training_state.read(place)
     longest = state.rope.readable_length(state.max_length) if state.max_length else None
-    return place, state.model, state.rope, longest, place / "hf"
+    return state.model, state.rope, longest, place / "hf"
 
 
 def _iteration(place: Path) -> int | None:
