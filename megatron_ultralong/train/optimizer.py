@@ -84,3 +84,8 @@ def set_hyperparameters(optimizer: Any, lr: float, optim: Optim) -> None:
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
         group["betas"] = (optim.beta1, optim.beta2)
         group["eps"] = optim.eps
+        if "fused" in group:  # torch's AdamW, where neither TransformerEngine nor apex is installed
+            # On a CPU, one pass over weights, gradients and moments in place of a dozen. On CUDA it would need
+            # the step counts there; None is torch's choice.
+            on_cpu = all(p.device.type == "cpu" for p in group["params"])
+            group["fused"] = True if on_cpu else None
