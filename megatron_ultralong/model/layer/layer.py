@@ -67,8 +67,7 @@ class Layer(TransformerLayer):
         [b, h, c TP, d] -> [c, b, H]."""
         b, h, s, d = out.shape
         x = _add(x, self.self_attention.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, h * d))[0])
-        gate_up = self.mlp.linear_fc1(self.pre_mlp_layernorm(x))[0]
-        return _add(x, self.mlp.linear_fc2(swiglu(gate_up))[0])
+        return _add(x, self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(self.pre_mlp_layernorm(x))[0]))[0])
 
     # ---- chunks of the sequence -----------------------------------------------------------------
 
