@@ -25,7 +25,15 @@ from megatron_ultralong.config import Memory, Model, Optim, Parallel, Run, Runti
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import timing
-from megatron_ultralong.measure.number_format import integer, ratio, scientific, three_digits, token_count
+from megatron_ultralong.measure.bytes_moved import BytesMoved
+from megatron_ultralong.measure.number_format import (
+    byte_count,
+    integer,
+    ratio,
+    scientific,
+    three_digits,
+    token_count,
+)
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.step import model_text
 from megatron_ultralong.model import weight_mapping
@@ -48,6 +56,12 @@ COLUMNS = (
     ReportColumn("seconds", "s/step", three_digits, "forward, backward, gradient clipping and AdamW"),
     ReportColumn("tokens_per_second", "tokens/s", integer),
     ReportColumn("ratio", "ratio", ratio, "speed relative to transformers: median over pairs of steps"),
+    ReportColumn(
+        "bytes_moved",
+        "moved/token",
+        byte_count,
+        "read and written by operations other than matrix products and attention, per token of a step",
+    ),
     ReportColumn("loss", "loss", three_digits, "of the first step"),
     ReportColumn("loss_difference", "difference", scientific, "of the losses, largest relative of all steps"),
 )
@@ -148,11 +162,18 @@ def _pair(
     }
     seconds: dict[str, list[float]] = {who: [] for who in steps}
     losses: dict[str, list[float]] = {who: [] for who in steps}
+    moved: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
-    for number in range(1 + settings.repeats):  # the first pair loads kernels and allocates the moments
+    for number in range(2 + settings.repeats):
         row = torch.randint(settings.model.vocab_size, (1, length + 1), generator=generator).to(ranks.device)
         for who, step in steps.items():
-            time = timing.run_seconds(lambda: losses[who].append(step(row)), ranks.device)
+            if number == 1:  # the first pair loaded kernels and allocated the moments
+                with BytesMoved() as counted:
+                    losses[who].append(step(row))
+                moved[who] = counted.total / length
+                continue
+            results = losses[who]
+            time = timing.run_seconds(lambda: results.append(step(row)), ranks.device)
             if number:
                 seconds[who].append(time)
     pairs = list(zip(losses["ours"], losses["transformers"], strict=True))
@@ -171,12 +192,15 @@ def _pair(
             "ratio": statistics.median(
                 b / a for a, b in zip(seconds[who], seconds["transformers"], strict=True)
             ),
+            "bytes_moved": moved[who],
             "loss": losses[who][0],
             "loss_difference": difference,
         }
 
 
-def _our_step(name: str, length: int, settings: TrainSettings, ranks: Any, weights: dict[str, Tensor]) -> Step:
+def _our_step(
+    name: str, length: int, settings: TrainSettings, ranks: Any, weights: dict[str, Tensor]
+) -> Step:
     """A step as the training loop runs it (train/loop.py), from Hugging Face `weights`."""
     from megatron_ultralong.model import llama
 

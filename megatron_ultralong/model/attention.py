@@ -135,9 +135,11 @@ class CoreAttention(torch.nn.Module):
         tp_shards: int,
         document_starts: DocumentStarts = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`, q and
-        k rotated. It holds `rows` of each of the `tp_shards` shards of t tokens that make up this rank's s
-        tokens."""
+        """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`, and
+        rotate q and k.
+
+        It holds `rows` of each of the `tp_shards` shards of t tokens that make up this rank's s tokens.
+        """
         cp = self.groups.size
         angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, qkv.device, document_starts)
         cos, sin, positions = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)

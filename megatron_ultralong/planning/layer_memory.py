@@ -227,8 +227,8 @@ def _autograd_phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str,
     # What autograd saved of attention: the projection, q and k rotated, the output and its logsumexp. Before
     # it the first norm's output.
     attention = (x.hidden + 3 * x.q + 3 * x.kv) * x.e + 4 * x.heads
-    # After it the second norm's input and output, gate and up, the gradient of their product, which itself has
-    # been freed, and those of gate and up.
+    # After it the second norm's input and output, gate and up, the gradient of their product, which itself
+    # has been freed, and those of gate and up.
     mlp = (2 * x.hidden + 5 * x.mlp) * x.e
     # The gradient of the layer's output; where the layer is computed again, its output, otherwise its input.
     ends = 2 * x.hidden * x.e

@@ -65,9 +65,15 @@ class Layer(TransformerLayer):
     def output_and_mlp(self, x: Tensor, out: Tensor) -> Tensor:
         """Output projection and MLP with their residuals: x [c, b, H] and the attention output of its rows
         [b, h, c TP, d] -> [c, b, H]."""
+        x, hidden = self.residual_and_hidden(x, out)
+        return _add(x, self.mlp.linear_fc2(hidden)[0])
+
+    def residual_and_hidden(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The same up to the MLP's second linear: return what is added to its output [c, b, H], and its input
+        [c TP, b, f]."""
         b, h, s, d = out.shape
         x = _add(x, self.self_attention.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, h * d))[0])
-        return _add(x, self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(self.pre_mlp_layernorm(x))[0]))[0])
+        return x, swiglu(self.mlp.linear_fc1(self.pre_mlp_layernorm(x))[0])
 
     # ---- chunks of the sequence -----------------------------------------------------------------
 
