@@ -11,6 +11,7 @@ autocast, as its Trainer does.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -167,14 +168,12 @@ def _pair(
     for number in range(2 + settings.repeats):
         row = torch.randint(settings.model.vocab_size, (1, length + 1), generator=generator).to(ranks.device)
         for who, step in steps.items():
-            if number == 1:  # the first pair loaded kernels and allocated the moments
-                with BytesMoved() as counted:
-                    losses[who].append(step(row))
+            with BytesMoved() if number == 1 else contextlib.nullcontext() as counted:
+                time, loss = _timed(step, row)
+            losses[who].append(loss)
+            if counted is not None:
                 moved[who] = counted.total / length
-                continue
-            results = losses[who]
-            time = timing.run_seconds(lambda: results.append(step(row)), ranks.device)
-            if number:
+            if number > 1:  # the first step loaded kernels and allocated the moments
                 seconds[who].append(time)
     pairs = list(zip(losses["ours"], losses["transformers"], strict=True))
     difference = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -196,6 +195,12 @@ def _pair(
             "loss": losses[who][0],
             "loss_difference": difference,
         }
+
+
+def _timed(step: Step, row: Tensor) -> tuple[float, float]:
+    """Return (seconds, loss) of a step."""
+    losses: list[float] = []
+    return timing.run_seconds(lambda: losses.append(step(row)), row.device), losses[0]
 
 
 def _our_step(

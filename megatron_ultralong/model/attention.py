@@ -135,8 +135,8 @@ class CoreAttention(torch.nn.Module):
         tp_shards: int,
         document_starts: DocumentStarts = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`, and
-        rotate q and k.
+        """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`,
+        and rotate q and k.
 
         It holds `rows` of each of the `tp_shards` shards of t tokens that make up this rank's s tokens.
         """

@@ -169,6 +169,9 @@ def _cross_entropy(
         return loss, None
     scale = mask * (1 + 2 * spec.z_loss * lse)
     local, inside = _local(target, spec.group.rank(), logits.shape[1])
+    if logits.dtype == torch.float32:  # exponentials by now
+        logits.mul_((scale * torch.exp(-log_sum))[:, None])
+        return loss, logits.scatter_add_(1, local[:, None], (-mask * inside)[:, None])
     at_target = logits.gather(1, local[:, None]).squeeze(1)
     for rows in row_blocks(logits, LOSS_BLOCK):
         block = logits[rows]
@@ -181,7 +184,11 @@ def _cross_entropy(
 
 def _statistics(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (log of the softmax's sum, target's logit, both minus the largest logit; the largest logit):
-    float32 [c] each. Padded columns of logits [c, v] become -inf."""
+    float32 [c] each.
+
+    Padded columns of logits [c, v] become -inf; float32 logits are overwritten by their exponentials relative
+    to the largest logit, others are computed from twice, because their dtype is not precise enough.
+    """
     v = logits.shape[1]
     group, rank = spec.group, spec.group.rank()
     if (rank + 1) * v > spec.vocab_size:
@@ -189,10 +196,11 @@ def _statistics(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor,
     local, inside = _local(target, rank, v)
     peak = logits.amax(dim=1).float()
     _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
+    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
     sums = torch.empty_like(peak)
     for rows in row_blocks(logits, LOSS_BLOCK):
-        torch.sum(torch.sub(logits[rows], peak[rows, None]).exp_(), dim=1, out=sums[rows])
-    picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
+        kept = logits[rows] if logits.dtype == torch.float32 else None
+        torch.sum(torch.sub(logits[rows], peak[rows, None], out=kept).exp_(), dim=1, out=sums[rows])
     both = torch.stack([sums, picked])  # [2, c]
     _all_reduce(both, group, torch.distributed.ReduceOp.SUM)
     return both[0].log(), both[1], peak  # relative to the peak: exact differences for large logits

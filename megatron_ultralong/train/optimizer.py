@@ -45,8 +45,8 @@ def data_parallel(chunks: list[torch.nn.Module], ranks: Ranks) -> list[torch.nn.
         for i, chunk in enumerate(chunks)
     ]
     if ranks.groups.dp_cp.size() == 1:
-        for chunk in wrapped:
-            chunk.start_param_sync = lambda *args, **kwargs: None  # would copy the weights onto themselves
+        for chunk in wrapped:  # would copy gradients and weights onto themselves
+            chunk.finish_grad_sync = chunk.start_param_sync = _nothing
     for chunk in wrapped:
         # The ranks' weights are equal already, read and broadcast or made from a seed; this guarantees it.
         chunk.broadcast_params()
@@ -81,6 +81,10 @@ def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Rank
     return optimizer
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def _avoid_copies(optimizer: Any) -> None:
     """Leave out what Megatron copies onto itself: float32 weights, of which the optimizer's shards are views,
     and scaled gradients where neither TransformerEngine nor apex is installed."""
@@ -89,7 +93,7 @@ def _avoid_copies(optimizer: Any) -> None:
 
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not any(one.model_float16_groups):
-            one._copy_main_params_to_model_params = lambda: None
+            one._copy_main_params_to_model_params = _nothing
     if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = _scale
 
