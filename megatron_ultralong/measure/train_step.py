@@ -37,7 +37,7 @@ from megatron_ultralong.measure.number_format import (
 )
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.step import model_text
-from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.model import elementwise, spec, weight_mapping
 from megatron_ultralong.recipes import SMOLLM2_135M
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import Unscaled
@@ -121,6 +121,9 @@ def run(
     if launch.world_size() > 1:
         raise UserError("tools/benchmark.py runs in one process: start it without torchrun")
     ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
+    dtype = timing.DTYPES[settings.precision]
+    use_te = device.type == "cuda" and spec.have_transformer_engine()
+    chosen = elementwise.chosen_operations(device, dtype, use_te)
     report = SpeedReport(
         kind="train",
         columns=COLUMNS,
@@ -128,9 +131,10 @@ def run(
         about=about(
             device,
             command,
-            kernel=kernels.choose(device, timing.DTYPES[settings.precision], settings.model.head_dim),
+            kernel=kernels.choose(device, dtype, settings.model.head_dim),
             dtype=settings.precision,
             shape=f"{model_text(settings.model)}, {settings.precision}",
+            operations="; ".join(f"{name}: {what}" for name, what in chosen.items()),
             transformers=_transformers_version(),
             layer_chunk=settings.layer_chunk,
             loss_chunk=settings.loss_chunk,

@@ -27,6 +27,21 @@ def row_blocks(x: Tensor, most: int | None = None) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
+def chosen_operations(device: torch.device, dtype: torch.dtype, transformer_engine: bool) -> dict[str, str]:
+    """Return what computes each of a layer's operations between its matrix products, and why.
+
+    transformer_engine: whether the model has its linears and norms (model/spec.py).
+    """
+    if transformer_engine:
+        norm = "TransformerEngine, with the linear that follows"
+    elif _own_norm(device, dtype):
+        norm = "torch operations by blocks of rows: on a CPU torch has no kernel for it"
+    else:
+        norm = "torch.nn.functional.rms_norm"
+    own = "torch operations, one buffer in the backward"
+    return {"norm": norm, "SwiGLU": own, "RoPE": own, "residual": "torch operations"}
+
+
 # ---- SwiGLU ------------------------------------------------------------------------------------
 
 
@@ -74,9 +89,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     PyTorch has one kernel for it on CUDA, forward and backward; on a CPU it has a dozen, in place of which
     float32 tensors go through `_RMSNorm`.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+    if x.dtype == weight.dtype and _own_norm(x.device, x.dtype):
         return _RMSNorm.apply(x, weight, eps)
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def _own_norm(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.float32
 
 
 class _RMSNorm(torch.autograd.Function):

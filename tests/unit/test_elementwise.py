@@ -96,3 +96,21 @@ def test_a_projection_that_does_not_fit() -> None:
     for shape, kv_heads in (((5, 1, 96), 5), ((4, 1, 96), 3)):
         with pytest.raises(ValueError, match="does not fit"):
             split_and_rotate(torch.zeros(shape), kv_heads, table, table)
+
+
+def test_chosen_operations() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    chosen = {
+        (device, dtype, te): elementwise.chosen_operations(device, dtype, te)["norm"]
+        for device in (cpu, meta)
+        for dtype in (torch.float32, torch.bfloat16)
+        for te in (False, True)
+    }
+    own = {key for key, what in chosen.items() if "blocks" in what}
+    assert own == {(cpu, torch.float32, False)}
+    assert {key for key, what in chosen.items() if "TransformerEngine" in what} == {k for k in chosen if k[2]}
+    # What is said is what runs.
+    for device, dtype, te in chosen:
+        x = torch.ones(2, 4, dtype=dtype, device=device, requires_grad=True)
+        name = rms_norm(x, torch.ones(4, dtype=dtype, device=device), 1e-5).grad_fn.name()
+        assert te or ("_RMSNorm" in name) == ((device, dtype, te) in own)
