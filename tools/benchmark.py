@@ -6,6 +6,7 @@
     python tools/benchmark.py step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
     python tools/benchmark.py step --longest --settings all-but-attention,offload-all
     python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
+    python tools/benchmark.py train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --out runs/benchmark
     python tools/benchmark.py generate --lengths 128K,512K --out runs/benchmark
     python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
 
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     _attention_arguments(commands)
     _loss_arguments(commands)
     _step_arguments(commands)
+    _train_arguments(commands)
     _generate_arguments(commands)
     _data_arguments(commands)
     return parser.parse_args()
@@ -62,6 +64,7 @@ def main() -> int:
         "attention": _attention,
         "loss": _loss,
         "step": _step,
+        "train": _train,
         "generate": _generate,
         "data": _data,
     }[args.benchmark]
@@ -249,6 +252,55 @@ def _step(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
     )
 
 
+# ---- train -------------------------------------------------------------------------------------
+
+
+def _train_arguments(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train", help="complete training steps of a model, in turns with the same in plain transformers"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory (default: SmolLM2-135M's shape with random weights)",
+    )
+    parser.add_argument("--layers", metavar="N", help="layers of the default model (default: 30)")
+    parser.add_argument("--lengths", metavar="S,S", default="2K,8K", help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--settings",
+        metavar="A,B",
+        default="none,recompute",
+        help="none: all activations are saved; recompute: everything but attention is computed again, in "
+        "transformers gradient checkpointing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer-chunk", metavar="N", default="16K", help="memory.layer_chunk, tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loss-chunk", metavar="N", default="1K", help="memory.loss_chunk, tokens (default: %(default)s)"
+    )
+    _common_arguments(parser, repeats="3", note="pairs of steps, of which the median is reported")
+
+
+def _train(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
+    from megatron_ultralong.measure import train_step
+
+    layers = None if args.layers is None else _count(args, "layers")
+    model, rope = train_step.shape_of(args.model, layers)
+    return train_step.run, train_step.TrainSettings(
+        hf=args.model,
+        model=model,
+        rope=rope,
+        lengths=_counts(args, "lengths"),
+        settings=args.settings.split(","),
+        precision=_dtype(args, gpu),
+        layer_chunk=_count(args, "layer_chunk"),
+        loss_chunk=_count(args, "loss_chunk"),
+        repeats=_count(args, "repeats"),
+    )
+
+
 # ---- generate ----------------------------------------------------------------------------------
 
 
@@ -341,7 +393,11 @@ def _data(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
 # ---- common arguments and values ---------------------------------------------------------------
 
 
-def _common_arguments(parser: argparse.ArgumentParser, repeats: str = "10") -> None:
+def _common_arguments(
+    parser: argparse.ArgumentParser,
+    repeats: str = "10",
+    note: str = "timed runs, of which the median is reported; a run that takes over 20 s is timed once",
+) -> None:
     parser.add_argument(
         "--device",
         choices=["auto", "cuda", "cpu"],
@@ -355,8 +411,7 @@ def _common_arguments(parser: argparse.ArgumentParser, repeats: str = "10") -> N
         "--repeats",
         metavar="N",
         default=repeats,
-        help="timed runs, of which the median is reported; a run that takes over 20 s is timed once "
-        "(default: %(default)s)",
+        help=f"{note} (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart as PNG")

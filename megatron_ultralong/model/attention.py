@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.model.rotary_embedding import FrequencyGradient, apply_rope, cos_sin
+from megatron_ultralong.model.rotary_embedding import FrequencyGradient, cos_sin, split_and_rotate
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import CLEX, with_network
 
@@ -108,7 +108,7 @@ class CoreAttention(torch.nn.Module):
     """Causal attention over the complete sequence, of which each context-parallel rank holds two zigzag
     chunks.
 
-    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `apply_rotary`. Layers that run outside
+    q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `split_and_rotate`. Layers that run outside
     autograd call the functions of context_parallel/api.py with `groups` and `spec`.
     """
 
@@ -126,23 +126,26 @@ class CoreAttention(torch.nn.Module):
         self.groups = groups
         self.scale = softmax_scale
 
-    def apply_rotary(
+    def split_and_rotate(
         self,
-        q: Tensor,
-        k: Tensor,
+        qkv: Tensor,
+        kv_heads: int,
         rows: slice,
         t: int,
         tp_shards: int,
         document_starts: DocumentStarts = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Apply RoPE to q [b, h, c, d] and k [b, g, c, d], which hold `rows` of each of the `tp_shards`
-        shards of t tokens that make up this rank's s tokens."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`,
+        and rotate q and k.
+
+        It holds `rows` of each of the `tp_shards` shards of t tokens that make up this rank's s tokens.
+        """
         cp = self.groups.size
-        angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, q.device, document_starts)
+        angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, qkv.device, document_starts)
         cos, sin, positions = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)
         draw = self.rotary.draw
         gradient = None if draw is None else FrequencyGradient(draw.gradient, positions)
-        return apply_rope(q, cos, sin, gradient), apply_rope(k, cos, sin, gradient)
+        return split_and_rotate(qkv, kv_heads, cos, sin, gradient)
 
     def spec(
         self, document_starts: DocumentStarts, query_rows: Sequence[slice] | None = None

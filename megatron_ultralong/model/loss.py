@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.config import LOSS_BLOCK
+from megatron_ultralong.model.elementwise import row_blocks
 from megatron_ultralong.model.layer.gradients import ChunkedBackward, leaf, mark_reusable
 
 
@@ -103,9 +104,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
         labels, loss_mask = labels.t(), loss_mask.t()  # [s, b]
         need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        )
+        grad_weight: Tensor | None = None  # float32
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         norm_backward = ChunkedBackward(list(norm.parameters()) if norm is not None else [])
         for start in range(0, t, rows):
@@ -124,8 +123,8 @@ class _ShardedTokenLoss(torch.autograd.Function):
             total += loss
             if grad is None:
                 continue
-            if grad_weight is not None:
-                grad_weight += torch.matmul(grad.t(), x)
+            if need_weight:
+                grad_weight = _add_product(grad_weight, grad.t(), x)
             if grad_hidden is not None:
                 grad_x = torch.matmul(grad, weight).view_as(x_cbH)
                 share = _reduce(grad_x, group, parts)
@@ -163,43 +162,45 @@ def _cross_entropy(
     logits: [c, v] in the weight's dtype. Computed in float32, one block of rows at a time: no float32 copy of
     all logits exists.
     """
-    v = logits.shape[1]
     log_sum, picked, peak = _statistics(logits, target, spec)
     lse = log_sum + peak
     loss = torch.where(mask > 0, mask * (log_sum - picked + spec.z_loss * lse.square()), 0.0).sum()
     if not need_grad:
         return loss, None
     scale = mask * (1 + 2 * spec.z_loss * lse)
-    local, inside = _local(target, spec.group.rank(), v)
-    start = 0
-    for block in logits.split(max(1, LOSS_BLOCK // v)):
-        rows = slice(start, start + len(block))
-        start += len(block)
-        grad = (block.float() - lse[rows, None]).exp_().mul_(scale[rows, None])
-        grad[torch.arange(len(block), device=grad.device), local[rows]] -= inside[rows] * mask[rows]
-        block.copy_(grad)
-        del grad
+    local, inside = _local(target, spec.group.rank(), logits.shape[1])
+    if logits.dtype == torch.float32:  # exponentials by now
+        logits.mul_((scale * torch.exp(-log_sum))[:, None])
+        return loss, logits.scatter_add_(1, local[:, None], (-mask * inside)[:, None])
+    at_target = logits.gather(1, local[:, None]).squeeze(1)
+    for rows in row_blocks(logits, LOSS_BLOCK):
+        block = logits[rows]
+        torch.mul(torch.sub(block, lse[rows, None]).exp_(), scale[rows, None], out=block)
+    # The target's in float32 too, and rounded once.
+    at_target = (at_target - lse).exp_().mul_(scale) - inside * mask
+    logits.scatter_(1, local[:, None], at_target.to(logits.dtype)[:, None])
     return loss, logits
 
 
 def _statistics(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (log of the softmax's sum, target's logit, both minus the largest logit; the largest logit):
-    float32 [c] each. Padded columns of logits [c, v] become -inf."""
+    float32 [c] each.
+
+    Padded columns of logits [c, v] become -inf; float32 logits are overwritten by their exponentials relative
+    to the largest logit, others are computed from twice, because their dtype is not precise enough.
+    """
     v = logits.shape[1]
     group, rank = spec.group, spec.group.rank()
     if (rank + 1) * v > spec.vocab_size:
         logits[:, max(0, spec.vocab_size - rank * v) :] = float("-inf")
-    blocks = logits.split(max(1, LOSS_BLOCK // v))
     local, inside = _local(target, rank, v)
-    peak = torch.cat([block.max(dim=1).values.float() for block in blocks])
+    peak = logits.amax(dim=1).float()
     _all_reduce(peak, group, torch.distributed.ReduceOp.MAX)
-    sums = torch.cat(
-        [
-            (block.float() - p[:, None]).exp_().sum(dim=1)
-            for block, p in zip(blocks, peak.split(len(blocks[0])), strict=True)
-        ]
-    )
     picked = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1).float() - peak, 0.0)
+    sums = torch.empty_like(peak)
+    for rows in row_blocks(logits, LOSS_BLOCK):
+        kept = logits[rows] if logits.dtype == torch.float32 else None
+        torch.sum(torch.sub(logits[rows], peak[rows, None], out=kept).exp_(), dim=1, out=sums[rows])
     both = torch.stack([sums, picked])  # [2, c]
     _all_reduce(both, group, torch.distributed.ReduceOp.SUM)
     return both[0].log(), both[1], peak  # relative to the peak: exact differences for large logits
@@ -218,6 +219,15 @@ def _chunk_of(x: Tensor, start: int, rows: int, parts: int) -> Tensor:
     A view, and not an index made on the host, for whose copy the host would have to wait.
     """
     return x.unflatten(0, (parts, -1))[:, start : start + rows]
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return total + a @ b in float32, in the memory of total; None = 0."""
+    if total is None:
+        return torch.matmul(a, b).float()
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    return total.add_(torch.matmul(a, b))
 
 
 def _all_reduce(x: Tensor, group: Any, op: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_ultralong.model.elementwise import rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension; statistics in float32, result in x's dtype.
@@ -24,4 +26,4 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.context_parallel.host_values import copy_to_device
 
@@ -63,19 +64,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, gradient: FrequencyGradient 
     return _Rotation.apply(x, cos, sin, 1, gradient)
 
 
+def split_and_rotate(
+    qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, gradient: FrequencyGradient | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a projection into queries, keys and values, and apply RoPE to the first two.
+
+    qkv: [s, b, g (r + 2) d], for each of the g = `kv_heads` KV heads its r queries, its key and its value, as
+    Megatron orders them; cos, sin and gradient as in `apply_rope`. Returns q [b, g r, s, d], k and v
+    [b, g, s, d], each [s, b, heads, d] in memory; v is a view of qkv. The backward writes all three gradients
+    into one buffer.
+    """
+    _, b, width = qkv.shape
+    if width % (kv_heads * 2 * cos.shape[-1]) or len(qkv) != len(cos) or sin.shape != cos.shape:
+        raise ValueError(
+            f"qkv {list(qkv.shape)} of {kv_heads} KV heads does not fit cos {list(cos.shape)} and sin {list(sin.shape)}"
+        )
+    return _SplitAndRotate.apply(qkv, kv_heads, cos, sin, gradient)
+
+
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, direction: int, gradient: FrequencyGradient | None
     ) -> Tensor:
         ctx.direction, ctx.gradient = direction, gradient
-        first, second = x.chunk(2, dim=-1)  # [..., s, d/2] each
         out = torch.empty_like(x)
-        half = x.shape[-1] // 2
-        # Type promotion computes bf16 x float32 in float32 without a float32 copy of x, and rounds the result
-        # once.
-        out[..., :half] = torch.mul(first, cos).addcmul_(second, sin, value=-direction)
-        out[..., half:] = torch.mul(second, cos).addcmul_(first, sin, value=direction)
+        _rotate(x, cos, sin, direction, out)
         # Attention keeps the rotated tensor too, so that saving it takes no memory.
         ctx.save_for_backward(cos, sin, *(() if gradient is None else (out,)))
         return out
@@ -86,6 +100,69 @@ class _Rotation(torch.autograd.Function):
         if rotated:
             _add_frequency_gradient(ctx.gradient, rotated[0], grads[0])
         return _Rotation.apply(grads[0], cos, sin, -ctx.direction, None), None, None, None, None
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, gradient: FrequencyGradient | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype, ctx.gradient = qkv.shape, qkv.dtype, gradient
+        heads = qkv.unflatten(2, (kv_heads, -1, 2 * cos.shape[-1]))  # [s, b, g, r + 2, d]
+        rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in _queries_and_keys(heads)]
+        for x, out in zip(_queries_and_keys(heads), rotated, strict=True):
+            _rotate(x, *_by_token(cos, sin), 1, out)
+        ctx.heads = heads.shape[2:]
+        q, k, v = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (*rotated, heads[:, :, :, -1:]))
+        # Attention keeps q and k too, so that saving them takes no memory.
+        ctx.save_for_backward(cos, sin, *(() if gradient is None else (q, k)))
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+        cos, sin, *rotated = ctx.saved_tensors
+        for out, grad in zip(rotated, grads, strict=False):
+            if grad is not None:
+                _add_frequency_gradient(ctx.gradient, out, grad)
+        dqkv = torch.empty(ctx.shape, dtype=ctx.dtype, device=cos.device)
+        heads = dqkv.unflatten(2, ctx.heads)
+        parts = (*_queries_and_keys(heads), heads[:, :, :, -1:])
+        for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+            if grad is None:
+                part.zero_()
+                continue
+            grad = grad.permute(2, 0, 1, 3).unflatten(2, part.shape[2:4])
+            if i < 2:
+                _rotate(grad, *_by_token(cos, sin), -1, part)
+            else:
+                part.copy_(grad)
+        return dqkv, None, None, None, None
+
+
+def _queries_and_keys(heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [s, b, g, r, d] and [s, b, g, 1, d] of heads [s, b, g, r + 2, d]."""
+    return heads[:, :, :, :-2], heads[:, :, :, -2:-1]
+
+
+def _by_token(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [s, d/2] as [s, 1, 1, 1, d/2]."""
+    return cos[:, None, None, None], sin[:, None, None, None]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> None:
+    """Write x, rotated by `direction` times the angles, to `out`, which shares no memory with x."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    if out.dtype == torch.promote_types(x.dtype, cos.dtype):
+        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+        torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=direction)
+        return
+    # Type promotion computes bf16 x float32 in float32 without a float32 copy of x, and rounds the result
+    # once.
+    out[..., :half] = torch.mul(first, cos).addcmul_(second, sin, value=-direction)
+    out[..., half:] = torch.mul(second, cos).addcmul_(first, sin, value=direction)
 
 
 @torch.no_grad()

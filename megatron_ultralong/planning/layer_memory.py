@@ -95,9 +95,11 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     # A gradient that a pipeline stage received exists alongside that of the layer's input; any other is
     # overwritten by it in place.
     gradients = hidden * (2 if p.pp > 1 else 1)
-    # Gate and up, silu, a copy of up, their product, its gradient and one of gate or up; norms and residuals.
-    # Gathered over TP: a linear's input, and its gradient before it is scattered.
-    mlp = x.chunk * (7 * x.mlp + 6 * x.hidden + (2 * model.hidden_size if p.tp > 1 else 0)) * x.e
+    # Gate and up, the gradient of their product, and those of gate and up; norms and residuals. Gathered over
+    # TP: a linear's input, and its gradient before it is scattered.
+    mlp = x.chunk * (5 * x.mlp + 6 * x.hidden + (2 * model.hidden_size if p.tp > 1 else 0)) * x.e
+    # Gate and up and their product.
+    mlp_forward = x.chunk * (3 * x.mlp + 3 * x.hidden + (model.hidden_size if p.tp > 1 else 0)) * x.e
     if run.memory.query_chunks:
         kv = x.tokens * 2 * x.kv
         # Two buffers of keys and values for the ring, and a second one for the sums of their gradients.
@@ -112,7 +114,7 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
         mlp_input = x.chunk * (2 * x.hidden + x.q) * x.e
         return {
             "forward, attention": forward + ring + chunk_tensors,
-            "forward, MLP": forward + mlp_input + mlp // 2,
+            "forward, MLP": forward + mlp_input + mlp_forward,
             "backward, MLP": backward + mlp_input + mlp,
             "backward, attention": backward
             + chunk_tensors
@@ -129,7 +131,7 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     out = x.tokens * x.q * x.e
     return {
         "forward, attention": own + qkv + _attention_forward_bytes(run, model, x),
-        "forward, MLP": own + hidden + mlp // 2,
+        "forward, MLP": own + hidden + mlp_forward,
         "backward, MLP": gradients + out + mlp,
         "backward, attention": gradients + out + qkv + _attention_backward_bytes(run, model, x),
     }
@@ -225,10 +227,9 @@ def _autograd_phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str,
     # What autograd saved of attention: the projection, q and k rotated, the output and its logsumexp. Before
     # it the first norm's output.
     attention = (x.hidden + 3 * x.q + 3 * x.kv) * x.e + 4 * x.heads
-    # After it the second norm's input and output, what autograd saved of the MLP (gate, up, silu, a copy of
-    # up, their product), and the gradients of silu and up before that of the product is freed, the product
-    # itself having been freed.
-    mlp = (2 * x.hidden + 7 * x.mlp) * x.e
+    # After it the second norm's input and output, gate and up, the gradient of their product, which itself
+    # has been freed, and those of gate and up.
+    mlp = (2 * x.hidden + 5 * x.mlp) * x.e
     # The gradient of the layer's output; where the layer is computed again, its output, otherwise its input.
     ends = 2 * x.hidden * x.e
     # With sequence parallelism a linear's input is gathered over TP, and so is its gradient before it is

@@ -84,11 +84,11 @@ def stage_memory(
     if stage == p.pp - 1:
         vocab_rows = padded_vocab_size(model.vocab_size, p.tp) // p.tp
         chunk = min(run.memory.loss_chunk or tokens, tokens)
-        # Logits in e, overwritten by their gradient, and two float32 forms of a block of them; the output
-        # weight's gradient in float32 and its share of a chunk in e; the hidden states and their gradient.
+        # Logits in e, overwritten by their gradient, and a block of them in float32; the output weight's
+        # gradient in float32 and its share of a chunk in e; the hidden states and their gradient.
         parts["loss"] = (
             chunk * vocab_rows * e
-            + 8 * min(LOSS_BLOCK, chunk * vocab_rows)
+            + 4 * min(LOSS_BLOCK, chunk * vocab_rows)
             + vocab_rows * model.hidden_size * (4 + e)
             + 2 * (tokens // p.tp) * model.hidden_size * e
         )
@@ -140,10 +140,9 @@ def saved_per_layer(run: Run, model: Model) -> dict[str, int]:
         per_token["attention outputs"] = q * e + model.heads * 4  # and logsumexps, float32
     if run.memory.recompute == "none":
         # Outputs of both norms and the second norm's input; q and k rotated, the projection they came from (v
-        # is a view of it), the output and its logsumexp; the MLP's gate and up, silu of the gate, a copy of
-        # up, their product.
+        # is a view of it), the output and its logsumexp; the MLP's gate and up, and their product.
         per_token["activations"] = (
-            3 * h * e + (q + kv + q + 2 * kv + q) * e + model.heads * 4 + 5 * model.ffn_size * e
+            3 * h * e + (q + kv + q + 2 * kv + q) * e + model.heads * 4 + 3 * model.ffn_size * e
         )
     return {name: size * tokens // tp for name, size in per_token.items()}
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_ultralong.checkpoint import optimizer_state
 from megatron_ultralong.config import Optim, Train
@@ -43,6 +44,9 @@ def data_parallel(chunks: list[torch.nn.Module], ranks: Ranks) -> list[torch.nn.
         )
         for i, chunk in enumerate(chunks)
     ]
+    if ranks.groups.dp_cp.size() == 1:
+        for chunk in wrapped:  # would copy gradients and weights onto themselves
+            chunk.finish_grad_sync = chunk.start_param_sync = _nothing
     for chunk in wrapped:
         # The ranks' weights are equal already, read and broadcast or made from a seed; this guarantees it.
         chunk.broadcast_params()
@@ -73,7 +77,31 @@ def build(chunks: list[torch.nn.Module], optim: Optim, train: Train, ranks: Rank
     for chunk in chunks:
         unwrap(chunk).config.grad_scale_func = optimizer.scale_loss
     optimizer_state.adapt(optimizer)
+    _avoid_copies(optimizer)
     return optimizer
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _avoid_copies(optimizer: Any) -> None:
+    """Leave out what Megatron copies onto itself: float32 weights, of which the optimizer's shards are views,
+    and scaled gradients where neither TransformerEngine nor apex is installed."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not any(one.model_float16_groups):
+            one._copy_main_params_to_model_params = _nothing
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], scale: float) -> None:
+    """Megatron's `local_multi_tensor_scale` without a temporary tensor."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def set_hyperparameters(optimizer: Any, lr: float, optim: Optim) -> None:
@@ -84,3 +112,8 @@ def set_hyperparameters(optimizer: Any, lr: float, optim: Optim) -> None:
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
         group["betas"] = (optim.beta1, optim.beta2)
         group["eps"] = optim.eps
+        if "fused" in group:  # torch's AdamW, where neither TransformerEngine nor apex is installed
+            # On a CPU, one pass over weights, gradients and moments in place of a dozen. On CUDA it would
+            # need the step counts there; None is torch's choice.
+            on_cpu = all(p.device.type == "cpu" for p in group["params"])
+            group["fused"] = True if on_cpu else None

@@ -4,7 +4,9 @@ Megatron's groups."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +108,57 @@ def _one_process(index: int, folder: Path) -> None:
 
     _store_frees_its_memory()
     _generation(folder)
+    _train(folder)
+
+
+def _train(folder: Path) -> None:
+    """Beside transformers: equal losses, from a directory and from random weights, in every setting."""
+    from megatron_ultralong.measure import report, train_step
+    from tests.tiny import hf_model
+
+    hf_model(MODEL, {"rope_type": "default", "rope_theta": 5000.0}).save_pretrained(folder / "hf")
+    with pytest.raises(UserError, match="leave out --model"):
+        train_step.shape_of(folder / "hf", 2)
+    model, rope = train_step.shape_of(folder / "hf", None)
+    assert model.layers == MODEL.layers and rope.theta == 5000.0
+    assert train_step.shape_of(None, 2)[0].layers == 2 and train_step.shape_of(None, None)[0].layers == 30
+
+    def settings(**more: object) -> train_step.TrainSettings:
+        values = {"hf": folder / "hf", "model": model, "rope": rope, "lengths": [S, S // 2]}
+        values |= {"settings": ["none", "recompute"], "precision": "fp32", "repeats": 2}
+        return train_step.TrainSettings(**values | {"layer_chunk": 64, "loss_chunk": 64} | more)  # type: ignore[arg-type]
+
+    named: list[str] = []
+    result = train_step.run(settings(), torch.device("cpu"), "the command", named.append)
+    report.write_json(result, folder / "train.json")
+    report.plot(result, folder / "train.png")
+    rows = json.loads((folder / "train.json").read_text())["rows"]
+    assert named == [f"{name}, {length}" for length in (256, 128) for name in ("none", "recompute")]
+    pairs = [f"{who}, {name}" for name in named for who in ("ours", "transformers")]
+    assert [row["name"] for row in rows] == pairs and [row["ours"] for row in rows] == [True, False] * 4
+    for row in rows:
+        assert row["tokens_per_second"] == row["tokens"] / row["seconds"] > 0 and row["bytes_moved"] > 0
+        assert row["loss_difference"] < 1e-5 and row["loss"] > 4
+        assert row["ours"] or row["ratio"] == 1
+    assert len({row["loss"] for row in rows if row["tokens"] == S}) == 2, "equal under both settings"
+    theirs = train_step._plain_model(settings(), S, torch.device("cpu")).state_dict()
+    theirs["model.norm.weight"].mul_(1.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step, "_our_step", _with_weights(train_step._our_step, theirs))
+        with pytest.raises(UserError, match=r"recompute, 128: the losses .* differ"):
+            train_step.run(settings(lengths=[128], settings=["recompute"]), torch.device("cpu"), "x")
+    few = {"hf": None, "model": replace(MODEL, layers=1), "lengths": [64], "settings": ["none"], "repeats": 1}
+    for precision in ("fp32", "bf16"):
+        [ours, _] = train_step.run(settings(**few, precision=precision), torch.device("cpu"), "x").rows
+        assert ours["loss_difference"] < train_step.LARGEST_DIFFERENCE[precision]
+    for wrong in ({"settings": ["full"]}, {"repeats": 0}, {"lengths": [0]}):
+        with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
+            settings(**wrong)
+
+
+def _with_weights(our_step: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """`our_step` with other weights."""
+    return lambda name, length, settings, ranks, given: our_step(name, length, settings, ranks, weights)
 
 
 def _generation(folder: Path) -> None:

@@ -351,11 +351,8 @@ def _check_planned_checkpoints(
             )
             kept.append(_kept_bytes(replace(model, layers=layers), ranks, run, rows))
             planned.append(gpu_memory(run, replace(model, layers=layers), ranks.world)["saved activations"])
-        # On the CPU a norm without weights is an operation of its own: its output, float32 as all is here,
-        # and a scalar a token are kept too.
-        norms = (
-            2 * 2 * (S // parallel.cp // parallel.tp) * (model.hidden_size + 1) * 4 if mode == "none" else 0
-        )
+        # Norms keep a scalar a token too.
+        norms = 2 * 2 * (S // parallel.cp // parallel.tp) * 4 if mode == "none" else 0
         assert kept[1] - kept[0] == planned[1] - planned[0] + norms, (parallel, mode)
 
 

@@ -31,7 +31,8 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"model", "data"},
     {"checkpoint"},
     {"evaluate", "planning"},
-    {"train", "measure"},
+    {"train"},
+    {"measure"},
     {"ablate"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}

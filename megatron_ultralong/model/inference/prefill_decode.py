@@ -23,7 +23,7 @@ from megatron_ultralong.config import LOSS_BLOCK, Memory, Model, Parallel
 from megatron_ultralong.context_parallel import decode
 from megatron_ultralong.model import llama
 from megatron_ultralong.model.inference.kv_cache import KVCache
-from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin
+from megatron_ultralong.model.rotary_embedding import cos_sin, split_and_rotate
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -242,9 +242,8 @@ class InferenceModel:
 
     def _project(self, layer: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Apply norm, projection and RoPE: x [c, 1, H] -> q [1, h, c, d], k and v [1, g, c, d]."""
-        qkv = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(x), None)
-        q, k, v = (part.permute(1, 2, 0, 3) for part in qkv)
-        return apply_rope(q, *angles), apply_rope(k, *angles), v
+        qkv = layer.self_attention.linear_qkv(layer.input_layernorm(x))[0]
+        return split_and_rotate(qkv, layer.self_attention.num_query_groups_per_partition, *angles)
 
     def _enter(self, ids: Tensor) -> Tensor:
         """Return the stage's input [c, 1, H]: the embedding of ids [c], or the output of the previous

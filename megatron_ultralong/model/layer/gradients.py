@@ -24,17 +24,21 @@ class ChunkedBackward:
         """Return the gradients of `inputs`, given `grads` of `outputs`; add those of the parameters to the
         sums."""
         all_grads = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)
-        for i, grad in enumerate(all_grads[len(inputs) :]):
-            if grad is None:
-                continue
-            total = self.sums[i]
-            if total is None:
-                self.sums[i] = grad
-            elif total.dtype == torch.float32:
-                total += grad
-            else:
-                self.sums[i] = total.float() + grad
+        for parameter, grad in zip(self.parameters, all_grads[len(inputs) :], strict=True):
+            if grad is not None:
+                self.add(parameter, grad)
         return list(all_grads[: len(inputs)])  # type: ignore[arg-type]
+
+    def add(self, parameter: torch.nn.Parameter, grad: Tensor) -> None:
+        """Add a gradient of one of the parameters to its sum."""
+        i = next(i for i, known in enumerate(self.parameters) if known is parameter)
+        total = self.sums[i]
+        if total is None:
+            self.sums[i] = grad
+        elif total.dtype == torch.float32:
+            total += grad
+        else:
+            self.sums[i] = total.float() + grad
 
     def accumulate_into_params(self, scale: Tensor | None = None) -> None:
         """Give each parameter its sum, times `scale`, through autograd, so that its hooks run."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.model.attention import DocumentStarts
+from megatron_ultralong.model.elementwise import swiglu
 from megatron_ultralong.model.layer.offload import HostStore, OffloadedHiddenStates
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -54,17 +55,25 @@ class Layer(TransformerLayer):
     def project_qkv(self, x: Tensor, rows: slice, t: int, document_starts: DocumentStarts) -> QKV:
         """Norm, projection and RoPE of `rows` of t, whose hidden states are x [c, b, H] -> q [b, h, c TP, d],
         k and v [b, g, c TP, d]."""
-        qkv = self.self_attention.get_query_key_value_tensors(self.input_layernorm(x), None)
-        q, k, v = (y.permute(1, 2, 0, 3) for y in qkv)
-        core = self.self_attention.core_attention
-        return core.apply_rotary(q, k, rows, t, self.tp_shards, document_starts) + (v,)
+        attention = self.self_attention
+        qkv = attention.linear_qkv(self.input_layernorm(x))[0]  # [c TP, b, (h + 2 g) d]
+        kv_heads = attention.num_query_groups_per_partition
+        return attention.core_attention.split_and_rotate(
+            qkv, kv_heads, rows, t, self.tp_shards, document_starts
+        )
 
     def output_and_mlp(self, x: Tensor, out: Tensor) -> Tensor:
         """Output projection and MLP with their residuals: x [c, b, H] and the attention output of its rows
         [b, h, c TP, d] -> [c, b, H]."""
+        x, hidden = self.residual_and_hidden(x, out)
+        return _add(x, self.mlp.linear_fc2(hidden)[0])
+
+    def residual_and_hidden(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The same up to the MLP's second linear: return what is added to its output [c, b, H], and its input
+        [c TP, b, f]."""
         b, h, s, d = out.shape
-        x = x + self.self_attention.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, h * d))[0]
-        return x + self.mlp(self.pre_mlp_layernorm(x))[0]
+        x = _add(x, self.self_attention.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, h * d))[0])
+        return x, swiglu(self.mlp.linear_fc1(self.pre_mlp_layernorm(x))[0])
 
     # ---- chunks of the sequence -----------------------------------------------------------------
 
@@ -107,10 +116,17 @@ class Layer(TransformerLayer):
         qkv = self.project_qkv_in_chunks(x, document_starts)
         out, lse = api.attention_forward(*qkv, core.groups, core.spec(document_starts))
         del qkv
+        if next(self.chunks(x)) == slice(0, len(x)):
+            return self.output_and_mlp(x, out), out, lse
         y = torch.empty_like(x)
         for rows in self.chunks(x):
             y[rows] = self.output_and_mlp(x[rows], self.view_rows(out, rows).flatten(2, 3))
         return y, out, lse
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, where y is the output of a linear; without a graph in its memory."""
+    return x + y if torch.is_grad_enabled() else y.add_(x)
 
 
 def forward_in_one_graph(layer: Layer, x: Tensor, document_starts: DocumentStarts) -> Tensor:

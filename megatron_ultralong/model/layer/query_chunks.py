@@ -30,6 +30,7 @@ from megatron_ultralong.model.attention import DocumentStarts
 from megatron_ultralong.model.layer.gradients import ChunkedBackward, leaf, mark_reusable, reuse_or_allocate
 from megatron_ultralong.model.layer.layer import HiddenStates, Layer
 from megatron_ultralong.model.layer.offload import OffloadedHiddenStates, OffloadedTensors
+from megatron_ultralong.model.layer.recompute import backward_output_and_mlp
 
 
 def forward_query_chunks(layer: Layer, x: Tensor, document_starts: DocumentStarts) -> Tensor:
@@ -109,10 +110,7 @@ class _QueryChunks(torch.autograd.Function):
         chunked = ChunkedBackward(list(layer.parameters()))
         for rows in reversed(list(layer.chunks(x))):  # the order in which offloaded tensors come back
             x_rows, (out, lse) = x[rows], saved.pop_attention()
-            with torch.enable_grad():
-                x_c, out_c = leaf(x_rows), leaf(out)
-                y = layer.output_and_mlp(x_c, out_c)
-            dx[rows], dout = chunked.backward([y], [x_c, out_c], [dy[rows]])
+            dx[rows], dout = backward_output_and_mlp(layer, chunked, x_rows, out, dy[rows])
             with torch.enable_grad():
                 x_c = leaf(x_rows)
                 q = layer.project_qkv(x_c, rows, len(x), document_starts)[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +28,33 @@ def forward_all_but_attention(layer: Layer, x: Tensor, document_starts: Document
     if not torch.is_grad_enabled():
         return layer.forward_in_chunks(x, document_starts)[0]
     return _RecomputeAllButAttention.apply(x, layer, document_starts)
+
+
+def backward_output_and_mlp(
+    layer: Layer, chunked: ChunkedBackward, x: Tensor, out: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Recompute `layer.output_and_mlp` of x [c, b, H] and out [b, h, c TP, d], and return their gradients,
+    given dy [c, b, H].
+
+    The output itself is not needed, so that of the MLP's second linear, where it is Megatron's own, only the
+    backward is computed.
+    """
+    with torch.enable_grad():
+        x, out = leaf(x), leaf(out)
+        residual, hidden = layer.residual_and_hidden(x, out)
+        linear = layer.mlp.linear_fc2
+        if type(linear) is not RowParallelLinear:
+            y = residual + linear(hidden)[0]
+            dx, dout = chunked.backward([y], [x, out], [dy])
+            return dx, dout
+    # [c TP, b, H]
+    dy_all = gather_from_sequence_parallel_region(dy, group=layer.tp_group) if layer.tp_shards > 1 else dy
+    if linear.weight.requires_grad:
+        chunked.add(linear.weight, dy_all.flatten(0, 1).t().matmul(hidden.detach().flatten(0, 1)))
+    dhidden = dy_all.matmul(linear.weight)
+    del dy_all
+    dx, dout = chunked.backward([residual, hidden], [x, out], [dy, dhidden])
+    return dx, dout
 
 
 class _RecomputeAllButAttention(torch.autograd.Function):
@@ -54,10 +82,9 @@ class _RecomputeAllButAttention(torch.autograd.Function):
         dx, dout = reuse_or_allocate(ctx, dy), torch.empty_like(out)
         chunked = ChunkedBackward(list(layer.parameters()))
         for rows in layer.chunks(x):
-            with torch.enable_grad():
-                x_c, out_c = leaf(x[rows]), leaf(layer.view_rows(out, rows).flatten(2, 3))
-                y = layer.output_and_mlp(x_c, out_c)
-            dx[rows], dout_c = chunked.backward([y], [x_c, out_c], [dy[rows]])
+            out_c = layer.view_rows(out, rows).flatten(2, 3)
+            dx[rows], dout_c = backward_output_and_mlp(layer, chunked, x[rows], out_c, dy[rows])
+            del out_c
             layer.view_rows(dout, rows).copy_(layer.view_rows(dout_c, slice(None)))
         q, k, v = layer.project_qkv_in_chunks(x, document_starts)
         dqkv = api.attention_backward(dout, q, k, v, out, lse, core.groups, core.spec(document_starts))

@@ -1,0 +1,116 @@
+"""SwiGLU, RMSNorm and the split of the projection, against plain torch operations and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_ultralong.model import elementwise
+from megatron_ultralong.model.elementwise import rms_norm, row_blocks, swiglu
+from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin, split_and_rotate
+from megatron_ultralong.rope.methods import Unscaled
+
+ROWS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Tolerance relative to the norm of the result."""
+
+
+def check(results: list[Tensor | None], references: list[Tensor], tolerance: float) -> None:
+    for result, reference in zip(results, references, strict=True):
+        assert result is not None and result.shape == reference.shape and result.dtype == reference.dtype
+        difference, size = (result - reference).detach().norm(), reference.detach().norm()
+        assert float(difference) <= tolerance * float(size)
+
+
+def test_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "CPU_BLOCK", 20)
+    assert list(row_blocks(torch.zeros(7, 6))) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert list(row_blocks(torch.zeros(3, 6), 7)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(row_blocks(torch.zeros(2, 60))) == [slice(0, 1), slice(1, 2)]
+    assert list(row_blocks(torch.zeros(0, 6))) == [] and list(row_blocks(torch.zeros(2, 0))) == [slice(0, 2)]
+    meta = torch.zeros(7, 6, device="meta")
+    assert list(row_blocks(meta)) == [slice(0, 7)] and next(row_blocks(meta, 30)) == slice(0, 5)
+
+
+@pytest.mark.parametrize("dtype", list(ROWS))
+@pytest.mark.parametrize("block", [1, 50, 2**19])
+def test_swiglu(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "CPU_BLOCK", block)
+    torch.manual_seed(0)
+    x = torch.randn(9, 2, 12, dtype=torch.float64).to(dtype).requires_grad_()
+    grad = torch.randn(9, 2, 6, dtype=torch.float64).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = swiglu(x)
+    assert kept == [x.data_ptr()], "nothing but its input is kept"
+    gate, up = x.chunk(2, dim=-1)
+    reference = F.silu(gate) * up
+    check([out], [reference], ROWS[dtype])
+    check([*torch.autograd.grad(out, x, grad)], [*torch.autograd.grad(reference, x, grad)], ROWS[dtype])
+    assert not torch.no_grad()(swiglu)(x).requires_grad
+
+
+@pytest.mark.parametrize("dtype", list(ROWS))
+@pytest.mark.parametrize("block", [1, 50, 2**19])
+def test_rms_norm(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "CPU_BLOCK", block)
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 9, 12)).to(dtype).transpose(0, 1).requires_grad_()  # rows not in order
+    weight = torch.randn(12).to(dtype).requires_grad_()
+    grad = torch.randn(9, 2, 12).to(dtype)
+    out, reference = rms_norm(x, weight, 0.1), F.rms_norm(x, (12,), weight, 0.1)
+    check([out], [reference], ROWS[dtype])
+    check(
+        [*torch.autograd.grad(out, [x, weight], grad)],
+        [*torch.autograd.grad(reference, [x, weight], grad)],
+        ROWS[dtype],
+    )
+    frozen = weight.detach()
+    [dx] = torch.autograd.grad(rms_norm(x, frozen, 0.1), x, grad)
+    check([dx], [*torch.autograd.grad(F.rms_norm(x, (12,), frozen, 0.1), x, grad)], ROWS[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(ROWS))
+@pytest.mark.parametrize("used", [(0, 1, 2), (0,), (1, 2)])  # with query chunks not all have a gradient
+def test_split_and_rotate(dtype: torch.dtype, used: tuple[int, ...]) -> None:
+    s, b, g, r, d = 5, 2, 3, 2, 8
+    torch.manual_seed(0)
+    cos, sin = cos_sin(torch.arange(s) * 7, *Unscaled().inverse_frequencies(d))
+    qkv = torch.randn(s, b, g * (r + 2) * d, dtype=torch.float64).to(dtype).requires_grad_()
+    heads = qkv.view(s, b, g, (r + 2) * d)  # as Megatron splits it
+    q, k, v = (x.reshape(s, b, -1, d).permute(1, 2, 0, 3) for x in heads.split([r * d, d, d], dim=3))
+    references = [apply_rope(q, cos, sin), apply_rope(k, cos, sin), v]
+    results = split_and_rotate(qkv, g, cos, sin)
+    assert [x.shape for x in results] == [(b, g * r, s, d), (b, g, s, d), (b, g, s, d)]
+    assert all(x.stride(-1) == 1 for x in results) and results[2].data_ptr() == v.data_ptr()
+    check([*results], [*references], ROWS[dtype])
+    grads = [torch.randn(x.shape).to(dtype) for x in results]
+    [dqkv] = torch.autograd.grad([results[i] for i in used], qkv, [grads[i] for i in used])
+    [reference] = torch.autograd.grad([references[i] for i in used], qkv, [grads[i] for i in used])
+    check([dqkv], [reference], ROWS[dtype])
+
+
+def test_a_projection_that_does_not_fit() -> None:
+    table = torch.zeros(5, 4)
+    for shape, kv_heads in (((5, 1, 96), 5), ((4, 1, 96), 3)):
+        with pytest.raises(ValueError, match="does not fit"):
+            split_and_rotate(torch.zeros(shape), kv_heads, table, table)
+
+
+def test_chosen_operations() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    chosen = {
+        (device, dtype, te): elementwise.chosen_operations(device, dtype, te)["norm"]
+        for device in (cpu, meta)
+        for dtype in (torch.float32, torch.bfloat16)
+        for te in (False, True)
+    }
+    own = {key for key, what in chosen.items() if "blocks" in what}
+    assert own == {(cpu, torch.float32, False)}
+    assert {key for key, what in chosen.items() if "TransformerEngine" in what} == {k for k in chosen if k[2]}
+    # What is said is what runs.
+    for device, dtype, te in chosen:
+        x = torch.ones(2, 4, dtype=dtype, device=device, requires_grad=True)
+        name = rms_norm(x, torch.ones(4, dtype=dtype, device=device), 1e-5).grad_fn.name()
+        assert te or ("_RMSNorm" in name) == ((device, dtype, te) in own)
