@@ -14,6 +14,7 @@ from megatron_ultralong.config import Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
+from megatron_ultralong.model import kernel_choices
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
@@ -73,10 +74,13 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    chosen = kernel_choices.apply(
+        ranks.device, model, run.train.precision, run.runtime.attention_backend, masked
+    )
+    dtype = kernel_choices.DTYPES[run.train.precision]
     backend = kernels.choose(ranks.device, dtype, model.head_dim)
     run = plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
-    print_run(run, ranks)
+    print_run(run, ranks, chosen)
     state = weights_source.with_run(source.state, run, rows)
     log = Log(run, ranks, model, files.save, state.iteration, rows)
     try:
