@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_ultralong.errors import UserError
+from megatron_ultralong.errors import UserError, first_line
 
 
 def main(function: Callable[[], int | None]) -> None:
@@ -35,9 +36,30 @@ def main(function: Callable[[], int | None]) -> None:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         _leave(130)
     except Exception:
-        traceback.print_exc()
+        details = traceback.format_exc()
+        problem = transformer_engine_problem() if "transformer_engine" in details else None
+        if problem is not None:
+            if _first_to_say(problem):
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+            _leave(2)
+        print(details, end="", file=sys.stderr)
         _leave(1)
     sys.exit(code)
+
+
+def transformer_engine_problem() -> str | None:
+    """Return in one line what to change if TransformerEngine is installed without its PyTorch part, or None.
+
+    Megatron-Core cannot be imported then: it takes an installed TransformerEngine for a complete one.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return (
+            f"TransformerEngine is installed without a PyTorch part that works here ({first_line(error)}); "
+            "pip install 'transformer-engine[pytorch]', or pip uninstall transformer-engine"
+        )
+    return None
 
 
 def quiet() -> None:

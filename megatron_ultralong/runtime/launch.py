@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import random
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import numpy
 import torch
 
 from megatron_ultralong.config import Parallel, Runtime
-from megatron_ultralong.errors import UserError, first_line
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli, memory
 
 
@@ -68,7 +66,6 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    check_transformer_engine()
     join(device, runtime.timeout_minutes)
 
     from megatron.core import parallel_state, tensor_parallel
@@ -101,20 +98,6 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         groups=groups,
         timeout=timedelta(minutes=runtime.timeout_minutes),
     )
-
-
-def check_transformer_engine() -> None:
-    """UserError where TransformerEngine is installed, but not its PyTorch part: Megatron-Core could not be
-    imported."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"TransformerEngine is installed without a PyTorch part that works here ({first_line(error)}); "
-            "pip install 'transformer-engine[pytorch]', or pip uninstall transformer-engine"
-        ) from None
 
 
 def world_size() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from megatron_ultralong.context_parallel.kernels import flash_versions, merge, select, startup
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import spec
-from megatron_ultralong.runtime import launch, memory
+from megatron_ultralong.runtime import cli, memory
 
 GPU = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -228,18 +229,38 @@ def test_allocator_grows_segments_unless_the_user_set_it(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("package", "reason"),
     [
-        ('raise RuntimeError("Found empty `transformer-engine` meta package installed.\\nMore")', "Found empty .* installed."),
-        ("", "No module named 'transformer_engine.pytorch'"),
+        ('raise RuntimeError("Found empty `transformer-engine` meta package installed.\\nMore")', "Found empty `tr"),
+        ('__version__ = "2.9.0"', "No module named 'transformer_engine.pytorch'"),
     ],
 )  # fmt: skip
-def test_transformer_engine_without_its_pytorch_part(
-    package: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformer_engine_without_its_pytorch_part(package: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine/__init__.py").write_text(package)
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=rf"without a PyTorch part that works here \({reason}\); pip install"):
-        launch.check_transformer_engine()
-    sys.modules.pop("transformer_engine", None)
+    code = (
+        "from megatron_ultralong.runtime import cli; import importlib; "
+        "cli.main(lambda: importlib.import_module('megatron.core') and 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    line = f"error: TransformerEngine is installed without a PyTorch part that works here ({reason}"
+    assert done.returncode == 2 and done.stderr.startswith(line), done.stderr
+    assert done.stderr.endswith("pip uninstall transformer-engine\n") and done.stderr.count("\n") == 1
+
+
+def test_other_errors_that_mention_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that works is not blamed."""
+
+    def fails() -> int:
+        raise RuntimeError("transformer_engine: out of memory")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("pytorch"))
+    monkeypatch.setattr(cli, "_leave", leave)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(fails)
+    assert stop.value.code == 1 and "Traceback" in capsys.readouterr().err
