@@ -20,6 +20,10 @@ KEY_BLOCK = 65536
 """Keys, of those before a chunk of queries, whose gradients a kernel computes at a time where they are summed
 outside the kernel: it allocates them in its own dtype, FlashAttention-2 even for each query head."""
 
+AttentionBackend = Literal["auto", "cudnn", "flash", "flash3", "flash4"]
+"""Attention kernels of a GPU: the best one known for it (auto), cuDNN, FlashAttention-2 of PyTorch, or
+FlashAttention-3 or 4, which are packages of their own."""
+
 LOSS_BLOCK = 2**25
 """Logits that the loss holds in float32 at a time (128 MiB), for any chunk size."""
 
@@ -250,6 +254,9 @@ class Runtime:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto = cuda if available; the paper's recipes require cuda."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel on a GPU (docs/context_parallel.md): auto = FlashAttention-3 on Hopper if installed,
+    otherwise cuDNN from Hopper on, FlashAttention-2 for what cuDNN cannot compute and on older GPUs."""
     timeout_minutes: int = 60
     """Minutes that a collective waits for other ranks before it fails."""
     wandb: str | None = None

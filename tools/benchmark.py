@@ -112,9 +112,9 @@ def _attention_arguments(commands: Any) -> None:
     )
     parser.add_argument(
         "--kernel",
-        choices=["auto", "cudnn", "flash"],
+        choices=["auto", "cudnn", "flash", "flash3", "flash4"],
         default="auto",
-        help="auto = the fastest one available (default)",
+        help="as runtime.attention_backend (default: auto)",
     )
     parser.add_argument(
         "--methods",

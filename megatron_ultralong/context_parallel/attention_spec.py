@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Backend = Literal["cpu", "flash", "cudnn", "eager"]
+Backend = Literal["cpu", "flash", "flash3", "flash4", "cudnn", "eager"]
 """Attention kernels (kernels/select.py)."""
 
 

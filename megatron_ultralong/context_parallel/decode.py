@@ -25,6 +25,8 @@ from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
 
 CUDNN_MIN_QUERIES = 2048
 """With fewer queries cuDNN is not used; see `_backend`."""
+CUDNN_MULTIPLE = 1024
+"""Nor for other numbers of queries or keys than multiples of this one."""
 CachedKV = Sequence[tuple[Tensor, Tensor]]
 """Keys and values in one or more pieces, each [1, g, t, d]; t may be 0."""
 
@@ -45,7 +47,7 @@ def prefill_attention(
     out = torch.zeros(q_all.shape, dtype=accumulation_dtype(q), device=q.device)
     lse = torch.full(q_all.shape[:3], -math.inf, dtype=out.dtype, device=q.device)
     own, later = slice(rank * c, (rank + 1) * c), slice((rank + 1) * c, size * c)
-    out[:, :, own], lse[:, :, own] = kernels.forward(q, k, v, True, scale, backend=_backend(q))
+    out[:, :, own], lse[:, :, own] = kernels.forward(q, k, v, True, scale, backend=_backend(q, k))
     out[:, :, later], lse[:, :, later] = _unmasked(q_all[:, :, later], k, v, scale)
     for keys, values in cached:
         if keys.shape[2]:  # so that one of the two merged logsumexps is finite
@@ -90,13 +92,17 @@ def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Ten
     _, h, n, d = q.shape
     g = k.shape[1]
     folded = q.reshape(1, g, h // g * n, d)
-    out, lse = kernels.forward(folded, k, v, False, scale, backend=_backend(folded))
+    out, lse = kernels.forward(folded, k, v, False, scale, backend=_backend(folded, k))
     return out.reshape(1, h, n, d), lse.reshape(1, h, n)
 
 
-def _backend(q: Tensor) -> Backend | None:
-    """Not cuDNN for few queries: every cached token changes the shape."""
-    return kernels.without_cudnn(q) if q.shape[2] < CUDNN_MIN_QUERIES else None
+def _backend(q: Tensor, k: Tensor) -> Backend | None:
+    """Not cuDNN for few queries, where every cached token changes the shape, nor for the last chunk of a
+    prompt, whose length is that prompt's own: cuDNN would build and keep a plan for each. Whole chunks have
+    few shapes."""
+    n, t = q.shape[2], k.shape[2]
+    few_shapes = n >= CUDNN_MIN_QUERIES and n % CUDNN_MULTIPLE == t % CUDNN_MULTIPLE == 0
+    return None if few_shapes else kernels.without_cudnn(q)
 
 
 def _gather(x: Tensor, comm: Communicator) -> Tensor:

@@ -39,7 +39,8 @@ def forward_rows(
             )
             if size > 1 or past:
                 out = torch.empty_like(q, dtype=accumulation_dtype(q)).copy_(out)
-        for block in past:
+        # In parts, so that there are few different lengths: cuDNN builds a plan for each.
+        for block in zigzag.split_keys(past, KEY_BLOCK):
             kernels.merge_past(out, lse, q, k_source, v_source, block, spec)
     return out.to(q.dtype), lse
 

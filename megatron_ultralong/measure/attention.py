@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import check_heads
+from megatron_ultralong.config import AttentionBackend, check_heads
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.kernels import flash_versions, startup
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import peers, ring_baselines, timing
@@ -105,8 +106,7 @@ class AttentionSettings:
     """Documents of random lengths in the packed rows; None = no such rows."""
     error_length: int
     """S of the comparison with float64."""
-    kernel: str = "auto"
-    """auto, cudnn or flash."""
+    kernel: AttentionBackend = "auto"
     methods: Sequence[str] = METHODS
     repeats: int = 10
     seed: int = 0
@@ -148,7 +148,7 @@ def run(
 
     Raises UserError if the kernel is not available.
     """
-    with _selected_kernel(settings, device) as kernel:
+    with _selected_kernel(settings, device) as (kernel, choices):
         report = SpeedReport(
             kind="attention",
             columns=COLUMNS,
@@ -157,6 +157,7 @@ def run(
                 device,
                 command,
                 kernel=kernel,
+                **choices,
                 dtype=settings.dtype_name,
                 shape=f"S {token_count(settings.length)}, {settings.heads} query and "
                 f"{settings.kv_heads} KV heads of {settings.head_dim}, {settings.dtype_name}",
@@ -237,21 +238,20 @@ def _ours(ulysses: int, cp_comm_type: api.CommType) -> MakeAttention:
 
 
 @contextlib.contextmanager
-def _selected_kernel(settings: AttentionSettings, device: torch.device) -> Iterator[str]:
-    """The kernel that all methods use; --kernel flash disables cuDNN meanwhile, by torch's own switch."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+def _selected_kernel(
+    settings: AttentionSettings, device: torch.device
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The kernel that all methods use and the choices of `startup.apply`; PyTorch's switches are restored at
+    the end."""
+    cudnn, flash = torch.backends.cuda.cudnn_sdp_enabled(), flash_versions.active()
     try:
-        if settings.kernel == "flash":
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        kernel = kernels.choose(device, settings.dtype, settings.head_dim)
-        if settings.kernel not in ("auto", kernel):
-            raise UserError(
-                f"--kernel {settings.kernel}, but {device.type} with {settings.dtype} and --head-dim "
-                f"{settings.head_dim} uses {kernel}; use --kernel auto"
-            )
-        yield kernel
+        choices = startup.apply(
+            settings.kernel, device, settings.dtype, settings.head_dim, settings.documents is not None
+        )
+        yield kernels.choose(device, settings.dtype, settings.head_dim), choices
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        flash_versions.activate(flash)
 
 
 # ---- figures -----------------------------------------------------------------------------------

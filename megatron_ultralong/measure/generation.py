@@ -97,10 +97,13 @@ def run(
 
     Starts and ends torch.distributed with one rank.
     """
+    from megatron_ultralong.model import kernel_choices
     from megatron_ultralong.runtime import launch
 
     if launch.world_size() > 1:
         raise UserError("tools/benchmark.py runs in one process: start it without torchrun")
+    ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
+    choices = kernel_choices.apply(device, settings.model, settings.precision)
     dtype = timing.DTYPES[settings.precision]
     report = SpeedReport(
         kind="generate",
@@ -110,6 +113,7 @@ def run(
             device,
             command,
             kernel=kernels.choose(device, dtype, settings.model.head_dim),
+            **choices,
             dtype=settings.precision,
             shape=f"{model_text(settings.model)}, {settings.precision}",
             sequences=settings.sequences,
@@ -119,7 +123,6 @@ def run(
             memory=timing.CPU_MEMORY if device.type == "cpu" else "torch's allocator",
         ),
     )
-    ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
     try:
         reader = _reader(settings, ranks)
         for length in settings.lengths:

@@ -156,10 +156,13 @@ def run(
         raise UserError(
             "--longest on a CPU needs --limit, like 1G: a CPU does not report that its memory is exhausted"
         )
+    from megatron_ultralong.model import kernel_choices
     from megatron_ultralong.runtime import launch
 
     if launch.world_size() > 1:
         raise UserError("tools/benchmark.py runs in one process: start it without torchrun")
+    ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
+    choices = kernel_choices.apply(device, settings.model, settings.precision)
     dtype = timing.DTYPES[settings.precision]
     report = SpeedReport(
         kind="longest step" if settings.longest else "step",
@@ -171,6 +174,7 @@ def run(
             device,
             command,
             kernel=kernels.choose(device, dtype, settings.model.head_dim),
+            **choices,
             dtype=settings.precision,
             shape=f"{model_text(settings.model)}, {settings.precision}",
             layer_chunk=settings.layer_chunk,
@@ -180,7 +184,6 @@ def run(
             memory=timing.CPU_MEMORY if device.type == "cpu" else "torch's allocator",
         ),
     )
-    ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
     try:
         with _limited(settings.limit, device):
             for name in settings.settings:

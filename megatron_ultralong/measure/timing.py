@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime import memory
 
 SLOW = 20.0
 """Seconds; work that takes longer is timed once."""
@@ -182,4 +183,5 @@ def select_device(choice: str) -> torch.device:
         raise UserError("--device cuda, but torch sees no GPU here; check the driver, or use --device cpu")
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    memory.grow_segments()
     return torch.device("cuda", torch.cuda.current_device())

@@ -7,8 +7,12 @@ under the names that TransformerEngine's fused linears give them.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 from typing import Any
+
+import torch
 
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel.api import ContextGroups
@@ -17,8 +21,21 @@ from megatron_ultralong.model.layer.offload import HostStore
 from megatron_ultralong.model.norm import RMSNorm
 
 
+@functools.cache
 def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
+
+
+def layers_of(device: torch.device) -> str:
+    """Return whose linear layers and norms a model on `device` is made of by default, and why."""
+    megatron = f"Megatron-Core {importlib.metadata.version('megatron-core')} and PyTorch"
+    if device.type != "cuda":
+        return megatron
+    if not have_transformer_engine():
+        return f"{megatron}: TransformerEngine is not installed"
+    import transformer_engine
+
+    return f"TransformerEngine {transformer_engine.__version__}"
 
 
 def block_spec(

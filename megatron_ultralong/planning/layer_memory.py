@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from megatron_ultralong.config import KEY_BLOCK, Model, Run
 from megatron_ultralong.context_parallel.attention_spec import Backend
+from megatron_ultralong.context_parallel.kernels.varlen import TOKENS_PER_DOCUMENT
 
 
 class LayerShape(NamedTuple):
@@ -63,7 +64,10 @@ class LayerShape(NamedTuple):
 
 def backend_of(run: Run, model: Model, backend: Backend) -> Backend:
     """Return the backend that a run uses where `backend` is the GPU's: FlashAttention-2 in place of cuDNN for
-    what context_parallel/kernels/select.py does not give to cuDNN."""
+    what context_parallel/kernels/select.py does not give to cuDNN. A run that names its kernel uses that."""
+    asked = run.runtime.attention_backend
+    if asked in ("flash", "flash3", "flash4"):
+        return asked
     masked, wide = run.data.documents == "masked", model.head_dim > 128
     return "flash" if backend == "cudnn" and (run.train.deterministic or masked or wide) else backend
 
@@ -145,7 +149,16 @@ def _kernel_workspace(x: LayerShape, queries: int, keys: int, share: int = 1) ->
     counted is what cuDNN's engines allocate themselves.
     """
     workspace = queries * x.q * 4
-    if x.backend == "flash":
+    if x.backend in ("flash3", "flash4"):
+        # The logsumexp and the row sums of dO O; with fewer KV heads dK and dV in float32.
+        workspace += queries * 2 * x.heads * 4
+        if x.q != x.kv_inside:
+            workspace += keys * 2 * x.kv_inside * 4
+        if x.documents:
+            # Padding, as below, and a counter for every 64 queries of the longest document, in each document.
+            documents = max(queries // TOKENS_PER_DOCUMENT, 1)
+            workspace += workspace // 8 + queries // 64 * documents * x.heads * 4
+    elif x.backend == "flash":
         if x.documents and not x.deterministic:
             workspace += workspace // 8  # padding of documents: kernels/varlen.py
         if x.q != x.kv_inside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import multiprocessing
@@ -16,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_ultralong.errors import UserError
+from megatron_ultralong.errors import UserError, first_line
 
 
 def main(function: Callable[[], int | None]) -> None:
@@ -38,12 +39,33 @@ def main(function: Callable[[], int | None]) -> None:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         _leave(130)
     except Exception:
-        lines = traceback.format_exc().splitlines(keepends=True)
-        _record("".join(lines))
+        details = traceback.format_exc()
+        problem = transformer_engine_problem() if "transformer_engine" in details else None
+        if problem is not None:
+            _record(f"error: {problem}")
+            if _first_to_say(problem):
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+            _leave(2)
+        _record(details)
         rank = f"[rank {os.environ['RANK']}] " if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        sys.stderr.write("".join(rank + line for line in lines))
+        sys.stderr.write("".join(rank + line for line in details.splitlines(keepends=True)))
         _leave(1)
     sys.exit(code)
+
+
+def transformer_engine_problem() -> str | None:
+    """Return in one line what to change if TransformerEngine is installed without its PyTorch part, or None.
+
+    Megatron-Core cannot be imported then: it takes an installed TransformerEngine for a complete one.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return (
+            f"TransformerEngine is installed without a PyTorch part that works here ({first_line(error)}); "
+            "pip install 'transformer-engine[pytorch]', or pip uninstall transformer-engine"
+        )
+    return None
 
 
 def quiet() -> None:

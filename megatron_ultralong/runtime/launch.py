@@ -14,7 +14,7 @@ import torch
 
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.runtime import cli, signals
+from megatron_ultralong.runtime import cli, memory, signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     else:
+        memory.grow_segments()
         torch.cuda.set_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""Memory available on a device: GPU, host and container limits."""
+"""Memory of a device: how PyTorch allocates it on GPUs, how much is available, and limits of containers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ import torch
 
 RESERVE = 0.05
 """Fraction of the machine's memory that is never used."""
+
+
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Environment variables with settings of PyTorch's allocator, the first also for older versions."""
+
+
+def grow_segments() -> None:
+    """Let PyTorch's allocator grow its segments, unless the environment has settings of its own. PyTorch
+    reads them at the first allocation on a GPU.
+
+    Blocks of long sequences differ in size from phase to phase, and segments of fixed size would be left with
+    holes.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
+def cuda_environment() -> str:
+    """Return the environment variables that affect memory and overlap on GPUs."""
+    names = (*(name for name in ALLOCATOR_SETTINGS if name in os.environ), "CUDA_DEVICE_MAX_CONNECTIONS")
+    return ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in names)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -190,8 +190,8 @@ class Log:
             self.note(f"warning: tensorboard cannot be written ({error}); this run goes on without it")
 
 
-def print_run(run: Run, ranks: Ranks) -> None:
-    """Print the resolved run, and the ranks and device in use."""
+def print_run(run: Run, ranks: Ranks, chosen: Mapping[str, str]) -> None:
+    """Print the resolved run, the ranks and device in use, and the kernels (`kernel_choices.apply`)."""
     if not ranks.is_main:
         return
     for section, values in config.to_dict(run).items():
@@ -201,6 +201,6 @@ def print_run(run: Run, ranks: Ranks) -> None:
             continue
         print(f"{section}: {json.dumps(values) if isinstance(values, dict) else values}")
     print(
-        f"ranks: {ranks.world} on {ranks.device.type} = tp {ranks.tp} x pp {ranks.pp} x cp {ranks.cp} x dp {ranks.dp}",
-        flush=True,
+        f"ranks: {ranks.world} on {ranks.device.type} = tp {ranks.tp} x pp {ranks.pp} x cp {ranks.cp} x dp {ranks.dp}"
     )
+    print("\n".join(f"{name}: {choice}" for name, choice in chosen.items()), flush=True)

@@ -17,6 +17,7 @@ from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.data.tokenizer import check_same, load_tokenizer
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.model import kernel_choices
 from megatron_ultralong.planning import memory as plan
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
@@ -85,8 +86,11 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
             asked, files.save, files.load, files.load_hf, files.tokenizer, verified=True
         )
         agreement.on_main_rank(lambda: run_directory.set_aside(path for path, _ in source.damaged))
+        chosen = kernel_choices.apply(
+            ranks.device, model, run.train.precision, run.runtime.attention_backend, masked
+        )
         run = _settle_offload(run, ranks, model)
-        print_run(run, ranks)
+        print_run(run, ranks, chosen)
         state = weights_source.with_run(source.state, run, rows)
         log = Log(run, ranks, model, files.save, state.iteration, rows)
         until_end.callback(log.close)
@@ -112,8 +116,7 @@ def _settle_offload(run: Run, ranks: Ranks, model: Model) -> Run:
     gpu_bytes = (
         torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
     )
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    backend = kernels.choose(ranks.device, dtype, model.head_dim)
+    backend = kernels.choose(ranks.device, kernel_choices.DTYPES[run.train.precision], model.head_dim)
     return plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
 
 

@@ -205,6 +205,14 @@ def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Pa
     with Tool(inputs, save, f"train.iterations={end}", *settings, *others, more=valid, ranks=2) as tool:
         assert tool.finish() == 0, tool.errors()
     assert len([line for line in tool.lines if "causal training FLOPs" in line]) == 1, "rank 0 alone prints"
+    choices = [
+        line
+        for line in tool.lines
+        if line.startswith(("attention: ", "merge: ", "linear layers and norms: "))
+    ]
+    assert len(choices) == 3 and choices[0].startswith(
+        "attention: PyTorch's flash attention of the CPU (float32"
+    )
     assert saved(save)[-1] == end
     seen |= tool.iterations()
     held_out |= tool.held_out()

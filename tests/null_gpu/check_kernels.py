@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.kernels import varlen
+from megatron_ultralong.context_parallel.kernels import merge, varlen
 
 CUDA = torch.device("cuda", 0)
 
@@ -24,3 +30,26 @@ def test_many_documents(documents: int) -> None:
     out, lse = varlen.forward(q, k, v, blocks)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
     assert [x.shape for x in varlen.backward(out, q, k, v, out, lse, blocks)] == [q.shape, k.shape, v.shape]
+
+
+def merged(s: int) -> torch.Tensor:
+    out, lse = torch.zeros(1, 2, s, 64, device=CUDA), torch.zeros(1, 2, s, device=CUDA)
+    merge.merge_(out, lse, out.bfloat16(), lse.clone())
+    return out
+
+
+def test_triton_compiles_from_several_threads() -> None:
+    """Every size is a kernel of its own: one token, a divisor of 16, none."""
+    assert merge.why_not_triton(CUDA) is None
+    with ThreadPoolExecutor(8) as pool:
+        sizes = [1, 16, 17] * 8
+        assert [x.shape[2] for x in pool.map(merged, sizes)] == sizes
+
+
+def test_triton_without_a_c_compiler(tmp_path: Path) -> None:
+    """With nothing in its cache Triton needs one; then plain operations merge."""
+    code = "from tests.null_gpu.check_kernels import CUDA, merge, merged; merged(16); print(merge.why_not_triton(CUDA))"
+    environment = {**os.environ, "PATH": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("CC", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("Triton failed: Failed to find C compiler"), done.stderr

@@ -90,6 +90,7 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # required by deterministic algorithms
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",  # the stub has no virtual memory
     }
 
 

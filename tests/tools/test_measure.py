@@ -267,7 +267,7 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
         ("attention --cp two", "--cp=two: expected a whole number"),
         ("attention --heads 9 --kv-heads 2", "--heads 9 is not a multiple of --kv-heads 2"),
         ("attention --documents 9K", "--documents 9216 must be"),
-        ("attention --kernel cudnn", "--kernel cudnn, but cpu"),
+        ("attention --kernel cudnn", "attention kernel cudnn needs a GPU"),
         ("attention --methods gather", "--methods gather: this method is now called all_gather"),
         ("attention --methods ring,rings", "--methods rings: choose from"),
         ("attention --json /dev/null/there.json", "/dev/null/there.json cannot be written"),

@@ -170,3 +170,18 @@ def test_cache() -> None:
     context.truncate(4)
     assert (context.end, context.held) == (4, 4)
     assert kv_bytes(2, G, D, 20, 4) == sum(x.numel() * 4 for x in context._kv)
+
+
+def test_cudnn_reads_whole_chunks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It builds and keeps a plan for each shape: every prompt ends in a chunk of another length."""
+    monkeypatch.setattr(decode.kernels, "choose", lambda *kind: "cudnn")
+    for queries, keys, few in (
+        (4096, 4096, True),
+        (4096, 1024 * 77, True),
+        (1024, 4096, False),
+        (4095, 4096, False),
+        (4096, 4097, False),
+        (1, 8192, False),
+    ):
+        q, k = torch.empty(1, 4, queries, 8, device="meta"), torch.empty(1, 1, keys, 8, device="meta")
+        assert decode._backend(q, k) == (None if few else "flash")

@@ -132,6 +132,21 @@ def test_published_sizes_of_llama():
         assert planned == parts["all_but_attention"]["working layer"] + tokens * more * 1024
         if changed is not flash:  # cuDNN is not used for these
             assert planned == memory.stage_memory(changed, LLAMA_3_1_8B, 1, 8, 0)["working layer"]
+    # FlashAttention-3: the logsumexp and a sum per query and head, gradients of KV heads in float32;
+    # documents are padded, and count blocks of 64 queries.
+    for changed, more in (
+        (flash, tokens * (8 * 1024 + 256)),
+        (
+            replace(flash, data=Data(documents="masked")),
+            tokens * (8 * 1024 + 256) + tokens * (16 + 8 + 0.25) * 128 + tokens // 64 * 1024 * 32 * 4,
+        ),
+    ):
+        asked = replace(changed, runtime=replace(changed.runtime, attention_backend="flash3"))
+        for planned in (
+            memory.stage_memory(changed, LLAMA_3_1_8B, 1, 8, 0, "flash3"),  # on a GPU where it is chosen
+            memory.stage_memory(asked, LLAMA_3_1_8B, 1, 8, 0),
+        ):
+            assert planned["working layer"] == parts["all_but_attention"]["working layer"] + more
     # Where the MLP is most: 7 F and 6 H in bf16.
     whole = memory.stage_memory(with_memory(run, "all_but_attention", layer_chunk=0), LLAMA_3_1_8B, 1, 8, 0)
     assert whole["working layer"] == tokens * (8 + 8 + 7 * 28 + 6 * 8) * 1024 + weights * 2

@@ -16,6 +16,7 @@ from megatron_ultralong.context_parallel.api import (
     attention_forward,
 )
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
 CHUNK = 12
@@ -66,3 +67,29 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="query rows require cp_comm_type p2p without Ulysses"):
         groups = ContextGroups(cp_comm_type="all_gather")
         attention_forward(q, k, k, groups, AttentionSpec(query_rows=[slice(0, 4)]))
+
+
+@pytest.mark.parametrize("length", [1200, 4800])
+def test_shapes_do_not_grow_with_the_sequence(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN builds and keeps a plan for each shape."""
+    monkeypatch.setattr(query_rows, "KEY_BLOCK", 200)
+    shapes: set[tuple[str, int, int]] = set()
+
+    def recorded(name: str, call: Any) -> Any:
+        def run(*tensors: torch.Tensor, **more: Any) -> Any:
+            q, k = tensors[:2] if name == "forward" else tensors[1:3]
+            shapes.add((name, q.shape[2], k.shape[2]))
+            return call(*tensors, **more)
+
+        return run
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(kernels, name, recorded(name, getattr(kernels, name)))
+    k = torch.randn(1, 1, length, 8)
+    groups, dkv = ContextGroups(), torch.zeros(2, *k.shape)
+    for first in range(0, length, 50):
+        spec = AttentionSpec(query_rows=[slice(first, first + 50)])
+        q = torch.randn(1, 1, 50, 8)
+        out, lse = attention_forward(q, k, k, groups, spec)
+        attention_backward_rows(q, q, k, k, out, lse, groups, spec, dkv)
+    assert shapes == {(name, 50, keys) for name in ("forward", "backward") for keys in (50, 100, 150, 200)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import threading
 
 import torch
 from torch import Tensor
+
+from megatron_ultralong.errors import first_line
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -23,9 +25,9 @@ def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> No
 
     out <- out + w (partial - out) with w = sigmoid(partial_lse - lse). Only the difference of the logsumexps
     is exponentiated, so nothing overflows however large the logits are. On CUDA this is one Triton kernel
-    (merge_triton.py).
+    (merge_triton.py) where Triton can be used.
     """
-    if out.is_cuda and out.dtype == torch.float32 and _have_triton():
+    if out.is_cuda and out.dtype == torch.float32 and why_not_triton(out.device) is None:
         from megatron_ultralong.context_parallel.kernels import merge_triton
 
         return merge_triton.merge_(out, lse, partial, partial_lse)
@@ -52,6 +54,29 @@ def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, peak + total.log()
 
 
+def why_not_triton(device: torch.device) -> str | None:
+    """Return in one line why the Triton kernel cannot be used on a GPU, or None; tried out once per device.
+
+    Triton compiles a launcher with the C compiler of the machine, and the kernel for the GPU at hand.
+    """
+    with _trying:  # the backward runs in a thread of its own
+        return _try_triton(device)
+
+
 @functools.cache
-def _have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _try_triton(device: torch.device) -> str | None:
+    try:
+        from megatron_ultralong.context_parallel.kernels import merge_triton
+    except ImportError:
+        return "Triton is not installed"
+    out, lse = torch.zeros(1, 1, 64, 64, device=device), torch.zeros(1, 1, 64, device=device)
+    try:
+        merge_triton.merge_(out, lse, out.bfloat16(), lse.clone())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the compilers, the driver, the file system
+        return f"Triton failed: {first_line(error)}"
+    return None
+
+
+_trying = threading.Lock()

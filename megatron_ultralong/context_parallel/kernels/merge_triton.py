@@ -5,12 +5,16 @@ Shapes: b sequences, h heads, s tokens, d head dimension; a program merges BLOCK
 
 from __future__ import annotations
 
+import threading
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64
 """Tokens per program."""
+_launching = threading.Lock()
+"""Triton loads a kernel at its first launch, one thread at a time: a second one would find it half loaded."""
 
 
 def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
@@ -18,21 +22,22 @@ def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> No
     b, h, s, d = out.shape
     if out.numel() == 0:
         return
-    _merge[(triton.cdiv(s, BLOCK), b * h)](
-        out,
-        lse,
-        partial,
-        partial_lse,
-        h,
-        s,
-        d,
-        *out.stride(),
-        *lse.stride(),
-        *partial.stride(),
-        *partial_lse.stride(),
-        BLOCK=BLOCK,
-        WIDTH=triton.next_power_of_2(d),
-    )
+    with _launching:
+        _merge[(triton.cdiv(s, BLOCK), b * h)](
+            out,
+            lse,
+            partial,
+            partial_lse,
+            h,
+            s,
+            d,
+            *out.stride(),
+            *lse.stride(),
+            *partial.stride(),
+            *partial_lse.stride(),
+            BLOCK=BLOCK,
+            WIDTH=triton.next_power_of_2(d),
+        )
 
 
 @triton.jit

@@ -7,9 +7,9 @@ Shapes: q, out, dout [b, h, s, d]; k, v [b, g, t, d], h a multiple of g (KV head
 lse [b, h, s]. Any strides. The backends:
 
     cpu     flash attention of the CPU
-    flash   FlashAttention-2 of CUDA, or its replacement
-            (`torch.nn.attention.activate_flash_attention_impl`)
-    cudnn   cuDNN; the fastest on Hopper and later, backward not bit-reproducible
+    flash   FlashAttention-2 of PyTorch on CUDA
+    flash3  FlashAttention-3 in its place, flash4 FlashAttention-4 (flash_versions.py)
+    cudnn   cuDNN on Hopper and later; backward not bit-reproducible
     eager   eager.py, for what the others do not support
 """
 
@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec, Backend
-from megatron_ultralong.context_parallel.kernels import aten, deterministic, eager, varlen
+from megatron_ultralong.context_parallel.kernels import (
+    aten,
+    deterministic,
+    eager,
+    flash_versions,
+    varlen,
+)
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype, merge_
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
@@ -32,38 +38,63 @@ _OLDEST_CUDNN = 90501
 """Older versions require dout in the strides of out."""
 _FORWARD = {
     "cpu": aten.cpu_forward,
-    "flash": aten.flash_forward,
+    **dict.fromkeys(("flash", "flash3", "flash4"), aten.flash_forward),
     "cudnn": aten.cudnn_forward,
     "eager": eager.forward,
 }
 _BACKWARD = {
     "cpu": aten.cpu_backward,
-    "flash": aten.flash_backward,
+    **dict.fromkeys(("flash", "flash3", "flash4"), aten.flash_backward),
     "cudnn": aten.cudnn_backward,
     "eager": eager.backward,
 }
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """Return the backend for tensors of this kind. `torch.backends.cuda.enable_cudnn_sdp(False)` excludes
-    cuDNN."""
+    """Return the backend for tensors of this kind. Startup.py applies a run's setting before."""
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or dtype not in _HALF or head_dim % 8 or head_dim > 256:
         return "eager"
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    cudnn = (torch.backends.cudnn.version() or 0) >= _OLDEST_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
-    if hopper and cudnn and head_dim <= 128 and not torch.are_deterministic_algorithms_enabled():
-        return "cudnn"
-    return "flash"
+    flash = flash_versions.active()
+    # FlashAttention-3 is the faster one on Hopper (docs/context_parallel.md).
+    return flash if flash == "flash3" or why_not_cudnn(device, head_dim) else "cudnn"
+
+
+def why_not_cudnn(device: torch.device, head_dim: int) -> str | None:
+    """Return in a few words why cuDNN cannot be used for half precision on a GPU, or None.
+
+    `torch.backends.cuda.enable_cudnn_sdp(False)` excludes it.
+    """
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "it is switched off"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
+    if head_dim > 128:
+        return "the head dimension is above 128"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "the GPU is older than Hopper"
+    version, problem = cudnn_version()
+    if version < _OLDEST_CUDNN:
+        return problem or f"version {version} is older than {_OLDEST_CUDNN}"
+    return None
+
+
+def cudnn_version() -> tuple[int, str | None]:
+    """Return (the version of the cuDNN that is loaded, 0 if none can be used; why not)."""
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError as error:  # one that PyTorch was not built for
+        return 0, str(error).partition("\n")[0]
+    return version or 0, None if version else "this PyTorch has none"
 
 
 def without_cudnn(q: Tensor) -> Backend | None:
-    """Return "flash" where cuDNN would be chosen, otherwise None.
+    """Return FlashAttention where cuDNN would be chosen, otherwise None.
 
     cuDNN builds a plan for every new shape, which does not pay off where shapes keep changing.
     """
-    return "flash" if choose(q.device, q.dtype, q.shape[3]) == "cudnn" else None
+    return flash_versions.active() if choose(q.device, q.dtype, q.shape[3]) == "cudnn" else None
 
 
 # ---- one kernel ---------------------------------------------------------------------------------
@@ -191,7 +222,7 @@ def backward_past(
 def _in_one_call(q: Tensor, blocks: Sequence[AttentionBlock], spec: AttentionSpec) -> bool:
     chosen = spec.backend or choose(q.device, q.dtype, q.shape[3])
     # Two blocks are also two ranges of a whole row's queries, for which cuDNN is faster.
-    least = {"flash": 2, "cudnn": 3}.get(chosen)
+    least = {"flash": 2, "flash3": 2, "flash4": 2, "cudnn": 3}.get(chosen)
     return least is not None and len(blocks) >= least and q.shape[0] == 1
 
 

@@ -7,6 +7,7 @@ calls the other ranks wait.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import cache, partial
@@ -87,12 +88,16 @@ class ParallelModel:
             )
         )
 
+        from megatron_ultralong.model import kernel_choices
         from megatron_ultralong.model.inference.prefill_decode import InferenceModel
         from megatron_ultralong.model.llama import named_parameters
 
         if place != assets:
             self._place = place = run_directory.resolve_verified(path)
             model, rope, self.max_position, assets = _stored(place)
+        choices = kernel_choices.apply(self.ranks.device, model, precision)
+        if self.ranks.is_main:
+            print("\n".join(f"{name}: {choice}" for name, choice in choices.items()), file=sys.stderr)
         reader = InferenceModel(model, rope, self.ranks, parallel, precision, chunk)
         if place == assets:
             load_parameters(
