@@ -174,4 +174,7 @@ class ThreadedRankRunner:
                     self._done.put((rank, function(dist.group.WORLD, rank), None))
             except BaseException as failure:
                 self._done.put((rank, None, failure))
-        dist.destroy_process_group()
+        # The rest of the group ends with this thread. `dist.destroy_process_group` fails in torch 2.11 and in
+        # some later versions: it clears attributes that PyTorch's stand-in for threads does not have
+        # (pytorch/pytorch, pull requests 175099 and 196786).
+        torch._C._distributed_c10d._unregister_all_process_groups()
