@@ -38,7 +38,7 @@ from megatron_ultralong.measure.number_format import (
     three_digits,
     token_count,
 )
-from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.report import RecordRow, ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.virtual_run import (
     AttentionMethod,
     MakeAttention,
@@ -103,12 +103,16 @@ class AttentionSettings:
     dtype: torch.dtype
     documents: int | None
     """Documents of random lengths in the packed rows; None = no such rows."""
+    unpacked: bool = True
+    """Rows without documents too."""
     error_length: int
     """S of the comparison with float64."""
     kernel: str = "auto"
     """auto, cudnn or flash."""
     methods: Sequence[str] = METHODS
     repeats: int = 10
+    warm_up: int = 2
+    """Runs before those that are timed, beyond one or two of each kind that measure bytes."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -143,8 +147,10 @@ def run(
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
+    record: RecordRow = lambda row: None,
 ) -> SpeedReport:
-    """Measure all rows; `progress` is called with the name of each before it starts.
+    """Measure all rows; `progress` is called with the name of each before it starts, `record` with each row
+    as soon as it is measured.
 
     Raises UserError if the kernel is not available.
     """
@@ -152,6 +158,7 @@ def run(
         report = SpeedReport(
             kind="attention",
             columns=COLUMNS,
+            record=record,
             bars=("share_of_ideal", "workspace_bytes", "error_out"),
             about=about(
                 device,
@@ -167,7 +174,8 @@ def run(
                 memory=timing.CPU_MEMORY if device.type == "cpu" else "torch's allocator",
             ),
         )
-        for documents in (None,) if settings.documents is None else (None, settings.documents):
+        packings: list[int | None] = [None] if settings.unpacked else []
+        for documents in packings if settings.documents is None else [*packings, settings.documents]:
             shape = AttentionShape(
                 length=settings.length,
                 heads=settings.heads,
@@ -180,8 +188,14 @@ def run(
             for method in _methods(settings, documents is not None, kernel):
                 name = method.name if documents is None else f"{method.name}, {documents} documents"
                 progress(name)
-                row = {"name": name, "ours": method.ours, "cp": method.cp, "documents": documents}
-                report.rows.append(row | measurement.row(method))
+                row = {
+                    "name": name,
+                    "method": method.key,
+                    "ours": method.ours,
+                    "cp": method.cp,
+                    "documents": documents,
+                }
+                report.add(row | measurement.row(method))
     return report
 
 
@@ -191,11 +205,13 @@ def run(
 def _methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator[AttentionMethod]:
     """The rows in order; the first is the ideal."""
     within = "inside documents" if packed else "on the whole sequence"
-    yield AttentionMethod(name=f"one kernel ({kernel}) {within}", cp=1, make=_ours(1, "p2p"), ours=False)
+    yield AttentionMethod(
+        key="one kernel", name=f"one kernel ({kernel}) {within}", cp=1, make=_ours(1, "p2p"), ours=False
+    )
     selected = set(settings.methods)
     for cp in settings.cp:
         if "ring" in selected:
-            yield AttentionMethod(name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
+            yield AttentionMethod(key="ring", name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
         for ulysses in [
             *([cp] if "all-to-all" in selected else []),
             *(u for u in settings.ulysses if "hybrid" in selected and 1 < u < cp and cp % u == 0),
@@ -205,23 +221,27 @@ def _methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator
                 if ulysses == cp
                 else f"ours: all-to-all {ulysses} x ring {cp // ulysses}, CP {cp}"
             )
+            key = "all-to-all" if ulysses == cp else "hybrid"
             try:
                 check_heads(settings.heads, settings.kv_heads, ulysses)
-                yield AttentionMethod(name=name, cp=cp, make=_ours(ulysses, "p2p"))
+                yield AttentionMethod(key=key, name=name, cp=cp, make=_ours(ulysses, "p2p"))
             except UserError as error:
-                yield AttentionMethod(name=name, cp=cp, make=None, note=str(error))
+                yield AttentionMethod(key=key, name=name, cp=cp, make=None, note=str(error))
         if "all_gather" in selected:
-            yield AttentionMethod(name=f"ours: all_gather, CP {cp}", cp=cp, make=_ours(1, "all_gather"))
+            name = f"ours: all_gather, CP {cp}"
+            yield AttentionMethod(key="all_gather", name=name, cp=cp, make=_ours(1, "all_gather"))
     if packed:
         return  # the other methods do not support documents
     for cp in settings.cp:
         if "te-style" in selected:
             name = f"TE-style schedule (written here), CP {cp}"
-            yield AttentionMethod(name=name, cp=cp, make=ring_baselines.te_style, ours=False)
+            yield AttentionMethod(key="te-style", name=name, cp=cp, make=ring_baselines.te_style, ours=False)
         if "naive" in selected:
             name = f"naive ring, sums in {settings.dtype_name}, CP {cp}"
-            yield AttentionMethod(name=name, cp=cp, make=ring_baselines.naive, ours=False)
-        yield from (method for key, method in peers.methods(cp, settings.dtype) if key in selected)
+            yield AttentionMethod(key="naive", name=name, cp=cp, make=ring_baselines.naive, ours=False)
+        yield from (
+            method for method in peers.methods(cp, settings.dtype) if method.key.split()[0] in selected
+        )
 
 
 def _ours(ulysses: int, cp_comm_type: api.CommType) -> MakeAttention:
@@ -326,7 +346,9 @@ class _Measurement:
         del results
         row: dict[str, Any] = {"workspace_bytes": max(0, peak.bytes - result_bytes)}
         for key, work in (("forward_ms", forward), ("backward_ms", backward), ("both_ms", both)):
-            seconds = timing.median_seconds(partial(runner.run, work), self.device, self.settings.repeats)
+            seconds = timing.median_seconds(
+                partial(runner.run, work), self.device, self.settings.repeats, self.settings.warm_up
+            )
             row[key] = 1e3 * seconds
         if sent_forward is not None and sent_backward is not None:
             tokens = self.inputs.q.shape[2] * method.cp
