@@ -45,7 +45,8 @@ def row(work: Work, name: str, on_gpu: bool, gpu: Gpu | None) -> float:
         return 5 + 1.5 * predicted["prefill_seconds"] * x.repeats + 3 * decode
     # A step, or the search for the longest one: each doubling takes half of the next, then come bisections.
     setting = {"setting": "none" if name == "save-on-cpu" else name}
-    steps = float(x.repeats + 2)
+    # With offloading the first step allocates host memory and is repeated.
+    steps = x.repeats + 0.2 + (x.repeats > 1 or "offload" in name)
     if x.longest:
         tokens = max(x.granularity, int(predictions.step(x, setting, "cudnn", gpu)["tokens"]))
         steps = 2.0 + max(0, (tokens // x.granularity).bit_length() - 1)

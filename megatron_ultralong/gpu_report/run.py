@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from megatron_ultralong.planning.hardware import Gpu, gpu_named
 
 ROOT = Path(__file__).parents[2]
 DEMO_BASE = ROOT / "examples" / "demo" / "base"
-PATIENCE, LEAST = 4.0, 60.0
-"""A row may take this many times its expected seconds, and at least so many."""
+PATIENCE, LEAST, LEAST_CPU = 4.0, 120.0, 600.0
+"""A row may take this many times its expected seconds, and at least so many, on a GPU and on a CPU."""
 END = 2.0
 """Seconds kept for writing the tables."""
 
@@ -74,7 +74,7 @@ class _Report:
         self.journal = Journal(settings.out)
         if settings.retry:
             self.journal.forget_failures()
-        sizes = FULL if settings.scale == "full" else TINY
+        sizes = FULL if settings.scale == "full" else replace(TINY, precision="bf16" if self.on_gpu else "fp32")
         self.works = list(works(sizes, settings.groups, self._extension(sizes)))
         self.gpu: Gpu | None = None
 
@@ -149,7 +149,8 @@ class _Report:
         now, began = rows[0], time.monotonic()
         with _process(worker.measure, work, rows, self.settings.device, log) as (connection, process):
             while True:
-                limit = max(LEAST, PATIENCE * self.expected(work, now)) + expected_seconds.start(self.on_gpu)
+                least = LEAST if self.on_gpu else LEAST_CPU
+                limit = max(least, PATIENCE * self.expected(work, now)) + expected_seconds.start(self.on_gpu)
                 wait = min(began + limit, self.deadline) - time.monotonic()
                 if not connection.poll(max(0.0, wait)):
                     self._out_of_time(work.key(now), time.monotonic() - began, limit)
@@ -200,12 +201,14 @@ def _process(target: Callable[..., None], *args: Any) -> Any:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(theirs, *args))
     process.start()
+    pid = process.pid
+    assert pid is not None
     theirs.close()
     try:
         yield ours, process
     finally:
         ours.close()
-        for kill in (lambda: os.killpg(process.pid, signal.SIGKILL), process.kill):
+        for kill in (lambda: os.killpg(pid, signal.SIGKILL), process.kill):
             with contextlib.suppress(OSError):  # it has ended, or is not yet the leader of a group
                 kill()
         process.join()

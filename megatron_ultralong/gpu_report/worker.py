@@ -31,7 +31,7 @@ Emit = Callable[[str, dict[str, Any], dict[str, float]], None]
 def check_machine(connection: Connection, device: str, log: Path) -> None:
     """Send the machine's facts."""
     _begin(log)
-    connection.send(machine.facts(torch.device(device)))
+    connection.send(machine.facts(timing.select_device(device)))
 
 
 def measure(connection: Connection, work: Work, rows: Sequence[str], device: str, log: Path) -> None:
@@ -50,7 +50,7 @@ def measure(connection: Connection, work: Work, rows: Sequence[str], device: str
 
     connection.send(("start", waiting[0]))
     try:
-        target = torch.device(device)
+        target = timing.select_device(device)
         gpu = gpu_named(torch.cuda.get_device_name(target)) if target.type == "cuda" else None
         _MEASURE[work.group](work, waiting.copy(), target, gpu, emit)
     except Exception as error:
