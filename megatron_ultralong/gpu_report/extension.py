@@ -1,14 +1,15 @@
-"""A real model extended to a longer context in small, by the tools that extend large ones: documents, packed
-rows, training with YaRN, export, comparison of the export with the checkpoint. Nothing is downloaded.
+"""A real model extended to a longer context in small: training with YaRN, export, and comparison of the export
+with the checkpoint, by the tools that extend large models. Nothing is downloaded.
 
-The text is Python's language reference, which comes with Python.
+The text is Python's language reference, which comes with Python. It is packed here: tools/prepare_data.py
+needs packages that a rented GPU may not have.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,10 +19,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy
+
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Model, Run
+from megatron_ultralong.data import row_writer
+from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.gpu_report.sizes import ExtensionSettings
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.measure.number_format import byte_count, integer, three_digits
@@ -75,32 +80,19 @@ def measure(settings: ExtensionSettings, device: str) -> dict[str, Any]:
     folder, length = settings.folder, planned_run(settings)[0].train.seq_length
     folder.mkdir(parents=True, exist_ok=True)
     texts = [topics[name] for name in sorted(topics)]
+    tokenizer = load_tokenizer(settings.model)
     for name, documents in (
-        ("text", [t for i, t in enumerate(texts) if i % EVERY]),
+        ("text", [text for i, text in enumerate(texts) if i % EVERY]),
         ("held_out", texts[::EVERY]),
     ):
-        file = folder / f"{name}.jsonl"
-        # Enough for a row, with at least one token in eight characters.
-        repeats = 1 + 8 * length // sum(map(len, documents))
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents * repeats)
-        atomic_files.write_text(file, lines)
-        if not (folder / f"{name}.json").is_file():
-            _tool(
-                "prepare_data.py",
-                "pretrain",
-                "--input",
-                file,
-                "--tokenizer",
-                settings.model,
-                "--seq-length",
-                length,
-                "--output",
-                folder / name,
-            )
+        _write_rows(folder / name, [tokenizer.ids(text) for text in documents], length)
     trained = folder / "train" / f"iter_{settings.iterations:07d}"
     log = folder / "train.log"
-    if not trained.is_dir():
-        log.write_text(
+    if not log.is_file():  # a part of a training has no times of the first iterations
+        for name in ("train", "hf"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        atomic_files.write_text(
+            log,
             _tool(
                 "train.py",
                 "--recipe",
@@ -117,13 +109,27 @@ def measure(settings: ExtensionSettings, device: str) -> dict[str, Any]:
                 "--save",
                 folder / "train",
             ),
-            encoding="utf-8",
         )
     if not (folder / "hf").is_dir():
         _tool("convert_hf.py", "export", "--ckpt", trained, "--out", folder / "hf")
     _tool("convert_hf.py", "verify", "--hf", folder / "hf", "--ckpt", trained)
     text = log.read_text(encoding="utf-8")
     return _figures(text, settings.batch * length) | {"seconds": time.perf_counter() - start}
+
+
+def _write_rows(prefix: Path, documents: list[list[int]], length: int) -> None:
+    """Pack documents, as often as it takes for one, into rows of `length` + 1 tokens, unless they exist."""
+    if Path(f"{prefix}.json").is_file():
+        return
+    stream = numpy.concatenate([numpy.array(ids, numpy.int32) for ids in documents])
+    stream = numpy.tile(stream, 1 + length // len(stream))
+    rows = stream[: len(stream) // (length + 1) * (length + 1)].reshape(-1, length + 1)
+    with row_writer.staged(str(prefix)) as stage:
+        writer = row_writer.RowWriter(stage, length + 1, numpy.int32, masks=False, starts=False)
+        writer.add(rows)
+        writer.finish()
+        manifest = {"format": 1, "kind": "pretrain", "seq_length": length, "rows": writer.rows}
+        row_writer.write_manifest(stage, manifest | {"max_token_id": writer.largest})
 
 
 def _tool(name: str, *words: Any) -> str:

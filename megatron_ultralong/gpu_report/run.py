@@ -25,7 +25,8 @@ from megatron_ultralong.io import atomic_files
 from megatron_ultralong.planning.hardware import Gpu, gpu_named
 
 ROOT = Path(__file__).parents[2]
-DEMO_BASE = ROOT / "examples" / "demo" / "base"
+MODELS = (ROOT / "runs" / "smollm2" / "base", ROOT / "examples" / "demo" / "base")
+"""The first that exists is extended: what examples/smollm2.sh downloaded, or the demo's base model."""
 PATIENCE, LEAST, LEAST_CPU = 4.0, 120.0, 600.0
 """A row may take this many times its expected seconds, and at least so many, on a GPU and on a CPU."""
 END = 2.0
@@ -44,7 +45,7 @@ class ReportSettings:
     scale: str
     """full or tiny."""
     model: Path | None = None
-    """Hugging Face directory that is extended; None = the demo's base model."""
+    """Hugging Face directory that is extended; None = one of `MODELS`."""
     retry: bool = False
     """Measure rows again that failed or were not measured."""
     command: str = ""
@@ -74,14 +75,16 @@ class _Report:
         self.journal = Journal(settings.out)
         if settings.retry:
             self.journal.forget_failures()
-        sizes = FULL if settings.scale == "full" else replace(TINY, precision="bf16" if self.on_gpu else "fp32")
+        sizes = (
+            FULL if settings.scale == "full" else replace(TINY, precision="bf16" if self.on_gpu else "fp32")
+        )
         self.works = list(works(sizes, settings.groups, self._extension(sizes)))
         self.gpu: Gpu | None = None
 
     def _extension(self, sizes: Sizes) -> ExtensionSettings:
         settings = self.settings
         return ExtensionSettings(
-            model=settings.model or DEMO_BASE,
+            model=settings.model or next(path for path in MODELS if path.is_dir()),
             factor=4 if sizes.full else 2,
             iterations=sizes.iterations,
             batch=4 if sizes.full else 1,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -17,14 +19,50 @@ import pytest
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.gpu_report import expected_seconds, predictions, run, sizes, table, worker
 from megatron_ultralong.gpu_report.journal import Journal
-from megatron_ultralong.measure import timing
 from megatron_ultralong.planning import flops
 from megatron_ultralong.planning.hardware import gpu_named
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
 GROUPS = "loss,step,longest,extension"
+NOT_NEEDED = (
+    "accelerate datasets evaluate gguf jieba lm_eval matplotlib nltk openai pandas pyarrow rouge rouge_score scipy sentencepiece "
+    "sklearn tenacity tensorboard xdist zstandard"
+).split()
+"""What setup.py requires or "dev" has, beyond what torch, transformers and Megatron-Core bring and tests/gpu/conftest.py
+checks."""
 FACTS = {"device": "NVIDIA H100 80GB HBM3", "torch": "2", "sizes": "full", "commit": "c", "missing": []}
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """An environment in which new interpreters do not have `NOT_NEEDED`."""
+    (tmp_path / "bare").mkdir()
+    text = f"import sys\nsys.modules.update(dict.fromkeys({NOT_NEEDED}))\n"
+    (tmp_path / "bare" / "sitecustomize.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "bare"), os.environ["PYTHONPATH"]])}
+
+
+def test_needs_little(bare: dict[str, str]) -> None:
+    """On a rented GPU there are torch, transformers and Megatron-Core."""
+    modules = [f"tests.gpu.{path.stem}" for path in sizes.TESTS.glob("*.py") if path.stem != "__init__"]
+    code = f"""
+import importlib, sys
+for name in {[*modules, "megatron_ultralong.gpu_report.run", "megatron.core.dist_checkpointing"]}:
+    importlib.import_module(name)
+from tests.gpu.conftest import missing
+sys.modules["psutil"] = sys.modules["megatron"] = None
+del sys.modules["megatron.core"]
+print(missing())
+import zstandard
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=bare, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["['megatron-core', 'psutil']"], done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of zstandard"), done.stderr[
+        -2000:
+    ]
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -37,8 +75,9 @@ def ended(out: Path) -> list[str]:
     return [event["row"] for event in events(out) if event["event"] in ("row", "failed")]
 
 
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    """kill -9 in the middle of a work; the next call measures only what is missing."""
+def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
+    """kill -9 in the middle of a work; the next call measures only what is missing. The extension's tools run
+    without `NOT_NEEDED`."""
     out, base = tmp_path / "out", tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"model_type": "gpt2"}')
@@ -61,7 +100,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     [failed] = [row for row in values["rows"] if row["row"] == "extension, base x 2: training"]
     assert failed["note"].startswith("failed: UserError: ") and "gpt2" in failed["note"], failed
 
-    third = processes.run([*command, "--retry"], cwd=ROOT, capture_output=True)
+    third = processes.run([*command, "--retry"], cwd=ROOT, capture_output=True, env=bare)
     assert third.returncode == 0 and "report: " in third.stdout, third.stderr
     again = ended(out)[len(rows) :]
     assert again[0].startswith("loss, 256: Liger") and again[-1] == "extension, base x 2: training"
@@ -77,7 +116,10 @@ def check_tables(out: Path) -> None:
     assert "loss, 256: Liger fused linear cross entropy: not installed" in text
     for name in sizes.MODES:
         row = rows[f"step, 256: {name}"]
-        assert row["figures"]["peak_bytes"] / row["predicted"]["peak_bytes"] - 1 == row["relative_error"]["peak_bytes"]
+        assert (
+            row["figures"]["peak_bytes"] / row["predicted"]["peak_bytes"] - 1
+            == row["relative_error"]["peak_bytes"]
+        )
         assert abs(row["relative_error"]["peak_bytes"]) < 0.15, row
         assert "seconds" not in row["predicted"]  # nothing is known of a CPU
     assert rows["longest, in 3 MiB: all-but-attention"]["relative_error"]["tokens"] is not None
@@ -149,7 +191,9 @@ def test_failures_do_not_end_the_report(tmp_path: Path, monkeypatch: pytest.Monk
         Scripted([("start", rows[2]), ("failed", rows[2], "ValueError: x", False)], "exit"),
         Scripted([("start", rows[3])], "hang"),  # longer than its limit
         Scripted([("start", rows[4]), ("failed", rows[4], "ImportError: no y", True)], "exit"),
-        Scripted([("start", rows[0]), ("failed", rows[0], "UserError: z", True)], "exit"),  # of the larger size
+        Scripted(
+            [("start", rows[0]), ("failed", rows[0], "UserError: z", True)], "exit"
+        ),  # of the larger size
     ]
     made, started = report(tmp_path, monkeypatch, scripts)
     made.measure()
@@ -179,7 +223,9 @@ def test_what_does_not_fit_into_the_time_is_missing(tmp_path: Path, monkeypatch:
     made, started = report(tmp_path, monkeypatch, scripts)
     made.deadline = clock[0] + 2 * 200 + expected_seconds.START_GPU + 1
     made.measure()
-    assert [args[1] for args in started] == [[*work.rows[:2]]]  # two rows fit, and the time was up in the first
+    assert [args[1] for args in started] == [
+        [*work.rows[:2]]
+    ]  # two rows fit, and the time was up in the first
     missing = made.missing()
     assert missing[work.key(work.rows[0])] == 1.5 * 421 and missing[work.key(work.rows[1])] == 200.0
     text = made.write().read_text()
@@ -228,9 +274,16 @@ def test_predictions_are_those_of_the_plan() -> None:
     assert one["backward_ms"] == pytest.approx(1e3 * forward * 2.5 * 0.6 / 0.5)
     assert one["both_ms"] < ring["both_ms"] < 1.5 * one["both_ms"]
     packed = {"method": "one kernel", "cp": 1, "documents": 16}
-    assert predictions.attention(attention, packed, "flash", gpu)["forward_ms"] == pytest.approx(1e3 * forward / 16)
-    assert predictions.attention(attention, {"method": "te-style", "cp": 8, "documents": None}, "cudnn", gpu) == {}
-    assert worker.test_figures("FAILED tests/gpu/test_a.py::b - x\n1 failed, 12 passed, 3 skipped in 9.1s", 1) == {
+    assert predictions.attention(attention, packed, "flash", gpu)["forward_ms"] == pytest.approx(
+        1e3 * forward / 16
+    )
+    assert (
+        predictions.attention(attention, {"method": "te-style", "cp": 8, "documents": None}, "cudnn", gpu)
+        == {}
+    )
+    assert worker.test_figures(
+        "FAILED tests/gpu/test_a.py::b - x\n1 failed, 12 passed, 3 skipped in 9.1s", 1
+    ) == {
         "passed": 12,
         "failed": 1,
         "skipped": 3,
@@ -247,4 +300,3 @@ def test_every_row_at_full_size_has_an_expected_time() -> None:
     for work in sizes.works(sizes.FULL, sizes.GROUPS, made):
         seconds = [expected_seconds.row(work, row, True, gpu) for row in work.rows]
         assert min(seconds) > 0 and max(seconds) < 1000, (work.key(""), seconds)
-    assert timing.DTYPES
