@@ -52,7 +52,8 @@ def arguments() -> argparse.Namespace:
         "--model",
         type=Path,
         metavar="DIR",
-        help="Hugging Face directory of a small Llama to extend, like SmolLM2-135M-Instruct (default: runs/smollm2/base, which examples/smollm2.sh makes, otherwise the demo's)",
+        help="Hugging Face directory of a small Llama to extend, like SmolLM2-135M-Instruct (default: runs/smollm2/base, "
+        "which examples/smollm2.sh makes, otherwise the demo's base model)",
     )
     add(
         "--scale",

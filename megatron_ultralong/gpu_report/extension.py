@@ -1,5 +1,5 @@
-"""A real model extended to a longer context in small: training with YaRN, export, and comparison of the export
-with the checkpoint, by the tools that extend large models. Nothing is downloaded.
+"""A real model extended to a longer context in small: training with YaRN, export, and comparison of the
+export with the checkpoint, by the tools that extend large models. Nothing is downloaded.
 
 The text is Python's language reference, which comes with Python. It is packed here: tools/prepare_data.py
 needs packages that a rented GPU may not have.

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train
 from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.evaluate.backends import memory_check
-from megatron_ultralong.measure.attention import AttentionSettings
+from megatron_ultralong.measure.attention_methods import AttentionSettings
 from megatron_ultralong.measure.generation import GenerationSettings
 from megatron_ultralong.measure.loss import LossSettings
 from megatron_ultralong.measure.number_format import token_count

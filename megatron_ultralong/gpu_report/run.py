@@ -13,14 +13,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.gpu_report import expected_seconds, machine, table, worker
 from megatron_ultralong.gpu_report.journal import Journal
-from megatron_ultralong.gpu_report.sizes import FULL, TINY, ExtensionSettings, Sizes, Work, works
+from megatron_ultralong.gpu_report.sizes import FULL, TINY, TINY_GPU, ExtensionSettings, Sizes, Work, works
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.planning.hardware import Gpu, gpu_named
 
@@ -75,9 +75,8 @@ class _Report:
         self.journal = Journal(settings.out)
         if settings.retry:
             self.journal.forget_failures()
-        sizes = (
-            FULL if settings.scale == "full" else replace(TINY, precision="bf16" if self.on_gpu else "fp32")
-        )
+        tiny = TINY_GPU if self.on_gpu else TINY
+        sizes = FULL if settings.scale == "full" else tiny
         self.works = list(works(sizes, settings.groups, self._extension(sizes)))
         self.gpu: Gpu | None = None
 

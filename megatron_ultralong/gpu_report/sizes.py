@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.measure import generation, step, timing
-from megatron_ultralong.measure.attention import AttentionSettings
+from megatron_ultralong.measure.attention_methods import AttentionSettings
 from megatron_ultralong.measure.generation import GenerationSettings
 from megatron_ultralong.measure.loss import LossSettings
 from megatron_ultralong.measure.number_format import token_count
@@ -137,6 +137,10 @@ TINY = Sizes(
 )
 
 
+TINY_GPU = replace(TINY, precision="bf16", longest=(((256 * 2**20, 16 * K),), ()))
+"""PyTorch's allocator takes at least 2 MiB at a time."""
+
+
 def works(sizes: Sizes, groups: Sequence[str], extension: ExtensionSettings | None) -> Iterator[Work]:
     """Yield what is measured in these groups, in order of worth: every group at its first sizes, then at its
     larger ones."""
@@ -231,7 +235,7 @@ def _longest(sizes: Sizes, size: tuple[int, int], repeats: int) -> Iterator[Work
         _step_settings(sizes, granularity, 1), longest=True, limit=limit, granularity=granularity
     )
     name = f"in {limit / GIB:.0f} GiB" if sizes.full else f"in {limit / 2**20:.0f} MiB"
-    rows = ("all-but-attention", "offload-all", "query-chunks-offload")
+    rows: tuple[str, ...] = ("all-but-attention", "offload-all", "query-chunks-offload")
     if size not in sizes.longest[0]:
         rows = rows[:2]  # query chunks would take hours to fill so much memory
     yield Work(group="longest", name=name, settings=settings, rows=rows)

@@ -29,8 +29,8 @@ NOT_NEEDED = (
     "accelerate datasets evaluate gguf jieba lm_eval matplotlib nltk openai pandas pyarrow rouge rouge_score scipy sentencepiece "
     "sklearn tenacity tensorboard xdist zstandard"
 ).split()
-"""What setup.py requires or "dev" has, beyond what torch, transformers and Megatron-Core bring and tests/gpu/conftest.py
-checks."""
+"""What setup.py requires or "dev" has, beyond what torch, transformers and Megatron-Core bring and
+tests/gpu/conftest.py checks."""
 FACTS = {"device": "NVIDIA H100 80GB HBM3", "torch": "2", "sizes": "full", "commit": "c", "missing": []}
 
 
@@ -100,7 +100,8 @@ def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
     [failed] = [row for row in values["rows"] if row["row"] == "extension, base x 2: training"]
     assert failed["note"].startswith("failed: UserError: ") and "gpt2" in failed["note"], failed
 
-    third = processes.run([*command, "--retry"], cwd=ROOT, capture_output=True, env=bare)
+    demo = ["--model", "examples/demo/base", "--retry"]
+    third = processes.run([*command, *demo], cwd=ROOT, capture_output=True, env=bare)
     assert third.returncode == 0 and "report: " in third.stdout, third.stderr
     again = ended(out)[len(rows) :]
     assert again[0].startswith("loss, 256: Liger") and again[-1] == "extension, base x 2: training"
