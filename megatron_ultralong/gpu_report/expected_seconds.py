@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.gpu_report import extension, predictions
 from megatron_ultralong.gpu_report.sizes import Work
 from megatron_ultralong.planning.hardware import GPUS, Gpu
@@ -9,6 +10,8 @@ from megatron_ultralong.planning.hardware import GPUS, Gpu
 START_GPU, START_CPU = 20.0, 4.0
 """Of a process until it measures."""
 TEST_FILE = 60.0
+EXTENSION = 90.0
+"""Of its programs, without the iterations."""
 CPU_ROW, CPU_EXTENSION = 1.0, 30.0
 """At the sizes for a CPU."""
 
@@ -29,8 +32,14 @@ def row(work: Work, name: str, on_gpu: bool, gpu: Gpu | None) -> float:
     if work.group == "tests":
         return TEST_FILE
     if work.group == "extension":
-        run, model = extension.planned_run(x)
-        return 90 + 1.5 * x.iterations * predictions.training(run, model, "cudnn", gpu)["iteration_seconds"]
+        try:
+            run, model = extension.planned_run(x)
+        except UserError:  # the row will fail with it
+            return EXTENSION
+        return (
+            EXTENSION
+            + 1.5 * x.iterations * predictions.training(run, model, "cudnn", gpu)["iteration_seconds"]
+        )
     if work.group == "attention":
         method, _, cp = name.partition(", CP ")
         # Other methods do the work of a ring.

@@ -95,7 +95,7 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        module = {"megatron-core": "megatron.core", "flash-attn": "flash_attn"}.get(package, package)
+        module = "megatron.core" if package == "megatron-core" else package.replace("-", "_")
         try:
             return "not a package, on the path" if importlib.util.find_spec(module) else None
         except ModuleNotFoundError:

@@ -29,7 +29,13 @@ def attention(
 ) -> Prediction:
     """Return times and workspace of a row of `measure.attention`: of one kernel, and of our own methods."""
     method, cp, documents = row["method"], row["cp"], row["documents"]
-    own = {"one kernel": 1, "ring": 1, "all_gather": 1, "all-to-all": cp}
+    own = {
+        "one kernel": 1,
+        "ring": 1,
+        "all_gather": 1,
+        "all-to-all": cp,
+        "hybrid": min([*settings.ulysses, cp]),
+    }
     if method not in own:
         return {}
     model = Model(

@@ -20,7 +20,16 @@ from typing import Any
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.gpu_report import expected_seconds, machine, table, worker
 from megatron_ultralong.gpu_report.journal import Journal
-from megatron_ultralong.gpu_report.sizes import FULL, TINY, TINY_GPU, ExtensionSettings, Sizes, Work, works
+from megatron_ultralong.gpu_report.sizes import (
+    FULL,
+    GROUPS,
+    TINY,
+    TINY_GPU,
+    ExtensionSettings,
+    Sizes,
+    Work,
+    works,
+)
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.planning.hardware import Gpu, gpu_named
 
@@ -59,9 +68,11 @@ def run(settings: ReportSettings, say: Callable[[str], None]) -> Path:
     report = _Report(settings, say)
     try:
         report.check_machine()
-        report.measure()
+        try:
+            report.measure()
+        finally:
+            path = report.write()
     finally:
-        path = report.write()
         report.journal.close()
     return path
 
@@ -77,7 +88,7 @@ class _Report:
             self.journal.forget_failures()
         tiny = TINY_GPU if self.on_gpu else TINY
         sizes = FULL if settings.scale == "full" else tiny
-        self.works = list(works(sizes, settings.groups, self._extension(sizes)))
+        self.works = list(works(sizes, GROUPS, self._extension(sizes)))
         self.gpu: Gpu | None = None
 
     def _extension(self, sizes: Sizes) -> ExtensionSettings:
@@ -108,7 +119,7 @@ class _Report:
 
     def measure(self) -> None:
         """Run the works; a work continues in a new process after a row that ended the last one."""
-        for work in self.works:
+        for work in self._selected():
             while rows := self._rows_that_fit(work):
                 self._measure(work, rows)
 
@@ -118,13 +129,17 @@ class _Report:
         return max(seconds, 1.5 * self.journal.stopped.get(work.key(row), 0.0))
 
     def missing(self) -> dict[str, float]:
-        """Return the rows that are not measured, and the seconds each is expected to take."""
+        """Return the rows of the selected groups that are not measured, and the seconds each is expected to
+        take."""
         return {
             work.key(row): self.expected(work, row)
-            for work in self.works
+            for work in self._selected()
             for row in work.rows
             if work.key(row) not in self.journal.rows
         }
+
+    def _selected(self) -> list[Work]:
+        return [work for work in self.works if work.group in self.settings.groups]
 
     def write(self) -> Path:
         """Write the JSON and the Markdown table."""
@@ -176,13 +191,15 @@ class _Report:
                         [r for r in rows if work.key(r) not in self.journal.rows] if for_all else [row]
                     ):
                         self._fail(work.key(failed), f"{reason} (logs/{log.name})")
-            process.join()
+            process.join(timeout=30.0)
             if work.key(now) not in self.journal.rows:
                 self._fail(
                     work.key(now), f"the process ended with exit code {process.exitcode} (logs/{log.name})"
                 )
 
     def _out_of_time(self, key: str, seconds: float, limit: float) -> None:
+        if key in self.journal.rows:  # the last row has been measured, and its process does not end
+            return
         if seconds < limit:
             self.journal.stop(key, seconds)
             self.say(f"  {key}: stopped after {seconds:.0f} s, the time is up")

@@ -45,11 +45,12 @@ def write(
     folder: Path, works: Sequence[Work], journal: Journal, missing: dict[str, float], command: str
 ) -> Path:
     """Write gpu_report.json and gpu_report.md and return the latter's path."""
+    # In the order of `works`; then what was measured with other options, like another model.
+    keys = dict.fromkeys([*(work.key(row) for work in works for row in work.rows), *journal.rows])
     rows = [
-        {"group": work.group, "row": work.key(row), **_values(journal.rows[work.key(row)])}
-        for work in works
-        for row in work.rows
-        if work.key(row) in journal.rows
+        {"group": key.partition(",")[0], "row": key, **_values(journal.rows[key])}
+        for key in keys
+        if key in journal.rows
     ]
     values = {
         "format": FORMAT,

@@ -129,6 +129,7 @@ def _extension(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu |
 
 def _tests(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | None, emit: Emit) -> None:
     """Each file of tests/gpu by pytest."""
+    paths = [str(TESTS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     for name in rows:
         if device.type != "cuda":
             emit(name, {"note": "not run: no GPU"}, {})
@@ -136,8 +137,7 @@ def _tests(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | Non
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(TESTS / name)],
             cwd=TESTS.parents[1],
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join([str(TESTS.parents[1]), os.environ.get("PYTHONPATH", "")])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -149,10 +149,9 @@ def _tests(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | Non
 
 def test_figures(output: str, code: int) -> dict[str, Any]:
     """Return the counts of pytest's last line, and as a note the tests that failed."""
-    counts = {
-        word: int(number)
-        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output.splitlines()[-1])
-    }
+    lines = [line for line in output.splitlines() if re.search(r"\d+ \w+.* in [\d.]+s", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped)\b", lines[-1] if lines else "")
+    counts = {word: int(number) for number, word in found}
     figures: dict[str, Any] = {name: counts.get(name, 0) for name in ("passed", "failed", "skipped")}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     if failed:

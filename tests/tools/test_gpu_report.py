@@ -91,7 +91,7 @@ def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
     tables = [json.loads((out / "gpu_report.json").read_text())["rows"]]
     assert {row["row"] for row in tables[0]} <= set(before)
 
-    second = processes.run([*command, "--model", str(base)], cwd=ROOT, capture_output=True)
+    second = processes.run([*command, "--model", str(base)], cwd=ROOT, capture_output=True, timeout=900.0)
     assert second.returncode == 0, second.stderr
     rows = ended(out)
     assert rows[: len(before)] == before and len(rows) == len(set(rows))
@@ -101,7 +101,7 @@ def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
     assert failed["note"].startswith("failed: UserError: ") and "gpt2" in failed["note"], failed
 
     demo = ["--model", "examples/demo/base", "--retry"]
-    third = processes.run([*command, *demo], cwd=ROOT, capture_output=True, env=bare)
+    third = processes.run([*command, *demo], cwd=ROOT, capture_output=True, env=bare, timeout=900.0)
     assert third.returncode == 0 and "report: " in third.stdout, third.stderr
     again = ended(out)[len(rows) :]
     assert again[0].startswith("loss, 256: Liger") and again[-1] == "extension, base x 2: training"
@@ -152,7 +152,7 @@ class Scripted:
             raise EOFError
         return self.messages.pop(0)
 
-    def join(self) -> None: ...
+    def join(self, timeout: float) -> None: ...
 
 
 def report(
