@@ -28,7 +28,6 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, TimeoutExpired
 from typing import Any
 
-import psutil
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +208,8 @@ def kill_all() -> None:
     """End the server's children, if a test left any."""
     server = multiprocessing.forkserver._forkserver._forkserver_pid
     if server is not None:
+        import psutil
+
         for process in psutil.Process(server).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -126,7 +126,7 @@ def _attention_arguments(commands: Any) -> None:
 
 
 def _attention(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
-    from megatron_ultralong.measure import attention, timing
+    from megatron_ultralong.measure import attention, attention_methods, timing
 
     return attention.run, attention.AttentionSettings(
         length=_count(args, "length", "128K" if gpu else "1K"),
@@ -139,7 +139,7 @@ def _attention(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
         documents=None if args.documents is None else _count(args, "documents"),
         error_length=_count(args, "error_length", "4K" if gpu else "512"),
         kernel=args.kernel,
-        methods=args.methods.split(",") if args.methods else attention.METHODS,
+        methods=args.methods.split(",") if args.methods else attention_methods.METHODS,
         repeats=_count(args, "repeats"),
     )
 

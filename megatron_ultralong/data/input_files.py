@@ -13,8 +13,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
-
 from megatron_ultralong.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst")
@@ -50,7 +48,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
@@ -75,7 +73,12 @@ class _Zstd(io.RawIOBase):
     truncated."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError("files in .zst need package zstandard; pip install zstandard") from None
+
+        self._file, self._error = file, zstandard.ZstdError
         self._decoder = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         self._frame: Any = None
         """The frame being decoded; None between frames."""
@@ -92,7 +95,10 @@ class _Zstd(io.RawIOBase):
                     raise EOFError("Compressed file ended before the end-of-stream marker was reached")
                 return 0
             self._frame = self._frame or self._decoder.decompressobj()
-            self._output = memoryview(self._frame.decompress(block))
+            try:
+                self._output = memoryview(self._frame.decompress(block))
+            except self._error as error:
+                raise OSError(str(error)) from None
             self._input = b""
             if self._frame.eof:
                 self._input, self._frame = self._frame.unused_data, None

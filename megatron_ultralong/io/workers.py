@@ -142,15 +142,22 @@ def _work(item: Any) -> Any:
     return _function(item)
 
 
-def end_with_main() -> None:
+def end_with_main(*, with_children: bool = False) -> None:
     """Exit when the main process ends: a killed one would leave this one waiting forever. Ctrl-C is handled
-    by the main process."""
+    by the main process.
+
+    with_children: make this process the leader of a new process group, and end all of that group.
+    """
+    if with_children:
+        os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main = parent_process()
     assert main is not None
 
     def exit_with_main() -> None:
         connection.wait([main.sentinel])
+        if with_children:
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=exit_with_main, daemon=True).start()

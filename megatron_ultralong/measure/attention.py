@@ -11,26 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ultralong.config import AttentionBackend, check_heads
-from megatron_ultralong.context_parallel import api, zigzag
-from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.kernels import flash_versions, startup
 from megatron_ultralong.context_parallel.kernels import select as kernels
-from megatron_ultralong.errors import UserError
-from megatron_ultralong.measure import peers, ring_baselines, timing
+from megatron_ultralong.measure import timing
 from megatron_ultralong.measure.attention_inputs import (
     AttentionShape,
     float64_reference,
     random_inputs,
 )
+from megatron_ultralong.measure.attention_methods import AttentionSettings, methods
 from megatron_ultralong.measure.number_format import (
     byte_count,
     integer,
@@ -39,25 +36,13 @@ from megatron_ultralong.measure.number_format import (
     three_digits,
     token_count,
 )
-from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.report import RecordRow, ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.virtual_run import (
     AttentionMethod,
-    MakeAttention,
     RankRunner,
     VirtualRankRunner,
 )
 
-METHODS = (
-    "ring",
-    "all-to-all",
-    "hybrid",
-    "all_gather",
-    "te-style",
-    "naive",
-    "torch",
-    "ring-flash-attn",
-    "yunchang",
-)
 COLUMNS = (
     ReportColumn("forward_ms", "forward ms", three_digits),
     ReportColumn("backward_ms", "backward ms", three_digits),
@@ -89,62 +74,15 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionSettings:
-    """What is measured."""
-
-    length: int
-    """S."""
-    cp: Sequence[int]
-    ulysses: Sequence[int]
-    """Ranks that exchange heads, for the hybrid rows."""
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    documents: int | None
-    """Documents of random lengths in the packed rows; None = no such rows."""
-    error_length: int
-    """S of the comparison with float64."""
-    kernel: AttentionBackend = "auto"
-    methods: Sequence[str] = METHODS
-    repeats: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("length", "heads", "kv_heads", "head_dim", "error_length", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.heads % self.kv_heads:
-            raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
-        for cp in self.cp:
-            if cp < 2:
-                raise UserError(f"--cp {cp} must be at least 2: the first row is one rank alone")
-            for name, length in (("length", self.length), ("error-length", self.error_length)):
-                if length % (2 * cp):
-                    raise UserError(f"--{name} {length} is not divisible by 2 x --cp = {2 * cp}")
-        if self.documents is not None and not 1 <= self.documents <= min(self.length, self.error_length):
-            raise UserError(
-                f"--documents {self.documents} must be at least 1 and at most --length and --error-length"
-            )
-        if "gather" in self.methods:
-            raise UserError("--methods gather: this method is now called all_gather")
-        unknown = [name for name in self.methods if name not in METHODS]
-        if unknown:
-            raise UserError(f"--methods {unknown[0]}: choose from {', '.join(METHODS)}")
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-
 def run(
     settings: AttentionSettings,
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
+    record: RecordRow = lambda row: None,
 ) -> SpeedReport:
-    """Measure all rows; `progress` is called with the name of each before it starts.
+    """Measure all rows; `progress` is called with the name of each before it starts, `record` with each row
+    as soon as it is measured.
 
     Raises UserError if the kernel is not available.
     """
@@ -152,6 +90,7 @@ def run(
         report = SpeedReport(
             kind="attention",
             columns=COLUMNS,
+            record=record,
             bars=("share_of_ideal", "workspace_bytes", "error_out"),
             about=about(
                 device,
@@ -168,7 +107,8 @@ def run(
                 memory=timing.CPU_MEMORY if device.type == "cpu" else "torch's allocator",
             ),
         )
-        for documents in (None,) if settings.documents is None else (None, settings.documents):
+        packings: list[int | None] = [None] if settings.unpacked else []
+        for documents in packings if settings.documents is None else [*packings, settings.documents]:
             shape = AttentionShape(
                 length=settings.length,
                 heads=settings.heads,
@@ -178,63 +118,18 @@ def run(
                 documents=documents,
             )
             measurement = _Measurement(shape, settings, device)
-            for method in _methods(settings, documents is not None, kernel):
+            for method in methods(settings, documents is not None, kernel):
                 name = method.name if documents is None else f"{method.name}, {documents} documents"
                 progress(name)
-                row = {"name": name, "ours": method.ours, "cp": method.cp, "documents": documents}
-                report.rows.append(row | measurement.row(method))
+                row = {
+                    "name": name,
+                    "method": method.key,
+                    "ours": method.ours,
+                    "cp": method.cp,
+                    "documents": documents,
+                }
+                report.add(row | measurement.row(method))
     return report
-
-
-# ---- methods -----------------------------------------------------------------------------------
-
-
-def _methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator[AttentionMethod]:
-    """The rows in order; the first is the ideal."""
-    within = "inside documents" if packed else "on the whole sequence"
-    yield AttentionMethod(name=f"one kernel ({kernel}) {within}", cp=1, make=_ours(1, "p2p"), ours=False)
-    selected = set(settings.methods)
-    for cp in settings.cp:
-        if "ring" in selected:
-            yield AttentionMethod(name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
-        for ulysses in [
-            *([cp] if "all-to-all" in selected else []),
-            *(u for u in settings.ulysses if "hybrid" in selected and 1 < u < cp and cp % u == 0),
-        ]:
-            name = (
-                f"ours: all-to-all, CP {cp}"
-                if ulysses == cp
-                else f"ours: all-to-all {ulysses} x ring {cp // ulysses}, CP {cp}"
-            )
-            try:
-                check_heads(settings.heads, settings.kv_heads, ulysses)
-                yield AttentionMethod(name=name, cp=cp, make=_ours(ulysses, "p2p"))
-            except UserError as error:
-                yield AttentionMethod(name=name, cp=cp, make=None, note=str(error))
-        if "all_gather" in selected:
-            yield AttentionMethod(name=f"ours: all_gather, CP {cp}", cp=cp, make=_ours(1, "all_gather"))
-    if packed:
-        return  # the other methods do not support documents
-    for cp in settings.cp:
-        if "te-style" in selected:
-            name = f"TE-style schedule (written here), CP {cp}"
-            yield AttentionMethod(name=name, cp=cp, make=ring_baselines.te_style, ours=False)
-        if "naive" in selected:
-            name = f"naive ring, sums in {settings.dtype_name}, CP {cp}"
-            yield AttentionMethod(name=name, cp=cp, make=ring_baselines.naive, ours=False)
-        yield from (method for key, method in peers.methods(cp, settings.dtype) if key in selected)
-
-
-def _ours(ulysses: int, cp_comm_type: api.CommType) -> MakeAttention:
-    def make(group: Any, starts: Sequence[int] | None) -> tuple[Any, Any]:
-        groups = api.ContextGroups() if group is None else api.split_group(group, ulysses, cp_comm_type)
-        spec = AttentionSpec(document_starts=(0,) if starts is None else starts)
-        return (
-            partial(api.attention_forward, groups=groups, spec=spec),
-            partial(api.attention_backward, groups=groups, spec=spec),
-        )
-
-    return make
 
 
 @contextlib.contextmanager
@@ -326,7 +221,9 @@ class _Measurement:
         del results
         row: dict[str, Any] = {"workspace_bytes": max(0, peak.bytes - result_bytes)}
         for key, work in (("forward_ms", forward), ("backward_ms", backward), ("both_ms", both)):
-            seconds = timing.median_seconds(partial(runner.run, work), self.device, self.settings.repeats)
+            seconds = timing.median_seconds(
+                partial(runner.run, work), self.device, self.settings.repeats, self.settings.warm_up
+            )
             row[key] = 1e3 * seconds
         if sent_forward is not None and sent_backward is not None:
             tokens = self.inputs.q.shape[2] * method.cp

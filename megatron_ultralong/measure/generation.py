@@ -19,7 +19,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
 from megatron_ultralong.measure import timing
 from megatron_ultralong.measure.number_format import byte_count, integer, three_digits, token_count
-from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.report import RecordRow, ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.step import model_text
 from megatron_ultralong.rope.methods import Unscaled
 
@@ -92,8 +92,10 @@ def run(
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
+    record: RecordRow = lambda row: None,
 ) -> SpeedReport:
-    """Measure all rows; `progress` is called with the name of each before it starts.
+    """Measure all rows; `progress` is called with the name of each before it starts, `record` with each row
+    as soon as it is measured.
 
     Starts and ends torch.distributed with one rank.
     """
@@ -108,6 +110,7 @@ def run(
     report = SpeedReport(
         kind="generate",
         columns=COLUMNS,
+        record=record,
         bars=("prefill_tokens_per_second", "decode_tokens_per_second"),
         about=about(
             device,
@@ -139,7 +142,7 @@ def run(
                     raise
                 row["note"] = "out of memory"
             timing.free_memory()
-            report.rows.append(row)
+            report.add(row)
     finally:
         launch.stop()
     return report

@@ -28,7 +28,7 @@ from megatron_ultralong.measure.number_format import (
     three_digits,
     token_count,
 )
-from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.report import RecordRow, ReportColumn, SpeedReport, about
 from megatron_ultralong.model.loss import LossSpec, sharded_token_loss
 
 LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
@@ -87,12 +87,15 @@ def run(
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
+    record: RecordRow = lambda row: None,
 ) -> SpeedReport:
-    """Measure all rows; `progress` is called with the name of each before it starts."""
+    """Measure all rows; `progress` is called with the name of each before it starts, `record` with each row
+    as soon as it is measured."""
     dtype = str(settings.dtype).removeprefix("torch.")
     report = SpeedReport(
         kind="loss",
         columns=COLUMNS,
+        record=record,
         bars=("ms", "peak_bytes"),
         about=about(
             device,
@@ -115,7 +118,7 @@ def run(
         progress(name)
         row: dict[str, Any] = {"name": name, "ours": name.startswith("ours")}
         if loss is None:
-            report.rows.append(row | {"note": note})
+            report.add(row | {"note": note})
             continue
         timing.free_memory()
         try:
@@ -139,7 +142,7 @@ def run(
                 "ratio": row["ms"] / whole_ms if whole_ms else None,
                 "share_of_logits": row["peak_bytes"] / logits,
             }
-        report.rows.append(row)
+        report.add(row)
     return report
 
 

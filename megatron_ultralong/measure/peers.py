@@ -26,16 +26,20 @@ TIMEOUT = 600.0
 """Seconds after which a rank of another package is considered hung."""
 
 
-def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, AttentionMethod]]:
-    """Yield (name in --methods, row) of each package; the note of a row without `make` says why it cannot be
-    run."""
+def methods(cp: int, dtype: torch.dtype) -> Iterator[AttentionMethod]:
+    """Yield the rows of each package; the note of a row without `make` says why it cannot be run."""
     missing = _no_torch_ring()
     for rotate in ("allgather", "alltoall"):
         name = f"PyTorch's context parallel ({rotate}), CP {cp}"
         make = None if missing else partial(_torch_ring, rotate)
-        yield (
-            "torch",
-            AttentionMethod(name=name, cp=cp, make=make, ours=False, note=missing, runner=ThreadedRankRunner),
+        yield AttentionMethod(
+            key=f"torch {rotate}",
+            name=name,
+            cp=cp,
+            make=make,
+            ours=False,
+            note=missing,
+            runner=ThreadedRankRunner,
         )
     # flash_attn has no float32 kernels. In float32 these packages would use one buffer for inputs and sums,
     # and return wrong gradients.
@@ -43,15 +47,13 @@ def methods(cp: int, dtype: torch.dtype) -> Iterator[tuple[str, AttentionMethod]
         missing = peers_flash.missing(package) or (
             "needs --dtype bf16, as flash_attn does" if dtype == torch.float32 else ""
         )
-        yield (
-            package,
-            AttentionMethod(
-                name=f"{package}, zigzag, CP {cp}",
-                cp=cp,
-                make=None if missing else partial(peers_flash.zigzag, package),
-                ours=False,
-                note=missing or peers_flash.note(package),
-            ),
+        yield AttentionMethod(
+            key=package,
+            name=f"{package}, zigzag, CP {cp}",
+            cp=cp,
+            make=None if missing else partial(peers_flash.zigzag, package),
+            ours=False,
+            note=missing or peers_flash.note(package),
         )
 
 
@@ -174,4 +176,7 @@ class ThreadedRankRunner:
                     self._done.put((rank, function(dist.group.WORLD, rank), None))
             except BaseException as failure:
                 self._done.put((rank, None, failure))
-        dist.destroy_process_group()
+        # The rest of the group ends with this thread. `dist.destroy_process_group` fails in torch 2.11 and in
+        # some later versions: it clears attributes that PyTorch's stand-in for threads does not have
+        # (pytorch/pytorch, pull requests 175099 and 196786).
+        torch._C._distributed_c10d._unregister_all_process_groups()

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from megatron_ultralong import __version__
 from megatron_ultralong.io import atomic_files
 
+RecordRow: TypeAlias = "Callable[[dict[str, Any]], None]"
 FORMAT = 1
 INK, QUIET, BAR, BASELINE = "#1f2430", "#6b7280", "#2166ac", "#b0b7c3"
 
@@ -49,6 +50,13 @@ class SpeedReport:
     bars: Sequence[str]
     """Keys of the columns that are drawn."""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    record: RecordRow = lambda row: None
+    """Called with each row as soon as it is measured."""
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row and record it."""
+        self.rows.append(row)
+        self.record(row)
 
     def values(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
@@ -65,11 +73,11 @@ def about(device: torch.device, command: str, **more: Any) -> dict[str, Any]:
     """Return where and how a measurement runs; `more` are facts of this measurement."""
     gpu = device.type == "cuda"
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
@@ -159,7 +167,8 @@ def _draw_bars(panel: Any, column: ReportColumn, rows: list[dict[str, Any]]) -> 
         spine.set_visible(False)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -169,8 +178,8 @@ def _device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """Commit of the running code, with a + if files differ from it; None outside a git clone."""
+def commit() -> str | None:
+    """Return the commit of the running code, with a + if files differ from it; None outside a git clone."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
     try:
         return subprocess.run(

@@ -30,7 +30,7 @@ from megatron_ultralong.measure.number_format import (
     three_digits,
     token_count,
 )
-from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
+from megatron_ultralong.measure.report import RecordRow, ReportColumn, SpeedReport, about
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.planning.flops import FORMULA, flops_per_token, peak_flops
 from megatron_ultralong.recipes import LLAMA_3_1_8B
@@ -147,8 +147,10 @@ def run(
     device: torch.device,
     command: str,
     progress: Callable[[str], None] = lambda line: None,
+    record: RecordRow = lambda row: None,
 ) -> SpeedReport:
-    """Measure all rows; `progress` is called with the name of each before it starts.
+    """Measure all rows; `progress` is called with the name of each before it starts, `record` with each row
+    as soon as it is measured.
 
     Starts and ends torch.distributed with one rank.
     """
@@ -167,6 +169,7 @@ def run(
     report = SpeedReport(
         kind="longest step" if settings.longest else "step",
         columns=COLUMNS,
+        record=record,
         bars=("tokens", "bytes_per_token")
         if settings.longest
         else ("tokens_per_second", "bytes_per_token", "measured_over_planned"),
@@ -189,12 +192,12 @@ def run(
             for name in settings.settings:
                 if settings.longest:
                     progress(f"longest, {name}")
-                    report.rows.append(_longest(name, settings, ranks))
+                    report.add(_longest(name, settings, ranks))
                     continue
                 for length in settings.lengths:
                     progress(f"{name}, {token_count(length)}")
                     row, note = _try(name, length, settings, ranks, settings.repeats)
-                    report.rows.append(
+                    report.add(
                         _row(f"{name}, {token_count(length)}", name)
                         | {"tokens": length}
                         | (row or {"note": note})

@@ -42,6 +42,9 @@ class RankRunner(Protocol):
 class AttentionMethod:
     """One way of computing attention over ranks, a row of the attention report."""
 
+    key: str
+    """Name in `AttentionSettings.methods`, with a second word where it has several rows; of the first row
+    "one kernel"."""
     name: str
     cp: int
     make: MakeAttention | None

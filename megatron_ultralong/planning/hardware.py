@@ -52,6 +52,19 @@ GPUS = {
 }
 
 
+def gpu_named(device: str) -> Gpu | None:
+    """Return the data sheet of a GPU by the name that torch reports, like "NVIDIA H100 80GB HBM3"; None if it
+    is not one of `GPUS`.
+
+    A variant with another peak (planning/flops.py) has that one.
+    """
+    for name, gpu in GPUS.items():
+        if name.upper() in device.upper():
+            peak = next(value for part, value in PEAKS.items() if part in device.upper() or part in device)
+            return dataclasses.replace(gpu, bf16=peak)
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """Fractions of the data-sheet figures that a plan assumes to be reached. They are not measurements."""

@@ -141,6 +141,13 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     }
 
 
+def attention_workspace_bytes(run: Run, model: Model, backend: Backend) -> int:
+    """Return the bytes of one layer's attention in the backward beyond its inputs and the gradients it
+    returns."""
+    x = LayerShape.of(run, model, backend)
+    return _attention_backward_bytes(run, model, x) - x.tokens * (x.q + 2 * x.kv) * x.e
+
+
 def _kernel_workspace(x: LayerShape, queries: int, keys: int, share: int = 1) -> int:
     """Bytes that a backward kernel allocates beyond the gradients it returns, for one of `share` equal parts
     of the heads.

@@ -52,11 +52,13 @@ class Log:
         self.note(note)
 
     def _open(self, save_dir: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         atomic_files.check_writable(save_dir, f"--save {save_dir}")
         try:
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        except ImportError:
+            self.note("tensorboard is not installed: no curves are written; pip install tensorboard")
         except OSError as error:
             raise UserError(
                 f"--save {save_dir} cannot be written: tensorboard: {error.strerror or error}"

@@ -106,6 +106,9 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
             log,
             prepared,
         )
+        if ranks.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(ranks.device)
+            log.note(f"GPU memory at its peak: {peak} bytes ({peak / 2**30:.1f} GiB) allocated on rank 0")
     # Not after a failure: leaving the groups would wait for ranks that may still be in a collective.
     launch.stop()
     return state

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import zstandard
-
 from megatron_ultralong.data import conversations, input_files
 from megatron_ultralong.errors import UserError
 
@@ -177,6 +175,8 @@ class LineFileWriter:
         if compression == ".gz":  # without name and time: the same bytes each time
             self._stream = gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6)
         elif compression == ".zst":
+            import zstandard
+
             self._stream = zstandard.ZstdCompressor().stream_writer(file, closefd=False)
 
     def write(self, batch: DocumentBatch, rows: None, edits: dict[int, list[Any]]) -> None:
