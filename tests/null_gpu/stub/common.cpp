@@ -21,6 +21,13 @@ void log(const char* format, ...) {
   fputc('\n', file);
 }
 
+}  // namespace null_gpu
+
+// Adds a line of the program's own to the log, for tests.
+EXPORT void null_gpu_note(const char* line) { null_gpu::log("%s", line); }
+
+namespace null_gpu {
+
 bool is_set(const char* name) {
   const char* value = getenv(name);
   return value && *value;
