@@ -151,10 +151,12 @@ def _caller() -> str:
     """The innermost line of the library, if it is near."""
     frame = sys._getframe(2)
     for _ in range(20):
-        if "/megatron_ultralong/" in frame.f_code.co_filename or frame.f_back is None:
+        if "/megatron_ultralong/" in frame.f_code.co_filename:
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        if frame.f_back is None:
             break
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return "elsewhere"
 
 
 # ---- reading -----------------------------------------------------------------------------------
