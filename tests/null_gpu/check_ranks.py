@@ -43,8 +43,8 @@ def test_ranks_ask_for_the_same(parts: Parts, layout: str) -> None:
     assert collectives.deadlock(ranks, one_queue=True) is None
 
 
-# What a layer offloads may be fetched while its copy to the host, which nobody needs any more, still reads it:
-# `OffloadedTensors.fetch`.
+# What is still on the device as it is fetched may be freed while its copy to the host runs, whose result nobody
+# reads: `OffloadedTensors.fetch`.
 FREED_WHILE_COPIED = re.compile(r"memory is freed that aten::copy_ \(offload\.py:\d+\) uses")
 
 
@@ -89,7 +89,7 @@ def test_another_order_is_found(parts: Parts) -> None:
 
 @pytest.mark.parametrize(("method", "one_queue"), [("all-to-all and ring", False), ("ring", True)])
 def test_deadlocks_are_found(parts: Parts, method: str, one_queue: bool) -> None:
-    """Of two ranks, which have one stream for both directions; of four, where both directions share a queue."""
+    """Of two ranks, whose two directions share a stream; and of four, if all streams share a queue."""
     ranks = parts[f"{method} sent before received"]
     assert not collectives.differences(ranks)
     found = collectives.deadlock(ranks, one_queue)

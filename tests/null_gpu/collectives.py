@@ -78,7 +78,7 @@ def _first_difference(rank: int, calls: list, other: int, others: list) -> str:
 
 @dataclass(eq=False)
 class Item:
-    """An entry of a queue: calls of NCCL in one group, an event that is recorded, or one that is waited for."""
+    """An entry of a queue: calls of NCCL in a group, an event that is recorded, or one that is waited for."""
 
     after: Item | None = None
     """The recorded event that it waits for."""

@@ -118,7 +118,10 @@ def _watch(process: subprocess.Popen[str]) -> None:
     while process.poll() is None:
         try:
             parent = psutil.Process(process.pid)
-            held = sum(p.memory_info().rss for p in (parent, *parent.children(recursive=True)))
+            family = (parent, *parent.children(recursive=True))
+            held = sum(p.memory_info().rss for p in family)
+            if held > MEMORY:  # pages that forked processes share, counted once
+                held = sum(p.memory_full_info().pss for p in family)
         except psutil.Error:
             return
         if held > MEMORY:

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import megatron.core.distributed
-import megatron.core.optimizer
-import megatron.core.pipeline_parallel
 import torch
 import torch.distributed as dist
 from pytest import MonkeyPatch
@@ -176,7 +173,9 @@ def other_order_on_one_rank(patch: MonkeyPatch) -> None:
         if self.rank == 1 and len(calls) == 2:
             return comm._Works([])
         transfer = all_to_all(self, send, receive)
-        return comm._Works([transfer, all_to_all(*calls[1])]) if self.rank == 1 and len(calls) == 3 else transfer
+        return (
+            comm._Works([transfer, all_to_all(*calls[1])]) if self.rank == 1 and len(calls) == 3 else transfer
+        )
 
     patch.setattr(comm.ProcessGroupCommunicator, "all_to_all", swapped)
 

@@ -1,6 +1,6 @@
 """Several ranks, each a process with a null GPU of its own, and what each asked of it.
 
-    python -m tests.null_gpu.ranks MODULE FUNCTION FOLDER    what `run_ranks` starts
+python -m tests.null_gpu.ranks MODULE FUNCTION FOLDER    what `run_ranks` starts
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tests.null_gpu import recording
 from tests.null_gpu.recording import Call
 
 WORLD = 4
+LIBRARIES = ("megatron.core.distributed", "megatron.core.optimizer", "megatron.core.pipeline_parallel")
+"""What the ranks import as they run."""
 Parts = dict[str, list[list[Call]]]
 """The calls of every rank, by part of the run."""
 
@@ -34,9 +36,7 @@ def run_ranks(module: str, function: str, folder: Path) -> Parts:
     command = [sys.executable, "-m", "tests.null_gpu.ranks", module, function, str(folder)]
     # Nothing ends before the host waits for it; losses and norms are numbers.
     environment = os.environ | {"NULL_GPU_LATE": "1", "NULL_GPU_ZERO_RESULTS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     if done.returncode:
         outputs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.out")))
         raise RuntimeError(f"{done.stdout}{done.stderr}\n{outputs}")
@@ -47,6 +47,8 @@ def run_ranks(module: str, function: str, folder: Path) -> Parts:
 def _main(module: str, name: str, folder: Path) -> int:
     """Import `module`, then fork the ranks: it is imported once."""
     with mock.patch.multiple(torch.cuda, **_ANSWERS):
+        for library in LIBRARIES:
+            importlib.import_module(library)
         function = getattr(importlib.import_module(module), name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -196,7 +196,7 @@ class Part:
 
 def read(log: Path) -> list[Part]:
     """Return the parts of a run. What came before the first is left out."""
-    parts: list[Part] = []
+    parts: list[Part] = [Part("")]
     where = ""
     group: list[Call] = []
     depth = 0  # of groups inside groups, which are one
@@ -205,21 +205,30 @@ def read(log: Path) -> list[Part]:
             first = line.split(" ", 1)[0]
             if first == "at":
                 where = line[3:].strip()
-            for kind, pattern in _BY_FIRST_WORD.get(first, ()):
-                if match := pattern.match(line):
-                    call = _call(kind, match.groupdict(), where)
-                    depth += {"group start": 1, "group end": -1}.get(kind, 0)
-                    if kind == "group end" and depth == 0 and group:
-                        call = Call(kind="group", stream=group[0].stream, group=tuple(group))
-                        group = []
-                    if kind == "begin":
-                        parts.append(Part(call.name))
-                    elif kind == "nccl" and depth:
-                        group.append(call)
-                    elif parts and kind not in ("group start", "group end") or call.group:
-                        parts[-1].calls.append(call)
-                    break
-    return parts
+            call = _parse(line, first, where)
+            if call is None:
+                continue
+            if call.kind == "begin":
+                parts.append(Part(call.name))
+            elif call.kind == "group start":
+                depth += 1
+            elif call.kind == "group end":
+                depth -= 1
+                if depth == 0 and group:
+                    parts[-1].calls.append(Call(kind="group", stream=group[0].stream, group=tuple(group)))
+                    group = []
+            elif depth and call.kind == "nccl":
+                group.append(call)
+            else:
+                parts[-1].calls.append(call)
+    return parts[1:]
+
+
+def _parse(line: str, first: str, where: str) -> Call | None:
+    for kind, pattern in _BY_FIRST_WORD.get(first, ()):
+        if match := pattern.match(line):
+            return _call(kind, match.groupdict(), where)
+    return None
 
 
 def _call(kind: str, fields: dict[str, str], where: str) -> Call:
