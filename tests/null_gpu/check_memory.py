@@ -5,8 +5,10 @@ has other lengths."""
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from megatron_ultralong.config import Memory, Parallel, Runtime
 from megatron_ultralong.measure import step
 from megatron_ultralong.runtime import launch
-from tests.null_gpu import step_memory
+from tests.null_gpu import memory_table, step_memory
 from tests.null_gpu.step_memory import GIB, KERNELS, MODES, K
 
 LENGTH = 128 * K
@@ -33,7 +35,8 @@ def ranks() -> Iterator[Any]:
 
 
 def check(ranks: Any, memory: Memory, kernel: str, parallel: Parallel, tokens: int, what: str) -> None:
-    have, want = step_memory.measured_and_planned(ranks, memory, KERNELS[kernel], parallel, tokens)
+    have = step_memory.measured(ranks, memory, KERNELS[kernel], parallel, tokens)
+    want = step_memory.planned(memory, KERNELS[kernel], parallel, tokens)
     print(
         f"{what}, {kernel}: {have / GIB:.2f} GiB, planned {want / GIB:.2f}: {have / want:.3f}",
         flush=True,
@@ -53,3 +56,19 @@ def test_step_takes_what_is_planned(ranks: Any, mode: str, kernel: str) -> None:
 def test_context_parallel_step_takes_what_is_planned(ranks: Any, layout: str, kernel: str) -> None:
     memory = replace(step.SETTINGS["all-but-attention"], layer_chunk=8 * K, loss_chunk=4 * K)
     check(ranks, memory, kernel, LAYOUTS[layout], LENGTH // 2, layout)
+
+
+def test_table_is_resumed(ranks: Any, tmp_path: Path) -> None:
+    """memory_table.py measures what is missing, and nothing again."""
+    cases = [(16 * K, mode, "flash") for mode in ("full", "offload-all")]
+    rows = tmp_path / "rows.jsonl"
+    first = {"tokens": 16 * K, "mode": "full", "kernel": "flash", "measured": 3 * GIB}
+    rows.write_text(json.dumps(first) + "\n")
+    memory_table.measure(ranks, cases, rows)
+    memory_table.measure(ranks, cases, rows)
+    assert len(rows.read_text().splitlines()) == 2
+    found = memory_table.measured(cases, rows)
+    assert 0.9 < found[cases[1]] / memory_table.planned(cases[1]) < 1.1
+    lines = memory_table.markdown(cases, found).splitlines()
+    assert lines[0] == "| 16K tokens | flash |" and lines[2].startswith("| full | 3.0 (0.")
+    assert lines[3].startswith("| offload-all | ")

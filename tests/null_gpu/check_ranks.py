@@ -43,8 +43,8 @@ def test_ranks_ask_for_the_same(parts: Parts, layout: str) -> None:
     assert collectives.deadlock(ranks, one_queue=True) is None
 
 
-# What is still on the device as it is fetched may be freed while its copy to the host runs, whose result nobody
-# reads: `OffloadedTensors.fetch`.
+# What is still on the device as it is fetched may be freed while its copy to the host runs, whose result
+# nobody reads: `OffloadedTensors.fetch`.
 FREED_WHILE_COPIED = re.compile(r"memory is freed that aten::copy_ \(offload\.py:\d+\) uses")
 
 

@@ -62,14 +62,6 @@ MODES = {name: memory for name, memory in step.SETTINGS.items() if name != "save
 """Every combination of recompute, offload and query chunks that there is."""
 
 
-def measured_and_planned(
-    ranks: Any, memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int
-) -> tuple[int, int]:
-    """Return the bytes at the peak of a step on `tokens` tokens of this rank, and the bytes planned."""
-    run = _run_of(memory, kernel, parallel, tokens)
-    return _measured(ranks, run, kernel, tokens), _planned(run, kernel)
-
-
 def least_ratio(kernel: str) -> float:
     """Return the least of measured / planned that is accepted of one of `KERNELS`."""
     # A plan does not know how many documents there are: with many short ones several calls share the memory
@@ -87,10 +79,9 @@ def using(kernel: Kernel) -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def _measured(ranks: Any, run: Run, kernel: Kernel, tokens: int) -> int:
-    """Peak bytes of a step on `tokens` of this rank, beyond weights and their gradients."""
-    p, model = run.parallel, run.model
-    assert model is not None
+def measured(ranks: Any, memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int) -> int:
+    """Return the bytes at the peak of a step on `tokens` tokens of this rank."""
+    p = parallel
     groups = api.ContextGroups(
         ring=FakeCommunicator(p.cp // p.ulysses),
         ulysses=FakeCommunicator(p.ulysses),
@@ -100,7 +91,7 @@ def _measured(ranks: Any, run: Run, kernel: Kernel, tokens: int) -> int:
     with pytest.MonkeyPatch.context() as patch, using(kernel):
         patch.setattr(api, "split_group", lambda *args, **kwargs: groups)
         patch.setattr(offload, "host_bytes", lambda: 2**50)  # never touched
-        (chunk,) = llama.build(model, Unscaled(), ranks, Parallel(), run.memory, "bf16")
+        (chunk,) = llama.build(MODEL, Unscaled(), ranks, Parallel(), memory, "bf16")
         for parameter in chunk.parameters():
             parameter.grad = torch.empty_like(parameter)
         row = torch.zeros(1, tokens + 1, dtype=torch.int64, device=CUDA)
@@ -116,11 +107,11 @@ def _measured(ranks: Any, run: Run, kernel: Kernel, tokens: int) -> int:
     return peak
 
 
-def _planned(run: Run, kernel: Kernel) -> int:
-    """The same by planning/memory.py."""
-    assert run.model is not None
+def planned(memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int) -> int:
+    """Return the same by planning/memory.py."""
+    run = _run_of(memory, kernel, parallel, tokens)
     backend = "cudnn" if kernel.cudnn else "flash"
-    parts = planned_memory.gpu_memory(run, run.model, run.parallel.cp, backend)
+    parts = planned_memory.gpu_memory(run, MODEL, parallel.cp, backend)
     return planned_memory.total(
         {part: size for part, size in parts.items() if part not in step.CONSTANT_PARTS}
     )
