@@ -93,9 +93,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(words: Sequence[str], **settings: str) -> subprocess.CompletedProcess[str]:
+def run(words: Sequence[str], timeout: float = 600.0, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `python *words` on the null GPU, with `settings` in its environment; the output is text, errors
-    included."""
+    included. Raises subprocess.TimeoutExpired after `timeout` seconds."""
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, *words],
@@ -107,7 +107,7 @@ def run(words: Sequence[str], **settings: str) -> subprocess.CompletedProcess[st
         )
         threading.Thread(target=_watch, args=(process,), daemon=True).start()
         try:
-            output, _ = process.communicate(timeout=600)
+            output, _ = process.communicate(timeout=timeout)
         finally:
             process.kill()
     return subprocess.CompletedProcess(list(words), process.returncode, output)

@@ -28,6 +28,8 @@ from tests.null_gpu.step_memory import GIB, KERNELS, MODES, K
 
 MEMORY = 2**42
 """Bytes of the null GPU: steps that no GPU could hold are measured as well."""
+SECONDS = 3600.0
+"""After which a process is ended, and another goes on: each must measure at least one row."""
 Case = tuple[int, str, str]
 """(tokens, memory mode, kernel)."""
 
@@ -55,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
         # One process for as many rows as its time and memory allow.
         command = ["-m", "tests.null_gpu.memory_table", *(sys.argv[1:] if words is None else words)]
         try:
-            output = machine.run([*command, "--on-null-gpu"], NULL_GPU_MEMORY=str(MEMORY)).stdout
+            output = machine.run([*command, "--on-null-gpu"], SECONDS, NULL_GPU_MEMORY=str(MEMORY)).stdout
         except subprocess.TimeoutExpired as error:
             output = str(error)
         now_missing = len(cases) - len(measured(cases, rows))

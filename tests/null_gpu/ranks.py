@@ -5,9 +5,11 @@ python -m tests.null_gpu.ranks MODULE FUNCTION FOLDER    what `run_ranks` starts
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +48,7 @@ def run_ranks(module: str, function: str, folder: Path) -> Parts:
 
 def _main(module: str, name: str, folder: Path) -> int:
     """Import `module`, then fork the ranks: it is imported once."""
+    _end_with_parent()
     with mock.patch.multiple(torch.cuda, **_ANSWERS):
         for library in LIBRARIES:
             importlib.import_module(library)
@@ -65,7 +68,7 @@ def _main(module: str, name: str, folder: Path) -> int:
         if status:
             print(f"rank {rank} failed")
             for other in ranks:  # they would wait for it
-                os.kill(other, 9)
+                os.kill(other, signal.SIGKILL)
             return 1
     return 0
 
@@ -80,7 +83,13 @@ _ANSWERS = {
 }
 
 
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that does."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _rank(function: Callable[[], None], rank: int, port: int, folder: Path, end: Any) -> None:
+    _end_with_parent()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(WORLD),
