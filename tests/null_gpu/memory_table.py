@@ -62,12 +62,13 @@ def main(words: Sequence[str] | None = None) -> int:
             output = str(error)
         now_missing = len(cases) - len(measured(cases, rows))
         print(f"{len(cases) - now_missing} of {len(cases)} rows", flush=True)
+        given.out.write_text(markdown(cases, measured(cases, rows)))
         if now_missing == missing:
             print(f"{output}\nno row was measured in the last process", file=sys.stderr)
             return 1
     found = measured(cases, rows)
     given.out.write_text(markdown(cases, found))
-    print(markdown(cases, found))
+    print(given.out.read_text())
     ratios = {case: size / planned(case) for case, size in found.items()}
     outside = {case: r for case, r in ratios.items() if not step_memory.least_ratio(case[2]) <= r <= 1.1}
     for case, r in outside.items():
@@ -106,7 +107,7 @@ def _memory(mode: str) -> Memory:
 
 
 def markdown(cases: Sequence[Case], found: dict[Case, int]) -> str:
-    """Return a table for each length: GiB measured and, in brackets, measured / planned."""
+    """Return a table for each length: GiB measured and, in brackets, measured / planned; - = not measured."""
     lengths, modes, kernels = (list(dict.fromkeys(part)) for part in zip(*cases))
     lines: list[str] = []
     for tokens in lengths:
@@ -116,7 +117,10 @@ def markdown(cases: Sequence[Case], found: dict[Case, int]) -> str:
         ]
         for mode in modes:
             row = [(tokens, mode, kernel) for kernel in kernels]
-            cells = [f"{found[case] / GIB:.1f} ({found[case] / planned(case):.2f})" for case in row]
+            cells = [
+                f"{found[case] / GIB:.1f} ({found[case] / planned(case):.2f})" if case in found else "-"
+                for case in row
+            ]
             lines.append(f"| {mode} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
