@@ -33,6 +33,7 @@ venv:
 
 venv-latest:
 	@$(call set_up,$(VENV_LATEST),$(PYTHON312),3.12)
+	@$(call set_up_transformer_engine,$(VENV_LATEST)/transformer-engine)
 
 demo: venv
 	$(VENV)/bin/python examples/demo/demo.py
@@ -74,6 +75,14 @@ rm -rf $(1) && "$$python" -m venv $(1) && \
 $(1)/bin/python -m pip install --quiet -c constraints.txt torch && \
 $(1)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' && \
 echo "$$want" > $(1)/set-up
+endef
+
+# $(1) folder for TransformerEngine's Python files, where only tests/null_gpu/check_transformer_engine.py looks. Its compiled
+# part is not installed: building it takes a CUDA toolkit.
+define set_up_transformer_engine
+if [ ! -d $(1) ]; then \
+  $(VENV_LATEST)/bin/python -m pip install --quiet --no-deps -c constraints.txt --target $(1) transformer-engine || \
+    echo "skipped: TransformerEngine's Python files could not be installed" >&2; fi
 endef
 
 # $(1) client. Its own packages come before those of $(VENV), where it finds the rest (torch among them).

@@ -94,9 +94,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(words: Sequence[str], **settings: str) -> subprocess.CompletedProcess[str]:
+def run(words: Sequence[str], timeout: float = 600.0, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `python *words` on the null GPU, with `settings` in its environment; the output is text, errors
-    included."""
+    included. Raises subprocess.TimeoutExpired after `timeout` seconds."""
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, *words],
@@ -108,7 +108,7 @@ def run(words: Sequence[str], **settings: str) -> subprocess.CompletedProcess[st
         )
         threading.Thread(target=_watch, args=(process,), daemon=True).start()
         try:
-            output, _ = process.communicate(timeout=600)
+            output, _ = process.communicate(timeout=timeout)
         finally:
             process.kill()
     return subprocess.CompletedProcess(list(words), process.returncode, output)
@@ -119,7 +119,10 @@ def _watch(process: subprocess.Popen[str]) -> None:
     while process.poll() is None:
         try:
             parent = psutil.Process(process.pid)
-            held = sum(p.memory_info().rss for p in (parent, *parent.children(recursive=True)))
+            family = (parent, *parent.children(recursive=True))
+            held = sum(p.memory_info().rss for p in family)
+            if held > MEMORY:  # pages that forked processes share, counted once
+                held = sum(p.memory_full_info().pss for p in family)
         except psutil.Error:
             return
         if held > MEMORY:

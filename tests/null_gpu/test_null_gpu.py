@@ -25,4 +25,6 @@ def test_on_null_gpu(path: Path) -> None:
     options = ["-q", "-n0", "-p", "no:cacheprovider", *unchecked]
     done = machine.run(["-m", "pytest", *options, str(path)])
     print(done.stdout)
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:  # the file says why it cannot run
+        pytest.skip(next(line for line in done.stdout.splitlines() if line.startswith("SKIPPED")))
     assert done.returncode == 0

@@ -21,6 +21,13 @@ void log(const char* format, ...) {
   fputc('\n', file);
 }
 
+}  // namespace null_gpu
+
+// Adds a line of the program's own to the log, for tests.
+EXPORT void null_gpu_note(const char* line) { null_gpu::log("%s", line); }
+
+namespace null_gpu {
+
 bool is_set(const char* name) {
   const char* value = getenv(name);
   return value && *value;
@@ -32,9 +39,13 @@ void* new_handle() {
 }
 
 const Device& device() {
-  static const Device h200{9, 0, 132, 143771ull << 20, 232448}, a100{8, 0, 108, 81920ull << 20, 166912};
-  static const bool ampere = is_set("NULL_GPU_DEVICE") && !strcmp(getenv("NULL_GPU_DEVICE"), "a100");
-  return ampere ? a100 : h200;
+  static const Device chosen = [] {
+    const bool ampere = is_set("NULL_GPU_DEVICE") && !strcmp(getenv("NULL_GPU_DEVICE"), "a100");
+    Device found = ampere ? Device{8, 0, 108, 81920ull << 20, 166912} : Device{9, 0, 132, 143771ull << 20, 232448};
+    if (is_set("NULL_GPU_MEMORY")) found.memory = strtoull(getenv("NULL_GPU_MEMORY"), nullptr, 10);
+    return found;
+  }();
+  return chosen;
 }
 
 bool valid_launch(const char* name, const unsigned grid[3], const unsigned block[3], size_t shared_memory,

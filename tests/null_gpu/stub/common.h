@@ -22,7 +22,7 @@ struct Device {
   int major, minor, multiprocessors;
   size_t memory, shared_memory_per_block;
 };
-// An H200, or an A100 with NULL_GPU_DEVICE=a100.
+// An H200, or an A100 with NULL_GPU_DEVICE=a100; with NULL_GPU_MEMORY bytes of memory, if that is set.
 const Device& device();
 
 // Returns whether a kernel may be launched like this; if not, says on stderr why.

@@ -95,6 +95,7 @@ struct UniqueId {
 
 std::mutex mutex;
 std::map<void*, std::string>& communicators = *new std::map<void*, std::string>;
+std::map<void*, size_t>& communicator_sizes = *new std::map<void*, size_t>;
 
 int communicator(void** handle, int size, const UniqueId& id, int rank) {
   uint64_t number;
@@ -103,14 +104,32 @@ int communicator(void** handle, int size, const UniqueId& id, int rank) {
   snprintf(name, sizeof name, "%llx size %d rank %d", static_cast<unsigned long long>(number), size, rank);
   std::lock_guard<std::mutex> lock(mutex);
   communicators[*handle = new_handle()] = name;
+  communicator_sizes[*handle] = size;
   return 0;
 }
 
-int collective(const char* name, size_t count, int type, int peer, void* comm, void* stream) {
+// Sizes of ncclDataType_t, in its order.
+constexpr size_t TYPE_BYTES[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+
+// What is read and what is written, in elements of this type.
+struct Buffers {
+  const void* from;
+  size_t read;
+  void* to;
+  size_t written;
+};
+
+int collective(const char* name, Buffers buffers, size_t count, int type, int peer, void* comm, void* stream) {
   std::lock_guard<std::mutex> lock(mutex);
-  log("nccl %s count=%zu type=%d peer=%d stream=%p communicator %s", name, count, type, peer, stream,
-      communicators[comm].c_str());
+  const size_t bytes = TYPE_BYTES[type];
+  log("nccl %s count=%zu type=%d peer=%d stream=%p read=%p+%zu write=%p+%zu communicator %s", name, count, type, peer,
+      stream, buffers.from, buffers.read * bytes, buffers.to, buffers.written * bytes, communicators[comm].c_str());
   return 0;
+}
+
+size_t ranks_of(void* comm) {
+  std::lock_guard<std::mutex> lock(mutex);
+  return communicator_sizes[comm];
 }
 
 }  // namespace
@@ -132,36 +151,36 @@ EXPORT int ncclCommInitRankScalable(void** c, int size, int rank, int, UniqueId*
 EXPORT int ncclCommGetAsyncError(void*, int* error) { return *error = 0; }
 EXPORT const char* ncclGetErrorString(int) { return "error of the null GPU"; }
 EXPORT const char* ncclGetLastError(void*) { return ""; }
-EXPORT int ncclAllReduce(const void*, void*, size_t n, int type, int, void* c, void* s) {
-  return collective("all_reduce", n, type, -1, c, s);
+EXPORT int ncclAllReduce(const void* from, void* to, size_t n, int type, int, void* c, void* s) {
+  return collective("all_reduce", {from, n, to, n}, n, type, -1, c, s);
 }
-EXPORT int ncclBroadcast(const void*, void*, size_t n, int type, int root, void* c, void* s) {
-  return collective("broadcast", n, type, root, c, s);
+EXPORT int ncclBroadcast(const void* from, void* to, size_t n, int type, int root, void* c, void* s) {
+  return collective("broadcast", {from, n, to, n}, n, type, root, c, s);
 }
-EXPORT int ncclBcast(void*, size_t n, int type, int root, void* c, void* s) {
-  return collective("broadcast", n, type, root, c, s);
+EXPORT int ncclBcast(void* at, size_t n, int type, int root, void* c, void* s) {
+  return collective("broadcast", {at, n, at, n}, n, type, root, c, s);
 }
-EXPORT int ncclReduce(const void*, void*, size_t n, int type, int, int root, void* c, void* s) {
-  return collective("reduce", n, type, root, c, s);
+EXPORT int ncclReduce(const void* from, void* to, size_t n, int type, int, int root, void* c, void* s) {
+  return collective("reduce", {from, n, to, n}, n, type, root, c, s);
 }
-EXPORT int ncclAllGather(const void*, void*, size_t n, int type, void* c, void* s) {
-  return collective("all_gather", n, type, -1, c, s);
+EXPORT int ncclAllGather(const void* from, void* to, size_t n, int type, void* c, void* s) {
+  return collective("all_gather", {from, n, to, n * ranks_of(c)}, n, type, -1, c, s);
 }
-EXPORT int ncclReduceScatter(const void*, void*, size_t n, int type, int, void* c, void* s) {
-  return collective("reduce_scatter", n, type, -1, c, s);
+EXPORT int ncclReduceScatter(const void* from, void* to, size_t n, int type, int, void* c, void* s) {
+  return collective("reduce_scatter", {from, n * ranks_of(c), to, n}, n, type, -1, c, s);
 }
-EXPORT int ncclAlltoAll(const void*, void*, size_t n, int type, void* c, void* s) {
-  return collective("all_to_all", n, type, -1, c, s);
+EXPORT int ncclAlltoAll(const void* from, void* to, size_t n, int type, void* c, void* s) {
+  return collective("all_to_all", {from, n * ranks_of(c), to, n * ranks_of(c)}, n, type, -1, c, s);
 }
-EXPORT int ncclSend(const void*, size_t n, int type, int peer, void* c, void* s) {
-  return collective("send", n, type, peer, c, s);
+EXPORT int ncclSend(const void* from, size_t n, int type, int peer, void* c, void* s) {
+  return collective("send", {from, n, nullptr, 0}, n, type, peer, c, s);
 }
-EXPORT int ncclRecv(void*, size_t n, int type, int peer, void* c, void* s) {
-  return collective("recv", n, type, peer, c, s);
+EXPORT int ncclRecv(void* to, size_t n, int type, int peer, void* c, void* s) {
+  return collective("recv", {nullptr, 0, to, n}, n, type, peer, c, s);
 }
 EXPORT int ncclGroupStart() { return log("nccl group start"), 0; }
 EXPORT int ncclGroupEnd() { return log("nccl group end"), 0; }
-EXPORT int ncclCommCount(void*, int* size) { return *size = 1, 0; }
+EXPORT int ncclCommCount(void* c, int* size) { return *size = int(ranks_of(c)), 0; }
 EXPORT int ncclCommRegister(void*, void*, size_t, void** handle) { return *handle = nullptr, 0; }
 SUCCEEDS(ncclCommDeregister)
 SUCCEEDS(ncclCommDestroy)

@@ -1,10 +1,12 @@
 // The CUDA runtime. Device memory is address space that is reserved and not touched; kernels are checked against the
 // limits of a launch and dropped; small copies and memsets are executed, so that what the host wrote to the device comes
-// back; streams and events do nothing but appear in the log.
+// back; streams and events do nothing but appear in the log. Whoever asks whether something has ended hears yes, or, with
+// NULL_GPU_LATE set, that nothing has which the host did not wait for.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -53,6 +55,15 @@ Ranges& on_device = *new Ranges;
 Ranges& page_locked = *new Ranges;
 std::map<const void*, std::string>& kernel_names = *new std::map<const void*, std::string>;
 size_t device_memory_used = 0;
+
+// The order in which events were recorded, and how far each stream has been waited for.
+struct Recorded {
+  cudaStream_t stream;
+  size_t number;
+};
+std::map<cudaEvent_t, Recorded>& recorded = *new std::map<cudaEvent_t, Recorded>;
+std::map<cudaStream_t, size_t>& waited_for = *new std::map<cudaStream_t, size_t>;
+size_t events_recorded = 0, device_waited_for = 0;
 
 const char* kind_of(const void* pointer) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
@@ -124,7 +135,11 @@ EXPORT cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 0
 EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
 }
-EXPORT cudaError_t cudaDeviceSynchronize() { return log("sync device"), cudaSuccess; }
+EXPORT cudaError_t cudaDeviceSynchronize() {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  device_waited_for = events_recorded;
+  return log("sync device"), cudaSuccess;
+}
 EXPORT cudaError_t cudaPeekAtLastError() { return last_error; }
 EXPORT cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
@@ -256,6 +271,8 @@ EXPORT cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { return *priority = 0, cudaSuccess; }
 EXPORT cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  waited_for[stream] = events_recorded;
   return log("sync stream %p", static_cast<void*>(stream)), cudaSuccess;
 }
 EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -280,15 +297,29 @@ EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return *event = static_cast<cudaEvent_t>(new_handle()), cudaSuccess;
 }
 EXPORT cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
-EXPORT cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-EXPORT cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  return recorded.erase(event), cudaSuccess;
+}
+EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {
+  static const bool late = is_set("NULL_GPU_LATE");
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  const Recorded& last = recorded[event];
+  const bool ended = last.number <= device_waited_for || last.number <= waited_for[last.stream];
+  return ended || !late ? cudaSuccess : cudaErrorNotReady;
+}
 EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  recorded[event] = {stream, ++events_recorded};
   return log("record event=%p stream=%p", static_cast<void*>(event), static_cast<void*>(stream)), cudaSuccess;
 }
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaEventRecordWithFlags(event, stream, 0);
 }
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  const Recorded& last = recorded[event];
+  waited_for[last.stream] = std::max(waited_for[last.stream], last.number);
   return log("sync event %p", static_cast<void*>(event)), cudaSuccess;
 }
 EXPORT cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {

@@ -1,0 +1,104 @@
+"""TransformerEngine's linears and norms in the layers, built from its own Python (its compiled part is
+stubbed): the same parameters as Megatron's own linears, and checkpoints of one load in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.null_gpu import transformer_engine_stub
+
+if not transformer_engine_stub.FOLDER.exists():
+    pytest.skip(
+        f"TransformerEngine's Python files are not in {transformer_engine_stub.FOLDER} (make venv-latest)",
+        allow_module_level=True,
+    )
+transformer_engine_stub.install()
+
+from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint.training_state import TrainingState
+from megatron_ultralong.config import Memory, Model, Parallel, Runtime
+from megatron_ultralong.model import llama, spec, weight_mapping
+from megatron_ultralong.rope.methods import Unscaled
+from megatron_ultralong.runtime import launch
+
+MODEL = Model(hidden_size=256, ffn_size=512, layers=2, heads=4, kv_heads=2, head_dim=64, vocab_size=500)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Any]:
+    yield launch.start(Runtime(device="cuda"), Parallel())
+    launch.stop()
+
+
+def built(ranks: Any, transformer_engine: bool | None) -> list[torch.nn.Module]:
+    return llama.build(
+        MODEL,
+        Unscaled(),
+        ranks,
+        Parallel(),
+        Memory(offload="off"),
+        "bf16",
+        transformer_engine=transformer_engine,
+    )
+
+
+def test_is_used_on_gpus(ranks: Any) -> None:
+    assert spec.have_transformer_engine()
+    [chunk] = built(ranks, None)
+    layer = llama.unwrap(chunk).decoder.layers[0]
+    assert type(layer.self_attention.linear_qkv).__module__ == "megatron.core.extensions.transformer_engine"
+
+
+RENAMED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""TransformerEngine's linears contain the norm before them."""
+
+
+def parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters by the names that they have with TransformerEngine."""
+    found = llama.named_parameters(chunk)
+    for old, new in RENAMED.items():
+        found = {name.replace(old, new): x for name, x in found.items()}
+    return found
+
+
+def test_parameters_are_the_same(ranks: Any) -> None:
+    [ours], [theirs] = built(ranks, False), built(ranks, True)
+    assert list(parameters(theirs)) == list(llama.named_parameters(theirs))
+    marks = ("tensor_model_parallel", "partition_dim", "partition_stride")
+    described = [
+        {
+            name: (x.shape, x.dtype, x.device, *(getattr(x, mark, None) for mark in marks))
+            for name, x in parameters(chunk).items()
+        }
+        for chunk in (ours, theirs)
+    ]
+    assert described[0] == described[1]
+    for name, x in llama.named_parameters(theirs).items():
+        assert x.shape == weight_mapping.shard_shape(name, MODEL, 1)
+
+
+@pytest.mark.parametrize("with_te", [True, False], ids=["from it", "into it"])
+def test_checkpoints(ranks: Any, with_te: bool, tmp_path: Path) -> None:
+    source, target = built(ranks, with_te), built(ranks, not with_te)
+    # Copies of up to 1 MiB are executed on the null GPU.
+    values = {
+        name: torch.full(x.shape, number + 1, dtype=x.dtype)
+        for number, (name, x) in enumerate(parameters(source[0]).items())
+    }
+    with torch.no_grad():
+        for name, x in parameters(source[0]).items():
+            x.copy_(values[name])
+    folder = sharded.save(tmp_path, TrainingState(model=MODEL, rope=Unscaled()), source, None)
+    sharded.load(folder, target)
+    for name, x in parameters(target[0]).items():
+        if name.endswith("linear_fc1.weight"):
+            continue  # its halves are joined by a kernel
+        torch.testing.assert_close(x.detach().cpu(), values[name], rtol=0, atol=0, msg=name)
