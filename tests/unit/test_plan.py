@@ -144,7 +144,7 @@ def test_published_sizes_of_llama():
     )
     assert (
         chunked["working layer"]
-        == tokens * (4 + 8 + 8) * 1024 + 16384 * (7 * 28 + 6 * 8 + 3 * 8) * 1024 + weights * 6
+        == tokens * (4 + 8 + 8) * 1024 + 16384 * (5 * 28 + 6 * 8 + 3 * 8) * 1024 + weights * 6
     )
     assert chunked["saved activations"] == 0
 
