@@ -260,7 +260,9 @@ def _transformers_version() -> str:
 def _plain_model(settings: TrainSettings, length: int, device: torch.device) -> Any:
     """transformers' model in float32, with PyTorch's attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if settings.hf is not None:
         model = LlamaForCausalLM.from_pretrained(
             settings.hf, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True

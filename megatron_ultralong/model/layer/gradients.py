@@ -3,10 +3,12 @@ layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
 class ChunkedBackward:
@@ -20,7 +22,9 @@ class ChunkedBackward:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.sums: list[Tensor | None] = [None] * len(self.parameters)
 
-    def backward(self, outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def backward(
+        self, outputs: Sequence[Tensor | GradientEdge], inputs: list[Tensor], grads: list[Tensor]
+    ) -> list[Tensor]:
         """Return the gradients of `inputs`, given `grads` of `outputs`; add those of the parameters to the
         sums."""
         all_grads = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)

@@ -52,8 +52,9 @@ def backward_output_and_mlp(
     if linear.weight.requires_grad:
         chunked.add(linear.weight, dy_all.flatten(0, 1).t().matmul(hidden.detach().flatten(0, 1)))
     dhidden = dy_all.matmul(linear.weight)
-    del dy_all
-    dx, dout = chunked.backward([residual, hidden], [x, out], [dy, dhidden])
+    edge = torch.autograd.graph.get_gradient_edge(hidden)
+    del hidden, dy_all  # not needed any more: of the size of the MLP
+    dx, dout = chunked.backward([residual, edge], [x, out], [dy, dhidden])
     return dx, dout
 
 
