@@ -1,4 +1,4 @@
-"""Many documents in one call of FlashAttention-2 on CUDA, which takes their cumulative lengths (cu_seqlens).
+"""Many documents in one call of FlashAttention on CUDA, which takes their cumulative lengths (cu_seqlens).
 
 Shapes: h query heads, g KV heads, s tokens of one packed row (b = 1), d head dimension.
 """
