@@ -137,7 +137,13 @@ TINY = Sizes(
 )
 
 
-TINY_GPU = replace(TINY, precision="bf16", longest=(((256 * 2**20, 16 * K),), ()))
+TINY_GPU = replace(
+    TINY,
+    precision="bf16",
+    layer_chunk=8 * K,
+    loss_chunk=4 * K,
+    longest=(((256 * 2**20, 16 * K),), ()),
+)
 """PyTorch's allocator takes at least 2 MiB at a time."""
 
 
