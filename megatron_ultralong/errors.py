@@ -6,6 +6,6 @@ class UserError(ValueError):
     2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters, or its type if it has none."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]

@@ -63,12 +63,13 @@ def check(args: argparse.Namespace) -> None:
                 f"{prefix} contains token id {largest}, but its manifest says {manifest['max_token_id']} is the largest; "
                 "prepare the data again"
             )
-        if args.tokenizer is not None:
-            check_same(args.tokenizer, prefix, manifest)
+        for row in range(len(rows)) if manifest.get("document_starts") else ():
+            rows.document_starts(row)
+        note = None if args.tokenizer is None else check_same(args.tokenizer, prefix, manifest)
+        if note is not None:
+            print(note)
         told = (
-            "all files match their checksums"
-            if verified
-            else "has no checksums; sizes and values are plausible"
+            "all files match their checksums" if verified else "no checksums; file sizes and values are valid"
         )
         print(f"{prefix}: {len(rows):,} rows of {manifest['seq_length']:,} + 1 tokens; {told}")
 

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def hash_file(file: Path) -> FileSum:
 def hash_written(folder: Path) -> dict[str, FileSum]:
     """Hash all files of a checkpoint just written, each on the rank that wrote it, whose host may still have
     it in memory; every rank calls it. UserError, on every rank, where one cannot be read back."""
-    names = agreement.on_main_rank(lambda: files_of(folder))
+    # On a network file system a rank may not see yet what another host has just written.
+    names = sorted({name for rank in agreement.gather(files_of(folder)) for name in rank})
     world = torch.distributed.get_world_size()
     writers = {name: int(match[1]) % world if (match := _WRITER.match(name)) else 0 for name in names}
     sums: dict[str, FileSum] = {}
@@ -135,29 +137,36 @@ def read(folder: Path) -> Checksums | None:
 
 def fault_at_start(folder: Path) -> str | None:
     """What is wrong with a checkpoint as far as names, sizes and its small files tell, in one line; None =
-    nothing found. Each rank may call it by itself."""
+    nothing found. Each rank may call it by itself. UserError where a file is there but cannot be read, which
+    is no damage."""
     try:
         if not (folder / "metadata.json").is_file():
             return "metadata.json is missing"
+        if not (folder / FILE).is_file():
+            return f"{FILE} is missing" if recorded(folder) else torch_index.fault(folder)
+        (folder / FILE).read_bytes()  # OSError where it cannot be read now, which is no damage
         sums = read(folder)
-        if sums is None:
-            if recorded(folder):
-                return f"{FILE} is missing"
-            return torch_index.fault(folder)
-        for name, expected in sums.files.items():
+    except UserError as error:
+        return str(error).replace(f"{folder}/", "")
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    assert sums is not None
+    for name, expected in sums.files.items():
+        try:
             fault = _size_fault(folder / name, name, expected)
             if fault is None and expected.bytes <= _SMALL:
                 fault = _hash_fault(name, expected, hash_file(folder / name))
-            if fault is not None:
-                return fault
-    except (OSError, UserError) as error:
-        return _short(error, folder)
+        except OSError as error:
+            raise _unreadable(folder / name, error) from None
+        if fault is not None:
+            return fault
     return None
 
 
 def fault_on_all_ranks(folder: Path) -> str | None:
     """What is wrong with a checkpoint, all of its files read and hashed, each by one rank; the same answer on
-    every rank. Every rank calls it."""
+    every rank. Every rank calls it. UserError, on every rank, where a file cannot be read, or where two ranks
+    read different things."""
     fault = agreement.on_main_rank(lambda: fault_at_start(folder))
     if fault is not None:
         return fault
@@ -168,16 +177,36 @@ def fault_on_all_ranks(folder: Path) -> str | None:
     by_size = sorted(sums.files, key=lambda name: (-sums.files[name].bytes, name))
     owners = {name: i % world for i, name in enumerate(by_size)}
     for name, found in _hash_on_all_ranks(folder, owners).items():
-        if (fault := _hash_fault(name, sums.files[name], found)) is not None:
-            return fault
+        if isinstance(found, str):
+            raise UserError(f"{folder / name} cannot be read on rank {owners[name]}: {found}; start again")
+        if _hash_fault(name, sums.files[name], found) is not None:
+            return agreement.on_main_rank(partial(_again, folder, name, sums.files[name]))
     return None
+
+
+def _again(folder: Path, name: str, expected: FileSum) -> str:
+    """The fault of a file, read once more by rank 0."""
+    try:
+        fault = _hash_fault(name, expected, hash_file(folder / name))
+    except OSError as error:
+        raise _unreadable(folder / name, error) from None
+    if fault is None:
+        raise UserError(
+            f"{folder / name} was read with different contents by two ranks: a fault of memory, network or storage; "
+            "start again"
+        )
+    return fault
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be read: {error.strerror or error}; start again")
 
 
 def summary(folder: Path) -> str:
     """What was verified of an undamaged checkpoint, in a few words. UserError as in `read`."""
     sums = read(folder)
     if sums is None:
-        return "has no checksums; its files are as long as its index says"
+        return "no checksums; file sizes match the index"
     total = sum(one.bytes for one in sums.files.values())
     return f"undamaged: {len(sums.files)} files of {total:,} bytes match their checksums"
 
@@ -198,13 +227,5 @@ def _size_fault(file: Path, name: str, expected: FileSum) -> str | None:
     return None
 
 
-def _hash_fault(name: str, expected: FileSum, found: FileSum | str) -> str | None:
-    if isinstance(found, str):
-        return f"{name} cannot be read: {found}"
+def _hash_fault(name: str, expected: FileSum, found: FileSum) -> str | None:
     return None if found == expected else f"{name} does not match its checksum"
-
-
-def _short(error: Exception, folder: Path) -> str:
-    """The message without the folder, which the line of the caller names."""
-    text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-    return text.replace(f"{folder}/", "")

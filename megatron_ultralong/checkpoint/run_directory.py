@@ -11,6 +11,7 @@ import torch
 
 from megatron_ultralong.checkpoint import integrity
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime import agreement
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -39,56 +40,63 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint of a run directory that looks undamaged (None = it has no checkpoint at all), and
     newer ones with what is wrong with them. Each rank may call it by itself.
 
-    UserError where all of them are damaged.
+    UserError where all of them are damaged, and where one cannot be read.
     """
-    return _newest(folder, integrity.fault_at_start)
+    return _newest(folder, _iterations(folder), integrity.fault_at_start, _START_ANEW)
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """As `newest`, after reading and hashing all of a checkpoint's files; every rank calls it, and sees the
-    same folder."""
-    return _newest(folder, integrity.fault_on_all_ranks)
+    """As `newest`, after reading and hashing all of a checkpoint's files; every rank calls it and gets the
+    same answer."""
+    iterations = agreement.on_main_rank(lambda: _iterations(folder))
+    return _newest(folder, iterations, integrity.fault_on_all_ranks, _START_ANEW)
 
 
-def _newest(folder: Path, find_fault: Callable[[Path], str | None]) -> tuple[Path | None, dict[Path, str]]:
+def resolve(path: Path) -> Path:
+    """Return an iteration's folder: `path` itself, or the newest in the run directory `path` that looks
+    undamaged. Each rank may call it by itself. UserError where there is none."""
+    return _resolve(path, all_of(path), integrity.fault_at_start)[0]
+
+
+def resolve_verified(path: Path) -> Path:
+    """As `resolve`, after reading and hashing all of its files; every rank calls it, and gets the same
+    answer. A line on stderr names what was passed over, and what is used instead."""
+    # The ranks' own views of a shared folder may differ for a while.
+    iterations = agreement.on_main_rank(lambda: all_of(path))
+    found, damaged = _resolve(path, iterations, integrity.fault_on_all_ranks)
+    if damaged and torch.distributed.get_rank() == 0:
+        print("\n".join(damaged_lines(damaged, found)), file=sys.stderr, flush=True)
+    return found
+
+
+_START_ANEW = "; use another copy, or rename them to start anew"
+
+
+def _newest(
+    folder: Path, iterations: list[Path], find_fault: Callable[[Path], str | None], advice: str
+) -> tuple[Path | None, dict[Path, str]]:
     damaged: dict[Path, str] = {}
-    for path in reversed(_iterations(folder)):
+    for path in reversed(iterations):
         fault = find_fault(path)
         if fault is None:
             return path, damaged
         damaged[path] = fault
     if damaged:
         faults = "; ".join(f"{path.name}: {fault}" for path, fault in damaged.items())
-        raise UserError(
-            f"{folder} contains no undamaged checkpoint ({faults}); use another copy, or remove them to start anew"
-        )
+        raise UserError(f"{folder} contains no undamaged checkpoint ({faults}){advice}")
     return None, damaged
 
 
-def resolve(path: Path) -> Path:
-    """Return an iteration's folder: `path` itself, or the newest in the run directory `path` that looks
-    undamaged. Each rank may call it by itself. UserError where there is none."""
-    return _resolve(path, integrity.fault_at_start)[0]
-
-
-def resolve_verified(path: Path) -> Path:
-    """As `resolve`, after reading and hashing all of its files; every rank calls it, and gets the same
-    answer. A line on stderr names what was passed over, and what is used instead."""
-    found, damaged = _resolve(path, integrity.fault_on_all_ranks)
-    if damaged and torch.distributed.get_rank() == 0:
-        print("\n".join(damaged_lines(damaged, found)), file=sys.stderr, flush=True)
-    return found
-
-
-def _resolve(path: Path, find_fault: Callable[[Path], str | None]) -> tuple[Path, dict[Path, str]]:
-    if _is_iteration(path):
+def _resolve(
+    path: Path, iterations: list[Path], find_fault: Callable[[Path], str | None]
+) -> tuple[Path, dict[Path, str]]:
+    if iterations == [path]:
         fault = find_fault(path)
         if fault is not None:
             raise UserError(f"{path} is damaged: {fault}; use another checkpoint")
         return path, {}
-    found, damaged = _newest(path, find_fault)
-    if found is None:
-        raise _nothing_in(path)
+    found, damaged = _newest(path, iterations, find_fault, "; use another checkpoint")
+    assert found is not None
     return found, damaged
 
 

@@ -11,12 +11,9 @@ own tools.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import queue
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,16 +23,17 @@ from megatron_ultralong.checkpoint import (
     integrity,
     rope_network,
     run_directory,
+    shard_writer,
     tensor_sums,
     torch_index,
     training_state,
 )
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.errors import UserError
+from megatron_ultralong.errors import UserError, first_line
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.clex import TrainedCLEX
-from megatron_ultralong.runtime import agreement, signals
+from megatron_ultralong.runtime import agreement
 
 T = TypeVar("T")
 
@@ -62,12 +60,13 @@ def save(
     """Write `folder/iter_NNNNNNN` and return it; every rank calls it. Then the oldest checkpoints beyond
     `keep` are removed (0 = keep all). rope_tensors: see rope_network.py.
 
-    UserError, on every rank, where it cannot be written; earlier checkpoints are then as they were.
+    UserError, on every rank, where it cannot be written; earlier checkpoints are then as they were, one of
+    the same iteration too.
     """
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
     try:
-        tensors = _write_shards(partial, final, state_dict(chunks, optimizer), state.model.vocab_size)
+        tensors = shard_writer.write(partial, final, state_dict(chunks, optimizer), state.model.vocab_size)
         agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
         files = integrity.hash_written(partial)
         agreement.on_main_rank(lambda: integrity.write(partial, files, tensors))
@@ -79,101 +78,6 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
-
-
-def _write_shards(partial: Path, final: Path, state: dict[str, Any], vocab_size: int) -> dict[str, str]:
-    """Write Megatron's files of a sharded state dict, and return the sums of its tensors. UserError, on every
-    rank, where that fails."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import serialization
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    size = sum(agreement.gather(_bytes_to_write(state)))
-    agreement.on_main_rank(lambda: _writing(final, lambda: _check_space(final, size)))
-    sums = tensor_sums.Sums(vocab_size)
-    strategy = sums.while_saving(serialization.get_default_save_sharded_strategy())
-
-    def write() -> None:
-        try:
-            with _writers():
-                dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # whatever a failed writer makes torch or Megatron raise
-            raise _failed(final, error, size) from None
-
-    agreement.on_every_rank(write)
-    return sums.on_all_ranks()
-
-
-def _bytes_to_write(state: dict[str, Any]) -> int:
-    """Bytes of the tensors that this rank writes."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import (
-        ShardedTensor,
-        ShardedTensorFactory,
-        is_main_replica,
-    )
-
-    leaves = (x for x in nested_values(state) if isinstance(x, (ShardedTensor, ShardedTensorFactory)))
-    return sum(x.data.nbytes for x in leaves if x.data is not None and is_main_replica(x.replica_id))
-
-
-def _check_space(final: Path, size: int) -> None:
-    """UserError where `size` bytes of tensors, and what describes them, do not fit."""
-    free = shutil.disk_usage(final.parent).free
-    size = size + size // 100 + (1 << 20)
-    if free < size:
-        raise UserError(
-            f"checkpoint {final} cannot be written: it needs {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
-        )
-
-
-def _failed(final: Path, error: BaseException, size: int) -> UserError:
-    """The error of a save that failed on a rank. Megatron wraps the first cause, and loses that of a writer
-    process."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    text = (str(error).splitlines() or [""])[0]
-    if isinstance(error, OSError):
-        text = error.strerror or text
-    elif shutil.disk_usage(final.parent).free < size:
-        text = os.strerror(errno.ENOSPC)
-    else:
-        text = f"{type(error).__name__}: {text}"
-    return UserError(f"checkpoint {final} cannot be written: {text}")
-
-
-_writing_in: int | None = None
-"""This process, while it has writers."""
-
-
-@contextlib.contextmanager
-def _writers() -> Iterator[None]:
-    """Megatron's writers (forked processes or threads, by release) in the block end with this process.
-
-    They report to a queue in another process, which would die of a SIGTERM to the process group, and outlive
-    a killed rank. They are started and awaited in this process, so a plain queue serves.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    global _writing_in
-    if not hasattr(_end_with_parent, "registered"):
-        os.register_at_fork(after_in_child=_end_with_parent)
-        _end_with_parent.registered = True  # type: ignore[attr-defined]
-    filesystem_async._results_queue, _writing_in = queue.Queue(), os.getpid()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = _writing_in = None
-
-
-def _end_with_parent() -> None:
-    """In a child process just forked."""
-    if _writing_in is not None:
-        signals.at_parents_end(signal.SIGKILL, _writing_in)
 
 
 def _writing(final: Path, act: Callable[[], T]) -> T:
@@ -207,19 +111,28 @@ def _add_state(partial: Path, state: TrainingState, rope_tensors: dict[str, torc
 
 def _finish(partial: Path, final: Path, iteration: int, keep: int) -> None:
     """Make `partial` the complete checkpoint `final`, and remove old ones."""
-    if final.exists():
-        _remove(final)
-    atomic_files.publish(partial, final)
-    atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(iteration))
-    for old in run_directory.complete_checkpoints(final.parent)[:-keep] if keep else []:
-        _remove(old)
+    replaced = _hidden(final) if final.exists() else None
+    try:
+        atomic_files.publish(partial, final)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(final)
+        raise
+    # The checkpoint is complete: what fails from here on is no reason to call the save failed.
+    with contextlib.suppress(OSError, UserError):
+        atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(iteration))
+    old = run_directory.complete_checkpoints(final.parent)[:-keep] if keep else []
+    with contextlib.suppress(OSError):
+        for path in [*([replaced] if replaced is not None else []), *map(_hidden, old)]:
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Rename it to a hidden name first: a kill in the middle must not leave a folder that looks complete."""
-    hidden = atomic_files.staging_folder(checkpoint)
-    os.rename(checkpoint, hidden / checkpoint.name)
-    shutil.rmtree(hidden, ignore_errors=True)
+def _hidden(checkpoint: Path) -> Path:
+    """Move a checkpoint into a hidden folder, and return where it is: a kill while it is removed must not
+    leave a folder that looks complete."""
+    hidden = atomic_files.staging_folder(checkpoint) / checkpoint.name
+    os.rename(checkpoint, hidden)
+    return hidden
 
 
 def state_dict(
@@ -277,6 +190,7 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.validation import StrictHandling
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_ultralong.checkpoint import optimizer_state
     from megatron_ultralong.model.llama import unwrap
@@ -288,7 +202,11 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     _check(path, requested, vocab_size, with_optimizer=optimizer is not None)
     sums = tensor_sums.Sums(vocab_size)
     strategy = sums.while_loading(serialization.get_default_load_sharded_strategy(str(path)))
-    state = dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
+    try:
+        state = dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
+    except CheckpointException as error:  # no subclass of Exception
+        first = next(iter(error.failures.values()), (error, None))[0]
+        raise UserError(f"{path} cannot be read: {type(first).__name__}: {first_line(first)}") from None
     _compare(path, sums)
     for i, chunk in enumerate(chunks):
         tensors = {k: v for k, v in state[_chunk_key(chunks, i)].items() if not k.endswith("_extra_state")}

@@ -9,7 +9,7 @@ changed bit always changes the sum, since an odd number times a power of two bel
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from megatron_ultralong.runtime import agreement
 
 _A, _B = 0x9E3779B97F4A7C15 - (1 << 64), 0x632BE59BD9B4E019
 """The factor of element i is (A i + B) | 1; odd constants of random bits, as signed 64-bit integers."""
-_CHUNK = 1 << 22
-"""Elements at a time; several temporaries of 8 bytes each."""
+_CHUNK = 1 << 20
+"""Elements at a time; three temporaries of 8 bytes each."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,7 +42,8 @@ def local_sum(data: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], row
             flat = flat[:, : max(0, rows - offset[0])]
             columns = flat.shape[-1]
         else:
-            flat, starts = flat[first < rows], starts[first < rows]
+            kept = int((first < rows).sum())  # rows are in ascending order
+            flat, starts = flat[:kept], starts[:kept]
     if not flat.numel():
         return 0
     places = torch.arange(columns, device=data.device) + (offset[-1] if offset else 0)
@@ -90,8 +91,7 @@ class Sums:
         hooked = copy.copy(strategy)
 
         def save(state: Any, folder: Path) -> Any:
-            for tensor in _leaves(state):
-                self._add(tensor, tensor.data)
+            agreement.on_every_rank(lambda: self._add_all((x, x.data) for x in _leaves(state)))
             return strategy.save(state, folder)
 
         hooked.save = save
@@ -103,8 +103,7 @@ class Sums:
 
         def load(state: Any, folder: Path) -> Any:
             loaded = strategy.load(state, folder)
-            for tensor, values in _pairs(state, loaded):
-                self._add(tensor, values)
+            agreement.on_every_rank(lambda: self._add_all(_pairs(state, loaded)))
             return loaded
 
         hooked.load = load
@@ -117,6 +116,10 @@ class Sums:
             for name, (dtype, value) in part.items():
                 totals[name] = dtype, (totals.get(name, ("", 0))[1] + value) % (1 << 64)
         return {name: f"{dtype}:{value:016x}" for name, (dtype, value) in totals.items()}
+
+    def _add_all(self, pairs: Iterable[tuple[Any, Tensor]]) -> None:
+        for tensor, values in pairs:
+            self._add(tensor, values)
 
     def _add(self, tensor: Any, values: Tensor) -> None:
         from megatron.core.dist_checkpointing.mapping import is_main_replica

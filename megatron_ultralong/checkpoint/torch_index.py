@@ -31,6 +31,21 @@ _NAMES = {
     ("pathlib", "PurePosixPath"),
 }
 """What else an index consists of, beside torch's data types."""
+_OLDER = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+}
+"""Classes of Megatron-Core up to 0.15 and of torch up to 2.3."""
+
+
+class _Replaced:
+    """Takes the place of a class that an older release of Megatron-Core or torch stored, whose values are
+    kept as attributes."""
+
+    def __init__(self, *values: Any) -> None:
+        pass
 
 
 class _Unpickler(pickle.Unpickler):
@@ -39,6 +54,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
+        if (module, name) in _OLDER:
+            return _Replaced
         allowed = (module, name) in _NAMES
         if module == "torch":
             allowed = allowed or isinstance(getattr(torch, name, None), torch.dtype)
@@ -47,15 +64,13 @@ class _Unpickler(pickle.Unpickler):
             # Classes that are defined there; not what the module imported.
             allowed = isinstance(found, type) and found.__module__ == module
         if not allowed:
-            raise UserError(f"{FILE} contains {module}.{name}, which no index has, and is not loaded")
+            raise UserError(f"{FILE} contains an unexpected class, {module}.{name}; it is not loaded")
         return super().find_class(module, name)
 
 
 def read(checkpoint: Path) -> Any:
-    """The index (torch's Metadata). UserError where it is missing, damaged, or contains anything else than an
-    index; no code of the file is run."""
-    import torch.distributed.checkpoint.metadata as classes
-
+    """The index (torch's Metadata, or its values). UserError where it is missing, damaged, or contains
+    anything else than an index; no code of the file is run."""
     try:
         with (checkpoint / FILE).open("rb") as file:
             index = _Unpickler(file).load()
@@ -67,7 +82,7 @@ def read(checkpoint: Path) -> Any:
         raise UserError(
             f"{checkpoint}/{FILE} cannot be read: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from None
-    if not isinstance(index, classes.Metadata):
+    if not (hasattr(index, "state_dict_metadata") and hasattr(index, "storage_data")):
         raise UserError(f"{checkpoint}/{FILE} cannot be read: it is no index of a checkpoint")
     return index
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.workers import STOP_SIGNALS
 
 Batch = dict[str, Tensor]
 """tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, if requested,
@@ -73,7 +74,7 @@ def batches(
                 num_workers=workers,  # type: ignore[arg-type]
                 multiprocessing_context="spawn",
                 prefetch_factor=2,
-                worker_init_fn=_ignore_sigterm,
+                worker_init_fn=_ignore_signals,
             ),
         )
     return _one_ahead(training.__getitem__)
@@ -164,10 +165,11 @@ def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], sh
     return batch
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """A reader ends when its rank does. Slurm sends SIGTERM to every process, and a rank without its reader
-    could not save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """A reader ends when its rank does. Slurm sends a request to stop to every process, and a rank without
+    its reader could not save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _one_ahead(make: Callable[[int], Batch]) -> Iterator[Batch]:

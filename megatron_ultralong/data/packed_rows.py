@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from megatron_ultralong.data import row_files
 from megatron_ultralong.data.permutation import permutation
 from megatron_ultralong.data.row_files import SequenceFile
+from megatron_ultralong.data.tokenizer import check_same
 from megatron_ultralong.errors import UserError
 
 FORMAT = 1
@@ -180,15 +183,27 @@ class BlendedDataset:
 
 
 def open_blend(
-    arguments: list[str], seq_length: int, vocab_size: int, document_starts: bool = False
+    arguments: list[str],
+    seq_length: int,
+    vocab_size: int,
+    document_starts: bool = False,
+    tokenizer: Path | None = None,
 ) -> BlendedDataset:
-    """Open the rows that `--data` or `--valid` name. document_starts: they must have them. UserError where
-    they do not, or do not fit the sequence length or the vocabulary."""
+    """Open the rows that `--data` or `--valid` name.
+
+    document_starts: they must have them. tokenizer: the directory of the model's tokenizer, with which they
+    must have been made (None = any). UserError where one of these fails, or the rows do not fit the sequence
+    length or the vocabulary; a line is printed where the tokenizer cannot be told.
+    """
     named = parse_data_arguments(arguments)
     datasets = [PackedDataset(prefix, seq_length) for _, prefix in named]
     for dataset in datasets:
-        # Another sample on each rank: what no rank has read yet is checked too.
-        dataset.check_files(SAMPLED_BLOCKS, seed=int(os.environ.get("RANK", "0")))
+        # Another sample on each rank and at each start.
+        rank = int(os.environ.get("RANK", "0"))
+        dataset.check_files(SAMPLED_BLOCKS, seed=time.time_ns() + rank)
+        note = None if tokenizer is None else check_same(tokenizer, dataset.prefix, dataset.manifest)
+        if note is not None and rank == 0:
+            print(note, file=sys.stderr)
         dataset.check_vocabulary(vocab_size)
         if dataset.manifest.get("trained_tokens") == 0:
             raise UserError(f"{dataset.prefix} contains no token to train on; prepare the data again")

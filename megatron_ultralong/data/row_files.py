@@ -79,18 +79,18 @@ class SequenceFile:
         return int(self._starts[number])
 
     def _read(self, start: int, count: int) -> bytes:
-        if self._file is None or self._file[0] != os.getpid():
-            self._file = os.getpid(), os.open(self.path, os.O_RDONLY)
         parts, missing = [], count
-        while missing:
-            try:
+        try:
+            if self._file is None or self._file[0] != os.getpid():
+                self._file = os.getpid(), os.open(self.path, os.O_RDONLY)
+            while missing:
                 part = os.pread(self._file[1], missing, start + count - missing)
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
-            if not part:
-                raise UserError(f"{self.path} was cut short while it was in use; prepare the data again")
-            parts.append(part)
-            missing -= len(part)
+                if not part:
+                    raise UserError(f"{self.path} was cut short while it was in use; prepare the data again")
+                parts.append(part)
+                missing -= len(part)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
         return b"".join(parts)
 
 
@@ -130,6 +130,10 @@ def check(prefix: str, recorded: dict[str, Any], sample: int | None = None, seed
                         )
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (KeyError, TypeError, IndexError):
+            raise UserError(
+                f"{prefix}.json has checksums of an unknown form; prepare the data again"
+            ) from None
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

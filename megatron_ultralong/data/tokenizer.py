@@ -83,44 +83,42 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encoding_hash(data: bytes) -> str:
-    """SHA-256 of what decides how text is encoded, out of a tokenizer.json: vocabulary, merges, added tokens,
+    """SHA-256 of what decides how text is encoded, out of a tokenizer.json: model, added tokens,
     normalisation and splitting. Equal for files that another release of tokenizers wrote in another form. Of
     another file, of all of it."""
+    import tokenizers
+
     try:
-        values = json.loads(data)
-        model = dict(values["model"])
-        model["merges"] = [
-            m.split(" ", 1) if isinstance(m, str) else list(m) for m in model.get("merges") or []
-        ]
-        parts = {
-            "model": {
-                name: model.get(name) for name in ("type", "vocab", "merges", "byte_fallback", "unk_token")
-            },
-            "added": sorted((token["id"], token["content"]) for token in values.get("added_tokens") or []),
-            **{name: values.get(name) for name in ("normalizer", "pre_tokenizer")},
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+        # In the form of the installed release.
+        values = json.loads(tokenizers.Tokenizer.from_str(data.decode("utf-8")).to_str())
+    except Exception:  # tokenizers raises bare Exceptions
         return hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    ).hexdigest()
+    parts = {name: values.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def check_same(folder: Path, rows: str, manifest: dict[str, Any]) -> None:
-    """UserError where packed rows were made with another tokenizer than that of `folder`. Nothing is checked
-    where one of them is not recorded. rows: their prefix."""
+def check_same(folder: Path, rows: str, manifest: dict[str, Any]) -> str | None:
+    """UserError where packed rows were made with another tokenizer than that of `folder`; a line to print
+    where that cannot be told. rows: their prefix."""
     made_with = manifest.get("tokenizer", {})
     files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
     if not files or "sha256" not in made_with:
-        return
-    data = files[0].read_bytes()
+        return None
+    data, name = files[0].read_bytes(), made_with.get("name", "another model")
     if hashlib.sha256(data).hexdigest() == made_with["sha256"]:
-        return
-    if made_with.get("encoding_sha256") != encoding_hash(data):
-        raise UserError(
-            f"{rows} was made with the tokenizer of {made_with.get('name', 'another model')}, which is not that of the "
-            f"model ({files[0]}); prepare the data again, or --set data.allow_other_tokenizer=true"
+        return None
+    if "encoding_sha256" not in made_with:
+        return (
+            f"note: {rows} was made with a tokenizer of {name} whose file differs from {files[0]}; an earlier release "
+            "did not record more, so check that it is the same tokenizer"
         )
+    if made_with["encoding_sha256"] != encoding_hash(data):
+        raise UserError(
+            f"{rows} was made with the tokenizer of {name}, which encodes text differently than that of the model "
+            f"({files[0]}); prepare the data again, or --set data.allow_other_tokenizer=true"
+        )
+    return None
 
 
 def encode_all(texts: Iterable[str], backend: Any) -> Iterator[NDArray[numpy.int32]]:

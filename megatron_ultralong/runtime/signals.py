@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_ultralong.io.workers import STOP_SIGNALS
 from megatron_ultralong.runtime import agreement
 
 
@@ -23,7 +24,7 @@ class StopRequest:
     _received = False
 
     def __init__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +23,7 @@ from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.data.loader import Batch
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.runtime.signals import StopRequest
@@ -59,22 +60,20 @@ class Checkpoints:
         in a row of which the last one must not fail."""
         self._folder, self._assets, self._keep = folder, assets, keep
         self._allowed, self._failed = failures, 0
-        existing = run_directory.complete_checkpoints(folder)
+        existing = agreement.on_main_rank(lambda: run_directory.complete_checkpoints(folder))
         self._newest = existing[-1] if existing else None
         self._good: Path | None = None
-        self._copies: tempfile.TemporaryDirectory[str] | None = None
-        if torch.distributed.get_rank() == 0 and assets != AssetFolders():
+        if assets != AssetFolders():
             # The folder they come from may be gone when the first checkpoint is saved, hours later.
-            self._copies = tempfile.TemporaryDirectory(prefix="megatron_ultralong-")
-            assets.copy_to(Path(self._copies.name))
-            self._assets = AssetFolders(base=Path(self._copies.name))
+            agreement.on_main_rank(lambda: _copy(assets, folder / _ASSETS))
+            self._assets = AssetFolders(base=folder / _ASSETS)
 
     def confirm(self) -> None:
         """Note that the iteration after the newest checkpoint was finite: that checkpoint is good."""
         self._good = self._newest
 
-    def save(self, trainer: Trainer, state: TrainingState, log: Log, *, needed: bool) -> None:
-        """Write the checkpoint of `state`. Every rank calls it.
+    def save(self, trainer: Trainer, state: TrainingState, log: Log, *, needed: bool) -> bool:
+        """Write the checkpoint of `state`; return whether it was written. Every rank calls it.
 
         UserError where it cannot be written, if it is needed or too many have failed; else a warning.
         """
@@ -88,8 +87,9 @@ class Checkpoints:
             log.note(
                 f"warning: {error}; training goes on without it ({self._failed} of {self._allowed} saves failed), {self}"
             )
-        else:
-            self._failed = 0
+            return False
+        self._failed = 0
+        return True
 
     def _save(self, trainer: Trainer, state: TrainingState) -> None:
         self._newest = sharded.save(
@@ -104,10 +104,6 @@ class Checkpoints:
         if (self._newest / "hf").is_dir():  # the folder they came from may be a checkpoint removed by `keep`
             self._assets = AssetFolders(base=self._newest / "hf")
 
-    def saved(self, iteration: int) -> bool:
-        """Whether the newest checkpoint is that of `iteration`."""
-        return self._newest is not None and self._newest.name == f"iter_{iteration:07d}"
-
     def __str__(self) -> str:
         if self._newest is None:
             return "no checkpoint has been saved"
@@ -119,6 +115,18 @@ class Checkpoints:
             else f"the last good one is {self._good}"
         )
         return f"the newest checkpoint is {self._newest}, which no finite iteration has followed; {good}"
+
+
+_ASSETS = ".assets"
+"""Hidden folder of a run directory with the small files of its model."""
+
+
+def _copy(assets: AssetFolders, target: Path) -> None:
+    try:
+        shutil.rmtree(target, ignore_errors=True)
+        assets.copy_to(target)
+    except OSError as error:
+        raise atomic_files.cannot_write(str(target), error) from None
 
 
 def train(
@@ -206,8 +214,8 @@ def train(
                     f"weights are not finite after iteration {iteration}, first on rank {bad_rank}, and are not saved; "
                     f"{checkpoints}"
                 )
-            checkpoints.save(trainer, state, log, needed=stopping or last)
-            stopping = stopping or (checkpoints.saved(iteration) and stop.on_any_rank(ranks.device))
+            saved = checkpoints.save(trainer, state, log, needed=stopping or last)
+            stopping = stopping or (saved and stop.on_any_rank(ranks.device))
         if stopping:
             log.note(f"asked to stop: saved iteration {iteration}; run the same command again to resume")
             return state

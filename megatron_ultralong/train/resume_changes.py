@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = {
 
 def check(state: TrainingState, run: Run) -> None:
     """UserError where a run with these settings cannot resume from the checkpoint of `state`."""
-    before = state.stored_run()
+    before = _stored_run(state)
     if state.iteration > run.train.iterations:
         raise UserError(
             f"train.iterations={run.train.iterations} is below the {state.iteration} iterations of the checkpoint; raise it, "
@@ -35,6 +35,14 @@ def check(state: TrainingState, run: Run) -> None:
         )
 
 
+def _stored_run(state: TrainingState) -> Run | None:
+    """The run of the checkpoint; None where this release cannot read it, as it may resume all the same."""
+    try:
+        return state.stored_run()
+    except UserError:
+        return None
+
+
 def notes(state: TrainingState, run: Run, load: Path | None, load_hf: Path | None) -> list[str]:
     """Lines for the log: settings that were changed, and --load and --load-hf, which are not used."""
     lines = [f"changed since iteration {state.iteration}: {line}" for line in changes(state, run)]
@@ -42,7 +50,7 @@ def notes(state: TrainingState, run: Run, load: Path | None, load_hf: Path | Non
         f"--{name} {value}" for name, value in (("load", load), ("load-hf", load_hf)) if value is not None
     ]
     if unused:
-        lines.append(f"{' and '.join(unused)} not read: the run continues from its own checkpoint")
+        lines.append(f"{' and '.join(unused)} ignored: the run resumes from its own checkpoint")
     if state.iteration == run.train.iterations:
         lines.append(
             f"complete: iteration {state.iteration} of {run.train.iterations}; raise train.iterations to train on"
@@ -52,7 +60,7 @@ def notes(state: TrainingState, run: Run, load: Path | None, load_hf: Path | Non
 
 def changes(state: TrainingState, run: Run) -> list[str]:
     """Lines "section.name: was -> now" for the settings that differ from those of the checkpoint."""
-    before = state.stored_run()
+    before = _stored_run(state)
     if before is None:
         return []
     old, new = config.to_dict(before), config.to_dict(run)

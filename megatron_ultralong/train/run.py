@@ -15,7 +15,7 @@ from megatron_ultralong.config import Model, Run, check_model_layout
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.packed_rows import BlendedDataset
-from megatron_ultralong.data.tokenizer import check_same, load_tokenizer
+from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import kernel_choices
 from megatron_ultralong.planning import memory as plan
@@ -66,15 +66,15 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     model = source.state.model
     check_model_layout(model, run.parallel)
     masked = run.data.documents == "masked"
+    tokenizer = source.assets.tokenizer or source.assets.base
+    made_with = None if run.data.allow_other_tokenizer else tokenizer
     rows, held_out = (
-        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked) if names else None
+        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked, made_with)
+        if names
+        else None
         for names in (files.data, files.valid)
     )
     assert rows is not None
-    tokenizer = source.assets.tokenizer or source.assets.base
-    if tokenizer is not None and not run.data.allow_other_tokenizer:
-        for dataset in (*rows.datasets, *(held_out.datasets if held_out else ())):
-            check_same(tokenizer, dataset.prefix, dataset.manifest)
     prepared = [prepare(run, tokenizer, model.vocab_size) for prepare in evaluations]
 
     ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)

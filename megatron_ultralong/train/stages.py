@@ -99,10 +99,15 @@ def _check(stages: Sequence[Stage], first: RunFiles) -> None:
             raise UserError(f"stage {stage.run.name}: {error}") from None
         for names in (stage.data, stage.valid):
             if names:
-                masked = stage.run.data.documents == "masked"
+                data = stage.run.data
+                tokenizer = source.assets.tokenizer or source.assets.base
                 try:
                     packed_rows.open_blend(
-                        names, stage.run.train.seq_length, source.state.model.vocab_size, masked
+                        names,
+                        stage.run.train.seq_length,
+                        source.state.model.vocab_size,
+                        data.documents == "masked",
+                        None if data.allow_other_tokenizer else tokenizer,
                     )
                 except UserError as error:
                     raise UserError(f"stage {stage.run.name}: {error}") from None

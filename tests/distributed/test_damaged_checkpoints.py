@@ -3,17 +3,23 @@ none is used."""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import os
 import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from megatron_ultralong.checkpoint import integrity, run_directory, sharded, tensor_sums, torch_index
+from megatron_ultralong.checkpoint import integrity, run_directory, shard_writer, tensor_sums, torch_index
 from megatron_ultralong.config import Parallel
 from megatron_ultralong.errors import UserError
 from tests.disk import fill, small_disk
@@ -57,6 +63,7 @@ def _damage(rank: int, world: int, folder: str) -> None:
             torch.distributed.barrier()
     assert found == (3 + FLIPS) * (len(files) + 1)
 
+    _read_differently(rank, run, newest)
     _used_instead(rank, run, older, newest)
     _changed_before_it_was_hashed(rank, older)
 
@@ -75,6 +82,40 @@ def flip(file: Path, position: int, bit: int = 0) -> None:
     data = bytearray(file.read_bytes())
     data[position] ^= 1 << bit
     file.write_bytes(data)
+
+
+def _read_differently(rank: int, run: Path, newest: Path) -> None:
+    """Ranks that see different folders, or cannot read a file now, agree, and call nothing damaged."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(run_directory, "_iterations", lambda folder: [])
+        assert run_directory.resolve_verified(run) == newest
+        assert run_directory.newest_verified(run) == (newest, {})
+    largest = max(integrity.files_of(newest), key=lambda name: (newest / name).stat().st_size)
+    read = integrity.hash_file
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stale(file: Path) -> integrity.FileSum:
+            if file.name == largest:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return read(file)
+
+        patch.setattr(integrity, "hash_file", stale)
+        with pytest.raises(
+            UserError, match=f"{largest} cannot be read on rank 0: Stale file handle; start again"
+        ):
+            run_directory.newest_verified(run)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:  # once wrong, then right
+            wrong = [integrity.FileSum(bytes=1, sha256="x")]
+            patch.setattr(
+                integrity,
+                "hash_file",
+                lambda file: wrong.pop() if file.name == largest and wrong else read(file),
+            )
+        with pytest.raises(UserError, match=f"{largest} was read with different contents by two ranks"):
+            run_directory.newest_verified(run)
+    assert run_directory.complete_checkpoints(run)[-1] == newest
 
 
 def _used_instead(rank: int, run: Path, older: Path, newest: Path) -> None:
@@ -125,8 +166,17 @@ def test_a_save_that_fails_in_the_middle(tmp_path: Path) -> None:
 
 
 def _full(rank: int, world: int, disk: str) -> None:
-    sharded._check_space = lambda final, size: None  # as if another program took the space afterwards
+    shard_writer.check_space = lambda final, size: None  # as if another program took the space afterwards
     save = Path(disk) / "run"
+    local_sum = tensor_sums.local_sum
+    with pytest.MonkeyPatch.context() as patch:
+
+        def too_large(*arguments: Any) -> int:
+            raise torch.OutOfMemoryError("no memory") if rank == 1 else AssertionError
+
+        patch.setattr(tensor_sums, "local_sum", too_large if rank == 1 else local_sum)
+        with pytest.raises(UserError, match="iter_0000001 cannot be written: .*OutOfMemoryError: no memory"):
+            _train(MODEL, Parallel(tp=2), "fp32", save, iterations=1)
     _train(MODEL, Parallel(tp=2), "fp32", save, iterations=2)
     if rank == 0:
         fill(Path(disk), leave=100_000)
@@ -191,12 +241,32 @@ class _Code:
 
 def test_an_index_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Code()))
-    with pytest.raises(UserError, match=r".metadata contains builtins.print, which no index has"):
+    with pytest.raises(UserError, match=r".metadata contains an unexpected class, builtins.print"):
         torch_index.read(tmp_path)
     assert not capsys.readouterr().out
     (tmp_path / ".metadata").write_bytes(pickle.dumps({1: torch.float32}))
     with pytest.raises(UserError, match="it is no index of a checkpoint"):
         torch_index.read(tmp_path)
+    # What a release of Megatron-Core up to 0.15 stored beside the index, and torch up to 2.3 in it.
+    for module, name in torch_index._OLDER:
+        old = type(name, (), {"__module__": module})
+        with pytest.MonkeyPatch.context() as patch:
+            parent = importlib.import_module(module)
+            patch.setattr(parent, name, old, raising=False)
+            index = Metadata(state_dict_metadata={}, storage_data={}, planner_data=[old()])
+            if name == "MCoreMetadata":
+                index = old()
+                index.state_dict_metadata, index.storage_data = {}, {}
+            (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+        assert torch_index.read(tmp_path).storage_data == {} and torch_index.fault(tmp_path) is None
+    places = {MetadataIndex("w"): _StorageInfo(relative_path="data", offset=90, length=10)}
+    index = Metadata(state_dict_metadata={}, storage_data=places)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    assert torch_index.fault(tmp_path) == "data is missing"
+    (tmp_path / "data").write_bytes(bytes(99))
+    assert torch_index.fault(tmp_path) == "data has 99 bytes, but its index refers to 100"
+    (tmp_path / "data").write_bytes(bytes(100))
+    assert torch_index.fault(tmp_path) is None
     (tmp_path / ".metadata").write_bytes(b"")
     with pytest.raises(UserError, match=r".metadata cannot be read: EOFError"):
         torch_index.read(tmp_path)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.data import packed_rows
+from tests import processes
 from tests.disk import fill, small_disk
 from tests.distributed.test_damaged_checkpoints import flip
 from tests.train_tool import (
@@ -29,6 +31,7 @@ from tests.train_tool import (
     HELD_OUT,
     LR,
     MODEL,
+    ROOT,
     ROWS,
     SEED,
     WARMUP,
@@ -155,6 +158,24 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
 
+    checked = processes.run(
+        [sys.executable, "tools/convert_hf.py", "check", "--ckpt", save], cwd=ROOT, capture_output=True
+    )
+    lines = checked.stdout.splitlines()
+    assert checked.returncode == 0 and len(lines) == len(saved(save))
+    assert re.fullmatch(
+        rf"{save}/iter_{end:07d}: undamaged: \d+ files of [\d,]+ bytes match their checksums", lines[-1]
+    )
+    flip(save / f"iter_{end:07d}" / "run.json", 200)
+    checked = processes.run(
+        [sys.executable, "tools/convert_hf.py", "check", "--ckpt", save], cwd=ROOT, capture_output=True
+    )
+    assert checked.returncode == 1
+    assert (
+        checked.stdout.splitlines()[-1]
+        == f"{save}/iter_{end:07d}: damaged: run.json does not match its checksum"
+    )
+
     _check_lines(undisturbed, _plain_training(inputs, end))
     _check_board(save, undisturbed)
 
@@ -179,16 +200,19 @@ def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
 
 
 @pytest.mark.slow
-def test_torchrun_stops_and_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
+def test_torchrun_stops_and_goes_on_in_another_layout(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = tmp_path / "run"
     settings = ("train.save_every=0", "train.eval_every=3", "memory.recompute=all_but_attention")
     valid = ("--valid", str(inputs / "valid"))
 
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     # Data parallel; then a pipeline of interleaved chunks, to which three held-out rows are an odd number,
     # with other memory settings.
     with Tool(inputs, save, "train.iterations=100000", *settings, more=valid, ranks=2) as tool:
         tool.wait_for("iteration      4/100000")
-        tool.send(signal.SIGTERM)  # to torchrun, which hands it on
+        tool.send(signal.SIGUSR1)  # to torchrun, which hands it on
         tool.finish()
         stopped = saved(save)[-1]
         assert f"asked to stop: saved iteration {stopped}; run the same command again to resume" in tool.lines

@@ -81,18 +81,23 @@ def test_every_change_is_found(tmp_path: Path) -> None:
 
 
 def test_a_start_reads_another_sample_on_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefix = write(tmp_path / "rows")
-    data = bytearray(Path(f"{prefix}.bin").read_bytes())
+    rows = PackedDataset(write(tmp_path / "rows"), S)
+    data = bytearray((tmp_path / "rows.bin").read_bytes())
     data[700] ^= 2
-    Path(f"{prefix}.bin").write_bytes(data)
+    (tmp_path / "rows.bin").write_bytes(data)
     found = []
-    for rank in range(20):
-        monkeypatch.setenv("RANK", str(rank))
+    for seed in range(20):
         try:
-            open_blend([prefix], S, 1 << 30)
+            rows.check_files(4, seed)
         except UserError as error:
             found.append(str(error))
-    assert 3 < len(found) < 20, "4 of 10 blocks on each rank"
+    assert 3 < len(found) < 20, "4 of 10 blocks"
+    seeds: list[int] = []
+    monkeypatch.setattr(PackedDataset, "check_files", lambda rows, sample, seed: seeds.append(seed))
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        open_blend([rows.prefix], S, VOCABULARY)
+    assert len(set(seeds)) == 2
 
 
 def test_values_are_checked_where_they_are_read(tmp_path: Path) -> None:
@@ -162,7 +167,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         tokenizer.check_same(again, "rows", manifest)
         other = tmp_path / FAMILIES[FAMILIES.index(family) - 1]
         with pytest.raises(
-            UserError, match=f"rows was made with the tokenizer of {family}, which is not that of the model"
+            UserError,
+            match=f"rows was made with the tokenizer of {family}, which encodes text differently than that of the model",
         ):
             tokenizer.check_same(other, "rows", manifest)
         values["added_tokens"].append({"id": 7, "content": "<extra>"})
@@ -185,7 +191,7 @@ def test_the_check_command(
 
     assert check(prefix) == f"{prefix}: {ROWS} rows of {S} + 1 tokens; all files match their checksums\n"
     by_hand = write_rows(tmp_path / "by-hand", [[1, 2, 3]], seq_length=2)
-    assert "has no checksums" in check(by_hand)
+    assert "no checksums; file sizes and values are valid" in check(by_hand)
     with Path(f"{prefix}.bin").open("r+b") as file:
         file.write(b"\1\2\3")
     with pytest.raises(UserError, match="rows.bin is not the file that its manifest describes"):
@@ -206,7 +212,7 @@ def test_changes_on_resume() -> None:
         f"changed since iteration 10: train.lr: {before[1]} -> 0.5",
         f"changed since iteration 10: optim.weight_decay: {before[0]} -> 0.25",
         f"changed since iteration 10: parallel.tp: {run.parallel.tp} -> 2",
-        "--load a and --load-hf b not read: the run continues from its own checkpoint",
+        "--load a and --load-hf b ignored: the run resumes from its own checkpoint",
     ]
     resume_changes.check(stored, changed)
     with pytest.raises(UserError, match="train.iterations=9 is below the 10 iterations of the checkpoint"):
