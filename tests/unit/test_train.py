@@ -194,7 +194,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load {}/nothing --data {}/rows",
         1,
-        r"nothing contains no undamaged checkpoint \(iter_0000009: metadata.json is missing\); use another copy",
+        r"nothing contains no undamaged checkpoint \(iter_0000009: metadata.json is missing\); use another checkpoint",
     ),
     (
         "--recipe tiny_extend SHORT --load {}/newer --data {}/rows",
