@@ -2,7 +2,8 @@
 
 Rows are the beginnings of documents (.txt, .jsonl, .parquet: PG19's books, for example) that are longer than
 the requested length, or packed rows in Megatron's format. The losses of a causal model at the first 4K tokens
-of a row do not depend on the row's length, so each row is read once, at its longest.
+of a row do not depend on the row's length, so each row is read once, at its longest (with dynamic NTK its
+first tokens are rotated for that length).
 """
 
 from __future__ import annotations
