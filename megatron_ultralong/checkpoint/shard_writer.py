@@ -1,4 +1,4 @@
-"""Megatron's files of a checkpoint, written by processes or threads that end with their rank."""
+"""Megatron's files of a checkpoint, written by threads of each rank."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import errno
 import os
 import queue
 import shutil
-import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.checkpoint import tensor_sums
 from megatron_ultralong.errors import UserError, first_line
 from megatron_ultralong.io import atomic_files
-from megatron_ultralong.runtime import agreement, signals
+from megatron_ultralong.runtime import agreement
 
 
 def write(partial: Path, final: Path, state: dict[str, Any], vocab_size: int) -> dict[str, str]:
@@ -69,8 +69,8 @@ def check_space(final: Path, size: int) -> None:
 
 
 def _failed(final: Path, error: BaseException, size: int) -> UserError:
-    """The error of a save that failed on a rank. Megatron wraps the first cause, and loses that of a writer
-    process."""
+    """The error of a save that failed on a rank. Megatron wraps the first cause, and torch loses it where a
+    file could not be completed."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -93,31 +93,46 @@ def _is_full(folder: Path, size: int) -> bool:
     return False
 
 
-_writing_in: int | None = None
-"""This process, while it has writers."""
-
-
 @contextlib.contextmanager
 def _writers() -> Iterator[None]:
-    """Megatron's writers (forked processes or threads, by release) in the block end with this process.
+    """Have Megatron write with threads of this process in the block.
 
-    They report to a queue in another process, which would die of a SIGTERM to the process group, and outlive
-    a killed rank. They are started and awaited in this process, so a plain queue serves.
+    Releases up to 0.18 fork a process for each file, and have a further one for their results: these would
+    die of a SIGTERM to the process group, outlive a killed rank, and may never return from a fork of a
+    process with threads.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    global _writing_in
-    if not hasattr(_end_with_parent, "registered"):
-        os.register_at_fork(after_in_child=_end_with_parent)
-        _end_with_parent.registered = True  # type: ignore[attr-defined]
-    filesystem_async._results_queue, _writing_in = queue.Queue(), os.getpid()
+    writer = filesystem_async.FileSystemWriterAsync
+    by_processes = getattr(writer, "write_preloaded_data_multiproc", None)
+    if by_processes is not None:
+        writer.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    filesystem_async._results_queue = queue.Queue()
     try:
         yield
     finally:
-        filesystem_async._results_queue = _writing_in = None
+        filesystem_async._results_queue = None
+        if by_processes is not None:
+            writer.write_preloaded_data_multiproc = staticmethod(by_processes)
 
 
-def _end_with_parent() -> None:
-    """In a child process just forked."""
-    if _writing_in is not None:
-        signals.at_parents_end(signal.SIGKILL, _writing_in)
+def _write_in_threads(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any
+) -> None:
+    """Takes the place of `FileSystemWriterAsync.write_preloaded_data_multiproc`, whose arguments these are:
+    puts the results of all buckets by number, or the first exception, into `results`."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write_bucket(number: int) -> tuple[int, Any]:
+        mine: queue.Queue[Any] = queue.Queue()
+        running: queue.Queue[int] = queue.Queue()
+        running.put(number)
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, buckets[number], mine, running, use_fsync=True, use_msc=use_msc
+        )
+        return mine.get_nowait()
+
+    with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint") as pool:
+        written = dict(pool.map(write_bucket, range(len(buckets))))
+    failed = next((result for result in written.values() if isinstance(result, Exception)), None)
+    results.put(written if failed is None else failed)

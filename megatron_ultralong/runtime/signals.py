@@ -39,6 +39,7 @@ class StopRequest:
 
 
 _PR_SET_PDEATHSIG = 1
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def at_parents_end(number: signal.Signals, parent: int | None = None) -> None:
@@ -47,8 +48,7 @@ def at_parents_end(number: signal.Signals, parent: int | None = None) -> None:
 
     parent: process that started this one; the signal is sent at once where it has ended already.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), number)

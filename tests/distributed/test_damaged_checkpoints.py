@@ -101,9 +101,7 @@ def _read_differently(rank: int, run: Path, newest: Path) -> None:
             return read(file)
 
         patch.setattr(integrity, "hash_file", stale)
-        with pytest.raises(
-            UserError, match=f"{largest} cannot be read: Stale file handle; start again"
-        ):
+        with pytest.raises(UserError, match=f"{largest} cannot be read: Stale file handle; start again"):
             run_directory.newest_verified(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integrity, "_SMALL", 0)  # as for a large file

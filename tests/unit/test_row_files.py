@@ -75,7 +75,8 @@ def test_every_change_is_found(tmp_path: Path) -> None:
     other = write(tmp_path / "other", seed=1)
     shutil.copy(f"{other}.bin", f"{prefix}.bin")
     with pytest.raises(
-        UserError, match=r"rows.bin is not the file that its manifest describes \(its 512 bytes from [\d,]+ on"
+        UserError,
+        match=r"rows.bin is not the file that its manifest describes \(its 512 bytes from [\d,]+ on",
     ):
         open_blend([prefix], S, VOCABULARY)
 
