@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 MODEL=${1:?Hugging Face directory of Llama-3.1-8B-Instruct}
 TEXT=${2:?raw documents: .txt .jsonl .jsonl.zst .parquet}
 RUNS=${3:-runs/one_node}
+STEPS=200
 
 export OMP_NUM_THREADS=8 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1200
@@ -14,12 +15,14 @@ mkdir -p "$RUNS"
 
 [ -f "$RUNS/text.json" ] || python tools/prepare_data.py pretrain --input $TEXT --tokenizer "$MODEL" --seq-length 256K --output "$RUNS/text"
 
+status=0
 # YaRN factor 32 over 8192 positions = 262,144; 200 iterations of 4 sequences are 210 million tokens.
 torchrun --standalone --nproc-per-node 8 tools/train.py --recipe ultralong_1m \
-    --set train.seq_length=256K rope.factor=32 parallel.cp=1 train.global_batch=4 train.iterations=200 train.warmup=10 \
-    --load-hf "$MODEL" --data "$RUNS/text" --save "$RUNS/pretrain" || true
+    --set train.seq_length=256K rope.factor=32 parallel.cp=1 train.global_batch=4 train.iterations=$STEPS train.warmup=10 \
+    --load-hf "$MODEL" --data "$RUNS/text" --save "$RUNS/pretrain" || status=$?
 # A run that was asked to stop saves and exits early; torchrun's exit code is then 1.
-[ -d "$RUNS/pretrain/iter_0000200" ] || { echo "training ended before its last iteration; run the same command again to resume" >&2; exit 1; }
+LAST="$RUNS/pretrain/iter_$(printf %07d "$STEPS")"
+[ -d "$LAST" ] || { echo "training ended before its last iteration (exit code $status); run the same command again to resume" >&2; exit 1; }
 
 [ -d "$RUNS/hf" ] || torchrun --standalone --nproc-per-node 8 tools/convert_hf.py export --ckpt "$RUNS/pretrain" --out "$RUNS/hf" --dtype bf16
 

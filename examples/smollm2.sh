@@ -53,12 +53,13 @@ fi
 
 # 3. Continued pretraining with the recipe's YaRN, 8 times 8,192 positions, directly from the Hugging Face weights.
 if [ ! -d "$LAST" ]; then
+    status=0
     torchrun --standalone --nproc-per-node "$RANKS" tools/train.py --recipe smollm2_135m \
         --set rope.factor=8 train.seq_length="$SEQ_LENGTH" train.iterations="$STEPS" train.warmup="$WARMUP" train.global_batch="$GLOBAL_BATCH" \
             train.precision="$PRECISION" train.eval_every="$EVAL_EVERY" train.eval_rows=2 parallel.cp="$CP" \
-        --load-hf "$MODEL" --data "$RUN/text" "${VALID[@]}" --save "$RUN/train" | tee -a "$RUN/train.log" || true
+        --load-hf "$MODEL" --data "$RUN/text" "${VALID[@]}" --save "$RUN/train" | tee -a "$RUN/train.log" || status=$?
     # A run that was asked to stop saves and exits early; torchrun's exit code is then 1.
-    [ -d "$LAST" ] || { echo "training ended before its last iteration; run the same command again to resume" >&2; exit 1; }
+    [ -d "$LAST" ] || { echo "training ended before its last iteration (exit code $status); run the same command again to resume" >&2; exit 1; }
 fi
 
 # 4. Export to a Hugging Face directory.

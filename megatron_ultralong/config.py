@@ -211,7 +211,7 @@ class Train:
     keep: int = 2
     """Checkpoints kept; 0 = all."""
     save_failures: int = 3
-    """Saves in a row that may fail, for want of space for example, before the run ends. At the end of
+    """Saves in a row that may fail, because the disk is full for example, before the run ends. At the end of
     training, and when it is asked to stop, the first one ends it."""
     eval_every: int = 0
     """Iterations between evaluations on held-out data; 0 = only at the end."""
