@@ -205,7 +205,7 @@ def _attention_backward_bytes(run: Run, model: Model, x: LayerShape) -> int:
     if x.documents and x.deterministic:
         # Documents one by one, whose gradients are copied to the row's. Lengths are not known here; an
         # average of none and almost all of the row keeps plans of both within 10%.
-        own_keys += gradients // 4
+        own_keys += gradients // 5
     if x.ring == 1:
         attention = gradients + own_keys
     else:
