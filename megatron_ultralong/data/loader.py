@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io.workers import STOP_SIGNALS
+from megatron_ultralong.runtime.signals import STOP_SIGNALS
 
 Batch = dict[str, Tensor]
 """tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, if requested,

@@ -16,8 +16,6 @@ from typing import Any
 
 from megatron_ultralong.errors import UserError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Requests to stop; batch systems send the second as a warning."""
 POLL = 0.25
 """Seconds between two calls of `progress`."""
 

@@ -19,9 +19,6 @@ from collections.abc import Callable
 
 from megatron_ultralong.errors import UserError, first_line
 
-PARENT = os.getppid()
-"""The process that started this one."""
-
 
 def main(function: Callable[[], int | None]) -> None:
     """Run a tool's `function`; a `UserError` becomes `error: ...` on stderr and exit code 2.

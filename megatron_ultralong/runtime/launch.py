@@ -51,7 +51,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
     cli.quiet()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A torchrun that is killed would leave its ranks running, beside those of the next one.
-        signals.at_parents_end(signal.SIGTERM, cli.PARENT)
+        signals.at_parents_end(signal.SIGTERM)
     device = pick_device(runtime.device)
     world = world_size()
     dp = parallel.data_parallel(world)

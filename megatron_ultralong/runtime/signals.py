@@ -4,14 +4,15 @@ end."""
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 from typing import Any
 
 import torch
 
-from megatron_ultralong.io.workers import STOP_SIGNALS
 from megatron_ultralong.runtime import agreement
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Requests to stop; batch systems send the second as a warning."""
 
 
 class StopRequest:
@@ -42,13 +43,8 @@ _PR_SET_PDEATHSIG = 1
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 
 
-def at_parents_end(number: signal.Signals, parent: int | None = None) -> None:
+def at_parents_end(number: signal.Signals) -> None:
     """Have Linux send this process a signal when the thread that started it ends, or its whole process.
-    Without effect elsewhere.
-
-    parent: process that started this one; the signal is sent at once where it has ended already.
-    """
+    Without effect elsewhere."""
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if parent is not None and os.getppid() != parent:
-            os.kill(os.getpid(), number)
