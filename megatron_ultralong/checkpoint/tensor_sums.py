@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,9 +89,9 @@ class Sums:
         """Megatron's strategy for saving, which then adds this rank's part of each tensor that it saves."""
         hooked = copy.copy(strategy)
 
-        def save(state: Any, folder: Path) -> Any:
+        def save(state: Any, *arguments: Any, **named: Any) -> Any:  # they differ by release
             agreement.on_every_rank(lambda: self._add_all((x, x.data) for x in _leaves(state)))
-            return strategy.save(state, folder)
+            return strategy.save(state, *arguments, **named)
 
         hooked.save = save
         return hooked
@@ -101,8 +100,8 @@ class Sums:
         """Megatron's strategy for loading, which then adds this rank's part of each tensor that it loads."""
         hooked = copy.copy(strategy)
 
-        def load(state: Any, folder: Path) -> Any:
-            loaded = strategy.load(state, folder)
+        def load(state: Any, *arguments: Any, **named: Any) -> Any:
+            loaded = strategy.load(state, *arguments, **named)
             agreement.on_every_rank(lambda: self._add_all(_pairs(state, loaded)))
             return loaded
 
