@@ -60,15 +60,15 @@ def test_context_parallel_step_takes_what_is_planned(ranks: Any, layout: str, ke
 
 def test_table_is_resumed(ranks: Any, tmp_path: Path) -> None:
     """memory_table.py measures what is missing, and nothing again."""
-    cases = [(16 * K, mode, "flash") for mode in ("full", "offload-all")]
+    cases = [(128 * K, mode, "flash") for mode in ("full", "offload-all")]
     rows = tmp_path / "rows.jsonl"
-    first = {"tokens": 16 * K, "mode": "full", "kernel": "flash", "measured": 3 * GIB}
+    first = {"tokens": 128 * K, "mode": "full", "kernel": "flash", "measured": 3 * GIB}
     rows.write_text(json.dumps(first) + "\n")
     memory_table.measure(ranks, cases, rows)
     memory_table.measure(ranks, cases, rows)
     assert len(rows.read_text().splitlines()) == 2
     found = memory_table.measured(cases, rows)
-    assert GIB < found[cases[1]] < 1.1 * memory_table.planned(cases[1])
+    assert 0.9 < found[cases[1]] / memory_table.planned(cases[1]) < 1.1
     lines = memory_table.markdown(cases, found).splitlines()
-    assert lines[0] == "| 16K tokens | flash |" and lines[2].startswith("| full | 3.0 (0.")
+    assert lines[0] == "| 128K tokens | flash |" and lines[2].startswith("| full | 3.0 (0.")
     assert lines[3].startswith("| offload-all | ")
