@@ -117,7 +117,8 @@ class Layer(TransformerLayer):
         out, lse = api.attention_forward(*qkv, core.groups, core.spec(document_starts))
         del qkv
         if next(self.chunks(x)) == slice(0, len(x)):
-            return self.output_and_mlp(x, out), out, lse
+            # Without its base: the pipeline frees no view of another tensor.
+            return self.output_and_mlp(x, out).detach(), out, lse
         y = torch.empty_like(x)
         for rows in self.chunks(x):
             y[rows] = self.output_and_mlp(x[rows], self.view_rows(out, rows).flatten(2, 3))
