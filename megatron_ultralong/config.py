@@ -210,6 +210,9 @@ class Train:
     """Iterations between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Checkpoints kept; 0 = all."""
+    async_save: bool = True
+    """Write checkpoints while training goes on: an iteration waits only until weights and optimizer are
+    copied to host memory. Without room for the copy there, and for the last checkpoint, training waits."""
     save_failures: int = 3
     """Saves in a row that may fail, because the disk is full for example, before the run ends. At the end of
     training, and when it is asked to stop, the first one ends it."""
@@ -222,6 +225,14 @@ class Train:
     load_optimizer: bool = False
     """With --load: start with the optimizer's moments of that checkpoint too. Iterations and schedule start
     anew."""
+    on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """What follows a loss or gradient norm that is not finite, or a loss spike: stop = the run ends; skip =
+    no update, and the next batch; rewind = back to the last good checkpoint, and the next batch. The bad
+    batch is not used again."""
+    max_bad_steps: int = 10
+    """Bad iterations of the whole run after which it ends, with skip and rewind."""
+    loss_spike: float = 0.0
+    """A loss above this many times the median of the last 32 good iterations is bad too; 0 = off."""
     z_loss: float = 0.0
     """Weight of the squared logsumexp of the logits in the training loss (not in the held-out loss); 0 =
     off."""
@@ -238,10 +249,13 @@ class Train:
             "log_every",
             "eval_rows",
             "save_failures",
+            "max_bad_steps",
         ):
             _positive(f"train.{name}", getattr(self, name))
-        for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every", "z_loss"):
+        for name in ("lr", "min_lr", "warmup", "save_every", "keep", "eval_every", "loss_spike", "z_loss"):
             _not_negative(f"train.{name}", getattr(self, name))
+        if 0 < self.loss_spike <= 1:
+            raise UserError(f"train.loss_spike={self.loss_spike} must be above 1, or 0 = off")
         if self.min_lr > self.lr:
             raise UserError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}")
         if self.warmup >= self.iterations and self.warmup:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import rope_network, run_directory, sharded, training_state
+from megatron_ultralong.checkpoint import rope_network, run_directory, saving, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
@@ -89,7 +89,7 @@ def import_hf(
         load_parameters(folder, base.model, _parameters(chunk), ranks.tp_rank, ranks.tp)
         name = hf_config.base_name(folder, base.raw)
         state = TrainingState(model=base.model, rope=base.rope, base=name)
-        return sharded.save(out, state, [chunk], None, AssetFolders(base=folder))
+        return saving.save(out, state, [chunk], None, AssetFolders(base=folder))
     except BaseException:
         with suppress(OSError):
             out.rmdir()  # only if it is empty

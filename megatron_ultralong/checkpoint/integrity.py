@@ -62,19 +62,32 @@ def hash_file(file: Path) -> FileSum:
         )
 
 
-def hash_written(folder: Path) -> dict[str, FileSum]:
-    """Hash all files of a checkpoint just written, each on the rank that wrote it, whose host may still have
-    it in memory; every rank calls it. UserError, on every rank, where one cannot be read back."""
+def hash_own(folder: Path) -> dict[str, FileSum]:
+    """Hash the data files that this rank has written in a checkpoint's folder, which its host may still have
+    in memory. UserError where one cannot be read back."""
+    rank = torch.distributed.get_rank()
+    mine = [name for name in files_of(folder) if (match := _WRITER.match(name)) and int(match[1]) == rank]
+    return {name: _hash_back(folder, name) for name in mine}
+
+
+def hash_written(folder: Path, mine: Mapping[str, FileSum]) -> dict[str, FileSum]:
+    """Return the sums of all files of a checkpoint just written; every rank calls it. mine: `hash_own` of
+    this rank. UserError, on every rank, where a file cannot be read back."""
     # On a network file system a rank may not see yet what another host has just written.
-    names = sorted({name for rank in agreement.gather(files_of(folder)) for name in rank})
-    world = torch.distributed.get_world_size()
-    writers = {name: int(match[1]) % world if (match := _WRITER.match(name)) else 0 for name in names}
-    sums: dict[str, FileSum] = {}
-    for name, found in _hash_on_all_ranks(folder, writers).items():
-        if isinstance(found, str):
-            raise UserError(f"checkpoint {folder} cannot be written: {name} cannot be read back: {found}")
-        sums[name] = found
-    return sums
+    sums = {name: found for part in agreement.gather(mine) for name, found in part.items()}
+    rest = agreement.on_main_rank(
+        lambda: {name: _hash_back(folder, name) for name in files_of(folder) if name not in sums}
+    )
+    return sums | rest
+
+
+def _hash_back(folder: Path, name: str) -> FileSum:
+    try:
+        return hash_file(folder / name)
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {folder} cannot be written: {name} cannot be read back: {error.strerror or error}"
+        ) from None
 
 
 def _hash_on_all_ranks(folder: Path, owners: Mapping[str, int]) -> dict[str, FileSum | str]:

@@ -116,15 +116,17 @@ def damaged_lines(damaged: dict[Path, str], used: Path) -> list[str]:
     return [f"note: {path} is damaged ({fault}); using {used.name}" for path, fault in damaged.items()]
 
 
-def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints to NAME.damaged, so that they are neither found again nor counted among
-    those to keep. UserError where that fails."""
-    for path in damaged:
-        target, number = path.with_name(f"{path.name}.damaged"), 1
+def set_aside(checkpoints: Iterable[Path], why: str = "damaged") -> None:
+    """Rename checkpoints to NAME.`why`, so that they are neither found again nor counted among those to keep.
+    UserError where that fails."""
+    for path in checkpoints:
+        target, number = path.with_name(f"{path.name}.{why}"), 1
         while target.exists():
             number += 1
-            target = path.with_name(f"{path.name}.damaged-{number}")
+            target = path.with_name(f"{path.name}.{why}-{number}")
         try:
             path.rename(target)
         except OSError as error:
-            raise UserError(f"{path} is damaged and cannot be renamed: {error.strerror or error}") from None
+            raise UserError(
+                f"{path} is not to be used again ({why}) and cannot be renamed: {error.strerror or error}"
+            ) from None

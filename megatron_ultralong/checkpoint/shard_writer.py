@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import queue
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,31 +17,117 @@ from typing import Any
 from megatron_ultralong.checkpoint import tensor_sums
 from megatron_ultralong.errors import UserError, first_line
 from megatron_ultralong.io import atomic_files
-from megatron_ultralong.runtime import agreement
+from megatron_ultralong.runtime import agreement, memory
 
 
-def write(partial: Path, final: Path, state: dict[str, Any], vocab_size: int) -> dict[str, str]:
-    """Write Megatron's files of a sharded state dict, and return the sums of its tensors. UserError, on every
-    rank, where that fails."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import serialization
-    from torch.distributed.checkpoint.api import CheckpointException
+class Shards:
+    """Megatron's files of a sharded state dict: every rank plans them together, each writes its own, and rank
+    0 writes their index."""
 
-    size = sum(agreement.gather(_bytes_to_write(state)))
-    agreement.on_main_rank(lambda: check_space(final, size))
-    sums = tensor_sums.Sums(vocab_size)
-    strategy = sums.while_saving(serialization.get_default_save_sharded_strategy())
+    def __init__(
+        self, partial: Path, final: Path, state: dict[str, Any], vocab_size: int, *, copied: bool
+    ) -> None:
+        """Plan the files, and write Megatron's small ones; every rank calls it. copied: copy this rank's
+        tensors, so that they may change before `write`, where every host has the memory for it.
 
-    def write_mine() -> None:
+        UserError, on every rank, where that fails."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing import serialization
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        mine = _bytes_to_write(state)
+        sizes = agreement.gather((mine, memory.host_bytes(), socket.gethostname()))
+        self._final, self._size = final, sum(size for size, _, _ in sizes)
+        self.copied = copied and _have_room(sizes)
+        """Whether the tensors were copied."""
+        agreement.on_main_rank(lambda: check_space(final, self._size))
+        self._sums = tensor_sums.Sums(vocab_size)
+        self._leaves: list[Any] = []
+        self._request: Any = None
+        strategy = self._planned(serialization.get_default_save_sharded_strategy())
+
+        def plan() -> None:
+            try:
+                with _writers():
+                    dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
+            # Whatever torch or Megatron raise.
+            except (Exception, CheckpointException) as error:
+                raise self._failed(error) from None
+
+        agreement.on_every_rank(plan)
+
+    def _planned(self, strategy: Any) -> Any:
+        """Megatron's strategy for saving, which then plans what this rank writes, and keeps it for `write`
+        and `finish`."""
+        planned = copy.copy(strategy)
+
+        def save(state: Any, *arguments: Any, **named: Any) -> Any:  # they differ by release
+            # Before, rank 0 has written Megatron's small files, and may have failed.
+            agreement.on_every_rank(_common_file.raise_error)
+            self._leaves = list(tensor_sums.saved_tensors(state))
+            if self.copied:
+                for leaf in self._leaves:
+                    leaf.data = leaf.data.detach().to("cpu", copy=True)
+            return type(strategy).save(planned, state, *arguments, **named)
+
+        def async_save(*arguments: Any, **named: Any) -> _NotYet:
+            self._request = type(strategy).async_save(planned, *arguments, **named)
+            return _NotYet()
+
+        planned.save, planned.async_save = save, async_save
+        return planned
+
+    def write(self) -> None:
+        """Write this rank's files, and sum its tensors. UserError where that fails; no other rank is waited
+        for."""
+        request = self._request
         try:
-            with _writers():
-                dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
-        # Whatever a failed writer makes torch or Megatron raise.
-        except (Exception, CheckpointException) as error:
-            raise _failed(final, error, size) from None
+            self._sums.add_all((leaf, leaf.data) for leaf in self._leaves)
+            arguments = list(request.async_fn_args)
+            if request.preload_fn is not None:
+                arguments[1] = request.preload_fn()  # tensors that are still on a GPU
+            if request.async_fn is not None:
+                request.async_fn(*arguments, **request.async_fn_kwargs)
+        except Exception as error:  # whatever a failed writer makes torch or Megatron raise
+            raise self._failed(error) from None
+        finally:
+            self._leaves = []
 
-    agreement.on_every_rank(write_mine)
-    return sums.on_all_ranks()
+    def finish(self) -> dict[str, str]:
+        """Write the index of all ranks' files, and return the sums of the tensors; every rank calls it.
+        UserError, on every rank, where that fails."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        def complete() -> None:
+            try:
+                for act in self._request.finalize_fns:
+                    act()
+            except (Exception, CheckpointException) as error:
+                raise self._failed(error) from None
+
+        agreement.on_every_rank(complete)
+        self._request = None
+        return self._sums.on_all_ranks()
+
+    def _failed(self, error: BaseException) -> UserError:
+        return _failed(self._final, error, self._size)
+
+
+class _NotYet:
+    """Takes the place of Megatron's request to write, which `Shards.write` carries out."""
+
+    def execute_sync(self) -> None:
+        pass
+
+
+def _have_room(sizes: list[tuple[int, int, str]]) -> bool:
+    """Whether each host has the memory for a copy of what its ranks write, and as much again.
+
+    sizes: of each rank, the bytes that it writes, those available on its host, and the host's name."""
+    needed: dict[str, int] = {}
+    for size, _, host in sizes:
+        needed[host] = needed.get(host, 0) + size
+    return all(2 * needed[host] <= available for _, available, host in sizes)
 
 
 def _bytes_to_write(state: dict[str, Any]) -> int:
@@ -93,6 +181,42 @@ def _is_full(folder: Path, size: int) -> bool:
     return False
 
 
+class _CommonFile:
+    """Megatron's writing of common.pt, on rank 0 alone: an error of it is kept until all ranks can be told.
+    Newer releases have no such file."""
+
+    error: Exception | None = None
+
+    def raise_error(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def errors_kept(self) -> Iterator[None]:
+        try:
+            from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+        except ImportError:
+            yield
+            return
+        save = TorchCommonSaveStrategy.save_common
+
+        def save_common(*arguments: Any) -> None:
+            try:
+                save(*arguments)
+            except Exception as error:
+                self.error = error
+
+        TorchCommonSaveStrategy.save_common = save_common
+        try:
+            yield
+        finally:
+            TorchCommonSaveStrategy.save_common = save
+
+
+_common_file = _CommonFile()
+
+
 @contextlib.contextmanager
 def _writers() -> Iterator[None]:
     """Have Megatron write with threads of this process in the block.
@@ -109,7 +233,8 @@ def _writers() -> Iterator[None]:
         writer.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     filesystem_async._results_queue = queue.Queue()
     try:
-        yield
+        with _common_file.errors_kept():
+            yield
     finally:
         filesystem_async._results_queue = None
         if by_processes is not None:

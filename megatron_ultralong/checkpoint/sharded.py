@@ -1,5 +1,5 @@
-"""Sharded checkpoints in Megatron's dist_checkpointing format: written completely or not at all, readable
-under any layout.
+"""Sharded checkpoints in Megatron's dist_checkpointing format, readable under any layout; saving.py writes
+them.
 
 A run directory contains `iter_0000100/` folders: Megatron's shards, `run.json` (training_state.py) and `hf/`
 (config, tokenizer and licence of the base model). A folder is written under a hidden name and renamed when
@@ -10,129 +10,21 @@ own tools.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from megatron_ultralong.checkpoint import (
-    integrity,
-    rope_network,
-    run_directory,
-    shard_writer,
-    tensor_sums,
-    torch_index,
-    training_state,
-)
-from megatron_ultralong.checkpoint.hf.assets import AssetFolders
-from megatron_ultralong.checkpoint.training_state import TrainingState
+from megatron_ultralong.checkpoint import integrity, rope_network, tensor_sums, torch_index
 from megatron_ultralong.errors import UserError, first_line
-from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.runtime import agreement
 
-T = TypeVar("T")
-
-NO_ASSETS = AssetFolders()
 # The complete optimizer state passes through the host of data-parallel rank 0, so a save takes no GPU memory.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
-
-
-# ---- saving ------------------------------------------------------------------------------------
-
-
-def save(
-    folder: Path,
-    state: TrainingState,
-    chunks: list[torch.nn.Module],
-    optimizer: Any,
-    assets: AssetFolders = NO_ASSETS,
-    keep: int = 0,
-    rope_tensors: dict[str, torch.Tensor] | None = None,
-) -> Path:
-    """Write `folder/iter_NNNNNNN` and return it; every rank calls it. Then the oldest checkpoints beyond
-    `keep` are removed (0 = keep all). rope_tensors: see rope_network.py.
-
-    UserError, on every rank, where it cannot be written; earlier checkpoints are then as they were, one of
-    the same iteration too.
-    """
-    final = folder / f"iter_{state.iteration:07d}"
-    partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
-    try:
-        tensors = shard_writer.write(partial, final, state_dict(chunks, optimizer), state.model.vocab_size)
-        agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
-        files = integrity.hash_written(partial)
-        agreement.on_main_rank(lambda: integrity.write(partial, files, tensors))
-        agreement.on_main_rank(
-            lambda: _writing(final, lambda: _finish(partial, final, state.iteration, keep))
-        )
-    except UserError:
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
-
-
-def _writing(final: Path, act: Callable[[], T]) -> T:
-    try:
-        return act()
-    except OSError as error:
-        raise atomic_files.cannot_write(f"checkpoint {final}", error) from None
-
-
-def _begin(final: Path, assets: AssetFolders) -> str:
-    """Create a hidden folder with the small files in it and return its name."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(".iter_*.partial*"):
-        # What cannot be removed (a file still open on NFS) costs space, but does not stop the run: the new
-        # folder has another name.
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = atomic_files.staging_folder(final)
-    try:
-        assets.copy_to(partial / "hf")
-    except (OSError, UserError):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return partial.name
-
-
-def _add_state(partial: Path, state: TrainingState, rope_tensors: dict[str, torch.Tensor] | None) -> None:
-    training_state.write(partial, state, integrity.ALGORITHM)
-    if rope_tensors is not None:
-        rope_network.write(partial, rope_tensors)
-
-
-def _finish(partial: Path, final: Path, iteration: int, keep: int) -> None:
-    """Make `partial` the complete checkpoint `final`, and remove old ones."""
-    replaced = _hidden(final) if final.exists() else None
-    try:
-        atomic_files.publish(partial, final)
-    except OSError:
-        if replaced is not None:
-            replaced.rename(final)
-        raise
-    # The checkpoint is complete: what fails from here on is no reason to call the save failed.
-    with contextlib.suppress(OSError, UserError):
-        atomic_files.write_text(final.parent / "latest_checkpointed_iteration.txt", str(iteration))
-    old = run_directory.complete_checkpoints(final.parent)[:-keep] if keep else []
-    with contextlib.suppress(OSError):
-        for path in [*([replaced] if replaced is not None else []), *map(_hidden, old)]:
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def _hidden(checkpoint: Path) -> Path:
-    """Move a checkpoint into a hidden folder, and return where it is: a kill while it is removed must not
-    leave a folder that looks complete."""
-    hidden = atomic_files.staging_folder(checkpoint) / checkpoint.name
-    os.rename(checkpoint, hidden)
-    return hidden
 
 
 def state_dict(

@@ -85,24 +85,13 @@ class Sums:
         self._vocab_size = vocab_size
         self._mine: dict[str, tuple[str, int]] = {}
 
-    def while_saving(self, strategy: Any) -> Any:
-        """Megatron's strategy for saving, which then adds this rank's part of each tensor that it saves."""
-        hooked = copy.copy(strategy)
-
-        def save(state: Any, *arguments: Any, **named: Any) -> Any:  # they differ by release
-            agreement.on_every_rank(lambda: self._add_all((x, x.data) for x in _leaves(state)))
-            return strategy.save(state, *arguments, **named)
-
-        hooked.save = save
-        return hooked
-
     def while_loading(self, strategy: Any) -> Any:
         """Megatron's strategy for loading, which then adds this rank's part of each tensor that it loads."""
         hooked = copy.copy(strategy)
 
         def load(state: Any, *arguments: Any, **named: Any) -> Any:
             loaded = strategy.load(state, *arguments, **named)
-            agreement.on_every_rank(lambda: self._add_all(_pairs(state, loaded)))
+            agreement.on_every_rank(lambda: self.add_all(_pairs(state, loaded)))
             return loaded
 
         hooked.load = load
@@ -116,7 +105,8 @@ class Sums:
                 totals[name] = dtype, (totals.get(name, ("", 0))[1] + value) % (1 << 64)
         return {name: f"{dtype}:{value:016x}" for name, (dtype, value) in totals.items()}
 
-    def _add_all(self, pairs: Iterable[tuple[Any, Tensor]]) -> None:
+    def add_all(self, pairs: Iterable[tuple[Any, Tensor]]) -> None:
+        """Add this rank's part of each of Megatron's sharded tensors, given with its values."""
         for tensor, values in pairs:
             self._add(tensor, values)
 
@@ -141,11 +131,16 @@ def first_difference(stored: dict[str, str], loaded: dict[str, str]) -> str | No
     return None
 
 
-def _leaves(state: Any) -> Iterator[Any]:
+def saved_tensors(state: Any) -> Iterator[Any]:
+    """The sharded tensors of a state dict that this rank saves."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
-    return (leaf for leaf in nested_values(state) if isinstance(leaf, ShardedTensor))
+    return (
+        leaf
+        for leaf in nested_values(state)
+        if isinstance(leaf, ShardedTensor) and is_main_replica(leaf.replica_id)
+    )
 
 
 def _pairs(state: Any, loaded: Any) -> Iterator[tuple[Any, Tensor]]:

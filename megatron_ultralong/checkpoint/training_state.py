@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ class TrainingState:
     from, and what the loaded model states where its RoPE is unchanged."""
     data: dict[str, Any] | None = None
     """What it was trained on: seed, shuffling, and the weight and manifest hash of each data set."""
+    bad_steps: int = 0
+    """Iterations so far whose update was not made (`train.on_bad_step`)."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses with which the next ones are compared (`train.loss_spike`), oldest first."""
     base: str = ""
     """Name of the base model."""
 
@@ -74,9 +78,11 @@ def read(checkpoint: Path) -> TrainingState:
         rope = from_values(values.pop("rope"), ignore_others=True)
         rope_network.check_present(checkpoint, rope)
         state = TrainingState(model=Model(**values.pop("model")), rope=rope, **values)
-        for field in fields(TrainingState):
-            if type(getattr(state, field.name)) is not int and field.type == "int":
-                raise TypeError(f"{field.name} is not a whole number")
+        for one in fields(TrainingState):
+            if type(getattr(state, one.name)) is not int and one.type == "int":
+                raise TypeError(f"{one.name} is not a whole number")
+        if not all(type(loss) in (int, float) for loss in state.recent_losses):
+            raise TypeError("recent_losses are not numbers")
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

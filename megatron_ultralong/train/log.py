@@ -3,12 +3,10 @@ wandb if requested."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -156,13 +154,21 @@ class Log:
             + " |"
         )
 
-    @contextlib.contextmanager
-    def saving(self, iteration: int) -> Iterator[None]:
-        """Log that a checkpoint was saved in the block, and the time it took."""
-        began = time.perf_counter()
-        self._on_board(lambda board: board.flush())  # a run that resumes from here does not log them again
-        yield
-        self.note(f" saved checkpoint of iteration {iteration} in {time.perf_counter() - began:.1f} s")
+    def bad_step(self, state: TrainingState, line: str) -> None:
+        """Log an iteration whose update was not made."""
+        self._scalars({"train/bad_steps": state.bad_steps}, state.iteration)
+        self.note(line)
+
+    def flush(self) -> None:
+        """Write out what has been logged."""
+        self._on_board(lambda board: board.flush())
+
+    def saved(self, iteration: int, seconds: float, waited: float) -> None:
+        """Log a complete checkpoint: the seconds from its begin to its end, and those in which training
+        waited."""
+        self.note(
+            f" saved checkpoint of iteration {iteration} in {seconds:.1f} s; training waited {waited:.1f} s"
+        )
 
     def close(self) -> None:
         """Close the progress bar, TensorBoard and wandb."""

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_ultralong.checkpoint import run_directory, sharded
-from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.data.loader import Batch
-from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.runtime.signals import StopRequest
+from megatron_ultralong.train import bad_steps
 from megatron_ultralong.train import optimizer as optim
+from megatron_ultralong.train.bad_steps import TrainingStopped
+from megatron_ultralong.train.checkpoints import Checkpoints
 from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.loss_normalisation import global_mean
 from megatron_ultralong.train.step import Batches, Trainer, forward_backward, token_losses, validation_loss
@@ -38,10 +35,6 @@ Evaluation = Callable[[int, Ranks, TokenLosses], dict[str, float]]
 """Called with the iteration on every rank; returns scalars for the log by name."""
 
 
-class TrainingStopped(UserError):
-    """The run cannot continue (a loss that is not finite); says where, and which checkpoint is good."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """Where the loop gets its micro-batches."""
@@ -50,83 +43,6 @@ class TrainingData:
     """Endless micro-batches from the given number of consumed sequences on."""
     held_out: Callable[[], tuple[Batches, int]] | None = None
     """The held-out micro-batches and their number."""
-
-
-class Checkpoints:
-    """The checkpoints of a run directory."""
-
-    def __init__(self, folder: Path, assets: AssetFolders, keep: int, failures: int = 1) -> None:
-        """assets: small files to copy into each checkpoint. keep: checkpoints kept, 0 = all. failures: saves
-        in a row of which the last one must not fail."""
-        self._folder, self._assets, self._keep = folder, assets, keep
-        self._allowed, self._failed = failures, 0
-        existing = agreement.on_main_rank(lambda: run_directory.complete_checkpoints(folder))
-        self._newest = existing[-1] if existing else None
-        self._good: Path | None = None
-        if assets != AssetFolders():
-            # The folder they come from may be gone when the first checkpoint is saved, hours later.
-            agreement.on_main_rank(lambda: _copy(assets, folder / _ASSETS))
-            self._assets = AssetFolders(base=folder / _ASSETS)
-
-    def confirm(self) -> None:
-        """Note that the iteration after the newest checkpoint was finite: that checkpoint is good."""
-        self._good = self._newest
-
-    def save(self, trainer: Trainer, state: TrainingState, log: Log, *, needed: bool) -> bool:
-        """Write the checkpoint of `state`; return whether it was written. Every rank calls it.
-
-        UserError where it cannot be written, if it is needed or too many have failed; else a warning.
-        """
-        try:
-            with log.saving(state.iteration):
-                self._save(trainer, state)
-        except UserError as error:
-            self._failed += 1
-            if needed or self._failed >= self._allowed:
-                raise UserError(f"{error}; {self}") from None
-            log.note(
-                f"warning: {error}; training goes on without it ({self._failed} of {self._allowed} saves failed), {self}"
-            )
-            return False
-        self._failed = 0
-        return True
-
-    def _save(self, trainer: Trainer, state: TrainingState) -> None:
-        self._newest = sharded.save(
-            self._folder,
-            state,
-            trainer.chunks,
-            trainer.optimizer,
-            self._assets,
-            self._keep,
-            trainer.ode.tensors() if trainer.ode else None,
-        )
-        if (self._newest / "hf").is_dir():  # the folder they came from may be a checkpoint removed by `keep`
-            self._assets = AssetFolders(base=self._newest / "hf")
-
-    def __str__(self) -> str:
-        if self._newest is None:
-            return "no checkpoint has been saved"
-        if self._newest == self._good:
-            return f"the last good checkpoint is {self._good}"
-        good = (
-            "none before it is known to be good"
-            if self._good is None
-            else f"the last good one is {self._good}"
-        )
-        return f"the newest checkpoint is {self._newest}, which no finite iteration has followed; {good}"
-
-
-_ASSETS = ".assets"
-"""Hidden folder of a run directory with the small files of its model."""
-
-
-def _copy(assets: AssetFolders, target: Path) -> None:
-    try:
-        shutil.rmtree(target, ignore_errors=True)
-        assets.copy_to(target)
-    except OSError as error:
-        raise atomic_files.cannot_write(str(target), error) from None
 
 
 def train(
@@ -140,11 +56,10 @@ def train(
     """Train from `state` to `run.train.iterations`; return the last state, which is saved.
 
     Held-out loss and `evaluations` run every `train.eval_every` iterations and at the end. A request to stop
-    saves after the current iteration and returns. TrainingStopped where the loss or the gradient norm is not
-    finite.
+    saves after the current iteration and returns. TrainingStopped after a bad iteration where
+    `train.on_bad_step` wants it, and where weights are not finite.
     """
-    run, ranks, optimizer, t = trainer.run, trainer.ranks, trainer.optimizer, trainer.run.train
-    micro_batches = run.micro_batches(ranks.dp)
+    ranks, t = trainer.ranks, trainer.run.train
     batches = data.training(state.consumed)
     stop = StopRequest()
     validated = None  # iteration
@@ -155,52 +70,33 @@ def train(
     while state.iteration < t.iterations:
         iteration = state.iteration + 1
         began = time.perf_counter()
-        lr = optim.learning_rate(t, iteration)
-        optim.set_hyperparameters(optimizer, lr, run.optim)
-
-        # Gradients of the global batch.
-        for chunk in trainer.chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        with trainer.ode.drawn(iteration) if trainer.ode else nullcontext():
-            loss, tokens = forward_backward(trainer, batches, micro_batches)
-        bad_rank = agreement.first_rank_where(not bool(torch.isfinite(loss)), ranks.device)
-        if bad_rank is not None:
-            raise TrainingStopped(
-                f"loss is not finite at iteration {iteration}, first on rank {bad_rank}; {checkpoints}"
+        done = _iteration(trainer, state, batches)
+        if done.fault is not None:
+            state = bad_steps.respond(done.fault, trainer, state, checkpoints, log)
+            if state.iteration < iteration:  # rewound
+                batches, validated = data.training(state.consumed), None
+                continue
+        else:
+            checkpoints.confirm(iteration)
+            state = replace(
+                state,
+                iteration=iteration,
+                consumed=state.consumed + t.global_batch,
+                tokens=state.tokens + t.global_batch * t.seq_length,
+                recent_losses=bad_steps.with_loss(t, state.recent_losses, done.loss),
             )
-
-        # Optimizer step.
-        updated, grad_norm, _ = optimizer.step()
-        if agreement.first_rank_where(not math.isfinite(grad_norm or 0.0), ranks.device) is not None:
-            raise TrainingStopped(f"gradient norm is not finite at iteration {iteration}; {checkpoints}")
-        assert updated, "no loss scaling is in use, so every step must update"
-        mean_loss, target_tokens = global_mean(loss, tokens, ranks)
-        if trainer.ode is not None and not trainer.ode.step(target_tokens, lr / t.lr if t.lr else 0.0):
-            raise TrainingStopped(
-                f"gradient of the RoPE's network is not finite at iteration {iteration}; {checkpoints}"
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            log.step(
+                state,
+                loss=done.loss,
+                target_tokens=done.target_tokens,
+                grad_norm=done.grad_norm,
+                lr=optim.learning_rate(t, iteration),
+                seconds=time.perf_counter() - began,
+                more=trainer.ode.scalars if trainer.ode else {},
             )
-        checkpoints.confirm()
-
-        # Log.
-        state = replace(
-            state,
-            iteration=iteration,
-            consumed=state.consumed + t.global_batch,
-            tokens=state.tokens + t.global_batch * t.seq_length,
-        )
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        log.step(
-            state,
-            loss=mean_loss,
-            target_tokens=target_tokens,
-            grad_norm=grad_norm,
-            lr=lr,
-            seconds=seconds,
-            more=trainer.ode.scalars if trainer.ode else {},
-        )
+        checkpoints.poll(log)
 
         # Validation and checkpoint.
         if t.eval_every and iteration % t.eval_every == 0:
@@ -210,6 +106,7 @@ def train(
         if stopping or last or (t.save_every and iteration % t.save_every == 0):
             bad_rank = agreement.first_rank_where(not _finite(trainer.chunks), ranks.device)
             if bad_rank is not None:
+                checkpoints.finish(log)
                 raise TrainingStopped(
                     f"weights are not finite after iteration {iteration}, first on rank {bad_rank}, and are not saved; "
                     f"{checkpoints}"
@@ -217,12 +114,56 @@ def train(
             saved = checkpoints.save(trainer, state, log, needed=stopping or last)
             stopping = stopping or (saved and stop.on_any_rank(ranks.device))
         if stopping:
+            checkpoints.finish(log, needed=True)
             log.note(f"asked to stop: saved iteration {iteration}; run the same command again to resume")
             return state
 
     if validated != state.iteration:
         run_validation(trainer, state, data, log, evaluations)
     return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Iteration:
+    """One iteration, the same on every rank."""
+
+    loss: float
+    target_tokens: int
+    grad_norm: float = 0.0
+    """Before clipping."""
+    fault: str | None = None
+    """Why the weights were not updated."""
+
+
+def _iteration(trainer: Trainer, state: TrainingState, batches: Batches) -> _Iteration:
+    """Forward, backward and update of the iteration after `state`. Every rank calls it."""
+    run, ranks, t, ode = trainer.run, trainer.ranks, trainer.run.train, trainer.ode
+    iteration = state.iteration + 1
+    lr = optim.learning_rate(t, iteration)
+    optim.set_hyperparameters(trainer.optimizer, lr, run.optim)
+
+    # Gradients of the global batch.
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    with ode.drawn(iteration) if ode else nullcontext():
+        loss, tokens = forward_backward(trainer, batches, run.micro_batches(ranks.dp))
+    mean_loss, target_tokens = global_mean(loss, tokens, ranks)
+    fault = bad_steps.fault_of_loss(t, state, loss, mean_loss, ranks.device)
+    if fault is not None:
+        return _Iteration(loss=mean_loss, target_tokens=target_tokens, fault=fault)
+
+    def is_acceptable(norm: float) -> bool:
+        nonlocal fault
+        if agreement.first_rank_where(not math.isfinite(norm), ranks.device) is not None:
+            fault = f"gradient norm is not finite at iteration {iteration}"
+        elif ode is not None and not ode.step(target_tokens, lr / t.lr if t.lr else 0.0):
+            fault = f"gradient of the RoPE's network is not finite at iteration {iteration}"
+        return fault is None
+
+    updated, grad_norm = optim.step(trainer.optimizer, is_acceptable)
+    assert updated or fault is not None, "no loss scaling is in use, so every other step must update"
+    return _Iteration(loss=mean_loss, target_tokens=target_tokens, grad_norm=grad_norm, fault=fault)
 
 
 def _finite(chunks: list[torch.nn.Module]) -> bool:

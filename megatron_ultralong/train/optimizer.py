@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,6 +103,23 @@ def _scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], scale
     """Megatron's `local_multi_tensor_scale` without a temporary tensor."""
     for source, target in zip(*tensors, strict=True):
         torch.mul(source, scale, out=target)
+
+
+def step(optimizer: Any, is_acceptable: Callable[[float], bool]) -> tuple[bool, float]:
+    """Update the weights, unless `is_acceptable` refuses the norm of the gradient before clipping; return
+    whether they were updated, and the norm, both the same on every rank."""
+    norms: list[float] = []
+
+    def norm() -> float:
+        norms.append(float(type(optimizer).get_grad_norm(optimizer)))
+        return norms[-1]
+
+    def update() -> bool:
+        return is_acceptable(norms[-1]) and bool(type(optimizer).step_with_ready_grads(optimizer))
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = norm, update
+    updated, _, _ = optimizer.step()
+    return updated, norms[-1]
 
 
 def set_hyperparameters(optimizer: Any, lr: float, optim: Optim) -> None:

@@ -15,6 +15,7 @@ SECTIONS = ("train", "optim", "data", "parallel", "memory")
 _WITHOUT_EFFECT = {
     ("train", "log_every"),
     ("train", "eval_every"),
+    ("train", "async_save"),
     ("train", "eval_rows"),
     ("data", "workers"),
 }

@@ -25,6 +25,7 @@ from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loop, resume_changes, run_lock, weights_source
 from megatron_ultralong.train import optimizer as optim
+from megatron_ultralong.train.checkpoints import Checkpoints
 from megatron_ultralong.train.log import Log, print_run
 from megatron_ultralong.train.ode_training import OdeTraining
 from megatron_ultralong.train.step import Batches, Trainer
@@ -102,7 +103,7 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
             trainer,
             state,
             _training_data(trainer, rows, held_out),
-            loop.Checkpoints(files.save, source.assets, run.train.keep, run.train.save_failures),
+            Checkpoints(files.save, source.assets, run.train),
             log,
             prepared,
         )

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import convert, run_directory, sharded, training_state
+from megatron_ultralong.checkpoint import convert, run_directory, saving, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
@@ -175,7 +175,7 @@ def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
     chunks = llama.build(UNTIED, state.rope, ranks, parallel, Memory(offload="off"), "bf16")
     sharded.load(run_directory.resolve(folder / "ckpt"), chunks)
     assets = AssetFolders(base=folder / "ckpt" / "iter_0000000" / "hf")
-    sharded.save(folder / "trained", state, chunks, None, assets)
+    saving.save(folder / "trained", state, chunks, None, assets)
 
 
 def _change(folder: Path, rank: int) -> list[str]:

@@ -33,7 +33,7 @@ def test_gpt_model(tmp_path: Path) -> None:
 
 
 def _both_ways(rank: int, world: int, folder: Path) -> None:
-    from megatron_ultralong.checkpoint import sharded
+    from megatron_ultralong.checkpoint import saving
     from megatron_ultralong.checkpoint.training_state import TrainingState
 
     for model in (UNTIED, TIED):
@@ -53,7 +53,7 @@ def _both_ways(rank: int, world: int, folder: Path) -> None:
                 ours = _ours(model, ranks)
                 _fill(ours, whole, model, ranks)
                 state = TrainingState(model=model, rope=ROPE, iteration=3)
-                sharded.save(place / f"ours_tp{tp}", state, [ours], None)
+                saving.save(place / f"ours_tp{tp}", state, [ours], None)
 
         for saved, tp in itertools.product((1, 2), repeat=2):
             with _Layout(tp) as ranks:

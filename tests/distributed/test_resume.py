@@ -3,8 +3,11 @@ counts say."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -146,7 +149,7 @@ def _agreement(rank: int) -> None:
 
 def _not_finite(folder: Path) -> None:
     """A loss or gradient that is not finite stops all ranks, names the one it began on, and is not saved."""
-    from megatron_ultralong.train.loop import TrainingStopped
+    from megatron_ultralong.train.bad_steps import TrainingStopped
 
     for number, (weight, clip, said) in enumerate(
         (
@@ -194,11 +197,15 @@ def _train(
     resume: Path | None = None,
     clip: float = 0.5,
     spoilt: tuple[int, float] | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    at: Mapping[str, int] = MappingProxyType({}),
+    log: Any = None,
 ) -> dict[str, Any]:
     """A short run on rows that are a function of their number; losses as logged, weights of this rank,
     optimizer steps.
 
-    spoilt: (iteration, weight of one token's loss on rank 1).
+    spoilt: (iteration, weight of one token's loss on rank 1). settings: of `Train`. at: fields of the state
+    that it starts from. log: a `Losses`.
     """
     from megatron_ultralong.checkpoint import optimizer_state, sharded, training_state
     from megatron_ultralong.checkpoint.hf.assets import AssetFolders
@@ -208,6 +215,7 @@ def _train(
     from megatron_ultralong.runtime import launch
     from megatron_ultralong.train import loop
     from megatron_ultralong.train import optimizer as optim
+    from megatron_ultralong.train.checkpoints import Checkpoints
     from megatron_ultralong.train.step import Trainer
 
     train = Train(
@@ -218,7 +226,7 @@ def _train(
         warmup=min(2, iterations - 1),
         precision=precision,
         save_every=save_every,
-        keep=0,
+        **{"keep": 0, **settings},
     )
     run = Run(
         name="test",
@@ -241,6 +249,7 @@ def _train(
         if resume is not None:
             sharded.load(resume, chunks, optimizer)
             state = training_state.read(resume)
+        state = dataclasses.replace(state, **at)
 
         def batches(consumed: int) -> Any:
             while True:
@@ -254,16 +263,18 @@ def _train(
                     yield {name: zigzag.shard(x, ranks.cp_rank, ranks.cp, 1) for name, x in parts.items()}
                 consumed += BATCH
 
-        log = _Losses()
-        loop.train(
+        log = log or Losses()
+        state = loop.train(
             Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer),
             state,
             loop.TrainingData(training=lambda consumed: [batches(consumed) for _ in chunks]),
-            loop.Checkpoints(save, AssetFolders(), keep=0),
+            Checkpoints(save, AssetFolders(), train),
             log,
         )
         return {
             "losses": log.losses,
+            "lines": log.lines,
+            "state": state,
             "steps": optimizer_state.steps(optimizer),
             "weights": {
                 name: p.detach().clone()
@@ -275,18 +286,24 @@ def _train(
         leave_groups()
 
 
-class _Losses:
-    """Stands for the run's log and keeps the losses."""
+class Losses:
+    """Stands for the run's log, and keeps losses and lines."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.lines: list[str] = []
 
     def step(self, state: Any, *, loss: float, **unused: Any) -> None:
         self.losses.append(loss)
 
-    def saving(self, iteration: int) -> Any:
-        import contextlib
+    def flush(self) -> None:
+        pass
 
-        return contextlib.nullcontext()
+    def saved(self, iteration: int, seconds: float, waited: float) -> None:
+        pass
 
-    def note(self, line: str) -> None: ...
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+    def bad_step(self, state: Any, line: str) -> None:
+        self.lines.append(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import run_directory, sharded
+from megatron_ultralong.checkpoint import run_directory, saving, sharded
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime
@@ -134,7 +134,7 @@ def test_transformer_engine_equals_ours(base: Path, tmp_path: Path) -> None:
 
         for te in (True, False):
             optimizer = None
-            saved = sharded.save(
+            saved = saving.save(
                 tmp_path / str(te),
                 TrainingState(model=found.model, rope=found.rope),
                 built[te],

@@ -19,7 +19,7 @@ if not transformer_engine_stub.FOLDER.exists():
     )
 transformer_engine_stub.install()
 
-from megatron_ultralong.checkpoint import sharded
+from megatron_ultralong.checkpoint import saving, sharded
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime
 from megatron_ultralong.model import llama, spec, weight_mapping
@@ -96,7 +96,7 @@ def test_checkpoints(ranks: Any, with_te: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         for name, x in parameters(source[0]).items():
             x.copy_(values[name])
-    folder = sharded.save(tmp_path, TrainingState(model=MODEL, rope=Unscaled()), source, None)
+    folder = saving.save(tmp_path, TrainingState(model=MODEL, rope=Unscaled()), source, None)
     sharded.load(folder, target)
     for name, x in parameters(target[0]).items():
         if name.endswith("linear_fc1.weight"):
