@@ -4,7 +4,7 @@
     paper/mmlu_pro    mmlu_pro              5 shots with reasoning; the answer is read from "answer is (X)"
     paper/math        hendrycks_math        0 shots, exact match of the content of \\boxed{}
     paper/gsm8k       gsm8k_cot_llama       8 shots with reasoning, exact match of the last number
-    paper/humaneval   humaneval(_instruct)  0 shots, pass@1 of the greedy answer, run by code_sandbox.py
+    paper/humaneval   humaneval(_instruct)  0 shots, pass@1 of the greedy answer, run by evaluate/code_sandbox
 
 Prompts, examples, answers and comparisons are the harness's own, except for the question of paper/math, which
 asks for \\boxed{}, and the way programs are run: the paper specifies shots and metrics, but no prompts.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.evaluate.tasks.standard import code_sandbox
+from megatron_ultralong.evaluate.code_sandbox import sandbox
 
 BOXED = "{{problem}}\n\nReason step by step, and give the final answer at the end as \\boxed{answer}."
 CODE_SECONDS = 10.0
@@ -155,28 +155,47 @@ def _humaneval(chat: bool, runner: CodeRunner) -> dict[str, Any]:
 
 
 class CodeRunner:
-    """Runs HumanEval's answers and records their outcomes."""
+    """Runs HumanEval's answers and records their outcomes. unconfined: also where the sandbox cannot hold all of
+    its rules."""
 
-    def __init__(self) -> None:
-        self.outcomes: list[code_sandbox.Outcome] = []
+    def __init__(self, unconfined: bool = False) -> None:
+        self.unconfined = unconfined
+        self.outcomes: list[sandbox.Outcome] = []
 
-    def check(self) -> None:
-        """UserError where no program can be run here: all answers would count as wrong."""
-        outcome = code_sandbox.run("assert 1 + 1 == 2")
-        if not outcome.passed:
+    def check(self) -> str:
+        """Try the sandbox on this machine; returns a line on what programs may do here.
+
+        UserError where no program can be run, since all answers would count as wrong, and where the sandbox
+        does not hold.
+        """
+        outcome = sandbox.probe()
+        failed = outcome.reason.removeprefix("AssertionError: ")
+        if not outcome.passed and failed == outcome.reason:
             raise UserError(f"HumanEval: programs cannot be run on this machine ({outcome.reason})")
+        if failed and not self.unconfined:
+            raise UserError(
+                f"--run-code: this machine cannot keep the model's programs from: {failed} (needs Linux on x86_64 or "
+                "aarch64 with seccomp, and Landlock or user namespaces); in a container or virtual machine that may be "
+                "lost, allow it with --run-code unconfined"
+            )
+        return (
+            f"HumanEval's programs: {CODE_SECONDS:g} s, {sandbox.THREADS} threads; "
+            f"held by: {' and '.join(outcome.held_by) or 'nothing'}"
+            + (f"; NOT kept from: {failed}" if failed else "; no other processes, no sockets, no writes elsewhere")
+        )
 
     def pass_at_1(self, doc: dict[str, Any], results: list[str]) -> dict[str, int]:
         body = results[0].split("```")[0]  # in a chat the function is in a code block
         program = f"{doc['prompt']}{body}\n{doc['test']}\ncheck({doc['entry_point']})"
-        self.outcomes.append(code_sandbox.run(program, seconds=CODE_SECONDS))
+        self.outcomes.append(sandbox.run(program, seconds=CODE_SECONDS, unconfined=self.unconfined))
         return {"pass@1": int(self.outcomes[-1].passed)}
 
     def summary(self) -> dict[str, Any]:
         """The programs and the limits they ran under, for the results."""
+        held_by = {outcome.held_by for outcome in self.outcomes}
         return {
             "programs": len(self.outcomes),
             "seconds": CODE_SECONDS,
-            "network_off": all(outcome.network_off for outcome in self.outcomes),
-            "writes_confined": all(outcome.writes_confined for outcome in self.outcomes),
+            "confined": all(len(mechanisms) == 2 for mechanisms in held_by),
+            "held_by": sorted({name for mechanisms in held_by for name in mechanisms}),
         }

@@ -8,11 +8,12 @@ import hashlib
 import itertools
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
@@ -40,8 +41,9 @@ class StandardSettings:
     include_path: Path | None = None
     """A folder with custom task files."""
     chat: ChatMode = "auto"
-    run_code: bool = False
-    """Run the programs that the model generates."""
+    run_code: Literal["confined", "unconfined"] | None = None
+    """Run the programs that the model generates: confined = only where the sandbox holds all of its rules;
+    unconfined = anywhere; None = not."""
     max_length: int | None = None
     """Tokens of prompt and answer together: longer prompts are truncated at the beginning. None = the model's
     positions; where they are not known, as with an endpoint, nothing is cut."""
@@ -84,9 +86,9 @@ def run(backend: Any, settings: StandardSettings, out: Path) -> tuple[BenchmarkR
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     chat = use_chat(backend.tokenizer, settings.chat)
-    started, runner = time.time(), CodeRunner()
+    started, runner = time.time(), CodeRunner(settings.run_code == "unconfined")
     if "paper/humaneval" in names:
-        runner.check()
+        print(runner.check(), file=sys.stderr)
     manager = task_manager(names, settings.include_path)
     loaded = {name: load_tasks(manager, name, chat, runner) for name in names}
     model = HarnessModel(backend, max_length=settings.max_length)
@@ -237,8 +239,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with custom task files")
     parser.add_argument(
         "--run-code",
-        action="store_true",
-        help="run the programs that the model generates for HumanEval, in processes with limits",
+        nargs="?",
+        const="confined",
+        choices=("confined", "unconfined"),
+        help="run the programs that the model generates for HumanEval, confined to a folder and one process; unconfined = also "
+        "on a machine that cannot confine them (a container or virtual machine that may be lost)",
     )
 
 
@@ -252,7 +257,8 @@ def run_command(args: argparse.Namespace) -> None:
         run_code=args.run_code,
         max_length=command.parse_max_length(args.max_length),
     )
-    settings.names()  # mistakes are reported before the model is loaded
+    if "paper/humaneval" in settings.names():  # mistakes are reported before the model is loaded
+        CodeRunner(settings.run_code == "unconfined").check()
     command.check_out(args.out)
     with options.open_backend(args) as backend:  # under torchrun only rank 0 enters the block
         result, samples = run(backend, settings, args.out)
