@@ -1,5 +1,5 @@
-"""The standard benchmarks: the harness's own model against ours, the paper's protocol on data made here, and
-programs that must be held."""
+"""The standard benchmarks: the harness's own model against ours, and the paper's protocol on data made
+here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import re
 import runpy
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -23,8 +21,9 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import likelihood
 from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
 from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
+from megatron_ultralong.evaluate.code_sandbox import sandbox
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
-from megatron_ultralong.evaluate.tasks.standard import code_sandbox, paper
+from megatron_ultralong.evaluate.tasks.standard import paper
 from megatron_ultralong.evaluate.tasks.standard import run as standard
 from tests import processes, text
 
@@ -490,7 +489,7 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     scholar = Scholar(chat)
-    result, samples = standard.run(scholar, standard.StandardSettings(limit=3, run_code=True), tmp_path)
+    result, samples = standard.run(scholar, standard.StandardSettings(limit=3, run_code="confined"), tmp_path)
     assert percents(result) == {
         "MMLU": 100,
         "MMLU-Pro": 100,
@@ -501,6 +500,7 @@ def test_the_paper_s_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert sum(result.extra["questions"].values()) >= 114 + 14 + 7 + 2 + 3
     assert (
         result.extra["code"]["programs"] == 3
+        and result.extra["code"]["confined"]
         and result.settings["chat"] is chat
         and result.extra["prompts_cut"] == 0
     )
@@ -551,7 +551,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         paper.load_tasks(paper.task_manager(["paper/gsm8k"], None), "gsm9k", False, paper.CodeRunner())
     for tasks in (("paper", "paper/math"), ("paper/mmlu", "mmlu")):
         with pytest.raises(UserError, match="each only once"):
-            standard.StandardSettings(tasks=tasks, run_code=True).names()
+            standard.StandardSettings(tasks=tasks, run_code="confined").names()
     with pytest.raises(UserError, match="no such directory"):
         standard.StandardSettings(tasks=("mmlu",), include_path=tmp_path / "nothing").names()
     write_tasks(tmp_path / "tasks")
@@ -568,11 +568,38 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     with pytest.raises(UserError, match=r"paper/gsm8k: cannot be loaded \(no route\).*HF_HOME"):
         standard.run(scholar, standard.StandardSettings(tasks=("paper/gsm8k",)), tmp_path)
+    code = standard.StandardSettings(tasks=("paper/humaneval",), run_code="confined")
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "run", lambda *_, **__: sandbox.Outcome(passed=False, reason="broken"))
+        with pytest.raises(UserError, match=r"cannot be run on this machine \(broken\)"):
+            standard.run(scholar, code, tmp_path)
+    # A machine on which writes cannot be confined: refused, also before a model is loaded, unless allowed.
+    monkeypatch.setattr(sandbox, "MECHANISMS", ())
+    with pytest.raises(UserError, match=r"cannot keep .* from: .*writes outside.*--run-code unconfined"):
+        standard.run(scholar, code, tmp_path)
     monkeypatch.setattr(
-        code_sandbox, "run", lambda *_, **__: code_sandbox.Outcome(passed=False, reason="broken")
+        sys,
+        "argv",
+        [
+            "evaluate.py",
+            "standard",
+            "--tasks",
+            "paper/humaneval",
+            "--run-code",
+            "--model",
+            "no/model",
+            "--out",
+            str(tmp_path / "out"),
+        ],
     )
-    with pytest.raises(UserError, match=r"cannot be run on this machine \(broken\)"):
-        standard.run(scholar, standard.StandardSettings(tasks=("paper/humaneval",), run_code=True), tmp_path)
+    with pytest.raises(UserError, match="writes outside"):
+        runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]()
+    allowed = paper.CodeRunner(unconfined=True)
+    assert re.search("NOT kept from: .*writes outside", allowed.check())
+    assert allowed.pass_at_1({"prompt": "x = 1", "test": "def check(y): y", "entry_point": "x"}, [""]) == {
+        "pass@1": 1
+    }
+    assert not allowed.summary()["confined"]
 
 
 def test_the_command(
@@ -638,67 +665,6 @@ def test_the_command(
     with pytest.raises(UserError, match="standard_samples.jsonl cannot be written"):
         main()
     assert json.loads((tmp_path / "out" / "standard.json").read_text())["scores"] == result["scores"]
-
-
-# ---- programs ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("assert sum(range(4)) == 6", ""),
-        ("import numpy\nassert numpy.ones(3).sum() == 3", ""),
-        ("open('own', 'w').write('x')\nassert open('own').read() == 'x'", ""),
-        ("assert 1 == 2, 'no'", "AssertionError: no"),
-        ("def f(: pass", "SyntaxError"),
-        ("raise SystemExit(0)", "SystemExit"),
-        ("import os; os._exit(0)", "ended early"),
-        (
-            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\nimport sys; sys.exit()",
-            "SystemExit|ended early",
-        ),
-        ("while True: pass", "out of time"),
-        ("import time; time.sleep(60)", "out of time"),
-        ("x = bytearray(1 << 36)", "MemoryError"),
-        ("open('big', 'wb').write(bytes(1 << 22))", "OSError"),
-        ("while True: print('x' * 10**6)", "out of time"),
-        ("input()", "EOFError"),
-    ],
-)
-def test_a_program_is_judged(program: str, reason: str) -> None:
-    began = time.monotonic()
-    outcome = code_sandbox.run(program, seconds=2)
-    assert outcome.passed == (not reason) and re.match(reason, outcome.reason), outcome
-    assert time.monotonic() - began < 10
-
-
-def test_a_program_reaches_nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET_TOKEN", "xyz")
-    here, mark = tmp_path / "mine", f"97.{os.getpid()}"
-    here.write_text("kept")
-    outcome = code_sandbox.run("import os; assert 'SECRET_TOKEN' not in os.environ", seconds=5)
-    assert outcome.passed
-    if outcome.writes_confined:
-        for attack in (
-            f"open({str(here)!r}, 'w')",
-            f"import os; os.remove({str(here)!r})",
-            f"import os; os.mkdir({str(tmp_path / 'new')!r})",
-            f"import os; os.truncate({str(here)!r}, 0)",
-            f"import os; os.rename({str(here)!r}, 'moved')",
-        ):
-            assert re.match("PermissionError|OSError", code_sandbox.run(attack, seconds=5).reason)
-        assert here.read_text() == "kept" and sorted(
-            path.name for path in tmp_path.iterdir() if path.name != "datasets"
-        ) == ["mine"]
-    if outcome.network_off:
-        reached = code_sandbox.run("import socket; socket.create_connection(('127.0.0.1', 1), 2)", seconds=5)
-        assert "unreachable" in reached.reason
-        stray = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{mark}'])\ntime.sleep(0.3)"
-        code_sandbox.run(stray, seconds=5)
-        time.sleep(0.2)
-        assert not [
-            process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])
-        ]
 
 
 if __name__ == "__main__":

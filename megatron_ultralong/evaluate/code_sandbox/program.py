@@ -1,6 +1,7 @@
 """The process of one generated program: it gives up its rights, and executes the program.
 
-It is started for every program, so this file and what it imports import little, and of the standard library alone.
+It is started for every program, so this file and what it imports import little, and of the standard library
+alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Run one Python program that a model generated, as one process that can start threads but no processes.
 
-It works in a temporary folder, and cannot write, rename or remove anything elsewhere, nor change modes, owners, times
-or extended attributes of any file; it has no sockets, no System V or POSIX message queues, semaphores and shared
-memory, and reaches no other process. Time, memory, threads and files are limited; it has ended when `run` returns, and
-ends with the process that called it. Root has the same rules as other users. Held by Linux alone (seccomp.py,
-writes.py); where something cannot be held, nothing is run unless `unconfined`. Files can be read. This contains
-accidents, not an attacker: run untrusted models in a container.
+It works in a temporary folder, and cannot write, rename or remove anything elsewhere, nor change modes,
+owners, times or extended attributes of any file. It has no sockets, and no shared memory, semaphores or
+message queues of System V or POSIX. It cannot signal another process, read its memory or environment, or
+change its priority. Time, memory, threads and files are limited; it has ended when `run` returns, and ends
+with the process that called `run`. Files can be read.
+
+The rules are the same for root. Linux holds them (seccomp.py, writes.py); where it cannot, nothing is run
+unless `unconfined`. This contains accidents, not an attacker: run untrusted models in a container.
 """
 
 from __future__ import annotations
@@ -49,15 +51,13 @@ class Outcome:
     passed: bool
     """Whether it ran to its last line."""
     reason: str
-    """Why it did not pass: an exception, "out of time", "too many threads", "too many files", "not confined" (it
-    was not run), "ended early" (it exited, or was killed for its memory); "" where it passed."""
+    """Why it did not pass: an exception, "out of time", "too many threads", "too many files", "not confined"
+    (it was not run), "ended early" (it exited, or was killed for its memory); "" where it passed."""
     held_by: tuple[str, ...] = ()
     """seccomp, and one of MECHANISMS; fewer where it ran unconfined."""
 
 
-def run(
-    program: str, *, seconds: float = 10.0, memory: int = 4 << 30, unconfined: bool = False
-) -> Outcome:
+def run(program: str, *, seconds: float = 10.0, memory: int = 4 << 30, unconfined: bool = False) -> Outcome:
     """Run `program`. seconds: limit of the wall time, and rounded up of the CPU time. memory: bytes of
     address space. unconfined: run it also where not all of the module's rules can be held."""
     # The token is reported after the last line: exiting early with exit code 0 does not pass.
@@ -103,7 +103,9 @@ def run(
                     os.killpg(process.pid, signal.SIGKILL)
     finally:
         _remove(folder)
-    lines = dict(line.split(" ", 1) for line in report.decode(errors="replace").splitlines()[:2] if " " in line)
+    lines = dict(
+        line.split(" ", 1) for line in report.decode(errors="replace").splitlines()[:2] if " " in line
+    )
     held_by = tuple(name for name in lines.get("held", "").split(",") if name)
     if killed:
         return Outcome(passed=False, reason=killed, held_by=held_by)

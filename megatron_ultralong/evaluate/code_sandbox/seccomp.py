@@ -1,5 +1,5 @@
-"""The system calls that a generated program is refused, as a seccomp filter: a BPF program that the kernel runs at
-each system call of the process. It cannot be removed, needs no privilege, and is the same for root.
+"""The system calls that a generated program is refused, as a seccomp filter: a BPF program that the kernel
+runs at each system call of the process. It cannot be removed, needs no privilege, and is the same for root.
 
 The filter sees numbers and register arguments, not what pointers point to, so paths are Landlock's part
 (writes.py). Layout of the data and of an instruction: linux/seccomp.h, linux/filter.h.
@@ -12,7 +12,8 @@ import errno
 import os
 import struct
 
-# name, number on x86_64, number on aarch64 (asm/unistd_64.h, asm-generic/unistd.h); - where it does not exist.
+# name, number on x86_64 (asm/unistd_64.h), number on aarch64 (asm-generic/unistd.h); - where it does not
+# exist.
 _NUMBERS = """
     accept 43 202  accept4 288 242  acct 163 89  add_key 248 217  adjtimex 159 171  bind 49 200  bpf 321 280
     chmod 90 -  chown 92 -  chroot 161 51  clock_adjtime 305 266  clock_settime 227 112  clone 56 220  clone3 435 435
@@ -65,7 +66,10 @@ MISSING = "clone3 openat2"
 
 _THREAD, _NAMESPACES = 0x00010000, 0x7E020000  # CLONE_THREAD; CLONE_NEW*
 _TRUNC, _ACCESS = 0o1000, 0o3
-_OPEN_FLAGS = (_ACCESS | _TRUNC, (0, 1, 2, 1 | _TRUNC, 2 | _TRUNC))  # truncation only where it is opened to write
+_OPEN_FLAGS = (
+    _ACCESS | _TRUNC,
+    (0, 1, 2, 1 | _TRUNC, 2 | _TRUNC),
+)  # truncation only where it is opened to write
 _OWNER_MAY_USE = (0o700, (0o700,))
 
 Condition = tuple[int, int, tuple[int, ...]]
@@ -73,8 +77,8 @@ Condition = tuple[int, int, tuple[int, ...]]
 
 
 def conditions(pid: int) -> dict[str, list[Condition]]:
-    """The system calls that process `pid` may make only if all conditions hold. Arguments are compared in their
-    lower 32 bits, which are all that the kernel reads of these."""
+    """The system calls that process `pid` may make only if all conditions hold. Arguments are compared in
+    their lower 32 bits, which are all that the kernel reads of these."""
     every = 0xFFFFFFFF
     itself: Condition = (0, every, (0, pid))
     return {
@@ -87,10 +91,11 @@ def conditions(pid: int) -> dict[str, list[Condition]]:
         "umask": [(0, 0o700, (0,))],
         # asyncio needs one: AF_UNIX and SOCK_STREAM, which cannot send to another address.
         "socketpair": [(0, every, (1,)), (1, 0xF, (1,))],
-        # What files and terminals are asked for: TCGETS, TIOCGPGRP, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX.
+        # Questions to files and terminals: TCGETS, TIOCGPGRP, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX.
         # Others change attributes of files, or type into a terminal.
         "ioctl": [(1, every, (0x5401, 0x540F, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))],
-        # Duplicates, flags, locks, pipe sizes, seals; not F_SETOWN, F_SETSIG and F_SETLEASE, which signal or block others.
+        # Duplicates, flags, locks, pipe sizes, seals; not F_SETOWN, F_SETSIG and F_SETLEASE, which signal
+        # or block other processes.
         "fcntl": [(1, every, (*range(8), 9, 36, 37, 38, *range(1030, 1035)))],
         # Names of threads and of memory; not the signal at the caller's death.
         "prctl": [(0, every, (15, 16, 0x53564D41))],
@@ -172,5 +177,6 @@ def install(libc: ctypes.CDLL, pid: int) -> bool:
     pointer = ctypes.byref(_Program(len(program) // 8, program))
     set_no_new_privs, set_seccomp, mode_filter = 38, 22, 2
     return (
-        libc.prctl(set_no_new_privs, 1, 0, 0, 0) == 0 and libc.prctl(set_seccomp, mode_filter, pointer, 0, 0) == 0
+        libc.prctl(set_no_new_privs, 1, 0, 0, 0) == 0
+        and libc.prctl(set_seccomp, mode_filter, pointer, 0, 0) == 0
     )

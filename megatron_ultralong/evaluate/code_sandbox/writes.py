@@ -29,7 +29,8 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"
 
 
 def confine(libc: ctypes.CDLL, folder: str, mechanisms: tuple[str, ...]) -> str:
-    """From now on this process can create, write and remove files only below `folder`, and write to /dev/null.
+    """From now on this process can create, write and remove files only below `folder`, and write to
+    /dev/null.
 
     mechanisms: which to try, in this order. Returns the one that holds, or "".
     """
@@ -41,8 +42,8 @@ def _landlock(libc: ctypes.CDLL, folder: str) -> bool:
     version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if version < 1:
         return False
-    # Write (bit 1), remove (4, 5), create (6-12); from version 2 on also link and move between folders (13), from
-    # version 3 on truncate (14).
+    # Write (bit 1), remove (4, 5), create (6-12); from version 2 on also link and move between folders (13),
+    # from version 3 on truncate (14).
     rights = _WRITE_FILE | sum(1 << bit for bit in range(4, 13))
     rights |= (1 << 13 if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
     rules = libc.syscall(_LANDLOCK_CREATE, struct.pack("=Q", rights), ctypes.c_size_t(8), ctypes.c_uint(0))
@@ -70,7 +71,11 @@ def _read_only_mounts(libc: ctypes.CDLL, folder: str) -> bool:
     if libc.unshare(_CLONE_NEWNS) != 0:
         if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
             return False
-        for name, content in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
             try:
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(content)

@@ -155,8 +155,8 @@ def _humaneval(chat: bool, runner: CodeRunner) -> dict[str, Any]:
 
 
 class CodeRunner:
-    """Runs HumanEval's answers and records their outcomes. unconfined: also where the sandbox cannot hold all of
-    its rules."""
+    """Runs HumanEval's answers and records their outcomes. unconfined: also where the sandbox cannot hold all
+    of its rules."""
 
     def __init__(self, unconfined: bool = False) -> None:
         self.unconfined = unconfined
@@ -181,7 +181,11 @@ class CodeRunner:
         return (
             f"HumanEval's programs: {CODE_SECONDS:g} s, {sandbox.THREADS} threads; "
             f"held by: {' and '.join(outcome.held_by) or 'nothing'}"
-            + (f"; NOT kept from: {failed}" if failed else "; no other processes, no sockets, no writes elsewhere")
+            + (
+                f"; NOT kept from: {failed}"
+                if failed
+                else "; no other processes, no sockets, no writes elsewhere"
+            )
         )
 
     def pass_at_1(self, doc: dict[str, Any], results: list[str]) -> dict[str, int]:
