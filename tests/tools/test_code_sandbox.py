@@ -258,6 +258,7 @@ def writes_by(mechanism: str) -> bool:
             "import os\nwhile True:\n  for i in range(3, 20):\n    try: os.write(i, bytes(9999))\n    except OSError: pass",
             "out of time",
         ),
+        ("files = [open('/dev/null') for _ in range(100)]", "OSError"),
         ("input()", "EOFError"),
         (
             "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",

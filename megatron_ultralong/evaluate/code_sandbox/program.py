@@ -20,11 +20,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Read the job from stdin and report to stdout, a line on what holds and a line on the outcome:
-    "held [seccomp] [Landlock|read-only mounts]", then "passed TOKEN" or "failed REASON"."""
+    """Read the job (sandbox.run) from stdin and report to stdout, a line on what holds the rules and a line
+    on the outcome: "held seccomp,Landlock", then "passed TOKEN" or "failed REASON"."""
     job = marshal.load(sys.stdin.buffer)
     report = os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    nothing = os.open(os.devnull, os.O_RDWR)  # the program's own input and output
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     os.close(nothing)
@@ -34,7 +34,7 @@ def main() -> None:
     if len(held) < 2 and not job["unconfined"]:
         os._exit(1)
     token = job["token"]
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module = sys.modules["__main__"] = types.ModuleType("__main__")  # where pickle looks for its classes
     try:
         exec(compile(job["program"], "<answer>", "exec"), module.__dict__)
     except BaseException as error:

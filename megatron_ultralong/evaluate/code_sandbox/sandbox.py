@@ -104,7 +104,7 @@ def run(program: str, *, seconds: float = 10.0, memory: int = 4 << 30, unconfine
     finally:
         _remove(folder)
     lines = dict(
-        line.split(" ", 1) for line in report.decode(errors="replace").splitlines()[:2] if " " in line
+        line.split(" ", 1) for line in report.decode(errors="replace").split("\n")[:2] if " " in line
     )
     held_by = tuple(name for name in lines.get("held", "").split(",") if name)
     if killed:
