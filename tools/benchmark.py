@@ -7,6 +7,7 @@
     python tools/benchmark.py step --longest --settings all-but-attention,offload-all
     python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
     python tools/benchmark.py train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --out runs/benchmark
+    python tools/benchmark.py checkpoint --folder runs --out runs/benchmark
     python tools/benchmark.py generate --lengths 128K,512K --out runs/benchmark
     python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
 
@@ -37,6 +38,7 @@ def arguments() -> argparse.Namespace:
     _loss_arguments(commands)
     _step_arguments(commands)
     _train_arguments(commands)
+    _checkpoint_arguments(commands)
     _generate_arguments(commands)
     _data_arguments(commands)
     return parser.parse_args()
@@ -65,6 +67,7 @@ def main() -> int:
         "loss": _loss,
         "step": _step,
         "train": _train,
+        "checkpoint": _checkpoint,
         "generate": _generate,
         "data": _data,
     }[args.benchmark]
@@ -297,6 +300,38 @@ def _train(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
         precision=_dtype(args, gpu),
         layer_chunk=_count(args, "layer_chunk"),
         loss_chunk=_count(args, "loss_chunk"),
+        repeats=_count(args, "repeats"),
+    )
+
+
+# ---- checkpoint --------------------------------------------------------------------------------
+
+
+def _checkpoint_arguments(commands: Any) -> None:
+    parser = commands.add_parser(
+        "checkpoint", help="saves at once and in the background, loads, and their checksums"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", default=Path("."), help="where to save (default: here)"
+    )
+    parser.add_argument("--layers", metavar="N", help="layers of SmolLM2-135M's shape (default: 30)")
+    parser.add_argument(
+        "--tokens", metavar="S", default="1K", help="tokens of the steps beside a save (default: %(default)s)"
+    )
+    _common_arguments(parser, repeats="3")
+
+
+def _checkpoint(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
+    from megatron_ultralong.measure import checkpoint, train_step
+
+    layers = None if args.layers is None else _count(args, "layers")
+    model, rope = train_step.shape_of(None, layers)
+    return checkpoint.run, checkpoint.CheckpointSettings(
+        model=model,
+        rope=rope,
+        tokens=_count(args, "tokens"),
+        precision=_dtype(args, gpu),
+        folder=args.folder,
         repeats=_count(args, "repeats"),
     )
 

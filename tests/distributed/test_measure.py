@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from megatron_ultralong.config import Memory, Model
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.methods import Unscaled
 
 MODEL = Model(hidden_size=32, ffn_size=64, layers=4, heads=4, kv_heads=2, head_dim=8, vocab_size=96)
 S = 256
@@ -107,6 +108,7 @@ def _one_process(index: int, folder: Path) -> None:
     assert nothing[0]["note"] == "out of memory" and "seconds" not in nothing[0]
 
     _store_frees_its_memory()
+    _checkpoint(folder)
     _generation(folder)
     _train(folder)
 
@@ -159,6 +161,31 @@ def _train(folder: Path) -> None:
 def _with_weights(our_step: Any, weights: dict[str, torch.Tensor]) -> Any:
     """`our_step` with other weights."""
     return lambda name, length, settings, ranks, given: our_step(name, length, settings, ranks, weights)
+
+
+def _checkpoint(folder: Path) -> None:
+    from megatron_ultralong.measure import checkpoint, report
+
+    (folder / "disk").mkdir()
+    settings = checkpoint.CheckpointSettings(
+        model=MODEL, rope=Unscaled(), tokens=S, precision="fp32", folder=folder / "disk", repeats=2
+    )
+    named: list[str] = []
+    result = checkpoint.run(settings, torch.device("cpu"), "the command", named.append)
+    assert named == ["save, training waits", "save, in the background", "load"]
+    report.write_json(result, folder / "checkpoint.json")
+    report.plot(result, folder / "checkpoint.png")
+    waits, background, load = json.loads((folder / "checkpoint.json").read_text())["rows"]
+    assert (
+        waits["waited"] == pytest.approx(waits["seconds"], rel=0.1) and waits["bytes"] == background["bytes"]
+    )
+    assert 0 < background["waited"] < background["seconds"] and "steps" not in waits
+    for row in (waits, background, load):
+        assert 0 < row["files"] < 1 and 0 < row["tensors"] < 1
+    assert not list((folder / "disk").iterdir()), "nothing is left"
+    with pytest.raises(UserError, match="--tokens 0 must be"):
+        replace(settings, tokens=0)
+    assert "hash of files" in report.text(result)
 
 
 def _generation(folder: Path) -> None:
