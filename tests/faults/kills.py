@@ -48,6 +48,8 @@ class Disturbed:
     losses: dict[int, float] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
     """Iterations that each restart trained again."""
+    saved: int = 0
+    """The newest checkpoint that a log has called saved."""
     ended_after: list[float] = field(default_factory=list)
     """Seconds from a fault to the end of all processes; not of a halt, which the run survives."""
 
@@ -83,6 +85,7 @@ def disturb(inputs: Path, save: Path, layout: str, seed: int) -> Disturbed:
                     told.ended_after.append(time.monotonic() - began)
             code = tool.finish()
             _merge(told, _losses(tool))
+            told.saved = max([told.saved, *_saved(tool)])
             if saved(save) and saved(save)[-1] == ITERATIONS and code == 0:
                 return told
             if fault is None or (fault == "halt a rank" and code != 0):
@@ -160,6 +163,11 @@ def _losses(tool: Tool) -> dict[int, float]:
     return {int(m[1]): float(m[2]) for m in found if m}
 
 
+def _saved(tool: Tool) -> list[int]:
+    found = [re.match(r" saved checkpoint of iteration (\d+) ", line) for line in tool.lines]
+    return [int(m[1]) for m in found if m]
+
+
 def _merge(told: Disturbed, losses: dict[int, float]) -> None:
     """Add the losses of a start. ValueError where an iteration that was trained before has another one."""
     again = [n for n in losses if n in told.losses]
@@ -170,15 +178,19 @@ def _merge(told: Disturbed, losses: dict[int, float]) -> None:
             )
     if told.losses and losses:
         told.lost.append(len(again))
+        if min(losses) <= told.saved:
+            raise ValueError(f"checkpoint {told.saved} was saved, but is not used, after {told.faults}")
     told.losses |= losses
 
 
 def check(told: Disturbed, expected: dict[int, float]) -> None:
-    """ValueError where a loss is not that of the undisturbed run, or more than one save interval was lost."""
+    """ValueError where a loss is not that of the undisturbed run, or more was lost than came after a
+    checkpoint that was being written."""
     if told.losses != expected:
         different = [n for n in expected if told.losses.get(n) != expected[n]]
         raise ValueError(f"{told.layout}, {told.faults}: other losses at iterations {different}")
-    if max(told.lost, default=0) > SAVE_EVERY:
+    # A checkpoint is complete before the next one begins.
+    if max(told.lost, default=0) > 2 * SAVE_EVERY:
         raise ValueError(f"{told.layout}, {told.faults}: {max(told.lost)} iterations lost")
 
 

@@ -72,13 +72,15 @@ def test_stages(rows: Path, tmp_path: Path) -> None:
 
     # Stopped in the first stage, killed in the second.
     broken = tmp_path / "broken"
-    for wanted, number in (("iteration 1/3", signal.SIGTERM), ("iteration 3/4", signal.SIGKILL)):
+    saved = "saved checkpoint of iteration 2 "  # reported after iteration 3
+    for wanted, number in ((["iteration 1/3"], signal.SIGTERM), (["iteration 3/4", saved], signal.SIGKILL)):
         with processes.Popen(command(rows, broken), stdout=processes.PIPE, stderr=processes.PIPE) as run:
             assert run.stdout is not None
             while line := run.stdout.readline():
-                if wanted in line:
+                if wanted[0] in line and not wanted[1:]:
                     run.send_signal(number)
                     break
+                wanted = wanted[wanted[0] in line :]
             rest = run.communicate(timeout=120)[0]
             assert run.returncode == (0 if number == signal.SIGTERM else -9)
             assert "stage 2" not in rest or number == signal.SIGKILL
