@@ -223,8 +223,8 @@ class Train:
     """With --load: start with the optimizer's moments of that checkpoint too. Iterations and schedule start
     anew."""
     z_loss: float = 0.0
-    """Weight of the squared logsumexp of the logits in the training loss (not in the held-out loss); 0 =
-    off."""
+    """Weight of the squared logsumexp of the logits in the gradient, logged as `z loss` (the logged `lm loss`,
+    in training and held-out, is the cross entropy without it); 0 = off."""
     seed: int = 1234
     deterministic: bool = False
     """Bit-reproducible GPU kernels (slower); CPU runs are always reproducible."""

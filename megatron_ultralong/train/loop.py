@@ -163,8 +163,8 @@ def train(
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         with trainer.ode.drawn(iteration) if trainer.ode else nullcontext():
-            loss, tokens = forward_backward(trainer, batches, micro_batches)
-        bad_rank = agreement.first_rank_where(not bool(torch.isfinite(loss)), ranks.device)
+            sums = forward_backward(trainer, batches, micro_batches)
+        bad_rank = agreement.first_rank_where(not bool(torch.isfinite(sums.loss)), ranks.device)
         if bad_rank is not None:
             raise TrainingStopped(
                 f"loss is not finite at iteration {iteration}, first on rank {bad_rank}; {checkpoints}"
@@ -175,8 +175,8 @@ def train(
         if agreement.first_rank_where(not math.isfinite(grad_norm or 0.0), ranks.device) is not None:
             raise TrainingStopped(f"gradient norm is not finite at iteration {iteration}; {checkpoints}")
         assert updated, "no loss scaling is in use, so every step must update"
-        mean_loss, target_tokens = global_mean(loss, tokens, ranks)
-        if trainer.ode is not None and not trainer.ode.step(target_tokens, lr / t.lr if t.lr else 0.0):
+        mean = global_mean(sums, ranks)
+        if trainer.ode is not None and not trainer.ode.step(mean.tokens, lr / t.lr if t.lr else 0.0):
             raise TrainingStopped(
                 f"gradient of the RoPE's network is not finite at iteration {iteration}; {checkpoints}"
             )
@@ -194,8 +194,7 @@ def train(
         seconds = time.perf_counter() - began
         log.step(
             state,
-            loss=mean_loss,
-            target_tokens=target_tokens,
+            mean=mean,
             grad_norm=grad_norm,
             lr=lr,
             seconds=seconds,

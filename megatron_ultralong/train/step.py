@@ -14,7 +14,7 @@ from megatron_ultralong.config import Run
 from megatron_ultralong.data.loader import Batch
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loss_normalisation
-from megatron_ultralong.train.loss_normalisation import SumAndCount
+from megatron_ultralong.train.loss_normalisation import LossSums
 from megatron_ultralong.train.ode_training import OdeTraining
 
 Batches = list[Iterator[Batch]]
@@ -33,8 +33,8 @@ class Trainer:
     """Of a RoPE method whose frequencies are trained."""
 
 
-def forward_backward(trainer: Trainer, batches: Batches, micro_batches: int) -> SumAndCount:
-    """Forward and backward of `micro_batches` micro-batches; return this rank's loss sum and target tokens.
+def forward_backward(trainer: Trainer, batches: Batches, micro_batches: int) -> LossSums:
+    """Forward and backward of `micro_batches` micro-batches; return this rank's sums of the loss.
 
     Gradients end up averaged over all target tokens of the global batch (see loss_normalisation.py).
     """
@@ -45,10 +45,10 @@ def forward_backward(trainer: Trainer, batches: Batches, micro_batches: int) -> 
 
 @torch.no_grad()
 def validation_loss(trainer: Trainer, batches: Batches, micro_batches: int) -> float:
-    """Mean loss over the target tokens of `micro_batches` micro-batches, over all ranks."""
+    """Mean cross entropy over the target tokens of `micro_batches` micro-batches, over all ranks."""
     results = _schedule(trainer, batches, micro_batches, _loss_step(trainer, z_loss=0.0), training=False)
     total = loss_normalisation.local_sum(results, trainer.ranks.device)
-    return loss_normalisation.global_mean(*total, trainer.ranks)[0]
+    return loss_normalisation.global_mean(total, trainer.ranks).loss
 
 
 @torch.no_grad()
@@ -79,11 +79,17 @@ def _loss_step(trainer: Trainer, z_loss: float) -> Callable[..., Any]:
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
         batch = next(batches)
         tokens, labels, loss_mask = _to_device(batch, ("tokens", "labels", "loss_mask"), trainer.ranks.device)
+        z_sum = torch.zeros((), device=trainer.ranks.device) if z_loss else None
         # By keyword: Float16Module converts positional floats to bf16. `document_starts` is read on the host.
         output = model(
-            tokens, labels, loss_mask=loss_mask, z_loss=z_loss, document_starts=batch.get("document_starts")
+            tokens,
+            labels,
+            loss_mask=loss_mask,
+            z_loss=z_loss,
+            document_starts=batch.get("document_starts"),
+            z_sum=z_sum,
         )
-        return output, loss_normalisation.loss_function(loss_mask)
+        return output, loss_normalisation.loss_function(loss_mask, z_sum)
 
     return forward_step
 
