@@ -154,7 +154,8 @@ def train(
 
     while state.iteration < t.iterations:
         iteration = state.iteration + 1
-        began = time.perf_counter()
+        log.begin(iteration)
+        trainer.watch.begin()
         lr = optim.learning_rate(t, iteration)
         optim.set_hyperparameters(optimizer, lr, run.optim)
 
@@ -171,7 +172,8 @@ def train(
             )
 
         # Optimizer step.
-        updated, grad_norm, _ = optimizer.step()
+        with trainer.watch.part("optimizer"):
+            updated, grad_norm, _ = optimizer.step()
         if agreement.first_rank_where(not math.isfinite(grad_norm or 0.0), ranks.device) is not None:
             raise TrainingStopped(f"gradient norm is not finite at iteration {iteration}; {checkpoints}")
         assert updated, "no loss scaling is in use, so every step must update"
@@ -189,15 +191,12 @@ def train(
             consumed=state.consumed + t.global_batch,
             tokens=state.tokens + t.global_batch * t.seq_length,
         )
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
         log.step(
             state,
             mean=mean,
             grad_norm=grad_norm,
             lr=lr,
-            seconds=seconds,
+            timing=trainer.watch.end(ranks),
             more=trainer.ode.scalars if trainer.ode else {},
         )
 
@@ -235,7 +234,10 @@ def run_validation(
 ) -> None:
     """Log the held-out loss, if there is held-out data, and the scalars of `evaluations`."""
     if data.held_out is not None:
-        log.validation(state, validation_loss(trainer, *data.held_out()))
+        began = time.perf_counter()
+        loss = validation_loss(trainer, *data.held_out())
+        log.validation(state, loss, time.perf_counter() - began)
     for evaluate in evaluations:
+        began = time.perf_counter()
         scalars = evaluate(state.iteration, trainer.ranks, functools.partial(token_losses, trainer))
-        log.evaluation(state, scalars)
+        log.evaluation(state, scalars, time.perf_counter() - began)

@@ -33,7 +33,7 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"evaluate", "planning"},
     {"train"},
     {"measure"},
-    {"ablate", "gpu_report"},
+    {"ablate", "gpu_report", "run_report"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbacks
