@@ -126,7 +126,9 @@ class Log:
                 "settings": rope.describe(),
                 "length": length,
                 "attention_factor": factor,
-                "inverse_frequencies": [float(f"{x:.9g}") for x in frequencies.tolist()],
+                "inverse_frequencies": [
+                    float(str(x)) for x in frequencies.detach().numpy()
+                ],  # as short as exact
             },
             flops_per_token=self.flops_per_token,
             peak_flops_per_gpu=self.peak_flops,

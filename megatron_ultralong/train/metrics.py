@@ -143,7 +143,7 @@ class Remaining:
             return None
         t = self._train
         return (
-            (t.iterations - iteration) * statistics.median(self._steps)
+            (t.iterations - iteration) * statistics.median_low(self._steps)
             + _events(iteration, t.iterations, t.save_every) * _median(self._saves)
             + _events(iteration, t.iterations, t.eval_every) * _median(self._validations)
         )

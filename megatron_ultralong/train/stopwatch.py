@@ -13,6 +13,7 @@ Collectives of tensor parallelism are inside the computation and are not separat
 from __future__ import annotations
 
 import contextlib
+import itertools
 import resource
 import sys
 import time
@@ -109,12 +110,13 @@ class Stopwatch:
         """
         self._mark()
         self._running = False
+        work = [stop for (name, _), (_, stop) in itertools.pairwise(self._marks) if name in _WORK]
+        if self._on_gpu and work:
+            work[-1].synchronize()  # returns at once: see above
         parts = self._seconds(_WORK)
         mine = torch.tensor(
-            [sum(parts.get(name, 0.0) for name in _WORK), *_memory(ranks.device)],
-            dtype=torch.float64,
-            device=ranks.device,
-        )
+            [sum(parts.get(name, 0.0) for name in _WORK), *_memory(ranks.device)], dtype=torch.float64
+        ).to(ranks.device, non_blocking=True)
         everyone = mine.new_empty(ranks.world * len(mine))
         torch.distributed.all_gather_into_tensor(everyone, mine)
         if self._on_gpu:
@@ -168,15 +170,12 @@ class Stopwatch:
         self._marks.clear()
 
     def _seconds(self, names: tuple[str, ...]) -> dict[str, float]:
-        """The seconds of these parts so far; waits for the device until the last of them has ended."""
-        ended = [i for i in range(1, len(self._marks)) if self._marks[i - 1][0] in names]
-        if self._on_gpu and ended:
-            self._marks[ended[-1]][1].synchronize()
+        """The seconds of these parts, which have ended."""
         found: dict[str, float] = {}
-        for i in ended:
-            (name, start), (_, stop) = self._marks[i - 1], self._marks[i]
-            took = 1e-3 * start.elapsed_time(stop) if self._on_gpu else stop - start
-            found[name] = found.get(name, 0.0) + took
+        for (name, start), (_, stop) in itertools.pairwise(self._marks):
+            if name in names:
+                took = 1e-3 * start.elapsed_time(stop) if self._on_gpu else stop - start
+                found[name] = found.get(name, 0.0) + took
         return found
 
 
