@@ -59,8 +59,9 @@ class RunRecord:
 
     def series(self, *keys: str) -> dict[int, float]:
         """The figures of a step's field, by iteration, where they are known."""
-        found = {}
-        for iteration, value in self.steps.items():
+        found: dict[int, float] = {}
+        for iteration, step in self.steps.items():
+            value: Any = step
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
             if isinstance(value, int | float):

@@ -49,23 +49,25 @@ class MetricsFile:
         """folder: the run directory. warn: called with a line for the log."""
         self._warn = warn
         self._file: AppendFile | None = None
-        self._guarded(lambda: self._open(folder / FILE))
+        self._guarded(self._open, folder / FILE)
 
     def add(self, kind: str, **values: Any) -> None:
         """Write a line."""
-        line = {"kind": kind, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")}
-        self._guarded(lambda: self._file and self._file.append(_finite(line | values)))
+        if self._file is not None:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            self._guarded(self._file.append, _finite({"kind": kind, "time": now, **values}))
 
     def close(self) -> None:
         """Sync and close the file."""
-        self._guarded(lambda: self._file and self._file.close())
+        if self._file is not None:
+            self._guarded(self._file.close)
 
     def _open(self, path: Path) -> None:
         self._file = AppendFile(path, lambda *_: None, flag="--save")
 
-    def _guarded(self, act: Callable[[], Any]) -> None:
+    def _guarded(self, act: Callable[..., Any], *arguments: Any) -> None:
         try:
-            act()
+            act(*arguments)
         except Exception as error:
             self._file = None
             self._warn(f"warning: {FILE} cannot be written ({error}); this run goes on without it")
