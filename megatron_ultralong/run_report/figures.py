@@ -73,15 +73,16 @@ def all_figures(record: RunRecord) -> list[tuple[str, bytes]]:
                 name.partition("/")[2] or name,
                 {i: s[name] for i, s in sorted(record.evaluations.items()) if name in s},
             )
-            for name in sorted(names[group], key=_by_number)
+            for name in sorted(names[group], key=by_number)
         ]
         found.append((group.capitalize(), _lines(record, group.capitalize(), "", curves, False)))
     return found
 
 
-def _by_number(name: str) -> tuple[bool, int, str]:
+def by_number(name: str) -> tuple[str, bool, int, str]:
+    """Sorts the names of an evaluation's scalars, GROUP/NUMBER or GROUP/FROM-TO or GROUP/WORD."""
     first = name.partition("/")[2].partition("-")[0]
-    return first.isdecimal(), int(first) if first.isdecimal() else 0, name
+    return name.partition("/")[0], first.isdecimal(), int(first) if first.isdecimal() else 0, name
 
 
 def thin(curve: dict[int, float], points: int = POINTS) -> tuple[list[float], list[float]]:

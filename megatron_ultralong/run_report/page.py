@@ -16,7 +16,7 @@ from megatron_ultralong.run_report.read import RunRecord
 from megatron_ultralong.train.stopwatch import PARTS
 
 SECTIONS = ("parallel", "memory", "train", "optim", "data", "rope", "model", "runtime")
-ROWS = 40
+ROWS = 25
 """Most rows of a table over iterations; more are left out evenly."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1f2430; background: #f6f7f9; margin: 0; }
@@ -145,7 +145,9 @@ def _tables_of_iterations(record: RunRecord) -> str:
             [f"{i:,}", *(_number(values.get(i)) for values in series.values())] for i in _some(record.steps)
         ]
         tables.append(_table(["iteration", *series], rows))
-    names = sorted({name for scalars in record.evaluations.values() for name in scalars})
+    names = sorted(
+        {name for scalars in record.evaluations.values() for name in scalars}, key=figures.by_number
+    )
     at = sorted({*record.validations, *record.evaluations})
     if at:
         rows = [

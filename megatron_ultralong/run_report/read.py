@@ -55,7 +55,8 @@ class RunRecord:
         """How the last process ended."""
         if self.last.get("kind") == "stop":
             return str(self.last.get("reason"))
-        return "no end is recorded: running, or killed"
+        when = str(self.last.get("time", ""))[:19].replace("T", " ")
+        return "no end is recorded: running, or killed" + (f"; last line at {when} UTC" if when else "")
 
     def series(self, *keys: str) -> dict[int, float]:
         """The figures of a step's field, by iteration, where they are known."""
@@ -103,13 +104,11 @@ def _add(record: RunRecord, text: bytes) -> None:
     kind, iteration = line.get("kind"), line["iteration"]
     record.last = line
     if kind == "start":
-        again = [done for done in record.steps if done > iteration]
-        record.lost[len(record.starts)] = len(again)
-        for by_iteration in (record.steps, record.validations, record.evaluations):
-            for done in [done for done in by_iteration if done > iteration]:
-                del by_iteration[done]  # type: ignore[attr-defined]
+        record.lost[len(record.starts)] = _forget(record, iteration)
         record.starts.append(line)
     elif kind == "step":
+        if record.steps and iteration <= next(reversed(record.steps)):  # the run went back by itself
+            _forget(record, iteration - 1)
         record.steps[iteration] = line
         record.step_seconds += float(line.get("seconds") or 0.0)
     elif kind == "validation":
@@ -122,6 +121,15 @@ def _add(record: RunRecord, text: bytes) -> None:
         )
     elif kind == "save":
         record.saves.append(line)
+
+
+def _forget(record: RunRecord, iteration: int) -> int:
+    """Leave out what followed `iteration`, which is trained again; return the number of its iterations."""
+    lost = sum(done > iteration for done in record.steps)
+    for by_iteration in (record.steps, record.validations, record.evaluations):
+        for done in [done for done in by_iteration if done > iteration]:
+            del by_iteration[done]  # type: ignore[attr-defined]
+    return lost
 
 
 def add_results(record: RunRecord, places: Iterable[str]) -> list[str]:

@@ -281,8 +281,10 @@ class _Losses:
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def step(self, state: Any, *, loss: float, **unused: Any) -> None:
-        self.losses.append(loss)
+    def begin(self, iteration: int) -> None: ...
+
+    def step(self, state: Any, *, mean: Any, **unused: Any) -> None:
+        self.losses.append(mean.loss)
 
     def saving(self, iteration: int) -> Any:
         import contextlib

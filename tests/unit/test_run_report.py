@@ -136,14 +136,21 @@ def test_iterations_that_were_trained_again(tmp_path: Path) -> None:
         start(4),
         step(5, loss=35.0),
         {"kind": "save", "iteration": 5, "seconds": 5.0, "error": "no space"},
-        {"kind": "of a later release", "iteration": 5},
+        {"kind": "of a later release", "iteration": 5, "time": "2026-11-29T10:00:00.000+00:00"},
         torn='{"kind": "step", "iter',
     )
     record = read.read(folder)
     assert record.series("loss") == {1: 11.0, 2: 12.0, 3: 13.0, 4: 14.0, 5: 35.0}
     assert list(record.validations) == [4] and not record.evaluations
     assert record.restarts == [4, 4] and sum(record.lost.values()) == 3 and record.step_seconds == 8 * 80.0
-    assert record.unreadable == 1 and record.status == "no end is recorded: running, or killed"
+    assert (
+        record.unreadable == 1
+        and record.status == "no end is recorded: running, or killed; last line at 2026-11-29 10:00:00 UTC"
+    )
+    back = read.read(
+        write(tmp_path / "back", start(0), *(step(i, loss=i) for i in (1, 2, 3, 4)), step(2, loss=9.0))
+    )
+    assert back.series("loss") == {1: 1.0, 2: 9.0} and not back.restarts, "of its own accord"
     text = page.page(record)
     assert "Loss" in check_page(text) and "1 lines of metrics.jsonl cannot be read" in text
     assert "node&lt;1&gt;" in text and "yarn &amp; more" in text
@@ -228,8 +235,8 @@ def test_the_tool_adds_scores_of_checkpoints(
         ("c", tmp_path / "base"),
     ):
         score = {"a": 50.0, "b": 100.0, "c": 10.0}[name]
-        scores = [{"task": "niah", "length": n, "score": score} for n in (4096, 8192)]
-        cells = [{"length": n, "depth": 50.0, "accuracy": score / 100} for n in (4096, 8192)]
+        scores = [{"task": "niah", "length": n, "score": score} for n in (8192, 16384)]
+        cells = [{"length": n, "depth": 50.0, "accuracy": score / 100} for n in (8192, 16384)]
         values = {"format": 2, "task": "niah", "model": {"path": str(model)}, "settings": {"needles": 1}}
         (results / f"{name}.json").write_text(
             json.dumps(values | {"scores": scores, "extra": {"cells": cells}})
@@ -237,7 +244,7 @@ def test_the_tool_adds_scores_of_checkpoints(
     run_tool(monkeypatch, folder, "--results", results)
     assert capsys.readouterr().out == f"{folder}/report.html\n"
     text = (folder / "report.html").read_text()
-    assert "Passkey" in check_page(text) and "passkey/8192" in text
+    assert "Passkey" in check_page(text) and text.index("passkey/8192") < text.index("passkey/16384")
     assert f"{results}/c.json: its model {tmp_path}/base is not a checkpoint of this run" in text
     run_tool(monkeypatch, folder, "--out", tmp_path / "other.html")
     assert "Passkey" not in check_page((tmp_path / "other.html").read_text())
