@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ultralong import recipes
+from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Train
 from megatron_ultralong.context_parallel import comm
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.rope.methods import YaRN
+from megatron_ultralong.runtime import agreement
 from megatron_ultralong.train import metrics
+from megatron_ultralong.train.log import Log
+from megatron_ultralong.train.loss_normalisation import MeanLoss
 from megatron_ultralong.train.metrics import MetricsFile, Remaining
 from megatron_ultralong.train.stopwatch import PARTS, RankTime, StepTime, Stopwatch
 from megatron_ultralong.train.trace import Trace
@@ -77,6 +86,67 @@ def test_a_file_that_cannot_be_opened_is_one_warning(tmp_path: Path, content: by
     file.close()
     assert len(said) == 1 and said[0].startswith("warning: metrics.jsonl cannot be written (")
     assert content is None or place.read_bytes() == content
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+@pytest.mark.parametrize("end", [None, UserError("loss is not finite"), RuntimeError("NCCL")])
+def test_what_the_log_writes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    z_loss: float,
+    end: Exception | None,
+) -> None:
+    monkeypatch.setattr(agreement, "on_every_rank", lambda act: act())  # one rank, no process group
+    monkeypatch.setattr(agreement, "gather", lambda value: [value])
+    ranks: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), world=1, tp=1, pp=1, cp=1, dp=1)
+    run = recipes.tiny()
+    run = dataclasses.replace(
+        run,
+        train=dataclasses.replace(
+            run.train, z_loss=z_loss, iterations=2, warmup=0, save_every=0, log_every=1
+        ),
+    )
+    assert run.model is not None
+    rope = YaRN(theta=10000.0, original_length=16, factor=2.0)
+    state = TrainingState(model=run.model, rope=rope)
+    timing = StepTime(
+        seconds=2.0,
+        parts={"forward": 1.5, "pipeline": 0.5},
+        ranks=[RankTime(work=1.5, allocated=0, reserved=0, resident=7)],
+    )
+    rows: Any = SimpleNamespace(epoch=lambda consumed: 0)
+    outcome: Any = nullcontext() if end is None else pytest.raises(type(end))
+    with outcome, Log(run, ranks, run.model, tmp_path, 0, rows) as log:
+        log.start(state, rope, {"attention": "eager"})
+        for iteration in (1, 2):
+            log.begin(iteration)
+            log.step(
+                dataclasses.replace(state, iteration=iteration, consumed=8, tokens=1000),
+                mean=MeanLoss(3.0, 0.25, 99),
+                grad_norm=1.5,
+                lr=1e-3,
+                timing=timing,
+            )
+        with log.saving(2):
+            pass
+        with pytest.raises(UserError), log.saving(2):
+            raise UserError("the disk is full")
+        if end is not None:
+            raise end
+    start, first, second, saved, failed, stop = lines(tmp_path)
+    frequencies, factor = rope.inverse_frequencies(run.model.head_dim, run.train.seq_length)
+    assert torch.equal(torch.tensor(start["rope"]["inverse_frequencies"]), frequencies)
+    assert start["rope"]["attention_factor"] == factor and start["run"]["train"]["z_loss"] == z_loss
+    assert first["loss"] == 3.0 and first["z_loss"] == (0.25 if z_loss else None)
+    assert (first["target_tokens"], first["tokens"], first["eta_seconds"]) == (99, 1000, 2.0)
+    assert first["exposed_communication"] == 0.5 and second["eta_seconds"] == 0.0
+    assert saved["kind"] == "save" and "error" not in saved and failed["error"] == "the disk is full"
+    reason = {type(None): "complete", UserError: "loss is not finite", RuntimeError: "RuntimeError: NCCL"}
+    assert stop["kind"] == "stop" and stop["reason"] == reason[type(end)]
+    line = capsys.readouterr().out
+    assert "| lm loss: 3.000000E+00 | " in line and ("| z loss: 2.500000E-01 | grad" in line) == bool(z_loss)
+    assert "| ETA: 0:00:02 |" in line
 
 
 # ---- time by part ------------------------------------------------------------------------------
