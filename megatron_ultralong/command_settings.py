@@ -8,6 +8,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,22 @@ from megatron_ultralong.config import RENAMED, Run, check_reach, sections
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope, ScaledRope
 from megatron_ultralong.rope.methods import METHODS, from_values, settings_of
+
+
+def of_stage(settings: Sequence[str], stage: str, recipe: str, stages: Sequence[str]) -> list[str]:
+    """The settings of one of a recipe's stages: those without a stage, and its own (STAGE:KEY=VALUE).
+    UserError for an unknown stage."""
+    own = []
+    for setting in settings:
+        name, colon, rest = setting.partition(":")
+        if not colon or "=" in name:
+            own.append(setting)
+            continue
+        if name not in stages:
+            raise UserError(f"--set {setting}: {recipe} has no stage {name}; its stages: {', '.join(stages)}")
+        if name == stage:
+            own.append(rest)
+    return own
 
 
 def override(run: Run, settings: list[str]) -> Run:

@@ -234,8 +234,8 @@ class Train:
     loss_spike: float = 0.0
     """A loss above this many times the median of the last 32 good iterations is bad too; 0 = off."""
     z_loss: float = 0.0
-    """Weight of the squared logsumexp of the logits in the training loss (not in the held-out loss); 0 =
-    off."""
+    """Weight of the squared logsumexp of the logits in what is minimised; 0 = off. It is logged as `z loss`;
+    `lm loss`, in training and held-out, is the cross entropy alone."""
     seed: int = 1234
     deterministic: bool = False
     """Bit-reproducible GPU kernels (slower); CPU runs are always reproducible."""
@@ -275,9 +275,23 @@ class Runtime:
     """Minutes that a collective waits for other ranks before it fails."""
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to TensorBoard."""
+    profile: str | None = None
+    """FROM:TO = write a torch profiler trace of these iterations of rank 0 to SAVE/profile."""
 
     def __post_init__(self) -> None:
         _positive("runtime.timeout_minutes", self.timeout_minutes)
+        self.profiled()
+
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last iteration of `profile`. UserError where it is not FROM:TO."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise UserError(
+                f"runtime.profile={self.profile} must be FROM:TO, two iterations counted from 1, like 10:12"
+            )
+        return int(first), int(last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +336,11 @@ class Run:
             raise UserError(
                 f"train.global_batch={self.train.global_batch} is not a multiple of "
                 f"train.micro_batch={self.train.micro_batch}"
+            )
+        profiled = self.runtime.profiled()
+        if profiled is not None and profiled[0] > self.train.iterations:
+            raise UserError(
+                f"runtime.profile={self.runtime.profile} begins after train.iterations={self.train.iterations}"
             )
         if self.data.documents == "masked" and self.train.micro_batch != 1:
             raise UserError(

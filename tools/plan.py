@@ -3,12 +3,14 @@
 
     python tools/plan.py --model llama-3.1-8b --seq-length 1M --gpus 256 --gpu h100
     python tools/plan.py --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
+    python tools/plan.py --recipe ultralong_1m_stages --gpus 256 --save-rate 20G
 
 All figures are estimates from formulas (docs/plan.md), not measurements. The search varies parallel.tp, pp,
 cp, dp and ulysses, memory.recompute and memory.offload, and, where nothing else fits, memory.query_chunks.
 Settings given with --set are kept, except memory.offload=auto, which is searched. For each layout the report
-ends with a line of settings for tools/train.py. Exit code: 0 if a layout fits, 1 if none does, 2 for a
-mistake in the arguments.
+ends with a line of settings for tools/train.py. With a recipe, or with train.iterations, it says the hours
+and GPU-hours of the whole run; of several stages, each is planned, and their sum is printed last. Exit code:
+0 if a layout fits, 1 if none does, 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--recipe",
         metavar="NAME",
-        help="a recipe of megatron_ultralong/recipes.py; its own layout is shown as well",
+        help="a recipe of megatron_ultralong/recipes.py, also of several stages; its own layout is shown as well",
     )
     add(
         "--set",
@@ -41,7 +43,7 @@ def arguments() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="settings to change, as in tools/train.py; the search keeps them",
+        help="settings to change, as in tools/train.py (of one stage: STAGE:KEY=VALUE); the search keeps them",
     )
     add(
         "--seq-length", metavar="S", help="tokens per sequence, like 128K or 1M (default: that of the recipe)"
@@ -80,6 +82,12 @@ def arguments() -> argparse.Namespace:
         help="other assumptions: the fractions of the data-sheet figures attention_forward, attention_backward, "
         "products, links, gpu_memory and host_memory; and hop_microseconds",
     )
+    add(
+        "--save-rate",
+        metavar="BYTES",
+        help="bytes per second that checkpoints are written with, by all nodes together, like 10G (1024-based): "
+        "the hours of the run then include its checkpoints",
+    )
     add("--show", type=int, default=4, metavar="N", help="layouts shown side by side (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write the report as JSON: bytes, FLOPs, seconds")
     return parser.parse_args()
@@ -106,6 +114,7 @@ def main() -> int:
             host_memory=args.host_memory,
             assumptions=args.assume,
             document_length=args.document_length,
+            save_rate=args.save_rate,
             show=args.show,
         )
     )

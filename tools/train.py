@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from megatron_ultralong import recipes
-from megatron_ultralong.command_settings import override
+from megatron_ultralong.command_settings import of_stage, override
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli
 
@@ -91,8 +91,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    stages = recipes.STAGES.get(args.recipe, (args.recipe,))
     runs = [
-        override(run, settings_of(run.name, args.set, args.recipe)) for run in recipes.stages(args.recipe)
+        override(run, of_stage(args.set, run.name, args.recipe, stages))
+        for run in recipes.stages(args.recipe)
     ]
     for option, given in (("--data", args.data), ("--valid", args.valid)):
         if given is not None and len(given) != len(runs):
@@ -121,28 +123,12 @@ def main() -> None:
     if len(runs) == 1:
         train_run(runs[0], files, evaluations(args.save))
         return
-    stages = [
+    of_runs = [
         Stage(run=run, data=data, valid=valid)
         for run, data, valid in zip(runs, args.data, args.valid or [None] * len(runs), strict=True)
     ]
     is_main = int(os.environ.get("RANK", "0")) == 0
-    train_stages(stages, files, lambda line: print(line, flush=True) if is_main else None, evaluations)
-
-
-def settings_of(stage: str, settings: list[str], recipe: str) -> list[str]:
-    """The settings of one stage: those without a stage, and its own. UserError for an unknown stage."""
-    own = []
-    for setting in settings:
-        name, colon, rest = setting.partition(":")
-        if not colon or "=" in name:
-            own.append(setting)
-            continue
-        known = recipes.STAGES.get(recipe, (recipe,))
-        if name not in known:
-            raise UserError(f"--set {setting}: {recipe} has no stage {name}; its stages: {', '.join(known)}")
-        if name == stage:
-            own.append(rest)
-    return own
+    train_stages(of_runs, files, lambda line: print(line, flush=True) if is_main else None, evaluations)
 
 
 if __name__ == "__main__":

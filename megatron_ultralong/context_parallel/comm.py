@@ -5,6 +5,8 @@ A `Communicator` does both, over a torch ProcessGroup (here) or over threads (vi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import torch.distributed as dist
@@ -103,5 +105,21 @@ class _Works:
         self._works = works
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        with _around_wait():
+            for work in self._works:
+                work.wait()
+
+
+_around_wait: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def waits_inside(context: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter `context()` around each wait for a transfer of a ProcessGroup in the block, on any thread: the
+    backward's waits are on autograd's."""
+    global _around_wait
+    _around_wait = context
+    try:
+        yield
+    finally:
+        _around_wait = contextlib.nullcontext

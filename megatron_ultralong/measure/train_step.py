@@ -241,9 +241,9 @@ def _our_step(
         batch: Any = {"tokens": row[:, :-1], "labels": row[:, 1:], "loss_mask": mask}
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
-        loss, tokens = forward_backward(trainer, [iter([batch])], 1)
+        sums = forward_backward(trainer, [iter([batch])], 1)
         optimizer.step()
-        return float(loss / tokens)
+        return float(sums.loss / sums.tokens)
 
     return step
 

@@ -120,10 +120,11 @@ class Llama(LanguageModule):
         loss_mask: Tensor | None = None,
         z_loss: float = 0.0,
         document_starts: Tensor | None = None,
+        z_sum: Tensor | None = None,
     ) -> Tensor:
         """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard.
         document_starts: positions in the complete row (b = 1) at which documents start, to keep attention
-        inside them; on the CPU.
+        inside them; on the CPU. z_sum: as in `loss.sharded_token_loss`.
 
         Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x
         logsumexp^2) over this rank's tokens (float32 scalar); with labels only, the cross entropy of each
@@ -163,7 +164,7 @@ class Llama(LanguageModule):
         norm = self.decoder.final_layernorm
         if loss_mask is None:
             return sharded_token_nll(hidden, weight, labels, spec, norm)
-        return sharded_token_loss(hidden, weight, labels, loss_mask, spec, norm)
+        return sharded_token_loss(hidden, weight, labels, loss_mask, spec, norm, z_sum)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -54,14 +54,18 @@ def sharded_token_loss(
     loss_mask: Tensor,
     spec: LossSpec,
     norm: torch.nn.Module | None = None,
+    z_sum: Tensor | None = None,
 ) -> Tensor:
-    """Sum loss_mask x cross entropy: float32 scalar, equal on every tensor-parallel rank.
+    """Sum loss_mask x (cross entropy + z-loss): float32 scalar, equal on every tensor-parallel rank.
 
     hidden: [t, b, H]. weight: [v, H]. labels: int64 [b, s]. loss_mask: float [b, s]. norm: applied to hidden
-    first, chunk by chunk; its parameters' gradients are accumulated here, not by autograd.
+    first, chunk by chunk; its parameters' gradients are accumulated here, not by autograd. z_sum: float32
+    scalar to which the z-loss's share of the sum is added, without a gradient.
     """
     # Inside forward, grad mode is always off, and needs_input_grad ignores no_grad.
-    return _ShardedTokenLoss.apply(hidden, weight, labels, loss_mask, spec, norm, torch.is_grad_enabled())
+    return _ShardedTokenLoss.apply(
+        hidden, weight, labels, loss_mask, spec, norm, z_sum, torch.is_grad_enabled()
+    )
 
 
 @torch.no_grad()
@@ -97,6 +101,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
         loss_mask: Tensor,
         spec: LossSpec,
         norm: torch.nn.Module | None,
+        z_sum: Tensor | None,
         grad_enabled: bool,
     ) -> Tensor:
         t, b, _ = hidden.shape
@@ -118,9 +123,13 @@ class _ShardedTokenLoss(torch.autograd.Function):
             x = x_cbH.flatten(0, 1)  # [c, H]
             target, mask = (_chunk_of(y, start, rows, parts).flatten() for y in (labels, loss_mask.float()))
             logits = torch.matmul(x, weight.t())  # [c, v]
-            loss, grad = _cross_entropy(logits, target, mask, spec, need_hidden or need_weight)
+            loss, z_loss, grad = _cross_entropy(logits, target, mask, spec, need_hidden or need_weight)
             del logits  # overwritten by the gradient
             total += loss
+            if z_loss is not None:
+                total += z_loss
+                if z_sum is not None:
+                    z_sum += z_loss
             if grad is None:
                 continue
             if need_weight:
@@ -147,7 +156,7 @@ class _ShardedTokenLoss(torch.autograd.Function):
             ctx.norm_backward.accumulate_into_params(grad_total)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 5
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def _cross_entropy(
@@ -156,22 +165,26 @@ def _cross_entropy(
     mask: Tensor,
     spec: LossSpec,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return (masked sum, its gradient with respect to the logits [c, v], which overwrites them).
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (masked sum of the cross entropy, that of the z-loss (None = off), the gradient of both with
+    respect to the logits [c, v], which overwrites them).
 
     logits: [c, v] in the weight's dtype. Computed in float32, one block of rows at a time: no float32 copy of
     all logits exists.
     """
     log_sum, picked, peak = _statistics(logits, target, spec)
     lse = log_sum + peak
-    loss = torch.where(mask > 0, mask * (log_sum - picked + spec.z_loss * lse.square()), 0.0).sum()
+    loss = torch.where(mask > 0, mask * (log_sum - picked), 0.0).sum()
+    z_loss = None
+    if spec.z_loss:
+        z_loss = torch.where(mask > 0, mask * spec.z_loss * lse.square(), 0.0).sum()
     if not need_grad:
-        return loss, None
+        return loss, z_loss, None
     scale = mask * (1 + 2 * spec.z_loss * lse)
     local, inside = _local(target, spec.group.rank(), logits.shape[1])
     if logits.dtype == torch.float32:  # exponentials by now
         logits.mul_((scale * torch.exp(-log_sum))[:, None])
-        return loss, logits.scatter_add_(1, local[:, None], (-mask * inside)[:, None])
+        return loss, z_loss, logits.scatter_add_(1, local[:, None], (-mask * inside)[:, None])
     at_target = logits.gather(1, local[:, None]).squeeze(1)
     for rows in row_blocks(logits, LOSS_BLOCK):
         block = logits[rows]
@@ -179,7 +192,7 @@ def _cross_entropy(
     # The target's in float32 too, and rounded once.
     at_target = (at_target - lse).exp_().mul_(scale) - inside * mask
     logits.scatter_(1, local[:, None], at_target.to(logits.dtype)[:, None])
-    return loss, logits
+    return loss, z_loss, logits
 
 
 def _statistics(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,8 +106,12 @@ class Machine:
     assumed: Assumptions = dataclasses.field(default_factory=Assumptions)
     document_length: int | None = None
     """Mean tokens of a document, where attention stays inside documents; None = the length of the row."""
+    save_rate: float | None = None
+    """Bytes per second that checkpoints are written with, by all nodes together; None = not known."""
 
     def __post_init__(self) -> None:
+        if self.save_rate is not None and not 0 < self.save_rate < float("inf"):
+            raise UserError(f"--save-rate {self.save_rate:g}: must be above 0")
         if self.document_length is not None and self.document_length < 1:
             raise UserError(f"--document-length {self.document_length}: must be at least 1")
         if self.gpus < 1:

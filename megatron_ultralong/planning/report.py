@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultralong import recipes
-from megatron_ultralong.command_settings import override, parse_count
+from megatron_ultralong.command_settings import of_stage, override, parse_count
 from megatron_ultralong.config import Model, Parallel, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.planning import memory, report_table, search
+from megatron_ultralong.planning import memory, report_table, search, whole_run
 from megatron_ultralong.planning.flops import FORMULA
 from megatron_ultralong.planning.hardware import GPUS, Machine, parse_assumptions
 from megatron_ultralong.planning.layouts import SEARCHED_SETTINGS
 from megatron_ultralong.planning.search import Estimate
+from megatron_ultralong.planning.whole_run import Duration
 
 TOKENS_PER_BATCH = 8 * 1024**2
 """Tokens per iteration if no batch size is given: as in the paper's runs."""
@@ -40,6 +41,7 @@ class PlanRequest:
     host_memory: str = "2T"
     assumptions: Sequence[str] = ()
     document_length: str | None = None
+    save_rate: str | None = None
     show: int = 4
 
     def all_settings(self) -> list[str]:
@@ -57,24 +59,65 @@ class PlanReport:
     """The same for JSON."""
     fits: bool
     """Whether any layout fits."""
+    whole: Duration | None
+    """Of the whole run with the best layout, or with the closest where none fits; None where the request says
+    no number of iterations."""
 
 
 def report(request: PlanRequest) -> PlanReport:
-    """Search for layouts and report them. Raises UserError for a mistake in the request."""
+    """Search for layouts and report them, of each stage where the recipe has several. Raises UserError for a
+    mistake in the request."""
     machine = _machine(request)
     if request.show < 1:
         raise UserError(f"--show {request.show}: must be at least 1")
-    given = request.all_settings()
     if request.model is None and request.recipe is None:
         raise UserError("nothing to plan: give --model with --seq-length, or --recipe")
-    start = recipes.get(request.recipe) if request.recipe else _new_run(request)
+    if request.recipe not in recipes.STAGES:
+        start = recipes.get(request.recipe) if request.recipe else _new_run(request)
+        return _plan(request, start, _shape(start, request.model), machine, request.all_settings())
+    if request.seq_length is not None or request.global_batch is not None:
+        raise UserError(
+            f"--seq-length and --global-batch apply to one stage; {request.recipe} has several: "
+            f"--set {recipes.STAGES[request.recipe][0]}:train.seq_length=..."
+        )
+    stages = recipes.stages(request.recipe)
+    shape = _shape(stages[0], request.model)  # the others train what the one before them saved
+    plans = {
+        stage.name: _plan(
+            dataclasses.replace(request, recipe=stage.name),
+            stage,
+            shape,
+            machine,
+            of_stage(request.settings, stage.name, request.recipe, recipes.STAGES[request.recipe]),
+        )
+        for stage in stages
+    }
+    wholes = {name: plan.whole for name, plan in plans.items() if plan.whole is not None}
+    first, *others = wholes.values()
+    whole = sum(others, start=first)
+    text = "\n\n".join(
+        f"stage {number} of {len(plans)}: {plan.text}" for number, plan in enumerate(plans.values(), 1)
+    )
+    return PlanReport(
+        text="\n".join([text, "", *whole_run.lines({"all stages": whole} | wholes)]),
+        values={
+            "format": 2,
+            "stages": {name: plan.values for name, plan in plans.items()},
+            "whole_run": whole.values(),
+        },
+        fits=all(plan.fits for plan in plans.values()),
+        whole=whole,
+    )
+
+
+def _plan(request: PlanRequest, start: Run, shape: Model, machine: Machine, given: list[str]) -> PlanReport:
+    """The report of one run, `start` with the settings `given`."""
     run = override(dataclasses.replace(start, parallel=_fewest_ranks(start, given)), given)
     if request.document_length is not None and run.data.documents != "masked":
         raise UserError(
             "--document-length applies only where attention stays inside documents: add "
             "--set data.documents=masked, or leave it out"
         )
-    shape = _shape(run, request.model)
     keys = {setting.partition("=")[0].strip() for setting in given}
     fixed = [
         key
@@ -113,6 +156,10 @@ def report(request: PlanRequest) -> PlanReport:
     }
     title = request.recipe or str(request.model)
     text = [report_table.heading(title, run, machine), "", report_table.table(shown, machine), ""]
+    whole: dict[str, Duration] = {}
+    if request.recipe or "train.iterations" in keys:
+        whole = {name: whole_run.duration(new, shape, machine) for name, new in shown.items()}
+        text += [*whole_run.lines(whole), ""]
     text += [f"{name}: --set {' '.join(line)}" for name, line in settings.items()] + notes
     values = {
         "format": 2,
@@ -121,9 +168,11 @@ def report(request: PlanRequest) -> PlanReport:
         "machine": dataclasses.asdict(machine),
         "mfu_formula": FORMULA,
         "plans": {name: as_json(new, settings.get(name, [])) for name, new in shown.items()},
+        "whole_run": {name: one.values() for name, one in whole.items()},
         "notes": notes,
     }
-    return PlanReport(text="\n".join(text), values=values, fits=bool(result.best))
+    best = next(iter(whole.values()), None)
+    return PlanReport(text="\n".join(text), values=values, fits=bool(result.best), whole=best)
 
 
 def as_json(new: Estimate, settings: list[str]) -> dict[str, Any]:
@@ -151,20 +200,24 @@ def as_json(new: Estimate, settings: list[str]) -> dict[str, Any]:
 def _machine(request: PlanRequest) -> Machine:
     if request.gpu.lower() not in GPUS:
         raise UserError(f"--gpu {request.gpu}: unknown; choose one of {', '.join(GPUS)}")
-    text = request.host_memory
-    scale = {"G": 1024**3, "T": 1024**4}.get(text[-1:].upper(), 1)
-    try:
-        host_memory = int(float(text[:-1] if scale > 1 else text) * scale)
-    except (ValueError, OverflowError):
-        raise UserError(f"--host-memory {text}: expected bytes, like 2T or 1500G") from None
-    length = request.document_length
+    length, rate = request.document_length, request.save_rate
     return Machine(
         gpu=GPUS[request.gpu.lower()],
         gpus=request.gpus,
-        host_memory=host_memory,
+        host_memory=_bytes("--host-memory", request.host_memory, "2T or 1500G"),
         assumed=parse_assumptions(request.assumptions),
         document_length=None if length is None else parse_count(length, "--document-length"),
+        save_rate=None if rate is None else _bytes("--save-rate", rate, "10G"),
     )
+
+
+def _bytes(option: str, text: str, example: str) -> int:
+    """The number that G and T after it multiply by powers of 1024."""
+    scale = {"G": 1024**3, "T": 1024**4}.get(text[-1:].upper(), 1)
+    try:
+        return int(float(text[:-1] if scale > 1 else text) * scale)
+    except (ValueError, OverflowError):
+        raise UserError(f"{option} {text}: expected bytes, like {example}") from None
 
 
 def _new_run(request: PlanRequest) -> Run:

@@ -85,7 +85,7 @@ class Checkpoints:
                 background=self._train.async_save and not needed,
             )
         except UserError as error:
-            self._note_failure(error, log, needed)
+            self._note_failure(error, state.iteration, log, needed)
             return False
         self._waited = time.perf_counter() - self._began
         if self._pending.in_background:
@@ -112,7 +112,7 @@ class Checkpoints:
         try:
             self._newest = pending.finish()
         except UserError as error:
-            self._note_failure(error, log, needed)
+            self._note_failure(error, _iteration(pending.final), log, needed)
             return False
         ended = time.perf_counter()
         self._failed = 0
@@ -126,8 +126,9 @@ class Checkpoints:
         log.saved(_iteration(self._newest), ended - self._began, self._waited + ended - waiting)
         return True
 
-    def _note_failure(self, error: UserError, log: Log, needed: bool) -> None:
+    def _note_failure(self, error: UserError, iteration: int, log: Log, needed: bool) -> None:
         self._failed += 1
+        log.not_saved(iteration, str(error))
         allowed = self._train.save_failures
         if needed or self._failed >= allowed:
             raise UserError(f"{error}; {self}") from None

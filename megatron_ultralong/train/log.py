@@ -1,5 +1,5 @@
-"""The output of a run: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, TensorBoard, and
-wandb if requested."""
+"""The output of a run: Megatron's log line with tokens/s/GPU and causal MFU, a progress bar, metrics.jsonl,
+TensorBoard, and wandb and a profiler trace if requested."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -20,12 +21,19 @@ from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.planning import flops
+from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.runtime import agreement
 from megatron_ultralong.runtime.launch import Ranks
+from megatron_ultralong.train import metrics
+from megatron_ultralong.train.loss_normalisation import MeanLoss
+from megatron_ultralong.train.metrics import MetricsFile, Remaining
+from megatron_ultralong.train.stopwatch import StepTime
+from megatron_ultralong.train.trace import Trace
 
 
 class Log:
-    """Lines on rank 0's standard output, scalars in `SAVE/tensorboard`; silent on the other ranks."""
+    """Lines on rank 0's standard output, `SAVE/metrics.jsonl`, scalars in `SAVE/tensorboard`; silent on the
+    other ranks. A context: leaving it says how the run ended, and closes it."""
 
     def __init__(
         self, run: Run, ranks: Ranks, model: Model, save_dir: Path, start: int, rows: BlendedDataset
@@ -36,9 +44,13 @@ class Log:
         masked = run.data.documents == "masked"
         self.flops_per_token = flops.flops_per_token(model, 0 if masked else run.train.seq_length)
         self.peak_flops = flops.peak_flops(ranks.device)
+        self.model, self.iteration = model, start
+        self.remaining = Remaining(run.train)
         self.bar: Any = None
         self.board: Any = None
         self.wandb: Any = None
+        self.metrics: MetricsFile | None = None
+        self.trace: Trace | None = None
         agreement.on_every_rank(lambda: self._open(save_dir, start) if ranks.is_main else None)
         note = flops.FORMULA
         if masked:
@@ -75,6 +87,10 @@ class Log:
                 resume="allow",
                 dir=str(save_dir),
             )
+        self.metrics = MetricsFile(save_dir, self.note)
+        window = self.run.runtime.profiled()
+        if window is not None:
+            self.trace = Trace(window, save_dir, self.ranks.device, self.note)
         self.bar = tqdm(
             total=self.run.train.iterations,
             initial=start,
@@ -90,21 +106,53 @@ class Log:
             tqdm.write(line)
             sys.stdout.flush()  # a pipe or file would buffer lines, and a killed run would lose them
 
+    def start(self, state: TrainingState, rope: Rope, kernels: Mapping[str, str]) -> None:
+        """Record what runs where, and from which iteration on. Every rank calls it."""
+        facts, length = metrics.machine(self.ranks), self.run.train.seq_length
+        frequencies, factor = rope.inverse_frequencies(self.model.head_dim, length)
+        ranks = self.ranks
+        self._record(
+            "start",
+            format=metrics.FORMAT,
+            iteration=state.iteration,
+            iterations=self.run.train.iterations,
+            run=config.to_dict(self.run),
+            model=asdict(self.model),
+            layout={"tp": ranks.tp, "pp": ranks.pp, "cp": ranks.cp, "dp": ranks.dp, "ranks": ranks.world},
+            kernels=dict(kernels),
+            rope={
+                "settings": rope.describe(),
+                "length": length,
+                "attention_factor": factor,
+                "inverse_frequencies": [
+                    float(str(x)) for x in frequencies.detach().numpy()
+                ],  # as short as exact
+            },
+            flops_per_token=self.flops_per_token,
+            peak_flops_per_gpu=self.peak_flops,
+            **facts,
+        )
+
+    def begin(self, iteration: int) -> None:
+        """Before an iteration."""
+        if self.trace is not None:
+            self.trace.begin(iteration)
+
     def step(
         self,
         state: TrainingState,
         *,
-        loss: float,
-        target_tokens: int,
+        mean: MeanLoss,
         grad_norm: float | None,
         lr: float,
-        seconds: float,
+        timing: StepTime,
         more: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Log one iteration: its line and its scalars. more: further scalars by name."""
         if not self.ranks.is_main:
             return
-        t = self.run.train
+        t, seconds, loss = self.run.train, timing.seconds, mean.loss
+        self.iteration = state.iteration
         self.bar.update(1)
         tokens_per_second = t.global_batch * t.seq_length / seconds / self.ranks.world
         tflops = tokens_per_second * self.flops_per_token / 1e12
@@ -119,11 +167,39 @@ class Log:
             "speed/tokens_per_second_per_gpu": tokens_per_second,
             "speed/tflops_per_gpu": tflops,
             "speed/iteration_seconds": seconds,
+            **{f"time/{part.replace(' ', '_')}": value for part, value in timing.parts.items()},
             **more,
         }
+        if t.z_loss:
+            scalars["train/z_loss"] = mean.z_loss
         if self.peak_flops:
             scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak_flops
         self._scalars(scalars, state.iteration)
+        profiled = self.trace is not None and self.trace.end(state.iteration)
+        if not profiled:
+            self.remaining.step(seconds)
+        eta = self.remaining.seconds(state.iteration)
+        self._record(
+            "step",
+            iteration=state.iteration,
+            loss=loss,
+            z_loss=mean.z_loss if t.z_loss else None,
+            grad_norm=norm,
+            learning_rate=lr,
+            tokens=state.tokens,
+            sequences=state.consumed,
+            epochs_done=epochs,
+            target_tokens=mean.tokens,
+            seconds=seconds,
+            tokens_per_second=tokens_per_second * self.ranks.world,
+            tokens_per_second_per_gpu=tokens_per_second,
+            tflops_per_gpu=tflops,
+            causal_mfu=scalars.get("speed/causal_mfu"),
+            **metrics.time_and_memory(timing, self.ranks.device.type == "cuda"),
+            eta_seconds=eta,
+            profiled=profiled,
+            **({"scalars": dict(more)} if more else {}),
+        )
         if state.iteration % t.log_every and state.iteration != t.iterations:
             return
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
@@ -136,17 +212,22 @@ class Log:
         self.note(
             f" [{now}] iteration {state.iteration:{width}d}/{t.iterations} | consumed samples: {state.consumed} "
             f"| epochs done: {epochs} | elapsed time per iteration (ms): {1e3 * seconds:.1f} | learning rate: {lr:.6E} "
-            f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} | grad norm: {norm:.3f} "
-            f"| target tokens: {target_tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} |"
+            f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} "
+            + (f"| z loss: {mean.z_loss:.6E} " if t.z_loss else "")
+            + f"| grad norm: {norm:.3f} | target tokens: {mean.tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} "
+            + ("|" if eta is None else f"| ETA: {datetime.timedelta(seconds=round(eta))} |")
         )
 
-    def validation(self, state: TrainingState, loss: float) -> None:
-        """Log the held-out loss after an iteration."""
+    def validation(self, state: TrainingState, loss: float, seconds: float) -> None:
+        """Log the held-out loss after an iteration, and the seconds it took."""
+        self.remaining.validation(seconds)
+        self._record("validation", iteration=state.iteration, loss=loss, seconds=seconds)
         self._scalars({"valid/loss": loss}, state.iteration)
         self.note(f" validation loss at iteration {state.iteration} | lm loss value: {loss:.6E} |")
 
-    def evaluation(self, state: TrainingState, scalars: dict[str, float]) -> None:
-        """Log the scalars of an evaluation after an iteration."""
+    def evaluation(self, state: TrainingState, scalars: dict[str, float], seconds: float) -> None:
+        """Log the scalars of an evaluation after an iteration, and the seconds it took."""
+        self._record("evaluation", iteration=state.iteration, scalars=scalars, seconds=seconds)
         self._scalars(scalars, state.iteration)
         self.note(
             f" evaluation at iteration {state.iteration} | "
@@ -156,6 +237,7 @@ class Log:
 
     def bad_step(self, state: TrainingState, line: str) -> None:
         """Log an iteration whose update was not made."""
+        self._record("bad_step", iteration=state.iteration, bad_steps=state.bad_steps, reason=line)
         self._scalars({"train/bad_steps": state.bad_steps}, state.iteration)
         self.note(line)
 
@@ -166,17 +248,41 @@ class Log:
     def saved(self, iteration: int, seconds: float, waited: float) -> None:
         """Log a complete checkpoint: the seconds from its begin to its end, and those in which training
         waited."""
+        self.remaining.save(waited)
+        self._record("save", iteration=iteration, seconds=seconds, waited=waited)
         self.note(
             f" saved checkpoint of iteration {iteration} in {seconds:.1f} s; training waited {waited:.1f} s"
         )
 
-    def close(self) -> None:
-        """Close the progress bar, TensorBoard and wandb."""
+    def not_saved(self, iteration: int, error: str) -> None:
+        """Record that a checkpoint could not be written."""
+        self._record("save", iteration=iteration, error=error)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        else:
+            complete = self.iteration >= self.run.train.iterations
+            reason = "complete" if complete else "asked to stop"
+        if self.trace is not None:
+            self.trace.close()
+        self._record("stop", iteration=self.iteration, reason=reason)
+        if self.metrics is not None:
+            self.metrics.close()
         if self.bar is not None:
             self.bar.close()
         self._on_board(lambda board: board.close())
         if self.wandb is not None:
             self.wandb.finish()
+
+    def _record(self, kind: str, **values: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.add(kind, **values)
 
     def _scalars(self, scalars: dict[str, Any], iteration: int) -> None:
         def add(board: Any) -> None:

@@ -26,7 +26,7 @@ from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.bad_steps import TrainingStopped
 from megatron_ultralong.train.checkpoints import Checkpoints
 from megatron_ultralong.train.log import Log
-from megatron_ultralong.train.loss_normalisation import global_mean
+from megatron_ultralong.train.loss_normalisation import MeanLoss, global_mean
 from megatron_ultralong.train.step import Batches, Trainer, forward_backward, token_losses, validation_loss
 
 TokenLosses = Callable[[Batches, int, Callable[[torch.Tensor, Batch], Any]], list[Any]]
@@ -69,7 +69,8 @@ def train(
 
     while state.iteration < t.iterations:
         iteration = state.iteration + 1
-        began = time.perf_counter()
+        log.begin(iteration)
+        trainer.watch.begin()
         done = _iteration(trainer, state, batches)
         if done.fault is not None:
             state = bad_steps.respond(done.fault, trainer, state, checkpoints, log)
@@ -83,17 +84,14 @@ def train(
                 iteration=iteration,
                 consumed=state.consumed + t.global_batch,
                 tokens=state.tokens + t.global_batch * t.seq_length,
-                recent_losses=bad_steps.with_loss(t, state.recent_losses, done.loss),
+                recent_losses=bad_steps.with_loss(t, state.recent_losses, done.mean.loss),
             )
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
             log.step(
                 state,
-                loss=done.loss,
-                target_tokens=done.target_tokens,
+                mean=done.mean,
                 grad_norm=done.grad_norm,
                 lr=optim.learning_rate(t, iteration),
-                seconds=time.perf_counter() - began,
+                timing=trainer.watch.end(ranks),
                 more=trainer.ode.scalars if trainer.ode else {},
             )
         checkpoints.poll(log)
@@ -127,8 +125,7 @@ def train(
 class _Iteration:
     """One iteration, the same on every rank."""
 
-    loss: float
-    target_tokens: int
+    mean: MeanLoss
     grad_norm: float = 0.0
     """Before clipping."""
     fault: str | None = None
@@ -147,23 +144,24 @@ def _iteration(trainer: Trainer, state: TrainingState, batches: Batches) -> _Ite
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     with ode.drawn(iteration) if ode else nullcontext():
-        loss, tokens = forward_backward(trainer, batches, run.micro_batches(ranks.dp))
-    mean_loss, target_tokens = global_mean(loss, tokens, ranks)
-    fault = bad_steps.fault_of_loss(t, state, loss, mean_loss, ranks.device)
+        sums = forward_backward(trainer, batches, run.micro_batches(ranks.dp))
+    mean = global_mean(sums, ranks)
+    fault = bad_steps.fault_of_loss(t, state, sums.loss, mean.loss, ranks.device)
     if fault is not None:
-        return _Iteration(loss=mean_loss, target_tokens=target_tokens, fault=fault)
+        return _Iteration(mean=mean, fault=fault)
 
     def is_acceptable(norm: float) -> bool:
         nonlocal fault
         if agreement.first_rank_where(not math.isfinite(norm), ranks.device) is not None:
             fault = f"gradient norm is not finite at iteration {iteration}"
-        elif ode is not None and not ode.step(target_tokens, lr / t.lr if t.lr else 0.0):
+        elif ode is not None and not ode.step(mean.tokens, lr / t.lr if t.lr else 0.0):
             fault = f"gradient of the RoPE's network is not finite at iteration {iteration}"
         return fault is None
 
-    updated, grad_norm = optim.step(trainer.optimizer, is_acceptable)
+    with trainer.watch.part("optimizer"):
+        updated, grad_norm = optim.step(trainer.optimizer, is_acceptable)
     assert updated or fault is not None, "no loss scaling is in use, so every other step must update"
-    return _Iteration(loss=mean_loss, target_tokens=target_tokens, grad_norm=grad_norm, fault=fault)
+    return _Iteration(mean=mean, grad_norm=grad_norm, fault=fault)
 
 
 def _finite(chunks: list[torch.nn.Module]) -> bool:
@@ -177,7 +175,10 @@ def run_validation(
 ) -> None:
     """Log the held-out loss, if there is held-out data, and the scalars of `evaluations`."""
     if data.held_out is not None:
-        log.validation(state, validation_loss(trainer, *data.held_out()))
+        began = time.perf_counter()
+        loss = validation_loss(trainer, *data.held_out())
+        log.validation(state, loss, time.perf_counter() - began)
     for evaluate in evaluations:
+        began = time.perf_counter()
         scalars = evaluate(state.iteration, trainer.ranks, functools.partial(token_losses, trainer))
-        log.evaluation(state, scalars)
+        log.evaluation(state, scalars, time.perf_counter() - began)

@@ -9,40 +9,63 @@ tokens over all micro-batches, data and context parallel ranks; `global_mean` do
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_ultralong.runtime.launch import Ranks
 
-SumAndCount = tuple[Tensor, Tensor]
-"""(sum of the loss, number of target tokens): scalars."""
+
+class LossSums(NamedTuple):
+    """Sums over target tokens, scalars."""
+
+    loss: Tensor
+    """Of the cross entropy."""
+    z_loss: Tensor
+    """Of `train.z_loss` x logsumexp^2, which the gradient has too; 0 where it is off."""
+    tokens: Tensor
+    """Number of target tokens."""
 
 
-def loss_function(loss_mask: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, SumAndCount]]:
+class MeanLoss(NamedTuple):
+    """Means over all target tokens of the global batch; 0 where every token is masked."""
+
+    loss: float
+    """Cross entropy."""
+    z_loss: float
+    tokens: int
+    """Number of target tokens."""
+
+
+def loss_function(
+    loss_mask: Tensor, z_sum: Tensor | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor, LossSums]]:
     """The loss function of a micro-batch that Megatron's schedule calls with the model's output, the sum of
-    the loss on this rank. loss_mask: float32 [b, s], 1 where the label counts."""
+    the loss on this rank. loss_mask: float32 [b, s], 1 where the label counts. z_sum: the z-loss's share of
+    that sum, None = it has none."""
 
-    def loss(output: Tensor) -> tuple[Tensor, Tensor, SumAndCount]:
+    def loss(output: Tensor) -> tuple[Tensor, Tensor, LossSums]:
         count = loss_mask.sum().to(torch.int)
-        return output, count, (output.detach(), count)
+        total = output.detach()
+        z_loss = torch.zeros_like(total) if z_sum is None else z_sum
+        return output, count, LossSums(total - z_loss, z_loss, count)
 
     return loss
 
 
-def local_sum(results: list[SumAndCount], device: torch.device) -> SumAndCount:
+def local_sum(results: list[LossSums], device: torch.device) -> LossSums:
     """Sum over this rank's micro-batches, float64; zero on all pipeline stages but the last."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for loss, tokens in results:
-        total += torch.stack([loss.double(), tokens.double()])
-    return total[0], total[1]
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    for sums in results:
+        total += torch.stack([value.double() for value in sums])
+    return LossSums(*total)
 
 
-def global_mean(loss: Tensor, tokens: Tensor, ranks: Ranks) -> tuple[float, int]:
-    """(mean over all target tokens, their number) over data, context and pipeline parallel ranks; (0.0, 0)
-    where every token is masked."""
-    total: Any = torch.stack([loss, tokens])
+def global_mean(sums: LossSums, ranks: Ranks) -> MeanLoss:
+    """Means over data, context and pipeline parallel ranks together."""
+    total: Any = torch.stack(list(sums))
     torch.distributed.all_reduce(total, group=ranks.groups.dp_cp)
     torch.distributed.all_reduce(total, group=ranks.groups.pp)  # zero on all stages but the last
-    return (float(total[0] / total[1]) if total[1] > 0 else 0.0), int(total[1])
+    loss, z_loss, tokens = total.tolist()
+    return MeanLoss(loss / tokens, z_loss / tokens, int(tokens)) if tokens else MeanLoss(0.0, 0.0, 0)

@@ -19,6 +19,7 @@ from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import kernel_choices
 from megatron_ultralong.planning import memory as plan
+from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import report
 from megatron_ultralong.runtime import agreement, launch
@@ -29,6 +30,7 @@ from megatron_ultralong.train.checkpoints import Checkpoints
 from megatron_ultralong.train.log import Log, print_run
 from megatron_ultralong.train.ode_training import OdeTraining
 from megatron_ultralong.train.step import Batches, Trainer
+from megatron_ultralong.train.stopwatch import Stopwatch
 from megatron_ultralong.train.weights_source import WeightsSource
 
 PrepareEvaluation = Callable[[Run, Path | None, int], loop.Evaluation]
@@ -93,12 +95,12 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
         run = _settle_offload(run, ranks, model)
         print_run(run, ranks, chosen)
         state = weights_source.with_run(source.state, run, rows)
-        log = Log(run, ranks, model, files.save, state.iteration, rows)
-        until_end.callback(log.close)
+        log = until_end.enter_context(Log(run, ranks, model, files.save, state.iteration, rows))
         trainer = _build(run, ranks, source)
         if lock_note is not None:
             log.note(lock_note)
         _print_start(log, trainer, source, state, rows, files)
+        log.start(state, _rope(trainer), chosen)
         state = loop.train(
             trainer,
             state,
@@ -152,7 +154,16 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
         with_optimizer = source.resume or (source.checkpoint if run.train.load_optimizer else None)
         if with_optimizer is not None:
             agreement.on_every_rank(lambda: ode.load_optimizer(with_optimizer))
-    return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer, ode=ode)
+    watch = Stopwatch(ranks.device)
+    watch.attach(optimizer)
+    return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer, ode=ode, watch=watch)
+
+
+def _rope(trainer: Trainer) -> Rope:
+    """What rotates queries and keys, with trained weights where it has them."""
+    from megatron_ultralong.model import llama
+
+    return llama.unwrap(trainer.chunks[0]).rotary.rope
 
 
 def _print_start(
@@ -164,11 +175,8 @@ def _print_start(
     files: RunFiles,
 ) -> None:
     """Log what the run is trained on and where it starts."""
-    from megatron_ultralong.model import llama
-
-    run = trainer.run
+    run, rope = trainer.run, _rope(trainer)
     log.note(f"data: {len(rows)} rows of {run.train.seq_length} + 1 tokens")
-    rope = llama.unwrap(trainer.chunks[0]).rotary.rope
     log.note(f"RoPE: {report(rope, state.model.head_dim, run.train.seq_length)}")
     covered = rope.covered_length()
     if rope.depends_on_length() and covered is not None and covered > run.train.seq_length:

@@ -4,7 +4,8 @@ token."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from megatron_ultralong.config import Run
 from megatron_ultralong.data.loader import Batch
 from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.train import loss_normalisation
-from megatron_ultralong.train.loss_normalisation import SumAndCount
+from megatron_ultralong.train.loss_normalisation import LossSums
 from megatron_ultralong.train.ode_training import OdeTraining
+from megatron_ultralong.train.stopwatch import Stopwatch
 
 Batches = list[Iterator[Batch]]
 """This rank's micro-batches, one iterator per model chunk."""
@@ -31,24 +33,27 @@ class Trainer:
     optimizer: Any
     ode: OdeTraining | None = None
     """Of a RoPE method whose frequencies are trained."""
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """Measures the iterations of `loop.train`."""
 
 
-def forward_backward(trainer: Trainer, batches: Batches, micro_batches: int) -> SumAndCount:
-    """Forward and backward of `micro_batches` micro-batches; return this rank's loss sum and target tokens.
+def forward_backward(trainer: Trainer, batches: Batches, micro_batches: int) -> LossSums:
+    """Forward and backward of `micro_batches` micro-batches; return this rank's sums of the loss.
 
     Gradients end up averaged over all target tokens of the global batch (see loss_normalisation.py).
     """
     step = _loss_step(trainer, trainer.run.train.z_loss)
-    results = _schedule(trainer, batches, micro_batches, step, training=True)
+    with trainer.watch.waits():
+        results = _schedule(trainer, batches, micro_batches, step, training=True)
     return loss_normalisation.local_sum(results, trainer.ranks.device)
 
 
 @torch.no_grad()
 def validation_loss(trainer: Trainer, batches: Batches, micro_batches: int) -> float:
-    """Mean loss over the target tokens of `micro_batches` micro-batches, over all ranks."""
+    """Mean cross entropy over the target tokens of `micro_batches` micro-batches, over all ranks."""
     results = _schedule(trainer, batches, micro_batches, _loss_step(trainer, z_loss=0.0), training=False)
     total = loss_normalisation.local_sum(results, trainer.ranks.device)
-    return loss_normalisation.global_mean(*total, trainer.ranks)[0]
+    return loss_normalisation.global_mean(total, trainer.ranks).loss
 
 
 @torch.no_grad()
@@ -77,13 +82,22 @@ def token_losses(
 
 def _loss_step(trainer: Trainer, z_loss: float) -> Callable[..., Any]:
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
-        batch = next(batches)
-        tokens, labels, loss_mask = _to_device(batch, ("tokens", "labels", "loss_mask"), trainer.ranks.device)
+        with trainer.watch.part("data"):
+            batch = next(batches)
+            tokens, labels, loss_mask = _to_device(
+                batch, ("tokens", "labels", "loss_mask"), trainer.ranks.device
+            )
+        z_sum = torch.zeros((), device=trainer.ranks.device) if z_loss else None
         # By keyword: Float16Module converts positional floats to bf16. `document_starts` is read on the host.
         output = model(
-            tokens, labels, loss_mask=loss_mask, z_loss=z_loss, document_starts=batch.get("document_starts")
+            tokens,
+            labels,
+            loss_mask=loss_mask,
+            z_loss=z_loss,
+            document_starts=batch.get("document_starts"),
+            z_sum=z_sum,
         )
-        return output, loss_normalisation.loss_function(loss_mask)
+        return output, loss_normalisation.loss_function(loss_mask, z_sum)
 
     return forward_step
 
@@ -109,13 +123,16 @@ def _schedule(
     chunks, train = trainer.chunks, trainer.run.train
     for chunk in chunks:
         unwrap(chunk).config.finalize_model_grads_func = finalize_model_grads
+        unwrap(chunk).config.timers = trainer.watch
         chunk.train(training)
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches if len(chunks) > 1 else batches[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=micro_batches,
-        seq_length=train.seq_length,
-        micro_batch_size=train.micro_batch,
-        forward_only=not training,
-    )
+    # Between its own computations, a pipeline stage does nothing but wait for the others.
+    with trainer.watch.part("pipeline") if trainer.ranks.pp > 1 else nullcontext():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=micro_batches,
+            seq_length=train.seq_length,
+            micro_batch_size=train.micro_batch,
+            forward_only=not training,
+        )

@@ -13,6 +13,7 @@ from megatron_ultralong.checkpoint import integrity, run_directory, training_sta
 from megatron_ultralong.config import Parallel
 from megatron_ultralong.train import loop
 from megatron_ultralong.train.bad_steps import TrainingStopped
+from megatron_ultralong.train.loss_normalisation import MeanLoss
 from tests.distributed.test_resume import BATCH, MODEL, _train
 from tests.spawn import run_ranks
 
@@ -124,9 +125,9 @@ def _with_spike(number: int, *arguments: Any, **named: Any) -> dict[str, Any]:
     counted = iter(range(1, 1000))
     mean = loop.global_mean
 
-    def spike(*values: Any) -> tuple[float, int]:
-        loss, tokens = mean(*values)
-        return (2 if next(counted) == number else 1) * loss, tokens
+    def spike(*values: Any) -> MeanLoss:
+        found = mean(*values)
+        return found._replace(loss=(2 if next(counted) == number else 1) * found.loss)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "global_mean", spike)

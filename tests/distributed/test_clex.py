@@ -85,11 +85,11 @@ def _gradients() -> None:
             chunk.zero_grad_buffer()
 
         with ode.drawn(ITERATION):
-            total, tokens = forward_backward(
+            sums = forward_backward(
                 trainer, [_batches(rows, ranks) for _ in chunks], run.micro_batches(ranks.dp)
             )
         assert rotary.draw is None
-        mean, targets = global_mean(total, tokens, ranks)
+        mean, _, targets = global_mean(sums, ranks)
         assert abs(mean - loss) <= 1e-5 * abs(loss), (parallel, mean, loss)
         assert ode.step(targets, lr_share=0.0)
         norm = float(torch.stack([grad.norm() for grad in wanted.values()]).norm())

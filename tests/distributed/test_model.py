@@ -160,9 +160,13 @@ OTHER_METHODS: tuple[tuple[dict[str, Any], int], ...] = (
 )
 
 
+Z_LOSS = 0.05
+
+
 @pytest.mark.slow
 def test_other_methods_equal_transformers() -> None:
-    """Training computes what transformers does for a sequence of the same length."""
+    """Training computes what transformers does for a sequence of the same length; with a z-loss, which is in
+    the gradient and not in the loss."""
     run_ranks(_other_methods, 4)
 
 
@@ -177,9 +181,21 @@ def _other_methods(rank: int, world: int) -> None:
         block = {**block, "rope_theta": 10000.0}
         rope = from_hf({"rope_parameters": block, "max_position_embeddings": max_position})
         reference = hf_model(UNTIED, block, max_position=max_position)
-        logits, loss, grads = _reference(reference, rows)
+        logits, loss, grads = _reference(reference, rows, z_loss=Z_LOSS)
         losses.add(loss)
-        _check_layout(UNTIED, reference, ranks, parallel, MEMORY[0], rows, logits, loss, grads, rope=rope)
+        _check_layout(
+            UNTIED,
+            reference,
+            ranks,
+            parallel,
+            MEMORY[0],
+            rows,
+            logits,
+            loss,
+            grads,
+            rope=rope,
+            z_loss=Z_LOSS,
+        )
     assert len(losses) == len(OTHER_METHODS)
     leave_groups()
 
@@ -197,9 +213,14 @@ def _rows(model: Model, count: int) -> dict[str, torch.Tensor]:
 
 
 def _reference(
-    reference: Any, rows: dict[str, torch.Tensor], starts: Any = None, positions: str = "row"
+    reference: Any,
+    rows: dict[str, torch.Tensor],
+    starts: Any = None,
+    positions: str = "row",
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """Each document on its own. Its positions count from the start of the row or of the document."""
+    """(logits, cross entropy, gradients of it and the z-loss). Each document on its own; its positions count
+    from the start of the row or of the document."""
     reference.zero_grad()
     tokens = rows["tokens"]
     documents = [
@@ -220,8 +241,13 @@ def _reference(
         logits.flatten(0, 1), rows["labels"].flatten(), reduction="none"
     )
     loss = (losses * rows["loss_mask"].flatten()).sum() / rows["loss_mask"].sum()
-    loss.backward()
+    (loss + _z_loss(logits, rows, z_loss)).backward()
     return logits.detach(), loss.item(), {name: p.grad.clone() for name, p in reference.named_parameters()}
+
+
+def _z_loss(logits: torch.Tensor, rows: dict[str, torch.Tensor], z_loss: float) -> torch.Tensor:
+    mask = rows["loss_mask"]
+    return (z_loss * logits.logsumexp(-1).square() * mask).sum() / mask.sum()
 
 
 def _check_layout(
@@ -238,6 +264,7 @@ def _check_layout(
     starts: Any = None,
     positions: str = "row",
     rope: Rope = ROPE,
+    z_loss: float = 0.0,
 ) -> None:
     from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
@@ -280,7 +307,15 @@ def _check_layout(
 
     run = Run(
         name="test",
-        train=Train(seq_length=S, micro_batch=1, global_batch=count, iterations=1, lr=1e-3, precision="fp32"),
+        train=Train(
+            seq_length=S,
+            micro_batch=1,
+            global_batch=count,
+            iterations=1,
+            lr=1e-3,
+            precision="fp32",
+            z_loss=z_loss,
+        ),
         parallel=parallel,
     )
     chunks = optim.data_parallel(chunks, ranks)
@@ -289,13 +324,15 @@ def _check_layout(
         chunk.zero_grad_buffer()
     with _counted_kernels() as calls:
         trainer = Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
-        total, tokens = forward_backward(trainer, [batches() for _ in chunks], run.micro_batches(ranks.dp))
+        sums = forward_backward(trainer, [batches() for _ in chunks], run.micro_batches(ranks.dp))
     # A kernel a layer, hop and micro-batch, forward and backward; full recompute computes attention a second
     # time.
     once = model.layers // ranks.pp * ranks.cp * run.micro_batches(ranks.dp)
     if starts is None and not memory.query_chunks:
         assert calls == {"forward": once * (2 if memory.recompute == "full" else 1), "backward": once}, where
-    mean, targets = global_mean(total, tokens, ranks)
+    mean, z, targets = global_mean(sums, ranks)
+    want_z = float(_z_loss(logits, rows, z_loss))
+    assert abs(z - want_z) <= 1e-5 * want_z, (where, z, want_z)
     assert targets == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
     for chunk in chunks:

@@ -293,13 +293,18 @@ class Losses:
         self.losses: list[float] = []
         self.lines: list[str] = []
 
-    def step(self, state: Any, *, loss: float, **unused: Any) -> None:
-        self.losses.append(loss)
+    def begin(self, iteration: int) -> None: ...
+
+    def step(self, state: Any, *, mean: Any, **unused: Any) -> None:
+        self.losses.append(mean.loss)
 
     def flush(self) -> None:
         pass
 
     def saved(self, iteration: int, seconds: float, waited: float) -> None:
+        pass
+
+    def not_saved(self, iteration: int, error: str) -> None:
         pass
 
     def note(self, line: str) -> None:

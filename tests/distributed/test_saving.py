@@ -60,8 +60,8 @@ class _SlowDisk(Losses):
 
         patch.setattr(shard_writer.Shards, "write", late)
 
-    def step(self, state: Any, *, loss: float, **unused: Any) -> None:
-        super().step(state, loss=loss)
+    def step(self, state: Any, *, mean: Any, **unused: Any) -> None:
+        super().step(state, mean=mean)
         self.complete[state.iteration] = _complete(self.save)
         with self._next:
             self._iteration = state.iteration

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.data import packed_rows
+from megatron_ultralong.run_report.read import RunRecord, read
 from tests import processes
 from tests.disk import fill, small_disk
 from tests.distributed.test_damaged_checkpoints import flip
@@ -147,9 +148,13 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     assert saved(save)[-1] == end and not list(save.glob(".iter_*")), "leftovers of killed saves are removed"
     seen |= tool.iterations()
 
-    with Tool(inputs, tmp_path / "whole", f"train.iterations={end}", "train.save_every=0") as tool:
+    profile = "runtime.profile=2:3"
+    with Tool(inputs, tmp_path / "whole", f"train.iterations={end}", "train.save_every=0", profile) as tool:
         assert tool.finish() == 0, tool.errors()
     undisturbed = tool.iterations()
+    assert [path.name for path in (tmp_path / "whole" / "profile").iterdir()] == [
+        "iterations_2_to_3.pt.trace.json.gz"
+    ]
     assert {n: (line["loss"], line["norm"], line["lr"]) for n, line in seen.items()} == {
         n: (line["loss"], line["norm"], line["lr"]) for n, line in undisturbed.items()
     }
@@ -178,6 +183,35 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
 
     _check_lines(undisturbed, _plain_training(inputs, end))
     _check_board(save, undisturbed)
+    record = _check_metrics(save, undisturbed)
+    assert len(record.starts) == 5 and record.status == "complete" and record.unreadable == 0
+    assert record.restarts[-1] == whole and record.lost[len(record.starts) - 1] > 0, "trained again"
+    assert [step["profiled"] for step in _check_metrics(tmp_path / "whole", undisturbed).steps.values()] == [
+        n in (2, 3) for n in undisturbed
+    ]
+
+
+def _check_metrics(save: Path, lines: dict[int, dict[str, float]]) -> RunRecord:
+    """metrics.jsonl has every iteration, over stops and kills, with the figures of the log; its parts add
+    up."""
+    record = read(save)
+    assert list(record.steps) == list(lines)
+    assert record.start["model"]["hidden_size"] == MODEL.hidden_size and record.start["devices"]
+    assert record.start["rope"]["inverse_frequencies"] == [1.0, 0.1, 0.01, 0.001]
+    assert record.start["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
+    for iteration, line in lines.items():
+        step = record.steps[iteration]
+        for name, field in (("loss", "loss"), ("lr", "learning_rate"), ("samples", "sequences")):
+            assert abs(step[field] - line[name]) <= 1e-6 * abs(line[name]), (iteration, name)
+        assert step["z_loss"] is None and step["causal_mfu"] is None
+        assert sum(step["parts"].values()) == pytest.approx(step["seconds"], rel=0.02, abs=1e-3)
+        assert {"data", "forward", "backward", "optimizer"} <= set(step["parts"])
+        ranks = record.starts[-1]["layout"]["ranks"]
+        assert 0 <= step["slowest_rank"]["rank"] < ranks
+        assert step["slowest_rank"]["work"] >= step["slowest_rank"]["median_work"] > 0
+        assert step["memory"]["peak_resident"] > 1e8 and step["memory"]["peak_allocated"] is None
+    assert record.steps[max(lines)]["eta_seconds"] == 0.0 and record.saves
+    return record
 
 
 def _halted_while_saving(tool: Tool, save: Path, before: set[Path]) -> Path:
@@ -251,6 +285,12 @@ def test_torchrun_stops_and_goes_on_in_another_layout(
             reference[iteration],
         )
     _check_board(save, seen, held_out)
+    record = _check_metrics(save, seen)
+    assert {i: pytest.approx(v["loss"], rel=1e-6) for i, v in record.validations.items()} == held_out
+    first, last = record.steps[1], record.steps[end]
+    assert first["parts"]["data parallel"] > 0 and "pipeline" not in first["parts"]
+    assert last["parts"]["pipeline"] > 0 and last["exposed_communication"] >= last["parts"]["pipeline"]
+    assert sum(record.starts[0]["hosts"].values()) == 2
 
     # torchrun is killed: its ranks save and end by themselves.
     with Tool(inputs, save, "train.iterations=100000", *settings, ranks=2) as tool:
@@ -285,6 +325,7 @@ def test_a_full_disk_costs_no_checkpoint(inputs: Path, tmp_path: Path) -> None:
             tool.wait_for("warning: checkpoint")
             good = int(tool.lines[-1][-7:])
             assert saved(save)[-1] == good
+            assert sum("metrics.jsonl cannot be written" in line for line in tool.lines) <= 1
             tool.send(signal.SIGTERM)
             assert tool.finish() == 2, "the checkpoint at the end is needed"
             said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]

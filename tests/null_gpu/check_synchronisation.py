@@ -21,6 +21,7 @@ from megatron_ultralong.config import Memory, Model, Parallel, Runtime
 from megatron_ultralong.model import llama
 from megatron_ultralong.rope.methods import Unscaled
 from megatron_ultralong.runtime import launch
+from megatron_ultralong.train.stopwatch import Stopwatch
 
 MODEL = Model(hidden_size=256, ffn_size=512, layers=3, heads=4, kv_heads=2, head_dim=64, vocab_size=500)
 LENGTH = 4096
@@ -94,3 +95,24 @@ def test_none_in_forward_and_backward(ranks: Any, memory: str, starts: str) -> N
         step(other)
     llama.unwrap(chunk).store.close()
     assert not found, dict(found)
+
+
+def test_a_stopwatch_waits_at_the_end_only(ranks: Any) -> None:
+    watch = Stopwatch(ranks.device)
+    for iteration in range(2):  # events are made in the first
+        watch.begin()
+        with synchronisations() as found:
+            for _ in range(3):
+                with watch.part("forward"), watch.part("data"):
+                    torch.zeros(8, device="cuda")
+        assert not found, dict(found)
+        before = len(logged_synchronisations())
+        timing = watch.end(ranks)
+        waits = [" ".join(line.split()[:2]) for line in logged_synchronisations()[before:]]
+        # For the passes, which have ended; for the device; for the figures of the ranks, which are there.
+        assert waits == ["sync event", "sync device", "sync stream"], (iteration, waits)
+        assert timing.parts == {
+            "data": pytest.approx(3e-3),
+            "forward": pytest.approx(6e-3),
+            "other": pytest.approx(4e-3),
+        }

@@ -17,6 +17,7 @@ from megatron_ultralong.rope.methods import Unscaled
 from megatron_ultralong.runtime import launch
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train import step
+from megatron_ultralong.train.stopwatch import PARTS, Stopwatch
 from tests.null_gpu import recording
 
 MODEL = Model(hidden_size=256, ffn_size=512, layers=2, heads=8, kv_heads=4, head_dim=64, vocab_size=512)
@@ -53,12 +54,21 @@ def train_steps() -> None:
         chunks = llama.build(model, Unscaled(), ranks, parallel, memory, "bf16")
         chunks = optim.data_parallel(chunks, ranks)
         optimizer = optim.build(chunks, Optim(), train, ranks)
-        trainer = step.Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer)
+        watch = Stopwatch(ranks.device)
+        watch.attach(optimizer)
+        trainer = step.Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer, watch=watch)
+        watch.begin()
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         step.forward_backward(trainer, [batches(parallel, starts) for _ in chunks], micro_batches)
-        optimizer.step()
+        with watch.part("optimizer"):
+            optimizer.step()
+        timing = watch.end(ranks)
+        assert len(timing.ranks) == ranks.world and set(timing.parts) <= set(PARTS)
+        assert {"forward", "backward", "optimizer"} <= set(timing.parts)
+        assert ("context parallel" in timing.parts) == (parallel.cp > 1), timing.parts
+        assert ("pipeline" in timing.parts) == (parallel.pp > 1), timing.parts
         step.validation_loss(trainer, [batches(parallel, starts) for _ in chunks], micro_batches)
         torch.cuda.synchronize()
         for chunk in chunks:

@@ -33,7 +33,7 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"evaluate", "planning"},
     {"train"},
     {"measure"},
-    {"ablate", "gpu_report"},
+    {"ablate", "gpu_report", "run_report"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbacks
@@ -279,13 +279,13 @@ def check_command(line: str) -> None:
                     f"{tool} has no option {word}: {line}"
                 )
         if "--recipe" in words and not words[words.index("--recipe") + 1].startswith("$"):
-            run = recipes.get(words[words.index("--recipe") + 1])
+            runs = recipes.stages(words[words.index("--recipe") + 1])
             settings = []
             for word in words[words.index("--set") + 1 :] if "--set" in words else []:
                 if word.startswith("--"):
                     break
                 settings += [word] if "$" not in word else []
-            assert command_settings.override(run, settings).name
+            assert all(command_settings.override(run, settings).name for run in runs)
     for target in re.findall(r"\bmake ([a-z][\w-]*)", line):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
             f"no make target {target}: {line}"

@@ -92,6 +92,17 @@ MODEL = {
         (["optim.clip=-1"], "optim.clip=-1.0 must be 0 or more"),
         (["optim.weight_decay=nan"], "optim.weight_decay=nan must be 0 or more"),
         (["runtime.timeout_minutes=0"], "runtime.timeout_minutes=0 must be at least 1"),
+        *(
+            (
+                [f"runtime.profile={window}"],
+                f"runtime.profile={window} must be FROM:TO, two iterations counted from 1",
+            )
+            for window in ("5", "0:3", "4:3", "-1:3", "a:b", "1:2:3", ":", "1.5:2")
+        ),
+        (
+            ["runtime.profile=90000:90001"],
+            "runtime.profile=90000:90001 begins after train.iterations=",
+        ),
         # RoPE.
         (
             ["rope.factor=8"],

@@ -55,8 +55,13 @@ def test_value_and_gradients(chunk: int, z_loss: float, block: int, monkeypatch:
     hidden, weight, labels, weights = inputs(torch.float32)
     want = reference(hidden, weight, labels, weights, z_loss)
     want_grads = torch.autograd.grad(want, (hidden, weight))
-    got = sharded_token_loss(hidden, weight, labels, weights, spec(chunk, z_loss))
+    z_sum = torch.ones(())  # is added to
+    got = sharded_token_loss(hidden, weight, labels, weights, spec(chunk, z_loss), z_sum=z_sum)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    logits = (hidden.double() @ weight[:V].double().t()).transpose(0, 1)
+    want_z = (z_loss * logits.logsumexp(-1).square() * weights).sum()
+    torch.testing.assert_close(z_sum.double() - 1, want_z.detach(), rtol=1e-6, atol=1e-6)
+    assert not z_sum.requires_grad
     for grad, want_grad in zip(torch.autograd.grad(3 * got, (hidden, weight)), want_grads, strict=True):
         torch.testing.assert_close(grad, 3 * want_grad, rtol=1e-5, atol=1e-5)
 

@@ -19,7 +19,7 @@ from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.planning import layouts, memory, report, search, time
+from megatron_ultralong.planning import layouts, memory, report, search, time, whole_run
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import GPUS, Assumptions, Gpu, Machine
 from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
@@ -777,12 +777,70 @@ def test_given_memory_settings_are_kept():
         ({"recipe": "ultralong_1m", "assumptions": ["products=nan"]}, "must be a fraction above 0"),
         ({"recipe": "ultralong_1m", "assumptions": ["hop_microseconds=-1"]}, "must be 0 or more"),
         ({"recipe": "ultralong_1m", "show": 0}, "--show 0: must be at least 1"),
+        ({"recipe": "ultralong_1m", "save_rate": "fast"}, "--save-rate fast: expected bytes, like 10G"),
+        ({"recipe": "ultralong_1m", "save_rate": "0"}, "--save-rate 0: must be above 0"),
+        (
+            {"recipe": "ultralong_1m_stages", "seq_length": "1M"},
+            "--seq-length and --global-batch apply to one stage; ultralong_1m_stages has several",
+        ),
+        (
+            {"recipe": "ultralong_1m_stages", "settings": ["sft:train.lr=1"]},
+            "ultralong_1m_stages has no stage sft; its stages: ultralong_1m, ultralong_1m_sft",
+        ),
     ],
 )
 def test_refuses(arguments: dict[str, Any], message: str):
     with pytest.raises(UserError) as refused:
         make_report(**{"gpus": 8, **arguments})
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+# ---- the whole run -----------------------------------------------------------------------------
+
+
+def test_hours_of_a_run_by_hand():
+    run = replace(RUN, train=replace(RUN.train, iterations=250, save_every=100))
+    machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL, save_rate=1000.0)
+    one = search.estimate(run, SMALL, machine)
+    got = whole_run.duration(one, SMALL, machine)
+    # 4 layers of 192 + 384 weights and two norms of 8, two embeddings of 10 x 8, the last norm; after
+    # iterations 100, 200 and 250, in bf16 with a float32 copy and two moments.
+    parameters = 4 * (192 + 384 + 16) + 2 * 80 + 8
+    assert (got.iterations, got.saves, got.save_bytes) == (250, 3, 3 * parameters * 14)
+    assert got.training == 250 * one.seconds and got.saving == 3 * parameters * 14 / 1000
+    assert got.hours == (got.training + got.saving) / 3600 and got.gpu_hours == 4 * got.hours
+    unknown = whole_run.duration(one, SMALL, replace(machine, save_rate=None))
+    assert unknown.saving is None and unknown.hours == got.training / 3600
+    assert (got + got).saving == 2 * got.saving and (got + got).hours == 2 * got.hours
+    assert (got + unknown).saving is None and (got + unknown).hours == 2 * unknown.hours
+    for every, saves in ((0, 1), (250, 1), (125, 2), (1000, 1)):
+        often = search.estimate(replace(run, train=replace(run.train, save_every=every)), SMALL, machine)
+        assert whole_run.duration(often, SMALL, machine).saves == saves
+    fp32 = replace(run, train=replace(run.train, precision="fp32"))
+    assert whole_run.checkpoint_bytes(fp32, SMALL) == 16 * parameters
+
+
+def test_all_stages_of_a_recipe():
+    settings = ["ultralong_1m:train.iterations=7", "memory.recompute=full"]
+    plan = make_report(recipe="ultralong_1m_stages", gpus=64, settings=settings, save_rate="1G")
+    alone = make_report(
+        recipe="ultralong_1m",
+        gpus=64,
+        settings=["train.iterations=7", "memory.recompute=full"],
+        save_rate="1G",
+    )
+    assert plan.fits and list(plan.values["stages"]) == ["ultralong_1m", "ultralong_1m_sft"]
+    assert plan.values["stages"]["ultralong_1m"] == alone.values
+    first, second = (stage["whole_run"]["best"] for stage in plan.values["stages"].values())
+    assert first["iterations"] == 7 and first["saving_seconds"] == first["save_bytes"] / 1024**3
+    assert plan.values["whole_run"]["gpu_hours"] == pytest.approx(first["gpu_hours"] + second["gpu_hours"])
+    assert plan.values["whole_run"]["gpu_hours"] == pytest.approx(64 * plan.values["whole_run"]["hours"])
+    iterations = 7 + second["iterations"]
+    assert f"whole run of {iterations:,} iterations, estimated: all stages " in plan.text
+    assert (
+        "GPU-hours" in alone.text
+        and "GPU-hours" not in make_report(model="llama-3.1-8b", seq_length="64K", gpus=64).text
+    ), "a model alone has no number of iterations"
 
 
 def test_a_hugging_face_directory_is_a_model(tmp_path):
