@@ -259,11 +259,16 @@ class Runtime:
     otherwise cuDNN from Hopper on, FlashAttention-2 for what cuDNN cannot compute and on older GPUs."""
     timeout_minutes: int = 60
     """Minutes that a collective waits for other ranks before it fails."""
+    hang_minutes: float = 5.0
+    """Minutes without a sign of life of a rank, or without progress where an iteration usually takes less
+    than a fifth of it, after which the run ends and names the rank; at most nine tenths of timeout_minutes. 0
+    = off."""
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to TensorBoard."""
 
     def __post_init__(self) -> None:
         _positive("runtime.timeout_minutes", self.timeout_minutes)
+        _not_negative("runtime.hang_minutes", self.hang_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,7 @@ class Checkpoints:
 
         UserError where it cannot be written, if it is needed or too many have failed; else a warning.
         """
+        trainer.ranks.heartbeat.phase(f"saving iteration {state.iteration}")
         try:
             with log.saving(state.iteration):
                 self._save(trainer, state)
@@ -154,6 +155,7 @@ def train(
 
     while state.iteration < t.iterations:
         iteration = state.iteration + 1
+        ranks.heartbeat.iteration(iteration)
         began = time.perf_counter()
         lr = optim.learning_rate(t, iteration)
         optim.set_hyperparameters(optimizer, lr, run.optim)
@@ -235,6 +237,7 @@ def run_validation(
     trainer: Trainer, state: TrainingState, data: TrainingData, log: Log, evaluations: Sequence[Evaluation]
 ) -> None:
     """Log the held-out loss, if there is held-out data, and the scalars of `evaluations`."""
+    trainer.ranks.heartbeat.phase(f"evaluation after iteration {state.iteration}")
     if data.held_out is not None:
         log.validation(state, validation_loss(trainer, *data.held_out()))
     for evaluate in evaluations:

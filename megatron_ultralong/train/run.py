@@ -94,15 +94,18 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
         state = weights_source.with_run(source.state, run, rows)
         log = Log(run, ranks, model, files.save, state.iteration, rows)
         until_end.callback(log.close)
+        ranks.heartbeat.phase("loading the weights")
         trainer = _build(run, ranks, source)
         if lock_note is not None:
             log.note(lock_note)
         _print_start(log, trainer, source, state, rows, files)
+        checkpoints = loop.Checkpoints(files.save, source.assets, run.train.keep, run.train.save_failures)
+        ranks.heartbeat.prepare_report(files.save / "hang", lambda: str(checkpoints))
         state = loop.train(
             trainer,
             state,
             _training_data(trainer, rows, held_out),
-            loop.Checkpoints(files.save, source.assets, run.train.keep, run.train.save_failures),
+            checkpoints,
             log,
             prepared,
         )
