@@ -268,7 +268,8 @@ class Runtime:
 
     def __post_init__(self) -> None:
         _positive("runtime.timeout_minutes", self.timeout_minutes)
-        _not_negative("runtime.hang_minutes", self.hang_minutes)
+        if self.hang_minutes and not 0.1 <= self.hang_minutes < math.inf:
+            raise UserError(f"runtime.hang_minutes={self.hang_minutes} must be 0 (off), or at least 0.1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,22 +86,23 @@ def lines(
     silence: seconds since a rank's last sign of life. stacks: rank -> file, or ''.
     """
     said = []
+    by_host: dict[str, list[int]] = {}
     for rank in hang.ranks:
         if rank not in beats:
             said.append(f"error: rank {rank} has not started, {hang.seconds:.0f} s after the others")
-            continue
-        beat = beats[rank]
-        who = f"rank {rank} (host {beat.host}, process {beat.pid})"
-        place = f"{beat.phase}{f', {beat.place}' if beat.place else ''}"
-        if hang.kind == "silent" or rank in hang.silent:
-            said.append(
-                f"error: {who} has given no sign of life for {silence(rank):.0f} s: the process is stopped, or its host or "
-                f"the link to it is down; last seen in {place}"
-            )
+        elif rank in hang.silent:
+            by_host.setdefault(beats[rank].host, []).append(rank)
         else:
             said.append(
-                f"error: {who} is alive, but has made no progress for {hang.seconds:.0f} s, and others wait for it: {place}"
+                f"error: rank {rank} (host {beats[rank].host}, process {beats[rank].pid}) is alive, but the others have "
+                f"waited for it for {hang.seconds:.0f} s: {where(beats[rank])}"
             )
+    for host, ranks in by_host.items():
+        said.append(
+            f"error: no sign of life for {silence(ranks[0]):.0f} s of rank {ranges(ranks)} (host {host}, process "
+            f"{', '.join(str(beats[rank].pid) for rank in sorted(ranks))}): stopped or ended, or the host or the link "
+            f"to it is down; last seen in {where(beats[ranks[0]])}"
+        )
     if not hang.ranks:
         said.append(
             f"error: all ranks are alive, but none has made progress for {hang.seconds:.0f} s; the stacks show what "
@@ -110,13 +111,18 @@ def lines(
     others: dict[str, list[int]] = {}
     for rank, beat in beats.items():
         if rank not in hang.ranks and not beat.left:
-            others.setdefault(f"{beat.phase}{f', {beat.place}' if beat.place else ''}", []).append(rank)
+            others.setdefault(where(beat), []).append(rank)
     said += [f"rank {ranges(ranks)}: {place}" for place, ranks in others.items()]
     written = {rank: os.path.dirname(path) for rank, path in stacks.items() if path}
     for folder in sorted(set(written.values())):
         of = ranges(rank for rank in written if written[rank] == folder)
         said.append(f"stacks of rank {of} are in {folder}/rank_N.txt")
     return said
+
+
+def where(beat: Beat) -> str:
+    """What a rank is at."""
+    return f"{beat.phase}, {beat.place}" if beat.place else beat.phase
 
 
 def ranges(ranks: Iterable[int]) -> str:

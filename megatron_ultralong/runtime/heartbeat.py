@@ -111,7 +111,7 @@ class _Beats:
         self._beats: dict[int, Beat] = {}
         self._number = self._answers = 0
         self._store_gone = False
-        self._ending: float | None = None
+        self._ending = threading.Event()
         self._cpu_clock, self._cpu, self._busy = _main_thread_clock(), 0.0, time.monotonic()
         self._stopping = threading.Event()
         self._threads = [
@@ -209,21 +209,14 @@ class _Beats:
         warned = False
         while not self._stopping.wait(self._period):
             now = time.monotonic()
-            if self._ending is not None:
-                if now - self._ending > _END:
-                    os._exit(1)
-                continue
-            passed, before = (
-                min(now - before, 3 * self._period),
-                now,
-            )  # a pause of this process does not count
-            quiet, still = quiet + passed, still + passed
+            passed = min(now - before, 3 * self._period)  # a pause of this process does not count
+            before, quiet, still = now, quiet + passed, still + passed
             if self._answers != answers:
                 answers, quiet = self._answers, 0.0
             if self._main.moves != moves:
                 moves, still = self._main.moves, 0.0
             limit = self._monitor.limit - 3 * self._period
-            if not answers or (quiet < limit and not self._store_gone):
+            if self._ending.is_set() or not answers or (quiet < limit and not self._store_gone):
                 continue
             if not warned:
                 warned = True
@@ -242,15 +235,15 @@ class _Beats:
         return f"torchrun's store at {host}:{port} has not answered for {quiet:.0f} s"
 
     def _end_alone(self, quiet: float) -> None:
-        self._ending = time.monotonic()
         own = self._beat()
+        self._end_for_certain()
         stacks = hang_report.write_stacks(self._main.folder, self._rank, self._about(own))
         away: dict[str, list[int]] = {}
         for rank, beat in self._beats.items():
             if beat.host != self._host:
                 away.setdefault(beat.host, []).append(rank)
         lost = "; ".join(f"rank {hang_report.ranges(ranks)} on host {host}" for host, ranks in away.items())
-        where = f"{own.phase}, {own.place}"
+        where = hang_report.where(own)
         lines = [
             f"error: {self._no_store(quiet)}: its host, or the link to it, is down; out of reach: {lost or 'unknown'}",
             f"this host, {self._host}, ends its ranks, which were in {where}; stacks: {stacks}",
@@ -263,7 +256,7 @@ class _Beats:
 
     def _end(self, hang: Hang) -> None:
         """Write this rank's stacks; the first rank alive reports; end."""
-        self._ending = time.monotonic()
+        self._end_for_certain()
         stacks = hang_report.write_stacks(self._main.folder, self._rank, self._about(self._beat()))
         alive = [r for r, beat in self._beats.items() if r not in hang.silent and not beat.left]
         files: dict[int, str] = {}
@@ -281,9 +274,17 @@ class _Beats:
             self._say([*lines, *self._how_to_resume()])
             with contextlib.suppress(RuntimeError):
                 self._store.set(_DONE, "1")
+                time.sleep(1.0)  # for the others to read it, before this rank's torchrun ends, and the store
         cli.record(lines[0])
         hang_report.end_siblings(hang.silent, self._beats)
         cli.leave(1)
+
+    def _end_for_certain(self) -> None:
+        """End this process after a while, even if its report cannot be finished: a disk or a pipe may hang."""
+        self._ending.set()
+        timer = threading.Timer(_END, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
 
     def _wait_for(self, keys: list[str], seconds: float) -> bool:
         until = time.monotonic() + seconds
