@@ -128,11 +128,13 @@ class Monitor:
 
     def _silent(self) -> Hang | None:
         # A few beats early: the report is promised within the limit.
-        silent = [r for r in self._running() if self.silence(r) >= self.limit - 3 * self.period]
-        if not silent or len(self._beats) < self.world:
+        longest = max(map(self.silence, self._running()), default=0.0)
+        if longest < self.limit - 3 * self.period or len(self._beats) < self.world:
             return None
-        silent.sort(key=self.silence, reverse=True)
-        return Hang(kind="silent", ranks=tuple(silent), silent=self._quiet(), seconds=self.silence(silent[0]))
+        # Those of one host fall silent within a beat; others may later, because they wait for these.
+        first = (r for r in self._running() if self.silence(r) >= longest - 2 * self.period)
+        ranks = tuple(sorted(first, key=self.silence, reverse=True))
+        return Hang(kind="silent", ranks=ranks, silent=self._quiet(), seconds=longest)
 
     def _no_progress(self) -> Hang | None:
         running, still = self._running(), self.clock - self._moved

@@ -111,7 +111,8 @@ def lines(
     others: dict[str, list[int]] = {}
     for rank, beat in beats.items():
         if rank not in hang.ranks and not beat.left:
-            others.setdefault(where(beat), []).append(rank)
+            late = f"no sign of life for {silence(rank):.0f} s, " if rank in hang.silent else ""
+            others.setdefault(f"{late}{where(beat)}", []).append(rank)
     said += [f"rank {ranges(ranks)}: {place}" for place, ranks in others.items()]
     written = {rank: os.path.dirname(path) for rank, path in stacks.items() if path}
     for folder in sorted(set(written.values())):
@@ -138,13 +139,26 @@ def ranges(ranks: Iterable[int]) -> str:
 
 def resume_line(hosts: int) -> str:
     """How to resume: torchrun's own command line where it can be read."""
-    command = shlex.join(sys.argv)
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-        if sys.argv[0] in words:
-            command = shlex.join(words)
+    command = shlex.join(_torchrun() or sys.argv)
     everywhere = " on every host" if hosts > 1 else ""
     return f"to resume, run the same command again{everywhere}: {command}"
+
+
+def _torchrun() -> list[str] | None:
+    """The command line of the torchrun that started this rank; None if it cannot be read, or it was another
+    program."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.argv[0] in words:
+            return words
+    return None
+
+
+def end_torchrun() -> None:
+    """Kill the torchrun that started this rank: it waits for a store that does not answer, until TCP gives up
+    after a quarter of an hour."""
+    if _torchrun() is not None:
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 def end_siblings(ranks: Iterable[int], beats: Mapping[int, Beat]) -> None:

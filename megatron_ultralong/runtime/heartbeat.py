@@ -250,6 +250,9 @@ class _Beats:
         ]
         self._say([*lines, *self._how_to_resume()])
         cli.record(lines[0])
+        if not self._one_host and not self._store_gone:
+            time.sleep(5.0 + 2 * self._period)  # for the other ranks of this host to write their stacks
+            hang_report.end_torchrun()
         cli.leave(1)
 
     # ---- the end -----------------------------------------------------------------------------------
