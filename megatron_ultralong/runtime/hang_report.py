@@ -20,7 +20,9 @@ import megatron_ultralong
 from megatron_ultralong.runtime.hang_detection import Beat, Hang
 
 _PACKAGE = os.path.dirname(megatron_ultralong.__file__) + os.sep
-_CPU_DEVICE = _PACKAGE + os.path.join("runtime", "cpu_device.py")  # every call of torch on a CPU goes through it
+_CPU_DEVICE = _PACKAGE + os.path.join(
+    "runtime", "cpu_device.py"
+)  # every call of torch on a CPU goes through it
 
 
 def main_thread_place() -> tuple[str, bool]:
@@ -149,7 +151,9 @@ def _torchrun() -> list[str] | None:
     program."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-        if "TORCHELASTIC_RUN_ID" in os.environ and sys.argv[0] in words:
+        if any(
+            os.path.basename(word) == "torchrun" or word.startswith("torch.distributed.") for word in words
+        ):
             return words
     return None
 

@@ -283,7 +283,7 @@ class _Beats:
         cli.leave(1)
 
     def _end_for_certain(self) -> None:
-        """End this process after a while, even if its report cannot be finished: a disk or a pipe may hang."""
+        """End this process after a while, even without its report: a disk or a pipe may hang."""
         self._ending.set()
         timer = threading.Timer(_END, os._exit, (1,))
         timer.daemon = True

@@ -1,13 +1,16 @@
-"""Hosts as network namespaces of one machine, each with a host name and a link to a common switch that can be cut.
-Needs root and iproute2."""
+"""Hosts as network namespaces of one machine, each with a host name and a link to a common switch, which can be
+cut. Needs root and iproute2."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
+from pathlib import Path
 from types import TracebackType
 
 
@@ -29,6 +32,18 @@ def why_not() -> str | None:
         return f"no network namespaces here: {error.stderr.strip()}"
 
 
+def move(space: str, name: str) -> None:
+    """Move this process, before it starts a thread, to a host."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{space}") as file:
+        if libc.setns(file.fileno(), _NEW_NETWORK) or libc.unshare(_NEW_NAMES):
+            raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
+    socket.sethostname(name)
+
+
+_NEW_NETWORK, _NEW_NAMES = 0x40000000, 0x04000000  # CLONE_NEWNET, CLONE_NEWUTS
+
+
 class Hosts:
     """`number` hosts: names host-0, host-1, ..., addresses 10.77.0.1, 10.77.0.2, ..."""
 
@@ -36,7 +51,8 @@ class Hosts:
         self._id = f"mu{os.getpid()}"
         self._number = number
         self._switch = f"{self._id}-switch"
-        self._names = tempfile.NamedTemporaryFile("w", prefix=f"{self._id}-hosts")
+        self._folder = tempfile.TemporaryDirectory(prefix=self._id)
+        self._names = Path(self._folder.name) / "hosts"
 
     def __enter__(self) -> Hosts:
         try:
@@ -53,9 +69,8 @@ class Hosts:
                 _ip("-n", space, "link", "set", "eth0", "up")
                 _ip("-n", self._switch, "link", "set", f"port{host}", "up")
                 self.mend(host)
-            self._names.write("127.0.0.1 localhost\n")
-            self._names.writelines(f"{self.address(host)} host-{host}\n" for host in range(self._number))
-            self._names.flush()
+            names = [f"{self.address(host)} host-{host}" for host in range(self._number)]
+            self._names.write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -66,16 +81,20 @@ class Hosts:
     ) -> None:
         for space in (*map(self._space, range(self._number)), self._switch):
             subprocess.run(["ip", "netns", "delete", space], capture_output=True)
-        self._names.close()
+        self._folder.cleanup()
 
     @staticmethod
     def address(host: int) -> str:
         """Its address on the network of all hosts."""
         return f"10.77.0.{host + 1}"
 
+    def enter(self, host: int) -> str:
+        """Python source by which a process, before it starts a thread, moves to a host."""
+        return f"from tests.faults import hosts; hosts.move({self._space(host)!r}, 'host-{host}')"
+
     def on(self, host: int) -> list[str]:
         """The beginning of a command on a host."""
-        enter = f'hostname host-{host} && mount --bind {self._names.name} /etc/hosts && exec "$@"'
+        enter = f'hostname host-{host} && mount --bind {self._names} /etc/hosts && exec "$@"'
         return ["ip", "netns", "exec", self._space(host), "unshare", "--uts", "sh", "-c", enter, "sh"]
 
     def cut(self, host: int) -> None:
