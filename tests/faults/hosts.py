@@ -1,5 +1,5 @@
-"""Hosts as network namespaces of one machine, each with a host name and a link to a common switch, which can be
-cut. Needs root and iproute2."""
+"""Hosts as network namespaces of one machine, each with a host name and a link to a common switch, which can
+be cut. Needs root and iproute2."""
 
 from __future__ import annotations
 

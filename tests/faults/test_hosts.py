@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tests import processes
 from tests.faults import hosts
+from tests.train_tool import ROOT, SETTINGS, Tool, write_inputs
 
 pytestmark = pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
 
@@ -200,11 +204,10 @@ def test_training_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
     """TP inside a host, CP and DP across; the host that is cut off for good is another's, and the store's."""
     limit = 75.0  # TCP sends again up to 51 s after a link was cut, if it was for 25 s
     inputs = write_inputs(tmp_path)
-    settings = ("train.iterations=2000", "train.save_every=4", "train.keep=0")
-    with Tool(inputs, tmp_path / "one", *settings, timeout=900) as tool:
+    with Tool(inputs, tmp_path / "one", "train.iterations=2000", "train.save_every=0", timeout=600) as tool:
         tool.wait_for("] iteration   40/2000")
         expected = {n: line["loss"] for n, line in tool.iterations().items()}
-    settings = (*settings, f"runtime.hang_minutes={limit / 60}")
+    settings = ("train.iterations=2000", "train.save_every=4", f"runtime.hang_minutes={limit / 60}")
     with hosts.Hosts(number) as network:
         with Training(network, number, inputs, *settings) as training:
             training.reach(6, 400)
@@ -222,9 +225,9 @@ def test_training_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
                 training.all_text,
             )
             assert 0.7 * limit < took < limit + LATE, training.all_text()
-            _, left = psutil.wait_procs(everything, timeout=60)
+            assert all(torchrun.wait(60) for torchrun in training.started), training.all_text()
+            _, left = psutil.wait_procs(everything, timeout=10)
             assert not left, training.all_text()
-            assert all(torchrun.wait() for torchrun in training.started)
             first = dict(training.losses())
             for host in range(number):
                 for line in re.findall(r".*error: .*", training.text(host)):
