@@ -32,7 +32,8 @@ def main_thread_place() -> tuple[str, bool]:
     if frame is None:
         return "", False
     # Sources are not read here: their disk may be what hangs.
-    waits = "torch/distributed/" in frame.f_code.co_filename or "wait" in frame.f_code.co_names
+    path, names = frame.f_code.co_filename, frame.f_code.co_names
+    waits = "torch/distributed/" in path or ("/megatron" in path and "wait" in names)
     inner = _place(frame)
     own: FrameType | None = frame
     while own is not None and not _is_own(own.f_code.co_filename):
