@@ -28,6 +28,8 @@ from megatron_ultralong.runtime.hang_detection import STEPS, TIMEOUT, Beat, Hang
 
 _END = 30.0
 """Seconds after which a rank that has noticed a hang ends, even if its report is not finished."""
+_ANSWER = timedelta(minutes=1)
+"""For which an answer of the store is waited for, before it is connected to again."""
 _VERDICT = "hang"
 _DONE = "reported"
 _starts = 0
@@ -145,7 +147,7 @@ class _Beats:
                 return
 
     def _connect(self) -> None:
-        store = torch.distributed.TCPStore(*self._address, is_master=False, timeout=timedelta(minutes=1))
+        store = torch.distributed.TCPStore(*self._address, is_master=False, timeout=_ANSWER)
         self._store = torch.distributed.PrefixStore(self._prefix, store)
         self._store.compare_set(_VERDICT, "", "")
         self._store_gone = False
