@@ -175,7 +175,8 @@ class _Beats:
     def _beat(self, left: bool = False) -> Beat:
         place, waits = hang_report.main_thread_place()
         now, cpu = time.monotonic(), self._cpu_clock()
-        if not waits or cpu - self._cpu > 0.02 * self._period:
+        # Blocked in one wait, it uses none at all; a short collective takes more than this.
+        if not waits or cpu - self._cpu > 1e-4:
             self._busy = now
         self._cpu = cpu
         return Beat(

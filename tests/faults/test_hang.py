@@ -41,6 +41,8 @@ def rank(phase: str, folder: str) -> None:
             if phase:
                 heartbeat.phase(phase)
             if torch.distributed.get_rank() == 1:
+                if phase == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 read_from_a_disk_that_hangs()
         torch.distributed.all_reduce(torch.zeros(1))
         time.sleep(0.05)
@@ -62,6 +64,20 @@ def test_a_rank_that_lives_but_does_not_go_on(tmp_path: Path, phase: str, limit:
     assert "in read_from_a_disk_that_hangs" in (tmp_path / "rank_1.txt").read_text()
 
 
+def test_a_stopped_rank(tmp_path: Path) -> None:
+    source = f"from tests.faults import test_hang; test_hang.rank('stopped', {str(tmp_path)!r})"
+    told = processes.torchrun([sys.executable, "-c", source], 2, timeout=120)
+    assert told.returncode == 1
+    assert re.search(
+        r"error: no sign of life for [567] s of rank 1 \(host \S+, process \d+\): .*; last seen in "
+        r"(iteration \d+|stopped), ",
+        told.stderr,
+    ), told.stderr
+    assert f"stacks of rank 0 are in {tmp_path}/rank_N.txt" in told.stderr
+    assert not (tmp_path / "rank_1.txt").exists()
+
+
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_the_run_resumes(tmp_path: Path) -> None:
     inputs, save = write_inputs(tmp_path), tmp_path / "run"
     with Tool(inputs, save, *SETTINGS, "train.iterations=400", ranks=2, timeout=200) as tool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import io
 import os
+import socket
+import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from megatron_ultralong.config import Runtime
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.runtime import hang_report
+from megatron_ultralong.runtime import cli, hang_report
 from megatron_ultralong.runtime.hang_detection import Beat, Hang, Monitor, behind, period_of
 from megatron_ultralong.runtime.heartbeat import Heartbeat
 
@@ -71,7 +74,7 @@ def test_what_recovers_is_no_hang() -> None:
     ranks = Ranks()
     ranks.run(10)
     for _ in range(5):
-        assert ranks.run(LIMIT - 30, stopped=(2, 3)) is None  # a cut link, in turns
+        assert ranks.run(LIMIT - 30, stopped=(2, 3)) is None
         assert ranks.run(10) is None
 
 
@@ -193,7 +196,6 @@ def test_stacks_go_elsewhere_where_the_disk_hangs(tmp_path: Path, monkeypatch: p
 
 
 def test_iterations_are_measured_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count().__next__
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     heartbeat = Heartbeat()
@@ -207,7 +209,7 @@ def test_iterations_are_measured_without_the_first(monkeypatch: pytest.MonkeyPat
             assert (heartbeat.phase_name, heartbeat.limit) == (then, None)
             now[0] += 1000
     assert limits == [None, None, None, 150.0, 150.0]
-    assert heartbeat.moves == 6 and clock() == 0
+    assert heartbeat.moves == 6
 
 
 def test_the_period_follows_the_limit_and_the_ranks() -> None:
@@ -220,3 +222,47 @@ def test_the_setting() -> None:
     for wrong in (-1.0, 0.05, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"runtime.hang_minutes=\S+ must be 0 \(off\), or at least 0.1"):
             Runtime(hang_minutes=wrong)
+
+
+def test_each_line_of_an_error_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def fail() -> None:
+        warnings.warn("an old file", stacklevel=1)
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+        print("\r 3%", end="", file=sys.stderr)
+        print("\r 4%", file=sys.stderr)
+        raise ValueError("wrong\nin two lines")
+
+    def mistake() -> None:
+        raise UserError("lower it")
+
+    def thread_error(told: threading.ExceptHookArgs) -> None:
+        sys.stderr.write("ZeroDivisionError\nin a thread\n")
+
+    monkeypatch.setattr(threading, "excepthook", thread_error)  # pytest's own collects them
+    monkeypatch.setattr(cli, "leave", leave)
+    monkeypatch.setattr(cli, "record", lambda text: None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"test {time.time()}")
+    monkeypatch.setenv("RANK", "3")
+    for world, name in (("4", f"[rank 3 on {socket.gethostname()}] "), ("1", "")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+        with pytest.raises(SystemExit, match="1"), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            cli.main(fail)
+        lines = stream.getvalue().split("\n")
+        assert lines[:3] == [
+            f"{name}{x}" for x in ("warning: an old file", "ZeroDivisionError", "in a thread")
+        ]
+        assert lines[3] == "\r 3%\r 4%" and lines[-1] == ""
+        assert lines[-3:-1] == [f"{name}ValueError: wrong", f"{name}in two lines"]
+        assert all(line.startswith(name) for line in lines[4:-1])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(mistake)
+    assert stream.getvalue() == "error: lower it\n"
