@@ -131,8 +131,8 @@ class Monitor:
         longest = max(map(self.silence, self._running()), default=0.0)
         if longest < self.limit - 3 * self.period or len(self._beats) < self.world:
             return None
-        # Those of one host fall silent within a beat; others may later, because they wait for these.
-        first = (r for r in self._running() if self.silence(r) >= longest - 2 * self.period)
+        # Those of one host fall silent within a few beats; others may later, because they wait for these.
+        first = (r for r in self._running() if self.silence(r) >= longest - 3 * self.period)
         ranks = tuple(sorted(first, key=self.silence, reverse=True))
         return Hang(kind="silent", ranks=ranks, silent=self._quiet(), seconds=longest)
 
