@@ -248,7 +248,8 @@ class _Beats:
         lost = "; ".join(f"rank {hang_report.ranges(ranks)} on host {host}" for host, ranks in away.items())
         where = hang_report.where(own)
         lines = [
-            f"error: {self._no_store(quiet)}: its host, or the link to it, is down; this host does not see {lost or 'other hosts'}",
+            f"error: {self._no_store(quiet)}: its host, or the link to it, is down; "
+            f"this host does not see {lost or 'other hosts'}",
             f"this host, {self._host}, ends its ranks, which were in {where}; stacks: {stacks}",
         ]
         self._say([*lines, *self._how_to_resume()])

@@ -67,70 +67,72 @@ def rank(hang_minutes: float, folder: Path) -> None:
         time.sleep(0.05)
 
 
-def test_ranks_on_two_hosts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "cut"),
+    [(2, 1), pytest.param(4, 0, marks=pytest.mark.slow)],
+    ids=["two hosts", "store's of four"],
+)
+def test_ranks_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
+    """One rank a host; the link that is cut is that of a rank, or of the store."""
     limit = 9.0
-    files = {name: tmp_path / name for name in ("store", "0.out", "0.err", "1.out", "1.err")}
+    outputs = [tmp_path / f"{rank}.out" for rank in range(number)]
+    errors = [tmp_path / f"{rank}.err" for rank in range(number)]
 
     def text() -> str:
-        return "\n".join(
-            f"{name}: {path.read_text()[-3000:]}" for name, path in files.items() if path.exists()
-        )
+        return "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in sorted(tmp_path.glob("*.*")))
 
-    def start(host: int, call: str, out: str, **environment: str) -> processes.Popen:
-        source = (
-            f"{network.enter(host)}\nfrom pathlib import Path; from tests.faults import test_hosts; {call}"
-        )
-        with (tmp_path / out).open("w") as file, (tmp_path / f"{out[0]}.err").open("a") as errors:
-            return processes.Popen(
-                [sys.executable, "-c", source], stdout=file, stderr=errors, env={**os.environ, **environment}
-            )
+    def start(host: int, call: str, output: Path, **environment: str) -> processes.Popen:
+        imports = "from pathlib import Path; from tests.faults import test_hosts"
+        command = [sys.executable, "-c", f"{network.enter(host)}\n{imports}\ntest_hosts.{call}"]
+        with output.open("w") as file, output.with_suffix(".err").open("w") as error:
+            return processes.Popen(command, stdout=file, stderr=error, env={**os.environ, **environment})
 
-    with hosts.Hosts(2) as network:
-        server = start(0, "test_hosts.store()", "store")
-        until(lambda: "ready" in files["store"].read_text(), 60, text)
+    def iterations() -> int:
+        return outputs[0].read_text().count("iteration")
+
+    with hosts.Hosts(number) as network:
+        server = start(0, "store()", store_said := tmp_path / "store.out")
+        until(lambda: "ready" in store_said.read_text(), 120, text)
         environment = {
             "MASTER_ADDR": network.address(0),
             "MASTER_PORT": str(PORT),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RUN_ID": str(tmp_path),
             "GLOO_SOCKET_IFNAME": "eth0",
             "LOCAL_WORLD_SIZE": "1",
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(number),
         }
-        call = f"test_hosts.rank({limit / 60}, Path({str(tmp_path / 'hang')!r}))"
-        ranks = [start(r, call, f"{r}.out", **environment, RANK=str(r)) for r in range(2)]
-
-        def iterations() -> int:
-            return files["0.out"].read_text().count("iteration")
-
-        until(lambda: iterations() > 20, 60, text)
-        network.cut(1)
+        call = f"rank({limit / 60}, Path({str(tmp_path / 'hang')!r}))"
+        ranks = [
+            # A run of its own for each, as if they did not share a temporary folder.
+            start(r, call, outputs[r], **environment, RANK=str(r), TORCHELASTIC_RUN_ID=f"{tmp_path} {r}")
+            for r in range(number)
+        ]
+        until(lambda: iterations() > 20, 120, text)
+        network.cut(cut)
         time.sleep(3)
-        assert [process.poll() for process in ranks] == [None, None], text()
-        network.mend(1)
+        assert all(process.poll() is None for process in ranks), text()
+        network.mend(cut)
         before = iterations()
         until(lambda: iterations() > before + 20, 30, text)
 
-        network.cut(1)
-        errors = [files["0.err"], files["1.err"]]
+        network.cut(cut)
         took = until(lambda: all("error:" in path.read_text() for path in errors), 60, text)
         assert 0.7 * limit < took < limit + LATE, text()
-        until(lambda: all(process.poll() == 1 for process in ranks), 20, text)
-        first, second = (path.read_text() for path in errors)
-        assert re.search(
-            rf"error: no sign of life for \d+ s of rank 1 \(host host-1, process {ranks[1].pid}\)", first
-        )
-        assert re.search(r"error: torchrun's store at 10.77.0.1:29500 has not answered for \d+ s", second)
-        assert "this host does not see rank 0 on host host-0" in second
-        for number, said in enumerate((first, second)):
-            assert "the last good checkpoint is /s/iter_0000100" in said
-            assert "to resume, run the same command again on every host: " in said
-            stacks = (tmp_path / "hang" / f"rank_{number}.txt").read_text()
-            assert stacks.startswith(
-                f"rank {number}, host host-{number}, process {ranks[number].pid}, iteration "
-            )
-            assert "in all_reduce" in stacks and "heartbeat.py" in stacks
+        until(lambda: all(process.poll() == 1 for process in ranks), 30, text)
         server.kill()
+    for rank, said in enumerate(path.read_text() for path in errors):
+        if rank == 0:
+            for lost in range(1, number):
+                who = rf"rank {lost} \(host host-{lost}, process {ranks[lost].pid}\)"
+                assert re.search(rf"error: no sign of life for \d+ s of {who}", said), said
+        else:
+            assert re.search(r"error: torchrun's store at 10.77.0.1:29500 has not answered for \d+ s", said)
+            assert "this host does not see rank 0 on host host-0" in said
+        assert "the last good checkpoint is /s/iter_0000100" in said
+        assert "to resume, run the same command again on every host: " in said
+        stacks = (tmp_path / "hang" / f"rank_{rank}.txt").read_text()
+        assert stacks.startswith(f"rank {rank}, host host-{rank}, process {ranks[rank].pid}, iteration ")
+        assert "in all_reduce" in stacks and "heartbeat.py" in stacks
 
 
 # ---- training under torchrun -------------------------------------------------------------------
