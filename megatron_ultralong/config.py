@@ -273,6 +273,10 @@ class Runtime:
     otherwise cuDNN from Hopper on, FlashAttention-2 for what cuDNN cannot compute and on older GPUs."""
     timeout_minutes: int = 60
     """Minutes that a collective waits for other ranks before it fails."""
+    hang_minutes: float = 5.0
+    """Minutes without a sign of life of a rank, or without progress where an iteration usually takes less
+    than a fifth of it, after which the run ends and names the rank; at most nine tenths of timeout_minutes. 0
+    = off."""
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to TensorBoard."""
     profile: str | None = None
@@ -280,6 +284,8 @@ class Runtime:
 
     def __post_init__(self) -> None:
         _positive("runtime.timeout_minutes", self.timeout_minutes)
+        if self.hang_minutes and not 0.1 <= self.hang_minutes < math.inf:
+            raise UserError(f"runtime.hang_minutes={self.hang_minutes} must be 0 (off), or at least 0.1")
         self.profiled()
 
     def profiled(self) -> tuple[int, int] | None:

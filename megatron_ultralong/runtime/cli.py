@@ -10,12 +10,14 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any, TextIO
 
 from megatron_ultralong.errors import UserError, first_line
 
@@ -25,32 +27,53 @@ def main(function: Callable[[], int | None]) -> None:
 
     Under torchrun the first rank of a node with a given error prints it, torchrun's own report repeats it,
     and every rank exits at once: the others raised the same error, or wait in a collective that would delay
-    the exit until its timeout. Each line of another error names its rank.
+    the exit until its timeout. Each other line on stderr names its rank and host.
     """
     quiet()
+    plain = sys.stderr
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stderr = RankLines(plain, f"[rank {os.environ['RANK']} on {socket.gethostname()}] ")  # type: ignore[assignment]
     try:
         code = function() or 0
     except UserError as error:
-        _record(f"error: {error}")
-        if _first_to_say(str(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
+        record(f"error: {error}")
+        if first_to_say(str(error)):
+            print(f"error: {error}", file=plain, flush=True)
+        leave(2)
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
-        _leave(130)
+        leave(130)
     except Exception:
         details = traceback.format_exc()
         problem = transformer_engine_problem() if "transformer_engine" in details else None
         if problem is not None:
-            _record(f"error: {problem}")
-            if _first_to_say(problem):
-                print(f"error: {problem}", file=sys.stderr, flush=True)
-            _leave(2)
-        _record(details)
-        rank = f"[rank {os.environ['RANK']}] " if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        sys.stderr.write("".join(rank + line for line in details.splitlines(keepends=True)))
-        _leave(1)
+            record(f"error: {problem}")
+            if first_to_say(problem):
+                print(f"error: {problem}", file=plain, flush=True)
+            leave(2)
+        record(details)
+        sys.stderr.write(details)
+        leave(1)
     sys.exit(code)
+
+
+class RankLines:
+    """A text stream whose lines begin with `name`, but for those that a progress bar writes over."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name, self._at_start = stream, name, True
+
+    def write(self, text: str) -> int:
+        lines = text.splitlines(keepends=True)
+        for i, line in enumerate(lines):
+            if self._at_start and not line.startswith("\r"):
+                lines[i] = self._name + line
+            self._at_start = line.endswith("\n")
+        self._stream.write("".join(lines))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def transformer_engine_problem() -> str | None:
@@ -79,7 +102,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """Exit without waiting for other ranks, and end the child processes, which would keep the output open."""
     for child in multiprocessing.active_children():
         child.terminate()
@@ -89,7 +112,7 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _record(text: str) -> None:
+def record(text: str) -> None:
     """Write the file from which torchrun reports why a rank failed (torch.distributed.elastic's format)."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
@@ -99,7 +122,7 @@ def _record(text: str) -> None:
         json.dump({"message": said}, file)
 
 
-def _first_to_say(line: str) -> bool:
+def first_to_say(line: str) -> bool:
     """Whether no other rank of the same torchrun on this node has printed `line`; the rank that creates a
     marker file prints it."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")

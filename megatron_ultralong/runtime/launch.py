@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli, memory, signals
+from megatron_ultralong.runtime.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Ranks:
     """Megatron's ProcessGroupCollection."""
     timeout: timedelta | None = None
     """Timeout of collectives, for groups created later."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """This rank's signs of life, by which the others notice that it hangs."""
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +73,9 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    global _heartbeat
+    _heartbeat = Heartbeat()
+    _heartbeat.start(runtime.hang_minutes, runtime.timeout_minutes)
     join(device, runtime.timeout_minutes)
 
     from megatron.core import parallel_state, tensor_parallel
@@ -101,6 +107,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         dp_rank=groups.dp.rank(),
         groups=groups,
         timeout=timedelta(minutes=runtime.timeout_minutes),
+        heartbeat=_heartbeat,
     )
 
 
@@ -117,6 +124,7 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _heartbeat.stop()
 
 
 def pick_device(choice: str) -> torch.device:
@@ -167,3 +175,4 @@ class _Meeting:
 
 
 _meeting = _Meeting()
+_heartbeat = Heartbeat()

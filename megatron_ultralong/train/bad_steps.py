@@ -89,6 +89,7 @@ def respond(
 
 def _rewound(target: Path, trainer: Trainer, bad: TrainingState) -> TrainingState:
     """Load a checkpoint into the running trainer; the data go on after those of `bad`."""
+    trainer.ranks.heartbeat.phase(f"loading {target.name}")
     target = run_directory.resolve_verified(target)
     sharded.load(target, trainer.chunks, trainer.optimizer)
     if trainer.ode is not None:

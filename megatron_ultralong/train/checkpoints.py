@@ -15,6 +15,7 @@ from megatron_ultralong.config import Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.runtime import agreement
+from megatron_ultralong.runtime.heartbeat import Heartbeat
 from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.step import Trainer
 
@@ -22,9 +23,10 @@ from megatron_ultralong.train.step import Trainer
 class Checkpoints:
     """The checkpoints of a run directory. Every rank calls every method."""
 
-    def __init__(self, folder: Path, assets: AssetFolders, train: Train) -> None:
-        """assets: small files to copy into each checkpoint."""
+    def __init__(self, folder: Path, assets: AssetFolders, train: Train, heartbeat: Heartbeat) -> None:
+        """assets: small files to copy into each checkpoint. heartbeat: told of each save."""
         self._folder, self._assets, self._train = folder, assets, train
+        self._heartbeat = heartbeat
         self._failed = 0
         """Saves in a row that have failed."""
         existing = agreement.on_main_rank(lambda: run_directory.complete_checkpoints(folder))
@@ -71,6 +73,7 @@ class Checkpoints:
         """
         if not self.finish(log, needed=needed):
             return False
+        self._heartbeat.phase(f"saving iteration {state.iteration}")
         self._began = time.perf_counter()
         log.flush()  # a run that resumes from here does not log its iterations again
         try:
@@ -108,6 +111,7 @@ class Checkpoints:
         if self._pending is None:
             return True
         pending, self._pending = self._pending, None
+        self._heartbeat.phase(f"saving iteration {_iteration(pending.final)}")
         waiting = time.perf_counter()
         try:
             self._newest = pending.finish()

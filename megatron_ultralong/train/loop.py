@@ -69,6 +69,7 @@ def train(
 
     while state.iteration < t.iterations:
         iteration = state.iteration + 1
+        ranks.heartbeat.iteration(iteration)
         log.begin(iteration)
         trainer.watch.begin()
         done = _iteration(trainer, state, batches)
@@ -174,6 +175,7 @@ def run_validation(
     trainer: Trainer, state: TrainingState, data: TrainingData, log: Log, evaluations: Sequence[Evaluation]
 ) -> None:
     """Log the held-out loss, if there is held-out data, and the scalars of `evaluations`."""
+    trainer.ranks.heartbeat.phase(f"evaluation after iteration {state.iteration}")
     if data.held_out is not None:
         began = time.perf_counter()
         loss = validation_loss(trainer, *data.held_out())

@@ -96,16 +96,19 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
         print_run(run, ranks, chosen)
         state = weights_source.with_run(source.state, run, rows)
         log = until_end.enter_context(Log(run, ranks, model, files.save, state.iteration, rows))
+        ranks.heartbeat.phase("loading the weights")
         trainer = _build(run, ranks, source)
         if lock_note is not None:
             log.note(lock_note)
         _print_start(log, trainer, source, state, rows, files)
         log.start(state, _rope(trainer), chosen)
+        checkpoints = Checkpoints(files.save, source.assets, run.train, ranks.heartbeat)
+        ranks.heartbeat.prepare_report(files.save / "hang", lambda: str(checkpoints))
         state = loop.train(
             trainer,
             state,
             _training_data(trainer, rows, held_out),
-            Checkpoints(files.save, source.assets, run.train),
+            checkpoints,
             log,
             prepared,
         )

@@ -268,7 +268,7 @@ def _train(
             Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer),
             state,
             loop.TrainingData(training=lambda consumed: [batches(consumed) for _ in chunks]),
-            Checkpoints(save, AssetFolders(), train),
+            Checkpoints(save, AssetFolders(), train, ranks.heartbeat),
             log,
         )
         return {

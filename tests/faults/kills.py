@@ -5,7 +5,7 @@ nothing happened to.
 
 Each run uses one of the layouts CP 2, TP 2, PP 2 and DP 2 and is disturbed up to twice: at start-up, in a
 step, while a checkpoint is written, or in an evaluation, by SIGKILL of one rank, of torchrun or of all of
-them, SIGTERM of torchrun, or SIGSTOP of one rank for a few seconds. Needs no GPU.
+them, SIGTERM of torchrun, or SIGSTOP of one rank for a few seconds or for good. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAYOUTS = {
     "dp2": (),
 }
 ITERATIONS, SAVE_EVERY, EVAL_EVERY = 24, 3, 5
-FAULTS = ("kill a rank", "kill torchrun", "kill all", "terminate", "halt a rank")
+FAULTS = ("kill a rank", "kill torchrun", "kill all", "terminate", "halt a rank", "stop a rank")
 MOMENTS = ("start-up", "step", "save", "evaluation")
 HALT = 3.0
 """Seconds for which a rank is halted."""
@@ -100,6 +100,8 @@ def _tool(inputs: Path, save: Path, layout: str) -> Tool:
         f"train.save_every={SAVE_EVERY}",
         f"train.eval_every={EVAL_EVERY}",
         "train.deterministic=false",
+        "runtime.hang_minutes=0.5",
+        "runtime.timeout_minutes=2",  # a rank that is stopped before its first beat ends the run after this
     )
     return Tool(inputs, save, *settings, more=("--valid", str(inputs / "valid")), ranks=2, timeout=600)
 
@@ -142,6 +144,8 @@ def _apply(fault: str, tool: Tool, choose: random.Random) -> None:
     else:
         rank = choose.choice(ranks)
         rank.suspend()
+        if fault == "stop a rank":
+            return
         threading.Timer(HALT, rank.resume).start()
 
 
