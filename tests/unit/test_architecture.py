@@ -24,7 +24,7 @@ PACKAGE = ROOT / "megatron_ultralong"
 
 LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
-    {"rope"},
+    {"rope", "families"},
     {"config"},
     {"command_settings", "peer_recipes"},
     {"recipes", "runtime", "context_parallel", "official_files", "io"},
@@ -41,6 +41,7 @@ FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbac
 NO_MEGATRON = [
     "errors.py",
     "rope",
+    "families.py",
     "config.py",
     "command_settings.py",
     "peer_recipes.py",
