@@ -61,7 +61,7 @@ def _layouts(rank: int, world: int) -> None:
                     continue  # covered by tp 2: the tied weight's own paths are pipeline and vocabulary splits
                 parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp)
                 ranks = launch.start(Runtime(device="cpu"), parallel)
-                if pp == 1 and model is UNTIED:
+                if pp == 1 and model in (UNTIED, FAMILY_MODELS["qwen3 with biases"]):
                     _check_planned_checkpoints(model, ranks, parallel, rows)
                 for memory in _memories(model, parallel) if number < 2 else [MEMORY[next(turn)]]:
                     _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)

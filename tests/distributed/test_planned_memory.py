@@ -132,6 +132,8 @@ def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None
     )
 
 
+QK_NORM = replace(LAYERS, family="qwen3", qk_norm=True, qkv_bias=True, attention_output_bias=True)
+BIASES = replace(LAYERS, qkv_bias=True, attention_output_bias=True, mlp_bias=True)
 CASES: dict[str, tuple[Memory, Model, Parallel]] = {
     "loss": (KEPT, LLAMA_3_1_8B, Parallel()),
     "default": (KEPT, LAYERS, Parallel()),
@@ -145,6 +147,9 @@ CASES: dict[str, tuple[Memory, Model, Parallel]] = {
     "all-to-all": (KEPT, LAYERS, Parallel(cp=4, ulysses=4)),
     "all-to-all, KV heads twice": (KEPT, LAYERS, Parallel(cp=16, ulysses=16)),
     "all-to-all and ring": (KEPT, LAYERS, Parallel(cp=8, ulysses=4)),
+    "norms of queries and keys": (KEPT, QK_NORM, Parallel()),
+    "norms, query chunks": (CHUNKED, QK_NORM, Parallel()),
+    "biases": (KEPT, BIASES, Parallel()),
     "all-to-all and gather": (KEPT, LAYERS, Parallel(cp=8, ulysses=4, cp_comm_type="all_gather")),
 }
 
