@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.families import FAMILIES, OPTIONS
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.planning import memory
+from megatron_ultralong.planning import flops, memory
 from megatron_ultralong.rope.methods import YaRN
+from megatron_ultralong.shapes import SHAPES
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -255,3 +257,38 @@ def test_biases_of_each_rank_as_literal_lists() -> None:
         assert weight_mapping.is_replicated(name, model) == (ranks[0] == ranks[1])
     with pytest.raises(KeyError, match="not a parameter"):
         weight_mapping.pieces("decoder.layers.0.self_attention.q_layernorm.weight", model, 0, 1)
+
+
+# Parameters, as the models' pages on the hub state them, a tied embedding once.
+TOTALS = {
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B-Instruct": 405_853_388_800,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_published_totals(name: str, tmp_path: Path) -> None:
+    """Of the weight table, of the plan, and of transformers' model of the exported config."""
+    model = SHAPES[name]
+    assert sum(prod(shape) for shape in weight_mapping.hf_shapes(model).values()) == TOTALS[name]
+    assert memory.stage_parameters(model, 1, 1, 0) == TOTALS[name]
+    config = hf_config.export_config(model, YaRN(factor=8.0, original_length=8192), 65536, torch.bfloat16)
+    assert read(tmp_path, **config).model == model
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == TOTALS[name]
+    # Products of a token: every parameter that is neither a norm, a bias nor looked up.
+    matrices = sum(
+        p.numel() for n, p in theirs.named_parameters() if p.dim() == 2 and "embed_tokens" not in n
+    )
+    if model.tied_embeddings:
+        matrices += model.hidden_size * model.vocab_size
+    attention = 6 * model.layers * model.heads * model.head_dim
+    assert flops.flops_per_token(model, 1000) == 6 * matrices + 1000 * attention

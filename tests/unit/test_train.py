@@ -20,9 +20,9 @@ from megatron_ultralong.config import Model, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import flops
-from megatron_ultralong.recipes import LLAMA_3_1_8B
 from megatron_ultralong.rope.methods import YaRN
 from megatron_ultralong.runtime import agreement
+from megatron_ultralong.shapes import LLAMA_3_1_8B
 from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.optimizer import learning_rate
 from tests.checkpoints import write_without_tensors
