@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.families import OPTIONS, FamilyName, check_options
 from megatron_ultralong.rope.base import Rope, ScaledRope
 from megatron_ultralong.rope.methods import from_values
 
@@ -30,7 +31,7 @@ LOSS_BLOCK = 2**25
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Shape of a Llama model."""
+    """Shape of a model: a decoder with RMSNorm, grouped-query attention with RoPE, and a SwiGLU MLP."""
 
     hidden_size: int
     ffn_size: int
@@ -46,6 +47,17 @@ class Model:
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     init_std: float = 0.02
+    family: FamilyName = "llama"
+    """The `model_type` of its config.json (families.py); it says which of the following options it can
+    have."""
+    qkv_bias: bool = False
+    """Biases of the projections of queries, keys and values."""
+    attention_output_bias: bool = False
+    """Bias of the output projection of attention."""
+    mlp_bias: bool = False
+    """Biases of the MLP's projections."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, before RoPE."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size"):
@@ -57,6 +69,7 @@ class Model:
         if not 0 < self.norm_eps < math.inf:
             raise UserError(f"model.norm_eps={self.norm_eps} must be a positive number")
         _not_negative("model.init_std", self.init_std)
+        check_options(self.family, {name: getattr(self, name) for name in OPTIONS})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,33 +12,11 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_ultralong import peer_recipes
+from megatron_ultralong import family_recipes, peer_recipes
 from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import Unscaled, YaRN
-
-LLAMA_3_1_8B = Model(
-    hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab_size=128256
-)
-SMOLLM2_135M = Model(
-    hidden_size=576,
-    ffn_size=1536,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    tied_embeddings=True,
-)
-
-# Base models of the recipes by their Hugging Face names, to plan a run before its weights are downloaded.
-SHAPES = {
-    peer_recipes.LLAMA_3_8B: LLAMA_3_1_8B,  # Llama-3 has the same shape
-    "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
-}
-
 
 # ---- laptop ------------------------------------------------------------------------------------
 
@@ -320,6 +298,7 @@ RECIPES: tuple[Callable[[], Run], ...] = (
     ultralong_1m_constant,
     ultralong_2m_constant,
     ultralong_4m_constant,
+    *family_recipes.RECIPES,
     *peer_recipes.RECIPES,
 )
 

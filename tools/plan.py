@@ -29,7 +29,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--model",
         metavar="NAME or DIR",
-        help="llama-3.1-8b, smollm2-135m, their Hugging Face names, or a Hugging Face directory with config.json; "
+        help="llama-3.1-8b, qwen3-8b and others of megatron_ultralong/shapes.py, their Hugging Face names, or a "
+        "Hugging Face directory with config.json; "
         "with --recipe: used instead of the model the recipe starts from",
     )
     add(

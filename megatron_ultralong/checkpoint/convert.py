@@ -77,7 +77,7 @@ def import_hf(
     every rank calls it.
 
     dtype: None = as stored (float16 or mixed weights become float32, which represents them exactly).
-    UserError before anything is written where the directory is not a complete Llama or `out` is in use.
+    UserError before anything is written where the directory is not a complete model or `out` is in use.
     """
     base = hf_config.read_config(folder)
     reader = HFReader(folder, base.model)
@@ -118,7 +118,7 @@ def export_hf(
     state = replace(state, rope=rope)
     dtype = dtype or stored
     model, assets = state.model, checkpoint / "hf"
-    base = _base_config(assets)
+    base = _base_config(assets, model.family)
     config = hf_config.export_config(model, state.rope, max_position(state, base), dtype, base)
     shapes = weight_mapping.hf_shapes(model)
     writer = agreement.on_every_rank(
@@ -186,7 +186,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     for name, parameter in tqdm(
         parameters.items(), desc="comparing", unit="tensor", disable=not ranks.is_main
     ):
-        if parameter.dim() == 1 and ranks.tp_rank:
+        if ranks.tp_rank and weight_mapping.is_replicated(name, hf.model):
             continue  # all tensor parallel ranks hold the same values: counted once
         theirs = reader.shard(name, ranks.tp_rank, ranks.tp, narrow)
         ours = parameter.to(narrow)
@@ -297,13 +297,13 @@ def _make_run_directory(out: Path) -> None:
     atomic_files.check_writable(out, f"--out {out}")
 
 
-def _base_config(assets: Path) -> dict[str, Any]:
+def _base_config(assets: Path, family: str) -> dict[str, Any]:
     """The base model's config.json as the checkpoint carries it; only the special tokens where it is missing
-    or not a Llama's."""
+    or of another family than `family`."""
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     if (assets / "config.json").is_file():
         raw = atomic_files.read_json(assets / "config.json")
-        return raw if raw.get("model_type") == "llama" else {key: raw[key] for key in special if key in raw}
+        return raw if raw.get("model_type") == family else {key: raw[key] for key in special if key in raw}
     if not (assets / "tokenizer_config.json").is_file():
         return {}
     from transformers import AutoTokenizer

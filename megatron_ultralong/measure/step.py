@@ -33,8 +33,8 @@ from megatron_ultralong.measure.number_format import (
 from megatron_ultralong.measure.report import RecordRow, ReportColumn, SpeedReport, about
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.planning.flops import FORMULA, flops_per_token, peak_flops
-from megatron_ultralong.recipes import LLAMA_3_1_8B
 from megatron_ultralong.rope.methods import Unscaled
+from megatron_ultralong.shapes import LLAMA_3_1_8B
 
 SETTINGS = {
     "none": Memory(recompute="none", offload="off"),

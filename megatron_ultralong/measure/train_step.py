@@ -38,9 +38,9 @@ from megatron_ultralong.measure.number_format import (
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport, about
 from megatron_ultralong.measure.step import model_text
 from megatron_ultralong.model import elementwise, spec, weight_mapping
-from megatron_ultralong.recipes import SMOLLM2_135M
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import Unscaled
+from megatron_ultralong.shapes import SMOLLM2_135M
 from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train.step import Trainer, forward_backward
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.model.rotary_embedding import FrequencyGradient, cos_sin, split_and_rotate
+from megatron_ultralong.model.rotary_embedding import FrequencyGradient, HeadNorm, cos_sin, split_and_rotate
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import CLEX, with_network
 
@@ -125,6 +125,16 @@ class CoreAttention(torch.nn.Module):
         self.rotary = rotary
         self.groups = groups
         self.scale = softmax_scale
+        self.norms: tuple[torch.nn.Module, ...] = ()
+        """The norms of queries and of keys, which belong to the layer, where the model has them."""
+
+    @property
+    def head_norm(self) -> HeadNorm | None:
+        """The norm of queries and keys before RoPE, if any."""
+        if not self.norms:
+            return None
+        q, k = self.norms
+        return HeadNorm(q.weight, k.weight, q.eps)
 
     def split_and_rotate(
         self,
@@ -136,7 +146,7 @@ class CoreAttention(torch.nn.Module):
         document_starts: DocumentStarts = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`,
-        and rotate q and k.
+        and normalise (`head_norm`) and rotate q and k.
 
         It holds `rows` of each of the `tp_shards` shards of t tokens that make up this rank's s tokens.
         """
@@ -145,7 +155,7 @@ class CoreAttention(torch.nn.Module):
         cos, sin, positions = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)
         draw = self.rotary.draw
         gradient = None if draw is None else FrequencyGradient(draw.gradient, positions)
-        return split_and_rotate(qkv, kv_heads, cos, sin, gradient)
+        return split_and_rotate(qkv, kv_heads, cos, sin, gradient, self.head_norm)
 
     def spec(
         self, document_starts: DocumentStarts, query_rows: Sequence[slice] | None = None

@@ -7,6 +7,7 @@ that only inputs and results cross the memory bus.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +20,9 @@ CPU_BLOCK = 2**19
 
 
 def row_blocks(x: Tensor, most: int | None = None) -> Iterator[slice]:
-    """Iterate over the rows of x [n, m] in blocks of at most `most` elements (None = all), on a CPU of at
+    """Iterate over the rows of x [n, ...] in blocks of at most `most` elements (None = all), on a CPU of at
     most `CPU_BLOCK`; at least one row at a time."""
-    n, m = x.shape
+    n, m = len(x), math.prod(x.shape[1:])
     limits = [limit for limit in (most, CPU_BLOCK if x.device.type == "cpu" else None) if limit is not None]
     size = max(1, min(limits) // max(1, m)) if limits else max(1, n)
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
@@ -128,3 +129,39 @@ class _RMSNorm(torch.autograd.Function):
             torch.mul(dy, weight, out=dx).mul_(r_rows[:, None])
             dx.addcmul_(x_nH[rows], shift[:, None])
         return dx_nH.view(x.shape), dweight, None
+
+
+# ---- RMSNorm of queries and keys ---------------------------------------------------------------
+
+NORM_BLOCK = 2**24
+"""Elements that the norm of queries and keys computes in float32 at a time: 64 MiB for each temporary."""
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute (x / rms(x) * weight, 1 / rms(x)) over the last dimension, for a backward by
+    `normalise_backward`.
+
+    x: [s, ..., d] of any strides; the results are contiguous, [s, ..., d] in x's dtype and [s, ..., 1] in
+    float32 (float64 for float64).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in row_blocks(x, NORM_BLOCK):
+        torch.mul(x[rows], r[rows], out=out[rows]).mul_(weight)
+    return out, r
+
+
+def normalise_backward(dx: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+    """Overwrite dx, the gradient of `normalise`'s result, with that of x, and return that of the weight."""
+    dweight = torch.zeros(weight.shape, dtype=r.dtype, device=weight.device)
+    w = weight.to(r.dtype)
+    for rows in row_blocks(x, NORM_BLOCK):
+        unit = x[rows] * r[rows]
+        dy = dx[rows].to(r.dtype)
+        dweight += (dy * unit).flatten(0, -2).sum(0)
+        dy = dy * w
+        shift = (dy * unit).mean(-1, keepdim=True)
+        dx[rows] = dy.sub_(unit.mul_(shift)).mul_(r[rows])
+    return dweight.to(weight.dtype)

@@ -16,7 +16,7 @@ def initialise(
     parameters: dict[str, torch.nn.Parameter], model: Model, seed: int, tp_rank: int, tp: int
 ) -> None:
     """Fill Megatron `parameters` (by global name) in place: normal(0, init_std), with the output projections
-    of attention and MLP scaled by 1 / sqrt(2 layers) (GPT-2); norms 1."""
+    of attention and MLP scaled by 1 / sqrt(2 layers) (GPT-2); norms 1, biases 0."""
     shapes = weight_mapping.hf_shapes(model)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -28,7 +28,7 @@ def initialise(
 
 def _tensor(name: str, shape: tuple[int, ...], model: Model, seed: int) -> torch.Tensor:
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     # A 32-bit seed: of a longer one torch's CPU generator uses the lower half only.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -1,5 +1,5 @@
-"""Llama composed of Megatron-Core's stable parts: embedding, transformer block, output layer. Parameter names
-are those of GPTModel.
+"""The model composed of Megatron-Core's stable parts: embedding, transformer block, output layer. A Llama, or
+one of the families that differ from it by options (families.py). Parameter names are those of GPTModel.
 
 Shapes: b sequences, S complete sequence, s = S/CP tokens of this context-parallel rank, H hidden size, V
 vocabulary padded to a multiple of the tensor parallel size, v = V/TP.
@@ -67,7 +67,7 @@ class Stage:
 
 
 class Llama(LanguageModule):
-    """One pipeline stage (or model chunk) of a Llama model."""
+    """One pipeline stage (or model chunk) of a model."""
 
     def __init__(self, config: TransformerConfig, model: Model, groups: Any, stage: Stage) -> None:
         super().__init__(config=config, pg_collection=groups)
@@ -184,7 +184,7 @@ def transformer_config(
     deterministic: bool = False,
     sequence_parallel: bool = True,
 ) -> TransformerConfig:
-    """Return Megatron's TransformerConfig for a Llama model under a layout. sequence_parallel: applies with
+    """Return Megatron's TransformerConfig for a model under a layout. sequence_parallel: applies with
     tensor parallelism only."""
     bf16 = precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -197,7 +197,9 @@ def transformer_config(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        add_bias_linear=False,
+        add_bias_linear=False,  # model/spec.py gives each linear its bias
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         hidden_dropout=0.0,
@@ -269,7 +271,9 @@ def build(
             pre_process=ranks.pp_rank == 0 and number == 0,
             post_process=ranks.pp_rank == ranks.pp - 1 and number == parallel.vpp - 1,
             vp_stage=vp_stage,
-            block=spec.block_spec(rotary, context, layers, memory, store, use_te),
+            block=spec.block_spec(
+                model, layers, spec.core_attention(rotary, context), memory, store, transformer_engine=use_te
+            ),
             store=store,
             rotary=rotary,
             loss_chunk=memory.loss_chunk,

@@ -1,4 +1,5 @@
-"""Rotation of queries and keys: angles that are exact at millions of positions, and their application.
+"""Rotation of queries and keys, and their norm before it: angles that are exact at millions of positions, and
+their application.
 
 D head dimension, s positions of this rank. The frequencies come from the methods in the package `rope/`.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.context_parallel.host_values import copy_to_device
+from megatron_ultralong.model.elementwise import normalise, normalise_backward
 
 _CHUNK = 2**20  # angles computed at a time: 8 MiB per float64 temporary
 
@@ -48,6 +50,16 @@ class FrequencyGradient(NamedTuple):
     """Positions that are rotated, float64 [s]."""
 
 
+class HeadNorm(NamedTuple):
+    """RMSNorm of each head's queries and keys (Qwen3), over the head dimension."""
+
+    q_weight: Tensor
+    """[D]."""
+    k_weight: Tensor
+    """[D]."""
+    eps: float
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, gradient: FrequencyGradient | None = None) -> Tensor:
     """Rotate each pair (x[i], x[i + d/2]) by its angle (rotate-half order, as Hugging Face stores q and k).
 
@@ -65,9 +77,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, gradient: FrequencyGradient 
 
 
 def split_and_rotate(
-    qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, gradient: FrequencyGradient | None = None
+    qkv: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    gradient: FrequencyGradient | None = None,
+    norm: HeadNorm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a projection into queries, keys and values, and apply RoPE to the first two.
+    """Split a projection into queries, keys and values, and apply `norm`, if any, and RoPE to the first two.
 
     qkv: [s, b, g (r + 2) d], for each of the g = `kv_heads` KV heads its r queries, its key and its value, as
     Megatron orders them; cos, sin and gradient as in `apply_rope`. Returns q [b, g r, s, d], k and v
@@ -79,7 +96,10 @@ def split_and_rotate(
         raise ValueError(
             f"qkv {list(qkv.shape)} of {kv_heads} KV heads does not fit cos {list(cos.shape)} and sin {list(sin.shape)}"
         )
-    return _SplitAndRotate.apply(qkv, kv_heads, cos, sin, gradient)
+    weights = (None, None) if norm is None else (norm.q_weight, norm.k_weight)
+    return _SplitAndRotate.apply(
+        qkv, kv_heads, cos, sin, gradient, 0.0 if norm is None else norm.eps, *weights
+    )
 
 
 class _Rotation(torch.autograd.Function):
@@ -105,27 +125,46 @@ class _Rotation(torch.autograd.Function):
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, gradient: FrequencyGradient | None
+        ctx: Any,
+        qkv: Tensor,
+        kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        gradient: FrequencyGradient | None,
+        eps: float,
+        *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype, ctx.gradient = qkv.shape, qkv.dtype, gradient
         heads = qkv.unflatten(2, (kv_heads, -1, 2 * cos.shape[-1]))  # [s, b, g, r + 2, d]
-        rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in _queries_and_keys(heads)]
-        for x, out in zip(_queries_and_keys(heads), rotated, strict=True):
+        rotated, inverse_rms = [], []
+        for x, weight in zip(_queries_and_keys(heads), weights, strict=True):
+            if weight is not None:
+                x, r = normalise(x, weight, eps)
+                inverse_rms.append(r)
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             _rotate(x, *_by_token(cos, sin), 1, out)
+            rotated.append(out)
         ctx.heads = heads.shape[2:]
         q, k, v = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (*rotated, heads[:, :, :, -1:]))
-        # Attention keeps q and k too, so that saving them takes no memory.
-        ctx.save_for_backward(cos, sin, *(() if gradient is None else (q, k)))
+        # Attention keeps q and k too, and qkv as v, so that saving them takes no memory.
+        ctx.normed, ctx.saves_rotated = bool(inverse_rms), gradient is not None
+        ctx.save_for_backward(
+            cos,
+            sin,
+            *((q, k) if ctx.saves_rotated else ()),
+            *((qkv, *weights, *inverse_rms) if ctx.normed else ()),
+        )
         return q, k, v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        cos, sin, *rotated = ctx.saved_tensors
-        for out, grad in zip(rotated, grads, strict=False):
-            if grad is not None:
-                _add_frequency_gradient(ctx.gradient, out, grad)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin, *saved = ctx.saved_tensors
+        if ctx.saves_rotated:
+            for out, grad in zip(saved[:2], grads, strict=False):
+                if grad is not None:
+                    _add_frequency_gradient(ctx.gradient, out, grad)
         dqkv = torch.empty(ctx.shape, dtype=ctx.dtype, device=cos.device)
         heads = dqkv.unflatten(2, ctx.heads)
         parts = (*_queries_and_keys(heads), heads[:, :, :, -1:])
@@ -138,7 +177,14 @@ class _SplitAndRotate(torch.autograd.Function):
                 _rotate(grad, *_by_token(cos, sin), -1, part)
             else:
                 part.copy_(grad)
-        return dqkv, None, None, None, None
+        dweights: list[Tensor | None] = [None, None]
+        if ctx.normed:
+            qkv, *norms = saved[-5:]  # and both weights, both inverse_rms
+            inputs = _queries_and_keys(qkv.unflatten(2, ctx.heads))
+            for i, (x, part) in enumerate(zip(inputs, parts, strict=False)):
+                if grads[i] is not None:
+                    dweights[i] = normalise_backward(part, x, norms[i], norms[2 + i])
+        return dqkv, None, None, None, None, None, *dweights
 
 
 def _queries_and_keys(heads: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.config import Memory
+from megatron_ultralong.config import Memory, Model
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model.attention import CoreAttention, RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
@@ -39,14 +39,18 @@ def layers_of(device: torch.device) -> str:
 
 
 def block_spec(
-    rotary: RotaryTable,
-    groups: ContextGroups,
+    model: Model,
     layers: int,
+    core_attention: Any,
     memory: Memory,
     store: HostStore,
+    *,
     transformer_engine: bool,
 ) -> Any:
-    """Return Megatron's TransformerBlockSubmodules for `layers` layers of one pipeline stage."""
+    """Return Megatron's TransformerBlockSubmodules for `layers` layers of `model` in one pipeline stage.
+
+    core_attention: that of the function of this name.
+    """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -71,6 +75,7 @@ def block_spec(
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         }
+    head_norm = RMSNorm if model.qk_norm else IdentityOp  # applied with RoPE, by the code in attention.py
     layer = ModuleSpec(
         module=Layer,
         params={"memory": memory, "store": store, "layer_forward": _layer_forward(memory)},
@@ -81,15 +86,20 @@ def block_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,
-                    core_attention=_core_attention(rotary, groups),
-                    linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    core_attention=core_attention,
+                    linear_proj=_with_bias(row, model.attention_output_bias),
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=_with_bias(column, model.mlp_bias), linear_fc2=_with_bias(row, model.mlp_bias)
+                ),
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renamed,
         ),
@@ -108,8 +118,26 @@ def _layer_forward(memory: Memory) -> Any:
     return forward_all_but_attention if memory.recompute == "all_but_attention" else forward_in_one_graph
 
 
-def _core_attention(rotary: RotaryTable, groups: ContextGroups) -> Any:
+def core_attention(rotary: RotaryTable, groups: ContextGroups) -> Any:
+    """Return what builds a layer's core attention."""
+
     def build(*args: Any, pg_collection: Any = None, **kwargs: Any) -> CoreAttention:
         return CoreAttention(*args, rotary=rotary, groups=groups, **kwargs)
 
     return build
+
+
+def _with_bias(linear: Any, bias: bool) -> Any:
+    """Return the class `linear` with a bias that it adds itself, if `bias` says so.
+
+    Megatron has one setting for the biases of all linears, and most linears leave it to their caller to add
+    them.
+    """
+    if not bias:
+        return linear
+
+    class WithBias(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"bias": True, "skip_bias_add": False}))
+
+    return WithBias

@@ -1,8 +1,8 @@
 """The table of weights: each Megatron parameter, the Hugging Face tensors it is made of, and how tensor
 parallelism splits it.
 
-Names, shapes, shards and their split and merge all follow from the rows of `LLAMA`; a new model family is a
-new table. Pure: no Megatron, no files.
+Names, shapes, shards and their split and merge all follow from the rows of `WEIGHTS`; a model has the rows
+whose option it has. Pure: no Megatron, no files.
 
 Both sides store heads in rotate-half order, so rows of q and k are moved but never permuted.
 """
@@ -29,6 +29,8 @@ Split = Literal["replicated", "vocabulary", "by_kv_head", "gate_up", "columns"]
     by_kv_head   rows: for each KV head of the rank its query heads, its key, its value
     gate_up      rows: the rank's rows of the gate, then its rows of up
     columns      columns
+
+The rows of a bias are its elements.
 """
 
 
@@ -44,6 +46,8 @@ class Weight:
     """Megatron's name with TransformerEngine, whose fused norm + linear modules own the norm's weight."""
     hf_if_tied: str = ""
     """The tensor used instead in a model with tied embeddings."""
+    option: str = ""
+    """Field of `Model` that is true for models with this parameter; empty = all models."""
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -53,7 +57,7 @@ HF_OUTPUT = "lm_head.weight"
 
 _M, _HF = "decoder.layers.{}.", "model.layers.{}."
 
-LLAMA = (
+WEIGHTS = (
     Weight(EMBEDDING, {HF_EMBEDDING: "V H"}, "vocabulary"),
     Weight(
         _M + "input_layernorm.weight",
@@ -70,7 +74,35 @@ LLAMA = (
         },
         "by_kv_head",
     ),
+    Weight(
+        _M + "self_attention.linear_qkv.bias",
+        {
+            _HF + "self_attn.q_proj.bias": "Q",
+            _HF + "self_attn.k_proj.bias": "K",
+            _HF + "self_attn.v_proj.bias": "K",
+        },
+        "by_kv_head",
+        option="qkv_bias",
+    ),
+    Weight(
+        _M + "self_attention.q_layernorm.weight",
+        {_HF + "self_attn.q_norm.weight": "D"},
+        "replicated",
+        option="qk_norm",
+    ),
+    Weight(
+        _M + "self_attention.k_layernorm.weight",
+        {_HF + "self_attn.k_norm.weight": "D"},
+        "replicated",
+        option="qk_norm",
+    ),
     Weight(_M + "self_attention.linear_proj.weight", {_HF + "self_attn.o_proj.weight": "H Q"}, "columns"),
+    Weight(
+        _M + "self_attention.linear_proj.bias",
+        {_HF + "self_attn.o_proj.bias": "H"},
+        "replicated",
+        option="attention_output_bias",
+    ),
     Weight(
         _M + "pre_mlp_layernorm.weight",
         {_HF + "post_attention_layernorm.weight": "H"},
@@ -82,7 +114,14 @@ LLAMA = (
         {_HF + "mlp.gate_proj.weight": "F H", _HF + "mlp.up_proj.weight": "F H"},
         "gate_up",
     ),
+    Weight(
+        _M + "mlp.linear_fc1.bias",
+        {_HF + "mlp.gate_proj.bias": "F", _HF + "mlp.up_proj.bias": "F"},
+        "gate_up",
+        option="mlp_bias",
+    ),
     Weight(_M + "mlp.linear_fc2.weight", {_HF + "mlp.down_proj.weight": "H F"}, "columns"),
+    Weight(_M + "mlp.linear_fc2.bias", {_HF + "mlp.down_proj.bias": "H"}, "replicated", option="mlp_bias"),
     Weight("decoder.final_layernorm.weight", {"model.norm.weight": "H"}, "replicated"),
     Weight(OUTPUT, {HF_OUTPUT: "V H"}, "vocabulary", hf_if_tied=HF_EMBEDDING),
 )
@@ -96,7 +135,12 @@ def _sizes(model: Model) -> dict[str, int]:
         "V": model.vocab_size,
         "Q": model.heads * model.head_dim,
         "K": model.kv_heads * model.head_dim,
+        "D": model.head_dim,
     }
+
+
+def _has(model: Model, weight: Weight) -> bool:
+    return not weight.option or bool(getattr(model, weight.option))
 
 
 # ---- names and shapes --------------------------------------------------------------------------
@@ -109,7 +153,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 def canonical(name: str) -> str:
     """Replace TransformerEngine's name of a norm in `name` by Megatron's own."""
-    for weight in LLAMA:
+    for weight in WEIGHTS:
         if weight.te and (layer := _match(weight.te, name)) is not None:
             return weight.megatron.format(layer)
     return name
@@ -140,12 +184,17 @@ def shard_shape(name: str, model: Model, tp: int) -> tuple[int, ...]:
     if split == "columns":
         return shapes[0][0], shapes[0][1] // tp
     rows = sum(shape[0] for shape in shapes)
-    return (padded_vocab_size(rows, tp) if split == "vocabulary" else rows) // tp, shapes[0][1]
+    return (padded_vocab_size(rows, tp) if split == "vocabulary" else rows) // tp, *shapes[0][1:]
+
+
+def is_replicated(name: str, model: Model) -> bool:
+    """Whether every tensor parallel rank holds all of Megatron parameter `name`."""
+    return _row(name, model)[0].split == "replicated"
 
 
 def _all_weights(model: Model) -> list[tuple[str, Weight]]:
     """(name, row) of every parameter, the per-layer rows repeated for each layer."""
-    weights = [weight for weight in LLAMA if not (model.tied_embeddings and weight.hf_if_tied)]
+    weights = [w for w in WEIGHTS if _has(model, w) and not (model.tied_embeddings and w.hf_if_tied)]
     per_layer = [weight for weight in weights if "{}" in weight.megatron]
     first = weights.index(per_layer[0])
     layers = [(w.megatron.format(layer), w) for layer in range(model.layers) for w in per_layer]
@@ -156,11 +205,13 @@ def _all_weights(model: Model) -> list[tuple[str, Weight]]:
 def _row(name: str, model: Model) -> tuple[Weight, str]:
     """(row of the table, layer number or "") of a Megatron parameter."""
     name = canonical(name)
-    for weight in LLAMA:
+    for weight in WEIGHTS:
         layer = _match(weight.megatron, name)
-        if layer is not None and int(layer or 0) < model.layers:
+        if layer is not None and int(layer or 0) < model.layers and _has(model, weight):
             return weight, layer
-    raise KeyError(f"{name} is not a parameter of a Llama model with {model.layers} layers")
+    raise KeyError(
+        f"{name} is not a parameter of a {model.family} model with {model.layers} layers and its options"
+    )
 
 
 def _match(pattern: str, name: str) -> str | None:
@@ -217,13 +268,10 @@ def pieces(name: str, model: Model, tp_rank: int, tp: int) -> list[Piece]:
             size = length // (tp * groups)
             start, stop = min(group * size, shape[dim]), min((group + 1) * size, shape[dim])
             if start < stop:  # otherwise the rank holds nothing but padding
-                full = slice(0, shape[1 - dim])
-                source, target = slice(start, stop), slice(place, place + stop - start)
-                blocks.append(
-                    Piece(hf, (source, full), (target, full))
-                    if dim == 0
-                    else Piece(hf, (full, source), (full, target))
-                )
+                source = [slice(0, length) for length in shape]
+                target = source.copy()
+                source[dim], target[dim] = slice(start, stop), slice(place, place + stop - start)
+                blocks.append(Piece(hf, tuple(source), tuple(target)))
             place += size
     return blocks
 

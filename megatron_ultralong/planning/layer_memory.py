@@ -102,8 +102,9 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     # Gate and up, the gradient of their product, and those of gate and up; norms and residuals. Gathered over
     # TP: a linear's input, and its gradient before it is scattered.
     mlp = x.chunk * (5 * x.mlp + 6 * x.hidden + (2 * model.hidden_size if p.tp > 1 else 0)) * x.e
-    # Gate and up and their product.
-    mlp_forward = x.chunk * (3 * x.mlp + 3 * x.hidden + (model.hidden_size if p.tp > 1 else 0)) * x.e
+    # Gate and up and their product, or gate and up without and with their biases.
+    widths = 4 if model.mlp_bias else 3
+    mlp_forward = x.chunk * (widths * x.mlp + 3 * x.hidden + (model.hidden_size if p.tp > 1 else 0)) * x.e
     if run.memory.query_chunks:
         kv = x.tokens * 2 * x.kv
         # Two buffers of keys and values for the ring, and a second one for the sums of their gradients.
@@ -251,6 +252,8 @@ def _autograd_phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str,
     # What autograd saved of attention: the projection, q and k rotated, the output and its logsumexp. Before
     # it the first norm's output.
     attention = (x.hidden + 3 * x.q + 3 * x.kv) * x.e + 4 * x.heads
+    if model.qk_norm:
+        attention += 4 * (x.q + x.kv) // model.head_dim  # 1 / rms of each head
     # After it the second norm's input and output, gate and up, the gradient of their product, which itself
     # has been freed, and those of gate and up.
     mlp = (2 * x.hidden + 5 * x.mlp) * x.e

@@ -100,8 +100,11 @@ def stage_memory(
 def stage_parameters(model: Model, tp: int, pp: int, stage: int) -> int:
     """Return the number of parameters on one rank of pipeline stage `stage` (0 is the first)."""
     h, f, v = model.hidden_size, model.ffn_size, padded_vocab_size(model.vocab_size, tp)
-    attention = h * model.head_dim * (model.heads + 2 * model.kv_heads) + model.heads * model.head_dim * h
-    count = model.layers // pp * ((attention + 3 * h * f) // tp + 2 * h)
+    q, qkv = model.heads * model.head_dim, (model.heads + 2 * model.kv_heads) * model.head_dim
+    # Split over TP: products and the biases of their split outputs; on every rank: norms, other biases.
+    split = h * qkv + q * h + 3 * h * f + (qkv if model.qkv_bias else 0) + (2 * f if model.mlp_bias else 0)
+    copied = h * (2 + model.attention_output_bias + model.mlp_bias) + 2 * model.head_dim * model.qk_norm
+    count = model.layers // pp * (split // tp + copied)
     first, last = stage == 0, stage == pp - 1
     # A tied embedding is on the first and on the last stage; once if they are the same stage.
     embeddings = first + last - (1 if first and last and model.tied_embeddings else 0)
@@ -144,6 +147,8 @@ def saved_per_layer(run: Run, model: Model) -> dict[str, int]:
         per_token["activations"] = (
             3 * h * e + (q + kv + q + 2 * kv + q) * e + model.heads * 4 + 3 * model.ffn_size * e
         )
+        if model.qk_norm:
+            per_token["activations"] += 4 * (model.heads + model.kv_heads)  # 1 / rms of each head
     return {name: size * tokens // tp for name, size in per_token.items()}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong import recipes
+from megatron_ultralong import recipes, shapes
 from megatron_ultralong.command_settings import of_stage, override, parse_count
 from megatron_ultralong.config import Model, Parallel, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
@@ -23,7 +23,7 @@ from megatron_ultralong.planning.whole_run import Duration
 TOKENS_PER_BATCH = 8 * 1024**2
 """Tokens per iteration if no batch size is given: as in the paper's runs."""
 
-SHORT_NAMES = {name.split("/")[1].lower().removesuffix("-instruct"): name for name in recipes.SHAPES}
+SHORT_NAMES = {name.split("/")[1].lower().removesuffix("-instruct"): name for name in shapes.SHAPES}
 """llama-3.1-8b and so on: Hugging Face name."""
 
 
@@ -250,17 +250,17 @@ def _shape(run: Run, name: str | None) -> Model:
         if name is not None:
             raise UserError(f"recipe {run.name} defines its own model; leave --model out")
         return run.model
-    if name is None and run.base not in recipes.SHAPES:
+    if name is None and run.base not in shapes.SHAPES:
         raise UserError(f"recipe {run.name} takes the shape of the model it loads; give it with --model")
     if name is None:
-        return recipes.SHAPES[run.base]
+        return shapes.SHAPES[run.base]
     if Path(name).is_dir():
         from megatron_ultralong.checkpoint.hf.config import read_config
 
         return read_config(name).model
     known = {
-        **{short: recipes.SHAPES[long] for short, long in SHORT_NAMES.items()},
-        **{long.lower(): model for long, model in recipes.SHAPES.items()},
+        **{short: shapes.SHAPES[long] for short, long in SHORT_NAMES.items()},
+        **{long.lower(): model for long, model in shapes.SHAPES.items()},
     }
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), sorted(known), n=1, cutoff=0.0)[0]

@@ -27,7 +27,7 @@ from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
 from tests import processes
 from tests.spawn import leave_groups, run_ranks
-from tests.tiny import LLAMA3, hf_model
+from tests.tiny import FAMILY_MODELS, LLAMA3, hf_model
 
 ROOT = Path(__file__).parents[2]
 BASE_ROPE = Llama3(theta=10000.0, factor=4.0, original_length=32)
@@ -43,6 +43,9 @@ TIED_3_KV = Model(
     vocab_size=97,
     tied_embeddings=True,
 )
+
+
+FAMILIES = {name: dataclasses.replace(model, heads=8, kv_heads=4) for name, model in FAMILY_MODELS.items()}
 
 
 def save_base(folder: Path, model: Model, dtype: torch.dtype, max_shard_size: str) -> dict[str, torch.Tensor]:
@@ -90,7 +93,13 @@ class Layouts:
 def test_four_ranks(tmp_path):
     expected = save_base(tmp_path / "base", UNTIED, torch.bfloat16, "20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
+    families = {
+        name: save_base(tmp_path / name / "base", model, torch.float32, "20KB")
+        for name, model in FAMILIES.items()
+    }
     run_ranks(_four_ranks, 4, tmp_path)
+    for name, tensors in families.items():
+        _check_family(tmp_path / name, FAMILIES[name], tensors)
 
     assert same(tensors_of(tmp_path / "pp4"), expected) and same(tensors_of(tmp_path / "tp4"), expected)
     assert same(tensors_of(tmp_path / "fp32"), {name: tensor.float() for name, tensor in expected.items()})
@@ -129,9 +138,34 @@ def test_four_ranks(tmp_path):
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def _check_family(folder: Path, model: Model, tensors: dict[str, torch.Tensor]) -> None:
+    """Exports of a family are of its class, bit for bit; trained ones state YaRN for transformers."""
+    from transformers import AutoModelForCausalLM
+
+    assert same(tensors_of(folder / "out"), tensors), folder.name
+    before, after = (json.loads((folder / x / "config.json").read_text()) for x in ("base", "out"))
+    different = {key for key in before if before[key] != after.get(key)}
+    assert different <= {"rope_parameters", "layer_types", "transformers_version", "sliding_window"}, (
+        different
+    )
+    trained = hf_config.read_config(folder / "trained_hf")
+    assert trained.rope == dataclasses.replace(BASE_ROPE, factor=32.0) and trained.max_position == 1024
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder / "trained_hf", output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(loaded).__name__ == after["architectures"][0] == before["architectures"][0]
+    reference = hf_model(model, {**LLAMA3, "factor": 32.0}, max_position=1024)
+    tokens = torch.arange(80)[None] % 97
+    assert type(loaded) is type(reference)
+    assert torch.equal(loaded(tokens).logits, reference(tokens).logits), folder.name
+
+
 def _four_ranks(rank: int, world: int, folder: Path) -> None:
     base = folder / "base"
     with Layouts(2, 2) as (ranks, parallel):
+        for name in FAMILIES:
+            convert.import_hf(folder / name / "base", folder / name / "ckpt", ranks, parallel)
         path = convert.import_hf(base, folder / "ckpt", ranks, parallel)
         assert path == folder / "ckpt" / "iter_0000000" and convert.stored_dtype(path) == torch.bfloat16
         convert.import_hf(base, folder / "ckpt32", ranks, parallel, torch.float32)
@@ -143,10 +177,19 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         convert.export_hf(folder / "ckpt", folder / "pp4", ranks, parallel)
         assert convert.verify(base, folder / "ckpt", ranks, parallel) == []
         convert.export_hf(path, folder / "fp32", ranks, parallel, torch.float32)
-        _train(folder, ranks, parallel)
+        _train(folder, UNTIED, ranks, parallel)
         convert.export_hf(folder / "trained", folder / "trained_hf", ranks, parallel)
         assert convert.verify(folder / "trained_hf", folder / "trained", ranks, parallel) == []
+        for name, model in FAMILIES.items():
+            convert.export_hf(folder / name / "ckpt", folder / name / "out", ranks, parallel)
+            _train(folder / name, model, ranks, parallel)
     with Layouts(4, 1) as (ranks, parallel):
+        for name in FAMILIES:
+            inside = folder / name
+            assert convert.verify(inside / "base", inside / "ckpt", ranks, parallel) == [], name
+            convert.export_hf(inside / "trained", inside / "trained_hf", ranks, parallel)
+            if name == "qwen3 with biases":
+                _change_biases(inside, ranks, parallel)
         convert.export_hf(
             folder / "ckpt32", folder / "tp4", ranks, parallel, torch.bfloat16, shard_bytes=20_000
         )
@@ -157,14 +200,31 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         _failures(folder, rank, ranks, parallel)
 
 
-def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
+def _change_biases(folder: Path, ranks: Any, parallel: Parallel) -> None:
+    """What differs on one rank only is told: a key's bias is split, the norm of keys is on all ranks."""
+    names = [f"model.layers.2.self_attn.{part}" for part in ("k_proj.bias", "k_norm.weight")]
+    if ranks.is_main:
+        tensors = tensors_of(folder / "out")
+        tensors[names[0]][35] += 1
+        tensors[names[1]][3] += 1
+        (folder / "changed").mkdir()
+        save_file(tensors, folder / "changed" / hf_reader.SINGLE)
+        (folder / "changed" / "config.json").write_bytes((folder / "out" / "config.json").read_bytes())
+    torch.distributed.barrier()
+    told = convert.verify(folder / "changed", folder / "ckpt", ranks, parallel)
+    assert sorted(line.split(":")[0] for line in told) == sorted(names)
+    assert all(": 1 differ, by up to 1" in line for line in told), told
+
+
+def _train(folder: Path, model: Model, ranks: Any, parallel: Parallel) -> None:
     """A checkpoint as training leaves it: another RoPE, state, the run."""
     from megatron_ultralong.model import llama
 
     run = Run(name="tiny", train=Train(seq_length=1024, iterations=7, lr=1e-4, global_batch=4))
     rope = dataclasses.replace(BASE_ROPE, type="yarn", factor=32.0)  # which config.json says as llama3
+    dtype = convert.stored_dtype(run_directory.resolve(folder / "ckpt"))
     state = TrainingState(
-        model=UNTIED,
+        model=model,
         rope=rope,
         iteration=7,
         consumed=28,
@@ -172,7 +232,8 @@ def _train(folder: Path, ranks: Any, parallel: Parallel) -> None:
         run=config.to_dict(run),
         base="base",
     )
-    chunks = llama.build(UNTIED, state.rope, ranks, parallel, Memory(offload="off"), "bf16")
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    chunks = llama.build(model, state.rope, ranks, parallel, Memory(offload="off"), precision)
     sharded.load(run_directory.resolve(folder / "ckpt"), chunks)
     assets = AssetFolders(base=folder / "ckpt" / "iter_0000000" / "hf")
     saving.save(folder / "trained", state, chunks, None, assets)

@@ -1,4 +1,4 @@
-"""Logits, loss and every gradient under each layout against transformers' Llama in one process."""
+"""Logits, loss and every gradient under each layout against transformers in one process, for every family."""
 
 from __future__ import annotations
 
@@ -19,22 +19,11 @@ from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_config import from_hf
 from megatron_ultralong.rope.methods import Llama3
 from tests.spawn import leave_groups, run_ranks
-from tests.tiny import LLAMA3, hf_model
+from tests.tiny import FAMILY_MODELS, LLAMA3, SMALL, hf_model
 
 ROPE = Llama3(theta=10000.0, factor=4.0, original_length=32)
 S = 64
-# Odd sizes on purpose: vocabulary 97 needs a padded row at TP 2, 3 query heads a KV head.
-UNTIED = Model(hidden_size=48, ffn_size=80, layers=4, heads=6, kv_heads=2, head_dim=10, vocab_size=97)
-TIED = Model(
-    hidden_size=48,
-    ffn_size=80,
-    layers=4,
-    heads=6,
-    kv_heads=2,
-    head_dim=10,
-    vocab_size=97,
-    tied_embeddings=True,
-)
+UNTIED, TIED = SMALL, replace(SMALL, tied_embeddings=True)
 # Chunks that leave an odd rest, and that cut the tokens of two tensor parallel ranks.
 MEMORY = (
     Memory(offload="layer_inputs", layer_chunk=10, loss_chunk=12),
@@ -57,21 +46,24 @@ def _layouts(rank: int, world: int) -> None:
     """On 8 ranks the layout that needs them all, on 4 the others."""
     from megatron_ultralong.runtime import launch
 
-    for model in (UNTIED, TIED):
+    # The other families differ inside of a layer only: one memory setting a layout, each in turn.
+    turn = itertools.cycle((0, 3, 4, 2, 5))
+    models = (UNTIED, TIED, *FAMILY_MODELS.values())
+    for number, model in enumerate(models):
         reference = hf_model(model, LLAMA3)
         rows = _rows(model, 4)
         logits, loss, grads = _reference(reference, rows)
         for tp, pp, cp in itertools.product((1, 2), repeat=3):
             if (tp * pp * cp == 8) != (world == 8):
                 continue
-            for vpp in (1, 2) if pp == 2 else (1,):
+            for vpp in (1, 2) if pp == 2 and number < 2 else (1,):
                 if model is TIED and (tp, cp) == (1, 1):
                     continue  # covered by tp 2: the tied weight's own paths are pipeline and vocabulary splits
                 parallel = Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp)
                 ranks = launch.start(Runtime(device="cpu"), parallel)
-                if pp == 1 and model is UNTIED:
+                if pp == 1 and model in (UNTIED, FAMILY_MODELS["qwen3 with biases"]):
                     _check_planned_checkpoints(model, ranks, parallel, rows)
-                for memory in _memories(model, parallel):
+                for memory in _memories(model, parallel) if number < 2 else [MEMORY[next(turn)]]:
                     _check_layout(model, reference, ranks, parallel, memory, rows, logits, loss, grads)
                 leave_groups()
 

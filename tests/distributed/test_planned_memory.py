@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_ultralong import recipes
+from megatron_ultralong import shapes
 from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.planning import layer_memory
 from megatron_ultralong.planning.memory import gpu_memory, total
@@ -25,7 +25,7 @@ from megatron_ultralong.rope.methods import Unscaled
 from tests.spawn import run_ranks
 
 K = 1024
-LLAMA_3_1_8B = replace(recipes.LLAMA_3_1_8B, layers=2)
+LLAMA_3_1_8B = replace(shapes.LLAMA_3_1_8B, layers=2)
 # The loss of a small vocabulary is no more than the layers, so that both are seen.
 LAYERS, MORE = replace(LLAMA_3_1_8B, vocab_size=4 * K), replace(LLAMA_3_1_8B, vocab_size=4 * K, layers=4)
 KEPT = Memory(recompute="all_but_attention", offload="off", layer_chunk=8 * K, loss_chunk=4 * K)
@@ -132,6 +132,8 @@ def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None
     )
 
 
+QK_NORM = replace(LAYERS, family="qwen3", qk_norm=True, qkv_bias=True, attention_output_bias=True)
+BIASES = replace(LAYERS, qkv_bias=True, attention_output_bias=True, mlp_bias=True)
 CASES: dict[str, tuple[Memory, Model, Parallel]] = {
     "loss": (KEPT, LLAMA_3_1_8B, Parallel()),
     "default": (KEPT, LAYERS, Parallel()),
@@ -145,6 +147,9 @@ CASES: dict[str, tuple[Memory, Model, Parallel]] = {
     "all-to-all": (KEPT, LAYERS, Parallel(cp=4, ulysses=4)),
     "all-to-all, KV heads twice": (KEPT, LAYERS, Parallel(cp=16, ulysses=16)),
     "all-to-all and ring": (KEPT, LAYERS, Parallel(cp=8, ulysses=4)),
+    "norms of queries and keys": (KEPT, QK_NORM, Parallel()),
+    "norms, query chunks": (CHUNKED, QK_NORM, Parallel()),
+    "biases": (KEPT, BIASES, Parallel()),
     "all-to-all and gather": (KEPT, LAYERS, Parallel(cp=8, ulysses=4, cp_comm_type="all_gather")),
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong import recipes
+from megatron_ultralong import shapes
 from megatron_ultralong.config import Data, Memory, Parallel, Run, Train
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.measure import step
@@ -29,7 +29,7 @@ from tests.distributed.test_planned_memory import FakeCommunicator
 K, GIB = 1024, 2**30
 CUDA = torch.device("cuda", 0)
 # The loss of a small vocabulary is no more than the layers, so that both are seen.
-MODEL = replace(recipes.LLAMA_3_1_8B, layers=4, vocab_size=4 * K)
+MODEL = replace(shapes.LLAMA_3_1_8B, layers=4, vocab_size=4 * K)
 
 
 @dataclass(frozen=True, kw_only=True)

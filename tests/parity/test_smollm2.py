@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples.smollm2 import ask
-from megatron_ultralong import recipes
+from megatron_ultralong import recipes, shapes
 from megatron_ultralong.checkpoint import convert, run_directory, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
@@ -253,7 +253,7 @@ def test_own_generation_equals_transformers(left: Path) -> None:
 def test_conversion_is_exact(base: Path, left: Path) -> None:
     before, after = load_file(base / hf_reader.SINGLE), load_file(left / "exported" / hf_reader.SINGLE)
     assert (
-        before.keys() == after.keys() == weight_mapping.hf_shapes(recipes.SMOLLM2_135M).keys()
+        before.keys() == after.keys() == weight_mapping.hf_shapes(shapes.SMOLLM2_135M).keys()
         and len(before) == 272
     )
     for name, tensor in before.items():
@@ -266,7 +266,7 @@ def test_conversion_is_exact(base: Path, left: Path) -> None:
     assert (
         hf_config.read_config(left / "exported").model
         == hf_config.read_config(base).model
-        == recipes.SMOLLM2_135M
+        == shapes.SMOLLM2_135M
     )
 
 

@@ -24,9 +24,9 @@ PACKAGE = ROOT / "megatron_ultralong"
 
 LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
-    {"rope"},
+    {"rope", "families"},
     {"config"},
-    {"command_settings", "peer_recipes"},
+    {"shapes", "command_settings", "family_recipes", "peer_recipes"},
     {"recipes", "runtime", "context_parallel", "official_files", "io"},
     {"model", "data"},
     {"checkpoint"},
@@ -41,8 +41,11 @@ FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbac
 NO_MEGATRON = [
     "errors.py",
     "rope",
+    "families.py",
     "config.py",
     "command_settings.py",
+    "shapes.py",
+    "family_recipes.py",
     "peer_recipes.py",
     "recipes.py",
     "planning",

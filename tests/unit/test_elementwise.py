@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from megatron_ultralong.model import elementwise
 from megatron_ultralong.model.elementwise import rms_norm, row_blocks, swiglu
-from megatron_ultralong.model.rotary_embedding import apply_rope, cos_sin, split_and_rotate
+from megatron_ultralong.model.rotary_embedding import HeadNorm, apply_rope, cos_sin, split_and_rotate
 from megatron_ultralong.rope.methods import Unscaled
 
 ROWS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -28,6 +28,7 @@ def test_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(row_blocks(torch.zeros(7, 6))) == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert list(row_blocks(torch.zeros(3, 6), 7)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert list(row_blocks(torch.zeros(2, 60))) == [slice(0, 1), slice(1, 2)]
+    assert list(row_blocks(torch.zeros(5, 2, 3))) == [slice(0, 3), slice(3, 5)]
     assert list(row_blocks(torch.zeros(0, 6))) == [] and list(row_blocks(torch.zeros(2, 0))) == [slice(0, 2)]
     meta = torch.zeros(7, 6, device="meta")
     assert list(row_blocks(meta)) == [slice(0, 7)] and next(row_blocks(meta, 30)) == slice(0, 5)
@@ -89,6 +90,41 @@ def test_split_and_rotate(dtype: torch.dtype, used: tuple[int, ...]) -> None:
     [dqkv] = torch.autograd.grad([results[i] for i in used], qkv, [grads[i] for i in used])
     [reference] = torch.autograd.grad([references[i] for i in used], qkv, [grads[i] for i in used])
     check([dqkv], [reference], ROWS[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(ROWS))
+@pytest.mark.parametrize(("used", "block"), [((0, 1, 2), 2**19), ((0,), 50), ((1, 2), 1)])
+def test_norm_of_queries_and_keys(
+    dtype: torch.dtype, used: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's rms_norm of each head before RoPE; only the projection and a number a head are kept."""
+    monkeypatch.setattr(elementwise, "CPU_BLOCK", block)
+    s, b, g, r, d = 5, 2, 3, 2, 8
+    torch.manual_seed(0)
+    cos, sin = cos_sin(torch.arange(s) * 7, *Unscaled().inverse_frequencies(d))
+    qkv = (3 * torch.randn(s, b, g * (r + 2) * d, dtype=torch.float64)).to(dtype).requires_grad_()
+    weights = [(1 + torch.randn(d, dtype=torch.float64) / 4).to(dtype).requires_grad_() for _ in "qk"]
+    heads = qkv.view(s, b, g, (r + 2) * d)
+    q, k, v = (x.reshape(s, b, -1, d).permute(1, 2, 0, 3) for x in heads.split([r * d, d, d], dim=3))
+    q, k = (F.rms_norm(x, (d,), weight, 0.1) for x, weight in zip((q, k), weights, strict=True))
+    references = [apply_rope(q, cos, sin), apply_rope(k, cos, sin), v]
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+    ):
+        results = split_and_rotate(qkv, g, cos, sin, norm=HeadNorm(*weights, 0.1))
+    assert sum(kept.values()) == qkv.numel() + 2 * d + s * b * g * (r + 1) + cos.numel() + sin.numel()
+    check([*results], [*references], ROWS[dtype])
+    grads = [torch.randn(x.shape).to(dtype) for x in results]
+    found, wanted = (
+        torch.autograd.grad(
+            [xs[i] for i in used], [qkv, *weights], [grads[i] for i in used], allow_unused=True
+        )
+        for xs in (results, references)
+    )
+    with_gradient = [True, 0 in used, 1 in used]
+    assert [x is not None for x in found] == with_gradient == [x is not None for x in wanted]
+    check([x for x in found if x is not None], [x for x in wanted if x is not None], ROWS[dtype])
 
 
 def test_a_projection_that_does_not_fit() -> None:

@@ -22,7 +22,7 @@ from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import layouts, memory, report, search, time, whole_run
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import GPUS, Assumptions, Gpu, Machine
-from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
+from megatron_ultralong.shapes import LLAMA_3_1_8B, SHAPES, SMOLLM2_135M
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = Model(hidden_size=8, ffn_size=16, layers=4, heads=4, kv_heads=2, head_dim=2, vocab_size=10)
@@ -665,7 +665,7 @@ MODELS = {"tiny": None, **dict.fromkeys(("tiny_extend", "tiny_extend_sft"), reci
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_can_be_planned(name):
     run = recipes.get(name)
-    model = run.model or MODELS.get(name) or recipes.SHAPES.get(run.base, LLAMA_3_1_8B)
+    model = run.model or MODELS.get(name) or SHAPES.get(run.base, LLAMA_3_1_8B)
     ranks = run.parallel.tp * run.parallel.pp * run.parallel.cp
     own = search.estimate(
         memory.settle_offload(run, model, ranks, GPUS["h100"].memory),
@@ -695,7 +695,7 @@ def test_printed_settings_reproduce_the_estimate():
                 "layout"
             ]
             assert asdict(run.memory) == new["memory"]
-            again = search.estimate(run, recipes.SHAPES[base.base], Machine(gpu=GPUS["h100"], gpus=gpus))
+            again = search.estimate(run, SHAPES[base.base], Machine(gpu=GPUS["h100"], gpus=gpus))
             assert (
                 memory.total(again.memory) == new["memory_bytes_per_gpu"]["all"]
                 and again.seconds == new["seconds_per_iteration"]["all"]

@@ -23,7 +23,7 @@ from megatron_ultralong.config import (
 from megatron_ultralong.data.pretrain.sources import load as load_sources
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import memory
-from megatron_ultralong.recipes import LLAMA_3_1_8B, SMOLLM2_135M
+from megatron_ultralong.shapes import LLAMA_3_1_8B, SHAPES, SMOLLM2_135M
 from megatron_ultralong.train.optimizer import learning_rate
 
 GIB = 1024**3
@@ -237,6 +237,29 @@ def test_without_context_parallelism_1m_does_not_fit():
         for r in (run, override(run, ["memory.loss_chunk=4096"]))
     )
     assert whole - chunked == (32768 - 4096) * 128256 * 2  # logits, whose place their gradient takes
+
+
+# The paper's recipe for other models: recipe, context before, theta, S, factor, GPUs at least.
+OTHER_MODELS = [
+    ("qwen3_8b_1m", 32768, 1e6, 1_048_576, 32, 32),
+    ("llama3_70b_512k", 8192, 5e5, 524_288, 64, 128),
+]
+
+
+@pytest.mark.parametrize(("name", "original", "theta", "seq_length", "factor", "gpus"), OTHER_MODELS)
+def test_recipes_of_other_models(name, original, theta, seq_length, factor, gpus):
+    run, model = recipes.get(name), SHAPES[recipes.get(name).base]
+    assert run.rope is not None
+    assert (run.rope.theta, run.rope.original_length, run.rope.factor) == (theta, original, factor)
+    assert run.train.seq_length == seq_length == factor * original
+    assert 1.0e9 <= seq_length * run.train.global_batch * run.train.iterations <= 1.3e9
+    assert run.parallel.tp * run.parallel.pp * run.parallel.cp == gpus
+    for world in (gpus, 2 * gpus):
+        settled = memory.settle_offload(run, model, world, H100)
+        assert memory.fits(memory.gpu_memory(settled, model, world), H100)
+        host = memory.total(memory.host_memory(settled, model, world))
+        assert 8 * host < 0.5e12, "bytes of a node of eight GPUs"
+    assert not memory.fits(memory.gpu_memory(override(settled, ["parallel.tp=1"]), model, gpus), H100)
 
 
 def test_memory_of_pipelines():

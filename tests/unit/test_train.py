@@ -20,9 +20,9 @@ from megatron_ultralong.config import Model, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import flops
-from megatron_ultralong.recipes import LLAMA_3_1_8B
 from megatron_ultralong.rope.methods import YaRN
 from megatron_ultralong.runtime import agreement
+from megatron_ultralong.shapes import LLAMA_3_1_8B
 from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.optimizer import learning_rate
 from tests.checkpoints import write_without_tensors
@@ -58,12 +58,12 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model directories `base`, `mistral`; packed rows `rows`, `empty`, `foreign`, `long`; run directories
+    """Model directories `base`, `mixtral`; packed rows `rows`, `empty`, `foreign`, `long`; run directories
     `theirs`, `newer`, `nothing`."""
     folder = tmp_path_factory.mktemp("inputs")
     for name, config in (
         ("base", HF),
-        ("mistral", HF | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}),
+        ("mixtral", HF | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}),
     ):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -177,9 +177,9 @@ REFUSED: list[tuple[str, int, str]] = [
     ),
     # Where the weights come from.
     (
-        "--recipe tiny_extend SHORT --load-hf {}/mistral --data {}/rows",
+        "--recipe tiny_extend SHORT --load-hf {}/mixtral --data {}/rows",
         1,
-        "model_type=mistral, .*; only LlamaForCausalLM is supported",
+        "model_type=mixtral is not supported .supported: llama",
     ),
     (
         "--recipe tiny_extend SHORT --load-hf {}/none --data {}/rows",

@@ -1,7 +1,8 @@
-"""config.json of a Hugging Face Llama directory, read and written."""
+"""config.json of a Hugging Face directory, read and written: models of the families in families.py."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.families import FAMILIES, Family, supported
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock
+from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock, checked_number
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -24,6 +26,8 @@ _NOT_EXPORTED = (
     "rope_scaling",
     "rope_parameters",
     ORIGINAL,
+    "layer_types",  # full attention in every layer, which is the default
+    "dual_chunk_attention_config",  # Qwen2.5-1M: how vLLM extends the base's length, in chunks of that length
     "_name_or_path",
     "transformers_version",
 )
@@ -42,7 +46,8 @@ class HFConfig:
 
 
 def read_config(folder: Path | str) -> HFConfig:
-    """Read config.json of an HF directory. UserError where it is missing or broken, or not a plain Llama."""
+    """Read config.json of an HF directory. UserError where it is missing or broken, or of a model that is not
+    supported."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
@@ -50,27 +55,33 @@ def read_config(folder: Path | str) -> HFConfig:
         )
     file = folder / "config.json"
     raw = atomic_files.read_json(file)
-    _refuse_other_models(raw, file)
-    for key in _SIZES:
-        if not isinstance(raw.get(key), int):
-            raise UserError(f"{file}: {key}={raw.get(key)!r} must be a whole number")
-    heads = raw["num_attention_heads"]
     try:
-        # Missing keys have transformers' defaults.
+        family = _checked_family(raw)
+        for key in _SIZES:
+            if not isinstance(raw.get(key), int):
+                raise UserError(f"{key}={raw.get(key)!r} must be a whole number")
+        heads = raw["num_attention_heads"]
+        values = {**family.defaults, **raw}  # missing keys have transformers' defaults
+        options = dict.fromkeys(family.always, True)
+        for key, together in family.stated.items():
+            options |= dict.fromkeys(together, bool(values.get(key, False)))
         model = Model(
-            hidden_size=raw["hidden_size"],
-            ffn_size=raw["intermediate_size"],
-            layers=raw["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            ffn_size=values["intermediate_size"],
+            layers=values["num_hidden_layers"],
             heads=heads,
-            kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // max(heads, 1),
-            vocab_size=raw["vocab_size"],
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            init_std=raw.get("initializer_range", 0.02),
+            kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // max(heads, 1),
+            vocab_size=values["vocab_size"],
+            norm_eps=values.get("rms_norm_eps", 1e-6),
+            tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+            init_std=values.get("initializer_range", 0.02),
+            family=raw["model_type"],
+            **options,
         )
-        rope = from_hf(raw)
-        max_position = HFBlock(raw, {}, "").max_position()
+        rope = from_hf(values)
+        max_position = HFBlock(values, {}, "").max_position()
+        _refuse_sliding_window(values, family, max_position)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return HFConfig(model=model, rope=rope, max_position=max_position, raw=raw)
@@ -94,10 +105,11 @@ def export_config(
 
     max_position: tokens. UserError where config.json cannot express `rope`.
     """
+    family = FAMILIES[model.family]
     return {
         **{key: value for key, value in (base or {}).items() if key not in _NOT_EXPORTED},
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": model.family,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
         "num_hidden_layers": model.layers,
@@ -109,8 +121,8 @@ def export_config(
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **{key: getattr(model, together[0]) for key, together in family.stated.items()},
+        **_NO_WINDOW[family.window],
         "max_position_embeddings": max_position,
         **to_hf(rope, max_position, model.head_dim),
         "torch_dtype": DTYPE_NAMES[dtype],
@@ -118,16 +130,56 @@ def export_config(
     }
 
 
-def _refuse_other_models(raw: dict[str, Any], file: Path) -> None:
-    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "LlamaForCausalLM" not in architectures:
+_NO_WINDOW: dict[str, dict[str, Any]] = {
+    "none": {},
+    "all_layers": {"sliding_window": None},
+    "by_layer": {"use_sliding_window": False},
+}
+"""Keys of an export that switch sliding windows off, by `Family.window`."""
+
+
+def _checked_family(raw: dict[str, Any]) -> Family:
+    """The family of a config.json. UserError for other models, and for what no family here has."""
+    kind, architectures = raw.get("model_type"), raw.get("architectures")
+    if kind not in FAMILIES:
+        raise UserError(f"model_type={kind} is not supported (supported: {supported()})")
+    family = FAMILIES[kind]
+    if architectures and family.architecture not in architectures:
         raise UserError(
-            f"{file}: model_type={kind}, architectures={architectures}; only LlamaForCausalLM is supported"
+            f"architectures={architectures}; of model_type={kind} only {family.architecture} is supported"
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise UserError(f"{file}: {key}=true; only a Llama without biases is supported")
     if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{file}: hidden_act={raw['hidden_act']}; only silu is supported")
+        raise UserError(f"hidden_act={raw['hidden_act']}; only silu is supported")
     if raw.get("quantization_config"):
-        raise UserError(f"{file}: the weights are quantised; use the original bf16 or fp32 model")
+        raise UserError("the weights are quantised; use the original bf16 or fp32 model")
+    return family
+
+
+def _refuse_sliding_window(values: dict[str, Any], family: Family, max_position: int) -> None:
+    """UserError where attention of any layer is limited to a window within `max_position` tokens.
+
+    A window that is not shorter than max_position_embeddings has never limited anything. values: the config
+    with the family's defaults.
+    """
+    window = values.get("sliding_window")
+    if family.window == "none" or (family.window == "by_layer" and not _windowed_layers(values)):
+        return
+    if window is None:
+        return
+    if checked_number(values, "sliding_window", "") >= max_position:
+        return
+    off = ", ".join(f"{key} to {json.dumps(value)}" for key, value in _NO_WINDOW[family.window].items())
+    raise UserError(
+        f"sliding_window={window} limits attention of this model, and only full attention is supported; "
+        f"to train it with full attention set {off}"
+    )
+
+
+def _windowed_layers(values: dict[str, Any]) -> bool:
+    """Whether any layer has a window, as in Qwen2Config and Qwen3Config."""
+    types = values.get("layer_types")
+    if types is not None:
+        return any(kind != "full_attention" for kind in types)
+    return (
+        bool(values.get("use_sliding_window")) and values["max_window_layers"] < values["num_hidden_layers"]
+    )

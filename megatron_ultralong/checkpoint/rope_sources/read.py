@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ultralong.checkpoint.rope_sources import gguf_file, megatron_arguments, megatron_checkpoint
 from megatron_ultralong.checkpoint.rope_sources.source import RopeSource
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.families import FAMILIES
 from megatron_ultralong.io import atomic_files, yaml_file
 from megatron_ultralong.rope.hf_block import checked_number
 from megatron_ultralong.rope.hf_config import from_hf
@@ -77,6 +78,8 @@ def _file(file: Path) -> list[RopeSource]:
 def _hugging_face(config: dict[str, Any], name: Path) -> RopeSource:
     try:
         notes = _notes_on_other_models(config)
+        if config.get("model_type") in FAMILIES:
+            config = {**FAMILIES[config["model_type"]].defaults, **config}
         sizes = {
             key: None if config.get(key) is None else int(checked_number(config, key, ""))
             for key in ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
@@ -97,7 +100,7 @@ def _hugging_face(config: dict[str, Any], name: Path) -> RopeSource:
 
 
 def _notes_on_other_models(config: dict[str, Any]) -> tuple[str, ...]:
-    """Notes on a model that is not a Llama. UserError where its RoPE is not stated as a Llama's is."""
+    """Notes on a model of an unknown family. UserError where its RoPE is not stated as a Llama's is."""
     if isinstance(config.get("text_config"), dict):
         raise UserError("the RoPE is that of text_config; write text_config to a config.json and pass that")
     for key in ("rope_local_base_freq", "qk_rope_head_dim"):
@@ -106,7 +109,7 @@ def _notes_on_other_models(config: dict[str, Any]) -> tuple[str, ...]:
                 f"{key}={config[key]}: only a RoPE that is the same in all layers and dimensions is supported"
             )
     kind = config.get("model_type")
-    if kind in (None, "llama"):
+    if kind is None or kind in FAMILIES:
         return ()
     block = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if config.get("rope_theta") is None and "rope_theta" not in block:

@@ -241,9 +241,11 @@ class InferenceModel:
         return frequencies.to(self.ranks.device), factor
 
     def _project(self, layer: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply norm, projection and RoPE: x [c, 1, H] -> q [1, h, c, d], k and v [1, g, c, d]."""
-        qkv = layer.self_attention.linear_qkv(layer.input_layernorm(x))[0]
-        return split_and_rotate(qkv, layer.self_attention.num_query_groups_per_partition, *angles)
+        """Apply norms, projection and RoPE: x [c, 1, H] -> q [1, h, c, d], k and v [1, g, c, d]."""
+        attention = layer.self_attention
+        qkv = attention.linear_qkv(layer.input_layernorm(x))[0]
+        norm = attention.core_attention.head_norm
+        return split_and_rotate(qkv, attention.num_query_groups_per_partition, *angles, norm=norm)
 
     def _enter(self, ids: Tensor) -> Tensor:
         """Return the stage's input [c, 1, H]: the embedding of ids [c], or the output of the previous

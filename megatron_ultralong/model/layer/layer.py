@@ -42,6 +42,9 @@ class Layer(TransformerLayer):
         self.memory, self.store, self.layer_forward = memory, store, layer_forward
         self.tp_shards = self.tp_group.size() if self.config.sequence_parallel else 1
         """Shards of the sequence, one per tensor-parallel rank, that a linear gathers."""
+        if self.config.qk_layernorm:
+            attention = self.self_attention
+            attention.core_attention.norms = (attention.q_layernorm, attention.k_layernorm)
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: DocumentStarts = None, **unused: Any
@@ -53,8 +56,8 @@ class Layer(TransformerLayer):
     # ---- the layer's two halves around attention, for any rows of it ----------------------------
 
     def project_qkv(self, x: Tensor, rows: slice, t: int, document_starts: DocumentStarts) -> QKV:
-        """Norm, projection and RoPE of `rows` of t, whose hidden states are x [c, b, H] -> q [b, h, c TP, d],
-        k and v [b, g, c TP, d]."""
+        """Norm, projection, the norm of queries and keys if any, and RoPE of `rows` of t, whose hidden states
+        are x [c, b, H] -> q [b, h, c TP, d], k and v [b, g, c TP, d]."""
         attention = self.self_attention
         qkv = attention.linear_qkv(self.input_layernorm(x))[0]  # [c TP, b, (h + 2 g) d]
         kv_heads = attention.num_query_groups_per_partition

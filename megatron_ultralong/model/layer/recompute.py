@@ -43,7 +43,7 @@ def backward_output_and_mlp(
         x, out = leaf(x), leaf(out)
         residual, hidden = layer.residual_and_hidden(x, out)
         linear = layer.mlp.linear_fc2
-        if type(linear) is not RowParallelLinear:
+        if not isinstance(linear, RowParallelLinear):
             y = residual + linear(hidden)[0]
             dx, dout = chunked.backward([y], [x, out], [dy])
             return dx, dout
@@ -51,6 +51,8 @@ def backward_output_and_mlp(
     dy_all = gather_from_sequence_parallel_region(dy, group=layer.tp_group) if layer.tp_shards > 1 else dy
     if linear.weight.requires_grad:
         chunked.add(linear.weight, dy_all.flatten(0, 1).t().matmul(hidden.detach().flatten(0, 1)))
+    if linear.bias is not None and linear.bias.requires_grad:
+        chunked.add(linear.bias, dy.flatten(0, 1).sum(0))  # of this rank's tokens only, as autograd's
     dhidden = dy_all.matmul(linear.weight)
     edge = torch.autograd.graph.get_gradient_edge(hidden)
     del hidden, dy_all  # not needed any more: of the size of the MLP
