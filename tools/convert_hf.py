@@ -72,7 +72,6 @@ def main() -> int:
     from megatron_ultralong.checkpoint import convert, run_directory, training_state
     from megatron_ultralong.checkpoint.hf.config import read_config
     from megatron_ultralong.checkpoint.hf.writer import check_output
-    from megatron_ultralong.rope.hf_config import client_warnings
 
     if args.command == "check":
         return _check(args.ckpt)
@@ -92,10 +91,10 @@ def main() -> int:
             lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
         else:
             dtype = convert.DTYPES.get(args.dtype)
-            out, rope = convert.export_hf(
+            out, notes = convert.export_hf(
                 args.ckpt, args.out, ranks, parallel, dtype, clex_scale=args.clex_scale
             )
-            lines = [f"wrote {out}", *(f"note: {line}" for line in client_warnings(rope))]
+            lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         if ranks.is_main:
             print("\n".join(lines), flush=True)
     return 1 if different else 0

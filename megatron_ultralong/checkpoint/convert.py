@@ -26,12 +26,15 @@ from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
 from megatron_ultralong.checkpoint.hf.reader import HFReader, load_parameters
 from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
+from megatron_ultralong.checkpoint.max_position import max_position
+from megatron_ultralong.checkpoint.max_position import note as max_position_note
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime, check_model_layout, to_dict
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.hf_config import client_warnings
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
@@ -104,9 +107,9 @@ def export_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     clex_scale: float | None = None,
-) -> tuple[Path, Rope]:
-    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it, and the
-    RoPE that its config.json states; every rank calls it.
+) -> tuple[Path, list[str]]:
+    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it, and what
+    its user should know, in lines; every rank calls it.
 
     dtype: None = the checkpoint's. clex_scale: scale at which CLEX's frequencies are frozen; None = the
     largest. UserError, on every rank, where `out` is in use or cannot be written, or config.json cannot
@@ -150,7 +153,7 @@ def export_hf(
     finally:
         if writer is not None:
             writer.abandon()
-    return out, state.rope
+    return out, [*max_position_note(config["max_position_embeddings"], base), *client_warnings(state.rope)]
 
 
 def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> list[str]:
@@ -203,22 +206,6 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
                 f"{hf_name}: {sum(n for n, _ in counts):,} differ, by up to {max(d for _, d in counts):.3g}"
             )
     return different
-
-
-def max_position(state: TrainingState, base: dict[str, Any]) -> int:
-    """max_position_embeddings of an export, tokens: the length reached in training, and the full range of a
-    scaled RoPE."""
-    exact = state.rope.exact_max_position()
-    if exact is not None:
-        return exact
-    run, scaled, base_length = (
-        state.stored_run(),
-        (isinstance(state.rope, ScaledRope) and state.rope.covered_length()) or 0,
-        int(base.get("max_position_embeddings") or 0),
-    )
-    if run is None:  # imported, not trained
-        return base_length or scaled or 2048
-    return max(state.max_length, run.train.seq_length, scaled or base_length)
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:

@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import convert, run_directory, saving, sharded, training_state
+from megatron_ultralong.checkpoint import (
+    convert,
+    max_position,
+    run_directory,
+    saving,
+    sharded,
+    training_state,
+)
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
@@ -24,7 +31,16 @@ from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Tra
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
+from megatron_ultralong.rope.methods import (
+    NTK,
+    ChangedBase,
+    DynamicNTK,
+    Linear,
+    Llama3,
+    LongRoPE,
+    Unscaled,
+    YaRN,
+)
 from tests import processes
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
@@ -337,19 +353,37 @@ def test_layout_of_a_conversion():
 
 
 def test_max_position_of_an_export():
-    run = config.to_dict(Run(name="tiny", train=Train(seq_length=3000, iterations=1, lr=1e-4)))
+    def of(rope: Rope, trained: int = 0, base: Rope | None = None, length: int = 0, before: int = 0) -> int:
+        """trained: sequence length of the run, 0 = only imported. base, length: of the base model. before:
+        the longest length so far."""
+        run = config.to_dict(Run(name="tiny", train=Train(seq_length=trained or 1, iterations=1, lr=1e-4)))
+        state = TrainingState(model=UNTIED, rope=rope, run=run if trained else None, max_length=before)
+        return convert.max_position(
+            state, hf_config.export_config(UNTIED, base, length, torch.float32) if base else {}
+        )
 
-    def of(rope: Rope, trained: bool, base: int | None) -> int:
-        state = TrainingState(model=UNTIED, rope=rope, run=run if trained else None)
-        return convert.max_position(state, {} if base is None else {"max_position_embeddings": base})
+    llama31, llama3 = Llama3(factor=8.0), Unscaled()
+    assert of(llama31, base=llama31, length=131072) == 131072
+    assert of(llama31) == 65536 and of(llama3) == 2048
+    # RoPE unchanged: the base model's value, or what was trained.
+    assert of(llama31, 8192, llama31, 131072) == 131072
+    assert of(YaRN(factor=8.0), 8192, llama31, 131072) == 131072  # the same frequencies
+    assert of(llama31, 262144, llama31, 131072) == 262144
+    assert of(llama3, 3000, llama3, 8192) == 8192 and of(llama3, 30000, llama3, 8192) == 30000
+    # Another RoPE: factor x original length, also below the base model's value.
+    for rope in (YaRN(factor=4.0), Llama3(factor=4.0), Linear(factor=4.0)):
+        assert of(rope, 8192, llama31, 131072) == of(rope, 8192) == 32768
+        assert of(rope, 8192, llama31, 131072, before=131072) == 32768
+    factors = (2.0,) * 5
+    assert of(LongRoPE(factor=4.0, factors=factors), 8192, llama31, 131072) == 32768
+    assert of(YaRN(factor=2.0, original_length=512), 3000, llama3, 512) == 3000  # trained past its range
+    assert of(YaRN(factor=2.0, original_length=512, ramp="dimension"), 3000, llama3, 512) == 1024
+    # Without a factor that clients know: what was trained.
+    for rope in (NTK(factor=8.0), ChangedBase(theta=1e8)):
+        assert of(rope, 3000, llama31, 131072) == of(rope, 3000) == 3000
+        assert of(rope, 3000, llama31, 131072, before=16384) == 16384
+    assert of(DynamicNTK(), 65536, llama31, 131072) == of(DynamicNTK(), 65536) == 8192
 
-    llama = Llama3(factor=8.0, original_length=8192)
-    assert (
-        of(llama, False, 131072) == 131072
-        and of(llama, False, None) == 65536
-        and of(Unscaled(), False, None) == 2048
-    )
-    assert of(YaRN(factor=8.0, original_length=512), True, 512) == 4096
-    assert of(YaRN(factor=2.0, original_length=512), True, 512) == 3000  # trained past its range
-    assert of(YaRN(factor=2.0, original_length=512, ramp="dimension"), True, 512) == 1024
-    assert of(Unscaled(theta=1e8), True, 512) == 3000 and of(Unscaled(theta=1e8), True, 8192) == 8192
+    assert max_position.note(131072, {"max_position_embeddings": 131072}) == max_position.note(512, {}) == []
+    [line] = max_position.note(32768, {"max_position_embeddings": 131072})
+    assert line.startswith("max_position_embeddings is 32,768, below the base model's 131,072")

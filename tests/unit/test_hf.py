@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_ultralong.checkpoint.convert import max_position
 from megatron_ultralong.checkpoint.hf import assets as hf_assets
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
+from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run, Train
 from megatron_ultralong.errors import UserError
