@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_ultralong.checkpoint import rope_network, run_directory, saving, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.checkpoint.hf import model_card
+from megatron_ultralong.checkpoint.hf import model_card, schema
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
 from megatron_ultralong.checkpoint.hf.reader import HFReader, load_parameters
 from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
@@ -289,7 +289,7 @@ def _base_config(assets: Path) -> dict[str, Any]:
     or not a Llama's."""
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     if (assets / "config.json").is_file():
-        raw = atomic_files.read_json(assets / "config.json")
+        raw = schema.read(assets / "config.json")
         return raw if raw.get("model_type") == "llama" else {key: raw[key] for key in special if key in raw}
     if not (assets / "tokenizer_config.json").is_file():
         return {}

@@ -272,10 +272,23 @@ def test_config_of_a_llama(tmp_path):
         ({"mlp_bias": True}, "mlp_bias=true"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"compression_config": {"format": "pack-quantized"}}, "quantised"),
         ({"hidden_size": "72"}, "hidden_size='72' must be a whole number"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"num_key_value_heads": 2}, "not a multiple"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings='512' must be a whole number; write it w"),
+        ({"max_position_embeddings": 512.5}, "max_position_embeddings=512.5 must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True must be a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' must be a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number"),
+        ({"rope_theta": "500000"}, "rope_theta='500000' must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false; write it w"),
+        ({"attention_bias": 0}, "attention_bias=0 must be true or false"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM' must be a list of names"),
+        ({"eos_token_id": ["2"]}, "must be a token id or a list of them"),
+        ({"hidden_act": ["silu"]}, "must be a text"),
     ],
 )
 def test_config_of_something_else_is_refused(tmp_path, change, message):
@@ -283,6 +296,32 @@ def test_config_of_something_else_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as caught:
         hf_config.read_config(tmp_path)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_odd_configs_that_are_clear(tmp_path):
+    """Floats for whole numbers; null for what has a default."""
+    odd = {
+        "hidden_size": 72.0,
+        "head_dim": 6.0,
+        "num_key_value_heads": None,
+        "max_position_embeddings": None,
+        "rms_norm_eps": None,
+        "tie_word_embeddings": None,
+        "initializer_range": None,
+        "rope_scaling": None,
+        "eos_token_id": [1.0, 2],
+        "quantization_config": None,
+        "architectures": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **odd}))
+    found = hf_config.read_config(tmp_path)
+    assert found.model == dataclasses.replace(MODEL, kv_heads=9, norm_eps=1e-6)
+    assert type(found.model.head_dim) is int and found.max_position == 2048
+    assert found.raw["eos_token_id"] == [1, 2]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("nowhere.json")
+    with pytest.raises(UserError, match="config.json is a link to nowhere.json, which does not exist"):
+        hf_config.read_config(tmp_path)
 
 
 # Keys of config.json as published for models of this shape (written out from their model cards and
@@ -538,9 +577,11 @@ def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_
         "_name_or_path": "/home/me/model",
         "torch_dtype": "float16",
         "rope_scaling": {"type": "linear", "factor": 2.0},
+        "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"},
     }
     config = hf_config.export_config(MODEL, ROPE, 4096, torch.bfloat16, base)
     assert config["eos_token_id"] == [1, 2] and "_name_or_path" not in config
+    assert "auto_map" not in config
     assert (
         config["torch_dtype"] == config["dtype"] == "bfloat16" and config["max_position_embeddings"] == 4096
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from megatron_ultralong.checkpoint.hf import schema
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
@@ -24,6 +24,7 @@ _NOT_EXPORTED = (
     "rope_scaling",
     "rope_parameters",
     ORIGINAL,
+    "auto_map",  # code that is not part of the export, which is a plain model of its architecture
     "_name_or_path",
     "transformers_version",
 )
@@ -38,7 +39,7 @@ class HFConfig:
     max_position: int
     """max_position_embeddings, tokens."""
     raw: dict[str, Any]
-    """The JSON object itself."""
+    """The JSON object itself, as schema.py returns it."""
 
 
 def read_config(folder: Path | str) -> HFConfig:
@@ -49,7 +50,7 @@ def read_config(folder: Path | str) -> HFConfig:
             f"{folder} is not a directory; download the Hugging Face model first and pass its local directory"
         )
     file = folder / "config.json"
-    raw = atomic_files.read_json(file)
+    raw = schema.read(file)
     _refuse_other_models(raw, file)
     for key in _SIZES:
         if not isinstance(raw.get(key), int):
@@ -129,5 +130,5 @@ def _refuse_other_models(raw: dict[str, Any], file: Path) -> None:
             raise UserError(f"{file}: {key}=true; only a Llama without biases is supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{file}: hidden_act={raw['hidden_act']}; only silu is supported")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") or raw.get("compression_config"):
         raise UserError(f"{file}: the weights are quantised; use the original bf16 or fp32 model")
