@@ -24,6 +24,7 @@ from megatron_ultralong.checkpoint import (
 )
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
+from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
@@ -112,7 +113,7 @@ def test_four_ranks(tmp_path):
     assert same(tensors_of(tmp_path / "fp32"), {name: tensor.float() for name, tensor in expected.items()})
     assert (
         len(list((tmp_path / "tp4").glob("*.safetensors"))) > 3
-        and (tmp_path / "tp4" / hf_reader.INDEX).is_file()
+        and (tmp_path / "tp4" / weight_files.INDEX).is_file()
     )
     kept = json.loads((tmp_path / "pp4" / "config.json").read_text())
     assert kept["dtype"] == kept["torch_dtype"] == "bfloat16"
@@ -207,7 +208,7 @@ def _change(folder: Path, rank: int) -> list[str]:
     after[head][96, 1] += 2
     if rank == 0:
         (folder / "changed").mkdir()
-        save_file(after, folder / "changed" / hf_reader.SINGLE)
+        save_file(after, folder / "changed" / weight_files.SINGLE)
         (folder / "changed" / "config.json").write_bytes((folder / "pp4" / "config.json").read_bytes())
     torch.distributed.barrier()
     largest = {name: (before[name].double() - after[name].double()).abs().max() for name in (key, head)}
@@ -305,7 +306,7 @@ def test_command_there_and_back(tmp_path):
     assert same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in expected.items()})
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][7] += 1
-    save_file(tensors, tmp_path / "out" / hf_reader.SINGLE)
+    save_file(tensors, tmp_path / "out" / weight_files.SINGLE)
     done = command("verify", "--hf", tmp_path / "out", "--ckpt", tmp_path / "ckpt")
     assert done.returncode == 1 and done.stdout.startswith("differs: model.norm.weight: 1 differ, by up to 1")
     assert done.stdout.count("\n") == 1

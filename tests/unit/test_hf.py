@@ -17,6 +17,7 @@ from megatron_ultralong.checkpoint.hf import assets as hf_assets
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import model_card
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
+from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
 from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
@@ -57,7 +58,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     if shards == 1:
-        save_file(tensors, folder / hf_reader.SINGLE)
+        save_file(tensors, folder / weight_files.SINGLE)
         return folder
     index: dict[str, str] = {}
     for i in range(shards):
@@ -65,7 +66,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
         names = list(tensors)[i::shards]
         save_file({name: tensors[name] for name in names}, folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / hf_reader.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / weight_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 
 
@@ -177,7 +178,15 @@ def test_wrong_sets_of_tensors_are_named(tmp_path):
         return str(caught.value)
 
     assert f"tensor {q} is missing" in error("missing", {k: v for k, v in good.items() if k != q})
-    assert "and 8 more" in error("layers", good | {}, num_hidden_layers=3)
+    more = error("more layers", good | {}, num_hidden_layers=3)
+    assert "and 8 more" in more and "have 2 layers, but config.json says num_hidden_layers=3" in more
+    fewer = error("fewer layers", good | {}, num_hidden_layers=1)
+    assert "unexpected tensor" in fewer and "have 2 layers, but config.json says num_hidden_layers=1" in fewer
+    for prefix in ("language_model.", "module.", ""):
+        renamed = {prefix + name.removeprefix("" if prefix else "model."): t for name, t in good.items()}
+        other = error(f"prefix {prefix}", renamed)
+        named = f'"{prefix}model." in place of "model."' if prefix else '"layers" in place of "model.layers"'
+        assert f"names here begin with {named}: rename the tensors" in other
     assert "lacks tie_word_embeddings" in error(
         "untied", {k: v for k, v in good.items() if k != weight_mapping.HF_OUTPUT}
     )
@@ -209,14 +218,27 @@ def test_damaged_files_are_named(tmp_path):
     assert "shard model-00002-of-00003.safetensors" in error() and "missing" in error()
     save_file({"other": torch.zeros(1)}, second)
     assert "which model.safetensors.index.json lists there, is missing" in error()
-    (folder / hf_reader.INDEX).write_text("{")
+    (folder / weight_files.INDEX).write_text("{")
     assert "model.safetensors.index.json cannot be read" in error()
-    (folder / hf_reader.INDEX).unlink()
-    assert "contains neither" in error()
+    (folder / weight_files.INDEX).unlink()
+    assert "contains shards (model-00001-of-00003.safetensors), but no model.safetensors.index.json" in error()
     (folder / "pytorch_model.bin").write_text("")
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
     assert "only pytorch_model.bin" in error()
+    (folder / "pytorch_model.bin").unlink()
+    assert "contains neither" in error()
+    for name in ("model-00001-of-00003.safetensors", weight_files.INDEX, weight_files.SINGLE):
+        (folder / name).symlink_to("../../blobs/1234")
+        assert f"{name} is a link to ../../blobs/1234, which does not exist" in error()
+
+
+def test_a_single_file_beside_an_index_is_said(tmp_path):
+    folder = write_model(tmp_path / "m", random_tensors(), 2)
+    assert weight_files.notes(folder) == []
+    save_file(random_tensors(), folder / weight_files.SINGLE)
+    [line] = weight_files.notes(folder)
+    assert "model.safetensors is read" in line and "remove the one that is out of date" in line
 
 
 def test_config_of_a_llama(tmp_path):
@@ -485,7 +507,7 @@ def test_written_files_are_plain_safetensors(tmp_path, dtype, shard_bytes):
     with safe_open(files[0], "pt") as first:
         assert first.metadata() == {"format": "pt"}
     if len(files) > 1:
-        index = json.loads((out / hf_reader.INDEX).read_text())
+        index = json.loads((out / weight_files.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert list(index["weight_map"]) == list(tensors)
         assert all(
@@ -527,7 +549,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
     assert not (tmp_path / "out").exists()
     write_all(tmp_path / "out", tensors, torch.float32, 10**9)
-    assert (tmp_path / "out" / hf_reader.SINGLE).is_file()
+    assert (tmp_path / "out" / weight_files.SINGLE).is_file()
 
 
 def test_writer_insists_on_the_plan(tmp_path):
@@ -567,7 +589,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.undo()
     write_all(tmp_path / "empty", {"a": torch.zeros(2)}, torch.float32, 100)
-    assert (tmp_path / "empty" / hf_reader.SINGLE).is_file()
+    assert (tmp_path / "empty" / weight_files.SINGLE).is_file()
 
 
 def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong.checkpoint.hf.assets import to_json
-from megatron_ultralong.checkpoint.hf.reader import INDEX, SINGLE
+from megatron_ultralong.checkpoint.hf.weight_files import INDEX, SINGLE
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 
