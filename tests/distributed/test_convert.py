@@ -86,6 +86,10 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
     )
 
 
+def stored_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in sharded.stored_tensors(checkpoint).items()}
+
+
 class Layouts:
     """`with layouts(tp, pp)`: Megatron's groups for one layout; the ranks stay."""
 
@@ -150,7 +154,9 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
     base = folder / "base"
     with Layouts(2, 2) as (ranks, parallel):
         path = convert.import_hf(base, folder / "ckpt", ranks, parallel)
-        assert path == folder / "ckpt" / "iter_0000000" and convert.stored_dtype(path) == torch.bfloat16
+        assert path == folder / "ckpt" / "iter_0000000" and set(stored_dtypes(path).values()) == {
+            torch.bfloat16
+        }
         convert.import_hf(base, folder / "ckpt32", ranks, parallel, torch.float32)
         with pytest.raises(UserError, match="already exists and is not an empty directory"):
             convert.import_hf(base, folder / "ckpt", ranks, parallel)
@@ -244,8 +250,18 @@ def _failures(folder: Path, rank: int, ranks: Any, parallel: Parallel) -> None:
 
 def test_three_ranks(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.float32, "1GB")
+    save_base(tmp_path / "base16", TIED_3_KV, torch.float16, "1GB")
+    mixed = tensors_of(tmp_path / "base16")
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in mixed.items()}
+    save_file(mixed, tmp_path / "base16" / weight_files.SINGLE)
     run_ranks(_three_ranks, 3, tmp_path)
     assert same(tensors_of(tmp_path / "pp3"), expected) and same(tensors_of(tmp_path / "tp3"), expected)
+
+    # Each tensor comes back in its own dtype; "as they are stored" is so in a checkpoint too.
+    assert same(tensors_of(tmp_path / "fp16"), tensors_of(tmp_path / "base16"))
+    assert json.loads((tmp_path / "fp16" / "config.json").read_text())["dtype"] == "float16"
+    half = {name: tensor.half() for name, tensor in expected.items()}
+    assert same(tensors_of(tmp_path / "selected"), half)
 
     from transformers import AutoModelForCausalLM
 
@@ -258,9 +274,26 @@ def test_three_ranks(tmp_path):
 
 
 def _three_ranks(rank: int, world: int, folder: Path) -> None:
+    from megatron_ultralong.model import llama
+
     with Layouts(3, 1) as (ranks, parallel):
         convert.import_hf(folder / "base", folder / "ckpt", ranks, parallel)
+        convert.import_hf(folder / "base16", folder / "ckpt16", ranks, parallel)
+        assert set(stored_dtypes(run_directory.resolve(folder / "ckpt16")).values()) == {
+            torch.float16,
+            torch.float32,
+        }
+        # Training computes in bf16 or fp32, whatever the checkpoint has.
+        [chunk] = llama.build(TIED_3_KV, Unscaled(), ranks, parallel, Memory(offload="off"), "bf16")
+        sharded.load(run_directory.resolve(folder / "ckpt16"), [chunk])
+        whole, norm = tensors_of(folder / "base16"), "decoder.layers.2.input_layernorm.weight"
+        expected = whole["model.layers.2.input_layernorm.weight"].bfloat16()
+        assert torch.equal(llama.named_parameters(chunk)[norm], expected)
     with Layouts(1, 3) as (ranks, parallel):
+        convert.export_hf(folder / "ckpt16", folder / "fp16", ranks, parallel)
+        convert.export_hf(folder / "ckpt", folder / "selected", ranks, parallel, torch.float16)
+        assert convert.verify(folder / "base16", folder / "ckpt16", ranks, parallel) == []
+        assert convert.verify(folder / "selected", folder / "ckpt", ranks, parallel) == []
         convert.export_hf(folder / "ckpt", folder / "pp3", ranks, parallel)
         assert convert.verify(folder / "base", folder / "ckpt", ranks, parallel) == []
         convert.import_hf(folder / "pp3", folder / "again", ranks, parallel)

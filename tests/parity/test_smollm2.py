@@ -20,7 +20,6 @@ from examples.smollm2 import ask
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import convert, run_directory, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Parallel, Run

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ultralong.checkpoint.hf import assets as hf_assets
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.checkpoint.hf import model_card
+from megatron_ultralong.checkpoint.hf import dtypes as hf_dtypes
+from megatron_ultralong.checkpoint.hf import model_card, weight_files
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
-from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
 from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
@@ -139,19 +139,36 @@ def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
         assert asked[name] == share, name
 
 
-def test_dtype_of_the_stored_weights(tmp_path):
-    tensors = random_tensors()
-    for dtype, expected in (
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.float32),
-        (torch.float16, torch.float32),
-    ):
+def test_dtypes_of_the_stored_weights(tmp_path):
+    tensors, norm = random_tensors(), "decoder.final_layernorm.weight"
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
         stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        assert hf_reader.HFReader(write_model(tmp_path / str(dtype), stored), MODEL).dtype == expected
-    stored = {
-        name: tensor if name == "model.norm.weight" else tensor.bfloat16() for name, tensor in tensors.items()
+        reader = hf_reader.HFReader(write_model(tmp_path / str(dtype), stored), MODEL)
+        assert reader.dtypes() == dict.fromkeys(weight_mapping.megatron_names(MODEL), dtype)
+    stored = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    for name in ("model.norm.weight", "model.layers.1.mlp.down_proj.weight"):
+        stored[name] = tensors[name]
+    stored["model.layers.0.self_attn.k_proj.weight"] = tensors[name].new_zeros(18, 72, dtype=torch.float16)
+    found = hf_reader.HFReader(write_model(tmp_path / "mixed", stored), MODEL).dtypes()
+    # Megatron has one tensor for all layers, and one for q, k and v.
+    wide = {norm} | {
+        f"decoder.layers.{i}.{name}.weight"
+        for i in (0, 1)
+        for name in ("mlp.linear_fc2", "self_attention.linear_qkv")
     }
-    assert hf_reader.HFReader(write_model(tmp_path / "mixed", stored), MODEL).dtype == torch.float32
+    assert {name for name, dtype in found.items() if dtype == torch.float32} == wide
+    assert set(found.values()) == {torch.bfloat16, torch.float32}
+
+
+def test_float16_keeps_values_finite(tmp_path):
+    tensors = random_tensors(dtype=torch.bfloat16)
+    tensors["model.norm.weight"][5] = 70000.0
+    folder = write_model(tmp_path / "m", tensors)
+    reader = hf_reader.HFReader(folder, MODEL)
+    with pytest.raises(UserError, match="model.norm.weight has values up to 7.01e.04, and float16"):
+        reader.shard("decoder.final_layernorm.weight", 0, 1, torch.float16)
+    tensors["model.norm.weight"][5] = float("inf")  # as it was
+    assert torch.isinf(hf_dtypes.converted(tensors["model.norm.weight"], torch.float16, "a")[5])
 
 
 def test_names_set_aside(tmp_path):
@@ -221,7 +238,9 @@ def test_damaged_files_are_named(tmp_path):
     (folder / weight_files.INDEX).write_text("{")
     assert "model.safetensors.index.json cannot be read" in error()
     (folder / weight_files.INDEX).unlink()
-    assert "contains shards (model-00001-of-00003.safetensors), but no model.safetensors.index.json" in error()
+    assert (
+        "contains shards (model-00001-of-00003.safetensors), but no model.safetensors.index.json" in error()
+    )
     (folder / "pytorch_model.bin").write_text("")
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
@@ -300,7 +319,10 @@ def test_config_of_a_llama(tmp_path):
         ({"num_key_value_heads": 2}, "not a multiple"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
-        ({"max_position_embeddings": "512"}, "max_position_embeddings='512' must be a whole number; write it w"),
+        (
+            {"max_position_embeddings": "512"},
+            "max_position_embeddings='512' must be a whole number; write it w",
+        ),
         ({"max_position_embeddings": 512.5}, "max_position_embeddings=512.5 must be a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True must be a whole number"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' must be a number"),

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
-from megatron_ultralong.checkpoint.hf import schema
+from megatron_ultralong.checkpoint.hf import dtypes, schema
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
-
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _NOT_EXPORTED = (
@@ -114,8 +112,8 @@ def export_config(
         "mlp_bias": False,
         "max_position_embeddings": max_position,
         **to_hf(rope, max_position, model.head_dim),
-        "torch_dtype": DTYPE_NAMES[dtype],
-        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": dtypes.NAMES[dtype],
+        "dtype": dtypes.NAMES[dtype],
     }
 
 

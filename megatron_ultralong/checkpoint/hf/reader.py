@@ -6,6 +6,7 @@ Names, shapes and dtypes of all tensors are checked from the files' headers befo
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint.hf import weight_files
+from megatron_ultralong.checkpoint.hf import dtypes, weight_files
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.model.weight_mapping import HF_EMBEDDING, HF_OUTPUT
 from megatron_ultralong.runtime import agreement
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # old transformers' buffer; config.json counts
+
+_LAYER = re.compile(r"\.\d+(?=\.)")
 
 
 def load_parameters(
@@ -52,6 +54,8 @@ def load_parameters(
         reader = agreement.on_every_rank(lambda: HFReader(folder, model) if reads else None, group)
         source = torch.distributed.get_global_rank(group, 0)
     is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if reader is not None and is_main:
+        reader.print_notes()
     for name, parameter in tqdm(
         parameters.items(), desc="reading weights", unit="tensor", disable=None if is_main else True
     ):
@@ -95,15 +99,23 @@ class HFReader:
             block = self.read(piece.hf, piece.source)
             if self.model.tied_embeddings and piece.hf == HF_EMBEDDING and HF_OUTPUT in self._files:
                 self._check_tied(block, piece.source)
-            shard[piece.target] = block.to(dtype)
+            shard[piece.target] = dtypes.converted(block, dtype, piece.hf)
         return shard
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that all tensors share; float32 where they differ or are float16, which Megatron's
-        bfloat16 would round."""
-        stored = {_DTYPES[self._slice(name).get_dtype()] for name in weight_mapping.hf_shapes(self.model)}
-        return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every Megatron parameter of the model: that of the tensors it is made of, over all layers;
+        where they differ, the one that represents all of their values exactly."""
+        stored: dict[str, list[torch.dtype]] = {}  # Megatron has one tensor for all layers
+        names = {name: _LAYER.sub("", name) for name in weight_mapping.megatron_names(self.model)}
+        for name, stacked in names.items():
+            for hf in weight_mapping.hf_names(name, self.model):
+                stored.setdefault(stacked, []).append(dtypes.SAFETENSORS[self._slice(hf).get_dtype()])
+        return {name: dtypes.common(stored[stacked]) for name, stacked in names.items()}
+
+    def print_notes(self) -> None:
+        """Print what a user should know about the directory on stderr."""
+        for line in weight_files.notes(self.folder):
+            print(f"note: {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
@@ -136,10 +148,10 @@ class HFReader:
                 raise UserError(
                     f"{file}: {name} has shape {list(stored.get_shape())}, but config.json implies {list(shape)}"
                 )
-            if stored.get_dtype() not in _DTYPES:
+            if stored.get_dtype() not in dtypes.SAFETENSORS:
                 raise UserError(
                     f"{file}: {name} is stored as {stored.get_dtype()}; "
-                    f"only float weights ({', '.join(_DTYPES)}) are supported"
+                    f"only float weights ({', '.join(dtypes.SAFETENSORS)}) are supported"
                 )
 
     def _check_tied(self, embedding: Tensor, index: tuple[slice, ...]) -> None:

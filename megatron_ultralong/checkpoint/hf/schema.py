@@ -90,7 +90,9 @@ def read(file: Path) -> dict[str, Any]:
     null counts as missing: such fields are left out. Fields of other names come back as they are. UserError,
     with the file's name, where it is missing, broken, or a field has another type."""
     if file.is_symlink() and not file.exists():
-        raise UserError(f"{file} is a link to {file.readlink()}, which does not exist; download the model again")
+        raise UserError(
+            f"{file} is a link to {file.readlink()}, which does not exist; download the model again"
+        )
     try:
         return checked(atomic_files.read_json(file))
     except UserError as error:

@@ -97,7 +97,9 @@ def _nothing_in(folder: Path) -> str:
 
 def _refuse_dangling(file: Path) -> None:
     if file.is_symlink() and not file.exists():
-        raise UserError(f"{file} is a link to {file.readlink()}, which does not exist; download the model again")
+        raise UserError(
+            f"{file} is a link to {file.readlink()}, which does not exist; download the model again"
+        )
 
 
 def _open(file: Path) -> Any:
