@@ -650,6 +650,47 @@ def test_small_files_of_the_base_go_along(tmp_path):
     assert tokenizer == {"model_max_length": 4096, "chat_template": "{{ messages }}"}
 
 
+def test_tokenizers_of_transformers_5_are_written_for_4(tmp_path):
+    def exported(name: str, settings: dict[str, object], *others: str) -> dict[str, object]:
+        base, out = tmp_path / name, tmp_path / f"{name}-out"
+        base.mkdir(), out.mkdir()
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            (base / file).write_text(json.dumps(settings))
+        for file in others:
+            (base / file).write_text("{}")
+        hf_assets.write_assets(out, base, {"max_position_embeddings": 4096}, {})
+        written = json.loads((out / "tokenizer_config.json").read_text())
+        assert written == json.loads((out / "special_tokens_map.json").read_text())
+        return written
+
+    five = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": ["<a>"]}
+    four = {"backend": "tokenizers", "additional_special_tokens": ["<a>"]}
+    assert exported("5", five) == {**four, "tokenizer_class": "PreTrainedTokenizerFast"}
+    named = {"tokenizer_class": "LlamaTokenizerFast", "extra_special_tokens": {"image_token": "<a>"}}
+    assert exported("4", named) == named
+    custom = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    assert exported("json", custom, "tokenizer.json") == {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert exported("code", custom) == custom
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_said(tmp_path, capsys):
+    from tokenizers import Tokenizer, models
+
+    folder = write_model(tmp_path / "m", random_tensors())
+    assert hf_assets.tokenizer_note(folder, 97) == []
+    tokenizer = Tokenizer(models.BPE(vocab={f"t{i}": i for i in range(97)}, merges=[]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert hf_assets.tokenizer_note(folder, 97) == []
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    hf_reader.HFReader(folder, MODEL).print_notes()
+    note = capsys.readouterr().err
+    assert "has ids up to 97 ('<pad>'), but the model's vocabulary ends at 96" in note
+    (folder / "tokenizer.json").write_text("{")
+    [line] = hf_assets.tokenizer_note(folder, 97)
+    assert "tokenizer.json cannot be read" in line
+
+
 # ---- card --------------------------------------------------------------------------------------
 
 

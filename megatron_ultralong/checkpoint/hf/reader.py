@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint.hf import dtypes, weight_files
+from megatron_ultralong.checkpoint.hf import assets, dtypes, weight_files
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
@@ -114,7 +114,11 @@ class HFReader:
 
     def print_notes(self) -> None:
         """Print what a user should know about the directory on stderr."""
-        for line in weight_files.notes(self.folder):
+        notes = [
+            *weight_files.notes(self.folder),
+            *assets.tokenizer_note(self.folder, self.model.vocab_size),
+        ]
+        for line in notes:
             print(f"note: {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
