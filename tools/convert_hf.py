@@ -53,7 +53,9 @@ def arguments() -> argparse.Namespace:
     )
     for name in ("import", "export"):
         add[name].add_argument(
-            "--dtype", choices=("bf16", "fp32"), help="dtype of the weights written (default: as stored)"
+            "--dtype",
+            choices=("bf16", "fp16", "fp32"),
+            help="dtype of the weights written (default: each as it is stored)",
         )
     for name in ("import", "export", "verify"):
         add[name].add_argument(
@@ -70,9 +72,9 @@ def main() -> int:
 
     # Imported here so that --help is answered at once.
     from megatron_ultralong.checkpoint import convert, run_directory, training_state
+    from megatron_ultralong.checkpoint.hf import dtypes
     from megatron_ultralong.checkpoint.hf.config import read_config
     from megatron_ultralong.checkpoint.hf.writer import check_output
-    from megatron_ultralong.rope.hf_config import client_warnings
 
     if args.command == "check":
         return _check(args.ckpt)
@@ -88,14 +90,14 @@ def main() -> int:
             lines = [f"differs: {line}" for line in different]
             lines = lines or [f"identical: all weights of {args.hf} and {args.ckpt}"]
         elif args.command == "import":
-            dtype = convert.DTYPES.get(args.dtype)
+            dtype = dtypes.DTYPES.get(args.dtype)
             lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
         else:
-            dtype = convert.DTYPES.get(args.dtype)
-            out, rope = convert.export_hf(
+            dtype = dtypes.DTYPES.get(args.dtype)
+            out, notes = convert.export_hf(
                 args.ckpt, args.out, ranks, parallel, dtype, clex_scale=args.clex_scale
             )
-            lines = [f"wrote {out}", *(f"note: {line}" for line in client_warnings(rope))]
+            lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         if ranks.is_main:
             print("\n".join(lines), flush=True)
     return 1 if different else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ultralong import config, recipes
-from megatron_ultralong.checkpoint import convert
 from megatron_ultralong.checkpoint.hf import config as hf_config
+from megatron_ultralong.checkpoint.hf import dtypes
+from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.io import atomic_files
@@ -23,8 +24,8 @@ def write(base: Path, out: Path, recipe: str, settings: list[str]) -> None:
     if isinstance(rope, CLEX):
         rope = rope.frozen(rope.scale_of(run.train.seq_length), hf.model.head_dim)
     state = TrainingState(model=hf.model, rope=rope, max_length=run.train.seq_length, run=config.to_dict(run))
-    dtype = next(dtype for dtype, name in hf_config.DTYPE_NAMES.items() if name == _dtype(hf.raw))
-    new = hf_config.export_config(hf.model, rope, convert.max_position(state, hf.raw), dtype, hf.raw)
+    dtype = next(dtype for dtype, name in dtypes.NAMES.items() if name == _dtype(hf.raw))
+    new = hf_config.export_config(hf.model, rope, max_position(state, hf.raw), dtype, hf.raw)
     with atomic_files.whole_folder(out) as folder:
         for file in base.resolve().iterdir():
             if file.name != "config.json" and file.is_file():

@@ -1,42 +1,42 @@
 """Conversion between Hugging Face directories and sharded checkpoints, and their comparison; on any number of
 ranks, from any TP x PP to any other.
 
-Conversion runs on the CPU: the model is built there and filled, and Megatron's dist_checkpointing does the
-resharding. Every rank holds its shard of the weights once; export sends one Megatron parameter at a time to
-rank 0, which streams it to disk.
+Conversion runs on the CPU, tensor by tensor (streaming.py): no rank holds more than a few of them, and
+Megatron's dist_checkpointing does the resharding. Export sends one Megatron parameter at a time to rank 0,
+which writes it.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import rope_network, run_directory, saving, sharded, training_state
+from megatron_ultralong.checkpoint import rope_network, run_directory, saving, streaming, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.checkpoint.hf import model_card
+from megatron_ultralong.checkpoint.hf import dtypes, export_files
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
-from megatron_ultralong.checkpoint.hf.reader import HFReader, load_parameters
+from megatron_ultralong.checkpoint.hf.reader import HFReader
 from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
+from megatron_ultralong.checkpoint.max_position import max_position
+from megatron_ultralong.checkpoint.max_position import note as max_position_note
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Memory, Model, Parallel, Runtime, check_model_layout, to_dict
+from megatron_ultralong.config import Memory, Model, Parallel, Runtime, check_model_layout
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.rope.base import Rope, ScaledRope
+from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.hf_config import client_warnings
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def layout(model: Model, world: int, tp: int | None = None, pp: int | None = None) -> Parallel:
@@ -76,24 +76,42 @@ def import_hf(
     """Write the HF directory `folder` as iteration 0 of the run directory `out` and return the checkpoint;
     every rank calls it.
 
-    dtype: None = as stored (float16 or mixed weights become float32, which represents them exactly).
-    UserError before anything is written where the directory is not a complete model or `out` is in use.
+    dtype: None = each tensor's own, as stored (tensors of different dtypes that form one of Megatron's get
+    the dtype that represents all of them exactly). UserError before anything is written where the directory
+    is not a complete model or `out` is in use.
     """
     base = hf_config.read_config(folder)
     reader = HFReader(folder, base.model)
-    dtype = dtype or reader.dtype
-    reader.close()
     agreement.on_main_rank(lambda: _make_run_directory(out))
     try:
-        chunk = _build(base.model, base.rope, ranks, parallel, dtype)
-        load_parameters(folder, base.model, _parameters(chunk), ranks.tp_rank, ranks.tp)
+        chunk = _build(base.model, base.rope, ranks, parallel)
+        stored = {name: dtype or its for name, its in reader.dtypes().items()}
+        # The last stage has another copy of a tied embedding.
+        stored.setdefault(weight_mapping.OUTPUT, stored[weight_mapping.EMBEDDING])
+        streaming.drop_values(chunk, stored)
+        source = streaming.Source(
+            chunk, lambda name: reader.shard(name, ranks.tp_rank, ranks.tp, stored[name])
+        )
         name = hf_config.base_name(folder, base.raw)
         state = TrainingState(model=base.model, rope=base.rope, base=name)
-        return saving.save(out, state, [chunk], None, AssetFolders(base=folder))
+        if ranks.is_main:
+            reader.print_notes()
+        size = sum(parameter.nbytes for parameter in chunk.parameters())
+        with tqdm(
+            desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
+        ) as bar:
+
+            def values(view: Tensor) -> Tensor:
+                bar.update(view.nbytes)
+                return source.values(view)
+
+            return saving.save(out, state, [chunk], None, AssetFolders(base=folder), values=values)
     except BaseException:
         with suppress(OSError):
             out.rmdir()  # only if it is empty
         raise
+    finally:
+        reader.close()
 
 
 def export_hf(
@@ -104,25 +122,33 @@ def export_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     clex_scale: float | None = None,
-) -> tuple[Path, Rope]:
-    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it, and the
-    RoPE that its config.json states; every rank calls it.
+) -> tuple[Path, list[str]]:
+    """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it, and what
+    its user should know, in lines; every rank calls it.
 
-    dtype: None = the checkpoint's. clex_scale: scale at which CLEX's frequencies are frozen; None = the
-    largest. UserError, on every rank, where `out` is in use or cannot be written, or config.json cannot
-    express the RoPE; `out` then does not exist.
+    dtype: None = each tensor's own, as stored. clex_scale: scale at which CLEX's frequencies are frozen;
+    None = the largest. UserError, on every rank, where `out` is in use or cannot be written, or config.json
+    cannot express the RoPE; `out` then does not exist.
     """
     checkpoint = run_directory.resolve_verified(checkpoint)
-    state, stored = training_state.read(checkpoint), stored_dtype(checkpoint)
+    state = training_state.read(checkpoint)
     rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
     state = replace(state, rope=rope)
-    dtype = dtype or stored
     model, assets = state.model, checkpoint / "hf"
-    base = _base_config(assets, model.family)
-    config = hf_config.export_config(model, state.rope, max_position(state, base), dtype, base)
+    chunk = _build(model, rope, ranks, parallel)
+    weights = streaming.StoredParameters(checkpoint, chunk, model)
+    base = export_files.base_config(assets, model.family)
     shapes = weight_mapping.hf_shapes(model)
+    stored = {
+        hf: dtype or weights.dtypes[name]
+        for name in weight_mapping.megatron_names(model)
+        for hf in weight_mapping.hf_names(name, model)
+    }
+    main = dtypes.main({name: prod(shape) for name, shape in shapes.items()}, stored)
+    config = hf_config.export_config(model, rope, max_position(state, base), main, base)
+    length = config["max_position_embeddings"]
     writer = agreement.on_every_rank(
-        lambda: HFWriter(out, shapes, dtype, shard_bytes) if ranks.is_main else None
+        lambda: HFWriter(out, shapes, stored, shard_bytes) if ranks.is_main else None
     )
 
     def write(name: str, shards: list[Tensor]) -> None:
@@ -132,40 +158,35 @@ def export_hf(
 
     def finish() -> None:
         if writer is not None:
-            card = _model_card(writer.out_dir, assets, state, config["max_position_embeddings"], dtype)
-            write_assets(writer.folder, assets if assets.is_dir() else None, config, _texts(card))
+            texts = export_files.texts(writer.out_dir, assets, state, length, main)
+            write_assets(writer.folder, assets if assets.is_dir() else None, config, texts)
             writer.finish()
 
     try:
-        chunk = _build(model, state.rope, ranks, parallel, stored)
-        sharded.load(checkpoint, [chunk])
-        parameters = _parameters(chunk)
-        owners = _owners(parameters, ranks)
+        owners = _owners(list(streaming.parameters(chunk)), ranks)
         names = weight_mapping.megatron_names(model)
-        for name in tqdm(names, desc="writing weights", unit="tensor", disable=not ranks.is_main):
-            shape = weight_mapping.shard_shape(name, model, ranks.tp)
-            shards = _gather(parameters.get(name), owners[name], shape, stored, ranks)
-            agreement.on_every_rank(functools.partial(write, name, shards))
+        with tqdm(desc="writing weights", unit="tensor", total=len(names), disable=not ranks.is_main) as bar:
+            for name, shard in weights:
+                shape = weight_mapping.shard_shape(name, model, ranks.tp)
+                shards = _gather(shard, owners[name], shape, weights.dtypes[name], ranks)
+                agreement.on_every_rank(functools.partial(write, name, shards))
+                bar.update()
         agreement.on_every_rank(finish)
     finally:
         if writer is not None:
             writer.abandon()
-    return out, state.rope
+    return out, [*max_position_note(length, base), *client_warnings(rope)]
 
 
 def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> list[str]:
     """Compare every weight of an HF directory and a checkpoint bit by bit; return one line per difference,
     the same list on every rank.
 
-    Where the two are stored in different dtypes, both are compared in the narrower one. UserError where they
+    Where a tensor is stored in different dtypes, both are compared in the narrower one. UserError where they
     cannot be compared.
     """
     checkpoint = run_directory.resolve_verified(checkpoint)
-    hf, state, stored = (
-        hf_config.read_config(folder),
-        training_state.read(checkpoint),
-        stored_dtype(checkpoint),
-    )
+    hf, state = hf_config.read_config(folder), training_state.read(checkpoint)
     names = [f.name for f in fields(Model) if f.name != "init_std"]
     shapes = {name: (getattr(hf.model, name), getattr(state.model, name)) for name in names}
     different = [
@@ -178,23 +199,21 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     if not same_maths(hf.rope, rope, hf.model.head_dim):
         different.append(f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {rope.describe()}")
     reader = HFReader(folder, hf.model)
-    narrow = torch.bfloat16 if torch.bfloat16 in (stored, reader.dtype) else torch.float32
-    chunk = _build(hf.model, hf.rope, ranks, parallel, stored)
-    sharded.load(checkpoint, [chunk])
+    weights = streaming.StoredParameters(checkpoint, _build(hf.model, hf.rope, ranks, parallel), hf.model)
     mine: dict[str, tuple[int, float]] = {}  # HF tensor -> elements that differ, largest difference
-    parameters = _parameters(chunk)
-    for name, parameter in tqdm(
-        parameters.items(), desc="comparing", unit="tensor", disable=not ranks.is_main
-    ):
-        if ranks.tp_rank and weight_mapping.is_replicated(name, hf.model):
-            continue  # all tensor parallel ranks hold the same values: counted once
-        theirs = reader.shard(name, ranks.tp_rank, ranks.tp, narrow)
-        ours = parameter.to(narrow)
-        for piece in weight_mapping.pieces(name, hf.model, ranks.tp_rank, ranks.tp):
-            count, largest = _differences(ours[piece.target], theirs[piece.target])
-            if count:
-                total, maximum = mine.get(piece.hf, (0, 0.0))
-                mine[piece.hf] = (total + count, max(maximum, largest))
+    their_dtypes = reader.dtypes()
+    with tqdm(desc="comparing", unit="tensor", total=len(their_dtypes), disable=not ranks.is_main) as bar:
+        for name, ours in weights:
+            bar.update()
+            if ours is None or (ranks.tp_rank and weight_mapping.is_replicated(name, hf.model)):
+                continue  # all tensor parallel ranks hold the same values: counted once
+            narrow = dtypes.narrower(ours.dtype, their_dtypes[name])
+            theirs, ours = reader.shard(name, ranks.tp_rank, ranks.tp, narrow), ours.to(narrow)
+            for piece in weight_mapping.pieces(name, hf.model, ranks.tp_rank, ranks.tp):
+                count, largest = _differences(ours[piece.target], theirs[piece.target])
+                if count:
+                    total, maximum = mine.get(piece.hf, (0, 0.0))
+                    mine[piece.hf] = (total + count, max(maximum, largest))
     every_rank = agreement.gather(mine)
     for hf_name in weight_mapping.hf_shapes(hf.model):
         counts = [differences[hf_name] for differences in every_rank if hf_name in differences]
@@ -205,53 +224,20 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     return different
 
 
-def max_position(state: TrainingState, base: dict[str, Any]) -> int:
-    """max_position_embeddings of an export, tokens: the length reached in training, and the full range of a
-    scaled RoPE."""
-    exact = state.rope.exact_max_position()
-    if exact is not None:
-        return exact
-    run, scaled, base_length = (
-        state.stored_run(),
-        (isinstance(state.rope, ScaledRope) and state.rope.covered_length()) or 0,
-        int(base.get("max_position_embeddings") or 0),
-    )
-    if run is None:  # imported, not trained
-        return base_length or scaled or 2048
-    return max(state.max_length, run.train.seq_length, scaled or base_length)
-
-
-def stored_dtype(checkpoint: Path) -> torch.dtype:
-    """dtype of a checkpoint's weights. UserError where Megatron cannot read it."""
-    stored = sharded.stored_tensors(checkpoint)
-    if weight_mapping.EMBEDDING not in stored:
-        raise UserError(f"{checkpoint} lacks the tensor {weight_mapping.EMBEDDING}")
-    return stored[weight_mapping.EMBEDDING].dtype
-
-
-def _build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, dtype: torch.dtype) -> torch.nn.Module:
+def _build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel) -> torch.nn.Module:
+    """The model with memory that is reserved, but neither used nor filled."""
     from megatron_ultralong.model import llama
 
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    return llama.build(
-        model, rope, ranks, parallel, Memory(offload="off"), precision, transformer_engine=False
-    )[0]
+    return llama.build(model, rope, ranks, parallel, Memory(offload="off"), "bf16", transformer_engine=False)[
+        0
+    ]
 
 
-def _parameters(chunk: torch.nn.Module) -> dict[str, Tensor]:
-    from megatron_ultralong.model import llama
-
-    return {
-        weight_mapping.canonical(name): parameter.detach()
-        for name, parameter in llama.named_parameters(chunk).items()
-    }
-
-
-def _owners(parameters: dict[str, Tensor], ranks: Ranks) -> dict[str, list[int]]:
-    """Parameter name -> the ranks that hold its shards, in TP order."""
+def _owners(names: list[str], ranks: Ranks) -> dict[str, list[int]]:
+    """Parameter name -> the ranks that hold its shards, in TP order. names: of this rank's parameters."""
     owners: dict[str, list[int]] = {}
-    for rank, (tp_rank, names) in enumerate(agreement.gather((ranks.tp_rank, list(parameters)))):
-        for name in names:
+    for rank, (tp_rank, held) in enumerate(agreement.gather((ranks.tp_rank, names))):
+        for name in held:
             owners.setdefault(name, [0] * ranks.tp)[tp_rank] = rank
     return owners
 
@@ -282,7 +268,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
     """Number of elements whose bits differ, and the largest difference."""
-    bits = torch.int16 if ours.dtype == torch.bfloat16 else torch.int32
+    bits = torch.int32 if ours.dtype == torch.float32 else torch.int16
     unequal = ours.view(bits) != theirs.view(bits)
     if not unequal.any():
         return 0, 0.0
@@ -295,45 +281,3 @@ def _make_run_directory(out: Path) -> None:
             f"{out} already exists and is not an empty directory; choose another --out or remove it"
         )
     atomic_files.check_writable(out, f"--out {out}")
-
-
-def _base_config(assets: Path, family: str) -> dict[str, Any]:
-    """The base model's config.json as the checkpoint carries it; only the special tokens where it is missing
-    or of another family than `family`."""
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    if (assets / "config.json").is_file():
-        raw = atomic_files.read_json(assets / "config.json")
-        return raw if raw.get("model_type") == family else {key: raw[key] for key in special if key in raw}
-    if not (assets / "tokenizer_config.json").is_file():
-        return {}
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(assets)
-    return {key: getattr(tokenizer, key) for key in special}
-
-
-def _model_card(
-    out: Path, assets: Path, state: TrainingState, max_position: int, dtype: torch.dtype
-) -> model_card.ModelCard:
-    run = state.stored_run()
-    base = state.base or (run.base if run else "")
-    return model_card.ModelCard(
-        name=out.parent.name if out.name == "hf" else out.name,
-        base=base,
-        license=model_card.base_license(assets, base),
-        run=run,
-        model=state.model,
-        rope=state.rope,
-        max_position=max_position,
-        iterations=state.iteration,
-        tokens=state.tokens,
-        dtype=dtype,
-    )
-
-
-def _texts(card: model_card.ModelCard) -> dict[str, str]:
-    """File name -> text of the files that an export adds to those of its base model."""
-    texts = {"README.md": card.text(), **model_card.notice(card.license)}
-    if card.run is not None:
-        texts["training_run.json"] = json.dumps(to_dict(card.run), indent=2) + "\n"
-    return texts

@@ -44,14 +44,19 @@ def save(
     assets: AssetFolders = NO_ASSETS,
     keep: int = 0,
     rope_tensors: dict[str, torch.Tensor] | None = None,
+    *,
+    values: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Path:
     """Write `folder/iter_NNNNNNN` and return it; every rank calls it. Then the oldest checkpoints beyond
-    `keep` are removed (0 = keep all). rope_tensors: see rope_network.py.
+    `keep` are removed (0 = keep all). rope_tensors: see rope_network.py. values: returns those of a tensor on
+    the meta device, when it is written.
 
     UserError, on every rank, where it cannot be written; earlier checkpoints are then as they were, one of
     the same iteration too.
     """
-    return start(folder, state, chunks, optimizer, assets, keep, rope_tensors, background=False).finish()
+    return start(
+        folder, state, chunks, optimizer, assets, keep, rope_tensors, background=False, values=values
+    ).finish()
 
 
 def start(
@@ -64,6 +69,7 @@ def start(
     rope_tensors: dict[str, torch.Tensor] | None = None,
     *,
     background: bool,
+    values: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Saving:
     """Begin what `save` does; every rank calls it. background: a thread of each rank writes, and weights and
     optimizer may change as soon as this returns, where every host has the memory for a copy."""
@@ -72,7 +78,12 @@ def start(
     try:
         agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
         shards = shard_writer.Shards(
-            partial, final, sharded.state_dict(chunks, optimizer), state.model.vocab_size, copied=background
+            partial,
+            final,
+            sharded.state_dict(chunks, optimizer),
+            state.model.vocab_size,
+            copied=background,
+            values=values,
         )
         return Saving(final, partial, shards, keep)
     except UserError:

@@ -9,10 +9,13 @@ import os
 import queue
 import shutil
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megatron_ultralong.checkpoint import tensor_sums
 from megatron_ultralong.errors import UserError, first_line
@@ -25,10 +28,18 @@ class Shards:
     0 writes their index."""
 
     def __init__(
-        self, partial: Path, final: Path, state: dict[str, Any], vocab_size: int, *, copied: bool
+        self,
+        partial: Path,
+        final: Path,
+        state: dict[str, Any],
+        vocab_size: int,
+        *,
+        copied: bool,
+        values: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Plan the files, and write Megatron's small ones; every rank calls it. copied: copy this rank's
-        tensors, so that they may change before `write`, where every host has the memory for it.
+        tensors, so that they may change before `write`, where every host has the memory for it. values:
+        returns the values of a tensor on the meta device, when it is written, in several threads.
 
         UserError, on every rank, where that fails."""
         from megatron.core import dist_checkpointing
@@ -42,6 +53,7 @@ class Shards:
         """Whether the tensors were copied."""
         agreement.on_main_rank(lambda: check_space(final, self._size))
         self._sums = tensor_sums.Sums(vocab_size)
+        self._values = values
         self._leaves: list[Any] = []
         self._request: Any = None
         strategy = self._planned(serialization.get_default_save_sharded_strategy())
@@ -81,13 +93,21 @@ class Shards:
         """Write this rank's files, and sum its tensors. UserError where that fails; no other rank is waited
         for."""
         request = self._request
+        late = None if self._values is None else _Late(self._values, self._leaves, self._sums)
         try:
-            self._sums.add_all((leaf, leaf.data) for leaf in self._leaves)
             arguments = list(request.async_fn_args)
-            if request.preload_fn is not None:
-                arguments[1] = request.preload_fn()  # tensors that are still on a GPU
+            if late is not None:
+                arguments[1:2] = [late.buckets(buckets) for buckets in arguments[1:2]]
+            else:
+                self._sums.add_all((leaf, leaf.data) for leaf in self._leaves)
+                if request.preload_fn is not None:
+                    arguments[1] = request.preload_fn()  # tensors that are still on a GPU
             if request.async_fn is not None:
                 request.async_fn(*arguments, **request.async_fn_kwargs)
+            if late is not None and late.error is not None:  # the writer has kept it for the other ranks
+                raise late.error
+        except UserError:
+            raise
         except Exception as error:  # whatever a failed writer makes torch or Megatron raise
             raise self._failed(error) from None
         finally:
@@ -111,6 +131,36 @@ class Shards:
 
     def _failed(self, error: BaseException) -> UserError:
         return _failed(self._final, error, self._size)
+
+
+class _Late:
+    """Tensors whose values are asked for when it is their turn to be written."""
+
+    def __init__(self, values: Callable[[Tensor], Tensor], leaves: list[Any], sums: tensor_sums.Sums) -> None:
+        """leaves: Megatron's sharded tensors that this rank writes. sums: their sums are added to these."""
+        self.error: Exception | None = None
+        """What has kept a value from being read."""
+        self._values, self._sums = values, sums
+        self._leaves = {(leaf.key, tuple(leaf.global_offset)): leaf for leaf in leaves}
+        self._lock = threading.Lock()
+
+    def buckets(self, planned: list[Any]) -> list[Any]:
+        """Megatron's plan of this rank's files, with values."""
+        return [
+            (file, key, (objects, self._filled(tensors))) for file, key, (objects, tensors) in planned or []
+        ]
+
+    def _filled(self, tensors: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+        for item, tensor in tensors:
+            leaf = self._leaves[item.index.fqn, tuple(item.index.offset)]
+            try:
+                values = self._values(tensor)
+            except Exception as error:
+                self.error = error
+                raise
+            with self._lock:
+                self._sums.add_all([(leaf, values)])
+            yield item, values
 
 
 class _NotYet:

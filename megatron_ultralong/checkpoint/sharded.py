@@ -79,10 +79,7 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     `_extra_state` may differ), or whose values are not those that were saved. The checkpoint's files are not
     verified here: see `run_directory.resolve_verified`.
     """
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-    from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_ultralong.checkpoint import optimizer_state
     from megatron_ultralong.model.llama import unwrap
@@ -91,15 +88,11 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
         optimizer_state.before_load(optimizer)
     requested = state_dict(chunks, optimizer, loading=True)
     vocab_size = unwrap(chunks[0]).vocab_size
-    _check(path, requested, vocab_size, with_optimizer=optimizer is not None)
+    check(path, requested, vocab_size, with_optimizer=optimizer is not None)
     sums = tensor_sums.Sums(vocab_size)
     strategy = sums.while_loading(serialization.get_default_load_sharded_strategy(str(path)))
-    try:
-        state = dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
-    except CheckpointException as error:  # no subclass of Exception
-        first = next(iter(error.failures.values()), (error, None))[0]
-        raise UserError(f"{path} cannot be read: {type(first).__name__}: {first_line(first)}") from None
-    _compare(path, sums)
+    state = load_state(requested, path, strategy)
+    compare(path, sums)
     for i, chunk in enumerate(chunks):
         tensors = {k: v for k, v in state[_chunk_key(chunks, i)].items() if not k.endswith("_extra_state")}
         missing, unexpected = unwrap(chunk).load_state_dict(tensors, strict=False)
@@ -113,7 +106,21 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
         optimizer_state.after_load(optimizer)
 
 
-def _compare(path: Path, sums: tensor_sums.Sums) -> None:
+def load_state(requested: dict[str, Any], path: Path, strategy: Any) -> dict[str, Any]:
+    """Load what Megatron's sharded state dict `requested` asks for; every rank calls it. strategy: Megatron's
+    for loading. UserError, on every rank, where that fails."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        return dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
+    except CheckpointException as error:  # no subclass of Exception
+        first = next(iter(error.failures.values()), (error, None))[0]
+        raise UserError(f"{path} cannot be read: {type(first).__name__}: {first_line(first)}") from None
+
+
+def compare(path: Path, sums: tensor_sums.Sums) -> None:
     """UserError, on every rank, where a loaded tensor is not the one that was saved."""
     loaded = sums.on_all_ranks()
     stored = agreement.on_main_rank(lambda: integrity.read(path))
@@ -124,7 +131,7 @@ def _compare(path: Path, sums: tensor_sums.Sums) -> None:
         )
 
 
-def _check(path: Path, requested: dict[str, Any], vocab_size: int, with_optimizer: bool) -> None:
+def check(path: Path, requested: dict[str, Any], vocab_size: int, with_optimizer: bool) -> None:
     """Compare names and global shapes before anything is read: Megatron silently pads or cuts a vocabulary
     that differs."""
     tensors = agreement.on_every_rank(lambda: stored_tensors(path))

@@ -131,16 +131,19 @@ def first_difference(stored: dict[str, str], loaded: dict[str, str]) -> str | No
     return None
 
 
+def sharded_tensors(state: Any) -> Iterator[Any]:
+    """The sharded tensors of Megatron's state dict."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    return (leaf for leaf in nested_values(state) if isinstance(leaf, ShardedTensor))
+
+
 def saved_tensors(state: Any) -> Iterator[Any]:
     """The sharded tensors of a state dict that this rank saves."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-    return (
-        leaf
-        for leaf in nested_values(state)
-        if isinstance(leaf, ShardedTensor) and is_main_replica(leaf.replica_id)
-    )
+    return (leaf for leaf in sharded_tensors(state) if is_main_replica(leaf.replica_id))
 
 
 def _pairs(state: Any, loaded: Any) -> Iterator[tuple[Any, Tensor]]:

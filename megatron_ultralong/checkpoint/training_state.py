@@ -35,8 +35,8 @@ class TrainingState:
     run: dict[str, Any] | None = None
     """The resolved run (`config.to_dict`)."""
     max_length: int = 0
-    """Longest sequence length of its training so far, tokens, including that of the checkpoint it started
-    from, and what the loaded model states where its RoPE is unchanged."""
+    """Longest sequence length of its training with this RoPE so far, tokens, including that of the checkpoint
+    it started from, and what the loaded model states where its RoPE is unchanged."""
     data: dict[str, Any] | None = None
     """What it was trained on: seed, shuffling, and the weight and manifest hash of each data set."""
     bad_steps: int = 0

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ultralong.errors import UserError
 
 ORIGINAL = "original_max_position_embeddings"
-_LLAMA_MAX_POSITION = 2048  # LlamaConfig's default
+LLAMA_MAX_POSITION = 2048  # LlamaConfig's default
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HFBlock:
     def max_position(self) -> int:
         """max_position_embeddings, tokens."""
         return self._whole(
-            checked_number(self.config, "max_position_embeddings", "", _LLAMA_MAX_POSITION),
+            checked_number(self.config, "max_position_embeddings", "", LLAMA_MAX_POSITION),
             "max_position_embeddings",
         )
 

@@ -132,7 +132,7 @@ def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSou
         model=stored.model,
         rope=rope,
         base=stored.base,
-        max_length=length if rope == stored.rope else stored.max_length,
+        max_length=length if rope == stored.rope else 0,
     )
     return WeightsSource(state=state, checkpoint=path, assets=replace(assets, tokenizer=tokenizer))
 

@@ -14,9 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ultralong import config
-from megatron_ultralong.checkpoint import convert, run_directory, saving, sharded, training_state
+from megatron_ultralong.checkpoint import (
+    convert,
+    max_position,
+    run_directory,
+    saving,
+    sharded,
+    training_state,
+)
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
+from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.training_state import TrainingState
@@ -24,7 +32,16 @@ from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Tra
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
+from megatron_ultralong.rope.methods import (
+    NTK,
+    ChangedBase,
+    DynamicNTK,
+    Linear,
+    Llama3,
+    LongRoPE,
+    Unscaled,
+    YaRN,
+)
 from tests import processes
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import FAMILY_MODELS, LLAMA3, hf_model
@@ -72,6 +89,10 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
     )
 
 
+def stored_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in sharded.stored_tensors(checkpoint).items()}
+
+
 class Layouts:
     """`with layouts(tp, pp)`: Megatron's groups for one layout; the ranks stay."""
 
@@ -105,7 +126,7 @@ def test_four_ranks(tmp_path):
     assert same(tensors_of(tmp_path / "fp32"), {name: tensor.float() for name, tensor in expected.items()})
     assert (
         len(list((tmp_path / "tp4").glob("*.safetensors"))) > 3
-        and (tmp_path / "tp4" / hf_reader.INDEX).is_file()
+        and (tmp_path / "tp4" / weight_files.INDEX).is_file()
     )
     kept = json.loads((tmp_path / "pp4" / "config.json").read_text())
     assert kept["dtype"] == kept["torch_dtype"] == "bfloat16"
@@ -167,7 +188,9 @@ def _four_ranks(rank: int, world: int, folder: Path) -> None:
         for name in FAMILIES:
             convert.import_hf(folder / name / "base", folder / name / "ckpt", ranks, parallel)
         path = convert.import_hf(base, folder / "ckpt", ranks, parallel)
-        assert path == folder / "ckpt" / "iter_0000000" and convert.stored_dtype(path) == torch.bfloat16
+        assert path == folder / "ckpt" / "iter_0000000" and set(stored_dtypes(path).values()) == {
+            torch.bfloat16
+        }
         convert.import_hf(base, folder / "ckpt32", ranks, parallel, torch.float32)
         with pytest.raises(UserError, match="already exists and is not an empty directory"):
             convert.import_hf(base, folder / "ckpt", ranks, parallel)
@@ -252,7 +275,7 @@ def _change(folder: Path, rank: int) -> list[str]:
     after[head][96, 1] += 2
     if rank == 0:
         (folder / "changed").mkdir()
-        save_file(after, folder / "changed" / hf_reader.SINGLE)
+        save_file(after, folder / "changed" / weight_files.SINGLE)
         (folder / "changed" / "config.json").write_bytes((folder / "pp4" / "config.json").read_bytes())
     torch.distributed.barrier()
     largest = {name: (before[name].double() - after[name].double()).abs().max() for name in (key, head)}
@@ -288,8 +311,18 @@ def _failures(folder: Path, rank: int, ranks: Any, parallel: Parallel) -> None:
 
 def test_three_ranks(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.float32, "1GB")
+    save_base(tmp_path / "base16", TIED_3_KV, torch.float16, "1GB")
+    mixed = tensors_of(tmp_path / "base16")
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in mixed.items()}
+    save_file(mixed, tmp_path / "base16" / weight_files.SINGLE)
     run_ranks(_three_ranks, 3, tmp_path)
     assert same(tensors_of(tmp_path / "pp3"), expected) and same(tensors_of(tmp_path / "tp3"), expected)
+
+    # Each tensor comes back in its own dtype; "as they are stored" is so in a checkpoint too.
+    assert same(tensors_of(tmp_path / "fp16"), tensors_of(tmp_path / "base16"))
+    assert json.loads((tmp_path / "fp16" / "config.json").read_text())["dtype"] == "float16"
+    half = {name: tensor.half() for name, tensor in expected.items()}
+    assert same(tensors_of(tmp_path / "selected"), half)
 
     from transformers import AutoModelForCausalLM
 
@@ -302,9 +335,26 @@ def test_three_ranks(tmp_path):
 
 
 def _three_ranks(rank: int, world: int, folder: Path) -> None:
+    from megatron_ultralong.model import llama
+
     with Layouts(3, 1) as (ranks, parallel):
         convert.import_hf(folder / "base", folder / "ckpt", ranks, parallel)
+        convert.import_hf(folder / "base16", folder / "ckpt16", ranks, parallel)
+        assert set(stored_dtypes(run_directory.resolve(folder / "ckpt16")).values()) == {
+            torch.float16,
+            torch.float32,
+        }
+        # Training computes in bf16 or fp32, whatever the checkpoint has.
+        [chunk] = llama.build(TIED_3_KV, Unscaled(), ranks, parallel, Memory(offload="off"), "bf16")
+        sharded.load(run_directory.resolve(folder / "ckpt16"), [chunk])
+        whole, norm = tensors_of(folder / "base16"), "decoder.layers.2.input_layernorm.weight"
+        expected = whole["model.layers.2.input_layernorm.weight"].bfloat16()
+        assert torch.equal(llama.named_parameters(chunk)[norm], expected)
     with Layouts(1, 3) as (ranks, parallel):
+        convert.export_hf(folder / "ckpt16", folder / "fp16", ranks, parallel)
+        convert.export_hf(folder / "ckpt", folder / "selected", ranks, parallel, torch.float16)
+        assert convert.verify(folder / "base16", folder / "ckpt16", ranks, parallel) == []
+        assert convert.verify(folder / "selected", folder / "ckpt", ranks, parallel) == []
         convert.export_hf(folder / "ckpt", folder / "pp3", ranks, parallel)
         assert convert.verify(folder / "base", folder / "ckpt", ranks, parallel) == []
         convert.import_hf(folder / "pp3", folder / "again", ranks, parallel)
@@ -350,7 +400,7 @@ def test_command_there_and_back(tmp_path):
     assert same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in expected.items()})
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][7] += 1
-    save_file(tensors, tmp_path / "out" / hf_reader.SINGLE)
+    save_file(tensors, tmp_path / "out" / weight_files.SINGLE)
     done = command("verify", "--hf", tmp_path / "out", "--ckpt", tmp_path / "ckpt")
     assert done.returncode == 1 and done.stdout.startswith("differs: model.norm.weight: 1 differ, by up to 1")
     assert done.stdout.count("\n") == 1
@@ -398,19 +448,37 @@ def test_layout_of_a_conversion():
 
 
 def test_max_position_of_an_export():
-    run = config.to_dict(Run(name="tiny", train=Train(seq_length=3000, iterations=1, lr=1e-4)))
+    def of(rope: Rope, trained: int = 0, base: Rope | None = None, length: int = 0, before: int = 0) -> int:
+        """trained: sequence length of the run, 0 = only imported. base, length: of the base model. before:
+        the longest length so far."""
+        run = config.to_dict(Run(name="tiny", train=Train(seq_length=trained or 1, iterations=1, lr=1e-4)))
+        state = TrainingState(model=UNTIED, rope=rope, run=run if trained else None, max_length=before)
+        return convert.max_position(
+            state, hf_config.export_config(UNTIED, base, length, torch.float32) if base else {}
+        )
 
-    def of(rope: Rope, trained: bool, base: int | None) -> int:
-        state = TrainingState(model=UNTIED, rope=rope, run=run if trained else None)
-        return convert.max_position(state, {} if base is None else {"max_position_embeddings": base})
+    llama31, llama3 = Llama3(factor=8.0), Unscaled()
+    assert of(llama31, base=llama31, length=131072) == 131072
+    assert of(llama31) == 65536 and of(llama3) == 2048
+    # RoPE unchanged: the base model's value, or what was trained.
+    assert of(llama31, 8192, llama31, 131072) == 131072
+    assert of(YaRN(factor=8.0), 8192, llama31, 131072) == 131072  # the same frequencies
+    assert of(llama31, 262144, llama31, 131072) == 262144
+    assert of(llama3, 3000, llama3, 8192) == 8192 and of(llama3, 30000, llama3, 8192) == 30000
+    # Another RoPE: factor x original length, also below the base model's value.
+    for rope in (YaRN(factor=4.0), Llama3(factor=4.0), Linear(factor=4.0)):
+        assert of(rope, 8192, llama31, 131072) == of(rope, 8192) == 32768
+        assert of(rope, 8192, llama31, 131072, before=131072) == 32768
+    factors = (2.0,) * 5
+    assert of(LongRoPE(factor=4.0, factors=factors), 8192, llama31, 131072) == 32768
+    assert of(YaRN(factor=2.0, original_length=512), 3000, llama3, 512) == 3000  # trained past its range
+    assert of(YaRN(factor=2.0, original_length=512, ramp="dimension"), 3000, llama3, 512) == 1024
+    # Without a factor that clients know: what was trained.
+    for rope in (NTK(factor=8.0), ChangedBase(theta=1e8)):
+        assert of(rope, 3000, llama31, 131072) == of(rope, 3000) == 3000
+        assert of(rope, 3000, llama31, 131072, before=16384) == 16384
+    assert of(DynamicNTK(), 65536, llama31, 131072) == of(DynamicNTK(), 65536) == 8192
 
-    llama = Llama3(factor=8.0, original_length=8192)
-    assert (
-        of(llama, False, 131072) == 131072
-        and of(llama, False, None) == 65536
-        and of(Unscaled(), False, None) == 2048
-    )
-    assert of(YaRN(factor=8.0, original_length=512), True, 512) == 4096
-    assert of(YaRN(factor=2.0, original_length=512), True, 512) == 3000  # trained past its range
-    assert of(YaRN(factor=2.0, original_length=512, ramp="dimension"), True, 512) == 1024
-    assert of(Unscaled(theta=1e8), True, 512) == 3000 and of(Unscaled(theta=1e8), True, 8192) == 8192
+    assert max_position.note(131072, {"max_position_embeddings": 131072}) == max_position.note(512, {}) == []
+    [line] = max_position.note(32768, {"max_position_embeddings": 131072})
+    assert line.startswith("max_position_embeddings is 32,768, below the base model's 131,072")

@@ -20,7 +20,7 @@ from examples.smollm2 import ask
 from megatron_ultralong import recipes, shapes
 from megatron_ultralong.checkpoint import convert, run_directory, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.checkpoint.hf import reader as hf_reader
+from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Parallel, Run
 from megatron_ultralong.model import weight_mapping
@@ -251,7 +251,7 @@ def test_own_generation_equals_transformers(left: Path) -> None:
 
 
 def test_conversion_is_exact(base: Path, left: Path) -> None:
-    before, after = load_file(base / hf_reader.SINGLE), load_file(left / "exported" / hf_reader.SINGLE)
+    before, after = load_file(base / weight_files.SINGLE), load_file(left / "exported" / weight_files.SINGLE)
     assert (
         before.keys() == after.keys() == weight_mapping.hf_shapes(shapes.SMOLLM2_135M).keys()
         and len(before) == 272
@@ -285,8 +285,8 @@ def test_export_answers_in_transformers(base: Path, left: Path) -> None:
     found = hf_config.read_config(trained)
     assert found.max_position == 65536 and found.raw["rope_scaling"]["factor"] == 8.0
     assert not torch.equal(
-        load_file(trained / hf_reader.SINGLE)["model.norm.weight"],
-        load_file(base / hf_reader.SINGLE)["model.norm.weight"],
+        load_file(trained / weight_files.SINGLE)["model.norm.weight"],
+        load_file(base / weight_files.SINGLE)["model.norm.weight"],
     )
     for name in ("LICENSE", "chat_template.jinja"):
         assert (trained / name).read_bytes() == (base / name).read_bytes(), name

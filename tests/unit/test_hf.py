@@ -13,12 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_ultralong.checkpoint.convert import max_position
 from megatron_ultralong.checkpoint.hf import assets as hf_assets
 from megatron_ultralong.checkpoint.hf import config as hf_config
-from megatron_ultralong.checkpoint.hf import model_card
+from megatron_ultralong.checkpoint.hf import dtypes as hf_dtypes
+from megatron_ultralong.checkpoint.hf import model_card, weight_files
 from megatron_ultralong.checkpoint.hf import reader as hf_reader
 from megatron_ultralong.checkpoint.hf import writer as hf_writer
+from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run, Train
 from megatron_ultralong.errors import UserError
@@ -57,7 +58,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     if shards == 1:
-        save_file(tensors, folder / hf_reader.SINGLE)
+        save_file(tensors, folder / weight_files.SINGLE)
         return folder
     index: dict[str, str] = {}
     for i in range(shards):
@@ -65,7 +66,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1,
         names = list(tensors)[i::shards]
         save_file({name: tensors[name] for name in names}, folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / hf_reader.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / weight_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 
 
@@ -138,19 +139,36 @@ def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
         assert asked[name] == share, name
 
 
-def test_dtype_of_the_stored_weights(tmp_path):
-    tensors = random_tensors()
-    for dtype, expected in (
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.float32),
-        (torch.float16, torch.float32),
-    ):
+def test_dtypes_of_the_stored_weights(tmp_path):
+    tensors, norm = random_tensors(), "decoder.final_layernorm.weight"
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
         stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        assert hf_reader.HFReader(write_model(tmp_path / str(dtype), stored), MODEL).dtype == expected
-    stored = {
-        name: tensor if name == "model.norm.weight" else tensor.bfloat16() for name, tensor in tensors.items()
+        reader = hf_reader.HFReader(write_model(tmp_path / str(dtype), stored), MODEL)
+        assert reader.dtypes() == dict.fromkeys(weight_mapping.megatron_names(MODEL), dtype)
+    stored = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    for name in ("model.norm.weight", "model.layers.1.mlp.down_proj.weight"):
+        stored[name] = tensors[name]
+    stored["model.layers.0.self_attn.k_proj.weight"] = tensors[name].new_zeros(18, 72, dtype=torch.float16)
+    found = hf_reader.HFReader(write_model(tmp_path / "mixed", stored), MODEL).dtypes()
+    # Megatron has one tensor for all layers, and one for q, k and v.
+    wide = {norm} | {
+        f"decoder.layers.{i}.{name}.weight"
+        for i in (0, 1)
+        for name in ("mlp.linear_fc2", "self_attention.linear_qkv")
     }
-    assert hf_reader.HFReader(write_model(tmp_path / "mixed", stored), MODEL).dtype == torch.float32
+    assert {name for name, dtype in found.items() if dtype == torch.float32} == wide
+    assert set(found.values()) == {torch.bfloat16, torch.float32}
+
+
+def test_float16_keeps_values_finite(tmp_path):
+    tensors = random_tensors(dtype=torch.bfloat16)
+    tensors["model.norm.weight"][5] = 70000.0
+    folder = write_model(tmp_path / "m", tensors)
+    reader = hf_reader.HFReader(folder, MODEL)
+    with pytest.raises(UserError, match="model.norm.weight has values up to 7.01e.04, and float16"):
+        reader.shard("decoder.final_layernorm.weight", 0, 1, torch.float16)
+    tensors["model.norm.weight"][5] = float("inf")  # as it was
+    assert torch.isinf(hf_dtypes.converted(tensors["model.norm.weight"], torch.float16, "a")[5])
 
 
 def test_names_set_aside(tmp_path):
@@ -177,7 +195,15 @@ def test_wrong_sets_of_tensors_are_named(tmp_path):
         return str(caught.value)
 
     assert f"tensor {q} is missing" in error("missing", {k: v for k, v in good.items() if k != q})
-    assert "and 8 more" in error("layers", good | {}, num_hidden_layers=3)
+    more = error("more layers", good | {}, num_hidden_layers=3)
+    assert "and 8 more" in more and "have 2 layers, but config.json says num_hidden_layers=3" in more
+    fewer = error("fewer layers", good | {}, num_hidden_layers=1)
+    assert "unexpected tensor" in fewer and "have 2 layers, but config.json says num_hidden_layers=1" in fewer
+    for prefix in ("language_model.", "module.", ""):
+        renamed = {prefix + name.removeprefix("" if prefix else "model."): t for name, t in good.items()}
+        other = error(f"prefix {prefix}", renamed)
+        named = f'"{prefix}model." in place of "model."' if prefix else '"layers" in place of "model.layers"'
+        assert f"names here begin with {named}: rename the tensors" in other
     assert "lacks tie_word_embeddings" in error(
         "untied", {k: v for k, v in good.items() if k != weight_mapping.HF_OUTPUT}
     )
@@ -209,14 +235,29 @@ def test_damaged_files_are_named(tmp_path):
     assert "shard model-00002-of-00003.safetensors" in error() and "missing" in error()
     save_file({"other": torch.zeros(1)}, second)
     assert "which model.safetensors.index.json lists there, is missing" in error()
-    (folder / hf_reader.INDEX).write_text("{")
+    (folder / weight_files.INDEX).write_text("{")
     assert "model.safetensors.index.json cannot be read" in error()
-    (folder / hf_reader.INDEX).unlink()
-    assert "contains neither" in error()
+    (folder / weight_files.INDEX).unlink()
+    assert (
+        "contains shards (model-00001-of-00003.safetensors), but no model.safetensors.index.json" in error()
+    )
     (folder / "pytorch_model.bin").write_text("")
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
     assert "only pytorch_model.bin" in error()
+    (folder / "pytorch_model.bin").unlink()
+    assert "contains neither" in error()
+    for name in ("model-00001-of-00003.safetensors", weight_files.INDEX, weight_files.SINGLE):
+        (folder / name).symlink_to("../../blobs/1234")
+        assert f"{name} is a link to ../../blobs/1234, which does not exist" in error()
+
+
+def test_a_single_file_beside_an_index_is_said(tmp_path):
+    folder = write_model(tmp_path / "m", random_tensors(), 2)
+    assert weight_files.notes(folder) == []
+    save_file(random_tensors(), folder / weight_files.SINGLE)
+    [line] = weight_files.notes(folder)
+    assert "model.safetensors is read" in line and "remove the one that is out of date" in line
 
 
 def test_config_of_a_llama(tmp_path):
@@ -270,10 +311,26 @@ def test_config_of_a_llama(tmp_path):
         ({"model_type": "mistral"}, "only MistralForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"compression_config": {"format": "pack-quantized"}}, "quantised"),
         ({"hidden_size": "72"}, "hidden_size='72' must be a whole number"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"num_key_value_heads": 2}, "not a multiple"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        (
+            {"max_position_embeddings": "512"},
+            "max_position_embeddings='512' must be a whole number; write it w",
+        ),
+        ({"max_position_embeddings": 512.5}, "max_position_embeddings=512.5 must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True must be a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' must be a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number"),
+        ({"rope_theta": "500000"}, "rope_theta='500000' must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false; write it w"),
+        ({"attention_bias": 0}, "attention_bias=0 must be true or false"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM' must be a list of names"),
+        ({"eos_token_id": ["2"]}, "must be a token id or a list of them"),
+        ({"hidden_act": ["silu"]}, "must be a text"),
     ],
 )
 def test_config_of_something_else_is_refused(tmp_path, change, message):
@@ -281,6 +338,32 @@ def test_config_of_something_else_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as caught:
         hf_config.read_config(tmp_path)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_odd_configs_that_are_clear(tmp_path):
+    """Floats for whole numbers; null for what has a default."""
+    odd = {
+        "hidden_size": 72.0,
+        "head_dim": 6.0,
+        "num_key_value_heads": None,
+        "max_position_embeddings": None,
+        "rms_norm_eps": None,
+        "tie_word_embeddings": None,
+        "initializer_range": None,
+        "rope_scaling": None,
+        "eos_token_id": [1.0, 2],
+        "quantization_config": None,
+        "architectures": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **odd}))
+    found = hf_config.read_config(tmp_path)
+    assert found.model == dataclasses.replace(MODEL, kv_heads=9, norm_eps=1e-6)
+    assert type(found.model.head_dim) is int and found.max_position == 2048
+    assert found.raw["eos_token_id"] == [1, 2]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("nowhere.json")
+    with pytest.raises(UserError, match="config.json is a link to nowhere.json, which does not exist"):
+        hf_config.read_config(tmp_path)
 
 
 # Keys of config.json as published for models of this shape (written out from their model cards and
@@ -444,7 +527,7 @@ def test_written_files_are_plain_safetensors(tmp_path, dtype, shard_bytes):
     with safe_open(files[0], "pt") as first:
         assert first.metadata() == {"format": "pt"}
     if len(files) > 1:
-        index = json.loads((out / hf_reader.INDEX).read_text())
+        index = json.loads((out / weight_files.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert list(index["weight_map"]) == list(tensors)
         assert all(
@@ -486,7 +569,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
     assert not (tmp_path / "out").exists()
     write_all(tmp_path / "out", tensors, torch.float32, 10**9)
-    assert (tmp_path / "out" / hf_reader.SINGLE).is_file()
+    assert (tmp_path / "out" / weight_files.SINGLE).is_file()
 
 
 def test_writer_insists_on_the_plan(tmp_path):
@@ -526,7 +609,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.undo()
     write_all(tmp_path / "empty", {"a": torch.zeros(2)}, torch.float32, 100)
-    assert (tmp_path / "empty" / hf_reader.SINGLE).is_file()
+    assert (tmp_path / "empty" / weight_files.SINGLE).is_file()
 
 
 def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_path):
@@ -536,9 +619,11 @@ def test_export_config_keeps_the_bases_other_keys_and_says_the_trained_rope(tmp_
         "_name_or_path": "/home/me/model",
         "torch_dtype": "float16",
         "rope_scaling": {"type": "linear", "factor": 2.0},
+        "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"},
     }
     config = hf_config.export_config(MODEL, ROPE, 4096, torch.bfloat16, base)
     assert config["eos_token_id"] == [1, 2] and "_name_or_path" not in config
+    assert "auto_map" not in config
     assert (
         config["torch_dtype"] == config["dtype"] == "bfloat16" and config["max_position_embeddings"] == 4096
     )
@@ -561,6 +646,47 @@ def test_small_files_of_the_base_go_along(tmp_path):
     assert (out / "LICENSE").read_text() == "base's LICENSE" and (out / "chat_template.jinja").is_file()
     tokenizer = json.loads((out / "tokenizer_config.json").read_text())
     assert tokenizer == {"model_max_length": 4096, "chat_template": "{{ messages }}"}
+
+
+def test_tokenizers_of_transformers_5_are_written_for_4(tmp_path):
+    def exported(name: str, settings: dict[str, object], *others: str) -> dict[str, object]:
+        base, out = tmp_path / name, tmp_path / f"{name}-out"
+        base.mkdir(), out.mkdir()
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            (base / file).write_text(json.dumps(settings))
+        for file in others:
+            (base / file).write_text("{}")
+        hf_assets.write_assets(out, base, {"max_position_embeddings": 4096}, {})
+        written = json.loads((out / "tokenizer_config.json").read_text())
+        assert written == json.loads((out / "special_tokens_map.json").read_text())
+        return written
+
+    five = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": ["<a>"]}
+    four = {"backend": "tokenizers", "additional_special_tokens": ["<a>"]}
+    assert exported("5", five) == {**four, "tokenizer_class": "PreTrainedTokenizerFast"}
+    named = {"tokenizer_class": "LlamaTokenizerFast", "extra_special_tokens": {"image_token": "<a>"}}
+    assert exported("4", named) == named
+    custom = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    assert exported("json", custom, "tokenizer.json") == {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert exported("code", custom) == custom
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_said(tmp_path, capsys):
+    from tokenizers import Tokenizer, models
+
+    folder = write_model(tmp_path / "m", random_tensors())
+    assert hf_assets.tokenizer_note(folder, 97) == []
+    tokenizer = Tokenizer(models.BPE(vocab={f"t{i}": i for i in range(97)}, merges=[]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert hf_assets.tokenizer_note(folder, 97) == []
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    hf_reader.HFReader(folder, MODEL).print_notes()
+    note = capsys.readouterr().err
+    assert "has ids up to 97 ('<pad>'), but the model's vocabulary ends at 96" in note
+    (folder / "tokenizer.json").write_text("{")
+    [line] = hf_assets.tokenizer_note(folder, 97)
+    assert "tokenizer.json cannot be read" in line
 
 
 # ---- card --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ultralong import recipes
 from megatron_ultralong.checkpoint import rope_network, training_state
-from megatron_ultralong.checkpoint.convert import max_position
+from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Model, Run, Train, to_dict
@@ -218,7 +218,12 @@ def test_what_a_model_states_outlives_a_short_run(llama31: Path, tmp_path: Path)
     trained = checkpoint(tmp_path / "8k", source.state.rope, max_length=source.state.max_length)
     assert chosen(run_of(128 * K), load=trained) == Llama3(factor=8.0)
     run = to_dict(run_of(8 * K))
-    assert max_position(dataclasses.replace(source.state, run=run), BASE) == 128 * K
+    base = json.loads((llama31 / "config.json").read_text())
+    assert max_position(dataclasses.replace(source.state, run=run), base) == 128 * K
+    # A run that changes the RoPE has not trained it at the base model's length.
+    changed = run_of(16 * K, "rope.type=yarn", "rope.factor=2", "rope.original_length=none")
+    _, source = weights_source.find(changed, Path("no such folder"), trained, None)
+    assert source.state.max_length == 0
     # A checkpoint of an earlier release recorded its training only; its config states more.
     old = checkpoint(tmp_path / "old", Llama3(factor=8.0), max_length=8 * K)
     (old / "iter_0000001" / "hf").mkdir()

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong.errors import UserError
+from megatron_ultralong.errors import UserError, first_line
 from megatron_ultralong.io import atomic_files
 
 TOKENIZER = (
@@ -105,22 +105,64 @@ def write_assets(folder: Path, base: Path | None, config: dict[str, Any], extra:
     """Write config.json, the small files of `base` except its model card, and `extra` (file name -> text)
     into `folder`.
 
-    The tokenizer's model_max_length is raised to max_position_embeddings; otherwise it would warn about every
-    long text. UserError where a file cannot be written.
+    The tokenizer's files are made readable for transformers 4 and 5 alike, and its model_max_length is raised
+    to max_position_embeddings; otherwise it would warn about every long text. UserError where a file cannot
+    be written.
     """
     try:
         if base is not None:
             copy_assets(base, folder, skip=("config.json", "README.md"))
         (folder / "config.json").write_text(to_json(config), encoding="utf-8")
-        tokenizer = folder / "tokenizer_config.json"
-        if tokenizer.is_file():
-            values, longest = atomic_files.read_json(tokenizer), config["max_position_embeddings"]
-            if isinstance(values.get("model_max_length"), int) and values["model_max_length"] < longest:
-                tokenizer.write_text(to_json({**values, "model_max_length": longest}), encoding="utf-8")
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            file = folder / name
+            if file.is_file():
+                before = atomic_files.read_json(file)
+                after = _for_all_releases(before, (folder / "tokenizer.json").is_file())
+                longest = after.get("model_max_length")
+                if isinstance(longest, int) and longest < config["max_position_embeddings"]:
+                    after["model_max_length"] = config["max_position_embeddings"]
+                if after != before:
+                    file.write_text(to_json(after), encoding="utf-8")
         for name, text in extra.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise atomic_files.cannot_write(str(folder), error) from None
+
+
+def _for_all_releases(settings: dict[str, Any], complete: bool) -> dict[str, Any]:
+    """Settings of a tokenizer as transformers 4 reads them too, which is also what transformers 5 reads.
+
+    complete: tokenizer.json is there, which any release reads without a class or code of the model's."""
+    settings = dict(settings)
+    # Of a tokenizer saved by transformers 5; 4 has neither this class nor a list of this name.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        tokens = settings.pop("extra_special_tokens")
+        settings.setdefault("additional_special_tokens", tokens)
+    if complete and settings.pop("auto_map", None) is not None:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return settings
+
+
+def tokenizer_note(folder: Path, vocab_size: int) -> list[str]:
+    """A line where the tokenizer in `folder` has ids beyond the model's vocabulary."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return []
+    import tokenizers
+
+    try:
+        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        return [f"{file} cannot be read: {first_line(error)}"]
+    token = max(vocabulary, key=lambda token: vocabulary[token], default="")
+    if vocabulary.get(token, -1) < vocab_size:
+        return []
+    return [
+        f"the tokenizer of {folder} has ids up to {vocabulary[token]} ({token!r}), but the model's vocabulary ends at "
+        f"{vocab_size - 1}: text with these tokens cannot be trained on or generated"
+    ]
 
 
 def to_json(values: dict[str, Any]) -> str:

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
+from megatron_ultralong.checkpoint.hf import dtypes, schema
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.families import FAMILIES, Family, supported
-from megatron_ultralong.io import atomic_files
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_block import ORIGINAL, HFBlock, checked_number
 from megatron_ultralong.rope.hf_config import from_hf, to_hf
-
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _NOT_EXPORTED = (
@@ -28,6 +26,7 @@ _NOT_EXPORTED = (
     ORIGINAL,
     "layer_types",  # full attention in every layer, which is the default
     "dual_chunk_attention_config",  # Qwen2.5-1M: how vLLM extends the base's length, in chunks of that length
+    "auto_map",  # code that is not part of the export, which is a plain model of its architecture
     "_name_or_path",
     "transformers_version",
 )
@@ -42,7 +41,7 @@ class HFConfig:
     max_position: int
     """max_position_embeddings, tokens."""
     raw: dict[str, Any]
-    """The JSON object itself."""
+    """The JSON object itself, as schema.py returns it."""
 
 
 def read_config(folder: Path | str) -> HFConfig:
@@ -54,7 +53,7 @@ def read_config(folder: Path | str) -> HFConfig:
             f"{folder} is not a directory; download the Hugging Face model first and pass its local directory"
         )
     file = folder / "config.json"
-    raw = atomic_files.read_json(file)
+    raw = schema.read(file)
     try:
         family = _checked_family(raw)
         for key in _SIZES:
@@ -125,8 +124,8 @@ def export_config(
         **_NO_WINDOW[family.window],
         "max_position_embeddings": max_position,
         **to_hf(rope, max_position, model.head_dim),
-        "torch_dtype": DTYPE_NAMES[dtype],
-        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": dtypes.NAMES[dtype],
+        "dtype": dtypes.NAMES[dtype],
     }
 
 
@@ -150,7 +149,7 @@ def _checked_family(raw: dict[str, Any]) -> Family:
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act={raw['hidden_act']}; only silu is supported")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") or raw.get("compression_config"):
         raise UserError("the weights are quantised; use the original bf16 or fp32 model")
     return family
 

@@ -6,27 +6,26 @@ Names, shapes and dtypes of all tensors are checked from the files' headers befo
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ultralong.checkpoint.hf import assets, dtypes, weight_files
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.model.weight_mapping import HF_EMBEDDING, HF_OUTPUT
 from megatron_ultralong.runtime import agreement
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # old transformers' buffer; config.json counts
+
+_LAYER = re.compile(r"\.\d+(?=\.)")
 
 
 def load_parameters(
@@ -55,6 +54,8 @@ def load_parameters(
         reader = agreement.on_every_rank(lambda: HFReader(folder, model) if reads else None, group)
         source = torch.distributed.get_global_rank(group, 0)
     is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if reader is not None and is_main:
+        reader.print_notes()
     for name, parameter in tqdm(
         parameters.items(), desc="reading weights", unit="tensor", disable=None if is_main else True
     ):
@@ -79,7 +80,7 @@ class HFReader:
     def __init__(self, folder: Path | str, model: Model) -> None:
         self.folder, self.model = Path(folder), model
         self._open: dict[Path, Any] = {}
-        self._files = _tensor_files(self.folder, self._open)  # tensor name -> file
+        self._files = weight_files.tensor_files(self.folder, self._open)  # tensor name -> file
         self._check()
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
@@ -98,15 +99,27 @@ class HFReader:
             block = self.read(piece.hf, piece.source)
             if self.model.tied_embeddings and piece.hf == HF_EMBEDDING and HF_OUTPUT in self._files:
                 self._check_tied(block, piece.source)
-            shard[piece.target] = block.to(dtype)
+            shard[piece.target] = dtypes.converted(block, dtype, piece.hf)
         return shard
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that all tensors share; float32 where they differ or are float16, which Megatron's
-        bfloat16 would round."""
-        stored = {_DTYPES[self._slice(name).get_dtype()] for name in weight_mapping.hf_shapes(self.model)}
-        return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every Megatron parameter of the model: that of the tensors it is made of, over all layers;
+        where they differ, the one that represents all of their values exactly."""
+        stored: dict[str, list[torch.dtype]] = {}  # Megatron has one tensor for all layers
+        names = {name: _LAYER.sub("", name) for name in weight_mapping.megatron_names(self.model)}
+        for name, stacked in names.items():
+            for hf in weight_mapping.hf_names(name, self.model):
+                stored.setdefault(stacked, []).append(dtypes.SAFETENSORS[self._slice(hf).get_dtype()])
+        return {name: dtypes.common(stored[stacked]) for name, stacked in names.items()}
+
+    def print_notes(self) -> None:
+        """Print what a user should know about the directory on stderr."""
+        notes = [
+            *weight_files.notes(self.folder),
+            *assets.tokenizer_note(self.folder, self.model.vocab_size),
+        ]
+        for line in notes:
+            print(f"note: {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
@@ -122,7 +135,7 @@ class HFReader:
             hint = (
                 "; if the embeddings are tied, config.json lacks tie_word_embeddings"
                 if missing == [HF_OUTPUT]
-                else ""
+                else weight_files.hint(expected, self._files)
             )
             raise UserError(f"{self.folder}: tensor {missing[0]} is missing{_more(missing)}{hint}")
         if self.model.tied_embeddings and HF_OUTPUT in self._files:
@@ -131,7 +144,7 @@ class HFReader:
         if extra:
             raise UserError(
                 f"{self._files[extra[0]]}: unexpected tensor {extra[0]}{_more(extra)}; "
-                "the Llama of config.json does not have it"
+                f"the Llama of config.json does not have it{weight_files.hint(expected, self._files)}"
             )
         for name, shape in expected.items():
             file, stored = self._files[name], self._slice(name)
@@ -139,10 +152,10 @@ class HFReader:
                 raise UserError(
                     f"{file}: {name} has shape {list(stored.get_shape())}, but config.json implies {list(shape)}"
                 )
-            if stored.get_dtype() not in _DTYPES:
+            if stored.get_dtype() not in dtypes.SAFETENSORS:
                 raise UserError(
                     f"{file}: {name} is stored as {stored.get_dtype()}; "
-                    f"only float weights ({', '.join(_DTYPES)}) are supported"
+                    f"only float weights ({', '.join(dtypes.SAFETENSORS)}) are supported"
                 )
 
     def _check_tied(self, embedding: Tensor, index: tuple[slice, ...]) -> None:
@@ -151,41 +164,6 @@ class HFReader:
                 f"{self._files[HF_OUTPUT]}: {HF_OUTPUT} differs from {HF_EMBEDDING}, but config.json says "
                 "tie_word_embeddings; set that to false, or remove the tensor"
             )
-
-
-def _tensor_files(folder: Path, opened: dict[Path, Any]) -> dict[str, Path]:
-    """Tensor name -> file, from the single file if present, as in transformers, otherwise from the index.
-    Fills `opened`."""
-    if (folder / SINGLE).is_file():
-        opened[folder / SINGLE] = _open(folder / SINGLE)
-        return dict.fromkeys(opened[folder / SINGLE].keys(), folder / SINGLE)
-    if not (folder / INDEX).is_file():
-        entries = folder.iterdir() if folder.is_dir() else []
-        other = sorted(p.name for p in entries if p.suffix in (".bin", ".pth", ".gguf", ".safetensors"))
-        hint = f" (only {other[0]}; save the model again with transformers' save_pretrained)" if other else ""
-        raise UserError(f"{folder} contains neither {SINGLE} nor {INDEX}{hint}")
-    index = atomic_files.read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of tensor names to files")
-    tensors = {}
-    for file in sorted(set(index.values())):
-        if not (folder / file).is_file():
-            raise UserError(f"{folder}: shard {file}, which {INDEX} names, is missing")
-        opened[folder / file] = _open(folder / file)
-        names = set(opened[folder / file].keys())
-        for name in (name for name, where in index.items() if where == file):
-            if name not in names:
-                raise UserError(f"{folder / file}: tensor {name}, which {INDEX} lists there, is missing")
-        # Tensors that the index does not list are checked like the others.
-        tensors.update(dict.fromkeys(sorted(names - index.keys()), folder / file))
-    return {**tensors, **{name: folder / file for name, file in index.items()}}
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(str(file), "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or not a safetensors file; copy it again ({error})") from None
 
 
 def _more(names: list[str]) -> str:

@@ -17,14 +17,15 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from megatron_ultralong.checkpoint.hf import dtypes
 from megatron_ultralong.checkpoint.hf.assets import to_json
-from megatron_ultralong.checkpoint.hf.reader import INDEX, SINGLE
+from megatron_ultralong.checkpoint.hf.weight_files import INDEX, SINGLE
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 
 SHARD_BYTES = 5 * 10**9  # the usual size in transformers and on the hub
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SAFETENSORS = {dtype: name for name, dtype in dtypes.SAFETENSORS.items()}
 
 
 class HFWriter:
@@ -40,28 +41,30 @@ class HFWriter:
         self,
         out_dir: Path | str,
         shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
+        dtype: torch.dtype | Mapping[str, torch.dtype],
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self.out_dir, self.dtype = Path(out_dir).resolve(), dtype
+        """dtype: of all tensors, or by name."""
+        self.out_dir = Path(out_dir).resolve()
         self._shapes = dict(shapes)
-        sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-        self._shards = plan_shards(sizes, shard_bytes)
+        self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
+        self._sizes = {name: prod(shape) * self._dtypes[name].itemsize for name, shape in shapes.items()}
+        self._shards = plan_shards(self._sizes, shard_bytes)
         self._remaining = [(number, name) for number, names in enumerate(self._shards) for name in names]
         self._remaining.reverse()  # the next one is last
         self._file: BinaryIO | None = None
         check_output(self.out_dir)
-        self.folder = self._stage(sum(sizes.values()))
+        self.folder = self._stage(sum(self._sizes.values()))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, converted to the export's dtype. ValueError if it is not the next one, or of
-        another shape."""
+        """Write the next tensor, converted to its dtype. ValueError if it is not the next one, or of another
+        shape; UserError where it cannot be converted or written."""
         number, expected = self._remaining.pop() if self._remaining else (0, "none")
         if name != expected or tuple(tensor.shape) != self._shapes[name]:
             raise ValueError(
                 f"next tensor should be {expected} {self._shapes.get(expected)}, not {name} {tuple(tensor.shape)}"
             )
-        stored = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        stored = dtypes.converted(tensor.detach().cpu(), self._dtypes[name], name).contiguous()
         try:
             if name == self._shards[number][0]:
                 self._file = self._begin(number)
@@ -81,7 +84,7 @@ class HFWriter:
             if len(self._shards) > 1:
                 total = sum(prod(shape) for shape in self._shapes.values())
                 index = {
-                    "metadata": {"total_parameters": total, "total_size": total * self.dtype.itemsize},
+                    "metadata": {"total_parameters": total, "total_size": sum(self._sizes.values())},
                     "weight_map": {
                         name: self._shard_name(i) for i, names in enumerate(self._shards) for name in names
                     },
@@ -130,9 +133,9 @@ class HFWriter:
         start = 0
         for name in self._shards[number]:
             shape = self._shapes[name]
-            end = start + prod(shape) * self.dtype.itemsize
+            end = start + self._sizes[name]
             header[name] = {
-                "dtype": _DTYPES[self.dtype],
+                "dtype": _SAFETENSORS[self._dtypes[name]],
                 "shape": list(shape),
                 "data_offsets": [start, end],
             }

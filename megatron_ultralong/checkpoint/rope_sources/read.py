@@ -120,7 +120,8 @@ def _notes_on_other_models(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _checkpoint(folder: Path, name: Path) -> RopeSource:
-    from megatron_ultralong.checkpoint import convert, rope_network, training_state
+    from megatron_ultralong.checkpoint import rope_network, training_state
+    from megatron_ultralong.checkpoint.max_position import max_position
 
     state = training_state.read(folder)
     config = folder / "hf" / "config.json"
@@ -130,5 +131,5 @@ def _checkpoint(folder: Path, name: Path) -> RopeSource:
         kind="checkpoint",
         rope=rope_network.with_weights(folder, state.rope, state.model.head_dim),
         head_dim=state.model.head_dim,
-        max_position=convert.max_position(state, base),
+        max_position=max_position(state, base),
     )
