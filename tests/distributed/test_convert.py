@@ -231,7 +231,7 @@ def _change_biases(folder: Path, ranks: Any, parallel: Parallel) -> None:
         tensors[names[0]][35] += 1
         tensors[names[1]][3] += 1
         (folder / "changed").mkdir()
-        save_file(tensors, folder / "changed" / hf_reader.SINGLE)
+        save_file(tensors, folder / "changed" / weight_files.SINGLE)
         (folder / "changed" / "config.json").write_bytes((folder / "out" / "config.json").read_bytes())
     torch.distributed.barrier()
     told = convert.verify(folder / "changed", folder / "ckpt", ranks, parallel)
@@ -245,7 +245,7 @@ def _train(folder: Path, model: Model, ranks: Any, parallel: Parallel) -> None:
 
     run = Run(name="tiny", train=Train(seq_length=1024, iterations=7, lr=1e-4, global_batch=4))
     rope = dataclasses.replace(BASE_ROPE, type="yarn", factor=32.0)  # which config.json says as llama3
-    dtype = convert.stored_dtype(run_directory.resolve(folder / "ckpt"))
+    dtypes = set(stored_dtypes(run_directory.resolve(folder / "ckpt")).values())
     state = TrainingState(
         model=model,
         rope=rope,
@@ -255,7 +255,7 @@ def _train(folder: Path, model: Model, ranks: Any, parallel: Parallel) -> None:
         run=config.to_dict(run),
         base="base",
     )
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    precision = "bf16" if dtypes == {torch.bfloat16} else "fp32"
     chunks = llama.build(model, state.rope, ranks, parallel, Memory(offload="off"), precision)
     sharded.load(run_directory.resolve(folder / "ckpt"), chunks)
     assets = AssetFolders(base=folder / "ckpt" / "iter_0000000" / "hf")
