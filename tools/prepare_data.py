@@ -113,6 +113,11 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id-key", metavar="NAME", help="field or column that names a document in the reports"
     )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("text", "control"),
+        help="special tokens that documents spell out, like <|eot_id|>: encode them as text (default), or as control tokens",
+    )
     between = parser.add_mutually_exclusive_group()
     between.add_argument(
         "--separator",
@@ -181,9 +186,9 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def pretrain(args: argparse.Namespace) -> None:
     seq_length = parse_count(args.seq_length, "--seq-length")
-    if args.sources and (args.text_key or args.id_key):
+    if args.sources and (args.text_key or args.id_key or args.special_tokens):
         raise UserError(
-            "--text-key and --id-key belong to --input; a --sources file sets them for each source"
+            "--text-key, --id-key and --special-tokens belong to --input; a --sources file sets them for each source"
         )
 
     # Imported here so that --help and wrong arguments answer at once.
@@ -206,7 +211,9 @@ def pretrain(args: argparse.Namespace) -> None:
     mix = (
         sources.load(args.sources)
         if args.sources
-        else sources.from_inputs(args.input, args.text_key or "text", args.id_key)
+        else sources.from_inputs(
+            args.input, args.text_key or "text", args.id_key, args.special_tokens or "text"
+        )
     )
     manifest = pack.pack(
         mix, args.tokenizer, packing, args.output, workers=_workers(args), tokens_dir=args.tokens_dir
