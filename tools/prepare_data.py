@@ -584,6 +584,12 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
         help="'Today Date' in Llama-3.1's system header (default: 26 Jul 2024, the template's own)",
     )
     parser.add_argument(
+        "--special-tokens",
+        choices=("text", "control"),
+        default="text",
+        help="special tokens that contents spell out, like <|eot_id|>: encode them as text (default), or as control tokens",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -627,6 +633,7 @@ def sft(args: argparse.Namespace) -> None:
         fit=args.fit,
         template=args.template,
         date=args.date,
+        special_tokens=args.special_tokens,
         seed=args.seed,
         workers=_workers(args),
     )
@@ -638,7 +645,7 @@ def sft(args: argparse.Namespace) -> None:
             select_examples.ConversationSource(name="input", files=files, domain=args.domain, form=args.form)
         ]
     if args.show is not None:
-        encoder = ChatEncoder.load(args.tokenizer, args.template, args.date)
+        encoder = ChatEncoder.load(args.tokenizer, args.template, args.date, args.special_tokens)
         for line in report.show_conversations(sources, encoder, args.show):
             print(line)
         return

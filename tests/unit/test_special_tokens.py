@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from megatron_ultralong.data.pretrain import pack, packing_report, sources
 from megatron_ultralong.data.special_tokens import MixedEncoder, load_backend, spelled_pattern
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.prompts.encode import PromptEncoder
+from megatron_ultralong.evaluate.prompts.truncate import PromptTruncator
+from megatron_ultralong.evaluate.tasks import perplexity
+from megatron_ultralong.evaluate.tasks.niah.prompts import NiahPromptBuilder, NiahSettings
 from tests import text as made
+from tests.answering import SPECIAL, byte_tokenizer
 
 SPELLED = ("<|begin|>", "<|end|>", "<|end|><|begin|>")
 
@@ -89,7 +97,12 @@ def test_flags_of_special_tokens_stay(tmp_path):
     text = "a  <|strips|>  b WORD sWORDs <|end|>s <|end|> s <tool>"
     assert mixed.encode(text, [])[0] == backend.encode(text).ids
     ids, _ = mixed.encode(text, [(0, len(text))])
-    assert spelled_pattern(backend).findall(text) == ["<|strips|>", "WORD", "<|end|>s", "<|end|>"]
+    assert spelled_pattern(backend.get_added_tokens_decoder().values()).findall(text) == [
+        "<|strips|>",
+        "WORD",
+        "<|end|>s",
+        "<|end|>",
+    ]
     special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     assert not special & set(ids) and backend.decode(ids, skip_special_tokens=False) == text
     assert ids[-1] == backend.token_to_id("<tool>")  # vocabulary, not a control token
@@ -110,7 +123,7 @@ def test_tokenizers_without_special_tokens():
     for text in ("", "a <|end|>", "<s>"):
         ids, characters = mixed.encode(text, [(0, len(text))])
         assert ids == mixed.encode(text, [])[0] == backend.encode(text).ids and len(characters) == len(ids)
-        assert mixed.pattern.search(text) is None
+        assert spelled_pattern(backend.get_added_tokens_decoder().values()).search(text) is None
 
 
 # ---- pretraining data --------------------------------------------------------------------------
@@ -137,7 +150,7 @@ def tokens(output: Path) -> list[int]:
 def test_documents(tmp_path, tokenizer_dir, mode):
     source = made.write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     manifest = packed(sources.from_inputs([source], special_tokens=mode), tokenizer_dir, tmp_path / "out")
-    assert manifest["special_tokens"] == manifest["sources"][0]["files"][0]["special_tokens"] == 4
+    assert manifest["sources"][0]["files"][0]["special_tokens"] == 4
     assert manifest["sources"][0]["special_tokens"] == {"encoded_as": mode, "spelled_out": 4}
     assert manifest["skipped"]["empty"] == 1
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -149,8 +162,8 @@ def test_documents(tmp_path, tokenizer_dir, mode):
         want += [*([end] if want else []), *ids]
     assert tokens(tmp_path / "out")[: len(want)] == want and manifest["tokens"] == len(want)
     (line,) = [text for text in packing_report.warnings(manifest, "out") if "special" in text]
-    assert line.startswith("input: the documents spell out 4 special tokens: encoded as ")
-    assert ("--special-tokens control" in line) == (mode == "text")
+    assert line.startswith(f"input: 4 special tokens are spelled out and encoded as {mode}")
+    assert ("--special-tokens control makes" in line) == (mode == "text")
 
 
 def test_each_source_says_what_its_texts_contain(tmp_path, tokenizer_dir):
@@ -185,4 +198,98 @@ def test_tokens_of_both_modes_are_not_mixed(tmp_path, tokenizer_dir):
     packed(control, tokenizer_dir, tmp_path / "two")
     packed(control, tokenizer_dir, tmp_path / "three")
     assert tokens(tmp_path / "two") == tokens(tmp_path / "three") != tokens(tmp_path / "one")
-    assert json.loads((tmp_path / "two.json").read_text())["special_tokens"] == 4
+
+
+# ---- prompts -----------------------------------------------------------------------------------
+
+MESSAGE, PREFIX = "What is <|end|>?<|begin|>", "It ends<|end|> a"
+
+
+def control_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
+    return tokenizer.convert_ids_to_tokens([i for i in ids if i in special])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts(chat):
+    tokenizer = byte_tokenizer(chat)
+    encoder = PromptEncoder(tokenizer, "auto")
+    of_template = ["<|begin|>", "<|user|>", "<|end|>", "<|assistant|>"] if chat else []
+    text = f"{encoder.head}{MESSAGE}{encoder.tail}{PREFIX}"
+    for ids in (
+        encoder.encode(MESSAGE, PREFIX),
+        encoder.assemble(encoder.ids(MESSAGE), encoder.ids(PREFIX)),
+        encoder.encode("ordinary", ""),
+    ):
+        assert control_tokens(tokenizer, ids) == of_template
+    assert tokenizer.decode(encoder.encode(MESSAGE, PREFIX)) == text
+    assert len(encoder.encode(MESSAGE, PREFIX)) == encoder.size(MESSAGE, PREFIX)
+    assert encoder.counts([MESSAGE, "ab"]) == [len(MESSAGE), 2]  # a token per byte
+    # A prompt file with a template of its own starts with a special token.
+    own = encoder.encode(f"<|user|>{MESSAGE}<|assistant|>", PREFIX)
+    assert control_tokens(tokenizer, own) == ["<|user|>", "<|end|>", "<|begin|>", "<|assistant|>", "<|end|>"]
+    # Benchmarks: a haystack, and a document that is cut.
+    haystack = NiahPromptBuilder(
+        tokenizer, NiahSettings(lengths=(400,), depths=(50,)), "Pages say <|end|>. Others <|begin|>!"
+    ).prompt(400, 50, 0)
+    assert control_tokens(tokenizer, haystack.tokens) == of_template and len(haystack.tokens) <= 400
+    truncator = PromptTruncator(tokenizer, chat="auto", max_length=100)
+    cut = truncator.prompt("a", MESSAGE * 9, 10)
+    assert cut.cut and control_tokens(tokenizer, cut.request.ids) == of_template
+    assert cut.request.text in text + MESSAGE * 9 or "<|end|>" in cut.request.text
+
+
+def test_prompts_of_every_family(tmp_path):
+    """A message in a template is encoded as one text with it, also if it spells a special token."""
+    for family in made.FAMILIES:
+        tokenizer = AutoTokenizer.from_pretrained(made.save_tokenizer(tmp_path / family, family))
+        tokenizer.chat_template = "{% for m in messages %}<|begin|>{{ m.content }}<|end|>{% endfor %}"
+        encoder = PromptEncoder(tokenizer, "auto")
+        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        spelled, ordinary = encoder.encode("the <|end|> sky", ""), encoder.encode("the sky", "")
+        assert [i for i in spelled if i in (begin, end)] == [begin, end]
+        assert ordinary == tokenizer("<|begin|>the sky<|end|>", add_special_tokens=False).input_ids
+        assert not {begin, end} & set(encoder.ids("the <|end|> sky"))
+
+
+def test_prompts_of_a_tokenizer_in_python():
+    tokenizer = ByT5Tokenizer()
+    control = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+
+    def in_bytes(text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode()]
+
+    encoder = PromptEncoder(tokenizer, "no")
+    assert not tokenizer.is_fast
+    assert encoder.encode("a<extra_id_0>", "b") == in_bytes("a<extra_id_0>b")
+    assert encoder.counts(["<extra_id_0>", "ab"]) == [12, 2] and encoder.encode("ab", "c") == in_bytes("abc")
+    tokenizer.chat_template = "{% for m in messages %}<extra_id_0>{{ m.content }}<extra_id_0>{% endfor %}"
+    for message in ("so", "so <extra_id_0>?"):
+        assert PromptEncoder(tokenizer, "yes").encode(message, "!") == [
+            *(control, *in_bytes(message), control),
+            *in_bytes("!"),
+        ]
+
+
+def test_a_tokenizer_that_is_told_to_split(tmp_path, tokenizer_dir):
+    """split_special_tokens in tokenizer_config.json is about texts; a template keeps its control tokens."""
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "split")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": True}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}<|begin|>{{ m.content }}<|end|>{% endfor %}"
+    ids = PromptEncoder(tokenizer, "yes").encode("the sky", "")
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    manifest = packed(
+        sources.from_inputs([made.write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)], special_tokens="control"),
+        folder,
+        tmp_path / "out",
+    )
+    assert tokens(tmp_path / "out")[: manifest["tokens"]].count(tokenizer.eos_token_id) == 4 + 3
+
+
+def test_perplexity_of_a_document(tmp_path):
+    tokenizer = byte_tokenizer()
+    file = made.write_jsonl(tmp_path / "a.jsonl", ["a<|end|>b"])
+    ((ids, _),) = perplexity.read_rows([str(file)], tokenizer)
+    assert not control_tokens(tokenizer, ids.tolist()) and tokenizer.decode(ids) == "a<|end|>b"

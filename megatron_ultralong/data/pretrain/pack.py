@@ -270,7 +270,6 @@ def _manifest(
         },
         "first_broken": next(iter(broken), None),
         "duplicates": int(uses.duplicate.sum()),
-        "special_tokens": sum(source["special_tokens"]["spelled_out"] for source in sources),
         "max_token_id": max([*(totals["largest"] for totals in uses.cache.totals), *inserted]),
         "dtype": rows.dtype.name,
         "mask": bool(layout.padding),

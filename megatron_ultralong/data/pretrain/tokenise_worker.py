@@ -130,7 +130,7 @@ def _tokenise_unit(
     unit, dtype, prefix = job.units[number], numpy.dtype(job.dtype), job.folder / f"{number:06d}"
     waiting: deque[_TableRow] = deque()
     """Documents read and not yet in the table, in order, broken ones included."""
-    special = spelled_pattern(backend)
+    special = spelled_pattern(backend.get_added_tokens_decoder().values())
 
     def texts() -> Iterator[str]:
         for which, file_range in enumerate(unit.ranges):
