@@ -434,8 +434,9 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
         "--normalise",
         default="words",
         metavar="HOW",
-        help="words (ignore Unicode forms, case and punctuation; each Chinese or Japanese character is a word), exact (split at "
-        "white space only), or some of nfkc,lower,punctuation,cjk (default: words)",
+        help="words (ignore HTML entities, invisible characters, hyphenation at the end of lines, Unicode forms, case and "
+        "punctuation; each Chinese or Japanese character is a word), exact (split at white space only), or some of "
+        "entities,invisible,hyphenation,nfkc,lower,punctuation,cjk (default: words)",
     )
     parser.add_argument(
         "--margin",
