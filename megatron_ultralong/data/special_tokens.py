@@ -68,7 +68,7 @@ def report_lines(where: str, counted: dict[str, Any]) -> list[str]:
         if counted["encoded_as"] == "text"
         else "as control tokens"
     )
-    return [f"{where}: {counted['spelled_out']:,} special tokens are spelled out and encoded {encoded}"]
+    return [f"{where}: special tokens spelled out in texts: {counted['spelled_out']:,}, encoded {encoded}"]
 
 
 EncodedText = tuple[list[int], NDArray[numpy.int64]]

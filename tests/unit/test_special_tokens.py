@@ -162,7 +162,7 @@ def test_documents(tmp_path, tokenizer_dir, mode):
         want += [*([end] if want else []), *ids]
     assert tokens(tmp_path / "out")[: len(want)] == want and manifest["tokens"] == len(want)
     (line,) = [text for text in packing_report.warnings(manifest, "out") if "special" in text]
-    assert line.startswith(f"input: 4 special tokens are spelled out and encoded as {mode}")
+    assert line.startswith(f"input: special tokens spelled out in texts: 4, encoded as {mode}")
     assert ("--special-tokens control makes" in line) == (mode == "text")
 
 
