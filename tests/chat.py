@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_ultralong.data.conversations import Message
 from megatron_ultralong.data.sft import chat_template, tokenise_chat
+from megatron_ultralong.data.special_tokens import MixedEncoder
 from megatron_ultralong.data.tokenizer import load_tokenizer
 from tests import text
 
@@ -115,7 +116,7 @@ def encoded(
     folder: Path, template: chat_template.ChatTemplate, messages: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
     ((ids, trained),) = tokenise_chat.encode_batch(
-        load_tokenizer(folder).backend, [template.render(messages)]
+        MixedEncoder(load_tokenizer(folder).backend), [template.render(messages)]
     )
     assert ids.dtype == numpy.int32 and trained.dtype == numpy.uint8
     return ids.tolist(), trained.tolist()

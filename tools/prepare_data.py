@@ -113,6 +113,11 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id-key", metavar="NAME", help="field or column that names a document in the reports"
     )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("text", "control"),
+        help="special tokens that documents spell out, like <|eot_id|>: encode them as text (default), or as control tokens",
+    )
     between = parser.add_mutually_exclusive_group()
     between.add_argument(
         "--separator",
@@ -181,9 +186,9 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def pretrain(args: argparse.Namespace) -> None:
     seq_length = parse_count(args.seq_length, "--seq-length")
-    if args.sources and (args.text_key or args.id_key):
+    if args.sources and (args.text_key or args.id_key or args.special_tokens):
         raise UserError(
-            "--text-key and --id-key belong to --input; a --sources file sets them for each source"
+            "--text-key, --id-key and --special-tokens belong to --input; a --sources file sets them for each source"
         )
 
     # Imported here so that --help and wrong arguments answer at once.
@@ -206,7 +211,9 @@ def pretrain(args: argparse.Namespace) -> None:
     mix = (
         sources.load(args.sources)
         if args.sources
-        else sources.from_inputs(args.input, args.text_key or "text", args.id_key)
+        else sources.from_inputs(
+            args.input, args.text_key or "text", args.id_key, args.special_tokens or "text"
+        )
     )
     manifest = pack.pack(
         mix, args.tokenizer, packing, args.output, workers=_workers(args), tokens_dir=args.tokens_dir
@@ -427,8 +434,9 @@ def add_decontaminate(parser: argparse.ArgumentParser) -> None:
         "--normalise",
         default="words",
         metavar="HOW",
-        help="words (ignore Unicode forms, case and punctuation; each Chinese or Japanese character is a word), exact (split at "
-        "white space only), or some of nfkc,lower,punctuation,cjk (default: words)",
+        help="words (ignore HTML entities, invisible characters, hyphenation at the end of lines, Unicode forms, case and "
+        "punctuation; each Chinese or Japanese character is a word), exact (split at white space only), or some of "
+        "entities,invisible,hyphenation,nfkc,lower,punctuation,cjk (default: words)",
     )
     parser.add_argument(
         "--margin",
@@ -577,6 +585,12 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
         help="'Today Date' in Llama-3.1's system header (default: 26 Jul 2024, the template's own)",
     )
     parser.add_argument(
+        "--special-tokens",
+        choices=("text", "control"),
+        default="text",
+        help="special tokens that contents spell out, like <|eot_id|>: encode them as text (default), or as control tokens",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -620,6 +634,7 @@ def sft(args: argparse.Namespace) -> None:
         fit=args.fit,
         template=args.template,
         date=args.date,
+        special_tokens=args.special_tokens,
         seed=args.seed,
         workers=_workers(args),
     )
@@ -631,7 +646,7 @@ def sft(args: argparse.Namespace) -> None:
             select_examples.ConversationSource(name="input", files=files, domain=args.domain, form=args.form)
         ]
     if args.show is not None:
-        encoder = ChatEncoder.load(args.tokenizer, args.template, args.date)
+        encoder = ChatEncoder.load(args.tokenizer, args.template, args.date, args.special_tokens)
         for line in report.show_conversations(sources, encoder, args.show):
             print(line)
         return

@@ -48,7 +48,8 @@ _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A fast Hugging Face tokenizer from a directory. It adds no special tokens to a text."""
+    """A fast Hugging Face tokenizer from a directory. It adds no special tokens to a text; those that a text
+    spells out are control tokens."""
 
     path: Path
     backend: Any
@@ -75,6 +76,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         )
     backend, special = load_plain(path) or _by_transformers(path)
     file = next(path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file())
+    backend.encode_special_tokens = (
+        False  # what they become in a text is for who encodes it: special_tokens.py
+    )
     backend.no_truncation()
     backend.no_padding()
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1

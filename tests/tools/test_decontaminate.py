@@ -159,7 +159,9 @@ def test_words_by_every_rule(how, words):
 
 def test_normalise_is_checked():
     with pytest.raises(
-        UserError, match="unknown step 'upper'; use words or exact, or some of nfkc,lower,punctuation,cjk"
+        UserError,
+        match="unknown step 'upper'; use words or exact, or some of "
+        "entities,invisible,hyphenation,nfkc,lower,punctuation,cjk",
     ):
         Normalisation.parse("lower,upper")
 
@@ -168,9 +170,19 @@ def test_words_and_their_places_agree_on_random_text():
     rng, normalisation = random.Random(1), Normalisation()
     for _ in range(3000):
         text = "".join(
-            rng.choice("aBß ,-é\u0301\u0308漢ｶﾞ\u1112\u1161ﬁİไ\u0e31\u3000\x1c½¨²_\u200b")
+            rng.choice(
+                [
+                    *"aBß ,-é\u0301\u0308漢ｶﾞ\u1112\u1161ﬁİไ\u0e31\u3000\x1c½¨²_\u200b\u00ad\u3164&;",
+                    *("-\n", "\u2010\r\n", "&amp;", "&nbsp;", "&shy;", "&#39;", "&amp;lt;", "&#x301;", "aB"),
+                ]
+            )
             for _ in range(rng.randint(0, 20))
         )
+        vocabulary = Vocabulary(normalisation, {"aba": 1, "aß": 2})
+        joined_spans = vocabulary.word_spans(text)
+        assert len(joined_spans) == len(vocabulary.encode(text))
+        assert all(a <= c and b <= d for (a, b), (c, d) in pairwise(joined_spans)), "in order"
+        text, _ = Vocabulary(normalisation, {}).join_hyphenated(text)
         words, spans = (
             [word for part in text.split() for word in normalisation.words(part)],
             normalisation.word_spans(text),
@@ -182,6 +194,66 @@ def test_words_and_their_places_agree_on_random_text():
             == len(Vocabulary(normalisation, {}).encode(text))
         )
         assert all(a <= c and b <= d for (a, b), (c, d) in pairwise(spans)), "in order"
+
+
+PLAIN = "Why doesn't the well-known example of R&D at the harbour of Skarn count as café co-operation?"
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        PLAIN.replace("example", "exam\u00adple"),
+        PLAIN.replace("example", "ex\u200ba\u200cm\u200dp\u2060l\ufeffe").replace("Why", "\ufeffWhy"),
+        PLAIN.replace("example", "exa\ufe0fm\u202ap\u3164le"),
+        PLAIN.replace("example", "exam-\nple"),
+        PLAIN.replace("example", "exam\u2010 \r\n  ple").replace("harbour", "har\u00ad\nbour"),
+        PLAIN.replace("well-known", "well-\nknown").replace("example", "exam-\nple"),
+        PLAIN.replace("'", "&#39;").replace("&D", "&amp;D"),
+        PLAIN.replace("'", "&amp;#x27;").replace(" ", "&nbsp;").replace("é", "&eacute;"),
+        PLAIN.replace("example", "exam&shy;ple").replace("harbour", "har&#8203;bour"),
+        PLAIN.replace("at", "ａｔ").replace("é", "e\u0301"),
+    ],
+)
+def test_text_in_disguise_is_found_and_cut(hidden):
+    """In both directions: hidden in a document, and in a benchmark."""
+    found, _ = scan([example(PLAIN)], [f"Before it. {hidden} After it.", "Some ordinary text."], ngram=17)
+    assert [match["words"] for match in found.matches] == [20] and found.matches[0]["line"] == 1
+    cut = ContaminationPolicy(action="cut")
+    edited, _ = scan([example(PLAIN)], [f"Before it. {hidden} After it."], cut, ngram=17)
+    (item,) = edited.edits[0]
+    assert json.loads(item)["text"].replace("\ufeff", "") == "Before it. ? After it."
+    if "well-\nknown" not in hidden:  # see below
+        assert len(scan([example(hidden)], [PLAIN], ngram=17)[0].matches) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "why doesn't the wellknown example of R&D at the harbour of Skarn count as café co-operation",
+        PLAIN.replace("example", "exam ple"),
+        PLAIN.replace("example", "exam- ple"),
+        PLAIN.replace("example", "exam\n-\nple"),
+        PLAIN.replace("example", "exam-\n\nple"),
+        PLAIN.replace("R&D", "R&nbsp D"),
+        PLAIN.replace("Skarn", "Skarn &frac12;"),
+    ],
+)
+def test_ordinary_text_is_not_made_equal(text):
+    assert not scan([example(PLAIN)], [text], ngram=17)[0].matches
+
+
+def test_what_a_hyphen_at_the_end_of_a_line_joins():
+    learned: dict[str, int] = {}
+    Vocabulary(Normalisation(), learned, learn=True).encode("the exam-\nple of Jean-\nPaul, 3-\n5, x -\ny")
+    assert list(learned) == ["the", "example", "of", "jean", "paul", "3", "5", "x", "y"]
+    names = ["", *learned]
+    of_document = Vocabulary(Normalisation(), learned)
+    text = "the exam-\nple, x-\ny (of-\nthe) Jean-\n\nPaul ex-\nam"
+    words = [names[i] for i in of_document.encode(text)]
+    assert words == ["the", "example", "x", "y", "of", "the", "jean", "paul", "", ""]
+    assert [text[a:b] for a, b in of_document.word_spans(text)][:3] == ["the", "exam-\nple", "x"]
+    without = Vocabulary(Normalisation.parse("lower,punctuation"), learned)
+    assert [names[i] for i in without.encode("exam-\nple")] == ["", ""]
 
 
 # ---- the search --------------------------------------------------------------------------------
@@ -631,7 +703,7 @@ def test_complete_files_are_kept_unless_something_changed(tmp_path, bench, capsy
 def test_the_digest_of_benchmarks_does_not_change():
     """Otherwise a folder that an earlier version started could not be resumed."""
     _, index = scan([example("one two three four five six seven eight nine")], [])
-    assert index.digest() == "a922fede30bacfe245d5b067c6c57604f0674816740723ccf94a51f3ae3dc4ea"
+    assert index.digest() == "417ef959bd10610b9965c8da98790205ca187dcef529080d398d1b8c04dabbe7"
 
 
 def test_official_files_through_the_tool(tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.sft import pack, select_examples
 from megatron_ultralong.data.sft.settings import SftSettings
+from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.errors import UserError
 from tests import chat as made
 from tests import processes
@@ -220,28 +221,37 @@ def test_every_record_is_counted(tmp_path, tokenizer_dir):
             "usable",
             "turns_cut",
             "cut_to_length",
+            "special_tokens",
         )
     } == {
         "read": 8,
         "broken": 1,
-        "unsupported": 2,
+        "unsupported": 1,
         "duplicates": 1,
         "too_long": 1,
-        "usable": 3,
+        "usable": 4,
         "turns_cut": 1,
         "cut_to_length": 0,
+        "special_tokens": 1,
     }
+    assert manifest["special_tokens"] == {"encoded_as": "text", "spelled_out": 1}
     assert (
-        manifest["documents"] == counts["chosen"] == 3
+        manifest["documents"] == counts["chosen"] == 4
         and counts["files"][0]["bytes"] == (tmp_path / "out.jsonl").stat().st_size
     )
     broken = [json.loads(line) for line in (tmp_path / "out.broken.jsonl").read_text().splitlines()]
     assert [(b["place"].rsplit(", ")[1], b["kind"]) for b in broken] == [
         ("line 2", "broken"),
-        ("line 7", "unsupported"),
         ("line 8", "unsupported"),
     ]
-    assert "spells the special token <|eot_id|>" in broken[1]["reason"]
+    control = prepared(tmp_path, tokenizer_dir, [spelled], name="control", special_tokens="control")
+    text = prepared(tmp_path, tokenizer_dir, [spelled], name="text")
+    assert control["special_tokens"] == {"encoded_as": "control", "spelled_out": 1}
+    eot = load_tokenizer(tokenizer_dir).backend.token_to_id("<|eot_id|>")
+    rows = [packed_rows.PackedDataset(str(tmp_path / name), S)[0] for name in ("text", "control")]
+    assert [(row == eot).sum() for row, _ in rows] == [3, 4]  # at the end of system, user and assistant
+    assert [((row == eot) * mask).sum() for row, mask in rows] == [1, 2]
+    assert text["tokens"] - control["tokens"] == text["trained_tokens"] - control["trained_tokens"] > 1
 
     cut = prepared(tmp_path, tokenizer_dir, [long], name="cut", long="cut")
     ids, _ = expected(tokenizer_dir, {"messages": long["messages"][:4]})

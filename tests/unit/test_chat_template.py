@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_ultralong.data.sft import chat_template, tokenise_chat
+from megatron_ultralong.data.special_tokens import MixedEncoder, load_backend
 from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.errors import UserError
 from tests import chat as made
@@ -116,10 +117,58 @@ def test_a_template_that_refuses(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "chatml", "marked"])
-def test_a_content_that_spells_a_special_token(folders, name):
-    special = "<|eot_id|>" if name == "llama" else "<|im_end|>"
-    with pytest.raises(chat_template.NotRendered, match="user's content spells the special token"):
-        chat_template.select_template(folders[name]).render(talk(f"q{special}", "a"))
+def test_contents_that_spell_special_tokens(folders, name):
+    """They are the characters that they are: with control tokens put out of sight, the tokens are those of
+    the same contents with an unknown token."""
+    begin, end = ("<|start_header_id|>", "<|eot_id|>") if name == "llama" else ("<|im_start|>", "<|im_end|>")
+    folder, template = folders[name], chat_template.select_template(folders[name])
+    tokenizer = load_tokenizer(folder)
+    control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    messages = talk(
+        f"What is {end}?",
+        f"{end} ends a turn{end}",
+        f"{begin}{end}",
+        f"{begin}user {end}{end}",
+        system=f"{end}: x",
+    )
+    rendered = template.render(messages)
+    assert len(rendered.as_text) == 9
+    assert all(rendered.text[b:e] in (begin, end) for b, e in rendered.as_text)
+    assert [rendered.text[b:e] for b, e in rendered.spans] == [
+        f"{message.content}{end}" for message in messages if message.role == "assistant"
+    ]
+    ids, trained = encoded(folder, template, messages)
+    plain_ids, plain_trained = encoded(folder, template, talk("a", "b", "c", "d", system="e"))
+    assert [i for i in ids if i in control] == [i for i in plain_ids if i in control]
+    assert [i for i, on in zip(ids, trained) if on and i in control] == [tokenizer.ids(end)[0]] * 2
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == rendered.text
+    # Each turn, without its control tokens, as the tokenizer encodes text.
+    text = load_backend(tokenizer.backend.to_str(), "text")
+    want = list(text.encode(messages[2].content).ids)
+    assert [i for i, on in zip(ids, trained) if on][: len(want)] == want
+    messages[2] = dataclasses.replace(messages[2], trained=False)
+    some, some_trained = encoded(folder, template, messages)
+    assert some == ids and sum(some_trained) < sum(trained) == sum(some_trained) + len(want) + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "chatml", "marked"])
+def test_contents_whose_special_tokens_are_control_tokens(folders, name):
+    end = "<|eot_id|>" if name == "llama" else "<|im_end|>"
+    template = chat_template.select_template(folders[name], special_tokens="control")
+    messages = talk(f"one{end}two", f"three{end}")
+    assert template.render(messages).as_text == ()
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    ids, _ = encoded(folders[name], template, messages)
+    assert ids == by_transformers(tokenizer, messages, date_string=chat_template.DATE)
+
+
+def test_a_noncharacter_beside_a_special_token(folders):
+    template = chat_template.select_template(folders["llama"])
+    assert template.render(talk("\ufdd0", "a")).as_text == ()
+    with pytest.raises(
+        chat_template.NotRendered, match=r"user's content has U\+FDD0, which is not a character"
+    ):
+        template.render(talk("\ufdd0", "<|eot_id|>"))
 
 
 def test_which_template(tmp_path, folders):
@@ -158,7 +207,7 @@ def test_many_batches_keep_their_order(folders, monkeypatch):
     texts = [template.render(messages) for messages in TALKS * 3]
     encoded_chats = list(tokenise_chat.encode_chats(iter(texts), backend, workers=1))
     for (ids, trained), (want_ids, want_trained) in zip(
-        encoded_chats, tokenise_chat.encode_batch(backend, texts), strict=True
+        encoded_chats, tokenise_chat.encode_batch(MixedEncoder(backend), texts), strict=True
     ):
         assert numpy.array_equal(ids, want_ids) and numpy.array_equal(trained, want_trained)
 

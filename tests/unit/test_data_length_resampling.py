@@ -8,7 +8,8 @@ import numpy
 import pytest
 
 from megatron_ultralong.data.pretrain import length_resampling
-from megatron_ultralong.data.pretrain.sources import DocumentMix, DocumentSource, LengthBuckets
+from megatron_ultralong.data.pretrain.length_buckets import LengthBuckets
+from megatron_ultralong.data.pretrain.sources import DocumentMix, DocumentSource
 from megatron_ultralong.errors import UserError
 
 

@@ -145,6 +145,7 @@ def test_the_manifest_says_where_each_token_came_from(tmp_path, inputs, tokenize
             "tokens": sum(map(len, ids)),
             "empty": ids.count([]),
             "broken": 0,
+            "special_tokens": 0,
         }
     assert manifest["skipped"] == {"empty": 3, "broken": 0, "duplicate": 0} and manifest["duplicates"] == 0
     assert manifest["tokens"] == sum(s["tokens"] for s in manifest["sources"]) + manifest["separator_tokens"]

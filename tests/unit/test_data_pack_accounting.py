@@ -312,7 +312,7 @@ def test_tokens_of_another_format_are_not_mixed_with_new_ones(tmp_path, tokenize
     (folder / "000000.bin").write_bytes(b"")  # finished, but its tokens are not used again
     with pytest.raises(
         UserError,
-        match=r"tokens contains tokens of unsupported format version 1 \(expected 2\); name another",
+        match=r"tokens contains tokens of unsupported format version 1 \(expected 3\); name another",
     ):
         cache(True)
     assert json.loads((folder / "plan.json").read_text()) == old and not notes

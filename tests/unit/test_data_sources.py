@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ultralong.data.pretrain import sources
-from megatron_ultralong.data.pretrain.sources import LengthBuckets
+from megatron_ultralong.data.pretrain.length_buckets import LengthBuckets
 from megatron_ultralong.errors import UserError
 from tests import text as made
 

@@ -200,7 +200,7 @@ class BatchScanner:
         matches = list(self.index.search(self.vocabulary.encode(text)))
         if not matches:
             return [text]
-        spans = self.index.normalisation.word_spans(text)
+        spans = self.vocabulary.word_spans(text)
         pieces, end = [], 0
         for first, last in _covered_words(matches, self.policy.margin, len(spans)):
             pieces.append(text[end : max(spans[first][0], end)])

@@ -16,7 +16,8 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_ultralong.data.permutation import permutation
-from megatron_ultralong.data.pretrain.sources import DocumentMix, LengthBuckets
+from megatron_ultralong.data.pretrain.length_buckets import LengthBuckets
+from megatron_ultralong.data.pretrain.sources import DocumentMix
 from megatron_ultralong.errors import UserError
 
 

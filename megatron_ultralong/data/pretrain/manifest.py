@@ -8,7 +8,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_ultralong.data.pretrain.sources import EDGES, DocumentMix, DocumentSource, LengthBuckets
+from megatron_ultralong.data.pretrain.length_buckets import EDGES, LengthBuckets
+from megatron_ultralong.data.pretrain.sources import DocumentMix, DocumentSource
 from megatron_ultralong.data.pretrain.token_cache import TokenCache
 from megatron_ultralong.data.pretrain.tokenise_worker import content_file
 
@@ -44,6 +45,10 @@ def of_sources(documents: DocumentUses) -> list[dict[str, Any]]:
                 "text_key": source.text_key,
                 "id_key": source.id_key,
                 "strip_id": source.strip_id,
+                "special_tokens": {
+                    "encoded_as": source.special_tokens,
+                    "spelled_out": sum(by_file[k]["special_tokens"] for k in numbers),
+                },
                 "ends_with": _ends_with(cache, which) if source.strip_id is None else None,
                 "documents": int(own.sum()),
                 "tokens": int(lengths.sum()),

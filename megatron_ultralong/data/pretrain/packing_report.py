@@ -12,6 +12,7 @@ import numpy
 from megatron_ultralong.data import documents
 from megatron_ultralong.data.pretrain.manifest import DocumentUses
 from megatron_ultralong.data.pretrain.tokenise_worker import BROKEN, EMPTY, OK
+from megatron_ultralong.data.special_tokens import report_lines
 
 _SKIPPED = {EMPTY: "empty", BROKEN: "broken"}
 
@@ -55,6 +56,7 @@ def warnings(manifest: dict[str, Any], output: str) -> list[str]:
         what = "left out" if skipped["duplicate"] else "kept (--duplicates drop leaves them out)"
         lines.append(f"{duplicates} documents have the same tokens as an earlier one: {what}")
     for source in manifest["sources"]:
+        lines += report_lines(source["name"], source["special_tokens"])
         unused = [
             bucket["bucket"]
             for bucket in source["lengths"]

@@ -16,6 +16,7 @@ The YAML file of `--sources` (only `sources` and `input` are required):
         id_key: name
         shares: {<8K: 0.2, ">=8K": 0.8}
       code: {input: corpus.idx, weight: 0.3, strip_id: 128001}   # strip_id: see DocumentSource
+      chats: {input: chats.jsonl, special_tokens: control}   # spelled-out special tokens; default: text
 """
 
 from __future__ import annotations
@@ -27,40 +28,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_ultralong.data import documents, input_files, row_writer
+from megatron_ultralong.data.pretrain.length_buckets import LengthBuckets, parse_bucket
+from megatron_ultralong.data.special_tokens import SpecialTokenMode
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import yaml_file
 
-EDGES = tuple(1024 << k for k in range(11))
-"""Edges of the length buckets of reports, tokens: 1K, 2K ... 1M."""
 MAX_REPEATS = 4
 """How often a document may be used by default: for up to four epochs, repeated tokens are about as good as
 new ones (arXiv 2305.16264)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthBuckets:
-    """How much of each length of document is used. Bucket k contains documents of edges[k - 1] to edges[k] -
-    1 tokens."""
-
-    edges: tuple[int, ...]
-    """Ascending, tokens; one less than buckets."""
-    values: tuple[float, ...]
-    """Rate or share of each bucket."""
-    shares: bool
-    """True: values are shares of the source's tokens, relative to each other. False: rates, how often a
-    document is used (0.25 = one in four)."""
-
-    def name(self, bucket: int) -> str:
-        """A bucket as written in the file: <4K, 4K-8K, >=8K, all."""
-        borders = [_short(edge) for edge in self.edges]
-        if not borders:
-            return "all"
-        if bucket == 0:
-            return f"<{borders[0]}"
-        return f">={borders[-1]}" if bucket == len(borders) else f"{borders[bucket - 1]}-{borders[bucket]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +57,8 @@ class DocumentSource:
     """Directories that were searched for the files."""
     strip_id: int | None = None
     """Token removed from the end of a Megatron corpus's documents, such as its end of document."""
+    special_tokens: SpecialTokenMode = "text"
+    """What special tokens spelled out in its texts become."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +83,20 @@ class DocumentMix:
         return [path for source in self.sources for path in source.files]
 
 
-def from_inputs(inputs: list[Path], text_key: str = "text", id_key: str | None = None) -> DocumentMix:
+def from_inputs(
+    inputs: list[Path],
+    text_key: str = "text",
+    id_key: str | None = None,
+    special_tokens: SpecialTokenMode = "text",
+) -> DocumentMix:
     """`--input`: files, directories and globs as one source, every document once, in order."""
-    folders = tuple(path for path in inputs if path.is_dir())
     source = DocumentSource(
-        name="input", files=expand(inputs), text_key=text_key, id_key=id_key, folders=folders
+        name="input",
+        files=expand(inputs),
+        text_key=text_key,
+        id_key=id_key,
+        folders=tuple(path for path in inputs if path.is_dir()),
+        special_tokens=special_tokens,
     )
     return DocumentMix(sources=(source,))
 
@@ -220,9 +209,8 @@ class _SourcesFile:
 
     def source(self, name: str, entry: Any, default: LengthBuckets | None) -> DocumentSource:
         what = f"sources.{name}"
-        values = self.mapping(
-            entry, what, {"input", "weight", "text_key", "id_key", "rates", "shares", "strip_id"}
-        )
+        known = {"input", "weight", "text_key", "id_key", "rates", "shares", "strip_id", "special_tokens"}
+        values = self.mapping(entry, what, known)
         inputs = values.get("input")
         inputs = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(inputs, list) or not inputs or not all(isinstance(text, str) for text in inputs):
@@ -237,6 +225,9 @@ class _SourcesFile:
         for key in ("text_key", "id_key"):
             if not isinstance(values.get(key, ""), str):
                 raise self.wrong(f"{what}.{key}", "must be a name")
+        special_tokens = values.get("special_tokens", "text")
+        if special_tokens not in get_args(SpecialTokenMode):
+            raise self.wrong(f"{what}.special_tokens", "must be text or control")
         return DocumentSource(
             name=name,
             files=files,
@@ -246,6 +237,7 @@ class _SourcesFile:
             lengths=self.lengths(values, f"{what}.") or default,
             folders=tuple(path for path in paths if path.is_dir()),
             strip_id=self.integer(values, "strip_id", 0, 0) if "strip_id" in values else None,
+            special_tokens=special_tokens,
         )
 
     def _resolve(self, text: str) -> Path:
@@ -269,7 +261,13 @@ class _SourcesFile:
         for name, value in buckets.items():
             if not 0 <= _number(value) < 1e12:
                 raise self.wrong(f"{what}{key}, {name}:", "must be a number of at least 0")
-            parsed.append((*self._bucket(str(name), f"{what}{key}"), _number(value)))
+            bounds = parse_bucket(str(name))
+            if bounds is None:
+                raise self.wrong(
+                    f"{what}{key}, {name}:",
+                    'is not a bucket of lengths; write <4K, 4K-8K, ">=8K" or all',
+                )
+            parsed.append((*bounds, _number(value)))
         parsed.sort()
         borders = [0.0, *(last for _, last, _ in parsed)]
         if borders[-1] != math.inf or any(
@@ -287,19 +285,6 @@ class _SourcesFile:
             shares=key == "shares",
         )
 
-    def _bucket(self, name: str, what: str) -> tuple[float, float]:
-        """(first, last + 1) of "<4K", "4K-8K", ">=8K" or "all"."""
-        size = r"(\d+[KkMm]?)"
-        if name == "all":
-            return 0, math.inf
-        if match := re.fullmatch(rf"<\s*{size}", name):
-            return 0, _count(match[1])
-        if match := re.fullmatch(rf"{size}\s*-\s*{size}", name):
-            return _count(match[1]), _count(match[2])
-        if match := re.fullmatch(rf">=\s*{size}", name):
-            return _count(match[1]), math.inf
-        raise self.wrong(f"{what}, {name}:", 'is not a bucket of lengths; write <4K, 4K-8K, ">=8K" or all')
-
 
 def parse_tokens(text: str) -> int:
     """A number of tokens: a whole number, or billions (10^9) like 1B or 0.5B."""
@@ -308,18 +293,6 @@ def parse_tokens(text: str) -> int:
     if size < 1 or size.denominator != 1:
         raise UserError(f"must be a whole number of tokens, like 500_000_000 or 0.5B, not {text}")
     return int(size)
-
-
-def _count(text: str) -> int:
-    scale = {"k": 1024, "m": 1024**2}.get(text[-1].lower(), 1)
-    return int(text.rstrip("KkMm")) * scale
-
-
-def _short(count: int) -> str:
-    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
-        if count and count % size == 0:
-            return f"{count // size}{letter}"
-    return str(count)
 
 
 def _known(path: Path) -> bool:

@@ -43,9 +43,9 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.io.workers import WorkerPool
 
-FORMAT = 2
-"""Version of the folder. 1: long documents were encoded in windows, which does not always give the tokens of
-the whole document; a folder must not mix both."""
+FORMAT = 3
+"""Version of the folder, which must not mix several. 1: long documents were encoded in windows, which may
+give other tokens. 2: special tokens spelled out in texts were control tokens."""
 UNIT_SIZES = (8 << 20, 128 << 20)
 """Least and largest size of a unit, bytes of input."""
 _UNITS = 256  # units of an input before they get larger
@@ -91,7 +91,7 @@ class TokenCache:
                     before = own["lines"] if file_range.begin and jsonl else 0
                     place = documents.location(FileRange(file_range.path), line + before)
                     own["first_broken"] = f"{place}: {reason}"
-                for key in ("lines", "documents", "empty", "broken", "tokens"):
+                for key in ("lines", "documents", "empty", "broken", "tokens", "special_tokens"):
                     own[key] += counts[key]
         return by_file
 
@@ -177,6 +177,7 @@ def plan(sources: tuple[DocumentSource, ...]) -> list[CacheUnit]:
                 text_key=source.text_key,
                 id_key=source.id_key,
                 strip_id=source.strip_id,
+                special_tokens=source.special_tokens,
             )
             for group in groups
         ]
@@ -265,6 +266,7 @@ def _identity(
         "tokenizer": tokenizer.sha256,
         "broken": bad.broken,
         "empty": bad.empty,
+        "special_tokens": [unit.special_tokens for unit in units],
         "units": [
             [u.source, list(u.files), [[r.begin, r.end] for r in u.ranges], u.text_key, u.id_key, u.strip_id]
             for u in units

@@ -3,6 +3,7 @@ files: token_cache.py."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_ultralong.data import documents, input_files, megatron_index
 from megatron_ultralong.data.documents import BrokenDocument, FileRange
+from megatron_ultralong.data.special_tokens import SpecialTokenMode, load_backend, spelled_pattern
 from megatron_ultralong.data.tokenizer import encode_all
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
@@ -42,6 +44,7 @@ class CacheUnit:
     text_key: str
     id_key: str | None
     strip_id: int | None
+    special_tokens: SpecialTokenMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +71,12 @@ class TokeniseJob:
 
 def worker(job: TokeniseJob, advance: Callable[[int], Any]) -> Callable[[Task], None]:
     """The function of a worker process. advance: called with bytes of input done."""
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_str(job.tokenizer) if job.tokenizer else None
+    backends = functools.cache(functools.partial(load_backend, job.tokenizer))
 
     def work(task: Task) -> None:
         kind, number = task
         if kind == "unit":
-            _make_unit(job, number, backend, advance)
+            _make_unit(job, number, backends, advance)
         else:
             path = content_file(job.files[number])
             values = {"path": str(path), "sha256": _sha256(path)}
@@ -97,16 +98,22 @@ def result_file(folder: Path, task: Task) -> Path:
 
 def no_counts() -> dict[str, Any]:
     """Counts of an input file or range, in the form of a unit's .json."""
-    return {"lines": 0, "documents": 0, "empty": 0, "broken": 0, "tokens": 0, "first_broken": None}
+    counts = dict.fromkeys(("lines", "documents", "empty", "broken", "tokens", "special_tokens"), 0)
+    return {**counts, "first_broken": None}
 
 
-def _make_unit(job: TokeniseJob, number: int, backend: Any, advance: Callable[[int], Any]) -> None:
+def _make_unit(
+    job: TokeniseJob,
+    number: int,
+    backends: Callable[[SpecialTokenMode], Any],
+    advance: Callable[[int], Any],
+) -> None:
     unit = job.units[number]
     with _DocumentTable(job.folder / f"{number:06d}.parquet", unit, job.bad) as table:
         if documents.kind(unit.ranges[0].path) == ".idx":
             totals = _scan_corpus(unit, table, advance)
         else:
-            totals = _tokenise_unit(job, number, backend, table, advance)
+            totals = _tokenise_unit(job, number, backends(unit.special_tokens), table, advance)
     atomic_files.sync(table.path)
     totals["sha256"] = [_sha256(content_file(r.path)) if r.end is None else None for r in unit.ranges]
     atomic_files.write_text(result_file(job.folder, ("unit", number)), json.dumps(totals | table.totals()))
@@ -123,6 +130,7 @@ def _tokenise_unit(
     unit, dtype, prefix = job.units[number], numpy.dtype(job.dtype), job.folder / f"{number:06d}"
     waiting: deque[_TableRow] = deque()
     """Documents read and not yet in the table, in order, broken ones included."""
+    special = spelled_pattern(backend.get_added_tokens_decoder().values())
 
     def texts() -> Iterator[str]:
         for which, file_range in enumerate(unit.ranges):
@@ -137,6 +145,7 @@ def _tokenise_unit(
                 file_range, unit.text_key, unit.id_key, advance, on_broken, on_end
             ):
                 waiting.append(_TableRow(which, document.number, document.id))
+                table.counts[which]["special_tokens"] += len(special.findall(document.text))
                 yield document.text
 
     partial = prefix.with_suffix(".bin.partial")

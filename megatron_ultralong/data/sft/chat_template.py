@@ -7,18 +7,23 @@ the data mark as context only. Two templates:
     tokenizer   the tokenizer's own, rendered by transformers. The spans are those of its {% generation %}
                 blocks; without them, the conversation is rendered up to each answer, and each rendering must
                 be a prefix of the complete one
+
+Special tokens that a content spells out do not end its turn: while the conversation is rendered, placeholders
+stand for them, and the rendered text says where they are.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.data.conversations import Message
+from megatron_ultralong.data.special_tokens import NONCHARACTER, SpecialTokenMode, spelled_pattern
 from megatron_ultralong.errors import UserError
 
 DATE = "26 Jul 2024"
@@ -39,6 +44,8 @@ class RenderedChat:
     text: str
     spans: tuple[tuple[int, int], ...]
     """Characters that are trained on: begin and end of each span, in order."""
+    as_text: tuple[tuple[int, int], ...] = ()
+    """Characters of special tokens that contents spell out and that are encoded as text, in order."""
 
 
 class NotRendered(Exception):
@@ -57,21 +64,24 @@ class ChatTemplate:
     """Raises NotRendered."""
 
 
-def select_template(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -> ChatTemplate:
+def select_template(
+    tokenizer_dir: Path, name: str = "auto", date: str = DATE, special_tokens: SpecialTokenMode = "text"
+) -> ChatTemplate:
     """Return the template of that name. auto = llama3.1 if the tokenizer's own template renders the same
     text, otherwise the tokenizer's own.
 
-    date: "Today Date" of Llama-3.1's system header. UserError if the tokenizer lacks what the template
-    requires, or if its own template changes earlier turns as a conversation continues.
+    date: "Today Date" of Llama-3.1's system header. special_tokens: what those that contents spell out
+    become. UserError if the tokenizer lacks what the template requires, or if its own template changes
+    earlier turns as a conversation continues.
     """
     import transformers
 
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
-    special_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
+    ending = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    spelled = spelled_pattern(tokenizer.added_tokens_decoder.values()) if special_tokens == "text" else None
     missing = [token for token in LLAMA31_TOKENS if token not in tokenizer.get_vocab()]
     llama31 = ChatTemplate(
-        "llama3.1", "segments", partial(_checked, partial(render_llama31, date=date), special)
+        "llama3.1", "segments", partial(_render_contents, partial(render_llama31, date=date), spelled)
     )
     if name == "llama3.1":
         if missing:
@@ -90,7 +100,7 @@ def select_template(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -
     render = (
         partial(_render_by_generation, tokenizer, date)
         if marked
-        else partial(_render_by_prefix, tokenizer, date, special_tokens)
+        else partial(_render_by_prefix, tokenizer, date, ending)
     )
     try:
         render(_PROBE)
@@ -99,7 +109,9 @@ def select_template(tokenizer_dir: Path, name: str = "auto", date: str = DATE) -
             f"the chat template of {tokenizer_dir} cannot be trained on turn by turn: {error}; mark its answers with "
             "{% generation %}, or use --template llama3.1 with a Llama-3.1 tokenizer"
         ) from None
-    return ChatTemplate("tokenizer", "generation" if marked else "prefix", partial(_checked, render, special))
+    return ChatTemplate(
+        "tokenizer", "generation" if marked else "prefix", partial(_render_contents, render, spelled)
+    )
 
 
 def apply_template(
@@ -132,22 +144,59 @@ def _header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-def _checked(
-    render: Callable[[Sequence[Message]], RenderedChat], special: re.Pattern[str], messages: Sequence[Message]
+def _render_contents(
+    render: Callable[[Sequence[Message]], RenderedChat],
+    spelled: re.Pattern[str] | None,
+    messages: Sequence[Message],
 ) -> RenderedChat:
-    """Refuse contents that spell out a special token: it would be encoded as one, and could end a turn or
-    begin another. Answers that are context only are rendered, but not trained on."""
-    for message in messages:
-        if spelled := special.search(message.content):
-            raise NotRendered(f"the {message.role}'s content spells the special token {spelled[0]}")
+    """Render a conversation. spelled: matches special tokens that stay text; None = they are control tokens.
+    Answers that are context only are rendered, but not trained on."""
+    tokens: list[str] = []
+    if spelled is not None and any(spelled.search(message.content) for message in messages):
+        messages = [_with_placeholders(message, spelled, tokens) for message in messages]
     rendered = render(messages)
     answers = [message for message in messages if message.role == "assistant"]
-    if all(answer.trained for answer in answers):
-        return rendered
-    if len(rendered.spans) != len(answers):
-        raise NotRendered("the chat template does not mark every answer, and some are not to be trained on")
-    spans = zip(rendered.spans, answers, strict=True)
-    return RenderedChat(rendered.text, tuple(span for span, answer in spans if answer.trained))
+    if not all(answer.trained for answer in answers):
+        if len(rendered.spans) != len(answers):
+            raise NotRendered(
+                "the chat template does not mark every answer, and some are not to be trained on"
+            )
+        spans = zip(rendered.spans, answers, strict=True)
+        rendered = RenderedChat(rendered.text, tuple(span for span, answer in spans if answer.trained))
+    return _without_placeholders(rendered, tokens) if tokens else rendered
+
+
+def _with_placeholders(message: Message, spelled: re.Pattern[str], tokens: list[str]) -> Message:
+    """Replace each special token of a content by its number in `tokens`, between noncharacters."""
+    if NONCHARACTER in message.content:
+        raise NotRendered(
+            f"the {message.role}'s content has U+{ord(NONCHARACTER):X}, which is not a character"
+        )
+
+    def placeholder(match: re.Match[str]) -> str:
+        tokens.append(match[0])
+        return f"{NONCHARACTER}{len(tokens) - 1}{NONCHARACTER}"
+
+    return replace(message, content=spelled.sub(placeholder, message.content))
+
+
+def _without_placeholders(rendered: RenderedChat, tokens: Sequence[str]) -> RenderedChat:
+    """Put the special tokens in place of their placeholders."""
+    parts, at, shift = [], 0, 0
+    as_text: list[tuple[int, int]] = []
+    begins, shifts = [0], [0]
+    for match in re.finditer(rf"{NONCHARACTER}(\d+){NONCHARACTER}", rendered.text):
+        token = tokens[int(match[1])]
+        parts += [rendered.text[at : match.start()], token]
+        as_text.append((match.start() + shift, match.start() + shift + len(token)))
+        at, shift = match.end(), shift + len(token) - len(match[0])
+        begins.append(at)
+        shifts.append(shift)
+    spans = tuple(
+        (begin + shifts[bisect_right(begins, begin) - 1], end + shifts[bisect_right(begins, end) - 1])
+        for begin, end in rendered.spans
+    )
+    return RenderedChat("".join([*parts, rendered.text[at:]]), spans, tuple(as_text))
 
 
 # ---- the tokenizer's own template --------------------------------------------------------------

@@ -22,10 +22,21 @@ from megatron_ultralong.data.sft.sample_buffer import SampleBuffer
 from megatron_ultralong.data.sft.select_examples import ConversationSource
 from megatron_ultralong.data.sft.settings import SftSettings
 from megatron_ultralong.data.sft.tokenise_chat import encode_chats, tokens_to_keep
+from megatron_ultralong.data.special_tokens import SpecialTokenMode, spelled_pattern
 from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 
-COUNTS = ("read", "broken", "unsupported", "duplicates", "too_long", "usable", "turns_cut", "cut_to_length")
-"""What the manifest counts of each source's records."""
+COUNTS = (
+    "read",
+    "broken",
+    "unsupported",
+    "duplicates",
+    "too_long",
+    "usable",
+    "turns_cut",
+    "cut_to_length",
+    "special_tokens",
+)
+"""What the manifest counts of each source's records. special_tokens: those that contents spell out."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,12 @@ class ChatEncoder:
     template: ChatTemplate
 
     @staticmethod
-    def load(tokenizer_dir: Path, template: str, date: str) -> ChatEncoder:
+    def load(
+        tokenizer_dir: Path, template: str, date: str, special_tokens: SpecialTokenMode = "text"
+    ) -> ChatEncoder:
         """UserError if the tokenizer cannot be read or does not fit the template."""
         tokenizer = load_tokenizer(tokenizer_dir)
-        return ChatEncoder(tokenizer, select_template(tokenizer_dir, template, date))
+        return ChatEncoder(tokenizer, select_template(tokenizer_dir, template, date, special_tokens))
 
     @property
     def pad_id(self) -> int:
@@ -67,6 +80,7 @@ def encode_sources(
     origins: deque[tuple[int, int]] = deque()
     """(source, domain) of each conversation that is being encoded, in order."""
     seen: set[bytes] = set()
+    spelled = spelled_pattern(encoder.tokenizer.backend.get_added_tokens_decoder().values())
 
     def rendered(s: int, source: ConversationSource, path: Path) -> Iterator[RenderedChat]:
         for record in conversations.read(
@@ -89,6 +103,7 @@ def encode_sources(
                 continue
             seen.add(key)
             counts[s]["turns_cut"] += record.turns_cut
+            counts[s]["special_tokens"] += sum(len(spelled.findall(m.content)) for m in record.messages)
             origins.append((s, DOMAINS.index(record.domain)))
             yield chat
 

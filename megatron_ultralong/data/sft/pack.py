@@ -73,7 +73,7 @@ def pack_conversations(
     tokens wait on the disk.
     """
     size = sum(path.stat().st_size for source in sources for path in source.files)
-    encoder = ChatEncoder.load(tokenizer_dir, settings.template, settings.date)
+    encoder = ChatEncoder.load(tokenizer_dir, settings.template, settings.date, settings.special_tokens)
     with row_writer.staged(output) as stage, _remove_abandoned(stage, output):
         buffer = SampleBuffer(stage)
         with tqdm(total=size, unit="B", unit_scale=True, desc="encoding", disable=not show_progress) as bar:
@@ -174,6 +174,10 @@ def _manifest(
         "seed": settings.seed,
         "fit": settings.fit,
         "template": {"name": template.name, "spans": template.spans, "date": settings.date},
+        "special_tokens": {
+            "encoded_as": settings.special_tokens,
+            "spelled_out": sum(entry["special_tokens"] for entry in entries),
+        },
         "tokenizer": {
             "name": tokenizer.path.resolve().name,
             "sha256": tokenizer.sha256,

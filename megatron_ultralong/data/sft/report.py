@@ -14,6 +14,7 @@ from megatron_ultralong.data.sft.chat_template import NotRendered
 from megatron_ultralong.data.sft.encode_sources import COUNTS, ChatEncoder
 from megatron_ultralong.data.sft.select_examples import ConversationSource
 from megatron_ultralong.data.sft.tokenise_chat import encode_batch
+from megatron_ultralong.data.special_tokens import MixedEncoder, report_lines
 
 SHOWN_UNUSABLE = 5
 """Records that could not be used, printed at the end."""
@@ -42,6 +43,7 @@ def summary_lines(manifest: dict[str, Any], broken: Path) -> list[str]:
         lines += [f"not used: {record['place']}: {record['reason']}" for record in unusable]
         lines.append(f"not used: {broken} lists all of them")
     cut = {key: sum(entry[key] for entry in sources) for key in ("turns_cut", "cut_to_length")}
+    lines += report_lines("contents", manifest["special_tokens"])
     row_tokens = manifest["rows"] * (manifest["seq_length"] + 1)
     lines.append(
         f"{manifest['rows']:,} rows of {manifest['seq_length']:,} + 1 tokens, {manifest['documents']:,} conversations, "
@@ -65,6 +67,7 @@ def show_conversations(
     """Yield the lines of the first `count` conversations, token by token, to check by eye: `*` where a token
     is trained on."""
     backend, template = encoder.tokenizer.backend, encoder.template
+    encode = MixedEncoder(backend)
     yield f"template {template.name} ({template.spans}); * = trained on"
     records = (
         record
@@ -76,7 +79,7 @@ def show_conversations(
         try:
             if isinstance(record, Unusable):
                 raise NotRendered(record.reason)
-            ((ids, trained),) = encode_batch(backend, [template.render(record.messages)])
+            ((ids, trained),) = encode_batch(encode, [template.render(record.messages)])
         except NotRendered as error:
             yield f"\n{record.place}: cannot be used: {error}"
             continue

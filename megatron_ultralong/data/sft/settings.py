@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Literal
 
 from megatron_ultralong.data.sft.chat_template import DATE
+from megatron_ultralong.data.special_tokens import SpecialTokenMode
 from megatron_ultralong.errors import UserError
 
 MAX_TOKENS = 8192
@@ -34,6 +35,8 @@ class SftSettings:
     """Several conversations per row, by best fit; or one per row, the rest padded."""
     template: str = "auto"
     date: str = DATE
+    special_tokens: SpecialTokenMode = "text"
+    """What special tokens spelled out in contents become."""
     seed: int = 0
     workers: int = 1
     """Processes that encode; the output does not depend on it."""

@@ -10,6 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_ultralong.data.sft.chat_template import RenderedChat
+from megatron_ultralong.data.special_tokens import MixedEncoder, load_backend
 from megatron_ultralong.io.workers import WorkerPool
 
 BATCH_CHARACTERS = 1 << 19
@@ -19,20 +20,21 @@ EncodedChat = tuple[NDArray[numpy.int32], NDArray[numpy.uint8]]
 """(ids [n], trained [n]: 1 where the token is trained on)."""
 
 
-def encode_batch(backend: Any, batch: list[RenderedChat]) -> list[EncodedChat]:
-    """Encode each text as a whole, as the output of the template. backend: a tokenizers.Tokenizer.
+def encode_batch(encoder: MixedEncoder, batch: list[RenderedChat]) -> list[EncodedChat]:
+    """Encode each text as a whole, as the output of the template, special tokens in contents as text.
 
     A token is trained on if any of its characters is.
     """
     encoded = []
-    encodings = backend.encode_batch([rendered.text for rendered in batch], add_special_tokens=False)
-    for rendered, encoding in zip(batch, encodings, strict=True):
-        token_begins, token_ends = numpy.array(encoding.offsets, numpy.int64).reshape(-1, 2).T
+    for rendered, (ids, offsets) in zip(
+        batch, encoder.encode_batch([(rendered.text, rendered.as_text) for rendered in batch]), strict=True
+    ):
+        token_begins, token_ends = offsets.T
         span_begins, span_ends = numpy.array(rendered.spans, numpy.int64).reshape(-1, 2).T
         # The first span that ends after the token's begin.
         span = numpy.searchsorted(span_ends, token_begins, side="right")
         trained = (span < len(span_ends)) & (token_ends > numpy.append(span_begins, 0)[span])
-        encoded.append((numpy.array(encoding.ids, numpy.int32), trained.astype(numpy.uint8)))
+        encoded.append((numpy.array(ids, numpy.int32), trained.astype(numpy.uint8)))
     return encoded
 
 
@@ -44,9 +46,7 @@ def encode_chats(rendered: Iterable[RenderedChat], backend: Any, workers: int) -
 
 
 def _make_encoder(tokenizer_json: str) -> Callable[[list[RenderedChat]], list[EncodedChat]]:
-    import tokenizers
-
-    return partial(encode_batch, tokenizers.Tokenizer.from_str(tokenizer_json))
+    return partial(encode_batch, MixedEncoder(load_backend(tokenizer_json, "control")))
 
 
 def tokens_to_keep(trained: NDArray[numpy.uint8], max_tokens: int) -> int:

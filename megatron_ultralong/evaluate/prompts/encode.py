@@ -2,7 +2,8 @@
 
 A prompt is the user message inside the tokenizer's chat template, followed by the first words of the answer
 (the prefix). It is encoded as one text (`encode`), or assembled from parts that were encoded alone
-(`assemble`) where the exact number of tokens of each part matters.
+(`assemble`) where the exact number of tokens of each part matters. Special tokens that the message or the
+prefix spells out are text; those of the template are control tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from megatron_ultralong.data.sft.chat_template import apply_template
+from megatron_ultralong.data.special_tokens import MixedEncoder, SpecialTokenMode, spelled_pattern
 from megatron_ultralong.errors import UserError
 
 ChatMode = Literal["auto", "yes", "no"]
@@ -45,6 +47,7 @@ class PromptEncoder:
         """UserError where `mode` is yes and the tokenizer has no chat template, or where the template does
         not contain the user message once and unchanged."""
         self.tokenizer = tokenizer
+        self._spelled = spelled_pattern(tokenizer.added_tokens_decoder.values())
         self.chat = use_chat(tokenizer, mode)
         self.head, self.tail = "", ""
         """The template's text before and after the user message."""
@@ -61,25 +64,51 @@ class PromptEncoder:
             adds_bos = list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
             self.bos = [tokenizer.bos_token_id] if adds_bos else []
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of `text` alone, without special tokens around it."""
-        # verbose: otherwise the tokenizer warns of texts longer than the model
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    @cached_property
+    def _mixed(self) -> MixedEncoder:
+        return MixedEncoder(self.tokenizer.backend_tokenizer)
+
+    def _batch(self, texts: list[str], special_tokens: SpecialTokenMode) -> list[list[int]]:
+        # verbose: otherwise the tokenizer warns of texts longer than the model. split_special_tokens: also
+        # where tokenizer_config.json says otherwise, because templates consist of them.
+        ids = self.tokenizer(
+            texts, add_special_tokens=False, verbose=False, split_special_tokens=False
+        ).input_ids
+        for i, text in enumerate(texts if special_tokens == "text" else ()):
+            if self._spelled.search(text):
+                ids[i] = self._ids_of_text(text)
+        return ids
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        if self.tokenizer.is_fast:
+            return self._mixed.encode(text, [(0, len(text))])[0]
+        return self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(text, split_special_tokens=True))
+
+    def ids(self, text: str, special_tokens: SpecialTokenMode = "text") -> list[int]:
+        """Token ids of `text` alone, without special tokens around it. special_tokens: what those that it
+        spells out become; control for the template's own text."""
+        return list(self._batch([text], special_tokens)[0])
 
     def counts(self, texts: list[str]) -> list[int]:
         """Number of tokens of each text alone."""
         sizes: list[int] = []
         for start in range(0, len(texts), 4096):  # the tokenizer keeps far more per text than its ids
-            batch = self.tokenizer(texts[start : start + 4096], add_special_tokens=False, verbose=False)
-            sizes += [len(ids) for ids in batch.input_ids]
+            sizes += [len(ids) for ids in self._batch(texts[start : start + 4096], "text")]
         return sizes
 
     def encode(self, text: str, prefix: str) -> list[int]:
         """Token ids of the complete prompt, encoded as one text. A text that starts with a special token
-        contains its own template; no other is applied."""
-        if text.startswith(tuple(token for token in self.tokenizer.all_special_tokens if token)):
-            return self.ids(text + prefix)
-        return [*self.bos, *self.ids(self.head + text + self.tail + prefix)]
+        contains its own template: no other is applied, and all its special tokens are control tokens."""
+        if self._spelled.match(text):
+            return self.ids(text + prefix, "control")
+        complete = self.head + text + self.tail + prefix
+        if not (self._spelled.search(text) or self._spelled.search(prefix)):
+            return [*self.bos, *self.ids(complete, "control")]
+        if not self.tokenizer.is_fast:
+            return self.assemble(self.ids(text), self.ids(prefix))
+        begin, end = len(self.head), len(complete) - len(prefix)
+        as_text = [(begin, begin + len(text)), (end, len(complete))]
+        return [*self.bos, *self._mixed.encode(complete, as_text)[0]]
 
     def size(self, text: str, prefix: str) -> int:
         """Number of tokens of the complete prompt."""
@@ -87,11 +116,11 @@ class PromptEncoder:
 
     @cached_property
     def head_ids(self) -> list[int]:
-        return [*self.bos, *self.ids(self.head)]
+        return [*self.bos, *self.ids(self.head, "control")]
 
     @cached_property
     def tail_ids(self) -> list[int]:
-        return self.ids(self.tail)
+        return self.ids(self.tail, "control")
 
     def assemble(
         self, message: Sequence[int], prefix: Sequence[int], *, head: list[int] | None = None

@@ -72,10 +72,8 @@ def read_rows(names: list[str], tokenizer: Any, text_key: str = "text") -> Itera
         else:
             documents.check([Path(name)])
             for document in documents.read(documents.FileRange(Path(name)), text_key=text_key):
-                yield (
-                    numpy.asarray(tokenizer.encode(document.text, verbose=False), dtype=numpy.int64),
-                    None,
-                )
+                ids = tokenizer.encode(document.text, verbose=False, split_special_tokens=True)
+                yield numpy.asarray(ids, dtype=numpy.int64), None
 
 
 def file_sizes(names: list[str]) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ class NiahPromptBuilder:
         self.pieces = [ids for ids in map(self.encoder.ids, texts) if ids]
         if not self.pieces:
             raise UserError("--haystack: the file contains no text")
-        self.head = [*self.encoder.bos, *self.encoder.ids(self.encoder.head + INTRODUCTION)]
+        self.head = [*self.encoder.bos, *self.encoder.ids(self.encoder.head + INTRODUCTION, "control")]
 
     def prompt(self, length: int, depth: float, trial: int) -> NiahPrompt:
         """The prompt of one trial, the same for every model with this tokenizer. UserError where `length` is
