@@ -78,6 +78,12 @@ def period_of(limit: float, world: int) -> float:
     return min(max(limit / 60, world / 100, 0.2), limit / 20)
 
 
+def step_limit(longest: float, limit: float, timeout: float) -> float:
+    """Seconds after which an iteration counts as hung; longest: the longest recent one. At least `limit`,
+    that of silence; before the timeout of collectives, unless iterations take a good part of that."""
+    return max(limit, min(STEPS * longest, max(3 * longest, TIMEOUT * timeout)))
+
+
 class Monitor:
     """One rank's view of all beats."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from megatron_ultralong.runtime import cli, hang_report
-from megatron_ultralong.runtime.hang_detection import STEPS, TIMEOUT, Beat, Hang, Monitor, period_of
+from megatron_ultralong.runtime.hang_detection import TIMEOUT, Beat, Hang, Monitor, period_of, step_limit
 
 _END = 30.0
 """Seconds after which a rank that has noticed a hang ends, even if its report is not finished."""
@@ -48,6 +49,7 @@ class Heartbeat:
         self._durations: deque[float] = deque(maxlen=50)
         self._began: float | None = None
         self._first = True
+        self._limits = 0.0, math.inf  # seconds without a sign of life, and in a collective
         self._thread: _Beats | None = None
 
     def iteration(self, number: int) -> None:
@@ -55,7 +57,8 @@ class Heartbeat:
         without the first, which compiles and allocates."""
         self._measure()
         self._began = time.monotonic()
-        self._move(f"iteration {number}", STEPS * max(self._durations) if len(self._durations) > 1 else None)
+        known = len(self._durations) > 1
+        self._move(f"iteration {number}", step_limit(max(self._durations), *self._limits) if known else None)
 
     def phase(self, name: str) -> None:
         """Say that something begins whose usual duration is not known."""
@@ -76,6 +79,7 @@ class Heartbeat:
         timeout = 60.0 * timeout_minutes
         # Not after the collectives' timeout: they would end the ranks that wait, and name those.
         limit = min(60.0 * hang_minutes, TIMEOUT * timeout)
+        self._limits = limit, timeout
         monitor = Monitor(world, limit, timeout, period_of(limit, world))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._thread = _Beats(self, monitor, f"heartbeat/{attempt}/{_starts}")
@@ -185,7 +189,7 @@ class _Beats:
             pid=os.getpid(),
             moves=self._main.moves,
             phase=self._main.phase_name,
-            limit=None if self._main.limit is None else max(self._main.limit, self._monitor.limit),
+            limit=self._main.limit,
             place=place,
             waiting=now - self._busy,
             left=left,
@@ -227,7 +231,7 @@ class _Beats:
                     self._say([f"warning: {self._no_store(quiet)}; a rank that hangs is no longer found"])
             if self._one_host or self._store_gone:
                 usual = self._main.limit
-                limit = float("inf") if usual is None else max(usual, limit)
+                limit = math.inf if usual is None else usual
             if still >= limit:
                 self._end_alone(quiet)
 

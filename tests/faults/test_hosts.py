@@ -214,7 +214,7 @@ def test_training_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
     settings = ("train.iterations=2000", "train.save_every=4", f"runtime.hang_minutes={limit / 60}")
     with hosts.Hosts(number) as network:
         with Training(network, number, inputs, *settings) as training:
-            training.reach(6, 400)
+            training.reach(6, 600)
             everything = training.processes()
             network.cut(number - 1)
             time.sleep(25)
@@ -250,7 +250,7 @@ def test_training_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
                 assert command and "torch.distributed.run --nnodes" in command[1]
             network.mend(cut)
         with Training(network, number, inputs, *settings) as training:
-            training.reach(max(first) + 2, 400)
+            training.reach(max(first) + 2, 600)
             second = training.losses()
             for host in range(number):
                 training.started[host].send_signal(signal.SIGTERM)

@@ -17,7 +17,7 @@ import pytest
 from megatron_ultralong.config import Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli, hang_report
-from megatron_ultralong.runtime.hang_detection import Beat, Hang, Monitor, behind, period_of
+from megatron_ultralong.runtime.hang_detection import Beat, Hang, Monitor, behind, period_of, step_limit
 from megatron_ultralong.runtime.heartbeat import Heartbeat
 
 LIMIT, TIMEOUT, PERIOD = 300.0, 3600.0, 5.0
@@ -215,6 +215,13 @@ def test_iterations_are_measured_without_the_first(monkeypatch: pytest.MonkeyPat
 def test_the_period_follows_the_limit_and_the_ranks() -> None:
     assert period_of(300, 8) == 5 and period_of(15, 2) == 0.25
     assert period_of(300, 1024) == 10.24 and period_of(6, 1024) == 0.3
+
+
+def test_the_limit_of_an_iteration() -> None:
+    assert step_limit(2, LIMIT, TIMEOUT) == LIMIT
+    assert step_limit(100, LIMIT, TIMEOUT) == 500
+    assert step_limit(1000, LIMIT, TIMEOUT) == 3240  # before the collectives' timeout
+    assert step_limit(2000, LIMIT, TIMEOUT) == 6000
 
 
 def test_the_setting() -> None:
