@@ -15,6 +15,7 @@ iterations are trained again. Times are UTC, durations seconds, memory bytes; wh
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import math
@@ -69,7 +70,10 @@ class MetricsFile:
         try:
             act(*arguments)
         except Exception as error:
-            self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                with contextlib.suppress(Exception):
+                    file.close()  # releases the lock
             self._warn(f"warning: {FILE} cannot be written ({error}); this run goes on without it")
 
 

@@ -109,7 +109,6 @@ class Stopwatch:
         finished, as they have where their loss or norm has been read.
         """
         self._mark()
-        self._running = False
         work = [stop for (name, _), (_, stop) in itertools.pairwise(self._marks) if name in _WORK]
         if self._on_gpu and work:
             work[-1].synchronize()  # returns at once: see above
@@ -119,6 +118,8 @@ class Stopwatch:
         ).to(ranks.device, non_blocking=True)
         everyone = mine.new_empty(ranks.world * len(mine))
         torch.distributed.all_gather_into_tensor(everyone, mine)
+        self._mark()
+        self._running = False
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began

@@ -204,7 +204,7 @@ def _check_metrics(save: Path, lines: dict[int, dict[str, float]]) -> RunRecord:
         for name, field in (("loss", "loss"), ("lr", "learning_rate"), ("samples", "sequences")):
             assert abs(step[field] - line[name]) <= 1e-6 * abs(line[name]), (iteration, name)
         assert step["z_loss"] is None and step["causal_mfu"] is None
-        assert sum(step["parts"].values()) == pytest.approx(step["seconds"], rel=0.02, abs=1e-3)
+        assert sum(step["parts"].values()) == pytest.approx(step["seconds"], rel=0.02, abs=0.02)
         assert {"data", "forward", "backward", "optimizer"} <= set(step["parts"])
         ranks = record.starts[-1]["layout"]["ranks"]
         assert 0 <= step["slowest_rank"]["rank"] < ranks
