@@ -43,6 +43,7 @@ from megatron_ultralong.rope.methods import (
     YaRN,
 )
 from tests import processes
+from tests.disk import fill, small_disk
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import LLAMA3, hf_model
 
@@ -330,12 +331,20 @@ def command(*args: object) -> processes.CompletedProcess[str]:
 
 def test_command_there_and_back(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.bfloat16, "30KB")
+    interrupted = [tmp_path / "ckpt" / ".iter_0000000.partial-killed", tmp_path / ".out.partial-killed"]
+    for folder in interrupted:
+        folder.mkdir(parents=True)
+        (folder / "large").write_text("what a killed process left")
     done = command("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt")
+    note = "note: removed what an interrupted {} had left (2.6e-08 GB)"
+    assert note.format(f"import to {tmp_path / 'ckpt'}") in done.stderr.splitlines()
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'ckpt' / 'iter_0000000'}\n", (
         done.stderr
     )
     done = command("export", "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
+    assert note.format(f"export to {tmp_path / 'out'}") in done.stderr.splitlines()
+    assert not any(folder.exists() for folder in interrupted)
     assert same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in expected.items()})
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][7] += 1
@@ -361,6 +370,12 @@ def test_command_refuses_in_one_line(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    with small_disk(tmp_path / "disk", 2) as disk:
+        fill(disk, leave=60_000)
+        done = command("import", "--hf", tmp_path / "base", "--out", disk / "ckpt")
+        assert done.returncode == 2 and [p.name for p in disk.iterdir()] == ["filler"]
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert f"checkpoint {disk}/ckpt/iter_0000000 cannot be written: it needs 0.00" in line
 
 
 # ---- no ranks ----------------------------------------------------------------------------------
