@@ -20,6 +20,7 @@ from megatron_ultralong.checkpoint import (
     run_directory,
     saving,
     sharded,
+    streaming,
     training_state,
 )
 from megatron_ultralong.checkpoint.hf import config as hf_config
@@ -295,7 +296,9 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
         convert.export_hf(folder / "ckpt", folder / "selected", ranks, parallel, torch.float16)
         assert convert.verify(folder / "base16", folder / "ckpt16", ranks, parallel) == []
         assert convert.verify(folder / "selected", folder / "ckpt", ranks, parallel) == []
-        convert.export_hf(folder / "ckpt", folder / "pp3", ranks, parallel)
+        with pytest.MonkeyPatch.context() as patch:  # as with a large model
+            patch.setattr(streaming, "BATCH_BYTES", 20_000)
+            convert.export_hf(folder / "ckpt", folder / "pp3", ranks, parallel)
         assert convert.verify(folder / "base", folder / "ckpt", ranks, parallel) == []
         convert.import_hf(folder / "pp3", folder / "again", ranks, parallel)
     with Layouts(3, 1) as (ranks, parallel):
@@ -320,6 +323,27 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
         with pytest.raises(UserError, match="is missing"):
             larger = dataclasses.replace(TIED_3_KV, layers=4)
             hf_reader.load_parameters(folder / "base", larger, {}, 1, 3, group=torch.distributed.group.WORLD)
+
+
+# ---- one rank --------------------------------------------------------------------------------
+
+
+def test_one_rank(tmp_path):
+    """One rank reads parts of Megatron's tensors by a path of its own."""
+    expected = save_base(tmp_path / "base", UNTIED, torch.bfloat16, "1GB")
+    run_ranks(_one_rank, 1, tmp_path)
+    for size in (1, 20_000, streaming.BATCH_BYTES):
+        assert same(tensors_of(tmp_path / f"out{size}"), expected)
+
+
+def _one_rank(rank: int, world: int, folder: Path) -> None:
+    with Layouts(1, 1) as (ranks, parallel):
+        convert.import_hf(folder / "base", folder / "ckpt", ranks, parallel)
+        for size in (1, 20_000, streaming.BATCH_BYTES):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(streaming, "BATCH_BYTES", size)
+                convert.export_hf(folder / "ckpt", folder / f"out{size}", ranks, parallel)
+                assert convert.verify(folder / "base", folder / "ckpt", ranks, parallel) == []
 
 
 # ---- the command, one process ------------------------------------------------------------------
