@@ -9,6 +9,8 @@ which writes it.
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -82,7 +84,7 @@ def import_hf(
     """
     base = hf_config.read_config(folder)
     reader = HFReader(folder, base.model)
-    agreement.on_main_rank(lambda: _make_run_directory(out))
+    lock = agreement.on_every_rank(lambda: _make_run_directory(out) if ranks.is_main else None)
     try:
         chunk = _build(base.model, base.rope, ranks, parallel)
         stored = {name: dtype or its for name, its in reader.dtypes().items()}
@@ -95,7 +97,7 @@ def import_hf(
         name = hf_config.base_name(folder, base.raw)
         state = TrainingState(model=base.model, rope=base.rope, base=name)
         if ranks.is_main:
-            reader.print_notes()
+            _print_notes(reader.notes())
         size = sum(parameter.nbytes for parameter in chunk.parameters())
         with tqdm(
             desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
@@ -107,11 +109,15 @@ def import_hf(
 
             return saving.save(out, state, [chunk], None, AssetFolders(base=folder), values=values)
     except BaseException:
-        with suppress(OSError):
-            out.rmdir()  # only if it is empty
+        if ranks.is_main:
+            saving.remove_interrupted(out, "import")
+            with suppress(OSError):
+                out.rmdir()  # only if it is empty
         raise
     finally:
         reader.close()
+        if lock is not None:
+            os.close(lock)
 
 
 def export_hf(
@@ -159,10 +165,13 @@ def export_hf(
     def finish() -> None:
         if writer is not None:
             texts = export_files.texts(writer.out_dir, assets, state, length, main)
-            write_assets(writer.folder, assets if assets.is_dir() else None, config, texts)
+            with atomic_files.under_final_name(writer.folder, writer.out_dir):
+                write_assets(writer.folder, assets if assets.is_dir() else None, config, texts)
             writer.finish()
 
     try:
+        if writer is not None:
+            _print_notes(writer.notes)
         owners = _owners(list(streaming.parameters(chunk)), ranks)
         names = weight_mapping.megatron_names(model)
         with tqdm(desc="writing weights", unit="tensor", total=len(names), disable=not ranks.is_main) as bar:
@@ -275,9 +284,23 @@ def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
     return int(unequal.sum()), float((ours[unequal].double() - theirs[unequal].double()).abs().max())
 
 
-def _make_run_directory(out: Path) -> None:
+def _print_notes(lines: list[str]) -> None:
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def _make_run_directory(out: Path) -> int:
+    """Create `out`, remove what an interrupted import has left in it, and return its lock."""
     if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise UserError(
             f"{out} already exists and is not an empty directory; choose another --out or remove it"
         )
     atomic_files.check_writable(out, f"--out {out}")
+    try:
+        lock = atomic_files.lock_folder(out)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is being written by another import; choose another") from None
+    except OSError as error:
+        raise atomic_files.cannot_write(f"--out {out}", error) from None
+    _print_notes(saving.remove_interrupted(out, "import"))
+    return lock

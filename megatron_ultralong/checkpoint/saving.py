@@ -34,6 +34,8 @@ from megatron_ultralong.runtime import agreement
 T = TypeVar("T")
 
 NO_ASSETS = AssetFolders()
+_STAGING = ".iter_*.partial*"
+"""Pattern of the hidden folders of a run directory."""
 
 
 def save(
@@ -76,19 +78,26 @@ def start(
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
     try:
-        agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
-        shards = shard_writer.Shards(
-            partial,
-            final,
-            sharded.state_dict(chunks, optimizer),
-            state.model.vocab_size,
-            copied=background,
-            values=values,
-        )
+        with atomic_files.under_final_name(partial, final):
+            agreement.on_main_rank(lambda: _writing(final, lambda: _add_state(partial, state, rope_tensors)))
+            shards = shard_writer.Shards(
+                partial,
+                final,
+                sharded.state_dict(chunks, optimizer),
+                state.model.vocab_size,
+                copied=background,
+                values=values,
+            )
         return Saving(final, partial, shards, keep)
     except UserError:
         _remove(partial)
         raise
+
+
+def remove_interrupted(folder: Path, what: str) -> list[str]:
+    """Remove what an interrupted process has left in a run directory that no other process writes, and return
+    a line about it; none where there is nothing. what: what was interrupted, like "import"."""
+    return atomic_files.remove_abandoned(folder, _STAGING, f"{what} to {folder}")
 
 
 class Saving:
@@ -129,13 +138,14 @@ class Saving:
         else:
             self._thread.join()
         try:
-            agreement.on_every_rank(self._raise_error)
-            tensors = self._shards.finish()
-            files = integrity.hash_written(self._partial, self._files)
-            agreement.on_main_rank(lambda: integrity.write(self._partial, files, tensors))
-            agreement.on_main_rank(
-                lambda: _writing(self.final, lambda: _publish(self._partial, self.final, self._keep))
-            )
+            with atomic_files.under_final_name(self._partial, self.final):
+                agreement.on_every_rank(self._raise_error)
+                tensors = self._shards.finish()
+                files = integrity.hash_written(self._partial, self._files)
+                agreement.on_main_rank(lambda: integrity.write(self._partial, files, tensors))
+                agreement.on_main_rank(
+                    lambda: _writing(self.final, lambda: _publish(self._partial, self.final, self._keep))
+                )
         except UserError:
             _remove(self._partial)
             raise
@@ -156,13 +166,14 @@ def _writing(final: Path, act: Callable[[], T]) -> T:
 def _begin(final: Path, assets: AssetFolders) -> str:
     """Create a hidden folder with the small files in it and return its name."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(".iter_*.partial*"):
+    for stale in final.parent.glob(_STAGING):
         # What cannot be removed (a file still open on NFS) costs space, but does not stop the run: the new
         # folder has another name.
         shutil.rmtree(stale, ignore_errors=True)
     partial = atomic_files.staging_folder(final)
     try:
-        assets.copy_to(partial / "hf")
+        with atomic_files.under_final_name(partial, final):
+            assets.copy_to(partial / "hf")
     except (OSError, UserError):
         shutil.rmtree(partial, ignore_errors=True)
         raise

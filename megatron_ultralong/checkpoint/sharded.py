@@ -106,15 +106,24 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
         optimizer_state.after_load(optimizer)
 
 
-def load_state(requested: dict[str, Any], path: Path, strategy: Any) -> dict[str, Any]:
+def load_state(
+    requested: dict[str, Any], path: Path, strategy: Any, *, complete: bool = True
+) -> dict[str, Any]:
     """Load what Megatron's sharded state dict `requested` asks for; every rank calls it. strategy: Megatron's
-    for loading. UserError, on every rank, where that fails."""
+    for loading. complete: the ranks ask for all parts of each tensor, which is checked. UserError, on every
+    rank, where that fails."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        return dist_checkpointing.load(requested, str(path), strategy, strict=StrictHandling.IGNORE_ALL)
+        return dist_checkpointing.load(
+            requested,
+            str(path),
+            strategy,
+            validate_access_integrity=complete,
+            strict=StrictHandling.IGNORE_ALL,
+        )
     except CheckpointException as error:  # no subclass of Exception
         first = next(iter(error.failures.values()), (error, None))[0]
         raise UserError(f"{path} cannot be read: {type(first).__name__}: {first_line(first)}") from None

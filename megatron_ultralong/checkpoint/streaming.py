@@ -91,7 +91,7 @@ class StoredParameters:
         for batch in _batches(self._model):
             keys = {name: self._names[name] for name in batch if name in self._names}
             requested = {key: self._state.pop(key) for key in keys.values()}
-            loaded = sharded.load_state(requested, self._path, strategy)
+            loaded = sharded.load_state(requested, self._path, strategy, complete=False)
             for name in batch:
                 yield name, loaded.pop(keys[name]) if name in keys else None
         sharded.compare(self._path, sums)
@@ -112,13 +112,28 @@ def _batches(model: Model) -> Iterator[list[str]]:
 
 
 def _allocating(strategy: Any) -> Any:
-    """Megatron's strategy for loading, which allocates what it loads."""
+    """Megatron's strategy for loading, which then allocates what it loads, and loads any part of a tensor.
+
+    For layers that are stacked in one tensor Megatron wants all of a rank's, so each is requested as a part
+    of an ordinary tensor with one more dimension.
+    """
     hooked = copy.copy(strategy)
 
     def load(state: Any, *arguments: Any, **named: Any) -> Any:
         for leaf in tensor_sums.sharded_tensors(state):
             leaf.data = None
-        return strategy.load(state, *arguments, **named)
+            leaf.local_shape = (1,) * leaf.prepend_axis_num + tuple(leaf.local_shape)
+            leaf.stacked, leaf.prepend_axis_num = leaf.prepend_axis_num, 0
+        return _unstacked(state, strategy.load(state, *arguments, **named))
 
     hooked.load = load
     return hooked
+
+
+def _unstacked(state: Any, loaded: Any) -> Any:
+    """What was loaded for `state`, each tensor without the dimensions that `_allocating` adds."""
+    if isinstance(loaded, dict):
+        return {key: _unstacked(state[key], value) for key, value in loaded.items()}
+    if isinstance(loaded, list):
+        return [_unstacked(part, value) for part, value in zip(state, loaded, strict=True)]
+    return loaded.flatten(0, state.stacked) if getattr(state, "stacked", 0) else loaded

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -87,6 +88,53 @@ def staging_folder(final: Path) -> Path:
     os.umask(umask)
     folder.chmod(0o777 & ~umask)  # mkdtemp makes it private
     return folder
+
+
+def staging_pattern(final: Path) -> str:
+    """Pattern for `glob` of the folders that `staging_folder` creates for `final`."""
+    return f".{glob.escape(final.name)}.partial-*"
+
+
+def remove_abandoned(parent: Path, pattern: str, what: str) -> list[str]:
+    """Remove the staging folders in `parent` that match `pattern` and whose lock (`lock_folder`) is free,
+    which interrupted processes have left. Returns a line about them; none where there are none.
+
+    what: what was interrupted, like "export to DIR"."""
+    size = count = 0
+    for folder in sorted(parent.glob(pattern)):
+        with contextlib.suppress(OSError):  # in use by another process, or just gone
+            handle = lock_folder(folder)
+            try:
+                size += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                shutil.rmtree(folder, ignore_errors=True)
+                count += 1
+            finally:
+                os.close(handle)
+    return [f"removed what an interrupted {what} had left ({size / 1e9:.3g} GB)"] if count else []
+
+
+def lock_folder(folder: Path) -> int:
+    """Take the exclusive lock of a folder, until the descriptor that is returned is closed; where the file
+    system has no locks, nothing is locked. BlockingIOError where another process has it, and other OSErrors
+    where it cannot be opened."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
+
+
+@contextlib.contextmanager
+def under_final_name(staging: Path, final: Path) -> Iterator[None]:
+    """UserErrors of the block name `final` in place of the folder `staging`, which no user has heard of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(staging), str(final))) from None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from megatron_ultralong.checkpoint import (
     run_directory,
     saving,
     sharded,
+    streaming,
     training_state,
 )
 from megatron_ultralong.checkpoint.hf import config as hf_config
@@ -43,6 +44,7 @@ from megatron_ultralong.rope.methods import (
     YaRN,
 )
 from tests import processes
+from tests.disk import fill, small_disk
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import FAMILY_MODELS, LLAMA3, hf_model
 
@@ -355,7 +357,9 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
         convert.export_hf(folder / "ckpt", folder / "selected", ranks, parallel, torch.float16)
         assert convert.verify(folder / "base16", folder / "ckpt16", ranks, parallel) == []
         assert convert.verify(folder / "selected", folder / "ckpt", ranks, parallel) == []
-        convert.export_hf(folder / "ckpt", folder / "pp3", ranks, parallel)
+        with pytest.MonkeyPatch.context() as patch:  # as with a large model
+            patch.setattr(streaming, "BATCH_BYTES", 20_000)
+            convert.export_hf(folder / "ckpt", folder / "pp3", ranks, parallel)
         assert convert.verify(folder / "base", folder / "ckpt", ranks, parallel) == []
         convert.import_hf(folder / "pp3", folder / "again", ranks, parallel)
     with Layouts(3, 1) as (ranks, parallel):
@@ -382,6 +386,27 @@ def _three_ranks(rank: int, world: int, folder: Path) -> None:
             hf_reader.load_parameters(folder / "base", larger, {}, 1, 3, group=torch.distributed.group.WORLD)
 
 
+# ---- one rank --------------------------------------------------------------------------------
+
+
+def test_one_rank(tmp_path):
+    """One rank reads parts of Megatron's tensors by a path of its own."""
+    expected = save_base(tmp_path / "base", UNTIED, torch.bfloat16, "1GB")
+    run_ranks(_one_rank, 1, tmp_path)
+    for size in (1, 20_000, streaming.BATCH_BYTES):
+        assert same(tensors_of(tmp_path / f"out{size}"), expected)
+
+
+def _one_rank(rank: int, world: int, folder: Path) -> None:
+    with Layouts(1, 1) as (ranks, parallel):
+        convert.import_hf(folder / "base", folder / "ckpt", ranks, parallel)
+        for size in (1, 20_000, streaming.BATCH_BYTES):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(streaming, "BATCH_BYTES", size)
+                convert.export_hf(folder / "ckpt", folder / f"out{size}", ranks, parallel)
+                assert convert.verify(folder / "base", folder / "ckpt", ranks, parallel) == []
+
+
 # ---- the command, one process ------------------------------------------------------------------
 
 
@@ -391,12 +416,20 @@ def command(*args: object) -> processes.CompletedProcess[str]:
 
 def test_command_there_and_back(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.bfloat16, "30KB")
+    interrupted = [tmp_path / "ckpt" / ".iter_0000000.partial-killed", tmp_path / ".out.partial-killed"]
+    for folder in interrupted:
+        folder.mkdir(parents=True)
+        (folder / "large").write_text("what a killed process left")
     done = command("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt")
+    note = "note: removed what an interrupted {} had left (2.6e-08 GB)"
+    assert note.format(f"import to {tmp_path / 'ckpt'}") in done.stderr.splitlines()
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'ckpt' / 'iter_0000000'}\n", (
         done.stderr
     )
     done = command("export", "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
+    assert note.format(f"export to {tmp_path / 'out'}") in done.stderr.splitlines()
+    assert not any(folder.exists() for folder in interrupted)
     assert same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in expected.items()})
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][7] += 1
@@ -422,6 +455,12 @@ def test_command_refuses_in_one_line(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    with small_disk(tmp_path / "disk", 2) as disk:
+        fill(disk, leave=60_000)
+        done = command("import", "--hf", tmp_path / "base", "--out", disk / "ckpt")
+        assert done.returncode == 2 and [p.name for p in disk.iterdir()] == ["filler"]
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert f"checkpoint {disk}/ckpt/iter_0000000 cannot be written: it needs 0.00" in line
 
 
 # ---- no ranks ----------------------------------------------------------------------------------

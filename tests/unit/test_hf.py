@@ -23,9 +23,11 @@ from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run, Train
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.methods import Llama3, Unscaled, YaRN
 from megatron_ultralong.shapes import LLAMA_3_1_8B
+from tests.disk import fill, small_disk
 
 MODEL = Model(hidden_size=72, ffn_size=42, layers=2, heads=9, kv_heads=3, head_dim=6, vocab_size=97)
 TIED = dataclasses.replace(MODEL, tied_embeddings=True)
@@ -565,11 +567,45 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
         assert [p.name.startswith(".out.partial-") for p in tmp_path.iterdir()] == [True]
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    # A killed one leaves a hidden folder, which the next export does not mind.
-    hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32)
-    assert not (tmp_path / "out").exists()
+    # A killed one leaves a hidden folder, which the next export removes; not one that is in use.
+    killed, live = tmp_path / ".out.partial-killed", tmp_path / ".out.partial-live"
+    for folder in (killed, live, tmp_path / ".out2.partial-other"):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(2_000_000))
+    lock = atomic_files.lock_folder(live)
+    with hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32) as writer:
+        assert writer.notes == [f"removed what an interrupted export to {tmp_path}/out had left (0.002 GB)"]
+        assert not killed.exists() and not (tmp_path / "out").exists()
+        with hf_writer.HFWriter(tmp_path / "out", shapes, torch.float32) as second:
+            assert second.notes == [] and writer.folder.is_dir()
+    os.close(lock)
     write_all(tmp_path / "out", tensors, torch.float32, 10**9)
-    assert (tmp_path / "out" / weight_files.SINGLE).is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out2.partial-other", "out"]
+
+
+def test_a_full_disk_ends_an_export_in_one_line(tmp_path):
+    tensors = random_tensors()
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    with small_disk(tmp_path / "disk", 2) as disk:
+        out = disk / "out"
+        for act in ("add", "small files"):
+            with (
+                pytest.raises(
+                    UserError, match=f"^{out}.* cannot be written: No space left on device$"
+                ) as caught,
+                hf_writer.HFWriter(out, shapes, torch.float32) as writer,
+            ):
+                fill(disk)
+                if act == "add":
+                    for name, tensor in tensors.items():
+                        writer.add(name, tensor)
+                with atomic_files.under_final_name(writer.folder, out):
+                    hf_assets.write_assets(writer.folder, None, {"max_position_embeddings": 1}, {"a": "b"})
+            assert ".partial" not in str(caught.value) and [p.name for p in disk.iterdir()] == ["filler"]
+            (disk / "filler").unlink()
+        fill(disk, leave=100_000)
+        with pytest.raises(UserError, match="the export needs 0.000\\d+ GB, but only .* GB are free"):
+            hf_writer.HFWriter(out, shapes, torch.float32)
 
 
 def test_writer_insists_on_the_plan(tmp_path):
@@ -671,7 +707,7 @@ def test_tokenizers_of_transformers_5_are_written_for_4(tmp_path):
     assert exported("code", custom) == custom
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_said(tmp_path, capsys):
+def test_a_tokenizer_larger_than_the_vocabulary_is_said(tmp_path):
     from tokenizers import Tokenizer, models
 
     folder = write_model(tmp_path / "m", random_tensors())
@@ -681,8 +717,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_said(tmp_path, capsys):
     assert hf_assets.tokenizer_note(folder, 97) == []
     tokenizer.add_special_tokens(["<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    hf_reader.HFReader(folder, MODEL).print_notes()
-    note = capsys.readouterr().err
+    [note] = hf_reader.HFReader(folder, MODEL).notes()
     assert "has ids up to 97 ('<pad>'), but the model's vocabulary ends at 96" in note
     (folder / "tokenizer.json").write_text("{")
     [line] = hf_assets.tokenizer_note(folder, 97)

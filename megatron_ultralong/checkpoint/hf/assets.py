@@ -92,7 +92,10 @@ def copy_assets(
         if entry.name in skip or not _matches(name, ASSETS) or _matches(name, _WEIGHTS):
             continue
         if entry.is_dir() and name == "additional_chat_templates":
-            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+            # Not by copytree, whose errors have a form of their own.
+            (target / entry.name).mkdir(exist_ok=True)
+            for template in sorted(entry.glob("*.jinja")):
+                shutil.copyfile(template, target / entry.name / template.name)
         elif entry.is_file() and entry.stat().st_size <= _LARGEST_ASSET:
             shutil.copyfile(entry, target / entry.name)
         else:

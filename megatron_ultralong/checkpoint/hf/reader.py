@@ -55,7 +55,8 @@ def load_parameters(
         source = torch.distributed.get_global_rank(group, 0)
     is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if reader is not None and is_main:
-        reader.print_notes()
+        for line in reader.notes():
+            print(f"note: {line}", file=sys.stderr, flush=True)
     for name, parameter in tqdm(
         parameters.items(), desc="reading weights", unit="tensor", disable=None if is_main else True
     ):
@@ -112,14 +113,10 @@ class HFReader:
                 stored.setdefault(stacked, []).append(dtypes.SAFETENSORS[self._slice(hf).get_dtype()])
         return {name: dtypes.common(stored[stacked]) for name, stacked in names.items()}
 
-    def print_notes(self) -> None:
-        """Print what a user should know about the directory on stderr."""
-        notes = [
-            *weight_files.notes(self.folder),
-            *assets.tokenizer_note(self.folder, self.model.vocab_size),
-        ]
-        for line in notes:
-            print(f"note: {line}", file=sys.stderr, flush=True)
+    def notes(self) -> list[str]:
+        """What a user should know about the directory, in lines."""
+        tokenizer = assets.tokenizer_note(self.folder, self.model.vocab_size)
+        return [*weight_files.notes(self.folder), *tokenizer]
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""

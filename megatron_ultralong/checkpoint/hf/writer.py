@@ -6,7 +6,9 @@ disk; an interrupted export, even a killed one, leaves no directory that looks c
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from math import prod
@@ -54,6 +56,9 @@ class HFWriter:
         self._remaining.reverse()  # the next one is last
         self._file: BinaryIO | None = None
         check_output(self.out_dir)
+        self.notes: list[str] = []
+        """What its user should know, in lines."""
+        self._lock: int | None = None
         self.folder = self._stage(sum(self._sizes.values()))
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -99,8 +104,13 @@ class HFWriter:
     def abandon(self) -> None:
         """Remove what was written; does nothing after `finish`."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what is buffered does not fit on a full disk either
+                self._file.close()
+            self._file = None
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -114,12 +124,16 @@ class HFWriter:
         parent = self.out_dir.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(parent).free
-            if free < size:
+            pattern = atomic_files.staging_pattern(self.out_dir)
+            self.notes = atomic_files.remove_abandoned(parent, pattern, f"export to {self.out_dir}")
+            total, _, free = shutil.disk_usage(parent)
+            if total and free < size:  # some file systems report nothing
                 raise UserError(
-                    f"{self.out_dir}: the export needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+                    f"{self.out_dir}: the export needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free"
                 )
-            return atomic_files.staging_folder(self.out_dir)
+            folder = atomic_files.staging_folder(self.out_dir)
+            self._lock = atomic_files.lock_folder(folder)
+            return folder
         except OSError as error:
             raise atomic_files.cannot_write(str(self.out_dir), error) from None
 
