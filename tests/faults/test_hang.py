@@ -31,8 +31,8 @@ def read_from_a_disk_that_hangs() -> None:
 def rank(phase: str, folder: str) -> None:
     """A rank whose iterations are reductions; rank 1 does not come to the one of iteration 20."""
     heartbeat = Heartbeat()
-    # In an iteration within 6 s; elsewhere nine tenths of the timeout, which are 9 s.
-    heartbeat.start(hang_minutes=0.1, timeout_minutes=1 / 6)
+    # In an iteration after 9 s; elsewhere after nine tenths of the timeout, which are 13.5 s.
+    heartbeat.start(hang_minutes=0.15, timeout_minutes=0.25)
     heartbeat.prepare_report(Path(folder), lambda: "no checkpoint has been saved")
     launch.join(torch.device("cpu"), 60)
     for iteration in range(1, 100):
@@ -48,12 +48,12 @@ def rank(phase: str, folder: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("phase", "limit"), [("", 6), ("saving iteration 20", 9)])
+@pytest.mark.parametrize(("phase", "limit"), [("", 9), ("saving iteration 20", 13.5)])
 def test_a_rank_that_lives_but_does_not_go_on(tmp_path: Path, phase: str, limit: float) -> None:
     source = f"from tests.faults import test_hang; test_hang.rank({phase!r}, {str(tmp_path)!r})"
     began = time.monotonic()
-    told = processes.torchrun([sys.executable, "-c", source], 2, timeout=120)
-    assert told.returncode == 1 and 0.7 * limit < time.monotonic() - began < 100
+    told = processes.torchrun([sys.executable, "-c", source], 2, timeout=240)
+    assert told.returncode == 1 and time.monotonic() - began > 0.7 * limit
     assert re.search(
         rf"error: rank 1 \(host \S+, process \d+\) is alive, but the others have waited for it for \d+ s: "
         rf"{phase or 'iteration 20'}, \S*threading.py:\d+ \(wait\)",
@@ -66,10 +66,10 @@ def test_a_rank_that_lives_but_does_not_go_on(tmp_path: Path, phase: str, limit:
 
 def test_a_stopped_rank(tmp_path: Path) -> None:
     source = f"from tests.faults import test_hang; test_hang.rank('stopped', {str(tmp_path)!r})"
-    told = processes.torchrun([sys.executable, "-c", source], 2, timeout=120)
+    told = processes.torchrun([sys.executable, "-c", source], 2, timeout=240)
     assert told.returncode == 1
     assert re.search(
-        r"error: no sign of life for [567] s of rank 1 \(host \S+, process \d+\): .*; last seen in "
+        r"error: no sign of life for \d+ s of rank 1 \(host \S+, process \d+\): .*; last seen in "
         r"(iteration \d+|stopped), ",
         told.stderr,
     ), told.stderr
