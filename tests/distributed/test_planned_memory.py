@@ -132,7 +132,7 @@ def planned(memory: Memory, model: Model, tokens: int, parallel: Parallel | None
     )
 
 
-QK_NORM = replace(LAYERS, family="qwen3", qk_norm=True, qkv_bias=True, attention_output_bias=True)
+QK_NORM = replace(shapes.QWEN3_8B, layers=2, vocab_size=4 * K)
 BIASES = replace(LAYERS, qkv_bias=True, attention_output_bias=True, mlp_bias=True)
 CASES: dict[str, tuple[Memory, Model, Parallel]] = {
     "loss": (KEPT, LLAMA_3_1_8B, Parallel()),
