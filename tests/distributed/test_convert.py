@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -399,7 +400,25 @@ def test_one_rank(tmp_path):
 
 def _one_rank(rank: int, world: int, folder: Path) -> None:
     with Layouts(1, 1) as (ranks, parallel):
-        convert.import_hf(folder / "base", folder / "ckpt", ranks, parallel)
+        read, alive, most = hf_reader.HFReader.shard, weakref.WeakSet(), []
+        with pytest.MonkeyPatch.context() as patch:
+
+            def shard(*arguments: Any) -> torch.Tensor:
+                tensor = read(*arguments)
+                alive.add(tensor)
+                most.append(len(alive))
+                return tensor
+
+            def save(out: Path, state: Any, chunks: Any, *arguments: Any, **named: Any) -> Path:
+                assert {parameter.device.type for parameter in chunks[0].parameters()} == {"meta"}
+                return save_all(out, state, chunks, *arguments, **named)
+
+            save_all = saving.save
+            patch.setattr(saving, "save", save)
+            patch.setattr(hf_reader.HFReader, "shard", shard)
+            convert.import_hf(folder / "base", folder / "ckpt", ranks, parallel)
+        # Two threads write; each has one tensor and may be asking for the next.
+        assert len(most) > 20 and max(most) <= 4
         for size in (1, 20_000, streaming.BATCH_BYTES):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(streaming, "BATCH_BYTES", size)
