@@ -69,7 +69,7 @@ def rank(hang_minutes: float, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "cut"),
-    [(2, 1), pytest.param(4, 0, marks=pytest.mark.long)],
+    [(2, 1), pytest.param(4, 0, marks=(pytest.mark.slow, pytest.mark.long))],
     ids=["two hosts", "store's of four"],
 )
 def test_ranks_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
@@ -202,6 +202,7 @@ class Training:
         until(there, seconds, self.all_text)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "cut"), [(2, 1), (4, 0)])
 def test_training_on_hosts(tmp_path: Path, number: int, cut: int) -> None:
