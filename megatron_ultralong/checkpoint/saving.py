@@ -71,10 +71,12 @@ def start(
     rope_tensors: dict[str, torch.Tensor] | None = None,
     *,
     background: bool,
+    good: Path | None = None,
     values: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Saving:
     """Begin what `save` does; every rank calls it. background: a thread of each rank writes, and weights and
-    optimizer may change as soon as this returns, where every host has the memory for a copy."""
+    optimizer may change as soon as this returns, where every host has the memory for a copy. good: a
+    checkpoint that is kept beyond `keep`."""
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / agreement.on_main_rank(lambda: _writing(final, lambda: _begin(final, assets)))
     try:
@@ -88,7 +90,7 @@ def start(
                 copied=background,
                 values=values,
             )
-        return Saving(final, partial, shards, keep)
+        return Saving(final, partial, shards, keep, good)
     except UserError:
         _remove(partial)
         raise
@@ -103,11 +105,13 @@ def remove_interrupted(folder: Path, what: str) -> list[str]:
 class Saving:
     """A checkpoint that is being written."""
 
-    def __init__(self, final: Path, partial: Path, shards: shard_writer.Shards, keep: int) -> None:
-        """partial: the folder that becomes `final`. keep: checkpoints kept, 0 = all."""
+    def __init__(
+        self, final: Path, partial: Path, shards: shard_writer.Shards, keep: int, good: Path | None
+    ) -> None:
+        """partial: the folder that becomes `final`. keep: checkpoints kept besides `good`, 0 = all."""
         self.final = final
         self.in_background = shards.copied
-        self._partial, self._shards, self._keep = partial, shards, keep
+        self._partial, self._shards, self._keep, self._good = partial, shards, keep, good
         self._files: dict[str, integrity.FileSum] = {}
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -144,7 +148,9 @@ class Saving:
                 files = integrity.hash_written(self._partial, self._files)
                 agreement.on_main_rank(lambda: integrity.write(self._partial, files, tensors))
                 agreement.on_main_rank(
-                    lambda: _writing(self.final, lambda: _publish(self._partial, self.final, self._keep))
+                    lambda: _writing(
+                        self.final, lambda: _publish(self._partial, self.final, self._keep, self._good)
+                    )
                 )
         except UserError:
             _remove(self._partial)
@@ -191,8 +197,8 @@ def _remove(partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _publish(partial: Path, final: Path, keep: int) -> None:
-    """Make `partial` the complete checkpoint `final`, and remove old ones."""
+def _publish(partial: Path, final: Path, keep: int, good: Path | None) -> None:
+    """Make `partial` the complete checkpoint `final`, and remove old ones but `good`."""
     replaced = _hidden(final) if final.exists() else None
     try:
         atomic_files.publish(partial, final)
@@ -201,13 +207,19 @@ def _publish(partial: Path, final: Path, keep: int) -> None:
             replaced.rename(final)
         raise
     # The checkpoint is complete: what fails from here on is no reason to call the save failed.
-    with contextlib.suppress(OSError, UserError):
-        latest = final.parent / "latest_checkpointed_iteration.txt"
-        atomic_files.write_text(latest, str(int(final.name[5:])))
+    name_latest(final)
     old = run_directory.complete_checkpoints(final.parent)[:-keep] if keep else []
+    old = [path for path in old if path != good]
     with contextlib.suppress(OSError):
         for path in [*([replaced] if replaced is not None else []), *map(_hidden, old)]:
             shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def name_latest(checkpoint: Path) -> None:
+    """Write the file that names the newest checkpoint for Megatron-LM's tools, if it can be written."""
+    with contextlib.suppress(OSError, UserError):
+        latest = checkpoint.parent / "latest_checkpointed_iteration.txt"
+        atomic_files.write_text(latest, str(int(checkpoint.name[5:])))
 
 
 def _hidden(checkpoint: Path) -> Path:

@@ -62,6 +62,7 @@ class Shards:
             try:
                 with _writers():
                     dist_checkpointing.save(state, str(partial), strategy, validate_access_integrity=True)
+                _rank_zero_files.raise_error()
             # Whatever torch or Megatron raise.
             except (Exception, CheckpointException) as error:
                 raise self._failed(error) from None
@@ -75,11 +76,10 @@ class Shards:
 
         def save(state: Any, *arguments: Any, **named: Any) -> Any:  # they differ by release
             # Before, rank 0 has written Megatron's small files, and may have failed.
-            agreement.on_every_rank(_common_file.raise_error)
+            agreement.on_every_rank(_rank_zero_files.raise_error)
             self._leaves = list(tensor_sums.saved_tensors(state))
             if self.copied:
-                for leaf in self._leaves:
-                    leaf.data = leaf.data.detach().to("cpu", copy=True)
+                agreement.on_every_rank(self._copy)
             return type(strategy).save(planned, state, *arguments, **named)
 
         def async_save(*arguments: Any, **named: Any) -> _NotYet:
@@ -88,6 +88,10 @@ class Shards:
 
         planned.save, planned.async_save = save, async_save
         return planned
+
+    def _copy(self) -> None:
+        for leaf in self._leaves:
+            leaf.data = leaf.data.detach().to("cpu", copy=True)
 
     def write(self) -> None:
         """Write this rank's files, and sum its tensors. UserError where that fails; no other rank is waited
@@ -100,7 +104,7 @@ class Shards:
                 arguments[1:2] = [late.buckets(buckets) for buckets in arguments[1:2]]
             else:
                 self._sums.add_all((leaf, leaf.data) for leaf in self._leaves)
-                if request.preload_fn is not None:
+                if request.preload_fn is not None and not self.copied:
                     arguments[1] = request.preload_fn()  # tensors that are still on a GPU
             if request.async_fn is not None:
                 request.async_fn(*arguments, **request.async_fn_kwargs)
@@ -120,13 +124,17 @@ class Shards:
 
         def complete() -> None:
             try:
-                for act in self._request.finalize_fns:
-                    act()
+                with _rank_zero_files.errors_kept():
+                    for act in self._request.finalize_fns:
+                        act()
+                _rank_zero_files.raise_error()
             except (Exception, CheckpointException) as error:
                 raise self._failed(error) from None
 
-        agreement.on_every_rank(complete)
-        self._request = None
+        try:
+            agreement.on_every_rank(complete)
+        finally:
+            self._request = None  # and the copies
         return self._sums.on_all_ranks()
 
     def _failed(self, error: BaseException) -> UserError:
@@ -231,9 +239,9 @@ def _is_full(folder: Path, size: int) -> bool:
     return False
 
 
-class _CommonFile:
-    """Megatron's writing of common.pt, on rank 0 alone: an error of it is kept until all ranks can be told.
-    Newer releases have no such file."""
+class _RankZeroFiles:
+    """Megatron's files that rank 0 alone writes, between collectives: an error of one is kept until all ranks
+    can be told."""
 
     error: Exception | None = None
 
@@ -244,27 +252,37 @@ class _CommonFile:
 
     @contextlib.contextmanager
     def errors_kept(self) -> Iterator[None]:
-        try:
+        from megatron.core.dist_checkpointing import serialization
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+        written_by: list[tuple[Any, str]] = [
+            (serialization, "save_config"),
+            (FileSystemWriterAsync, "finish"),
+        ]
+        with contextlib.suppress(ImportError):  # newer releases have no common.pt
             from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-        except ImportError:
-            yield
-            return
-        save = TorchCommonSaveStrategy.save_common
 
-        def save_common(*arguments: Any) -> None:
-            try:
-                save(*arguments)
-            except Exception as error:
-                self.error = error
-
-        TorchCommonSaveStrategy.save_common = save_common
+            written_by.append((TorchCommonSaveStrategy, "save_common"))
+        originals = [getattr(owner, name) for owner, name in written_by]
+        for (owner, name), original in zip(written_by, originals, strict=True):
+            setattr(owner, name, self._keeping(original))
         try:
             yield
         finally:
-            TorchCommonSaveStrategy.save_common = save
+            for (owner, name), original in zip(written_by, originals, strict=True):
+                setattr(owner, name, original)
+
+    def _keeping(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def keeping(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except Exception as error:
+                self.error = self.error or error
+
+        return keeping
 
 
-_common_file = _CommonFile()
+_rank_zero_files = _RankZeroFiles()
 
 
 @contextlib.contextmanager
@@ -283,7 +301,7 @@ def _writers() -> Iterator[None]:
         writer.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     filesystem_async._results_queue = queue.Queue()
     try:
-        with _common_file.errors_kept():
+        with _rank_zero_files.errors_kept():
             yield
     finally:
         filesystem_async._results_queue = None

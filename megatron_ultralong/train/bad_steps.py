@@ -40,7 +40,8 @@ def fault_of_loss(
         return f"loss is not finite at iteration {iteration}, first on rank {rank}"
     if train.loss_spike and len(recent) >= FEWEST:
         median = statistics.median(recent)
-        if mean > train.loss_spike * median:
+        # `mean` may differ in its last bit between ranks.
+        if agreement.first_rank_where(mean > train.loss_spike * median, device) is not None:
             return (
                 f"loss {mean:.4g} at iteration {iteration} is above train.loss_spike={train.loss_spike:g} times "
                 f"{median:.4g}, the median of the last {len(recent)}"
@@ -69,7 +70,10 @@ def respond(
         consumed=state.consumed + t.global_batch,
         bad_steps=state.bad_steps + 1,
     )
-    checkpoints.finish(log)
+    try:
+        checkpoints.finish(log)
+    except UserError as error:
+        raise TrainingStopped(f"{fault}; {error}") from None
     if t.on_bad_step == "stop":
         raise TrainingStopped(f"{fault}; {checkpoints}")
     if bad.bad_steps > t.max_bad_steps:

@@ -61,6 +61,8 @@ class Checkpoints:
             run_directory.set_aside([path for path in existing if _iteration(path) > at], "rewound")
 
         agreement.on_main_rank(set_newer_aside)
+        # Its own file says the same to Megatron-LM's tools.
+        agreement.on_main_rank(lambda: saving.name_latest(target))
         self._newest, self._finite = target, at
         return target
 
@@ -71,8 +73,12 @@ class Checkpoints:
 
         UserError where one cannot be written, if it is needed or too many have failed; else a warning.
         """
-        if not self.finish(log, needed=needed):
-            return False
+        try:
+            self.finish(log)
+        except UserError as error:
+            if not needed:
+                raise
+            log.note(f"warning: {error}")  # this one may be written all the same
         self._heartbeat.phase(f"saving iteration {state.iteration}")
         self._began = time.perf_counter()
         log.flush()  # a run that resumes from here does not log its iterations again
@@ -86,6 +92,7 @@ class Checkpoints:
                 self._train.keep,
                 trainer.ode.tensors() if trainer.ode else None,
                 background=self._train.async_save and not needed,
+                good=self._good,
             )
         except UserError as error:
             self._note_failure(error, state.iteration, log, needed)
@@ -122,9 +129,6 @@ class Checkpoints:
         self._failed = 0
         if _iteration(self._newest) < self._finite:
             self._good = self._newest
-        good = self._good
-        if good is not None and not agreement.on_main_rank(good.is_dir):
-            self._good = None  # removed by `keep`
         if (self._newest / "hf").is_dir():  # the folder they came from may be a checkpoint removed by `keep`
             self._assets = AssetFolders(base=self._newest / "hf")
         log.saved(_iteration(self._newest), ended - self._began, self._waited + ended - waiting)

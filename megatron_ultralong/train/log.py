@@ -175,6 +175,8 @@ class Log:
         if self.peak_flops:
             scalars["speed/causal_mfu"] = tflops * 1e12 / self.peak_flops
         self._scalars(scalars, state.iteration)
+        if self.trace is not None and self.trace.ends_at(state.iteration):
+            self.ranks.heartbeat.phase("writing the profile")
         profiled = self.trace is not None and self.trace.end(state.iteration)
         if not profiled:
             self.remaining.step(seconds)
@@ -237,6 +239,9 @@ class Log:
 
     def bad_step(self, state: TrainingState, line: str) -> None:
         """Log an iteration whose update was not made."""
+        self.iteration = state.iteration
+        if self.bar is not None:
+            self.bar.update(1)
         self._record("bad_step", iteration=state.iteration, bad_steps=state.bad_steps, reason=line)
         self._scalars({"train/bad_steps": state.bad_steps}, state.iteration)
         self.note(line)

@@ -74,6 +74,7 @@ def train(
         trainer.watch.begin()
         done = _iteration(trainer, state, batches)
         if done.fault is not None:
+            trainer.watch.stop()
             state = bad_steps.respond(done.fault, trainer, state, checkpoints, log)
             if state.iteration < iteration:  # rewound
                 batches, validated = data.training(state.consumed), None

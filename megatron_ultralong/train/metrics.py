@@ -7,10 +7,12 @@
     validation   held-out loss after an iteration
     evaluation   scalars of an evaluation after an iteration
     save         a checkpoint, and the seconds that training waited for it; or the error of a failed one
+    bad_step     an iteration without an update, and why (train.on_bad_step)
     stop         how the process ended; none where it was killed
 
 A run that resumes appends. Lines of iterations after that of a `start` line are then superseded: these
-iterations are trained again. Times are UTC, durations seconds, memory bytes; what is not known is null.
+iterations are trained again; so are those after a run that has rewound. Times are UTC, durations seconds,
+memory bytes; what is not known is null.
 """
 
 from __future__ import annotations

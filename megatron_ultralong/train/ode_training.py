@@ -122,6 +122,7 @@ class OdeTraining:
         if not (checkpoint / rope_network.FILE).is_file():
             return
         stored = rope_network.read(checkpoint)
+        self._adam.state.clear()
         for name, weight in zip(rope_network.WEIGHTS, self._weights, strict=True):
             if f"{name}.step" in stored:
                 shapes = {"step": (), **dict.fromkeys(_MOMENTS, weight.shape)}

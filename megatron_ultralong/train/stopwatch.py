@@ -102,6 +102,11 @@ class Stopwatch:
         with comm.waits_inside(lambda: self.part("context parallel")):
             yield
 
+    def stop(self) -> None:
+        """Drop an iteration that has begun."""
+        self._running = False
+        self._forget()
+
     def end(self, ranks: Ranks) -> StepTime:
         """End the iteration: one small collective, and the host waits for the device. Every rank calls it.
 

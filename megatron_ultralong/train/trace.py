@@ -38,6 +38,10 @@ class Trace:
             self._profiler.start()
             self._from = iteration
 
+    def ends_at(self, iteration: int) -> bool:
+        """Whether `end` of this iteration writes the trace, which may take minutes."""
+        return self._profiler is not None and iteration >= self._last
+
     def end(self, iteration: int) -> bool:
         """After an iteration, whose work the device has finished; return whether it was recorded."""
         if self._profiler is None:

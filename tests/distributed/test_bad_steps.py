@@ -35,6 +35,7 @@ def _bad_steps(rank: int, world: int, name: str) -> None:
     _rewound(folder / "rewind")
     _spikes(folder / "spike")
     _too_many(folder)
+    _good_is_kept(folder / "good")
 
 
 def _run(save: Path, policy: str, **more: Any) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def _rewound(save: Path) -> None:
     got = _run(save, "rewind", spoilt=(5, INF), save_every=2)
     assert f"rewinding to {save}/iter_0000002 " in got["lines"][0]
     assert (save / "iter_0000004.rewound").is_dir()
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
     assert run_directory.complete_checkpoints(save)[-1] == save / "iter_0000006"
     assert got["state"].consumed == 9 * BATCH
 
@@ -136,6 +138,21 @@ def _with_spike(number: int, *arguments: Any, **named: Any) -> dict[str, Any]:
 
 def _stored(checkpoint: Path) -> dict[str, Any]:
     return {"recent_losses": training_state.read(checkpoint).recent_losses}
+
+
+def _good_is_kept(save: Path) -> None:
+    """Checkpoints that no finite iteration follows do not replace the last good one."""
+    with pytest.raises(TrainingStopped, match=f"the last good one is {save}/iter_0000004$"):
+        _run(
+            save,
+            "skip",
+            spoilt=(range(7, 30), INF),
+            iterations=20,
+            save_every=2,
+            settings={"max_bad_steps": 6, "keep": 2},
+        )
+    kept = [path.name for path in run_directory.complete_checkpoints(save)]
+    assert kept == ["iter_0000004", "iter_0000010", "iter_0000012"]
 
 
 def _too_many(folder: Path) -> None:

@@ -200,7 +200,7 @@ def _train(
     save_every: int = 0,
     resume: Path | None = None,
     clip: float = 0.5,
-    spoilt: tuple[int, float] | None = None,
+    spoilt: tuple[int | range, float] | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
     at: Mapping[str, int] = MappingProxyType({}),
     log: Any = None,
@@ -208,8 +208,8 @@ def _train(
     """A short run on rows that are a function of their number; losses as logged, weights of this rank,
     optimizer steps.
 
-    spoilt: (iteration, weight of one token's loss on rank 1). settings: of `Train`. at: fields of the state
-    that it starts from. log: a `Losses`.
+    spoilt: (iteration or iterations, weight of one token's loss on rank 1). settings: of `Train`. at: fields
+    of the state that it starts from. log: a `Losses`.
     """
     from megatron_ultralong.checkpoint import optimizer_state, sharded, training_state
     from megatron_ultralong.checkpoint.hf.assets import AssetFolders
@@ -255,14 +255,17 @@ def _train(
             state = training_state.read(resume)
         state = dataclasses.replace(state, **at)
 
+        bad, weight = spoilt or (range(0), 0.0)
+        bad = range(bad, bad + 1) if isinstance(bad, int) else bad
+
         def batches(consumed: int) -> Any:
             while True:
                 for row in range(consumed + ranks.dp_rank, consumed + BATCH, ranks.dp):
                     generator = torch.Generator().manual_seed(row)
                     tokens = torch.randint(0, model.vocab_size, (1, S + 1), generator=generator)
                     mask = (torch.rand(1, S, generator=generator) > 0.3).float()
-                    if spoilt is not None and ranks.rank == 1 and row // BATCH + 1 == spoilt[0]:
-                        mask[0, 0] = spoilt[1]
+                    if ranks.rank == 1 and row // BATCH + 1 in bad:
+                        mask[0, 0] = weight
                     parts = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
                     yield {name: zigzag.shard(x, ranks.cp_rank, ranks.cp, 1) for name, x in parts.items()}
                 consumed += BATCH

@@ -18,6 +18,7 @@ from megatron_ultralong.config import Parallel
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import memory
 from megatron_ultralong.train.bad_steps import TrainingStopped
+from megatron_ultralong.train.checkpoints import Checkpoints
 from tests.distributed.test_resume import MODEL, Losses, _train
 from tests.spawn import run_ranks
 
@@ -39,6 +40,7 @@ def _saving(rank: int, world: int, name: str) -> None:
     _is_completed_before_a_stop(folder / "stops")
     _without_room(folder / "room")
     _first_file_fails(rank, folder / "common")
+    _index_fails(rank, folder / "index")
 
 
 class _SlowDisk(Losses):
@@ -143,6 +145,16 @@ def _fails_late(rank: int, save: Path) -> None:
     assert _complete(save) == [2, 6]
     _nothing_left(save)
 
+    # The last checkpoint is written although the one before it could not be.
+    fails = [True, False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer.Shards, "write", full)
+        patch.setattr(Checkpoints, "poll", lambda checkpoints, log: None)  # noticed when the last one begins
+        settings = {**IN_BACKGROUND, "save_failures": 1}
+        got = _train(MODEL, Parallel(), "fp32", save / "x", iterations=3, save_every=2, settings=settings)
+    assert got["lines"] == ["warning: no space; no checkpoint has been saved"]
+    assert _complete(save / "x") == [3]
+
 
 def _is_completed_before_a_stop(save: Path) -> None:
     """A checkpoint that is being written when the loss is not finite is completed first."""
@@ -172,6 +184,24 @@ def _without_room(save: Path) -> None:
     assert got["lines"] == [
         "host memory has no room for a copy of the checkpoint: training waits until it is written"
     ]
+
+
+def _index_fails(rank: int, save: Path) -> None:
+    """What rank 0 alone writes between collectives is missed by all ranks."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def full(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name in ((serialization, "save_config"), (FileSystemWriterAsync, "finish")):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(owner, name, full)
+            with pytest.raises(UserError, match="iter_0000001 cannot be written: No space left on device"):
+                _train(MODEL, Parallel(), "fp32", save, iterations=1)
+        _nothing_left(save)
+    assert _complete(save) == []
 
 
 def _first_file_fails(rank: int, save: Path) -> None:

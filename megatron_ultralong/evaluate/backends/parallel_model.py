@@ -77,9 +77,9 @@ class ParallelModel:
         )
         self._encoder = cache(partial(PromptEncoder, self.tokenizer, chat))
         self.end_tokens = end_tokens(assets, self.tokenizer)
-        self.ranks = launch.start(Runtime(device=device), parallel)  # type: ignore[arg-type]
         # Between two calls rank 0 may work alone for hours (prompts of 4M tokens, data sets): longer than the
-        # timeout of any collective.
+        # timeout of any collective, and no hang.
+        self.ranks = launch.start(Runtime(device=device, hang_minutes=0), parallel)  # type: ignore[arg-type]
         self._calls = torch.distributed.new_group(backend="gloo", timeout=WAIT)
         precision = dtype if dtype != "auto" else "fp32" if self.ranks.device.type == "cpu" else "bf16"
         agreement.on_every_rank(
