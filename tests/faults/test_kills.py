@@ -24,6 +24,9 @@ def test_what_counts_as_survived() -> None:
             kills.check(told, expected)
     with pytest.raises(ValueError, match="iteration 3: loss 1.2 instead of 1.0"):
         kills._merge(told, {3: 1.2})
-    told.lost.append(kills.SAVE_EVERY + 1)
-    with pytest.raises(ValueError, match="4 iterations lost"):
+    told.lost.append(2 * kills.SAVE_EVERY + 1)
+    with pytest.raises(ValueError, match="7 iterations lost"):
         kills.check(told, told.losses)
+    told.saved = 3
+    with pytest.raises(ValueError, match="checkpoint 3 was saved, but is not used"):
+        kills._merge(told, {3: 1.0})

@@ -260,7 +260,7 @@ def test_other_errors_that_mention_transformer_engine(
 
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("pytorch"))
-    monkeypatch.setattr(cli, "_leave", leave)
+    monkeypatch.setattr(cli, "leave", leave)
     with pytest.raises(SystemExit) as stop:
         cli.main(fails)
     assert stop.value.code == 1 and "Traceback" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_ultralong import recipes
+from megatron_ultralong import recipes, shapes
 from megatron_ultralong.config import Memory, Parallel, to_dict
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import memory
@@ -39,7 +39,7 @@ def start(iteration: int, device: str = "NVIDIA H200", **more: Any) -> dict[str,
         "iteration": iteration,
         "iterations": 100,
         "run": to_dict(RUN),
-        "model": dataclasses.asdict(recipes.LLAMA_3_1_8B),
+        "model": dataclasses.asdict(shapes.LLAMA_3_1_8B),
         "layout": {"tp": 8, "pp": 1, "cp": 8, "dp": 1, "ranks": 64},
         "devices": {device: 64},
         "hosts": {"node<1>": 64},
@@ -204,7 +204,7 @@ def test_the_plan_beside_measured(tmp_path: Path) -> None:
         "memory of a GPU": 70.0,
     }
     assert planned["seconds per iteration"] == pytest.approx(sum(found.parts.values()))
-    size = memory.total(memory.gpu_memory(RUN, recipes.LLAMA_3_1_8B, 64, "cudnn"))
+    size = memory.total(memory.gpu_memory(RUN, shapes.LLAMA_3_1_8B, 64, "cudnn"))
     assert planned["memory of a GPU"] == size / 1e9
     assert "Plan beside measured" in page.page(record)
 
