@@ -90,8 +90,16 @@ class Shards:
         return planned
 
     def _copy(self) -> None:
+        """Copy this rank's tensors to the host. Those of a GPU are summed there first: it is faster, and the
+        sums then tell a wrong copy too."""
+        not_summed = []
         for leaf in self._leaves:
+            if leaf.data.is_cuda:
+                self._sums.add_all([(leaf, leaf.data)])
+            else:
+                not_summed.append(leaf)
             leaf.data = leaf.data.detach().to("cpu", copy=True)
+        self._leaves = not_summed
 
     def write(self) -> None:
         """Write this rank's files, and sum its tensors. UserError where that fails; no other rank is waited
