@@ -33,7 +33,7 @@ def qwen3_8b_1m() -> Run:
         base="Qwen/Qwen3-8B",
         # The card states 32,768 tokens of pre-training, and YaRN over that length; max_position_embeddings is
         # larger by the room for an answer.
-        rope=_yarn(32, theta=1_000_000.0, original_length=32768),
+        rope=paper_yarn(32, theta=1_000_000.0, original_length=32768),
         parallel=Parallel(tp=8, cp=4),
         train=_pretraining(1024**2, global_batch=8, lr=3e-5),
     )
@@ -44,7 +44,7 @@ def llama3_70b_512k() -> Run:
     return _extended(
         "llama3_70b_512k",
         base="meta-llama/Llama-3.3-70B-Instruct",
-        rope=_yarn(64, theta=500_000.0, original_length=8192),
+        rope=paper_yarn(64, theta=500_000.0, original_length=8192),
         # CP instead of PP: no pipeline bubble, and the optimizer is divided over it.
         parallel=Parallel(tp=8, cp=16),
         # Half of the 8B's learning rate, as in Llama 3's own pre-training (arXiv 2407.21783, table 3).
@@ -69,8 +69,8 @@ def _extended(name: str, *, base: str, rope: YaRN, parallel: Parallel, train: Tr
     )
 
 
-def _yarn(factor: int, *, theta: float, original_length: int) -> YaRN:
-    """The paper's YaRN: ramp over rotations, no temperature."""
+def paper_yarn(factor: int, *, theta: float, original_length: int) -> YaRN:
+    """The paper's YaRN: ramp over rotations, no temperature; `factor` replaces the base model's own."""
     return YaRN(
         theta=theta,
         factor=float(factor),

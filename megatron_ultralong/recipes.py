@@ -15,7 +15,6 @@ from dataclasses import replace
 from megatron_ultralong import family_recipes, peer_recipes
 from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.methods import Unscaled, YaRN
 
 # ---- laptop ------------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ def smollm2_135m() -> Run:
         name="smollm2_135m",
         notes="SmolLM2 from 8K to 64K with the paper's YaRN and learning rate; every other figure is this project's own choice.",
         base="HuggingFaceTB/SmolLM2-135M-Instruct",
-        rope=_yarn(8, theta=100000.0, original_length=8192),
+        rope=family_recipes.paper_yarn(8, theta=100000.0, original_length=8192),
         train=Train(
             seq_length=65536, global_batch=8, iterations=200, lr=3e-5, min_lr=3e-6, warmup=10, save_every=50
         ),
@@ -222,7 +221,7 @@ def _ultralong(
         "schedule, warm-up, weight decay, clipping and seed are this project's own.",
         unpublished=(*_UNPUBLISHED, *unpublished),
         base="meta-llama/Llama-3.1-8B-Instruct",
-        rope=_yarn(factor, theta=500000.0, original_length=8192),
+        rope=family_recipes.paper_yarn(factor, theta=500000.0, original_length=8192),
         parallel=Parallel(tp=8, cp=cp),
         memory=Memory(recompute="all_but_attention"),
         optim=Optim(beta1=0.9, beta2=0.95),
@@ -266,19 +265,6 @@ def _ultralong_sft(size: str) -> Run:
         optim=Optim(beta1=0.9, beta2=0.95),
         train=Train(seq_length=8192, global_batch=128, iterations=782, lr=5e-6, warmup=24, save_every=200),
         runtime=Runtime(device="cuda"),
-    )
-
-
-def _yarn(factor: int, *, theta: float, original_length: int) -> Rope:
-    """The paper's YaRN: ramp over rotations, no temperature; `factor` replaces the base model's own."""
-    return YaRN(
-        theta=theta,
-        factor=float(factor),
-        original_length=original_length,
-        alpha=1.0,
-        beta=4.0,
-        ramp="rotation",
-        temperature=False,
     )
 
 

@@ -54,6 +54,16 @@ def with_loss(train: Train, recent: list[float], loss: float) -> list[float]:
     return [*recent, loss][-COMPARED:] if train.loss_spike else []
 
 
+def stopped(fault: str, checkpoints: Checkpoints, log: Log) -> TrainingStopped:
+    """Complete the checkpoint that is being written, and return the error of a run that ends with `fault`;
+    every rank calls it. An error of the save does not hide the fault."""
+    try:
+        checkpoints.finish(log)
+    except UserError as error:
+        return TrainingStopped(f"{fault}; {error}")
+    return TrainingStopped(f"{fault}; {checkpoints}")
+
+
 def respond(
     fault: str, trainer: Trainer, state: TrainingState, checkpoints: Checkpoints, log: Log
 ) -> TrainingState:
@@ -70,20 +80,19 @@ def respond(
         consumed=state.consumed + t.global_batch,
         bad_steps=state.bad_steps + 1,
     )
-    try:
-        checkpoints.finish(log)
-    except UserError as error:
-        raise TrainingStopped(f"{fault}; {error}") from None
     if t.on_bad_step == "stop":
-        raise TrainingStopped(f"{fault}; {checkpoints}")
+        raise stopped(fault, checkpoints, log)
     if bad.bad_steps > t.max_bad_steps:
-        raise TrainingStopped(
-            f"{fault}; it is bad iteration {bad.bad_steps} of this run (train.max_bad_steps={t.max_bad_steps}); {checkpoints}"
-        )
+        count = f"bad iteration {bad.bad_steps} of this run (train.max_bad_steps={t.max_bad_steps})"
+        raise stopped(f"{fault}; it is {count}", checkpoints, log)
     count = f"bad iteration {bad.bad_steps} of at most {t.max_bad_steps}"
     if t.on_bad_step == "skip":
         log.bad_step(bad, f"warning: {fault}; its update is skipped ({count})")
         return bad
+    try:
+        checkpoints.finish(log)
+    except UserError as error:
+        raise TrainingStopped(f"{fault}; {error}") from None
     target = checkpoints.rewind()
     if target is None:
         raise TrainingStopped(f"{fault}; there is no checkpoint to rewind to: {checkpoints}")

@@ -23,7 +23,6 @@ from megatron_ultralong.runtime.launch import Ranks
 from megatron_ultralong.runtime.signals import StopRequest
 from megatron_ultralong.train import bad_steps
 from megatron_ultralong.train import optimizer as optim
-from megatron_ultralong.train.bad_steps import TrainingStopped
 from megatron_ultralong.train.checkpoints import Checkpoints
 from megatron_ultralong.train.log import Log
 from megatron_ultralong.train.loss_normalisation import MeanLoss, global_mean
@@ -106,11 +105,8 @@ def train(
         if stopping or last or (t.save_every and iteration % t.save_every == 0):
             bad_rank = agreement.first_rank_where(not _finite(trainer.chunks), ranks.device)
             if bad_rank is not None:
-                checkpoints.finish(log)
-                raise TrainingStopped(
-                    f"weights are not finite after iteration {iteration}, first on rank {bad_rank}, and are not saved; "
-                    f"{checkpoints}"
-                )
+                fault = f"weights are not finite after iteration {iteration}, first on rank {bad_rank}, and are not saved"
+                raise bad_steps.stopped(fault, checkpoints, log)
             saved = checkpoints.save(trainer, state, log, needed=stopping or last)
             stopping = stopping or (saved and stop.on_any_rank(ranks.device))
         if stopping:
