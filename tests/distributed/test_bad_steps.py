@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.checkpoint import integrity, run_directory, training_state
+from megatron_ultralong.checkpoint import integrity, run_directory, shard_writer, training_state
 from megatron_ultralong.config import Parallel
+from megatron_ultralong.errors import UserError
 from megatron_ultralong.train import loop
 from megatron_ultralong.train.bad_steps import TrainingStopped
+from megatron_ultralong.train.checkpoints import Checkpoints
 from megatron_ultralong.train.loss_normalisation import MeanLoss
 from tests.distributed.test_resume import BATCH, MODEL, _train
 from tests.spawn import run_ranks
@@ -36,6 +38,7 @@ def _bad_steps(rank: int, world: int, name: str) -> None:
     _spikes(folder / "spike")
     _too_many(folder)
     _good_is_kept(folder / "good")
+    _failed_save_does_not_hide_it(folder / "hidden")
 
 
 def _run(save: Path, policy: str, **more: Any) -> dict[str, Any]:
@@ -138,6 +141,20 @@ def _with_spike(number: int, *arguments: Any, **named: Any) -> dict[str, Any]:
 
 def _stored(checkpoint: Path) -> dict[str, Any]:
     return {"recent_losses": training_state.read(checkpoint).recent_losses}
+
+
+def _failed_save_does_not_hide_it(save: Path) -> None:
+    def full(shards: Any) -> None:
+        raise UserError("no space")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer.Shards, "write", full)
+        patch.setattr(Checkpoints, "poll", lambda checkpoints, log: None)
+        for policy in ("stop", "rewind"):
+            with pytest.raises(
+                TrainingStopped, match=r"^loss is not finite at iteration 4, first on rank 1; no space; "
+            ):
+                _run(save / policy, policy, spoilt=(4, INF), save_every=3, settings={"save_failures": 1})
 
 
 def _good_is_kept(save: Path) -> None:
