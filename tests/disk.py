@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,27 @@ def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
 
 def fill(disk: Path, leave: int = 0) -> None:
     """Fill it with one file, `filler`, except for some bytes."""
-    with (disk / "filler").open("ab") as file, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), (disk / "filler").open("ab") as file:
         while (free := shutil.disk_usage(disk).free - leave) > 0:
             file.write(bytes(min(free, 1 << 20)))
             file.flush()
+
+
+@contextlib.contextmanager
+def kept_full(disk: Path) -> Iterator[None]:
+    """Fill it again whenever something on it is removed, like another program that writes without end."""
+    over = threading.Event()
+
+    def filling() -> None:
+        while not over.wait(0.01):
+            fill(disk)
+
+    fill(disk)
+    thread = threading.Thread(target=filling)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        (disk / "filler").unlink(missing_ok=True)

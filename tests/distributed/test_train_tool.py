@@ -23,7 +23,7 @@ from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.data import packed_rows
 from megatron_ultralong.run_report.read import RunRecord, read
 from tests import processes
-from tests.disk import fill, small_disk
+from tests.disk import kept_full, small_disk
 from tests.distributed.test_damaged_checkpoints import flip
 from tests.train_tool import (
     BATCH,
@@ -312,32 +312,30 @@ def test_a_full_disk_costs_no_checkpoint(inputs: Path, tmp_path: Path) -> None:
         settings = ("train.iterations=100000", "train.save_every=1", "train.keep=2")
         with Tool(inputs, save, *settings, "train.save_failures=1000000") as tool:
             tool.wait_for("saved checkpoint of iteration 2 ")
-            fill(disk)
-            tool.wait_for("warning: checkpoint")
+            with kept_full(disk):
+                tool.wait_for("warning: checkpoint")
             assert re.fullmatch(
                 rf"warning: checkpoint {save}/iter_\d+ cannot be written: .*; training goes on without it "
                 rf"\(1 of 1000000 saves failed\), the last good checkpoint is {save}/iter_\d+",
                 tool.lines[-1],
             )
-            (disk / "filler").unlink()
             tool.wait_for("saved checkpoint of iteration")
-            fill(disk)
-            tool.wait_for("warning: checkpoint")
-            good = int(tool.lines[-1][-7:])
-            assert saved(save)[-1] == good
-            assert sum("metrics.jsonl cannot be written" in line for line in tool.lines) <= 1
-            tool.send(signal.SIGTERM)
-            assert tool.finish() == 2, "the checkpoint at the end is needed"
+            with kept_full(disk):
+                tool.wait_for("warning: checkpoint")
+                good = int(tool.lines[-1][-7:])
+                assert saved(save)[-1] == good
+                assert sum("metrics.jsonl cannot be written" in line for line in tool.lines) <= 1
+                tool.send(signal.SIGTERM)
+                assert tool.finish() == 2, "the checkpoint at the end is needed"
             said = [line for line in tool.errors().splitlines() if line.startswith("error: ")]
             assert len(said) == 1 and said[0].endswith(f"the last good checkpoint is {save}/iter_{good:07d}")
         assert not list(save.glob(".iter_*")), "what was written of it is removed"
         seen = tool.iterations()
-        (disk / "filler").unlink()
         with Tool(inputs, save, *settings) as tool:
             tool.wait_for(f"resuming from {save}/iter_{good:07d}")
             tool.wait_for("saved checkpoint of iteration")
-            fill(disk)
-            assert tool.finish() == 2
+            with kept_full(disk):
+                assert tool.finish() == 2
         again = tool.iterations()
         assert {n: line["loss"] for n, line in again.items() if n in seen} == {
             n: line["loss"] for n, line in seen.items() if n in again
