@@ -1,4 +1,4 @@
-"""Bytes that torch operations other than matrix products and attention read and write.
+"""Bytes that operations other than matrix products and attention read and write, torch's and Triton's.
 
 These operations compute little, so their time is that of memory. Counted is what each reads and writes if
 nothing stays in a cache: the same number on every run and machine, for any length.
@@ -6,9 +6,13 @@ nothing stays in a cache: the same number on every run and machine, for any leng
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -25,10 +29,34 @@ class BytesMoved(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.by_operation: Counter[str] = Counter()
+        self._restored = contextlib.ExitStack()
 
     @property
     def total(self) -> int:
         return sum(self.by_operation.values())
+
+    def __enter__(self) -> BytesMoved:
+        if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+            from triton.runtime.jit import JITFunction
+
+            self._restored.callback(setattr, JITFunction, "run", JITFunction.run)
+            JITFunction.run = self._counting(JITFunction.run)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._restored.close()
+
+    def _counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Each tensor of a kernel of Triton is read or written once. The merge is a part of attention."""
+
+        def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            if "merge" not in kernel.fn.__name__:
+                self.by_operation[kernel.fn.__name__] += sum(_bytes(x) for x in _tensors((args, kwargs)))
+            return run(kernel, *args, **kwargs)
+
+        return counted
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

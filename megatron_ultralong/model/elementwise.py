@@ -2,7 +2,8 @@
 
 Autograd's backward of a split into halves writes each half's gradient and then joins them in another tensor;
 here both are written where they belong. On a CPU the work runs over blocks of rows that stay in the cache, so
-that only inputs and results cross the memory bus.
+that only inputs and results cross the memory bus; on CUDA SwiGLU is a Triton kernel (elementwise_triton.py)
+where Triton can be used, and torch operations otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_ultralong.context_parallel.kernels.merge import why_not_triton
 
 CPU_BLOCK = 2**19
 """Elements of a block of rows on a CPU: 2 MiB in float32."""
@@ -40,7 +43,18 @@ def chosen_operations(device: torch.device, dtype: torch.dtype, transformer_engi
     else:
         norm = "torch.nn.functional.rms_norm"
     own = "torch operations, one buffer in the backward"
+    if device.type == "cuda" and dtype in _TRITON_DTYPES:
+        problem = why_not_triton(device)
+        own = "a Triton kernel forward and backward" if problem is None else f"{own}: {problem}"
     return {"norm": norm, "SwiGLU": own, "RoPE": own, "residual": "torch operations"}
+
+
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def in_triton(x: Tensor) -> bool:
+    """Whether the kernels of elementwise_triton.py compute on x."""
+    return x.is_cuda and x.dtype in _TRITON_DTYPES and why_not_triton(x.device) is None
 
 
 # ---- SwiGLU ------------------------------------------------------------------------------------
@@ -61,8 +75,13 @@ class _SwiGLU(torch.autograd.Function):
         x = gate_up.flatten(0, -2)  # [n, 2 f]
         gate, up = x.chunk(2, dim=-1)
         out = x.new_empty(gate.shape)
-        for rows in row_blocks(x):
-            torch.ops.aten.silu.out(gate[rows], out=out[rows]).mul_(up[rows])
+        if in_triton(x):
+            from megatron_ultralong.model import elementwise_triton
+
+            elementwise_triton.swiglu(x, out)
+        else:
+            for rows in row_blocks(x):
+                torch.ops.aten.silu.out(gate[rows], out=out[rows]).mul_(up[rows])
         return out.view(*gate_up.shape[:-1], -1)
 
     @staticmethod
@@ -71,6 +90,11 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         x, dout = gate_up.flatten(0, -2), grad.flatten(0, -2)
         dx = torch.empty_like(x)
+        if in_triton(x):
+            from megatron_ultralong.model import elementwise_triton
+
+            elementwise_triton.swiglu_backward(x, dout, dx)
+            return dx.view_as(gate_up)
         gate, up = x.chunk(2, dim=-1)
         dgate, dup = dx.chunk(2, dim=-1)
         for rows in row_blocks(x):

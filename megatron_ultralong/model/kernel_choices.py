@@ -6,7 +6,7 @@ import torch
 
 from megatron_ultralong.config import AttentionBackend, Model
 from megatron_ultralong.context_parallel.kernels import startup
-from megatron_ultralong.model import spec
+from megatron_ultralong.model import elementwise, spec
 from megatron_ultralong.runtime import agreement, memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -28,6 +28,8 @@ def apply(
         lambda: startup.apply(attention, device, DTYPES[precision], model.head_dim, documents)
     )
     choices["linear layers and norms"] = spec.layers_of(device)
+    operations = elementwise.chosen_operations(device, DTYPES[precision], transformer_engine=False)
+    choices["SwiGLU and RoPE"] = operations["SwiGLU"]
     if device.type == "cuda":
         choices["environment"] = memory.cuda_environment()
     return choices

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.context_parallel.host_values import copy_to_device
-from megatron_ultralong.model.elementwise import normalise, normalise_backward
+from megatron_ultralong.model.elementwise import in_triton, normalise, normalise_backward
 
 _CHUNK = 2**20  # angles computed at a time: 8 MiB per float64 temporary
 
@@ -198,7 +198,15 @@ def _by_token(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> None:
-    """Write x, rotated by `direction` times the angles, to `out`, which shares no memory with x."""
+    """Write x, rotated by `direction` times the angles, to `out`, which shares no memory with x.
+
+    Angles by token (`_by_token`) are a Triton kernel's where there is one.
+    """
+    if cos.dim() == 5 and cos.dtype == torch.float32 and in_triton(x):
+        from megatron_ultralong.model import elementwise_triton
+
+        elementwise_triton.rotate(x, cos, sin, direction, out)
+        return
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     if out.dtype == torch.promote_types(x.dtype, cos.dtype):

@@ -13,7 +13,7 @@ from megatron_ultralong.context_parallel.comm import Communicator
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.merge import merge_
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
-from tests.unit import test_merge
+from tests.unit import test_elementwise, test_merge
 from tests.unit.test_kernels import reference, reference_gradients, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -119,3 +119,8 @@ def test_ring_on_virtual_ranks(backend: str, cp: int) -> None:
 def test_merge_kernel() -> None:
     pytest.importorskip("triton")
     test_merge.check(merge_, device="cuda")
+
+
+def test_elementwise_kernels() -> None:
+    pytest.importorskip("triton")
+    test_elementwise.check_triton_kernels(device="cuda")

@@ -13,6 +13,9 @@ import torch
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.kernels import merge, varlen
+from megatron_ultralong.measure.bytes_moved import BytesMoved
+from megatron_ultralong.model.elementwise import swiglu
+from megatron_ultralong.model.rotary_embedding import split_and_rotate
 
 CUDA = torch.device("cuda", 0)
 
@@ -44,6 +47,18 @@ def test_triton_compiles_from_several_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         sizes = [1, 16, 17] * 8
         assert [x.shape[2] for x in pool.map(merged, sizes)] == sizes
+
+
+def test_bytes_of_triton_kernels_are_counted() -> None:
+    n, f, s, g, d = 32, 64, 16, 2, 8
+    x, qkv = (torch.empty(m, 1, w, device=CUDA, requires_grad=True) for m, w in ((n, 2 * f), (s, 4 * g * d)))
+    cos = torch.empty(s, d // 2, device=CUDA)
+    with BytesMoved() as counted:
+        (swiglu(x), *split_and_rotate(qkv, g, cos, cos))
+    assert counted.by_operation == {
+        "_swiglu": 4 * 3 * n * f,
+        "_rotate": 4 * (2 * s * 3 * g * d + 4 * s * d // 2),
+    }
 
 
 def test_triton_without_a_c_compiler(tmp_path: Path) -> None:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ultralong.model import elementwise
+from megatron_ultralong import model
+from megatron_ultralong.model import elementwise, rotary_embedding
 from megatron_ultralong.model.elementwise import rms_norm, row_blocks, swiglu
-from megatron_ultralong.model.rotary_embedding import HeadNorm, apply_rope, cos_sin, split_and_rotate
+from megatron_ultralong.model.rotary_embedding import (
+    HeadNorm,
+    _by_token,
+    _rotate,
+    apply_rope,
+    cos_sin,
+    split_and_rotate,
+)
 from megatron_ultralong.rope.methods import Unscaled
+from tests.triton_tools import interpret
 
 ROWS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Tolerance relative to the norm of the result."""
@@ -132,6 +144,69 @@ def test_a_projection_that_does_not_fit() -> None:
     for shape, kv_heads in (((5, 1, 96), 5), ((4, 1, 96), 3)):
         with pytest.raises(ValueError, match="does not fit"):
             split_and_rotate(torch.zeros(shape), kv_heads, table, table)
+
+
+# ---- the Triton kernels --------------------------------------------------------------------------
+
+
+def check_triton_kernels(device: str = "cpu") -> None:
+    """Against float64: odd sizes, rows and heads that are views of longer ones, all of a dtype's accuracy."""
+    from megatron_ultralong.model import elementwise_triton
+
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+        for n, f in ((3, 7), (2, 1025), (1, 1), (0, 8)):
+            gate_up = torch.randn(n, 2 * f + 1, device=device).mul_(4).to(dtype)[:, : 2 * f]
+            dout = torch.randn(f, n, device=device).to(dtype).t()
+            x = gate_up.double().requires_grad_()
+            reference = F.silu(x[:, :f]) * x[:, f:]
+            out, dx = torch.empty(n, f, dtype=dtype, device=device), torch.full_like(gate_up, torch.nan)
+            elementwise_triton.swiglu(gate_up, out)
+            elementwise_triton.swiglu_backward(gate_up, dout, dx)
+            [wanted] = torch.autograd.grad(reference, x, dout.double())
+            check([out.double(), dx.double()], [reference, wanted], tolerance)
+        for s, b, g, r, d in ((5, 2, 3, 2, 8), (3, 1, 5, 4, 20), (1, 1, 1, 1, 2), (0, 1, 1, 1, 8)):
+            heads = torch.randn(s, b, g, r + 2, d, device=device).to(dtype)
+            cos, sin = (
+                x.to(device) for x in cos_sin(torch.arange(s) * 7, *Unscaled().inverse_frequencies(d))
+            )
+            for x in (heads[:, :, :, :-2], heads[:, :, :, -2:-1]):
+                for direction in (1, -1):
+                    out = torch.full_like(heads, torch.nan)[:, :, :, : x.shape[3]]
+                    elementwise_triton.rotate(x, *_by_token(cos, sin), direction, out)
+                    wanted = torch.empty(x.shape, dtype=torch.float64, device=device)
+                    _rotate(x.double(), *_by_token(cos.double(), sin.double()), direction, wanted)
+                    check([out.double()], [wanted], tolerance)
+
+
+def test_triton_kernels_in_the_interpreter() -> None:
+    interpret("from tests.unit.test_elementwise import check_triton_kernels; check_triton_kernels()")
+
+
+def test_triton_kernels_are_used_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called for tensors of a GPU, forward and backward, and never for others."""
+    calls: list[str] = []
+    names = ("swiglu", "swiglu_backward", "rotate")
+    kernels = SimpleNamespace(**{name: lambda *given, name=name: calls.append(name) for name in names})
+    monkeypatch.setitem(sys.modules, f"{model.__name__}.elementwise_triton", kernels)
+    monkeypatch.setattr(model, "elementwise_triton", kernels, raising=False)
+    s, g, d = 5, 3, 8
+    cos, sin = cos_sin(torch.arange(s), *Unscaled().inverse_frequencies(d))
+
+    def run() -> None:
+        x, qkv = (torch.randn(s, 1, g * 4 * d, requires_grad=True) for _ in range(2))
+        swiglu(x).sum().backward()
+        sum(y.sum() for y in split_and_rotate(qkv, g, cos, sin)).backward()
+
+    run()
+    assert calls == []
+    for module in (elementwise, rotary_embedding):
+        monkeypatch.setattr(module, "in_triton", lambda x: True)
+    run()
+    assert calls == ["swiglu", "swiglu_backward", *["rotate"] * 4]
+    monkeypatch.undo()
+    for dtype in (torch.float32, torch.float64):
+        assert not elementwise.in_triton(torch.zeros(2, dtype=dtype))
 
 
 def test_chosen_operations() -> None:

@@ -4,13 +4,11 @@ operations and float64."""
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +16,8 @@ import torch
 
 from megatron_ultralong.context_parallel import kernels
 from megatron_ultralong.context_parallel.kernels import merge
+from tests.triton_tools import interpret
 
-ROOT = Path(__file__).parents[2]
 # b, h, s, d: whole and ragged blocks of tokens, head dimensions that are no power of two, one token
 SHAPES = [(1, 2, 64, 32), (2, 3, 130, 20), (1, 1, 1, 8), (2, 1, 65, 96), (1, 2, 0, 8)]
 CPU = torch.device("cpu")
@@ -81,17 +79,9 @@ def test_plain_operations() -> None:
 
 
 def test_triton_kernel_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    # The interpreter is chosen when Triton is imported, so it gets a process of its own.
-    code = (
+    interpret(
         "from tests.unit.test_merge import check; "
         "from megatron_ultralong.context_parallel.kernels.merge_triton import merge_; check(merge_)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        check=True,
-        env={"TRITON_INTERPRET": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
     )
 
 

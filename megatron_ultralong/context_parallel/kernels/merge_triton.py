@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK = 64
 """Tokens per program."""
-_launching = threading.Lock()
+launching = threading.Lock()
 """Triton loads a kernel at its first launch, one thread at a time: a second one would find it half loaded."""
 
 
@@ -22,7 +22,7 @@ def merge_(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> No
     b, h, s, d = out.shape
     if out.numel() == 0:
         return
-    with _launching:
+    with launching:
         _merge[(triton.cdiv(s, BLOCK), b * h)](
             out,
             lse,
