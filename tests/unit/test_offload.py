@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import namedtuple
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megatron_ultralong.config import OFFLOADED_LAYERS_ON_GPU, Memory
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.model.layer import offload
 from megatron_ultralong.model.layer.offload import HostStore, OffloadedHiddenStates
 
 
@@ -100,3 +102,12 @@ def test_offload_needs_recompute_all_but_attention() -> None:
         UserError, match=r"memory\.offload=layer_inputs requires memory\.recompute=all_but_attention"
     ):
         Memory(recompute="full", offload="layer_inputs")
+
+
+def test_too_many_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*given: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(offload.mmap, "mmap", none_left)
+    with pytest.raises(UserError, match=r"cannot be mapped \(Cannot allocate memory\): .*vm.max_map_count"):
+        offload._HostBuffer(2**20, pinned=True)

@@ -246,7 +246,17 @@ class _HostBuffer:
             self.bytes = torch.empty(size, dtype=torch.uint8)
             return
         # Its own pages, locked one by one: torch's pinned allocator rounds every size up to a power of two.
-        self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        # Each is a mapping: three a layer and chunk of queries, so 6,144 for 32 layers and 1M tokens in
+        # chunks of 16,384; Linux allows 65,530.
+        try:
+            pages = mmap.mmap(-1, size)
+        except OSError as error:
+            raise UserError(
+                f"memory.offload: {size / 2**30:.3f} GiB of host memory cannot be mapped ({error.strerror}): "
+                "raise memory.layer_chunk, or the number of mappings that a process may have "
+                "(sysctl vm.max_map_count)"
+            ) from None
+        self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
         error = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
         if error != 0:
             _take_pending_error()
