@@ -157,6 +157,9 @@ def _parse(key: str, text: str, hint: Any) -> Any:
             raise UserError(f"--set {key}={text}: choose one of {', '.join(choices)}")
         return text
     if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        if typing.get_origin(kind) is Literal:
+            return tuple(_parse(key, one.strip(), kind) for one in text.split(","))
         return _parse_numbers(key, text)
     if hint is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):

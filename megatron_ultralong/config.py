@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.families import OPTIONS, FamilyName, check_options
+from megatron_ultralong.lora import Lora
 from megatron_ultralong.rope.base import Rope, ScaledRope
 from megatron_ultralong.rope.methods import from_values
 
@@ -332,6 +333,7 @@ class Run:
     memory: Memory = field(default_factory=Memory)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
+    lora: Lora = field(default_factory=Lora)
     train: Train
     runtime: Runtime = field(default_factory=Runtime)
 
@@ -371,6 +373,8 @@ class Run:
             )
         if p.dp is not None:
             self.micro_batches(p.dp)
+        if self.lora.rank and self.rope is not None and self.rope.draws_positions:
+            raise UserError(f"lora.rank={self.lora.rank} requires another rope.type than {self.rope.type}")
         if self.model is not None:
             check_model_layout(self.model, p)
 
@@ -497,6 +501,7 @@ def sections() -> dict[str, type]:
         "memory": Memory,
         "data": Data,
         "optim": Optim,
+        "lora": Lora,
         "train": Train,
         "runtime": Runtime,
     }

@@ -10,6 +10,7 @@ own tools.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,47 @@ _METADATA = {
 
 
 def state_dict(
-    chunks: list[torch.nn.Module], optimizer: Any = None, *, loading: bool = False
+    chunks: list[torch.nn.Module], optimizer: Any = None, *, loading: bool = False, base: bool = False
 ) -> dict[str, Any]:
-    """Megatron's sharded state dict of the model chunks and, if given, the optimizer."""
+    """Megatron's sharded state dict of the model chunks and, if given, the optimizer.
+
+    With LoRA it has what is trained only; with `base` all weights but the adapters.
+    """
+    from megatron_ultralong.model.adapters import is_adapter
     from megatron_ultralong.model.llama import unwrap
 
     state: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
         # Some releases of Megatron-Core modify the metadata in place, so each call gets its own.
-        state[_chunk_key(chunks, i)] = unwrap(chunk).sharded_state_dict(metadata=_metadata())
+        llama = unwrap(chunk)
+        state[_chunk_key(chunks, i)] = llama.sharded_state_dict(metadata=_metadata())
+        if llama.has_adapters:
+            parts = {
+                name
+                for name, parameter in llama.named_parameters()
+                if (not is_adapter(name) if base else parameter.requires_grad)
+            }
+            state[_chunk_key(chunks, i)] = {
+                name: leaf for name, leaf in state[_chunk_key(chunks, i)].items() if name in parts
+            }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=loading, metadata=_metadata()
         )
     return state
+
+
+def frozen_sum(chunks: list[torch.nn.Module]) -> str:
+    """A sum of all weights that are not trained, equal under every layout; every rank calls it."""
+    from megatron_ultralong.model.llama import unwrap
+
+    sums = tensor_sums.Sums(unwrap(chunks[0]).vocab_size)
+    for chunk in chunks:
+        llama = unwrap(chunk)
+        state = llama.sharded_state_dict(metadata=_metadata())
+        frozen = {n: state[n] for n, parameter in llama.named_parameters() if not parameter.requires_grad}
+        sums.add_all((leaf, leaf.data) for leaf in tensor_sums.saved_tensors(frozen))
+    return hashlib.sha256(repr(sorted(sums.on_all_ranks().items())).encode()).hexdigest()
 
 
 def _chunk_key(chunks: list[torch.nn.Module], i: int) -> str:
@@ -71,9 +99,10 @@ def stored_tensors(checkpoint: Path) -> dict[str, Any]:
 # ---- loading -----------------------------------------------------------------------------------
 
 
-def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> None:
-    """Fill `chunks` (and the optimizer) from the checkpoint at `path`, written under any layout. The network
-    of a RoPE method keeps its weights where the checkpoint has none.
+def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None, *, base: bool = False) -> None:
+    """Fill `chunks` (and the optimizer) from the checkpoint at `path`, written under any layout; which
+    weights, with LoRA, as in `state_dict`. The network of a RoPE method keeps its weights where the
+    checkpoint has none.
 
     UserError, on every rank, names the first tensor that is missing, extra or of another shape (only
     `_extra_state` may differ), or whose values are not those that were saved. The checkpoint's files are not
@@ -86,7 +115,7 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
 
     if optimizer is not None:
         optimizer_state.before_load(optimizer)
-    requested = state_dict(chunks, optimizer, loading=True)
+    requested = state_dict(chunks, optimizer, loading=True, base=base)
     vocab_size = unwrap(chunks[0]).vocab_size
     check(path, requested, vocab_size, with_optimizer=optimizer is not None)
     sums = tensor_sums.Sums(vocab_size)
@@ -96,6 +125,8 @@ def load(path: Path, chunks: list[torch.nn.Module], optimizer: Any = None) -> No
     for i, chunk in enumerate(chunks):
         tensors = {k: v for k, v in state[_chunk_key(chunks, i)].items() if not k.endswith("_extra_state")}
         missing, unexpected = unwrap(chunk).load_state_dict(tensors, strict=False)
+        if unwrap(chunk).has_adapters:  # a part of the weights is loaded
+            missing = [name for name in missing if name in requested[_chunk_key(chunks, i)]]
         unmatched = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
         assert not unmatched, unmatched
     rope = unwrap(chunks[0]).rotary.rope

@@ -45,6 +45,12 @@ class TrainingState:
     """Losses with which the next ones are compared (`train.loss_spike`), oldest first."""
     base: str = ""
     """Name of the base model."""
+    frozen_weights: str = ""
+    """With LoRA, a sum of the weights that are not trained, which the checkpoint does not contain."""
+
+    def has_adapters_only(self) -> bool:
+        """Whether the checkpoint contains LoRA's adapters and not the model."""
+        return bool(self.frozen_weights)
 
     def stored_run(self) -> config.Run | None:
         """The run as dataclasses; None for a model that was only converted."""

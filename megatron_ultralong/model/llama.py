@@ -8,6 +8,7 @@ vocabulary padded to a multiple of the tensor parallel size, v = V/TP.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ from torch import Tensor
 
 from megatron_ultralong.config import Memory, Model, Parallel, check_model_layout
 from megatron_ultralong.context_parallel import api
+from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import spec
+from megatron_ultralong.model.adapters import Adapters, freeze
 from megatron_ultralong.model.attention import RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
 from megatron_ultralong.model.loss import LossSpec, sharded_token_loss, sharded_token_nll
 from megatron_ultralong.model.weight_mapping import padded_vocab_size
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.runtime.launch import Ranks
+
+NO_LORA = Lora()
 
 
 class _Layers(TransformerBlock):
@@ -77,6 +82,7 @@ class Llama(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.vocab_size, self.loss_chunk = model.vocab_size, stage.loss_chunk
         self.store, self.rotary = stage.store, stage.rotary
+        self.has_adapters = False
         padded = padded_vocab_size(model.vocab_size, groups.tp.size())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -246,17 +252,20 @@ def build(
     positions_by_document: bool = False,
     transformer_engine: bool | None = None,
     sequence_parallel: bool = True,
+    lora: Lora = NO_LORA,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks (one, or `parallel.vpp`) on the rank's device, with weights not yet set.
 
-    transformer_engine: None = where installed, on GPUs. UserError where the model cannot be split as
-    `parallel` says.
+    transformer_engine: None = where installed, on GPUs, but not with adapters. UserError where the model
+    cannot be split as `parallel` says.
     """
     assert memory.offload != "auto", "memory.offload=auto must be resolved first"
     check_model_layout(model, parallel)
     config = transformer_config(model, parallel, memory, precision, deterministic, sequence_parallel)
     use_te = (
-        spec.have_transformer_engine() and ranks.device.type == "cuda"
+        spec.have_transformer_engine()
+        and ranks.device.type == "cuda"
+        and not lora.rank  # an adapter's input is the norm's output, which is inside TransformerEngine's linear
         if transformer_engine is None
         else transformer_engine
     )
@@ -272,7 +281,13 @@ def build(
             post_process=ranks.pp_rank == ranks.pp - 1 and number == parallel.vpp - 1,
             vp_stage=vp_stage,
             block=spec.block_spec(
-                model, layers, spec.core_attention(rotary, context), memory, store, transformer_engine=use_te
+                model,
+                layers,
+                spec.core_attention(rotary, context),
+                memory,
+                store,
+                transformer_engine=use_te,
+                adapters=partial(Adapters, config, model, lora, ranks.groups.tp) if lora.rank else None,
             ),
             store=store,
             rotary=rotary,
@@ -280,6 +295,8 @@ def build(
         )
         chunk = Llama(config, model, ranks.groups, stage)
         _mark_tensor_parallel(chunk)
+        chunk.has_adapters = lora.rank > 0
+        freeze(chunk, lora, model)
         chunk = chunk.to(ranks.device)
         chunks.append(Float16Module(config, chunk) if precision == "bf16" else chunk)
     return chunks

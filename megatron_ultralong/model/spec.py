@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +20,9 @@ from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.model.attention import CoreAttention, RotaryTable
 from megatron_ultralong.model.layer.offload import HostStore
 from megatron_ultralong.model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from megatron_ultralong.model.adapters import Adapters
 
 
 @functools.cache
@@ -46,10 +50,11 @@ def block_spec(
     store: HostStore,
     *,
     transformer_engine: bool,
+    adapters: Callable[[], Adapters] | None = None,
 ) -> Any:
     """Return Megatron's TransformerBlockSubmodules for `layers` layers of `model` in one pipeline stage.
 
-    core_attention: that of the function of this name.
+    core_attention: that of the function of this name. adapters: makes LoRA's of a layer.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -78,7 +83,12 @@ def block_spec(
     head_norm = RMSNorm if model.qk_norm else IdentityOp  # applied with RoPE, by the code in attention.py
     layer = ModuleSpec(
         module=Layer,
-        params={"memory": memory, "store": store, "layer_forward": _layer_forward(memory)},
+        params={
+            "memory": memory,
+            "store": store,
+            "layer_forward": _layer_forward(memory),
+            "adapters": adapters,
+        },
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(

@@ -10,7 +10,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Run
 from megatron_ultralong.errors import UserError
 
-SECTIONS = ("train", "optim", "data", "parallel", "memory")
+SECTIONS = ("train", "optim", "lora", "data", "parallel", "memory")
 """Sections of the settings that are compared; model and RoPE are refused where they differ."""
 _WITHOUT_EFFECT = {
     ("train", "log_every"),
@@ -34,6 +34,13 @@ def check(state: TrainingState, run: Run) -> None:
             f"the run was started with train.precision={before.train.precision} and cannot resume with "
             f"{run.train.precision}; use a new --save folder, with --load for the weights"
         )
+    if before is not None and before.lora != run.lora:
+        was, now = (config.to_dict(one)["lora"] for one in (before, run))
+        name = next(name for name in now if was[name] != now[name])
+        raise UserError(
+            f"the run was started with lora.{name}={was[name]} and cannot resume with {now[name]}; use a new "
+            "--save folder"
+        )
 
 
 def _stored_run(state: TrainingState) -> Run | None:
@@ -50,6 +57,8 @@ def notes(state: TrainingState, run: Run, load: Path | None, load_hf: Path | Non
     unused = [
         f"--{name} {value}" for name, value in (("load", load), ("load-hf", load_hf)) if value is not None
     ]
+    if run.lora.rank:  # one of them has the weights that are not trained
+        unused = []
     if unused:
         lines.append(f"{' and '.join(unused)} ignored: the run resumes from its own checkpoint")
     if state.iteration == run.train.iterations:

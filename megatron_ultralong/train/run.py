@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,7 +97,8 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
         state = weights_source.with_run(source.state, run, rows)
         log = until_end.enter_context(Log(run, ranks, model, files.save, state.iteration, rows))
         ranks.heartbeat.phase("loading the weights")
-        trainer = _build(run, ranks, source)
+        trainer, frozen = _build(run, ranks, source)
+        state = replace(state, frozen_weights=frozen)
         if lock_note is not None:
             log.note(lock_note)
         _print_start(log, trainer, source, state, rows, files)
@@ -129,8 +130,9 @@ def _settle_offload(run: Run, ranks: Ranks, model: Model) -> Run:
     return plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
 
 
-def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
-    """Build the model, load its weights and build the optimizer."""
+def _build(run: Run, ranks: Ranks, source: WeightsSource) -> tuple[Trainer, str]:
+    """Build the model, load its weights and build the optimizer; return the sum of the weights that are not
+    trained too, "" without LoRA."""
     from megatron_ultralong.model import llama
 
     chunks = llama.build(
@@ -142,8 +144,10 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
         run.train.precision,
         deterministic=run.train.deterministic,
         positions_by_document=run.data.positions == "document",
+        lora=run.lora,
     )
     weights_source.load_weights(chunks, run, source, ranks)
+    frozen = weights_source.check_frozen_weights(chunks, source) if run.lora.rank else ""
     chunks = optim.data_parallel(chunks, ranks)
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
     if source.resume is not None:
@@ -159,7 +163,8 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> Trainer:
             agreement.on_every_rank(lambda: ode.load_optimizer(with_optimizer))
     watch = Stopwatch(ranks.device)
     watch.attach(optimizer)
-    return Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer, ode=ode, watch=watch)
+    trainer = Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=optimizer, ode=ode, watch=watch)
+    return trainer, frozen
 
 
 def _rope(trainer: Trainer) -> Rope:

@@ -17,7 +17,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.model import init, llama
+from megatron_ultralong.model import adapters, init, llama
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import TrainedCLEX
 from megatron_ultralong.rope.methods import Unscaled, differences, follow_run, resolve
@@ -27,7 +27,11 @@ from megatron_ultralong.runtime.launch import Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSource:
-    """What a run starts from, before any weight is read. At most one of resume, checkpoint and hf is set."""
+    """What a run starts from, before any weight is read.
+
+    At most one of resume, checkpoint and hf is set; with LoRA, resume and one of the others, which then is
+    the model that its adapters belong to.
+    """
 
     state: TrainingState
     assets: AssetFolders
@@ -61,6 +65,8 @@ def find(
     own, damaged = run_directory.newest_verified(save) if verified else run_directory.newest(save)
     if own is not None:
         source = replace(_resume(run, own), damaged=tuple(damaged.items()))
+        if run.lora.rank:
+            source = _with_frozen_weights(source, load, load_hf, verified)
     elif load is not None:
         found = run_directory.resolve_verified(load) if verified else run_directory.resolve(load)
         source = _from_checkpoint(run, found, tokenizer)
@@ -77,6 +83,35 @@ def find(
     if run.train.load_optimizer and source.resume is None:
         _check_optimizer(source.checkpoint)
     return replace(run, model=source.state.model, rope=source.state.rope), source
+
+
+def _with_frozen_weights(
+    source: WeightsSource, load: Path | None, load_hf: Path | None, verified: bool
+) -> WeightsSource:
+    """The source of a run that resumes with adapters, and whose checkpoint has no other weights. UserError
+    where these are not given, or of another shape."""
+    if load is not None:
+        found = run_directory.resolve_verified(load) if verified else run_directory.resolve(load)
+        if (found / "run.json").is_file():
+            stored = training_state.read(found)
+            _refuse_adapters(stored, found)
+            _check_same_model(source.state.model, stored.model, found)
+        return replace(source, checkpoint=found)
+    if load_hf is not None:
+        _check_same_model(source.state.model, hf_config.read_config(load_hf).model, load_hf)
+        return replace(source, hf=load_hf)
+    raise UserError(
+        f"{source.resume} contains adapters only: give the model that they belong to again, by --load-hf or --load"
+    )
+
+
+def _refuse_adapters(stored: TrainingState, path: Path) -> None:
+    """UserError where a checkpoint is no model to start from."""
+    if stored.has_adapters_only():
+        raise UserError(
+            f"{path} contains adapters only; merge them with their model first: "
+            "tools/convert_hf.py export --ckpt ... --base DIR"
+        )
 
 
 def _check_optimizer(checkpoint: Path | None) -> None:
@@ -120,6 +155,7 @@ def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSou
         )
     else:
         stored = training_state.read(path)
+        _refuse_adapters(stored, path)
     _check_same_model(run.model, stored.model, path)
     assets = _assets_of(path)
     length = stored.max_length
@@ -190,22 +226,39 @@ def check_same_checkpoint(source: WeightsSource, save: Path) -> None:
 
 
 def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource, ranks: Ranks) -> None:
-    """Fill the model's weights, before data_parallel and the optimizer. When resuming they are loaded later,
-    together with the optimizer."""
-    if source.resume is not None:
+    """Fill the model's weights, before data_parallel and the optimizer. When resuming, what is trained is
+    loaded later, together with the optimizer."""
+    if source.resume is not None and not run.lora.rank:
         return
     if isinstance(rope := llama.unwrap(chunks[0]).rotary.rope, TrainedCLEX):
         rope.weights.initialise(run.train.seed)
-    if source.checkpoint is not None:
-        sharded.load(source.checkpoint, chunks)
-        return
     model = source.state.model
+    of_model = []
     for chunk in chunks:
         parameters = llama.named_parameters(chunk)
+        of_adapters = {name: p for name, p in parameters.items() if adapters.is_adapter(name)}
+        adapters.initialise(of_adapters, model, run.lora, run.train.seed, ranks)
+        of_model.append({name: p for name, p in parameters.items() if name not in of_adapters})
+    if source.checkpoint is not None:
+        sharded.load(source.checkpoint, chunks, base=True)
+        return
+    for parameters in of_model:
         if source.hf is not None:
             load_parameters(source.hf, model, parameters, ranks.tp_rank, ranks.tp, group=ranks.groups.dp_cp)
         else:
             init.initialise(parameters, model, run.train.seed, ranks.tp_rank, ranks.tp)
+
+
+def check_frozen_weights(chunks: list[torch.nn.Module], source: WeightsSource) -> str:
+    """Return the sum of the weights that are not trained. UserError, on every rank, where a run that resumes
+    was trained with others."""
+    found, before = sharded.frozen_sum(chunks), source.state.frozen_weights
+    if source.resume is not None and found != before:
+        raise UserError(
+            f"{source.checkpoint or source.hf} is not the model that the adapters of {source.resume} were trained "
+            "with; give that one"
+        )
+    return found
 
 
 def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:

@@ -340,13 +340,8 @@ def _check_layout(
     assert abs(z - want_z) <= 1e-5 * want_z, (where, z, want_z)
     assert targets == int(rows["loss_mask"].sum()), where
     assert abs(mean - loss) <= 1e-5 * abs(loss), (where, mean, loss)
+    complete_gradients(chunks, ranks)
     for chunk in chunks:
-        for buffer in chunk.buffers:
-            for (
-                bucket
-            ) in buffer.buckets:  # with the distributed optimizer each rank holds the sum of its share only
-                share = bucket.grad_data.chunk(ranks.dp * ranks.cp)[ranks.groups.dp_cp.rank()].clone()
-                torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=ranks.groups.dp_cp)
         for name, parameter in llama.named_parameters(chunk).items():
             want = weight_mapping.split(name, grads, model, ranks.tp_rank, ranks.tp)
             error = float((parameter.main_grad - want).norm() / want.norm())
@@ -354,6 +349,14 @@ def _check_layout(
     # Split, copied and tied weights each count once in the norm that gradients are clipped by.
     want_norm = float(torch.stack([grad.norm() for grad in grads.values()]).norm())
     assert abs(optimizer.step()[1] - want_norm) < 1e-5 * want_norm, where
+
+
+def complete_gradients(chunks: list[Any], ranks: Any) -> None:
+    """Give every rank the sums of all gradients: with the distributed optimizer each holds those of its share
+    only."""
+    for bucket in (bucket for chunk in chunks for buffer in chunk.buffers for bucket in buffer.buckets):
+        share = bucket.grad_data.chunk(ranks.dp * ranks.cp)[ranks.groups.dp_cp.rank()].clone()
+        torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=ranks.groups.dp_cp)
 
 
 @contextmanager

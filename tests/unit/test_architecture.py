@@ -24,7 +24,7 @@ PACKAGE = ROOT / "megatron_ultralong"
 
 LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
-    {"rope", "families"},
+    {"rope", "families", "lora"},
     {"config"},
     {"shapes", "command_settings", "family_recipes", "peer_recipes"},
     {"recipes", "runtime", "context_parallel", "official_files", "io"},

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel import api
+from megatron_ultralong.model.adapters import Adapters
 from megatron_ultralong.model.attention import DocumentStarts
 from megatron_ultralong.model.elementwise import swiglu
 from megatron_ultralong.model.layer.offload import HostStore, OffloadedHiddenStates
@@ -36,10 +37,18 @@ class Layer(TransformerLayer):
     """Megatron's layer, its parameters and their names; the forward is `layer_forward`."""
 
     def __init__(
-        self, *args: Any, memory: Memory, store: HostStore, layer_forward: LayerForward, **kwargs: Any
+        self,
+        *args: Any,
+        memory: Memory,
+        store: HostStore,
+        layer_forward: LayerForward,
+        adapters: Callable[[], Adapters] | None = None,
+        **kwargs: Any,
     ) -> None:
+        """adapters: makes those of LoRA."""
         super().__init__(*args, **kwargs)
         self.memory, self.store, self.layer_forward = memory, store, layer_forward
+        self.adapters: Adapters | None = None if adapters is None else adapters()
         self.tp_shards = self.tp_group.size() if self.config.sequence_parallel else 1
         """Shards of the sequence, one per tensor-parallel rank, that a linear gathers."""
         if self.config.qk_layernorm:
@@ -59,7 +68,8 @@ class Layer(TransformerLayer):
         """Norm, projection, the norm of queries and keys if any, and RoPE of `rows` of t, whose hidden states
         are x [c, b, H] -> q [b, h, c TP, d], k and v [b, g, c TP, d]."""
         attention = self.self_attention
-        qkv = attention.linear_qkv(self.input_layernorm(x))[0]  # [c TP, b, (h + 2 g) d]
+        x = self.input_layernorm(x)
+        qkv = self.adapted("linear_qkv", attention.linear_qkv(x)[0], x)  # [c TP, b, (h + 2 g) d]
         kv_heads = attention.num_query_groups_per_partition
         return attention.core_attention.split_and_rotate(
             qkv, kv_heads, rows, t, self.tp_shards, document_starts
@@ -69,14 +79,20 @@ class Layer(TransformerLayer):
         """Output projection and MLP with their residuals: x [c, b, H] and the attention output of its rows
         [b, h, c TP, d] -> [c, b, H]."""
         x, hidden = self.residual_and_hidden(x, out)
-        return _add(x, self.mlp.linear_fc2(hidden)[0])
+        return _add(x, self.adapted("linear_fc2", self.mlp.linear_fc2(hidden)[0], hidden))
 
     def residual_and_hidden(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """The same up to the MLP's second linear: return what is added to its output [c, b, H], and its input
         [c TP, b, f]."""
         b, h, s, d = out.shape
-        x = _add(x, self.self_attention.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, h * d))[0])
-        return x, swiglu(self.mlp.linear_fc1(self.pre_mlp_layernorm(x))[0])
+        out = out.permute(2, 0, 1, 3).reshape(s, b, h * d)
+        x = _add(x, self.adapted("linear_proj", self.self_attention.linear_proj(out)[0], out))
+        normed = self.pre_mlp_layernorm(x)
+        return x, swiglu(self.adapted("linear_fc1", self.mlp.linear_fc1(normed)[0], normed))
+
+    def adapted(self, linear: str, y: Tensor, x: Tensor) -> Tensor:
+        """Return y, a linear's output for x, with what its adapters add."""
+        return y if self.adapters is None else self.adapters.add(linear, y, x)
 
     # ---- chunks of the sequence -----------------------------------------------------------------
 

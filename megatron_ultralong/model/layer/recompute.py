@@ -44,9 +44,10 @@ def backward_output_and_mlp(
         residual, hidden = layer.residual_and_hidden(x, out)
         linear = layer.mlp.linear_fc2
         if not isinstance(linear, RowParallelLinear):
-            y = residual + linear(hidden)[0]
+            y = residual + layer.adapted("linear_fc2", linear(hidden)[0], hidden)
             dx, dout = chunked.backward([y], [x, out], [dy])
             return dx, dout
+        residual = layer.adapted("linear_fc2", residual, hidden)  # of which the linear's output is the rest
     # [c TP, b, H]
     dy_all = gather_from_sequence_parallel_region(dy, group=layer.tp_group) if layer.tp_shards > 1 else dy
     if linear.weight.requires_grad:
