@@ -62,6 +62,7 @@ setup(
             "pytest-xdist>=3.7",
             "ruff",
             "mypy",
+            "peft>=0.15",  # the reference of adapters (LoRA), and the reader of their exports
             *gguf,
             *lm_eval,
         ],  # tests/parity/test_smollm2.py reads that GGUF file too

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from megatron_ultralong.config import Model
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Part = Literal["a", "b"]
+"""A or B of an adapter."""
+PARTS: tuple[Part, ...] = get_args(Part)
 TARGETS: tuple[Target, ...] = get_args(Target)
 LINEARS: dict[str, tuple[Target, ...]] = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
@@ -78,7 +81,7 @@ def shapes(target: Target, model: Model, rank: int) -> tuple[tuple[int, int], tu
     return (rank, columns), (rows, rank)
 
 
-def split_dim(target: Target, which: Literal["a", "b"]) -> int | None:
+def split_dim(target: Target, which: Part) -> int | None:
     """Dimension over which A or B is split over tensor parallel ranks; None = every rank has all of it."""
     if target in SPLIT_INPUT:
         return 1 if which == "a" else None
@@ -91,7 +94,7 @@ def hf_linear(target: Target, layer: int) -> str:
     return f"model.layers.{layer}.{inside}.{target}"
 
 
-def peft_name(target: Target, layer: int, which: Literal["a", "b"]) -> str:
+def peft_name(target: Target, layer: int, which: Part) -> str:
     """PEFT's name of A or B in adapter_model.safetensors."""
     return f"base_model.model.{hf_linear(target, layer)}.lora_{which.upper()}.weight"
 
@@ -100,6 +103,6 @@ def parameters(model: Model, lora: Lora, tp: int) -> int:
     """Return the number of adapter parameters of one layer on each of `tp` ranks."""
     count = 0
     for target in lora.targets:
-        for which, (rows, columns) in zip(("a", "b"), shapes(target, model, lora.rank), strict=True):
+        for which, (rows, columns) in zip(PARTS, shapes(target, model, lora.rank), strict=True):
             count += rows * columns // (1 if split_dim(target, which) is None else tp)
     return count

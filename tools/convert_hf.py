@@ -51,6 +51,15 @@ def arguments() -> argparse.Namespace:
         help="with rope.type=clex: scale at which the frequencies are frozen, for T x original_length tokens "
         "(default: the largest trained)",
     )
+    add["export"].add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="with lora.rank: Hugging Face directory of the model that the adapters are merged with",
+    )
+    add["export"].add_argument(
+        "--adapter", action="store_true", help="with lora.rank: write the adapters alone, as PEFT reads them"
+    )
     for name in ("import", "export"):
         add[name].add_argument(
             "--dtype",
@@ -92,10 +101,19 @@ def main() -> int:
         elif args.command == "import":
             dtype = dtypes.DTYPES.get(args.dtype)
             lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
+        elif args.adapter:
+            out, notes = convert.export_adapter(args.ckpt, args.out, args.base and str(args.base))
+            lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         else:
             dtype = dtypes.DTYPES.get(args.dtype)
             out, notes = convert.export_hf(
-                args.ckpt, args.out, ranks, parallel, dtype, clex_scale=args.clex_scale
+                args.ckpt,
+                args.out,
+                ranks,
+                parallel,
+                dtype,
+                clex_scale=args.clex_scale,
+                base_model=args.base,
             )
             lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         if ranks.is_main:

@@ -21,10 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import rope_network, run_directory, saving, streaming, training_state
+from megatron_ultralong.checkpoint import (
+    adapters,
+    rope_network,
+    run_directory,
+    saving,
+    streaming,
+    training_state,
+)
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import dtypes, export_files
-from megatron_ultralong.checkpoint.hf.assets import AssetFolders, write_assets
+from megatron_ultralong.checkpoint.hf.assets import AssetFolders, copy_assets, write_assets
 from megatron_ultralong.checkpoint.hf.reader import HFReader
 from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
 from megatron_ultralong.checkpoint.max_position import max_position
@@ -33,6 +40,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime, check_model_layout
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_config import client_warnings
@@ -128,21 +136,33 @@ def export_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     clex_scale: float | None = None,
+    base_model: Path | None = None,
 ) -> tuple[Path, list[str]]:
     """Write a checkpoint (run directory or one iteration) as the HF directory `out` and return it, and what
     its user should know, in lines; every rank calls it.
 
     dtype: None = each tensor's own, as stored. clex_scale: scale at which CLEX's frequencies are frozen;
-    None = the largest. UserError, on every rank, where `out` is in use or cannot be written, or config.json
-    cannot express the RoPE; `out` then does not exist.
+    None = the largest. base_model: HF directory of the model with which a checkpoint of adapters is merged.
+    UserError, on every rank, where `out` is in use or cannot be written, config.json cannot express the RoPE,
+    or the adapters were trained with another model; `out` then does not exist.
     """
     checkpoint = run_directory.resolve_verified(checkpoint)
     state = training_state.read(checkpoint)
+    if state.has_adapters_only() and base_model is None:
+        raise UserError(
+            f"{checkpoint} contains adapters only: give the model that they belong to by --base DIR, or export them "
+            "alone by --adapter"
+        )
+    if base_model is not None and not state.has_adapters_only():
+        raise UserError(f"--base is for a checkpoint of adapters; {checkpoint} contains the whole model")
     rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
     state = replace(state, rope=rope)
     model, assets = state.model, checkpoint / "hf"
-    chunk = _build(model, rope, ranks, parallel)
-    weights = streaming.StoredParameters(checkpoint, chunk, model)
+    weights: _Weights = (
+        _Stored(checkpoint, model, rope, ranks, parallel)
+        if base_model is None
+        else _Merged(checkpoint, state, base_model, ranks, parallel)
+    )
     base = export_files.base_config(assets, model.family)
     shapes = weight_mapping.hf_shapes(model)
     stored = {
@@ -160,7 +180,7 @@ def export_hf(
     def write(name: str, shards: list[Tensor]) -> None:
         if writer is not None:
             for hf_name, tensor in weight_mapping.merge(name, shards, model).items():
-                writer.add(hf_name, tensor)
+                writer.add(hf_name, weights.final(hf_name, tensor))
 
     def finish() -> None:
         if writer is not None:
@@ -172,12 +192,9 @@ def export_hf(
     try:
         if writer is not None:
             _print_notes(writer.notes)
-        owners = _owners(list(streaming.parameters(chunk)), ranks)
         names = weight_mapping.megatron_names(model)
         with tqdm(desc="writing weights", unit="tensor", total=len(names), disable=not ranks.is_main) as bar:
-            for name, shard in weights:
-                shape = weight_mapping.shard_shape(name, model, ranks.tp)
-                shards = _gather(shard, owners[name], shape, weights.dtypes[name], ranks)
+            for name, shards in weights:
                 agreement.on_every_rank(functools.partial(write, name, shards))
                 bar.update()
         agreement.on_every_rank(finish)
@@ -185,6 +202,40 @@ def export_hf(
         if writer is not None:
             writer.abandon()
     return out, [*max_position_note(length, base), *client_warnings(rope)]
+
+
+def export_adapter(checkpoint: Path, out: Path, base_model: str | None = None) -> tuple[Path, list[str]]:
+    """Write a checkpoint of adapters as the PEFT directory `out` and return it, and what its user should
+    know, in lines; every rank calls it.
+
+    base_model: path or name of the model that PEFT loads with them; None = the name of the model that they
+    were trained with. UserError, on every rank, where the checkpoint has none, or `out` is in use or cannot
+    be written; `out` then does not exist.
+    """
+    checkpoint = run_directory.resolve_verified(checkpoint)
+    state = training_state.read(checkpoint)
+    if not state.has_adapters_only():
+        raise UserError(f"--adapter is for a run with lora.rank; {checkpoint} contains the whole model")
+    trained = adapters.read(checkpoint, state)
+    assets = checkpoint / "hf"
+    base = export_files.base_config(assets, state.model.family)
+    config = hf_config.export_config(state.model, state.rope, max_position(state, base), torch.bfloat16, base)
+    changed = not (assets / "config.json").is_file() or hf_config.read_config(assets).rope != state.rope
+    name = base_model or state.base
+
+    def write() -> None:
+        with atomic_files.whole_folder(out) as folder:
+            copy_assets(assets, folder, others=False)
+            adapters.write_peft(folder, trained, state, config if changed else None, name)
+
+    agreement.on_main_rank(write)
+    notes = []
+    if changed:
+        notes.append(
+            f"the adapters were trained with another RoPE than the model's: load {name} with the config of "
+            f"{out / 'base_config.json'}"
+        )
+    return out, notes
 
 
 def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> list[str]:
@@ -195,7 +246,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     cannot be compared.
     """
     checkpoint = run_directory.resolve_verified(checkpoint)
-    hf, state = hf_config.read_config(folder), training_state.read(checkpoint)
+    hf, state = hf_config.read_config(folder), adapters.read_model_state(checkpoint)
     names = [f.name for f in fields(Model) if f.name != "init_std"]
     shapes = {name: (getattr(hf.model, name), getattr(state.model, name)) for name in names}
     different = [
@@ -233,13 +284,80 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     return different
 
 
-def _build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel) -> torch.nn.Module:
+def _build(
+    model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, lora: Lora | None = None
+) -> torch.nn.Module:
     """The model with memory that is reserved, but neither used nor filled."""
     from megatron_ultralong.model import llama
 
-    return llama.build(model, rope, ranks, parallel, Memory(offload="off"), "bf16", transformer_engine=False)[
-        0
-    ]
+    memory = Memory(offload="off")
+    return llama.build(
+        model, rope, ranks, parallel, memory, "bf16", transformer_engine=False, lora=lora or Lora()
+    )[0]
+
+
+class _Stored:
+    """The weights of a checkpoint. Iterating, once and on every rank, yields (Megatron's name, shards in TP
+    order on rank 0, none on the others)."""
+
+    def __init__(self, checkpoint: Path, model: Model, rope: Rope, ranks: Ranks, parallel: Parallel) -> None:
+        self._chunk, self._model, self._ranks = _build(model, rope, ranks, parallel), model, ranks
+        self._weights = streaming.StoredParameters(checkpoint, self._chunk, model)
+        self.dtypes = self._weights.dtypes
+        """By Megatron's names."""
+
+    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
+        owners = _owners(list(streaming.parameters(self._chunk)), self._ranks)
+        for name, shard in self._weights:
+            shape = weight_mapping.shard_shape(name, self._model, self._ranks.tp)
+            yield name, _gather(shard, owners[name], shape, self.dtypes[name], self._ranks)
+
+    def final(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor, by Hugging Face's name, as it is exported."""
+        return tensor
+
+
+class _Merged:
+    """The weights of a model with adapters merged; an interface as `_Stored`'s. Rank 0 reads the model."""
+
+    def __init__(
+        self, checkpoint: Path, state: TrainingState, folder: Path, ranks: Ranks, parallel: Parallel
+    ) -> None:
+        """UserError, on every rank, where the adapters were trained with another model."""
+        config = hf_config.read_config(folder)
+        for one in fields(Model):
+            ours, theirs = getattr(state.model, one.name), getattr(config.model, one.name)
+            if ours != theirs and one.name != "init_std":
+                raise UserError(f"--base {folder}: {one.name} is {theirs}, but the adapters need {ours}")
+        self._reader, self._model, self._ranks = HFReader(folder, state.model), state.model, ranks
+        self.dtypes = self._reader.dtypes()
+        self._check(checkpoint, state, folder, parallel)
+        self._trained = adapters.read(checkpoint, state)
+
+    def _check(self, checkpoint: Path, state: TrainingState, folder: Path, parallel: Parallel) -> None:
+        run, ranks = state.stored_run(), self._ranks
+        assert run is not None
+        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        chunk = _build(state.model, state.rope, ranks, parallel, run.lora)
+        streaming.drop_values(chunk, dict.fromkeys(streaming.parameters(chunk), dtype))
+        source = streaming.Source(
+            chunk, lambda name: self._reader.shard(name, ranks.tp_rank, ranks.tp, dtype)
+        )
+        if adapters.frozen_sum([chunk], source.values) != state.frozen_weights:
+            raise UserError(
+                f"--base {folder} is not the model that the adapters of {checkpoint} were trained with; give that one"
+            )
+
+    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
+        for name in weight_mapping.megatron_names(self._model):
+            yield name, [self._reader.shard(name, 0, 1, self.dtypes[name])] if self._ranks.is_main else []
+        self._reader.close()
+
+    def final(self, name: str, tensor: Tensor) -> Tensor:
+        return self._trained.merged(name, tensor)
+
+
+_Weights = _Stored | _Merged
 
 
 def _owners(names: list[str], ranks: Ranks) -> dict[str, list[int]]:

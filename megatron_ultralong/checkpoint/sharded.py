@@ -10,7 +10,6 @@ own tools.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +39,14 @@ def state_dict(
 
     state: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
-        # Some releases of Megatron-Core modify the metadata in place, so each call gets its own.
-        llama = unwrap(chunk)
-        state[_chunk_key(chunks, i)] = llama.sharded_state_dict(metadata=_metadata())
-        if llama.has_adapters:
+        parts = complete_state(chunk)
+        if unwrap(chunk).has_adapters:
             parts = {
-                name
-                for name, parameter in llama.named_parameters()
+                name: parts[name]
+                for name, parameter in unwrap(chunk).named_parameters()
                 if (not is_adapter(name) if base else parameter.requires_grad)
             }
-            state[_chunk_key(chunks, i)] = {
-                name: leaf for name, leaf in state[_chunk_key(chunks, i)].items() if name in parts
-            }
+        state[_chunk_key(chunks, i)] = parts
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=loading, metadata=_metadata()
@@ -59,17 +54,12 @@ def state_dict(
     return state
 
 
-def frozen_sum(chunks: list[torch.nn.Module]) -> str:
-    """A sum of all weights that are not trained, equal under every layout; every rank calls it."""
+def complete_state(chunk: torch.nn.Module) -> dict[str, Any]:
+    """Megatron's sharded state dict of all parameters of a chunk."""
     from megatron_ultralong.model.llama import unwrap
 
-    sums = tensor_sums.Sums(unwrap(chunks[0]).vocab_size)
-    for chunk in chunks:
-        llama = unwrap(chunk)
-        state = llama.sharded_state_dict(metadata=_metadata())
-        frozen = {n: state[n] for n, parameter in llama.named_parameters() if not parameter.requires_grad}
-        sums.add_all((leaf, leaf.data) for leaf in tensor_sums.saved_tensors(frozen))
-    return hashlib.sha256(repr(sorted(sums.on_all_ranks().items())).encode()).hexdigest()
+    # Some releases of Megatron-Core modify the metadata in place, so each call gets its own.
+    return unwrap(chunk).sharded_state_dict(metadata=_metadata())
 
 
 def _chunk_key(chunks: list[torch.nn.Module], i: int) -> str:

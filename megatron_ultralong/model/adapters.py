@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from megatron_ultralong import lora
 from megatron_ultralong.config import Model
-from megatron_ultralong.lora import LINEARS, SPLIT_INPUT, Lora, Target
+from megatron_ultralong.lora import LINEARS, SPLIT_INPUT, Lora, Part, Target
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.runtime.launch import Ranks
 
@@ -41,7 +41,7 @@ class Adapter(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.target, self.tp_group = target, tp_group
-        for which, shape in zip(("a", "b"), lora.shapes(target, model, rank), strict=True):
+        for which, shape in zip(lora.PARTS, lora.shapes(target, model, rank), strict=True):
             dim = lora.split_dim(target, which)
             size = list(shape)
             if dim is not None:
@@ -58,7 +58,7 @@ class Adapter(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        dims = {which: lora.split_dim(self.target, which) for which in ("a", "b")}
+        dims = {which: lora.split_dim(self.target, which) for which in lora.PARTS}
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -155,7 +155,7 @@ def freeze(chunk: torch.nn.Module, settings: Lora, model: Model) -> None:
 # ---- values ------------------------------------------------------------------------------------
 
 
-def parse_name(name: str) -> tuple[int, Target, Literal["a", "b"]]:
+def parse_name(name: str) -> tuple[int, Target, Part]:
     """Return (layer of the complete model, linear, a or b) of an adapter's parameter, by its name with the
     layer's number in the complete model."""
     _, _, layer, _, target, which = name.split(".")
@@ -183,7 +183,7 @@ def initialise(
             parameter.copy_(shard(target, which, whole, ranks.tp_rank, ranks.tp))
 
 
-def shard(target: Target, which: Literal["a", "b"], whole: Tensor, tp_rank: int, tp: int) -> Tensor:
+def shard(target: Target, which: Part, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
     """Return the part of a complete A or B that a tensor parallel rank has."""
     dim = lora.split_dim(target, which)
     return whole if dim is None else whole.chunk(tp, dim)[tp_rank]

@@ -30,13 +30,16 @@ def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def layers_of(device: torch.device) -> str:
-    """Return whose linear layers and norms a model on `device` is made of by default, and why."""
+def layers_of(device: torch.device, adapters: bool = False) -> str:
+    """Return whose linear layers and norms a model on `device` is made of by default, and why. adapters:
+    whether it has LoRA's."""
     megatron = f"Megatron-Core {importlib.metadata.version('megatron-core')} and PyTorch"
     if device.type != "cuda":
         return megatron
     if not have_transformer_engine():
         return f"{megatron}: TransformerEngine is not installed"
+    if adapters:
+        return f"{megatron}: adapters need the output of a norm, which is inside TransformerEngine's linear"
     import transformer_engine
 
     return f"TransformerEngine {transformer_engine.__version__}"

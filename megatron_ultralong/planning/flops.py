@@ -27,15 +27,16 @@ PEAKS = {
 }
 
 
-def flops_per_token(model: Model, seq_length: int) -> float:
+def flops_per_token(model: Model, seq_length: int, *, frozen: bool = False) -> float:
     """Return the forward and backward FLOPs per token of a causal sequence of `seq_length` tokens.
 
-    Attention counts only the lower triangle of the score matrix.
+    Attention counts only the lower triangle of the score matrix. frozen: the weights are not trained (LoRA),
+    so that their gradients, a third of the matrix products, are not computed; adapters are not counted.
     """
     h, d = model.hidden_size, model.head_dim
     attention = h * d * (model.heads + 2 * model.kv_heads) + model.heads * d * h
     matrices = model.layers * (attention + 3 * h * model.ffn_size) + h * model.vocab_size
-    return 6.0 * matrices + 6.0 * model.layers * model.heads * d * seq_length
+    return (4.0 if frozen else 6.0) * matrices + 6.0 * model.layers * model.heads * d * seq_length
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_ultralong import lora
 from megatron_ultralong.config import KEY_BLOCK, Model, Run
 from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.context_parallel.kernels.varlen import TOKENS_PER_DOCUMENT
@@ -85,6 +86,8 @@ def weight_gradient_bytes(run: Run, model: Model) -> int:
     sums."""
     x = LayerShape.of(run, model)
     weights = x.hidden * (2 * x.q + 2 * x.kv + 3 * x.mlp) * run.parallel.tp
+    if run.lora.rank:
+        weights = lora.parameters(model, run.lora, run.parallel.tp)
     return weights * (x.e + (4 if x.chunk < x.tokens else 0))
 
 
@@ -101,9 +104,12 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     gradients = hidden * (2 if p.pp > 1 else 1)
     # Gate and up, the gradient of their product, and those of gate and up; norms and residuals. Gathered over
     # TP: a linear's input, and its gradient before it is scattered.
-    mlp = x.chunk * (5 * x.mlp + 6 * x.hidden + (2 * model.hidden_size if p.tp > 1 else 0)) * x.e
-    # Gate and up and their product, or gate and up without and with their biases.
-    widths = 4 if model.mlp_bias else 3
+    # The input of an adapter of the MLP's second linear is kept for its gradient.
+    widths = 6 if run.lora.rank and "down_proj" in run.lora.targets else 5
+    mlp = x.chunk * (widths * x.mlp + 6 * x.hidden + (2 * model.hidden_size if p.tp > 1 else 0)) * x.e
+    # Gate and up and their product, or gate and up without and with their biases, or what adapters add.
+    adapted = run.lora.rank and {"gate_proj", "up_proj"} & set(run.lora.targets)
+    widths = 4 if model.mlp_bias or adapted else 3
     mlp_forward = x.chunk * (widths * x.mlp + 3 * x.hidden + (model.hidden_size if p.tp > 1 else 0)) * x.e
     if run.memory.query_chunks:
         kv = x.tokens * 2 * x.kv

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from megatron_ultralong import lora
 from megatron_ultralong.config import (
     LOSS_BLOCK,
     OFFLOADED_LAYERS_ON_GPU,
@@ -58,13 +59,16 @@ def stage_memory(
 ) -> dict[str, int]:
     """Return the bytes, by part, on a GPU of pipeline stage `stage` (0 is the first)."""
     p, (tokens, e) = run.parallel, micro_batch_sizes(run)
+    trained = trained_parameters(run, model, stage)
     parameters = stage_parameters(model, p.tp, p.pp, stage)
+    if run.lora.rank:
+        parameters += model.layers // p.pp * lora.parameters(model, run.lora, p.tp)
     parts = {
         "weights": parameters * e,
-        "gradients (fp32)": parameters * 4,
+        "gradients (fp32)": trained * 4,
         # AdamW's two moments and, in bf16 runs, the float32 master weights, distributed over data and context
         # parallel ranks.
-        "optimizer (fp32)": parameters * (12 if e == 2 else 8) // (dp * p.cp),
+        "optimizer (fp32)": trained * (12 if e == 2 else 8) // (dp * p.cp),
         "saved activations": 0,
         "working layer": layer_memory.peak_bytes(run, model, backend),
         # cos and sin, float32 [s, d/2] each
@@ -84,12 +88,14 @@ def stage_memory(
     if stage == p.pp - 1:
         vocab_rows = padded_vocab_size(model.vocab_size, p.tp) // p.tp
         chunk = min(run.memory.loss_chunk or tokens, tokens)
-        # Logits in e, overwritten by their gradient, and a block of them in float32; the output weight's
-        # gradient in float32 and its share of a chunk in e; the hidden states and their gradient.
+        # Logits in e, overwritten by their gradient, and a block of them in float32; if it is trained, the
+        # output weight's gradient in float32 and its share of a chunk in e; the hidden states and their
+        # gradient.
+        frozen = run.lora.rank and not (run.lora.train_embeddings and model.tied_embeddings)
         parts["loss"] = (
             chunk * vocab_rows * e
             + 4 * min(LOSS_BLOCK, chunk * vocab_rows)
-            + vocab_rows * model.hidden_size * (4 + e)
+            + (0 if frozen else vocab_rows * model.hidden_size * (4 + e))
             + 2 * (tokens // p.tp) * model.hidden_size * e
         )
         # The two are never in memory at the same time: only the larger one counts.
@@ -109,6 +115,21 @@ def stage_parameters(model: Model, tp: int, pp: int, stage: int) -> int:
     # A tied embedding is on the first and on the last stage; once if they are the same stage.
     embeddings = first + last - (1 if first and last and model.tied_embeddings else 0)
     return count + embeddings * v * h // tp + (h if last else 0)
+
+
+def trained_parameters(run: Run, model: Model, stage: int) -> int:
+    """Return the number of parameters on one rank of pipeline stage `stage` (0 is the first) that are
+    trained."""
+    p, h = run.parallel, model.hidden_size
+    if not run.lora.rank:
+        return stage_parameters(model, p.tp, p.pp, stage)
+    count = model.layers // p.pp * lora.parameters(model, run.lora, p.tp)
+    if run.lora.train_norms:
+        count += model.layers // p.pp * (2 * h + 2 * model.head_dim * model.qk_norm)
+        count += h if stage == p.pp - 1 else 0
+    if run.lora.train_embeddings and (stage == 0 or (model.tied_embeddings and stage == p.pp - 1)):
+        count += padded_vocab_size(model.vocab_size, p.tp) * h // p.tp
+    return count
 
 
 def total(parts: dict[str, int]) -> int:

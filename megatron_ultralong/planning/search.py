@@ -78,7 +78,7 @@ def estimate(run: Run, model: Model, machine: Machine) -> Estimate:
         work=_work_per_iteration(run, model, dp, machine.document_length),
         time=seconds,
         tokens_per_second=tokens_per_second,
-        mfu=tokens_per_second * flops_per_token(model, span) / machine.gpu.bf16,
+        mfu=tokens_per_second * flops_per_token(model, span, frozen=run.lora.rank > 0) / machine.gpu.bf16,
         problem=_problem(gpu, host, run, machine),
     )
 

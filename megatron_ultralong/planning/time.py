@@ -19,7 +19,7 @@ from megatron_ultralong.planning.memory import (
     micro_batch_sizes,
     offloaded_tensors,
     saved_per_layer,
-    stage_parameters,
+    trained_parameters,
 )
 
 BACKWARD = 2.5
@@ -192,7 +192,7 @@ def gradient_bytes(run: Run, model: Model, dp: int) -> float:
     Both go over data and context parallel ranks together.
     """
     p, e = run.parallel, micro_batch_sizes(run)[1]
-    parameters = max(stage_parameters(model, p.tp, p.pp, stage) for stage in (0, p.pp - 1))
+    parameters = max(trained_parameters(run, model, stage) for stage in (0, p.pp - 1))
     return parameters * (4 + e) * (dp * p.cp - 1) / (dp * p.cp)
 
 
@@ -238,11 +238,12 @@ def _micro_batch_time(run: Run, todo: Workload, machine: Machine) -> dict[str, f
     merges = (forwards * todo.merge_forward + todo.merge_backward) / (gpu.hbm * assumed.links)
     hops = (forwards * todo.hops_forward + todo.hops_backward) * assumed.hop_microseconds * 1e-6
     out, back = (size / (gpu.pcie * assumed.links) for size in (todo.host, todo.host + todo.host_again))
+    weight_gradients = 0 if run.lora.rank else 1
     compute_forward = attention_forward + todo.products / products + todo.output / products
-    compute_backward = attention_backward + 2 * todo.products / products + recompute
+    compute_backward = attention_backward + (1 + weight_gradients) * todo.products / products + recompute
     parts = {
         "attention": attention_forward + attention_backward,
-        "other matrix products": (3 * todo.products + todo.output) / products,
+        "other matrix products": (2 + weight_gradients) * (todo.products + todo.output / 3) / products,
         "recompute": recompute,
         "CP ring, merges and hops": merges + hops,
         "CP ring, not overlapped": sum(max(0.0, sent / ring - hidden_by) for sent, hidden_by in rings),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_ultralong.config import Model, Run
+from megatron_ultralong.config import Model, Parallel, Run
 from megatron_ultralong.planning.hardware import Machine
-from megatron_ultralong.planning.memory import stage_parameters
+from megatron_ultralong.planning.memory import trained_parameters
 from megatron_ultralong.planning.search import Estimate
 
 NOT_INCLUDED = "start, held-out loss, evaluations and restarts are not included"
@@ -62,8 +62,9 @@ class Duration:
 
 
 def checkpoint_bytes(run: Run, model: Model) -> int:
-    """Bytes of a checkpoint: weights, float32 master weights and two moments."""
-    return stage_parameters(model, 1, 1, 0) * ((2 if run.train.precision == "bf16" else 4) + 12)
+    """Bytes of a checkpoint: what is trained, its float32 master weights and two moments."""
+    whole = replace(run, parallel=Parallel())
+    return trained_parameters(whole, model, 0) * ((2 if run.train.precision == "bf16" else 4) + 12)
 
 
 def duration(estimate: Estimate, model: Model, machine: Machine) -> Duration:

@@ -15,7 +15,7 @@ from megatron_ultralong.run_report.plan import RECENT, Comparison, compare
 from megatron_ultralong.run_report.read import RunRecord
 from megatron_ultralong.train.stopwatch import PARTS
 
-SECTIONS = ("parallel", "memory", "train", "optim", "data", "rope", "model", "runtime")
+SECTIONS = ("parallel", "memory", "train", "optim", "lora", "data", "rope", "model", "runtime")
 ROWS = 25
 """Most rows of a table over iterations; more are left out evenly."""
 STYLE = """

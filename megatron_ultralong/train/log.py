@@ -42,7 +42,9 @@ class Log:
         written."""
         self.run, self.ranks, self.rows = run, ranks, rows
         masked = run.data.documents == "masked"
-        self.flops_per_token = flops.flops_per_token(model, 0 if masked else run.train.seq_length)
+        self.flops_per_token = flops.flops_per_token(
+            model, 0 if masked else run.train.seq_length, frozen=run.lora.rank > 0
+        )
         self.peak_flops = flops.peak_flops(ranks.device)
         self.model, self.iteration = model, start
         self.remaining = Remaining(run.train)
@@ -53,6 +55,8 @@ class Log:
         self.trace: Trace | None = None
         agreement.on_every_rank(lambda: self._open(save_dir, start) if ranks.is_main else None)
         note = flops.FORMULA
+        if run.lora.rank:
+            note += "; 4 x, not 6 x, the weights, which are not trained with lora.rank"
         if masked:
             note += "; excludes attention, whose size differs from row to row with data.documents=masked"
         if self.peak_flops:

@@ -90,7 +90,12 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
         )
         agreement.on_main_rank(lambda: run_directory.set_aside(path for path, _ in source.damaged))
         chosen = kernel_choices.apply(
-            ranks.device, model, run.train.precision, run.runtime.attention_backend, masked
+            ranks.device,
+            model,
+            run.train.precision,
+            run.runtime.attention_backend,
+            masked,
+            adapters=run.lora.rank > 0,
         )
         run = _settle_offload(run, ranks, model)
         print_run(run, ranks, chosen)

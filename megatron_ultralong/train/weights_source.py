@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_ultralong import config
+from megatron_ultralong.checkpoint import adapters as stored_adapters
 from megatron_ultralong.checkpoint import run_directory, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
@@ -93,8 +94,7 @@ def _with_frozen_weights(
     if load is not None:
         found = run_directory.resolve_verified(load) if verified else run_directory.resolve(load)
         if (found / "run.json").is_file():
-            stored = training_state.read(found)
-            _refuse_adapters(stored, found)
+            stored = stored_adapters.read_model_state(found)
             _check_same_model(source.state.model, stored.model, found)
         return replace(source, checkpoint=found)
     if load_hf is not None:
@@ -103,15 +103,6 @@ def _with_frozen_weights(
     raise UserError(
         f"{source.resume} contains adapters only: give the model that they belong to again, by --load-hf or --load"
     )
-
-
-def _refuse_adapters(stored: TrainingState, path: Path) -> None:
-    """UserError where a checkpoint is no model to start from."""
-    if stored.has_adapters_only():
-        raise UserError(
-            f"{path} contains adapters only; merge them with their model first: "
-            "tools/convert_hf.py export --ckpt ... --base DIR"
-        )
 
 
 def _check_optimizer(checkpoint: Path | None) -> None:
@@ -154,8 +145,7 @@ def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSou
             model=run.model, rope=(run.rope or Unscaled()).for_length(None, run.train.seq_length)
         )
     else:
-        stored = training_state.read(path)
-        _refuse_adapters(stored, path)
+        stored = stored_adapters.read_model_state(path)
     _check_same_model(run.model, stored.model, path)
     assets = _assets_of(path)
     length = stored.max_length
@@ -252,7 +242,7 @@ def load_weights(chunks: list[torch.nn.Module], run: Run, source: WeightsSource,
 def check_frozen_weights(chunks: list[torch.nn.Module], source: WeightsSource) -> str:
     """Return the sum of the weights that are not trained. UserError, on every rank, where a run that resumes
     was trained with others."""
-    found, before = sharded.frozen_sum(chunks), source.state.frozen_weights
+    found, before = stored_adapters.frozen_sum(chunks), source.state.frozen_weights
     if source.resume is not None and found != before:
         raise UserError(
             f"{source.checkpoint or source.hf} is not the model that the adapters of {source.resume} were trained "

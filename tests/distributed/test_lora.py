@@ -3,7 +3,10 @@ kind of layout and memory mode; checkpoints of adapters."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,12 +14,15 @@ import pytest
 import torch
 
 from megatron_ultralong import lora
+from megatron_ultralong.checkpoint import integrity
 from megatron_ultralong.config import Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import weight_mapping
+from tests import processes, train_tool
 from tests.distributed.test_model import MEMORY, ROPE, UNTIED, S, _logits, _rows, complete_gradients
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import FAMILY_MODELS, LLAMA3, hf_model
+from tests.train_tool import Tool, saved, write_inputs
 
 TIED = replace(FAMILY_MODELS["qwen3"], layers=2)
 MODEL = replace(UNTIED, layers=2)
@@ -165,3 +171,77 @@ def _check(
     assert trained
     norm = float(torch.stack([grad.norm() for grad in grads.values()]).norm())
     assert abs(optimizer.step()[1] - norm) < 1e-5 * norm, where
+
+
+# ---- checkpoints and exports -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_and_its_exports(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    settings = (
+        "lora.rank=3",
+        "lora.alpha=12",
+        "lora.targets=q_proj,k_proj,o_proj,gate_proj,down_proj",
+        "lora.train_norms=true",
+        "train.save_every=2",
+        "train.warmup=1",
+        "train.precision=fp32",
+    )
+
+    def train(save: Path, *more: str, **options: Any) -> dict[int, float]:
+        with Tool(inputs, save, *settings, *more, **options) as tool:
+            assert tool.finish() == 0, tool.errors()
+            return {n: float(line["loss"]) for n, line in tool.iterations().items()}
+
+    def refused(text: str, save: Path, *more: str, **options: Any) -> None:
+        with Tool(inputs, save, *settings, *more, **options) as tool:
+            assert tool.finish() == 2
+            assert tool.errors().startswith("error: ") and text in tool.errors(), tool.errors()
+
+    whole = train(tmp_path / "whole", "train.iterations=4", "parallel.tp=2", ranks=2)
+    assert saved(tmp_path / "whole") == [2, 4] and whole[4] != whole[3]
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "whole" / "iter_0000002", again / "iter_0000002")
+    refused("lora.alpha=12.0 and cannot resume with 6.0", again, "train.iterations=4", "lora.alpha=6")
+    other = tmp_path / "other"
+    hf_model(train_tool.MODEL, seed=1).save_pretrained(other)
+    refused(f"{other} is not the model that the adapters", again, "train.iterations=4", base=other)
+    resumed = train(again, "train.iterations=4")
+    assert all(abs(resumed[n] - whole[n]) < 1e-5 * whole[n] for n in (3, 4)) and set(resumed) == {3, 4}
+
+    stored = integrity.read(tmp_path / "whole" / "iter_0000004")
+    assert stored is not None
+    assert not [name for name in stored.tensors if "adapters" not in name and "norm" not in name]
+    assert any("linear_qkv.layer_norm" in name for name in stored.tensors)
+
+    def convert(*words: str) -> Any:
+        command = [sys.executable, "tools/convert_hf.py", "export", "--ckpt", str(tmp_path / "whole"), *words]
+        return processes.run(command, cwd=train_tool.ROOT, capture_output=True, text=True)
+
+    base, merged, adapter = (
+        str(path) for path in (inputs / "base", tmp_path / "merged", tmp_path / "adapter")
+    )
+    for words, text in (
+        ((), "contains adapters only: give the model that they belong to by --base DIR"),
+        (("--base", str(other)), f"--base {other} is not the model that the adapters of"),
+    ):
+        failed = convert("--out", merged, *words)
+        assert failed.returncode == 2 and text in failed.stderr and not Path(merged).exists(), failed.stderr
+    for words in (("--out", merged, "--base", base), ("--out", adapter, "--adapter", "--base", base)):
+        done = convert(*words)
+        assert done.returncode == 0, done.stderr
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(1))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = plain(tokens).logits
+    by_peft = peft.PeftModel.from_pretrained(plain, adapter)
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(tokens).logits
+        theirs = by_peft.eval()(tokens).logits
+    assert (ours - theirs).abs().max() < 1e-5 and (ours - before).abs().max() > 1e-3
+    ckpt, out = str(tmp_path / "whole"), str(tmp_path / "out")
+    command = ["tools/evaluate.py", "niah", "--ckpt", ckpt, "--lengths", "64", "--out", out]
+    evaluated = processes.run([sys.executable, *command], cwd=train_tool.ROOT, capture_output=True, text=True)
+    assert evaluated.returncode == 2 and "contains adapters only" in evaluated.stderr, evaluated.stderr

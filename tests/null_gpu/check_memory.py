@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from megatron_ultralong.config import Memory, Parallel, Runtime
+from megatron_ultralong.lora import TARGETS, Lora, Target
 from megatron_ultralong.measure import step
+from megatron_ultralong.model.llama import NO_LORA
 from megatron_ultralong.runtime import launch
 from tests.null_gpu import memory_table, step_memory
 from tests.null_gpu.step_memory import GIB, KERNELS, MODES, K
@@ -34,9 +36,17 @@ def ranks() -> Iterator[Any]:
     launch.stop()
 
 
-def check(ranks: Any, memory: Memory, kernel: str, parallel: Parallel, tokens: int, what: str) -> None:
-    have = step_memory.measured(ranks, memory, KERNELS[kernel], parallel, tokens)
-    want = step_memory.planned(memory, KERNELS[kernel], parallel, tokens)
+def check(
+    ranks: Any,
+    memory: Memory,
+    kernel: str,
+    parallel: Parallel,
+    tokens: int,
+    what: str,
+    lora: Lora = NO_LORA,
+) -> None:
+    have = step_memory.measured(ranks, memory, KERNELS[kernel], parallel, tokens, lora)
+    want = step_memory.planned(memory, KERNELS[kernel], parallel, tokens, lora)
     print(
         f"{what}, {kernel}: {have / GIB:.2f} GiB, planned {want / GIB:.2f}: {have / want:.3f}",
         flush=True,
@@ -48,6 +58,14 @@ def check(ranks: Any, memory: Memory, kernel: str, parallel: Parallel, tokens: i
 def test_step_takes_what_is_planned(ranks: Any, mode: str, kernel: str) -> None:
     memory = replace(MODES[mode], layer_chunk=16 * K, loss_chunk=8 * K)
     check(ranks, memory, kernel, Parallel(), LENGTH, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")])
+def test_step_with_adapters_takes_what_is_planned(ranks: Any, mode: str, targets: tuple[Target, ...]) -> None:
+    memory = replace(MODES[mode], layer_chunk=16 * K, loss_chunk=8 * K)
+    lora = Lora(rank=16, targets=targets)
+    check(ranks, memory, "flash", Parallel(), LENGTH, f"{mode}, {len(targets)} adapters", lora)
 
 
 @pytest.mark.parametrize(

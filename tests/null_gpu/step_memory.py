@@ -20,7 +20,9 @@ from megatron_ultralong import shapes
 from megatron_ultralong.config import Data, Memory, Parallel, Run, Train
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.measure import step
+from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import llama
+from megatron_ultralong.model.llama import NO_LORA
 from megatron_ultralong.model.layer import offload
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.rope.methods import Unscaled
@@ -79,7 +81,9 @@ def using(kernel: Kernel) -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def measured(ranks: Any, memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int) -> int:
+def measured(
+    ranks: Any, memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int, lora: Lora = NO_LORA
+) -> int:
     """Return the bytes at the peak of a step on `tokens` tokens of this rank."""
     p = parallel
     groups = api.ContextGroups(
@@ -91,9 +95,9 @@ def measured(ranks: Any, memory: Memory, kernel: Kernel, parallel: Parallel, tok
     with pytest.MonkeyPatch.context() as patch, using(kernel):
         patch.setattr(api, "split_group", lambda *args, **kwargs: groups)
         patch.setattr(offload, "host_bytes", lambda: 2**50)  # never touched
-        (chunk,) = llama.build(MODEL, Unscaled(), ranks, Parallel(), memory, "bf16")
+        (chunk,) = llama.build(MODEL, Unscaled(), ranks, Parallel(), memory, "bf16", lora=lora)
         for parameter in chunk.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         row = torch.zeros(1, tokens + 1, dtype=torch.int64, device=CUDA)
         mask = torch.ones(1, tokens, device=CUDA)
         before = torch.cuda.memory_allocated()
@@ -107,9 +111,11 @@ def measured(ranks: Any, memory: Memory, kernel: Kernel, parallel: Parallel, tok
     return peak
 
 
-def planned(memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int) -> int:
+def planned(
+    memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int, lora: Lora = NO_LORA
+) -> int:
     """Return the same by planning/memory.py."""
-    run = _run_of(memory, kernel, parallel, tokens)
+    run = replace(_run_of(memory, kernel, parallel, tokens), lora=lora)
     backend = "cudnn" if kernel.cudnn else "flash"
     parts = planned_memory.gpu_memory(run, MODEL, parallel.cp, backend)
     return planned_memory.total(

@@ -18,6 +18,7 @@ from megatron_ultralong import recipes
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import layouts, memory, report, search, time, whole_run
 from megatron_ultralong.planning.flops import flops_per_token
@@ -194,6 +195,26 @@ def test_parameters_equal_the_weight_table(model):
         assert memory.stage_parameters(model, tp, 1, 0) == sum(
             size(name) for name in weight_mapping.megatron_names(model)
         )
+
+
+def test_adapters_by_hand():
+    """Of a layer of SMALL at TP 2 with rank 3: A and B of q_proj and down_proj."""
+    lora = Lora(rank=3, targets=("q_proj", "down_proj"))
+    run = replace(RUN, lora=lora)
+    h, q, f = SMALL.hidden_size, SMALL.heads * SMALL.head_dim, SMALL.ffn_size
+    assert RUN.parallel.tp == 2
+    layer = 3 * h + q // 2 * 3 + 3 * f // 2 + h * 3
+    assert memory.trained_parameters(run, SMALL, 0) == SMALL.layers * layer
+    whole = memory.stage_memory(RUN, SMALL, 1, 1, 0)
+    parts = memory.stage_memory(run, SMALL, 1, 1, 0)
+    e = 4 if RUN.train.precision == "fp32" else 2
+    assert parts["weights"] == whole["weights"] + SMALL.layers * layer * e
+    assert parts["gradients (fp32)"] == SMALL.layers * layer * 4
+    assert parts["saved activations"] == whole["saved activations"]
+    norms = replace(run, lora=replace(lora, train_norms=True, train_embeddings=True))
+    more = memory.trained_parameters(norms, SMALL, 0) - SMALL.layers * layer
+    assert more == SMALL.layers * 2 * h + h + SMALL.vocab_size * h // 2
+    assert flops_per_token(SMALL, 0, frozen=True) == flops_per_token(SMALL, 0) * 4 / 6
 
 
 # ---- time --------------------------------------------------------------------------------------

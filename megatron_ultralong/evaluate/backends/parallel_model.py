@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ultralong.checkpoint import run_directory, sharded, training_state
+from megatron_ultralong.checkpoint import run_directory, sharded
+from megatron_ultralong.checkpoint.adapters import read_model_state
 from megatron_ultralong.checkpoint.hf.config import read_config
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
 from megatron_ultralong.config import Parallel, Runtime
@@ -235,7 +236,7 @@ def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
 
 
 def _stored(place: Path) -> tuple[Any, Any, int | None, Path]:
-    state = training_state.read(place)
+    state = read_model_state(place)
     longest = state.rope.readable_length(state.max_length) if state.max_length else None
     return state.model, state.rope, longest, place / "hf"
 

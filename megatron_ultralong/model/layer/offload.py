@@ -250,9 +250,9 @@ class _HostBuffer:
         # chunks of 16,384; Linux allows 65,530.
         try:
             pages = mmap.mmap(-1, size)
-        except OSError as error:
+        except OSError as failure:
             raise UserError(
-                f"memory.offload: {size / 2**30:.3f} GiB of host memory cannot be mapped ({error.strerror}): "
+                f"memory.offload: {size / 2**30:.3f} GiB of host memory cannot be mapped ({failure.strerror}): "
                 "raise memory.layer_chunk, or the number of mappings that a process may have "
                 "(sysctl vm.max_map_count)"
             ) from None
