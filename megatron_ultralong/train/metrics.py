@@ -24,6 +24,7 @@ import math
 import platform
 import socket
 import statistics
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -45,28 +46,44 @@ _RECENT = 50
 """Iterations whose median is the expected one."""
 
 
+RETRY = 60.0
+"""Seconds after which a file that could not be written is opened again."""
+
+
 class MetricsFile:
-    """Appends to the file. Where it cannot be written, says so once, and the run goes on without it."""
+    """Appends to the file. Where it cannot be written, says so, and the run goes on without it until it
+    can."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         """folder: the run directory. warn: called with a line for the log."""
-        self._warn = warn
+        self._path, self._warn = folder / FILE, warn
         self._file: AppendFile | None = None
-        self._guarded(self._open, folder / FILE)
+        self._retry_at: float | None = None
+        """When to open it again, after it could not be written."""
+        self._guarded(self._open)
 
     def add(self, kind: str, **values: Any) -> None:
         """Write a line."""
+        if self._file is None and self._retry_at is not None and time.monotonic() >= self._retry_at:
+            self._guarded(self._open)
         if self._file is not None:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            self._guarded(self._file.append, _finite({"kind": kind, "time": now, **values}))
+            self._guarded(self._append, _finite({"kind": kind, "time": now, **values}))
 
     def close(self) -> None:
         """Sync and close the file."""
         if self._file is not None:
             self._guarded(self._file.close)
 
-    def _open(self, path: Path) -> None:
-        self._file = AppendFile(path, lambda *_: None, flag="--save")
+    def _open(self) -> None:
+        self._file = AppendFile(self._path, lambda *_: None, flag="--save")
+
+    def _append(self, line: Any) -> None:
+        assert self._file is not None
+        self._file.append(line)
+        if self._retry_at is not None:
+            self._retry_at = None
+            self._warn(f"{FILE} is written again")
 
     def _guarded(self, act: Callable[..., Any], *arguments: Any) -> None:
         try:
@@ -76,7 +93,9 @@ class MetricsFile:
             if file is not None:
                 with contextlib.suppress(Exception):
                     file.close()  # releases the lock
-            self._warn(f"warning: {FILE} cannot be written ({error}); this run goes on without it")
+            if self._retry_at is None:
+                self._warn(f"warning: {FILE} cannot be written ({error}); the run goes on without it")
+            self._retry_at = time.monotonic() + RETRY
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Kill and stop training runs at random moments, start them again, and compare every loss with a run that
 nothing happened to.
 
-    python -m tests.faults.kills --runs 40 --seed 1
+    python -m tests.faults.kills --faults 40 --seed 1
 
 Each run uses one of the layouts CP 2, TP 2, PP 2 and DP 2 and is disturbed up to twice: at start-up, in a
 step, while a checkpoint is written, or in an evaluation, by SIGKILL of one rank, of torchrun or of all of
@@ -198,31 +198,35 @@ def check(told: Disturbed, expected: dict[int, float]) -> None:
         raise ValueError(f"{told.layout}, {told.faults}: {max(told.lost)} iterations lost")
 
 
-def run(runs: int, seed: int, say: Callable[[str], None], layouts: tuple[str, ...] = tuple(LAYOUTS)) -> None:
-    """Disturb `runs` runs. RuntimeError or ValueError for the first that is not as it should be."""
+def run(faults: int, seed: int, say: Callable[[str], None], layouts: tuple[str, ...] = tuple(LAYOUTS)) -> int:
+    """Disturb runs until at least `faults` faults have happened; return how many did. RuntimeError or
+    ValueError for the first run that is not as it should be."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs = write_inputs(folder)
         expected = {layout: undisturbed(inputs, folder / "undisturbed", layout) for layout in layouts}
-        for number in range(runs):
+        happened = number = 0
+        while happened < faults:
             layout = layouts[number % len(layouts)]
             told = disturb(inputs, folder / f"run{number}", layout, seed * 1000 + number)
             check(told, expected[layout])
+            happened, number = happened + len(told.faults), number + 1
             ended = ", ".join(f"{seconds:.1f}" for seconds in told.ended_after) or "-"
             say(
-                f"{number + 1}: {layout}: {'; '.join(told.faults)}: same losses; {told.lost} iterations again; ended after {ended} s"
+                f"{number}: {layout}: {'; '.join(told.faults)}: same losses; {told.lost} iterations again; ended after {ended} s"
             )
+        return happened
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--faults", type=int, default=40, help="how many, over all runs")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    run(args.runs, args.seed, lambda line: print(line, flush=True))
-    print(f"{args.runs} of {args.runs} survived with equal losses")
+    happened = run(args.faults, args.seed, lambda line: print(line, flush=True))
+    print(f"{happened} of {happened} faults survived with equal losses")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from tests.faults import kills
 @pytest.mark.slow
 def test_a_few_faults() -> None:
     lines: list[str] = []
-    kills.run(2, 5, lines.append, layouts=("tp2",))
-    assert len(lines) == 2 and all("same losses" in line for line in lines)
+    assert kills.run(2, 5, lines.append, layouts=("tp2",)) >= 2
+    assert all("same losses" in line for line in lines)
 
 
 def test_what_counts_as_survived() -> None:

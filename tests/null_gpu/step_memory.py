@@ -19,11 +19,11 @@ import torch
 from megatron_ultralong import shapes
 from megatron_ultralong.config import Data, Memory, Parallel, Run, Train
 from megatron_ultralong.context_parallel import api
-from megatron_ultralong.measure import step
 from megatron_ultralong.lora import Lora
+from megatron_ultralong.measure import step
 from megatron_ultralong.model import llama
-from megatron_ultralong.model.llama import NO_LORA
 from megatron_ultralong.model.layer import offload
+from megatron_ultralong.model.llama import NO_LORA
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.rope.methods import Unscaled
 from tests.distributed.test_planned_memory import FakeCommunicator
@@ -111,9 +111,7 @@ def measured(
     return peak
 
 
-def planned(
-    memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int, lora: Lora = NO_LORA
-) -> int:
+def planned(memory: Memory, kernel: Kernel, parallel: Parallel, tokens: int, lora: Lora = NO_LORA) -> int:
     """Return the same by planning/memory.py."""
     run = replace(_run_of(memory, kernel, parallel, tokens), lora=lora)
     backend = "cudnn" if kernel.cudnn else "flash"

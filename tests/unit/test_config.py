@@ -93,8 +93,14 @@ MODEL = {
         (["optim.weight_decay=nan"], "optim.weight_decay=nan must be 0 or more"),
         (["lora.rank=-1"], "expected a whole number"),
         (["lora.rank=8", "lora.alpha=0"], "lora.alpha=0.0 must be a positive number"),
-        (["lora.rank=8", "lora.targets=q_proj,lm_head"], "lora.targets=lm_head: choose one of q_proj, k_proj"),
-        (["lora.rank=8", "lora.targets=q_proj,q_proj"], "lora.targets=q_proj,q_proj must name each linear once"),
+        (
+            ["lora.rank=8", "lora.targets=q_proj,lm_head"],
+            "lora.targets=lm_head: choose one of q_proj, k_proj",
+        ),
+        (
+            ["lora.rank=8", "lora.targets=q_proj,q_proj"],
+            "lora.targets=q_proj,q_proj must name each linear once",
+        ),
         (["lora.train_norms=true"], "lora.train_norms and lora.train_embeddings require lora.rank above 0"),
         (
             ["lora.rank=8", "rope.type=clex", "rope.theta=1e4", "rope.original_length=16"],

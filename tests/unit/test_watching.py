@@ -56,7 +56,9 @@ def test_lines_are_appended_and_a_torn_one_is_cut_off(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() and not said
 
 
-def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     with small_disk(tmp_path / "disk", 1) as disk:
         file = MetricsFile(disk, said.append)
@@ -67,13 +69,18 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
         file.close()
         assert said == [
             f"warning: metrics.jsonl cannot be written ({disk}/metrics.jsonl cannot be written: "
-            "No space left on device); this run goes on without it"
+            "No space left on device); the run goes on without it"
         ]
+        monkeypatch.setattr(metrics, "RETRY", 0.0)
+        full = MetricsFile(disk, said.append)
+        for iteration in range(500, 900):
+            full.add("step", iteration=iteration, text="x" * 100)
+        assert len(said) == 2, "said once, however often it is tried"
         (disk / "filler").unlink()
-        again = MetricsFile(disk, said.append)
-        again.add("step", iteration=2)
-        again.close()
-        assert lines(disk)[0]["iteration"] == 1 and lines(disk)[-1]["iteration"] == 2 and len(said) == 1
+        full.add("step", iteration=2)
+        full.close()
+        assert lines(disk)[0]["iteration"] == 1 and lines(disk)[-1]["iteration"] == 2
+        assert said[2:] == ["metrics.jsonl is written again"]
 
 
 @pytest.mark.parametrize("content", [None, b"[1]\n{}\n"])
