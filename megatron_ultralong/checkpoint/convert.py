@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from math import prod
@@ -86,27 +86,12 @@ def import_hf(
     reader = HFReader(folder, base.model)
     lock = agreement.on_every_rank(lambda: _make_run_directory(out) if ranks.is_main else None)
     try:
-        chunk = _build(base.model, base.rope, ranks, parallel)
-        stored = {name: dtype or its for name, its in reader.dtypes().items()}
-        # The last stage has another copy of a tied embedding.
-        stored.setdefault(weight_mapping.OUTPUT, stored[weight_mapping.EMBEDDING])
-        streaming.drop_values(chunk, stored)
-        source = streaming.Source(
-            chunk, lambda name: reader.shard(name, ranks.tp_rank, ranks.tp, stored[name])
-        )
+        chunk = build(base.model, base.rope, ranks, parallel)
         name = hf_config.base_name(folder, base.raw)
         state = TrainingState(model=base.model, rope=base.rope, base=name)
         if ranks.is_main:
-            _print_notes(reader.notes())
-        size = sum(parameter.nbytes for parameter in chunk.parameters())
-        with tqdm(
-            desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
-        ) as bar:
-
-            def values(view: Tensor) -> Tensor:
-                bar.update(view.nbytes)
-                return source.values(view)
-
+            print_notes(reader.notes())
+        with weights_of(reader, chunk, ranks, dtype) as values:
             return saving.save(out, state, [chunk], None, AssetFolders(base=folder), values=values)
     except BaseException:
         if ranks.is_main:
@@ -141,7 +126,7 @@ def export_hf(
     rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
     state = replace(state, rope=rope)
     model, assets = state.model, checkpoint / "hf"
-    chunk = _build(model, rope, ranks, parallel)
+    chunk = build(model, rope, ranks, parallel)
     weights = streaming.StoredParameters(checkpoint, chunk, model)
     base = export_files.base_config(assets, model.family)
     shapes = weight_mapping.hf_shapes(model)
@@ -171,7 +156,7 @@ def export_hf(
 
     try:
         if writer is not None:
-            _print_notes(writer.notes)
+            print_notes(writer.notes)
         owners = _owners(list(streaming.parameters(chunk)), ranks)
         names = weight_mapping.megatron_names(model)
         with tqdm(desc="writing weights", unit="tensor", total=len(names), disable=not ranks.is_main) as bar:
@@ -208,7 +193,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     if not same_maths(hf.rope, rope, hf.model.head_dim):
         different.append(f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {rope.describe()}")
     reader = HFReader(folder, hf.model)
-    weights = streaming.StoredParameters(checkpoint, _build(hf.model, hf.rope, ranks, parallel), hf.model)
+    weights = streaming.StoredParameters(checkpoint, build(hf.model, hf.rope, ranks, parallel), hf.model)
     mine: dict[str, tuple[int, float]] = {}  # HF tensor -> elements that differ, largest difference
     their_dtypes = reader.dtypes()
     with tqdm(desc="comparing", unit="tensor", total=len(their_dtypes), disable=not ranks.is_main) as bar:
@@ -233,13 +218,45 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     return different
 
 
-def _build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel) -> torch.nn.Module:
+def build(model: Model, rope: Rope, ranks: Ranks, parallel: Parallel) -> torch.nn.Module:
     """The model with memory that is reserved, but neither used nor filled."""
     from megatron_ultralong.model import llama
 
     return llama.build(model, rope, ranks, parallel, Memory(offload="off"), "bf16", transformer_engine=False)[
         0
     ]
+
+
+@contextmanager
+def weights_of(
+    reader: HFReader,
+    chunk: torch.nn.Module,
+    ranks: Ranks,
+    dtype: torch.dtype | None,
+    vocab_rows: int | None = None,
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Move `chunk` to the meta device and yield what returns the values of a view of its parameters, read
+    from an HF directory when they are asked for; with a progress bar.
+
+    dtype: as in `import_hf`. vocab_rows: rows of the chunk's vocabulary over all ranks, where it is padded
+    further than `reader.model`'s."""
+    stored = {name: dtype or its for name, its in reader.dtypes().items()}
+    # The last stage has another copy of a tied embedding.
+    stored.setdefault(weight_mapping.OUTPUT, stored[weight_mapping.EMBEDDING])
+    streaming.drop_values(chunk, stored)
+    source = streaming.Source(
+        chunk, lambda name: reader.shard(name, ranks.tp_rank, ranks.tp, stored[name], vocab_rows)
+    )
+    size = sum(parameter.nbytes for parameter in chunk.parameters())
+    with tqdm(
+        desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
+    ) as bar:
+
+        def values(view: Tensor) -> Tensor:
+            bar.update(view.nbytes)
+            return source.values(view)
+
+        yield values
 
 
 def _owners(names: list[str], ranks: Ranks) -> dict[str, list[int]]:
@@ -284,7 +301,7 @@ def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
     return int(unequal.sum()), float((ours[unequal].double() - theirs[unequal].double()).abs().max())
 
 
-def _print_notes(lines: list[str]) -> None:
+def print_notes(lines: list[str]) -> None:
     for line in lines:
         print(f"note: {line}", file=sys.stderr, flush=True)
 
@@ -302,5 +319,5 @@ def _make_run_directory(out: Path) -> int:
         raise UserError(f"--out {out} is being written by another import; choose another") from None
     except OSError as error:
         raise atomic_files.cannot_write(f"--out {out}", error) from None
-    _print_notes(saving.remove_interrupted(out, "import"))
+    print_notes(saving.remove_interrupted(out, "import"))
     return lock
