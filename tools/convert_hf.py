@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face Llama directory to a sharded checkpoint and back, compare the two, or verify a
-checkpoint's files.
+"""Convert a Hugging Face Llama directory to a sharded checkpoint and back, or to one of Megatron-LM; compare
+the two, or verify a checkpoint's files.
 
 python tools/convert_hf.py import --hf Llama-3.1-8B-Instruct --out runs/base
 python tools/convert_hf.py export --ckpt runs/1m --out Llama-3.1-8B-1M
 torchrun --nproc-per-node 8 tools/convert_hf.py verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
 python tools/convert_hf.py check --ckpt runs/1m
+python tools/convert_hf.py export-megatron --hf Llama-3.1-8B-1M --out megatron/Llama-3.1-8B-1M
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_ultralong.runtime import cli
 COMMANDS = {
     "import": "HF directory to sharded checkpoint (training can also read the HF directory in place)",
     "export": "sharded checkpoint to HF directory",
+    "export-megatron": "HF directory to checkpoint of Megatron-LM (torch_dist), for its pretrain_gpt.py --load",
     "verify": "compare all weights bit by bit; lists the tensors that differ and exits with code 1",
     "check": "read all files of a checkpoint and compare them with its checksums; exits with code 1 where one is damaged",
 }
@@ -29,7 +31,7 @@ def arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    for name in ("import", "verify"):
+    for name in ("import", "export-megatron", "verify"):
         add[name].add_argument(
             "--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Llama directory"
         )
@@ -43,6 +45,16 @@ def arguments() -> argparse.Namespace:
     add["import"].add_argument("--out", type=Path, required=True, metavar="CKPT", help="new run directory")
     add["export"].add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory"
+    )
+    add["export-megatron"].add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new directory for Megatron-LM's --load"
+    )
+    add["export-megatron"].add_argument(
+        "--target-tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor parallel ranks of Megatron-LM: the vocabulary is padded to a multiple of 128 x N (default: 1)",
     )
     add["export"].add_argument(
         "--clex-scale",
@@ -60,13 +72,13 @@ def arguments() -> argparse.Namespace:
     add["export"].add_argument(
         "--adapter", action="store_true", help="with lora.rank: write the adapters alone, as PEFT reads them"
     )
-    for name in ("import", "export"):
+    for name in ("import", "export", "export-megatron"):
         add[name].add_argument(
             "--dtype",
             choices=("bf16", "fp16", "fp32"),
             help="dtype of the weights written (default: each as it is stored)",
         )
-    for name in ("import", "export", "verify"):
+    for name in ("import", "export", "export-megatron", "verify"):
         add[name].add_argument(
             "--tp", type=int, help="tensor parallel ranks of the conversion, independent of the checkpoint's"
         )
@@ -84,11 +96,13 @@ def main() -> int:
     from megatron_ultralong.checkpoint.hf import dtypes
     from megatron_ultralong.checkpoint.hf.config import read_config
     from megatron_ultralong.checkpoint.hf.writer import check_output
+    from megatron_ultralong.checkpoint.megatron_lm.export import export_megatron
 
     if args.command == "check":
         return _check(args.ckpt)
-    if args.command == "export":
+    if args.command in ("export", "export-megatron"):
         check_output(args.out)
+    if args.command == "export":
         model = training_state.read(run_directory.resolve(args.ckpt)).model
     else:
         model = read_config(args.hf).model
@@ -101,6 +115,10 @@ def main() -> int:
         elif args.command == "import":
             dtype = dtypes.DTYPES.get(args.dtype)
             lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
+        elif args.command == "export-megatron":
+            dtype = dtypes.DTYPES.get(args.dtype)
+            out, notes = export_megatron(args.hf, args.out, ranks, parallel, args.target_tp, dtype)
+            lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         elif args.adapter:
             out, notes = convert.export_adapter(args.ckpt, args.out, args.base and str(args.base))
             lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from math import prod
@@ -29,6 +29,7 @@ from megatron_ultralong.checkpoint import (
     streaming,
     training_state,
 )
+from megatron_ultralong.checkpoint.exported_weights import MergedWeights, StoredWeights, build
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf import dtypes, export_files
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders, copy_assets, write_assets
@@ -37,12 +38,10 @@ from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
 from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.max_position import note as max_position_note
 from megatron_ultralong.checkpoint.training_state import TrainingState
-from megatron_ultralong.config import Memory, Model, Parallel, Runtime, check_model_layout
+from megatron_ultralong.config import Model, Parallel, Runtime, check_model_layout
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
-from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_config import client_warnings
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
@@ -94,27 +93,12 @@ def import_hf(
     reader = HFReader(folder, base.model)
     lock = agreement.on_every_rank(lambda: _make_run_directory(out) if ranks.is_main else None)
     try:
-        chunk = _build(base.model, base.rope, ranks, parallel)
-        stored = {name: dtype or its for name, its in reader.dtypes().items()}
-        # The last stage has another copy of a tied embedding.
-        stored.setdefault(weight_mapping.OUTPUT, stored[weight_mapping.EMBEDDING])
-        streaming.drop_values(chunk, stored)
-        source = streaming.Source(
-            chunk, lambda name: reader.shard(name, ranks.tp_rank, ranks.tp, stored[name])
-        )
+        chunk = build(base.model, base.rope, ranks, parallel)
         name = hf_config.base_name(folder, base.raw)
         state = TrainingState(model=base.model, rope=base.rope, base=name)
         if ranks.is_main:
-            _print_notes(reader.notes())
-        size = sum(parameter.nbytes for parameter in chunk.parameters())
-        with tqdm(
-            desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
-        ) as bar:
-
-            def values(view: Tensor) -> Tensor:
-                bar.update(view.nbytes)
-                return source.values(view)
-
+            print_notes(reader.notes())
+        with weights_of(reader, chunk, ranks, dtype) as values:
             return saving.save(out, state, [chunk], None, AssetFolders(base=folder), values=values)
     except BaseException:
         if ranks.is_main:
@@ -158,10 +142,10 @@ def export_hf(
     rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
     state = replace(state, rope=rope)
     model, assets = state.model, checkpoint / "hf"
-    weights: _Weights = (
-        _Stored(checkpoint, model, rope, ranks, parallel)
+    weights: StoredWeights | MergedWeights = (
+        StoredWeights(checkpoint, model, rope, ranks, parallel)
         if base_model is None
-        else _Merged(checkpoint, state, base_model, ranks, parallel)
+        else MergedWeights(checkpoint, state, base_model, ranks, parallel)
     )
     base = export_files.base_config(assets, model.family)
     shapes = weight_mapping.hf_shapes(model)
@@ -191,7 +175,7 @@ def export_hf(
 
     try:
         if writer is not None:
-            _print_notes(writer.notes)
+            print_notes(writer.notes)
         names = weight_mapping.megatron_names(model)
         with tqdm(desc="writing weights", unit="tensor", total=len(names), disable=not ranks.is_main) as bar:
             for name, shards in weights:
@@ -259,7 +243,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     if not same_maths(hf.rope, rope, hf.model.head_dim):
         different.append(f"config.json: RoPE is {hf.rope.describe()}; in the checkpoint {rope.describe()}")
     reader = HFReader(folder, hf.model)
-    weights = streaming.StoredParameters(checkpoint, _build(hf.model, hf.rope, ranks, parallel), hf.model)
+    weights = streaming.StoredParameters(checkpoint, build(hf.model, hf.rope, ranks, parallel), hf.model)
     mine: dict[str, tuple[int, float]] = {}  # HF tensor -> elements that differ, largest difference
     their_dtypes = reader.dtypes()
     with tqdm(desc="comparing", unit="tensor", total=len(their_dtypes), disable=not ranks.is_main) as bar:
@@ -284,113 +268,36 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     return different
 
 
-def _build(
-    model: Model, rope: Rope, ranks: Ranks, parallel: Parallel, lora: Lora | None = None
-) -> torch.nn.Module:
-    """The model with memory that is reserved, but neither used nor filled."""
-    from megatron_ultralong.model import llama
+@contextmanager
+def weights_of(
+    reader: HFReader,
+    chunk: torch.nn.Module,
+    ranks: Ranks,
+    dtype: torch.dtype | None,
+    vocab_rows: int | None = None,
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Move `chunk` to the meta device and yield what returns the values of a view of its parameters, read
+    from an HF directory when they are asked for; with a progress bar.
 
-    memory = Memory(offload="off")
-    return llama.build(
-        model, rope, ranks, parallel, memory, "bf16", transformer_engine=False, lora=lora or Lora()
-    )[0]
+    dtype: as in `import_hf`. vocab_rows: rows of the chunk's vocabulary over all ranks, where it is padded
+    further than `reader.model`'s."""
+    stored = {name: dtype or its for name, its in reader.dtypes().items()}
+    # The last stage has another copy of a tied embedding.
+    stored.setdefault(weight_mapping.OUTPUT, stored[weight_mapping.EMBEDDING])
+    streaming.drop_values(chunk, stored)
+    source = streaming.Source(
+        chunk, lambda name: reader.shard(name, ranks.tp_rank, ranks.tp, stored[name], vocab_rows)
+    )
+    size = sum(parameter.nbytes for parameter in chunk.parameters())
+    with tqdm(
+        desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
+    ) as bar:
 
+        def values(view: Tensor) -> Tensor:
+            bar.update(view.nbytes)
+            return source.values(view)
 
-class _Stored:
-    """The weights of a checkpoint. Iterating, once and on every rank, yields (Megatron's name, shards in TP
-    order on rank 0, none on the others)."""
-
-    def __init__(self, checkpoint: Path, model: Model, rope: Rope, ranks: Ranks, parallel: Parallel) -> None:
-        self._chunk, self._model, self._ranks = _build(model, rope, ranks, parallel), model, ranks
-        self._weights = streaming.StoredParameters(checkpoint, self._chunk, model)
-        self.dtypes = self._weights.dtypes
-        """By Megatron's names."""
-
-    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
-        owners = _owners(list(streaming.parameters(self._chunk)), self._ranks)
-        for name, shard in self._weights:
-            shape = weight_mapping.shard_shape(name, self._model, self._ranks.tp)
-            yield name, _gather(shard, owners[name], shape, self.dtypes[name], self._ranks)
-
-    def final(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor, by Hugging Face's name, as it is exported."""
-        return tensor
-
-
-class _Merged:
-    """The weights of a model with adapters merged; an interface as `_Stored`'s. Rank 0 reads the model."""
-
-    def __init__(
-        self, checkpoint: Path, state: TrainingState, folder: Path, ranks: Ranks, parallel: Parallel
-    ) -> None:
-        """UserError, on every rank, where the adapters were trained with another model."""
-        config = hf_config.read_config(folder)
-        for one in fields(Model):
-            ours, theirs = getattr(state.model, one.name), getattr(config.model, one.name)
-            if ours != theirs and one.name != "init_std":
-                raise UserError(f"--base {folder}: {one.name} is {theirs}, but the adapters need {ours}")
-        self._reader, self._model, self._ranks = HFReader(folder, state.model), state.model, ranks
-        self.dtypes = self._reader.dtypes()
-        self._check(checkpoint, state, folder, parallel)
-        self._trained = adapters.read(checkpoint, state)
-
-    def _check(self, checkpoint: Path, state: TrainingState, folder: Path, parallel: Parallel) -> None:
-        run, ranks = state.stored_run(), self._ranks
-        assert run is not None
-        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-        chunk = _build(state.model, state.rope, ranks, parallel, run.lora)
-        streaming.drop_values(chunk, dict.fromkeys(streaming.parameters(chunk), dtype))
-        source = streaming.Source(
-            chunk, lambda name: self._reader.shard(name, ranks.tp_rank, ranks.tp, dtype)
-        )
-        if adapters.frozen_sum([chunk], source.values) != state.frozen_weights:
-            raise UserError(
-                f"--base {folder} is not the model that the adapters of {checkpoint} were trained with; give that one"
-            )
-
-    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
-        for name in weight_mapping.megatron_names(self._model):
-            yield name, [self._reader.shard(name, 0, 1, self.dtypes[name])] if self._ranks.is_main else []
-        self._reader.close()
-
-    def final(self, name: str, tensor: Tensor) -> Tensor:
-        return self._trained.merged(name, tensor)
-
-
-_Weights = _Stored | _Merged
-
-
-def _owners(names: list[str], ranks: Ranks) -> dict[str, list[int]]:
-    """Parameter name -> the ranks that hold its shards, in TP order. names: of this rank's parameters."""
-    owners: dict[str, list[int]] = {}
-    for rank, (tp_rank, held) in enumerate(agreement.gather((ranks.tp_rank, names))):
-        for name in held:
-            owners.setdefault(name, [0] * ranks.tp)[tp_rank] = rank
-    return owners
-
-
-def _gather(
-    mine: Tensor | None, owners: list[int], shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
-) -> list[Tensor]:
-    """The shards of one parameter in TP order, on rank 0; an empty list on the others. mine: this rank's."""
-    if not ranks.is_main:
-        if ranks.rank in owners:
-            assert mine is not None
-            torch.distributed.send(_bytes(mine), dst=0)
-        return []
-    shards = []
-    for owner in owners:
-        shard = mine if owner == 0 and mine is not None else torch.empty(shape, dtype=dtype)
-        if owner != 0:
-            torch.distributed.recv(_bytes(shard), src=owner)
-        shards.append(shard)
-    return shards
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's memory as uint8, which gloo can send for any dtype."""
-    assert tensor.is_contiguous()
-    return tensor.view(-1).view(torch.uint8)
+        yield values
 
 
 def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
@@ -402,7 +309,7 @@ def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
     return int(unequal.sum()), float((ours[unequal].double() - theirs[unequal].double()).abs().max())
 
 
-def _print_notes(lines: list[str]) -> None:
+def print_notes(lines: list[str]) -> None:
     for line in lines:
         print(f"note: {line}", file=sys.stderr, flush=True)
 
@@ -420,5 +327,5 @@ def _make_run_directory(out: Path) -> int:
         raise UserError(f"--out {out} is being written by another import; choose another") from None
     except OSError as error:
         raise atomic_files.cannot_write(f"--out {out}", error) from None
-    _print_notes(saving.remove_interrupted(out, "import"))
+    print_notes(saving.remove_interrupted(out, "import"))
     return lock

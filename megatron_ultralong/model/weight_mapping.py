@@ -176,15 +176,18 @@ def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {hf: shape for name in megatron_names(model) for hf, shape in _hf_shapes_of(name, model).items()}
 
 
-def shard_shape(name: str, model: Model, tp: int) -> tuple[int, ...]:
-    """Shape of Megatron parameter `name` on each of `tp` ranks."""
+def shard_shape(name: str, model: Model, tp: int, vocab_rows: int | None = None) -> tuple[int, ...]:
+    """Shape of Megatron parameter `name` on each of `tp` ranks. vocab_rows: rows of the embedding over all of
+    them, where it is padded further than here."""
     split, shapes = _row(name, model)[0].split, list(_hf_shapes_of(name, model).values())
     if split == "replicated":
         return shapes[0]
     if split == "columns":
         return shapes[0][0], shapes[0][1] // tp
     rows = sum(shape[0] for shape in shapes)
-    return (padded_vocab_size(rows, tp) if split == "vocabulary" else rows) // tp, *shapes[0][1:]
+    if split == "vocabulary":
+        rows = vocab_rows or padded_vocab_size(rows, tp)
+    return rows // tp, *shapes[0][1:]
 
 
 def is_replicated(name: str, model: Model) -> bool:
@@ -247,12 +250,12 @@ class Piece:
     """Its place in this rank's shard."""
 
 
-def pieces(name: str, model: Model, tp_rank: int, tp: int) -> list[Piece]:
+def pieces(name: str, model: Model, tp_rank: int, tp: int, vocab_rows: int | None = None) -> list[Piece]:
     """List the blocks that Megatron parameter `name` on `tp_rank` of `tp` consists of.
 
     Together they fill the shard, except for padding rows of the vocabulary, which are zero; over all ranks
-    they cover every HF tensor. UserError where `model` does not divide by `tp`; KeyError for a name the model
-    lacks.
+    they cover every HF tensor. vocab_rows: as in `shard_shape`. UserError where `model` does not divide by
+    `tp`; KeyError for a name the model lacks.
     """
     check_model_layout(model, Parallel(tp=tp))
     split, shapes = _row(name, model)[0].split, _hf_shapes_of(name, model)
@@ -264,7 +267,9 @@ def pieces(name: str, model: Model, tp_rank: int, tp: int) -> list[Piece]:
     blocks, place = [], 0
     for group in range(tp_rank * groups, (tp_rank + 1) * groups):
         for hf, shape in shapes.items():
-            length = padded_vocab_size(shape[0], tp) if split == "vocabulary" else shape[dim]
+            length = shape[dim]
+            if split == "vocabulary":
+                length = vocab_rows or padded_vocab_size(length, tp)
             size = length // (tp * groups)
             start, stop = min(group * size, shape[dim]), min((group + 1) * size, shape[dim])
             if start < stop:  # otherwise the rank holds nothing but padding

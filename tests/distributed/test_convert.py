@@ -433,18 +433,39 @@ def command(*args: object) -> processes.CompletedProcess[str]:
     return processes.run([sys.executable, ROOT / "tools" / "convert_hf.py", *args], capture_output=True)
 
 
+def hub_cache(folder: Path, cache: Path) -> Path:
+    """Move the files of `folder` into a cache of the hub's form and return the snapshot: links, relative to
+    themselves, to files of other names."""
+    blobs, snapshot = (
+        cache / "models--org--tiny" / "blobs",
+        cache / "models--org--tiny" / "snapshots" / "1a2b",
+    )
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    folder.rmdir()
+    return snapshot
+
+
 def test_command_there_and_back(tmp_path):
     expected = save_base(tmp_path / "base", TIED_3_KV, torch.bfloat16, "30KB")
+    base = hub_cache(tmp_path / "base", tmp_path / "cache")
+    assert len(list(base.glob("*.safetensors"))) > 1 and all(file.is_symlink() for file in base.iterdir())
     interrupted = [tmp_path / "ckpt" / ".iter_0000000.partial-killed", tmp_path / ".out.partial-killed"]
     for folder in interrupted:
         folder.mkdir(parents=True)
         (folder / "large").write_text("what a killed process left")
-    done = command("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt")
+    done = command("import", "--hf", base, "--out", tmp_path / "ckpt")
     note = "note: removed what an interrupted {} had left (2.6e-08 GB)"
     assert note.format(f"import to {tmp_path / 'ckpt'}") in done.stderr.splitlines()
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'ckpt' / 'iter_0000000'}\n", (
         done.stderr
     )
+    stored = tmp_path / "ckpt" / "iter_0000000"
+    assert training_state.read(stored).base == "org/tiny"
+    assert not any(file.is_symlink() for file in stored.rglob("*")) and (stored / "hf" / "LICENSE").is_file()
     done = command("export", "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     assert note.format(f"export to {tmp_path / 'out'}") in done.stderr.splitlines()
@@ -468,6 +489,14 @@ def test_command_refuses_in_one_line(tmp_path):
         (
             ("export", "--ckpt", tmp_path / "base", "--out", tmp_path / "out"),
             "contains no complete checkpoint",
+        ),
+        (
+            ("export-megatron", "--hf", tmp_path / "base", "--out", tmp_path / "out"),
+            "Megatron-LM cannot express this model's RoPE (llama3, theta 10,000, factor 4 over 32 positions",
+        ),
+        (
+            ("export-megatron", "--hf", tmp_path / "base", "--out", tmp_path / "base"),
+            "base already exists and is not an empty directory",
         ),
     ):
         done = command(*args)

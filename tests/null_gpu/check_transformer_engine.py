@@ -21,11 +21,13 @@ if not transformer_engine_stub.FOLDER.exists():
 transformer_engine_stub.install()
 
 from megatron_ultralong.checkpoint import saving, sharded, tensor_sums
+from megatron_ultralong.checkpoint.megatron_lm.export import export_megatron
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Memory, Model, Parallel, Runtime
 from megatron_ultralong.model import llama, spec, weight_mapping
 from megatron_ultralong.rope.methods import Unscaled
 from megatron_ultralong.runtime import launch
+from tests.tiny import hf_model
 
 PLAIN = Model(hidden_size=256, ffn_size=512, layers=2, heads=4, kv_heads=2, head_dim=64, vocab_size=500)
 MODELS = {
@@ -115,3 +117,26 @@ def test_checkpoints(
         if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
             continue  # its halves are joined by a kernel
         torch.testing.assert_close(x.detach().cpu(), values[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["plain", "qwen3"])
+def test_has_all_that_megatron_lm_loads(ranks: Any, name: str, tmp_path: Path) -> None:
+    """Its GPTModel has a state of TransformerEngine for every module, and does not load without one."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    model = replace(MODELS[name], qkv_bias=False, attention_output_bias=False)
+    hf_model(model).save_pretrained(tmp_path / "hf")
+    export_megatron(tmp_path / "hf", tmp_path / "out", ranks, Parallel())
+    config = llama.transformer_config(model, Parallel(), Memory(recompute="none"), "bf16")
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+    gpt = GPTModel(config, spec, 512, 64, position_embedding_type="rope")
+    requested = {"model": gpt.sharded_state_dict()}
+    _, unused, missing = dist_checkpointing.load(
+        requested, str(tmp_path / "out" / "release"), strict=StrictHandling.RETURN_ALL
+    )
+    assert not missing
+    # Asked for by Megatron-Core before 0.15.
+    assert unused == {"decoder.layers.self_attention.core_attention._extra_state"}

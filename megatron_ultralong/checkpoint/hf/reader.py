@@ -93,10 +93,14 @@ class HFReader:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._files[name]}: {name} cannot be read: {error}") from None
 
-    def shard(self, name: str, tp_rank: int, tp_size: int, dtype: torch.dtype) -> Tensor:
-        """Read Megatron parameter `name` on `tp_rank` of `tp_size`: CPU, in `dtype`."""
-        shard = torch.zeros(weight_mapping.shard_shape(name, self.model, tp_size), dtype=dtype, device="cpu")
-        for piece in weight_mapping.pieces(name, self.model, tp_rank, tp_size):
+    def shard(
+        self, name: str, tp_rank: int, tp_size: int, dtype: torch.dtype, vocab_rows: int | None = None
+    ) -> Tensor:
+        """Read Megatron parameter `name` on `tp_rank` of `tp_size`: CPU, in `dtype`. vocab_rows: as in
+        `weight_mapping.shard_shape`."""
+        shape = weight_mapping.shard_shape(name, self.model, tp_size, vocab_rows)
+        shard = torch.zeros(shape, dtype=dtype, device="cpu")
+        for piece in weight_mapping.pieces(name, self.model, tp_rank, tp_size, vocab_rows):
             block = self.read(piece.hf, piece.source)
             if self.model.tied_embeddings and piece.hf == HF_EMBEDDING and HF_OUTPUT in self._files:
                 self._check_tied(block, piece.source)

@@ -22,7 +22,7 @@ from megatron_ultralong.rope.llama3 import Llama3
 from megatron_ultralong.rope.plain import Unscaled
 from megatron_ultralong.rope.yarn import YaRN, mscale
 
-_NUMBERS: dict[str, float | None] = {  # with their defaults
+NUMBERS: dict[str, float | None] = {
     "rotary_base": 10000,
     "rotary_percent": 1,
     "rope_scaling_factor": 8,
@@ -39,6 +39,7 @@ _NUMBERS: dict[str, float | None] = {  # with their defaults
     "hidden_size": None,
     "num_attention_heads": None,
 }
+"""Arguments that are numbers, with their defaults."""
 _WHOLE = (
     "yarn_original_max_position_embeddings",
     "max_position_embeddings",
@@ -47,13 +48,14 @@ _WHOLE = (
     "hidden_size",
     "num_attention_heads",
 )
-_FLAGS = {
+FLAGS = {
     "use_rope_scaling": False,
     "use_rotary_position_embeddings": False,
     "rotary_interleaved": False,
     "multi_latent_attention": False,
     "yarn_correction_range_round_to_int": True,
 }
+"""Arguments that are true or false, with their defaults."""
 _WORDS = ("position_embedding_type", "no_rope_freq")
 _STATE_ROPE = ("rotary_base", "use_rope_scaling", "position_embedding_type", "use_rotary_position_embeddings")
 
@@ -78,9 +80,9 @@ def parse(text: str) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name == "no_yarn_correction_range_round_to_int":
             values["yarn_correction_range_round_to_int"] = False
-        elif name in _FLAGS:
+        elif name in FLAGS:
             values[name] = True
-        elif name in _NUMBERS or name in _WORDS:
+        elif name in NUMBERS or name in _WORDS:
             values[name] = value
     return values
 
@@ -193,7 +195,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).removeprefix("--").replace("-", "_")
         inner = _flat(value) if isinstance(value, Mapping) else {name: value}
-        for known in inner.keys() & {*_NUMBERS, *_FLAGS, *_WORDS}:
+        for known in inner.keys() & {*NUMBERS, *FLAGS, *_WORDS}:
             if known in flat and flat[known] != inner[known]:
                 raise UserError(f"{known} is stated as {flat[known]} and as {inner[known]}; remove one")
             flat[known] = inner[known]
@@ -209,10 +211,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         )
     checked: dict[str, Any] = dict.fromkeys(_WORDS)
     checked.update({name: values[name] for name in _WORDS if values.get(name)})
-    for name, default in _NUMBERS.items():
+    for name, default in NUMBERS.items():
         stated = values.get(name)
         checked[name] = default if stated is None else _number(name, stated)
-    for name, flag in _FLAGS.items():
+    for name, flag in FLAGS.items():
         stated = values.get(name)
         checked[name] = flag if stated is None else stated
         if not isinstance(checked[name], bool):

@@ -39,11 +39,14 @@ def _directory(folder: Path, name: Path) -> list[RopeSource]:
     if (folder / "config.json").is_file():
         return [_hugging_face(atomic_files.read_json(folder / "config.json"), name)]
     if not any((folder / file).is_file() for file in ("run.json", "common.pt")):
-        if not run_directory.complete_checkpoints(folder):
+        if run_directory.complete_checkpoints(folder):
+            folder = run_directory.resolve(folder)
+        elif (folder / "release" / "metadata.json").is_file():  # Megatron-LM's name for converted weights
+            folder = folder / "release"
+        else:
             raise UserError(
                 f"{name} has no config.json, run.json, common.pt or complete iter_* folder; {_EXPECTED}"
             )
-        folder = run_directory.resolve(folder)
     if (folder / "run.json").is_file():
         return [_checkpoint(folder, name)]
     return megatron_arguments.read(megatron_checkpoint.stored_arguments(folder / "common.pt"), name)
