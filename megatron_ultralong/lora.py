@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from megatron_ultralong.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_ultralong.config import Model
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Part = Literal["a", "b"]
@@ -66,7 +63,22 @@ class Lora:
         return self.alpha / self.rank
 
 
-def shapes(target: Target, model: Model, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+class Sizes(Protocol):
+    """What of a model's shape (config.Model) its adapters depend on."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def ffn_size(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def shapes(target: Target, model: Sizes, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the shapes of A and B of the adapter of a linear."""
     h, q, kv = model.hidden_size, model.heads * model.head_dim, model.kv_heads * model.head_dim
     rows, columns = {
@@ -99,7 +111,7 @@ def peft_name(target: Target, layer: int, which: Part) -> str:
     return f"base_model.model.{hf_linear(target, layer)}.lora_{which.upper()}.weight"
 
 
-def parameters(model: Model, lora: Lora, tp: int) -> int:
+def parameters(model: Sizes, lora: Lora, tp: int) -> int:
     """Return the number of adapter parameters of one layer on each of `tp` ranks."""
     count = 0
     for target in lora.targets:
