@@ -375,6 +375,10 @@ class Run:
             self.micro_batches(p.dp)
         if self.lora.rank and self.rope is not None and self.rope.draws_positions:
             raise UserError(f"lora.rank={self.lora.rank} requires another rope.type than {self.rope.type}")
+        if self.lora.rank and self.train.load_optimizer:
+            raise UserError(
+                "train.load_optimizer=true takes the moments of all weights; with lora.rank only adapters have any"
+            )
         if self.model is not None:
             check_model_layout(self.model, p)
 

@@ -74,6 +74,8 @@ def find(
     elif load_hf is not None:
         source = _from_hf(run, load_hf, tokenizer)
     elif run.model is not None:
+        if run.lora.rank:
+            raise UserError("lora.rank trains adapters of a model: give --load-hf DIR or --load CKPT")
         stated = run.rope or Unscaled(original_length=run.train.seq_length)
         state = TrainingState(
             model=run.model, rope=stated.for_length(None, run.train.seq_length), base=run.base

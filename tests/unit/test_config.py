@@ -102,6 +102,7 @@ MODEL = {
             "lora.targets=q_proj,q_proj must name each linear once",
         ),
         (["lora.train_norms=true"], "lora.train_norms and lora.train_embeddings require lora.rank above 0"),
+        (["lora.rank=8", "train.load_optimizer=true"], "with lora.rank only adapters have any"),
         (
             ["lora.rank=8", "rope.type=clex", "rope.theta=1e4", "rope.original_length=16"],
             "lora.rank=8 requires another rope.type than clex",

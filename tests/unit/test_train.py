@@ -108,6 +108,11 @@ REFUSED: list[tuple[str, int, str]] = [
         2,
         "recipe tiny_extend starts from a model: give --load-hf DIR or --load CKPT",
     ),
+    (
+        "--recipe tiny --set lora.rank=4 train.seq_length=32 --data {}/rows",
+        1,
+        "lora.rank trains adapters of a model: give --load-hf DIR or --load CKPT",
+    ),
     # Layouts.
     (
         "--recipe tiny_extend --set train.seq_length=66 rope.factor=8 --load-hf {}/base --data {}/rows",
