@@ -51,6 +51,18 @@ class _Layers(TransformerBlock):
             self.final_layernorm = norm
 
 
+class _WithGradient(torch.autograd.Function):
+    """x as a tensor that has a gradient, which nobody keeps: that of a leaf would stay, and so would x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, nothing: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """A model chunk's place in the pipeline, and its layers."""
@@ -140,7 +152,8 @@ class Llama(LanguageModule):
         self.store.begin_forward()
         hidden = self.embedding(tokens, None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden.requires_grad_()  # frozen embedding: recomputed layers need an input with a gradient
+            # A frozen embedding: recomputed layers need an input with a gradient.
+            hidden = _WithGradient.apply(hidden, torch.empty(0, device=hidden.device, requires_grad=True))
         # Wrapped, so that no reference here keeps the embeddings alive while the layers run.
         states, hidden = None if hidden is None else WrappedTensor(hidden), None
         hidden = self.decoder(

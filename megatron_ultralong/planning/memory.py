@@ -168,6 +168,10 @@ def saved_per_layer(run: Run, model: Model) -> dict[str, int]:
         per_token["activations"] = (
             3 * h * e + (q + kv + q + 2 * kv + q) * e + model.heads * 4 + 3 * model.ffn_size * e
         )
+        if run.lora.rank and "down_proj" not in run.lora.targets:
+            per_token["activations"] -= (
+                model.ffn_size * e
+            )  # kept for the gradient of the second linear's weight
         if model.qk_norm:
             per_token["activations"] += 4 * (model.heads + model.kv_heads)  # 1 / rms of each head
     return {name: size * tokens // tp for name, size in per_token.items()}
