@@ -23,6 +23,7 @@ CONSTANT = {"schedule": "constant"}
 INF, NOT_ITS_SQUARES = float("inf"), 1e30
 
 
+@pytest.mark.complete
 def test_bad_steps(tmp_path: Path) -> None:
     run_ranks(_bad_steps, 2, str(tmp_path))
 

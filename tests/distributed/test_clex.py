@@ -39,6 +39,7 @@ LAYOUTS: tuple[tuple[Parallel, Memory], ...] = (
 
 
 @pytest.mark.slow
+@pytest.mark.complete
 def test_network_gradient_and_resume(tmp_path: Path) -> None:
     run_ranks(_ranks, 4, str(tmp_path))
 

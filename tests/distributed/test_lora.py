@@ -70,6 +70,7 @@ def hf_values(reference: Any, gradients: bool = False) -> dict[str, torch.Tensor
 
 
 @pytest.mark.slow
+@pytest.mark.complete
 def test_equals_peft() -> None:
     run_ranks(_equals_peft, 4)
 

@@ -37,10 +37,16 @@ MEMORY = (
 
 
 @pytest.mark.slow
-def test_every_layout_equals_transformers() -> None:
-    """TP x PP x CP in {1, 2}, interleaved too; data parallel ranks fill up."""
-    run_ranks(_layouts, 4)
+def test_the_largest_layout_equals_transformers() -> None:
+    """TP 2 x PP 2 x CP 2, interleaved too."""
     run_ranks(_layouts, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.complete
+def test_every_layout_equals_transformers() -> None:
+    """TP x PP x CP in {1, 2} but the largest, interleaved too; data parallel ranks fill up."""
+    run_ranks(_layouts, 4)
 
 
 def _layouts(rank: int, world: int) -> None:
@@ -119,6 +125,7 @@ STARTS = (
 
 
 @pytest.mark.slow
+@pytest.mark.complete
 def test_packed_documents_and_all_ways() -> None:
     run_ranks(_packed, 4)
 

@@ -155,6 +155,7 @@ CASES: dict[str, tuple[Memory, Model, Parallel]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.complete
 def test_plans_are_what_is_counted() -> None:
     run_ranks(_plans, 1)
 

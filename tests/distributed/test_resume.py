@@ -29,7 +29,7 @@ S, BATCH = 32, 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.complete), "bf16"])
 def test_resume(tmp_path: Path, precision: str) -> None:
     run_ranks(_resume, 4, str(tmp_path), precision)
 

@@ -8,6 +8,7 @@ from tests.faults import kills
 
 
 @pytest.mark.slow
+@pytest.mark.complete
 def test_a_few_faults() -> None:
     lines: list[str] = []
     assert kills.run(2, 5, lines.append, layouts=("tp2",)) >= 2

@@ -75,6 +75,7 @@ def ended(out: Path) -> list[str]:
     return [event["row"] for event in events(out) if event["event"] in ("row", "failed")]
 
 
+@pytest.mark.complete
 def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
     """kill -9 in the middle of a work; the next call measures only what is missing. The extension's tools run
     without `NOT_NEEDED`."""
