@@ -106,9 +106,18 @@ def hf_linear(target: Target, layer: int) -> str:
     return f"model.layers.{layer}.{inside}.{target}"
 
 
+PEFT_PREFIX = "base_model.model."
+"""Before Hugging Face's names of a model's tensors in PEFT's files."""
+
+
+def peft_tensor(linear: str, which: Part) -> str:
+    """PEFT's name of A or B of a linear, given by Hugging Face's name without `.weight`."""
+    return f"{PEFT_PREFIX}{linear}.lora_{which.upper()}.weight"
+
+
 def peft_name(target: Target, layer: int, which: Part) -> str:
     """PEFT's name of A or B in adapter_model.safetensors."""
-    return f"base_model.model.{hf_linear(target, layer)}.lora_{which.upper()}.weight"
+    return peft_tensor(hf_linear(target, layer), which)
 
 
 def parameters(model: Sizes, lora: Lora, tp: int) -> int:

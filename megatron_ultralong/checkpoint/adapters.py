@@ -42,10 +42,8 @@ class Trained:
         rank B A, computed in float32 and rounded once."""
         if name in self.weights:
             return self.weights[name].to(weight.dtype)
-        a, b = (
-            self.adapters.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{which}.weight")
-            for which in "AB"
-        )
+        linear = name.removesuffix(".weight")
+        a, b = (self.adapters.get(lora.peft_tensor(linear, which)) for which in lora.PARTS)
         if a is None or b is None:
             return weight
         product = b.float() @ a.float()
@@ -134,7 +132,7 @@ def write_peft(
         "inference_mode": True,
     }
     tensors = dict(trained.adapters)
-    tensors |= {f"base_model.model.{name}": tensor for name, tensor in trained.weights.items()}
+    tensors |= {f"{lora.PEFT_PREFIX}{name}": tensor for name, tensor in trained.weights.items()}
     try:
         (folder / "adapter_config.json").write_text(to_json(values), encoding="utf-8")
         (folder / "adapter_model.safetensors").write_bytes(
