@@ -23,7 +23,7 @@ help:
 	@echo "make demo         extend a small Llama model 8x on this machine's CPU and evaluate it (sets up first)"
 	@echo "make test         the test suite without the cases marked complete (sets up first)"
 	@echo "make test-latest  all of it, on Python 3.12 with the newest supported megatron-core"
-	@echo "make test-clients exports read by other versions of transformers and by vLLM, in .venv-clients"
+	@echo "make test-clients exports in other versions of transformers, vLLM and llama.cpp, in .venv-clients"
 	@echo "make check        ruff (format and rules) and mypy"
 	@echo "make venv         only the set-up of $(VENV) from setup.py and constraints.txt"
 	@echo "make clean        remove build files and caches; $(VENV), $(VENV_LATEST) and runs/ are kept"
@@ -47,6 +47,7 @@ test-latest: venv-latest
 # A client that cannot be installed is skipped, with the reason in one line.
 test-clients: venv
 	@$(foreach client,$(CLIENTS),$(call set_up_client,$(client));)
+	@$(call set_up_llama_cpp)
 	$(VENV)/bin/python -m pytest -rs tests/clients $(ARGS)
 
 check: venv
@@ -96,4 +97,18 @@ if [ "$$(cat $$dir/set-up 2>/dev/null)" != "$$want" ]; then \
       > "$$($$dir/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/base.pth"; then \
     echo "$$want" > $$dir/set-up; \
   else echo "skipped: $(1): $$(grep ERROR $$dir/log | tail -n 1)"; rm -f $$dir/set-up; fi; fi
+endef
+
+# llama.cpp is in the source archive of llama-cpp-python, with the Python files that load it; only its library is compiled.
+define set_up_llama_cpp
+dir=.venv-clients/llama.cpp; want=$$(cat tests/clients/llama.cpp.archive); \
+if [ -f $$dir/set-up ] && [ "$$(cat $$dir/library 2>/dev/null)" != "$$want" ]; then \
+  echo "compiling llama.cpp (minutes, once)"; rm -rf $$dir/source; mkdir $$dir/source; \
+  if $(VENV)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $$dir/source "$$want" >$$dir/log 2>&1 && \
+    tar -xzf $$dir/source/*.tar.gz -C $$dir/source --strip-components 1 && \
+    cmake -S $$dir/source/vendor/llama.cpp -B $$dir/source/build -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+      -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+      -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DGGML_OPENMP=OFF -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=ON >>$$dir/log 2>&1 && \
+    cmake --build $$dir/source/build --target llama --parallel 2 >>$$dir/log 2>&1; then echo "$$want" > $$dir/library; \
+  else echo "skipped: llama.cpp: $$(tail -n 1 $$dir/log)"; rm -f $$dir/set-up; fi; fi
 endef

@@ -9,10 +9,11 @@ from typing import Any
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_block import HFBlock
+from megatron_ultralong.rope.longrope import LongRoPE
 from megatron_ultralong.rope.methods import HF_METHODS
 from megatron_ultralong.rope.ntk import DynamicNTK
 from megatron_ultralong.rope.plain import Unscaled
-from megatron_ultralong.rope.yarn import YaRN
+from megatron_ultralong.rope.yarn import YaRN, mscale
 
 
 def to_hf(rope: Rope, max_position: int, head_dim: int) -> dict[str, Any]:
@@ -67,6 +68,29 @@ def client_warnings(rope: Rope) -> list[str]:
         lines.append(
             "vLLM (0.32.0 tested) uses the long factors for sequences of every length; for short sequences start a second "
             f"server with --max-model-len {rope.original()}"
+        )
+    return lines + _llama_cpp_warnings(rope)
+
+
+def _llama_cpp_warnings(rope: Rope) -> list[str]:
+    tested = "llama.cpp (that of llama-cpp-python 0.3.36 tested)"
+    if isinstance(rope, DynamicNTK | LongRoPE):
+        return [
+            f"{tested} applies no scaling to rope_type={rope.hf_type} on a Llama; serve with transformers"
+            + (" or vLLM" if isinstance(rope, LongRoPE) else "")
+        ]
+    if not isinstance(rope, YaRN) or rope.ramp != "dimension":
+        return []
+    lines = []
+    if not rope.truncate:
+        lines.append(
+            f"{tested} ignores rope.truncate=false and computes other frequencies; serve with transformers or vLLM"
+        )
+    own = mscale(rope.scale())
+    if rope.multiplier() != own:
+        lines.append(
+            f"{tested} ignores attention_factor={rope.multiplier():g} and takes {own:.7g}; start it with "
+            f"--override-kv llama.rope.scaling.attn_factor=float:{rope.multiplier() / own:.9g}"
         )
     return lines
 

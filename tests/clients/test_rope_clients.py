@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,16 +26,14 @@ from megatron_ultralong.rope.methods import (
     Unscaled,
     YaRN,
 )
-
-HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / ".venv-clients"
-if not ENVIRONMENTS.is_dir():
-    pytest.skip("no environments of clients here: make test-clients", allow_module_level=True)
+from tests.clients.environments import installed, probe, require
 
 HEAD_DIM, ORIGINAL, SHORT, EXTENDED = 64, 8192, 1000, 65536
 LONG = tuple(1.0 + 39.0 * (i / 31) ** 2 for i in range(32))
 FEW = tuple(1.0 + 2.0 * (i / 31) ** 2 for i in range(32))
 DIMENSION = YaRN(ramp="dimension", factor=8.0, beta=32.0)
+# Those whose rotary classes can be called.
+ROTARY_CLIENTS = ("transformers-4.51", "transformers-4.56", "transformers", "vllm")
 EXPORTS: dict[str, Rope] = {
     "none": Unscaled(),
     "theta": ChangedBase(theta=1.28e8),
@@ -56,12 +52,6 @@ EXPORTS: dict[str, Rope] = {
     "longrope": LongRoPE(factor=8.0, factors=LONG),
     "longrope, two tables": LongRoPE(factor=8.0, factors=LONG, short_factors=FEW, attention_factor=1.2),
 }
-CLIENTS = {
-    "transformers-4.51": "4.51.3",
-    "transformers-4.56": "4.56.2",
-    "transformers": "5.23.0",
-    "vllm": "0.32.0",
-}
 
 
 def extended(rope: Rope) -> int:
@@ -73,17 +63,10 @@ def requests(rope: Rope) -> list[tuple[int, int]]:
     return [(SHORT, SHORT), (extended(rope), extended(rope)), (SHORT, extended(rope))]
 
 
-def installed(client: str) -> bool:
-    return client == "transformers" or (ENVIRONMENTS / client / "set-up").is_file()
-
-
 @functools.cache
-def probe(client: str) -> dict[str, list]:
+def computed(client: str) -> dict[str, list]:
     """What the client computes for each of EXPORTS; skips where it is not installed."""
-    python = ENVIRONMENTS / client / "bin" / "python" if client != "transformers" else Path(sys.executable)
-    if not installed(client):
-        pytest.skip(f"{client} is not installed, see {ENVIRONMENTS.name}/{client}/log")
-    script = HERE / f"probe_{client.split('-')[0]}.py"
+    require(client)
     model = Model(hidden_size=128, ffn_size=8, layers=1, heads=2, kv_heads=1, head_dim=HEAD_DIM, vocab_size=8)
     with tempfile.TemporaryDirectory() as folder:
         lengths = {}
@@ -96,11 +79,8 @@ def probe(client: str) -> dict[str, list]:
             lengths[str(path)] = requests(rope)
         file = Path(folder, "requests.json")
         file.write_text(json.dumps(lengths))
-        done = subprocess.run([python, script, file], capture_output=True, text=True, cwd=folder, timeout=300)
-    assert not done.returncode, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["version"].split("+")[0] == CLIENTS[client]
-    return dict(zip(EXPORTS, found["results"].values()))
+        results = probe(client, f"probe_{client.split('-')[0]}.py", file)
+    return dict(zip(EXPORTS, results.values()))
 
 
 def frequencies(rope: Rope, length: int) -> torch.Tensor:
@@ -129,9 +109,9 @@ def known_difference(client: str, rope: Rope, prompt: int, total: int) -> tuple[
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", ROTARY_CLIENTS)
 def test_client_computes_what_was_trained_or_the_named_difference(client, name):
-    rope, results = EXPORTS[name], probe(client)[name]
+    rope, results = EXPORTS[name], computed(client)[name]
     for (prompt, total), result in zip(requests(rope), results):
         trained = rope.inverse_frequencies(HEAD_DIM, total)
         expected = known_difference(client, rope, prompt, total) or trained
@@ -155,9 +135,9 @@ def test_client_computes_what_was_trained_or_the_named_difference(client, name):
 def test_every_difference_has_a_warning_and_every_warning_a_difference(name):
     rope = EXPORTS[name]
     different = set()
-    clients_here = {client for client in CLIENTS if installed(client)}
+    clients_here = {client for client in ROTARY_CLIENTS if installed(client)}
     for client in clients_here:
-        for (_, total), result in zip(requests(rope), probe(client)[name]):
+        for (_, total), result in zip(requests(rope), computed(client)[name]):
             found = torch.tensor([float.fromhex(x) for x in result["inv_freq"]])
             trained = rope.inverse_frequencies(HEAD_DIM, total)
             if (

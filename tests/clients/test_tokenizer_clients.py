@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,34 @@ from transformers import AutoTokenizer
 
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf.assets import write_assets
-from tests.clients.test_rope_clients import CLIENTS, ENVIRONMENTS, HERE, installed
+from tests.clients.environments import CLIENTS, ROOT, probe
 
-BASE = HERE.parents[1] / "examples" / "demo" / "base"
+BASE = ROOT / "examples" / "demo" / "base"
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 TEMPLATE = (
-    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
 )
+
+
+def conversation(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+CONVERSATIONS = [
+    conversation("Hi", "Hello"),
+    conversation("What is the pass key of Anna?", "12345", "And of Hans?", "67890", "Both?"),
+    conversation("Who?", "Me.", system="You are terse."),
+    conversation("  spaces around  ", "\n\nlines around\n"),
+    conversation("zürich 東京 \U0001f600", "é"),
+    conversation("a\nb\n\nc\t d", "one\r\ntwo"),
+    conversation("", ""),
+    conversation("x" * 300, "y " * 200),
+    conversation("{{ messages }} {% if %} </s> [INST]", '"quoted" \\ and {braces}'),
+    conversation("0", "1", "2", "3", "4", "5", "6", "7", system=""),
+]
 REQUESTS = {
     "texts": [
         "Anna is in Rome. 1234 <extra> <|end_of_text|>",
@@ -28,8 +48,13 @@ REQUESTS = {
         "zürich 東京",
         "",
     ],
-    "chats": [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <extra>"}]],
+    "chats": [*CONVERSATIONS, conversation("Hi", "Hello <extra>")],
 }
+
+
+def rendered(chat: list[dict[str, str]]) -> str:
+    """What TEMPLATE makes of a conversation."""
+    return "".join(f"{BOS}{turn['role']}: {turn['content'].strip()}{EOS}" for turn in chat)
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +73,16 @@ def exported(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("client", [name for name in CLIENTS if name != "vllm"])
+@pytest.mark.parametrize("client", [name for name in CLIENTS if name.startswith("transformers")])
 def test_tokenizer_and_template(client, exported, tmp_path):
-    if not installed(client):
-        pytest.skip(f"{client} is not installed, see {ENVIRONMENTS.name}/{client}/log")
-    python = sys.executable if client == "transformers" else ENVIRONMENTS / client / "bin" / "python"
     requests = tmp_path / "requests.json"
     requests.write_text(json.dumps(REQUESTS))
-    command = [python, HERE / "probe_tokenizer.py", exported, requests]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert not done.returncode, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["version"].split("+")[0] == CLIENTS[client]
+    results = probe(client, "probe_tokenizer.py", exported, requests)
 
     from tokenizers import Tokenizer
 
-    backend, results = Tokenizer.from_file(str(exported / "tokenizer.json")), found["results"]
+    backend = Tokenizer.from_file(str(exported / "tokenizer.json"))
     assert results["ids"] == [backend.encode(text).ids for text in REQUESTS["texts"]]
     assert results["decoded"] == REQUESTS["texts"]
-    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
-    assert results["chats"] == [f"{bos}user: Hi{eos}{bos}assistant: Hello <extra>{eos}"]
-    assert results["special"] == [backend.token_to_id(token) for token in (bos, eos, "<extra>")]
+    assert results["chats"] == [rendered(chat) for chat in REQUESTS["chats"]]
+    assert results["special"] == [backend.token_to_id(token) for token in (BOS, EOS, "<extra>")]

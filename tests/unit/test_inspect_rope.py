@@ -262,12 +262,18 @@ def test_gguf_scaling(tmp_path):
         write_hf(tmp_path / "yarn", scaling),
     ]
     assert close(*sources) == [[0, 1], [2, 3], [4, 5]]
+    # A factor that convert_hf_to_gguf.py writes and llama.cpp does not use, and the one that it uses.
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 32768.0}
+    written = write_gguf(tmp_path / "written.gguf", arch="qwen3", yarn_attn_factor=1.0, **keys)
+    assert close(yarn, written) == [[0, 1]]
+    used = computed(write_gguf(tmp_path / "used.gguf", attn_factor=2.0, **keys))[0].attention_factor
+    assert used == pytest.approx(2 * (0.1 * math.log(4) + 1))
     both = write_gguf(tmp_path / "both.gguf", llama3_divisors(), type="linear", factor=2.0)
     assert computed(both)[0].ratios[-1] == 16 and "times 2" in computed(both)[0].source.describe()
 
 
 def test_refused_gguf(tmp_path):
-    assert "qwen2" in refused(write_gguf(tmp_path / "qwen.gguf", arch="qwen2"))
+    assert "qwen2moe" in refused(write_gguf(tmp_path / "qwen.gguf", arch="qwen2moe"))
     assert "96" in refused(write_gguf(tmp_path / "short.gguf", [1.0] * 48 + [2.0] * 48))
     broken = tmp_path / "broken.gguf"
     broken.write_bytes((tmp_path / "qwen.gguf").read_bytes()[:40])

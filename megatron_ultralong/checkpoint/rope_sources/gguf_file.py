@@ -1,4 +1,4 @@
-"""RoPE of a GGUF file, as llama.cpp computes it for the architecture llama.
+"""RoPE of a GGUF file, as llama.cpp computes it for the architectures of the supported families.
 
 Unless rope.scaling.type says otherwise, frequencies are divided by rope.scaling.factor and by the tensor
 rope_freqs.weight (float32 [D/2]), in which converters write Llama-3.1's scaling. llama.cpp multiplies angles
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""The prefix of a file's keys; Mistral's is llama."""
+
 _ORIGINAL = "rope.scaling.original_context_length"
 _KEYS = (
     "context_length",
@@ -37,7 +40,6 @@ _KEYS = (
     "rope.scaling.factor",
     _ORIGINAL,
     "rope.scaling.attn_factor",
-    "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
@@ -70,15 +72,17 @@ def _open(file: Path) -> GGUFReader:
 
 def _read(reader: GGUFReader, file: Path) -> RopeSource:
     architecture = _value(reader, "general.architecture")
-    if architecture != "llama":
-        raise UserError(f"general.architecture={architecture}; only llama is supported")
-    keys = {key: _value(reader, f"llama.{key}") for key in _KEYS}
+    if architecture not in _ARCHITECTURES:
+        raise UserError(
+            f"general.architecture={architecture} is not supported (supported: {', '.join(_ARCHITECTURES)})"
+        )
+    keys = {key: _value(reader, f"{architecture}.{key}") for key in _KEYS}
     tables = {
         tensor.name: tuple(float(x) for x in tensor.data)
         for tensor in reader.tensors
         if tensor.name in _TENSORS
     }
-    context = int(checked_number(keys, "context_length", "llama"))
+    context = int(checked_number(keys, "context_length", "GGUF"))
     rope, method = _rope(keys, tables, context)
     divided = "rope_freqs.weight" in tables
     return RopeSource(
@@ -94,12 +98,12 @@ def _read(reader: GGUFReader, file: Path) -> RopeSource:
 
 def _rope(keys: dict[str, Any], tables: dict[str, tuple[float, ...]], context: int) -> tuple[Rope, str]:
     """(RoPE, its description where the method has no name of its own). context: tokens."""
-    theta = checked_number(keys, "rope.freq_base", "llama", 10000.0)
-    original = int(checked_number(keys, _ORIGINAL, "llama", context))
+    theta = checked_number(keys, "rope.freq_base", "GGUF", 10000.0)
+    original = int(checked_number(keys, _ORIGINAL, "GGUF", context))
     kind = keys["rope.scaling.type"] or "linear"
     old_factor = keys["rope.scale_linear"] or None
-    factor = checked_number({"factor": keys["rope.scaling.factor"] or old_factor}, "factor", "llama", 1.0)
-    attention_factor = checked_number(keys, "rope.scaling.attn_factor", "llama", 1.0)
+    factor = checked_number({"factor": keys["rope.scaling.factor"] or old_factor}, "factor", "GGUF", 1.0)
+    attention_factor = checked_number(keys, "rope.scaling.attn_factor", "GGUF", 1.0)
     divisors = tables.get("rope_freqs.weight")
     long, short = (tables.get(f"rope_factors_{name}.weight") for name in ("long", "short"))
     if kind not in ("none", "linear", "yarn", "longrope"):
@@ -137,17 +141,16 @@ def _rope(keys: dict[str, Any], tables: dict[str, tuple[float, ...]], context: i
 def _yarn(keys: dict[str, Any], theta: float, original: int, factor: float) -> Rope:
     if keys["rope.scaling.yarn_ext_factor"] not in (None, 1.0) or keys["rope.scaling.yarn_log_multiplier"]:
         raise UserError("rope.scaling.yarn_ext_factor and yarn_log_multiplier are not supported")
-    attention_factor = mscale(factor)
-    for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
-        attention_factor *= checked_number(keys, key, "llama", 1.0)
+    # yarn_attn_factor, in which convert_hf_to_gguf.py writes an attention_factor, has no effect in llama.cpp.
+    attention_factor = mscale(factor) * checked_number(keys, "rope.scaling.attn_factor", "GGUF", 1.0)
     is_default = attention_factor in (1.0, mscale(factor))
     return YaRN(
         theta=theta,
         factor=factor,
         original_length=original,
         ramp="dimension",
-        alpha=checked_number(keys, "rope.scaling.yarn_beta_slow", "llama", 1.0),
-        beta=checked_number(keys, "rope.scaling.yarn_beta_fast", "llama", 32.0),
+        alpha=checked_number(keys, "rope.scaling.yarn_beta_slow", "GGUF", 1.0),
+        beta=checked_number(keys, "rope.scaling.yarn_beta_fast", "GGUF", 32.0),
         temperature=attention_factor != 1.0,
         attention_factor=None if is_default else attention_factor,
     )
@@ -156,7 +159,7 @@ def _yarn(keys: dict[str, Any], theta: float, original: int, factor: float) -> R
 def _head_dim(keys: dict[str, Any]) -> int | None:
     for key in ("rope.dimension_count", "attention.key_length"):
         if keys[key] is not None:
-            return int(checked_number(keys, key, "llama"))
+            return int(checked_number(keys, key, "GGUF"))
     if keys["embedding_length"] and keys["attention.head_count"]:
         return int(keys["embedding_length"] // keys["attention.head_count"])
     return None
