@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.runtime import cli, memory, signals
+from megatron_ultralong.runtime import cli, memory
 from megatron_ultralong.runtime.heartbeat import Heartbeat
 
 
@@ -52,9 +51,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
     UserError where the device is not available or the ranks do not fit the layout.
     """
     cli.quiet()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A torchrun that is killed would leave its ranks running, beside those of the next one.
-        signals.at_parents_end(signal.SIGTERM)
+    cli.end_with_torchrun()
     device = pick_device(runtime.device)
     world = world_size()
     dp = parallel.data_parallel(world)

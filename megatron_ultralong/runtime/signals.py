@@ -1,9 +1,7 @@
-"""SIGTERM and SIGUSR1 as requests to stop between two iterations, after a checkpoint; a signal at a parent's
-end."""
+"""SIGTERM and SIGUSR1 as requests to stop between two iterations, after a checkpoint."""
 
 from __future__ import annotations
 
-import ctypes
 import signal
 from typing import Any
 
@@ -37,14 +35,3 @@ class StopRequest:
         if agreement.first_rank_where(self._received, device) is not None:
             StopRequest.stopped = True
         return StopRequest.stopped
-
-
-_PR_SET_PDEATHSIG = 1
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
-
-
-def at_parents_end(number: signal.Signals) -> None:
-    """Have Linux send this process a signal when the thread that started it ends, or its whole process.
-    Without effect elsewhere."""
-    if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)

@@ -18,8 +18,8 @@ from tests.clients.environments import CLIENTS, ROOT, probe
 BASE = ROOT / "examples" / "demo" / "base"
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 TEMPLATE = (
-    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
 )
 
 
@@ -54,7 +54,7 @@ REQUESTS = {
 
 def rendered(chat: list[dict[str, str]]) -> str:
     """What TEMPLATE makes of a conversation."""
-    return "".join(f"{BOS}{turn['role']}: {turn['content'].strip()}{EOS}" for turn in chat)
+    return "".join(f"{BOS}{turn['role']}\n{turn['content']}{EOS}" for turn in chat)
 
 
 @pytest.fixture(scope="module")

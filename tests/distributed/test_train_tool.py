@@ -3,6 +3,7 @@ against plain torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -300,6 +301,23 @@ def test_torchrun_stops_and_goes_on_in_another_layout(
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert not alive and tool.finish() == -signal.SIGKILL
         assert saved(save)[-1] > end + 1
+
+    # Also while they still import torch, and have joined nothing.
+    with Tool(inputs, save, "train.iterations=100000", *settings, ranks=2) as tool:
+        ranks = _ranks_that_import_torch(tool)
+        tool.send(signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=20)
+        assert not alive and tool.finish() == -signal.SIGKILL
+
+
+def _ranks_that_import_torch(tool: Tool) -> list[psutil.Process]:
+    while tool.process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
+            ranks = psutil.Process(tool.process.pid).children()
+            maps = [Path(f"/proc/{rank.pid}/maps").read_text() for rank in ranks]
+            if len(ranks) == 2 and all("libtorch" in text for text in maps):
+                return ranks
+    raise AssertionError(tool.errors())
 
 
 # ---- a full disk -------------------------------------------------------------------------------

@@ -356,7 +356,11 @@ def test_documents_name_files_that_exist():
     folders = (PACKAGE, *(ROOT / name for name in ("tests", "docs", "tools", "examples")))
     files = [path for folder in folders for path in folder.rglob("*.*")] + list(ROOT.glob("*.*"))
     known = {"/".join(path.relative_to(ROOT).parts[i:]) for path in files for i in range(5)}
-    others = {"src/prompt.py", "pretrain_gpt.py", "convert_hf_to_gguf.py"}  # of other projects; NAME stands for a new file
+    others = {
+        "src/prompt.py",
+        "pretrain_gpt.py",
+        "convert_hf_to_gguf.py",
+    }  # of other projects; NAME stands for a new file
     for path in DOCUMENTS:
         named = set(re.findall(r"`([a-z_][\w/.-]*\.(?:py|md|sh))`", path.read_text(encoding="utf-8")))
         assert not sorted(name for name in named - known - others if "NAME" not in name), path
