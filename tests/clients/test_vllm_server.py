@@ -1,5 +1,5 @@
-"""An export served by vLLM on this machine: its limit, its chat template, and the answers of `evaluate.py`, as
-with plain transformers."""
+"""An export served by vLLM on this machine: its limit, its chat template, and the answers of `evaluate.py`
+as with plain transformers."""
 
 from __future__ import annotations
 
