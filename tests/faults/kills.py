@@ -37,6 +37,10 @@ FAULTS = ("kill a rank", "kill torchrun", "kill all", "terminate", "halt a rank"
 MOMENTS = ("start-up", "step", "save", "evaluation")
 HALT = 3.0
 """Seconds for which a rank is halted."""
+TIMEOUT_MINUTES = 2
+"""A rank that is stopped before its first sign of life ends the run after this."""
+ENDED_WITHIN = 60 * TIMEOUT_MINUTES + 30
+"""Seconds after a fault in which all processes of a run end."""
 
 
 @dataclass
@@ -101,7 +105,7 @@ def _tool(inputs: Path, save: Path, layout: str) -> Tool:
         f"train.eval_every={EVAL_EVERY}",
         "train.deterministic=false",
         "runtime.hang_minutes=0.5",
-        "runtime.timeout_minutes=2",  # a rank that is stopped before its first beat ends the run after this
+        f"runtime.timeout_minutes={TIMEOUT_MINUTES}",
     )
     return Tool(inputs, save, *settings, more=("--valid", str(inputs / "valid")), ranks=2, timeout=600)
 
@@ -188,14 +192,16 @@ def _merge(told: Disturbed, losses: dict[int, float]) -> None:
 
 
 def check(told: Disturbed, expected: dict[int, float]) -> None:
-    """ValueError where a loss is not that of the undisturbed run, or more was lost than came after a
-    checkpoint that was being written."""
+    """ValueError where a loss is not that of the undisturbed run, more was lost than came after a checkpoint
+    that was being written, or processes went on for too long after a fault."""
     if told.losses != expected:
         different = [n for n in expected if told.losses.get(n) != expected[n]]
         raise ValueError(f"{told.layout}, {told.faults}: other losses at iterations {different}")
     # A checkpoint is complete before the next one begins.
     if max(told.lost, default=0) > 2 * SAVE_EVERY:
         raise ValueError(f"{told.layout}, {told.faults}: {max(told.lost)} iterations lost")
+    if max(told.ended_after, default=0) > ENDED_WITHIN:
+        raise ValueError(f"{told.layout}, {told.faults}: ended only after {max(told.ended_after):.0f} s")
 
 
 def run(faults: int, seed: int, say: Callable[[str], None], layouts: tuple[str, ...] = tuple(LAYOUTS)) -> int:

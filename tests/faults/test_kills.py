@@ -25,6 +25,9 @@ def test_what_counts_as_survived() -> None:
             kills.check(told, expected)
     with pytest.raises(ValueError, match="iteration 3: loss 1.2 instead of 1.0"):
         kills._merge(told, {3: 1.2})
+    told.ended_after.append(kills.ENDED_WITHIN + 1.0)
+    with pytest.raises(ValueError, match="ended only after 151 s"):
+        kills.check(told, told.losses)
     told.lost.append(2 * kills.SAVE_EVERY + 1)
     with pytest.raises(ValueError, match="7 iterations lost"):
         kills.check(told, told.losses)
