@@ -101,14 +101,15 @@ endef
 
 # llama.cpp is in the source archive of llama-cpp-python, with the Python files that load it; only its library is compiled.
 define set_up_llama_cpp
-dir=.venv-clients/llama.cpp; want=$$(cat tests/clients/llama.cpp.archive); \
-if [ -f $$dir/set-up ] && [ "$$(cat $$dir/library 2>/dev/null)" != "$$want" ]; then \
-  echo "compiling llama.cpp (minutes, once)"; rm -rf $$dir/source; mkdir $$dir/source; \
-  if $(VENV)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $$dir/source "$$want" >$$dir/log 2>&1 && \
-    tar -xzf $$dir/source/*.tar.gz -C $$dir/source --strip-components 1 && \
-    cmake -S $$dir/source/vendor/llama.cpp -B $$dir/source/build -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+dir=.venv-clients/llama.cpp-source; want="$$(cat tests/clients/llama.cpp.archive) $(CURDIR)"; \
+if [ "$$(cat $$dir/built 2>/dev/null)" != "$$want" ]; then \
+  echo "compiling llama.cpp (minutes, once)"; rm -rf $$dir; mkdir -p $$dir; \
+  if ! command -v cmake c++ >$$dir/log; then echo "skipped: llama.cpp: cmake and c++ are needed" ; \
+  elif { $(VENV)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $$dir \
+      -r tests/clients/llama.cpp.archive && tar -xzf $$dir/*.tar.gz -C $$dir --strip-components 1 && \
+    cmake -S $$dir/vendor/llama.cpp -B $$dir/build -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
       -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-      -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DGGML_OPENMP=OFF -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=ON >>$$dir/log 2>&1 && \
-    cmake --build $$dir/source/build --target llama --parallel 2 >>$$dir/log 2>&1; then echo "$$want" > $$dir/library; \
-  else echo "skipped: llama.cpp: $$(tail -n 1 $$dir/log)"; rm -f $$dir/set-up; fi; fi
+      -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DGGML_OPENMP=OFF -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=ON && \
+    cmake --build $$dir/build --target llama --parallel 2; } >$$dir/log 2>&1; then echo "$$want" > $$dir/built; \
+  else echo "skipped: llama.cpp: $$(tail -n 1 $$dir/log)"; fi; fi
 endef

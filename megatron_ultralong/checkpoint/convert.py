@@ -42,7 +42,7 @@ from megatron_ultralong.config import Model, Parallel, Runtime, check_model_layo
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.model import weight_mapping
-from megatron_ultralong.rope.hf_config import client_warnings
+from megatron_ultralong.rope.client_notes import client_notes
 from megatron_ultralong.rope.methods import same_maths
 from megatron_ultralong.runtime import agreement, launch
 from megatron_ultralong.runtime.launch import Ranks
@@ -185,7 +185,7 @@ def export_hf(
     finally:
         if writer is not None:
             writer.abandon()
-    return out, [*max_position_note(length, base), *client_warnings(rope)]
+    return out, [*max_position_note(length, base), *client_notes(rope, model.family)]
 
 
 def export_adapter(checkpoint: Path, out: Path, base_model: str | None = None) -> tuple[Path, list[str]]:

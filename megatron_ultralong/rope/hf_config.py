@@ -9,11 +9,8 @@ from typing import Any
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_block import HFBlock
-from megatron_ultralong.rope.longrope import LongRoPE
 from megatron_ultralong.rope.methods import HF_METHODS
-from megatron_ultralong.rope.ntk import DynamicNTK
 from megatron_ultralong.rope.plain import Unscaled
-from megatron_ultralong.rope.yarn import YaRN, mscale
 
 
 def to_hf(rope: Rope, max_position: int, head_dim: int) -> dict[str, Any]:
@@ -22,7 +19,7 @@ def to_hf(rope: Rope, max_position: int, head_dim: int) -> dict[str, Any]:
 
     They are written in the style of transformers 4, which transformers 5 reads identically; writing
     `rope_parameters` as well would let the two diverge when edited. llama3 is read correctly since
-    transformers 4.44, yarn since 4.51 (earlier versions ignore its original length), yarn with truncate=false
+    transformers 4.43, yarn since 4.51 (earlier versions ignore its original length), yarn with truncate=false
     since 4.55. UserError for settings that config.json cannot express.
     """
     if max_position < 1:
@@ -36,63 +33,6 @@ def to_hf(rope: Rope, max_position: int, head_dim: int) -> dict[str, Any]:
             f"max_position_embeddings={max_position} must be {of} = {exact} to export rope.type={rope.type}"
         )
     return {"max_position_embeddings": max_position, **rope.to_hf(max_position, head_dim)}
-
-
-def client_warnings(rope: Rope) -> list[str]:
-    """One line per client that computes something else from an export of `rope` than it was trained with:
-    client, versions, what to do. `make test-clients` runs the clients and checks these lines."""
-    lines = []
-    if isinstance(rope, YaRN) and rope.ramp == "dimension":
-        if not rope.truncate:
-            lines.append(
-                "transformers below 4.55 ignores rope.truncate=false and computes other frequencies; serve with 4.55 or later"
-            )
-        if rope.scale() * rope.original() != rope.covered_length():
-            lines.append(
-                "transformers 4.51 to 4.55 takes max_position_embeddings / original length as the factor, which differs from "
-                f"{rope.scale():g} x {rope.original()}; serve with 4.56 or later"
-            )
-    if rope.depends_on_length():
-        safe = f"at most {rope.original()} tokens in all"
-        if not isinstance(rope, DynamicNTK):
-            safe += ", or prompts longer than that"
-        lines.append(
-            "transformers (4.51 to 5.23 tested) keeps cached keys with the frequencies of a shorter sequence while one grows "
-            f"past {rope.original()} tokens; generate {safe}"
-        )
-    if isinstance(rope, DynamicNTK):
-        lines.append(
-            "vLLM (0.32.0 tested) applies no scaling to rope_type=dynamic on a Llama; serve with transformers"
-        )
-    elif rope.depends_on_length():
-        lines.append(
-            "vLLM (0.32.0 tested) uses the long factors for sequences of every length; for short sequences start a second "
-            f"server with --max-model-len {rope.original()}"
-        )
-    return lines + _llama_cpp_warnings(rope)
-
-
-def _llama_cpp_warnings(rope: Rope) -> list[str]:
-    tested = "llama.cpp (that of llama-cpp-python 0.3.36 tested)"
-    if isinstance(rope, DynamicNTK | LongRoPE):
-        return [
-            f"{tested} applies no scaling to rope_type={rope.hf_type} on a Llama; serve with transformers"
-            + (" or vLLM" if isinstance(rope, LongRoPE) else "")
-        ]
-    if not isinstance(rope, YaRN) or rope.ramp != "dimension":
-        return []
-    lines = []
-    if not rope.truncate:
-        lines.append(
-            f"{tested} ignores rope.truncate=false and computes other frequencies; serve with transformers or vLLM"
-        )
-    own = mscale(rope.scale())
-    if rope.multiplier() != own:
-        lines.append(
-            f"{tested} ignores attention_factor={rope.multiplier():g} and takes {own:.7g}; start it with "
-            f"--override-kv llama.rope.scaling.attn_factor=float:{rope.multiplier() / own:.9g}"
-        )
-    return lines
 
 
 def from_hf(config: Mapping[str, Any]) -> Rope:

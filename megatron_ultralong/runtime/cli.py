@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from megatron_ultralong.errors import UserError, first_line
 
-_PARENT = os.getppid()
+_STARTED = (os.getpid(), os.getppid())
 _PR_SET_PDEATHSIG = 1
 
 
@@ -69,11 +69,14 @@ def end_with_torchrun() -> None:
     A torchrun that is killed would leave its ranks running beside those of the next one. To be called before
     torch is imported, which takes seconds: a rank that lost its torchrun waits minutes for the other ranks.
     """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if "TORCHELASTIC_RUN_ID" not in os.environ or prctl is None:
+    if prctl is None:
         return
     prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != _PARENT:  # it has ended already
+    process, parent = _STARTED  # another process where this module was imported before a fork
+    if process == os.getpid() and parent != os.getppid():  # torchrun has ended already
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -27,7 +27,9 @@ if not ENVIRONMENTS.is_dir():
 
 
 def installed(client: str) -> bool:
-    return client == "transformers" or (ENVIRONMENTS / client / "set-up").is_file()
+    if client == "llama.cpp" and not (folder("llama.cpp-source") / "built").is_file():
+        return False
+    return client == "transformers" or (folder(client) / "set-up").is_file()
 
 
 def require(client: str) -> Path:

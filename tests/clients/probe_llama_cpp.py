@@ -1,9 +1,9 @@
 """Prints the logits of llama.cpp for Hugging Face directories, as JSON; probe_llama_cpp.py requests.json.
 
-requests.json: {"source": DIR, "models": {NAME: {"folder": DIR, "override": {KEY: NUMBER}}}, "tokens": [...]}.
+requests.json: {"source": DIR, "models": {NAME: {"folder": DIR, "options": {NAME: NUMBER}}}, "tokens": [...]}.
 source: the unpacked archive of llama-cpp-python, with llama.cpp built in it. Each directory is converted by
-llama.cpp's convert_hf_to_gguf.py; "override" holds GGUF keys to change when loading (--override-kv). For each
-model: float32 logits of the last tokens, base64.
+llama.cpp's convert_hf_to_gguf.py. options: those of llama-server, --yarn-beta-fast and -slow by name and
+--override-kv by key. For each model: float32 logits of the last tokens, base64.
 """
 
 import base64
@@ -28,7 +28,7 @@ def convert(llama_cpp: Path, folder: Path) -> Path:
     return file
 
 
-def logits(file: Path, tokens: list[int], override: dict[str, float]) -> bytes:
+def logits(file: Path, tokens: list[int], options: dict[str, float]) -> bytes:
     from llama_cpp import Llama
 
     model = Llama(
@@ -40,7 +40,9 @@ def logits(file: Path, tokens: list[int], override: dict[str, float]) -> bytes:
         type_k=F32,
         type_v=F32,
         flash_attn=False,
-        kv_overrides=override or None,
+        kv_overrides={key: value for key, value in options.items() if "." in key} or None,
+        yarn_beta_fast=options.get("yarn-beta-fast", -1.0),
+        yarn_beta_slow=options.get("yarn-beta-slow", -1.0),
         n_threads=1,
         n_threads_batch=1,
         verbose=False,
@@ -62,7 +64,7 @@ def main() -> None:
         file = Path(model["folder"], "model.gguf")
         if not file.exists():
             convert(llama_cpp, file.parent)
-        results[name] = base64.b64encode(logits(file, requests["tokens"], model["override"])).decode()
+        results[name] = base64.b64encode(logits(file, requests["tokens"], model["options"])).decode()
     print(json.dumps({"version": bindings.__version__, "results": results}))
 
 

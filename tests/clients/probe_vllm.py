@@ -3,7 +3,8 @@ probe_vllm.py requests.json.
 
 requests.json as for probe_transformers.py; the server's max_model_len is the largest length of a directory's
 requests. For each request: "inv_freq" as `_compute_inv_freq` returned them, divided by the factor of a linear
-scaling; "rows": {position: the row of the table of cos and sin that this position uses}, float32.
+scaling; "rows": {position: the row of the table of cos and sin that this position uses}, float32;
+"max_model_len": the limit of a server that is started without one.
 """
 
 import json
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import vllm
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
 from vllm.transformers_utils.config import get_config
 
@@ -63,7 +64,13 @@ def main() -> None:
         for folder, lengths in json.loads(Path(sys.argv[1]).read_text()).items():
             rotary, _ = rotary_of(folder, max(total for _, total in lengths))
             inv_freq = [x.hex() for x in frequencies(rotary).tolist()]
-            results[folder] = [{"inv_freq": inv_freq, "rows": rows(rotary, total)} for _, total in lengths]
+            limit = ModelConfig(
+                folder, tokenizer=folder, skip_tokenizer_init=True, dtype="float32"
+            ).max_model_len
+            results[folder] = [
+                {"inv_freq": inv_freq, "rows": rows(rotary, total), "max_model_len": limit}
+                for _, total in lengths
+            ]
     print(json.dumps({"version": vllm.__version__, "results": results}))
 
 

@@ -1,5 +1,5 @@
 """What clients really compute from our exported config.json, each in its own environment (`make
-test-clients`): the trained frequencies, or exactly the difference that `client_warnings` names."""
+test-clients`): the trained frequencies, or exactly the difference that `client_notes` names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from megatron_ultralong.checkpoint.hf.config import export_config
 from megatron_ultralong.config import Model
 from megatron_ultralong.rope.base import Rope
-from megatron_ultralong.rope.hf_config import client_warnings
+from megatron_ultralong.rope.client_notes import client_notes
 from megatron_ultralong.rope.methods import (
     NTK,
     ChangedBase,
@@ -46,6 +46,7 @@ EXPORTS: dict[str, Rope] = {
     "yarn over rotations": YaRN(factor=8.0, alpha=0.5, beta=9.5),
     "yarn": dataclasses.replace(DIMENSION, temperature=True),
     "yarn without temperature": DIMENSION,
+    "yarn, beta 4": dataclasses.replace(DIMENSION, beta=4.0, temperature=True),
     "yarn, attention factor": dataclasses.replace(DIMENSION, temperature=True, attention_factor=1.1),
     "yarn, truncate=false": dataclasses.replace(DIMENSION, truncate=False),
     "yarn 7.3": dataclasses.replace(DIMENSION, factor=7.3, temperature=True),
@@ -56,6 +57,11 @@ EXPORTS: dict[str, Rope] = {
 
 def extended(rope: Rope) -> int:
     return min(rope.covered_length() or EXTENDED, EXTENDED) if rope.type != "none" else ORIGINAL
+
+
+def max_position(rope: Rope) -> int:
+    """max_position_embeddings of the export."""
+    return rope.exact_max_position() or extended(rope)
 
 
 def requests(rope: Rope) -> list[tuple[int, int]]:
@@ -73,8 +79,7 @@ def computed(client: str) -> dict[str, list]:
         for i, rope in enumerate(EXPORTS.values()):
             path = Path(folder, str(i))
             path.mkdir()
-            max_position = rope.exact_max_position() or extended(rope)
-            config = export_config(model, rope, max_position, torch.float32)
+            config = export_config(model, rope, max_position(rope), torch.float32)
             (path / "config.json").write_text(json.dumps(config))
             lengths[str(path)] = requests(rope)
         file = Path(folder, "requests.json")
@@ -108,6 +113,13 @@ def known_difference(client: str, rope: Rope, prompt: int, total: int) -> tuple[
     return None
 
 
+def served_length(rope: Rope) -> int:
+    """The limit of a vLLM server that is started without --max-model-len."""
+    if isinstance(rope, Linear | DynamicNTK):
+        return int(max_position(rope) * rope.factor)
+    return ORIGINAL if isinstance(rope, LongRoPE) else max_position(rope)
+
+
 @pytest.mark.parametrize("name", EXPORTS)
 @pytest.mark.parametrize("client", ROTARY_CLIENTS)
 def test_client_computes_what_was_trained_or_the_named_difference(client, name):
@@ -118,6 +130,7 @@ def test_client_computes_what_was_trained_or_the_named_difference(client, name):
         found = torch.tensor([float.fromhex(x) for x in result["inv_freq"]])
         assert torch.equal(found, expected[0]), (prompt, total, (found / expected[0] - 1).abs().max())
         if client == "vllm":
+            assert result["max_model_len"] == served_length(rope)
             assert result["rows"]
             for position, row in result["rows"].items():
                 angles = int(position) * expected[0]
@@ -143,6 +156,7 @@ def test_every_difference_has_a_warning_and_every_warning_a_difference(name):
             if (
                 not torch.equal(found, trained[0])
                 or result.get("attention_scaling", trained[1]) != trained[1]
+                or result.get("max_model_len", max_position(rope)) != max_position(rope)
             ):
                 different.add(client)
     # A client of 4.51 is named by a line of its own, or by the one for all versions.
@@ -152,9 +166,7 @@ def test_every_difference_has_a_warning_and_every_warning_a_difference(name):
         "transformers (4.51 to 5.23": {"transformers-4.51", "transformers-4.56", "transformers"},
         "vLLM (0.32.0": {"vllm"},
     }
-    lines = [
-        line for line in client_warnings(rope) if not line.startswith("llama.cpp (")
-    ]  # test_llama_cpp.py
+    lines = [line for line in client_notes(rope) if not line.startswith("llama.cpp (")]  # test_llama_cpp.py
     named = [set().union(*(who for key, who in clients.items() if line.startswith(key))) for line in lines]
     assert all(named), lines
     assert set().union(*named) & clients_here == different, (lines, different)

@@ -3,6 +3,7 @@ as with plain transformers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ def tool(name: str, *arguments: object) -> str:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """The demo's model with a chat template, after a few iterations at twice its length."""
+    require("vllm")
     folder = tmp_path_factory.mktemp("exported")
     base = folder / "base"
     shutil.copytree(BASE, base)
@@ -85,7 +87,12 @@ def server(exported) -> Iterator[str]:
         NAME,
     ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
@@ -103,12 +110,12 @@ def server(exported) -> Iterator[str]:
         assert answers(f"{url}/health"), log.read_text()[-3000:]
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its engine too
+        process.wait()
 
 
 def answers(url: str) -> bool:

@@ -317,6 +317,7 @@ def _ranks_that_import_torch(tool: Tool) -> list[psutil.Process]:
             maps = [Path(f"/proc/{rank.pid}/maps").read_text() for rank in ranks]
             if len(ranks) == 2 and all("libtorch" in text for text in maps):
                 return ranks
+        time.sleep(0.02)
     raise AssertionError(tool.errors())
 
 

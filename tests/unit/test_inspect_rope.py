@@ -262,9 +262,11 @@ def test_gguf_scaling(tmp_path):
         write_hf(tmp_path / "yarn", scaling),
     ]
     assert close(*sources) == [[0, 1], [2, 3], [4, 5]]
-    # A factor that convert_hf_to_gguf.py writes and llama.cpp does not use, and the one that it uses.
+    assert close(plain, write_gguf(tmp_path / "long.gguf", type="longrope")) == [[0, 1]]
+    # What convert_hf_to_gguf.py writes and llama.cpp does not use for a Qwen3, and the factor that it uses.
     keys = {"type": "yarn", "factor": 4.0, "original_context_length": 32768.0}
-    written = write_gguf(tmp_path / "written.gguf", arch="qwen3", yarn_attn_factor=1.0, **keys)
+    ignored = {"yarn_attn_factor": 1.0, "yarn_beta_fast": 4.0, "yarn_beta_slow": 2.0}
+    written = write_gguf(tmp_path / "written.gguf", arch="qwen3", **ignored, **keys)
     assert close(yarn, written) == [[0, 1]]
     used = computed(write_gguf(tmp_path / "used.gguf", attn_factor=2.0, **keys))[0].attention_factor
     assert used == pytest.approx(2 * (0.1 * math.log(4) + 1))

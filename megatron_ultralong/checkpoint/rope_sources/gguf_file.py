@@ -40,8 +40,6 @@ _KEYS = (
     "rope.scaling.factor",
     _ORIGINAL,
     "rope.scaling.attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
     "rope.scaling.yarn_log_multiplier",
 )
@@ -129,10 +127,12 @@ def _rope(keys: dict[str, Any], tables: dict[str, tuple[float, ...]], context: i
         return rope, (
             f"divisors in {name}, theta {theta:,.10g}, {len(table)} numbers from {min(table):g} to {max(table):g}{scaled}"
         )
-    if kind == "longrope":
-        raise UserError("rope.scaling.type=longrope, but rope_factors_long.weight or _short is missing")
     if attention_factor != 1:
         raise UserError(f"rope.scaling.attn_factor={attention_factor:g} with type {kind} is not supported")
+    if kind == "longrope":  # without the tables, as convert_hf_to_gguf.py writes it: no scaling
+        return Unscaled(
+            theta=theta, original_length=context
+        ), "no scaling: rope_factors_long.weight is missing"
     if factor == 1:
         return Unscaled(theta=theta, original_length=context), ""
     return Linear(theta=theta, factor=factor, original_length=original), ""
@@ -149,8 +149,9 @@ def _yarn(keys: dict[str, Any], theta: float, original: int, factor: float) -> R
         factor=factor,
         original_length=original,
         ramp="dimension",
-        alpha=checked_number(keys, "rope.scaling.yarn_beta_slow", "GGUF", 1.0),
-        beta=checked_number(keys, "rope.scaling.yarn_beta_fast", "GGUF", 32.0),
+        # llama.cpp reads yarn_beta_slow and _fast for other architectures only.
+        alpha=1.0,
+        beta=32.0,
         temperature=attention_factor != 1.0,
         attention_factor=None if is_default else attention_factor,
     )
