@@ -1,0 +1,234 @@
+"""Which context-parallel rank holds which tokens of a row of documents, where attention stays inside them.
+
+A row has S tokens, and each of CP ranks holds T = S / CP of them. A token attends to itself and the tokens
+before it in its document, so that a document of n tokens costs n (n + 1) / 2 pairs of a query and a key. The
+zigzag order (zigzag.py) cuts the row without regard to documents and passes all keys to all ranks. `place`
+makes two placements and returns the better one:
+
+    whole   Documents stay on one rank, where they send nothing, the longest first, each on the rank that has
+            least work for its tokens; one with more than a rank's tokens or share of the work is cut zigzag
+            over as few ranks as that takes. Documents that do not fit at the end fill the ranks in contiguous
+            runs. Best where documents are many.
+    mixed   Rank after rank is filled to T tokens and to its share of the work from both ends of the documents
+            sorted by length: tokens of long documents have more work than the mean, those of short ones less.
+            A part of a document is taken from both ends of what is left of it, which leaves the mean work of
+            a token as it was. Balanced to within a token, also where documents are few.
+
+Of those whose largest rank has at most `BALANCED` times the mean work, the one that passes fewer keys on is
+better. Both are functions of the lengths alone, and so the same on all ranks. A row of one document is in
+the zigzag order.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy
+
+from megatron_ultralong.errors import UserError
+
+BALANCED = 1.05
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of one document on one rank."""
+
+    begin: int
+    """Position in the row."""
+    end: int
+    """One after the last position."""
+    document: int
+    """Index in the row."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The tokens of each rank."""
+
+    runs: tuple[tuple[Run, ...], ...]
+    """Of each rank, by position; at most two of a document."""
+    work: tuple[int, ...]
+    """Pairs of a query and a key, of each rank."""
+    holders: dict[int, tuple[int, ...]]
+    """The ranks of each document that is on more than one, in order."""
+    passed: int
+    """Tokens whose keys and values go from one rank to another, over all ranks, if those of a cut document
+    make a round of its ranks."""
+
+    @property
+    def imbalance(self) -> float:
+        """Work of the largest rank over the mean."""
+        return max(self.work) * len(self.work) / sum(self.work)
+
+
+def place(document_starts: Sequence[int], seq_length: int, cp: int) -> Placement:
+    """Place the documents of a row on `cp` ranks, seq_length / cp tokens on each.
+
+    document_starts: positions in the row, ascending, the first 0. UserError where the row cannot be divided
+    by the ranks; ValueError for other starts.
+    """
+    if cp < 1 or seq_length < 1 or seq_length % cp:
+        raise UserError(f"a row of {seq_length} tokens cannot be divided by {cp} context-parallel ranks")
+    bounds = [*document_starts, seq_length]
+    if bounds[0] != 0 or any(a >= b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"document_starts must ascend from 0 and stay below {seq_length}")
+    placements = [_Whole(bounds, cp).placement(), _Mixed(bounds, cp).placement()]
+    balanced = [one for one in placements if one.imbalance <= BALANCED]
+    if balanced:
+        return min(balanced, key=lambda one: one.passed)
+    return min(placements, key=lambda one: one.imbalance)
+
+
+def pairs(begin: int, end: int) -> int:
+    """Pairs of a query and a key of the queries `begin` to `end` - 1, counted from their document's start."""
+    return (end * (end + 1) - begin * (begin + 1)) // 2
+
+
+class _Row:
+    """A row while its documents are being placed."""
+
+    def __init__(self, bounds: list[int], cp: int) -> None:
+        self.starts, self.cp = bounds[:-1], cp
+        self.lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        self.size = bounds[-1] // cp
+        self.total = sum(pairs(0, n) for n in self.lengths)
+        self.runs: list[list[Run]] = [[] for _ in range(cp)]
+        self.room, self.work = [self.size] * cp, [0] * cp
+        self.holders: dict[int, set[int]] = {}
+
+    def add(self, rank: int, document: int, begin: int, end: int) -> None:
+        """begin, end: counted from the document's start."""
+        if begin == end:
+            return
+        start = self.starts[document]
+        self.runs[rank].append(Run(start + begin, start + end, document))
+        self.room[rank] -= end - begin
+        self.work[rank] += pairs(begin, end)
+        self.holders.setdefault(document, set()).add(rank)
+
+    def finished(self) -> Placement:
+        holders = {i: tuple(sorted(ranks)) for i, ranks in sorted(self.holders.items()) if len(ranks) > 1}
+        return Placement(
+            tuple(tuple(sorted(runs)) for runs in self.runs),
+            tuple(self.work),
+            holders,
+            sum((len(ranks) - 1) * self.lengths[i] for i, ranks in holders.items()),
+        )
+
+
+class _Whole(_Row):
+    def placement(self) -> Placement:
+        order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
+        ways = {i: self._ways(self.lengths[i]) for i in order}
+        left = [i for i in order if ways[i] > 1 and not self._zigzag(i, ways[i])]
+        left += self._on_one_rank([i for i in order if ways[i] == 1])
+        self._fill(left)
+        return self.finished()
+
+    def _ways(self, n: int) -> int:
+        """Ranks for a document of n tokens."""
+        by_tokens, by_work = -(-n // self.size), -(-pairs(0, n) * self.cp // self.total)
+        return max(1, min(max(by_tokens, by_work), self.cp, n // 2))
+
+    def _zigzag(self, document: int, ways: int) -> bool:
+        """Cut a document over the ranks with the least work that have room; False where too few have."""
+        n = self.lengths[document]
+        edges = [n * i // (2 * ways) for i in range(2 * ways + 1)]
+        parts = [((edges[j], edges[j + 1]), (edges[-2 - j], edges[-1 - j])) for j in range(ways)]
+        largest = max(sum(end - begin for begin, end in part) for part in parts)
+        free = sorted((self.work[rank], rank) for rank in range(self.cp) if self.room[rank] >= largest)
+        if len(free) < ways:
+            return False
+        for rank, part in zip(sorted(rank for _, rank in free[:ways]), parts, strict=True):
+            for begin, end in part:
+                self.add(rank, document, begin, end)
+        return True
+
+    def _on_one_rank(self, documents: list[int]) -> list[int]:
+        """Place documents, longest first; return those that fit nowhere."""
+        queue = [(self._need(rank), rank) for rank in range(self.cp) if self.room[rank]]
+        heapq.heapify(queue)
+        left = []
+        for document in documents:
+            passed = []
+            while queue and self.room[queue[0][1]] < self.lengths[document]:
+                passed.append(heapq.heappop(queue))
+            if queue:
+                _, rank = heapq.heappop(queue)
+                self.add(rank, document, 0, self.lengths[document])
+                if self.room[rank]:
+                    passed.append((self._need(rank), rank))
+            else:
+                left.append(document)
+            for entry in passed:
+                heapq.heappush(queue, entry)
+        return left
+
+    def _need(self, rank: int) -> float:
+        """The less, the more work the rank's free tokens should have."""
+        return (self.work[rank] - self.total / self.cp) / self.room[rank]
+
+    def _fill(self, documents: list[int]) -> None:
+        """Fill all ranks with these documents, one after the other, in contiguous runs."""
+        ranks = deque(sorted((r for r in range(self.cp) if self.room[r]), key=lambda r: (self._need(r), r)))
+        for document in documents:
+            taken, left = [], self.lengths[document]
+            while left:
+                tokens = min(left, self.room[ranks[0]])
+                taken.append((ranks[0], tokens))
+                left -= tokens
+                if tokens == self.room[ranks[0]]:
+                    ranks.popleft()
+            begin = 0
+            for rank, tokens in reversed(taken):  # later tokens have more work
+                self.add(rank, document, begin, begin + tokens)
+                begin += tokens
+
+
+class _Mixed(_Row):
+    def placement(self) -> Placement:
+        self.left = [(0, n) for n in self.lengths]
+        """What is left of each document: begin and end, counted from its start."""
+        order = sorted(range(len(self.lengths)), key=lambda i: (self.lengths[i], i))
+        work = self.total
+        for rank in range(self.cp):
+            tokens = self._from_long(order, work / (self.cp - rank))
+            self._take(rank, order, self.size - tokens, 0)
+            self._take(rank, order, tokens, -1)
+            work -= self.work[rank]
+        return self.finished()
+
+    def _from_long(self, order: list[int], work: float) -> int:
+        """Tokens to take from the long end of what is left, so that those and the others that a rank holds,
+        from the short end, have this much work."""
+        begins, ends = numpy.array([self.left[i] for i in order], dtype=numpy.float64).T
+        tokens = numpy.cumsum([0.0, *(ends - begins)])
+        works = numpy.cumsum([0.0, *((ends - begins) * (begins + ends + 1) / 2)])
+
+        def excess(n: int) -> float:
+            """Work beyond the wanted with n tokens of the long end."""
+            short, long = numpy.interp([self.size - n, tokens[-1] - n], tokens, works)
+            return short + works[-1] - long - work
+
+        return bisect.bisect_left(range(self.size), 0.0, key=excess)
+
+    def _take(self, rank: int, order: list[int], tokens: int, at: int) -> None:
+        """Take tokens from the short (at = 0) or the long (-1) end of what is left."""
+        while tokens:
+            document = order[at]
+            begin, end = self.left[document]
+            if tokens >= end - begin:
+                self.add(rank, order.pop(at), begin, end)
+                tokens -= end - begin
+            else:
+                first, last = begin + tokens // 2, end - (tokens - tokens // 2)
+                self.add(rank, document, begin, first)
+                self.add(rank, document, last, end)
+                self.left[document] = (first, last)
+                return
