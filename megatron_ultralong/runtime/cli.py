@@ -57,6 +57,8 @@ def main(function: Callable[[], int | None]) -> None:
             if first_to_say(problem):
                 print(f"error: {problem}", file=plain, flush=True)
             leave(2)
+        for act in _before_failing:
+            act()
         record(details)
         sys.stderr.write(details)
         leave(1)
@@ -78,6 +80,15 @@ def end_with_torchrun() -> None:
     process, parent = _STARTED  # another process where this module was imported before a fork
     if process == os.getpid() and parent != os.getppid():  # torchrun has ended already
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+_before_failing: list[Callable[[], None]] = []
+
+
+def before_failing(act: Callable[[], None]) -> None:
+    """Call `act` before a rank ends with an error that is not a user's. It may end the process itself, with
+    an error that says more."""
+    _before_failing.append(act)
 
 
 class RankLines:

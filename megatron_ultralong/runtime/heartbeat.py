@@ -83,6 +83,7 @@ class Heartbeat:
         monitor = Monitor(world, limit, timeout, period_of(limit, world))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._thread = _Beats(self, monitor, f"heartbeat/{attempt}/{_starts}")
+        cli.before_failing(self._thread.wait_for_store)
         atexit.register(self.stop)  # its threads must not outlive the interpreter
 
     def stop(self) -> None:
@@ -131,6 +132,19 @@ class _Beats:
         self._stopping.set()
         for thread in self._threads:
             thread.join(5.0)
+
+    def wait_for_store(self) -> None:
+        """Wait for an answer of the store on another host, when this rank has failed.
+
+        Ranks fail as soon as others, which noticed a cut link first, have ended. A torchrun whose rank has
+        failed waits for its store for a quarter of an hour, and so must not be told before the store is known
+        to answer; if it does not, `_watch` ends this rank and its torchrun.
+        """
+        answers = self._answers
+        if self._one_host or not answers:
+            return
+        while self._answers == answers and not self._store_gone and not self._stopping.is_set():
+            time.sleep(self._period / 10)
 
     # ---- the store ---------------------------------------------------------------------------------
 

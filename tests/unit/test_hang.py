@@ -16,7 +16,7 @@ import pytest
 
 from megatron_ultralong.config import Runtime
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.runtime import cli, hang_report
+from megatron_ultralong.runtime import cli, hang_report, heartbeat
 from megatron_ultralong.runtime.hang_detection import Beat, Hang, Monitor, behind, period_of, step_limit
 from megatron_ultralong.runtime.heartbeat import Heartbeat
 
@@ -231,10 +231,11 @@ def test_the_setting() -> None:
             Runtime(hang_minutes=wrong)
 
 
-def test_each_line_of_an_error_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(code: int) -> None:
-        raise SystemExit(code)
+def leave(code: int) -> None:
+    raise SystemExit(code)
 
+
+def test_each_line_of_an_error_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         warnings.warn("an old file", stacklevel=1)
         thread = threading.Thread(target=lambda: 1 / 0)
@@ -273,3 +274,35 @@ def test_each_line_of_an_error_names_its_rank(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SystemExit, match="2"):
         cli.main(mistake)
     assert stream.getvalue() == "error: lower it\n"
+
+
+def test_a_rank_that_fails_waits_for_a_store_on_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its torchrun would wait for that store for a quarter of an hour."""
+    beats = object.__new__(heartbeat._Beats)
+    beats._answers, beats._one_host, beats._store_gone, beats._period = 3, False, False, 0.2
+    beats._stopping = threading.Event()
+    ended: list[str] = []
+    monkeypatch.setattr(cli, "_before_failing", [])
+    monkeypatch.setattr(cli, "record", lambda text: ended.append(text))
+    monkeypatch.setattr(cli, "leave", leave)
+    cli.before_failing(beats.wait_for_store)
+
+    def fail() -> None:
+        raise RuntimeError("connection closed by peer")
+
+    def rank() -> None:
+        with pytest.raises(SystemExit, match="1"):
+            cli.main(fail)
+
+    failed = threading.Thread(target=rank)
+    failed.start()
+    failed.join(0.5)
+    assert failed.is_alive() and not ended
+    beats._answers += 1
+    failed.join(10)
+    assert len(ended) == 1 and "connection closed by peer" in ended[0]
+
+    for name, value in (("_answers", 0), ("_one_host", True), ("_store_gone", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(beats, name, value)
+            beats.wait_for_store()
