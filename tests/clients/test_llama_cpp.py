@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ultralong.checkpoint.hf.config import export_config
@@ -25,6 +26,7 @@ from megatron_ultralong.rope.methods import DynamicNTK, LongRoPE, Unscaled, YaRN
 from megatron_ultralong.rope.yarn import Ramp
 from tests.clients.environments import ROOT, folder, probe, require
 from tests.clients.test_rope_clients import EXPORTS
+from tests.clients.test_tokenizer_clients import TEMPLATE
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 128, "ffn_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 64, "vocab_size": 1024,
@@ -76,8 +78,10 @@ def write(path: Path, model: Model, rope: Rope) -> None:
     config = export_config(model, rope, rope.exact_max_position() or longest, torch.float32)
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "examples/demo/base" / file, path)
+    base = ROOT / "examples" / "demo" / "base"
+    shutil.copy(base / "tokenizer.json", path)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
 def reference(path: Path, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> numpy.ndarray:
@@ -121,6 +125,8 @@ def test_logits(family, tmp_path):
         for name, text in probe("llama.cpp", "probe_llama_cpp.py", tmp_path / "requests.json").items()
     }
 
+    reader = GGUFReader(Path(models["none"]["folder"], "model.gguf"))
+    assert reader.get_field("tokenizer.chat_template").contents() == TEMPLATE
     for name, rope in ropes.items():
         trained = reference(Path(models[name]["folder"]), weights, tokens)
         write(tmp_path / "computed", shape, computed(rope, family))
