@@ -239,8 +239,8 @@ def test_cut_and_refused_prompts_are_counted_when_the_command_is_given_again(tmp
         len(refusing.tokenizer.encode(prompt, add_special_tokens=False)) for prompt, _ in refusing.prompts
     ] == [*[100 - 12] * 5, 86]
     assert (
-        "22 prompts were truncated at the beginning, to 100 tokens including the answer\n1 prompts were refused by the endpoint"
-        in standard.table(first)
+        "22 prompts were truncated at the beginning, to 100 tokens including the answer\n1 prompts were refused by the endpoint and "
+        "count as wrong: HTTP 400: no (1); the same command requests them again" in standard.table(first)
     )
     again = Scholar(False)
     second, _ = standard.run(again, settings, tmp_path)

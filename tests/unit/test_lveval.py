@@ -233,11 +233,11 @@ def test_refused_prompts_count_as_nothing_are_marked_and_asked_again(tmp_path, c
         (2, 50, 1),
         (1, pytest.approx(100), 0),
     ]
-    assert result.extra["refused"] == {"HTTP 400": 2}
+    assert result.extra["refused"] == {"HTTP 400: 339 tokens are too many": 2}
     table = lveval.table(result)
     assert re.search(r"hotpotwikiqa_mixup +50.00! +50.00! ", table)
     assert (
-        "! 2 prompts were refused by the endpoint and count as 0: HTTP 400 (2); the same command requests them again"
+        "! 2 prompts were refused by the endpoint and count as 0: HTTP 400: 339 tokens are too many (2); the same command requests them again"
         in table
     )
     for name in ("predictions", "scores"):

@@ -636,9 +636,11 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
         "".join(json.dumps(row | {"refused": "HTTP 400: too long", "over": True}) + "\n" for row in rows)
     )
     result = ruler.score(whole)
-    assert result.scores[-1].notes[
-        "refused"
-    ] == 3 and "3 of 6 prompts were refused by the endpoint" in ruler.table(result)
+    assert (
+        result.scores[-1].notes["refused"] == 3
+        and "of 6, 3 prompts were refused by the endpoint and count as 0: HTTP 400: too long (3); "
+        in ruler.table(result)
+    )
     assert (
         "3 of 6 prompts are longer" in ruler.table(result)
         and result.model["max_position"] == 8192

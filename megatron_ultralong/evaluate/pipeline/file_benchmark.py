@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
-from megatron_ultralong.evaluate.pipeline import command, stages
+from megatron_ultralong.evaluate.pipeline import command, refusals, stages
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
 
 
@@ -138,11 +138,7 @@ def footnotes(result: BenchmarkResult) -> list[str]:
         value = f"{average['score']:.2f}" if average["cells"] else "-"
         lines.append(f"average {label}: {value}{part}")
     if refused := result.extra["refused"]:
-        reasons = ", ".join(f"{reason} ({number})" for reason, number in refused.items())
-        lines.append(
-            f"! {sum(refused.values())} prompts were refused by the endpoint and count as 0: {reasons}; the same command "
-            "requests them again"
-        )
+        lines.append(f"! {refusals.told(refused)}")
     if any(score.notes.get("cut") for score in result.scores):
         lines.append(
             f"* the middle of some prompts was cut, to {result.settings['max_length']:,} tokens including the answer"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends.protocol import Backend, GenerationRequest, identity
-from megatron_ultralong.evaluate.pipeline import stage_files
+from megatron_ultralong.evaluate.pipeline import refusals, stage_files
 from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
 from megatron_ultralong.evaluate.prompts.truncate import PromptTruncator, TruncatedPrompt
 from megatron_ultralong.io import jsonl
@@ -171,8 +171,7 @@ def predict(
                 **({} if answer.answered else {"refused": answer.finish}),
             }
         )
-    # Count by the kind of reason: its text may contain the size of each prompt.
-    refused = Counter(line["refused"].partition(":")[0] for line in predictions if "refused" in line)
+    refused = refusals.count_reasons(line["refused"] for line in predictions if "refused" in line)
     with jsonl.complete_file(path, {**header, "refused": refused}) as write:
         for line in predictions:
             write(line)

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.backends.protocol import Backend, GenerationRequest
-from megatron_ultralong.evaluate.pipeline import command
+from megatron_ultralong.evaluate.pipeline import command, refusals
 from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, short_count
 from megatron_ultralong.evaluate.report import heat_map
@@ -172,10 +172,9 @@ def table(result: BenchmarkResult) -> str:
     lines.append("all".rjust(7) + "".join(f"{means[length]:.0%}".rjust(width) for length in lengths))
     if any(name.endswith("*") for name in names):
         lines.append(f"* beyond the {limit:,} positions of the model's config")
-    if refused := sum(score.notes.get("refused", 0) for score in result.scores):
-        lines.append(
-            f"{refused} prompts were refused by the endpoint and count as 0; the same command requests them again"
-        )
+    refused = [trial["refused"] for trial in result.extra["trials"] if "refused" in trial]
+    if refused:
+        lines.append(refusals.told(refusals.count_reasons(refused)))
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.evaluate.pipeline import refusals
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, short_count
 from megatron_ultralong.evaluate.scorers import ruler as scorers
 from megatron_ultralong.evaluate.tasks.ruler.averages import averages
@@ -22,6 +23,7 @@ def score(settings: RulerSettings) -> BenchmarkResult:
     """Score the predictions on disk. UserError where some are missing, or come from different models or from
     prompts made in different ways."""
     scores: list[TaskScore] = []
+    refused: list[str] = []
     model: dict[str, Any] = {}
     max_position: int | None = None
     made_with: dict[str, dict[str, Any]] = {}
@@ -53,6 +55,7 @@ def score(settings: RulerSettings) -> BenchmarkResult:
                     },
                 )
             )
+            refused += [line["refused"] for line in lines if "refused" in line]
             max_position = lines[0].get("max_position", max_position)
     wordings = sorted({made.get("wording", UNKNOWN_WORDING) for made in made_with.values()})
     return BenchmarkResult(
@@ -64,7 +67,7 @@ def score(settings: RulerSettings) -> BenchmarkResult:
             "prompts": made_with,
         },
         scores=tuple(scores),
-        extra=averages(_by_task(scores)),
+        extra={**averages(_by_task(scores)), "refused": refusals.count_reasons(refused)},
     )
 
 
@@ -130,10 +133,8 @@ def table(result: BenchmarkResult) -> str:
     if any(name.endswith("*") for name in names):
         lines.append(f"* beyond the {limit:,} positions of the model's config")
     total = sum(one.count or 0 for one in result.scores)
-    for key, words in (
-        ("refused", "prompts were refused by the endpoint and count as 0"),
-        ("over", "prompts are longer than their nominal length"),
-    ):
-        if number := sum(one.notes.get(key, 0) for one in result.scores):
-            lines.append(f"{number} of {total} {words}")
+    if refused := result.extra.get("refused"):
+        lines.append(f"of {total}, {refusals.told(refused)}")
+    if number := sum(one.notes.get("over", 0) for one in result.scores):
+        lines.append(f"{number} of {total} prompts are longer than their nominal length")
     return "\n".join([*lines, f"wording: {result.settings['wording']}"])

@@ -52,8 +52,8 @@ class HarnessModel(TemplateLM):
         self.backend_, self.tokenizer, self.batch_tokens = backend, backend.tokenizer, batch_tokens
         self.max_length: int | None = max_length if max_length is not None else backend.max_position
         self._notes: MutableMapping[str, Any] = {}
-        self.unanswered = 0
-        """Prompts that an endpoint refused (filtered, too long): their answers are empty."""
+        self.refused: list[str] = []
+        """Why an endpoint refused prompts (filtered, too long): their answers are empty."""
 
     @classmethod
     def create_from_arg_string(
@@ -220,7 +220,7 @@ class HarnessModel(TemplateLM):
                         self.cache_hook.add_partial("generate_until", requests[i].args, generated[i])
                     else:
                         self._notes[REFUSED + hash_args("generate_until", requests[i].args)] = done.finish
-                        self.unanswered += 1
+                        self.refused.append(done.finish)
                     bar.update(1)
         return generated
 

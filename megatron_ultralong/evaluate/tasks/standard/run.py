@@ -18,7 +18,7 @@ from typing import Any, Literal
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.backends.protocol import identity
-from megatron_ultralong.evaluate.pipeline import command
+from megatron_ultralong.evaluate.pipeline import command, refusals
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, write_json_lines
 from megatron_ultralong.evaluate.prompts.encode import ChatMode, use_chat
 from megatron_ultralong.evaluate.tasks.standard.paper import PAPER, CodeRunner, load_tasks, task_manager
@@ -140,7 +140,8 @@ def run(backend: Any, settings: StandardSettings, out: Path) -> tuple[BenchmarkR
             "questions": questions,
             "versions": evaluated.get("versions", {}),
             "prompts_cut": model.count_cut(itertools.chain.from_iterable(arguments.values())),
-            "unanswered": model.unanswered,
+            "unanswered": len(model.refused),
+            "refused": refusals.count_reasons(model.refused),
             "seconds": round(time.time() - started, 1),
             **({"code": runner.summary()} if runner.outcomes else {}),
         },
@@ -208,10 +209,8 @@ def table(result: BenchmarkResult) -> str:
         lines.append(
             f"{cut} prompts were truncated at the beginning, to {limit:,} tokens including the answer"
         )
-    if refused := result.extra["unanswered"]:
-        lines.append(
-            f"{refused} prompts were refused by the endpoint and count as wrong; the same command requests them again"
-        )
+    if refused := result.extra.get("refused"):
+        lines.append(refusals.told(refused, "wrong"))
     return "\n".join(lines)
 
 
