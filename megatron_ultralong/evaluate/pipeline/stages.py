@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +171,8 @@ def predict(
                 **({} if answer.answered else {"refused": answer.finish}),
             }
         )
-    refused = refusals.count_reasons(line["refused"] for line in predictions if "refused" in line)
+    # Count by the kind of reason: its text may contain the size of each prompt.
+    refused = Counter(line["refused"].partition(":")[0] for line in predictions if "refused" in line)
     with jsonl.complete_file(path, {**header, "refused": refused}) as write:
         for line in predictions:
             write(line)
@@ -180,8 +181,8 @@ def predict(
 def score(
     out: Path, name: str, scorer: Callable[[dict[str, Any], str], float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score all predictions and write NAME.scores.jsonl; returns (header of the predictions, for each
-    question its gold answer, `prediction`, `cut` and `score`).
+    """Score all predictions and write NAME.scores.jsonl; returns (header of the predictions, with the reasons
+    of refusals in full; for each question its gold answer, `prediction`, `cut` and `score`).
 
     scorer: called with a line of the gold answers and a prediction. UserError where a previous stage is
     missing, or was run on other inputs.
@@ -208,4 +209,5 @@ def score(
         names = ("id", "score", "prediction", "prompt_tokens", "cut", "refused")
         for line in scored:
             write({key: line[key] for key in names if key in line})
-    return header, scored
+    reasons = refusals.count_reasons(line["refused"] for line in scored if "refused" in line)
+    return {**header, "refused": reasons}, scored
