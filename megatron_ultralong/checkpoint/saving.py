@@ -146,7 +146,9 @@ class Saving:
                 agreement.on_every_rank(self._raise_error)
                 tensors = self._shards.finish()
                 files = integrity.hash_written(self._partial, self._files)
-                agreement.on_main_rank(lambda: integrity.write(self._partial, files, tensors))
+                agreement.on_main_rank(
+                    lambda: _writing(self.final, lambda: integrity.write(self._partial, files, tensors))
+                )
                 agreement.on_main_rank(
                     lambda: _writing(
                         self.final, lambda: _publish(self._partial, self.final, self._keep, self._good)
@@ -167,6 +169,8 @@ def _writing(final: Path, act: Callable[[], T]) -> T:
         return act()
     except OSError as error:
         raise atomic_files.cannot_write(f"checkpoint {final}", error) from None
+    except UserError as error:  # names one of its files
+        raise UserError(f"checkpoint {final} cannot be written: {error}") from None
 
 
 def _begin(final: Path, assets: AssetFolders) -> str:

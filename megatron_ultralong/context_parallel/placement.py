@@ -12,7 +12,7 @@ makes two placements and returns the better one:
     mixed   Rank after rank is filled to T tokens and to its share of the work from both ends of the documents
             sorted by length: tokens of long documents have more work than the mean, those of short ones less.
             A part of a document is taken from both ends of what is left of it, which leaves the mean work of
-            a token as it was. Balanced to within a token, also where documents are few.
+            a token as it was. Work then differs by less than a token's, also where documents are few.
 
 Of those whose largest rank has at most `BALANCED` times the mean work, the one that passes fewer keys on is
 better. Both are functions of the lengths alone, and so the same on all ranks. A row of one document is in
@@ -31,9 +31,11 @@ from typing import NamedTuple
 
 import numpy
 
+from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.errors import UserError
 
 BALANCED = 1.05
+"""Work of the largest rank over the mean that is accepted for fewer keys."""
 
 
 class Run(NamedTuple):
@@ -140,7 +142,7 @@ class _Whole(_Row):
         """Cut a document over the ranks with the least work that have room; False where too few have."""
         n = self.lengths[document]
         edges = [n * i // (2 * ways) for i in range(2 * ways + 1)]
-        parts = [((edges[j], edges[j + 1]), (edges[-2 - j], edges[-1 - j])) for j in range(ways)]
+        parts = [[(edges[c], edges[c + 1]) for c in zigzag.chunk_ids(j, ways)] for j in range(ways)]
         largest = max(sum(end - begin for begin, end in part) for part in parts)
         free = sorted((self.work[rank], rank) for rank in range(self.cp) if self.room[rank] >= largest)
         if len(free) < ways:

@@ -13,7 +13,7 @@ from megatron_ultralong.rope.yarn import Ramp, YaRN, mscale
 
 VLLM = "vLLM (0.32.0 tested)"
 LLAMA_CPP = "llama.cpp (that of llama-cpp-python 0.3.36 tested)"
-_LLAMA_CPP_BETAS = (1.0, 32.0)
+LLAMA_CPP_RAMP = {"alpha": 1.0, "beta": 32.0}
 """The ramp of YaRN over dimensions in llama.cpp, whatever a file states."""
 
 
@@ -52,8 +52,8 @@ def _transformers(rope: Rope) -> list[str]:
 def _vllm(rope: Rope) -> list[str]:
     if isinstance(rope, DynamicNTK):
         return [
-            f"{VLLM} applies no scaling to rope_type=dynamic and states more than it reads; serve with transformers, or start "
-            f"it with --max-model-len {rope.original()}"
+            f"{VLLM} applies no scaling to rope_type=dynamic; serve with transformers, or start it with "
+            f"--max-model-len {rope.original()}"
         ]
     lines = []
     if isinstance(rope, Linear):
@@ -91,7 +91,7 @@ def _llama_cpp(rope: Rope, family: str) -> list[str]:
         lines.append(
             f"{LLAMA_CPP} ignores rope.truncate=false and computes other frequencies; serve with transformers or vLLM"
         )
-    if (rope.alpha, rope.beta) != _LLAMA_CPP_BETAS:
+    if {"alpha": rope.alpha, "beta": rope.beta} != LLAMA_CPP_RAMP:
         lines.append(
             f"{LLAMA_CPP} ignores the ramp of the file and takes 32 and 1; start it with "
             f"--yarn-beta-fast {rope.beta:g} --yarn-beta-slow {rope.alpha:g}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ultralong.checkpoint.rope_sources.source import RopeSource
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.base import Rope
+from megatron_ultralong.rope.client_notes import LLAMA_CPP_RAMP
 from megatron_ultralong.rope.hf_block import checked_number
 from megatron_ultralong.rope.linear import Linear
 from megatron_ultralong.rope.longrope import LongRoPE
@@ -150,8 +151,8 @@ def _yarn(keys: dict[str, Any], theta: float, original: int, factor: float) -> R
         original_length=original,
         ramp="dimension",
         # llama.cpp reads yarn_beta_slow and _fast for other architectures only.
-        alpha=1.0,
-        beta=32.0,
+        alpha=LLAMA_CPP_RAMP["alpha"],
+        beta=LLAMA_CPP_RAMP["beta"],
         temperature=attention_factor != 1.0,
         attention_factor=None if is_default else attention_factor,
     )
