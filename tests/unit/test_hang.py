@@ -306,3 +306,21 @@ def test_a_rank_that_fails_waits_for_a_store_on_another_host(monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(beats, name, value)
             beats.wait_for_store()
+
+
+def test_a_heartbeat_that_starts_is_asked_before_its_rank_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Beats:
+        def __init__(self, *_: object) -> None: ...
+
+        def wait_for_store(self) -> None: ...
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(heartbeat, "_Beats", Beats)
+    monkeypatch.setattr(cli, "_before_failing", [])
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "host-0")):
+        monkeypatch.setenv(name, value)
+    one = Heartbeat()
+    one.start(5, 60)
+    assert cli._before_failing == [one._thread.wait_for_store]  # type: ignore[union-attr]
+    one.stop()
