@@ -48,10 +48,11 @@ def leave_groups() -> None:
     one call.
 
     Groups that are only dropped keep their threads, and each of gloo's wakes a hundred times per second.
+    RuntimeError if the others do not come: after an exception of this rank alone they wait elsewhere.
     """
     from megatron_ultralong.runtime import launch
 
-    torch.distributed.barrier()
+    torch.distributed.monitored_barrier(timeout=timedelta(seconds=120))
     launch.stop()
     _forget_optimizers()
     gc.collect()  # modules refer to their groups in circles
