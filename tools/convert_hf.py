@@ -92,10 +92,11 @@ def main() -> int:
     args = arguments()
 
     # Imported here so that --help is answered at once.
-    from megatron_ultralong.checkpoint import convert, run_directory, training_state
+    from megatron_ultralong.checkpoint import convert, run_directory
     from megatron_ultralong.checkpoint.hf import dtypes
     from megatron_ultralong.checkpoint.hf.config import read_config
     from megatron_ultralong.checkpoint.hf.writer import check_output
+    from megatron_ultralong.checkpoint.megatron_lm import bridge
     from megatron_ultralong.checkpoint.megatron_lm.export import export_megatron
 
     if args.command == "check":
@@ -103,7 +104,7 @@ def main() -> int:
     if args.command in ("export", "export-megatron"):
         check_output(args.out)
     if args.command == "export":
-        model = training_state.read(run_directory.resolve(args.ckpt)).model
+        model = bridge.read_state(run_directory.resolve(args.ckpt)).model
     else:
         model = read_config(args.hf).model
     with convert.started(model, args.tp, args.pp) as (ranks, parallel):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_ultralong import lora
-from megatron_ultralong.checkpoint import sharded, tensor_sums, training_state
+from megatron_ultralong.checkpoint import sharded, tensor_sums
 from megatron_ultralong.checkpoint.hf.assets import to_json
+from megatron_ultralong.checkpoint.megatron_lm import bridge
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
@@ -169,8 +170,8 @@ def frozen_sum(chunks: list[torch.nn.Module], values: Callable[[Tensor], Tensor]
 
 
 def read_model_state(checkpoint: Path) -> TrainingState:
-    """`training_state.read`; UserError where the checkpoint contains adapters only."""
-    state = training_state.read(checkpoint)
+    """`bridge.read_state`; UserError where the checkpoint contains adapters only."""
+    state = bridge.read_state(checkpoint)
     if state.has_adapters_only():
         raise UserError(
             f"{checkpoint} contains adapters only; merge them with their model: tools/convert_hf.py export --ckpt "

@@ -37,6 +37,7 @@ from megatron_ultralong.checkpoint.hf.reader import HFReader
 from megatron_ultralong.checkpoint.hf.writer import SHARD_BYTES, HFWriter
 from megatron_ultralong.checkpoint.max_position import max_position
 from megatron_ultralong.checkpoint.max_position import note as max_position_note
+from megatron_ultralong.checkpoint.megatron_lm import bridge
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Parallel, Runtime, check_model_layout
 from megatron_ultralong.errors import UserError
@@ -131,7 +132,7 @@ def export_hf(
     or the adapters were trained with another model; `out` then does not exist.
     """
     checkpoint = run_directory.resolve_verified(checkpoint)
-    state = training_state.read(checkpoint)
+    state = bridge.read_state(checkpoint)
     if state.has_adapters_only() and base_model is None:
         raise UserError(
             f"{checkpoint} contains adapters only: give the model that they belong to by --base DIR, or export them "
@@ -141,7 +142,7 @@ def export_hf(
         raise UserError(f"--base is for a checkpoint of adapters; {checkpoint} contains the whole model")
     rope = rope_network.exported(checkpoint, state.rope, state.model.head_dim, clex_scale)
     state = replace(state, rope=rope)
-    model, assets = state.model, checkpoint / "hf"
+    model, assets = state.model, bridge.assets(checkpoint)
     weights: StoredWeights | MergedWeights = (
         StoredWeights(checkpoint, model, rope, ranks, parallel)
         if base_model is None

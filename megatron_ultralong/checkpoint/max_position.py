@@ -30,7 +30,7 @@ def max_position(state: TrainingState, base: Mapping[str, Any]) -> int:
     if isinstance(rope, ScaledRope) and not isinstance(rope, NTK):
         covered = rope.covered_length() or 0
     if run is None:  # imported, not trained
-        return stated or covered or LLAMA_MAX_POSITION
+        return stated or max(covered, state.max_length) or LLAMA_MAX_POSITION
     if has_rope_of(state, base):
         return max(stated, state.max_length, run.train.seq_length)
     if covered:

@@ -14,6 +14,7 @@ from megatron_ultralong.checkpoint import run_directory, sharded, training_state
 from megatron_ultralong.checkpoint.hf import config as hf_config
 from megatron_ultralong.checkpoint.hf.assets import AssetFolders
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
+from megatron_ultralong.checkpoint.megatron_lm import bridge
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Run
 from megatron_ultralong.data.packed_rows import BlendedDataset
@@ -95,7 +96,7 @@ def _with_frozen_weights(
     where these are not given, or of another shape."""
     if load is not None:
         found = run_directory.resolve_verified(load) if verified else run_directory.resolve(load)
-        if (found / "run.json").is_file():
+        if bridge.is_stated(found):
             stored = stored_adapters.read_model_state(found)
             _check_same_model(source.state.model, stored.model, found)
         return replace(source, checkpoint=found)
@@ -141,7 +142,7 @@ def _resume(run: Run, newest: Path) -> WeightsSource:
 
 
 def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSource:
-    if not (path / "run.json").is_file() and run.model is not None:
+    if not bridge.is_stated(path) and run.model is not None:
         # A checkpoint of Megatron-LM: the recipe gives the shape.
         stored = TrainingState(
             model=run.model, rope=(run.rope or Unscaled()).for_length(None, run.train.seq_length)
@@ -190,8 +191,10 @@ def _rope(run: Run, loaded: Rope, length: int) -> Rope:
 
 
 def _assets_of(checkpoint: Path) -> AssetFolders:
-    folder = checkpoint / "hf"
-    return AssetFolders(base=folder if folder.is_dir() else None)
+    folder = bridge.assets(checkpoint)
+    if (folder / "config.json").is_file():
+        return AssetFolders(base=folder)
+    return AssetFolders(tokenizer=folder if folder.is_dir() else None)
 
 
 def _check_same_model(expected: Model | None, stored: Model, where: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import torch
 from megatron_ultralong.checkpoint.rope_sources.read import read_source
 from megatron_ultralong.config import Memory, Model, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.model import weight_mapping
+from megatron_ultralong.model import llama, weight_mapping
 from megatron_ultralong.rope.methods import Unscaled, same_maths
+from megatron_ultralong.train import weights_source
+from tests import megatron_bridge
+from tests.answering import byte_tokenizer
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import hf_model
 
@@ -72,8 +76,6 @@ def _into_ours(
 ) -> None:
     """What `--load RUN_DIRECTORY` does: the recipe gives the shape, as Megatron-LM's checkpoint has no
     run.json."""
-    from megatron_ultralong.train import weights_source
-
     run = Run(
         name="test",
         model=model,
@@ -219,6 +221,7 @@ def _written(rank: int, world: int, folder: Path) -> None:
             export_megatron(folder / name, folder / f"{name}_tp", ranks, Parallel(tp=2), target_tp=2)
             for written in ("pp", "tp"):
                 _with_megatron_core_alone(folder / f"{name}_{written}", ranks, tokens, logits)
+            _as_of_megatron_bridge(folder, name, ranks, tokens, logits)
     with _Layout(1) as ranks:
         for name, logits in references.items():
             _with_megatron_core_alone(folder / f"{name}_tp", ranks, tokens, logits)
@@ -277,6 +280,65 @@ def _with_megatron_core_alone(out: Path, ranks: Any, tokens: torch.Tensor, logit
     with torch.no_grad():
         found = _gathered(gpt(tokens, positions, None), ranks)[..., :97]
     assert (found - logits).abs().max() < 1e-4, (out.name, ranks.tp)
+
+
+BRIDGE_ROPE: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": True, "rope_scaling_factor": 32.0},
+    "qwen2": {"seq_len_interpolation_factor": 4.0},
+    "qwen3": {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 128,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_correction_range_round_to_int": True,
+    },
+    "biases": {},
+}
+"""The RoPE of `EXPORTED` in Megatron-Bridge's words."""
+
+
+def _as_of_megatron_bridge(
+    folder: Path, name: str, ranks: Any, tokens: torch.Tensor, logits: torch.Tensor
+) -> None:
+    """The same tensors with Megatron-Bridge's run_config.yaml are read in place: exported, and a run starts
+    from them; they are not resumed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_ultralong.checkpoint.convert import export_hf, verify
+    from megatron_ultralong.runtime import agreement
+
+    model, place, out = EXPORTED[name][0], folder / f"{name}_bridge", folder / f"{name}_from_bridge"
+    checkpoint = place / "iter_0000007"
+
+    def prepare() -> None:
+        shutil.copytree(folder / f"{name}_tp" / "release", checkpoint)
+        stated = megatron_bridge.fields(model, S_LONG, **BRIDGE_ROPE[name])
+        megatron_bridge.write(checkpoint, stated if name == "llama" else megatron_bridge.with_builder(stated))
+        byte_tokenizer().save_pretrained(checkpoint / "tokenizer")
+
+    agreement.on_main_rank(prepare)
+    export_hf(place, out, ranks, Parallel(tp=2))
+    assert verify(folder / name, place, ranks, Parallel(tp=2)) == []
+    if ranks.is_main:
+        assert AutoTokenizer.from_pretrained(out).eos_token == "<|end|>"
+        exported = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+        assert exported.config.eos_token_id == 1
+        assert exported.config.max_position_embeddings == (262144 if name == "llama" else S_LONG)
+        with torch.no_grad():
+            assert (exported(tokens).logits - logits).abs().max() < 1e-5
+    run = Run(name="test", train=Train(seq_length=S, iterations=1, lr=1e-3, precision="fp32"))
+    run, source = weights_source.find(run, folder / "none", place, None)
+    assert source.checkpoint == checkpoint and (source.state.iteration, source.state.base) == (
+        0,
+        "example/model",
+    )
+    with pytest.raises(UserError, match=r"run\.json is missing: not a checkpoint of this program"):
+        weights_source.find(run, place, None, None)
+    [chunk] = llama.build(run.model, run.rope, ranks, Parallel(tp=2), Memory(offload="off"), "fp32")
+    weights_source.load_weights([chunk], run, source, ranks)
+    with torch.no_grad():
+        assert (_gathered(chunk(tokens), ranks)[..., :97] - logits).abs().max() < 1e-4
 
 
 def _gpt_of_arguments(args: argparse.Namespace, ranks: Any) -> Any:
@@ -355,8 +417,6 @@ class _Layout:
 
 
 def _ours(model: Model, ranks: Any) -> Any:
-    from megatron_ultralong.model import llama
-
     return llama.build(model, ROPE, ranks, Parallel(tp=ranks.tp), Memory(offload="off"), "fp32")[0]
 
 
@@ -365,8 +425,6 @@ def _gpt(model: Model, ranks: Any, vocabulary: int) -> Any:
     parallelism."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-
-    from megatron_ultralong.model import llama
 
     config = llama.transformer_config(model, Parallel(tp=ranks.tp), Memory(recompute="none"), "fp32")
     config.sequence_parallel = False

@@ -12,11 +12,12 @@ import torch
 from megatron_ultralong.checkpoint.hf import model_card, schema
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import to_dict
+from megatron_ultralong.errors import UserError, first_line
 
 
 def base_config(assets: Path, family: str) -> dict[str, Any]:
     """The base model's config.json as the checkpoint carries it in the folder `assets`; only the special
-    tokens where it is missing or of another family than `family`."""
+    tokens where it is missing or of another family than `family`. UserError where neither can be read."""
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     if (assets / "config.json").is_file():
         raw = schema.read(assets / "config.json")
@@ -25,7 +26,13 @@ def base_config(assets: Path, family: str) -> dict[str, Any]:
         return {}
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(assets)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True)
+    except Exception as error:  # transformers raises almost anything here
+        raise UserError(
+            f"{assets}: transformers cannot load its tokenizer: {first_line(error)}; repair it, or remove its "
+            "tokenizer_config.json and add bos_token_id and eos_token_id to the export's config.json"
+        ) from None
     return {key: getattr(tokenizer, key) for key in special}
 
 

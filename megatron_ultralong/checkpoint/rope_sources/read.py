@@ -35,10 +35,11 @@ def read_source(path: Path) -> list[RopeSource]:
 def _directory(folder: Path, name: Path) -> list[RopeSource]:
     """name: the path that messages and the report give."""
     from megatron_ultralong.checkpoint import run_directory
+    from megatron_ultralong.checkpoint.megatron_lm import bridge
 
     if (folder / "config.json").is_file():
         return [_hugging_face(atomic_files.read_json(folder / "config.json"), name)]
-    if not any((folder / file).is_file() for file in ("run.json", "common.pt")):
+    if not (bridge.is_stated(folder) or (folder / "common.pt").is_file()):
         if run_directory.complete_checkpoints(folder):
             folder = run_directory.resolve(folder)
         elif (folder / "release" / "metadata.json").is_file():  # Megatron-LM's name for converted weights
@@ -47,7 +48,7 @@ def _directory(folder: Path, name: Path) -> list[RopeSource]:
             raise UserError(
                 f"{name} has no config.json, run.json, common.pt or complete iter_* folder; {_EXPECTED}"
             )
-    if (folder / "run.json").is_file():
+    if bridge.is_stated(folder):
         return [_checkpoint(folder, name)]
     return megatron_arguments.read(megatron_checkpoint.stored_arguments(folder / "common.pt"), name)
 
@@ -57,7 +58,7 @@ def _file(file: Path) -> list[RopeSource]:
         start = opened.read(4)
     if start == gguf_file.MAGIC:
         return [gguf_file.read(file)]
-    if file.name == "run.json":
+    if file.name in ("run.json", "run_config.yaml"):
         return [_checkpoint(file.parent, file)]
     if zipfile.is_zipfile(file):
         return megatron_arguments.read(megatron_checkpoint.stored_arguments(file), file)
@@ -123,11 +124,12 @@ def _notes_on_other_models(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _checkpoint(folder: Path, name: Path) -> RopeSource:
-    from megatron_ultralong.checkpoint import rope_network, training_state
+    from megatron_ultralong.checkpoint import rope_network
     from megatron_ultralong.checkpoint.max_position import max_position
+    from megatron_ultralong.checkpoint.megatron_lm import bridge
 
-    state = training_state.read(folder)
-    config = folder / "hf" / "config.json"
+    state = bridge.read_state(folder)
+    config = bridge.assets(folder) / "config.json"
     base = atomic_files.read_json(config) if config.is_file() else {}
     return RopeSource(
         name=str(name),

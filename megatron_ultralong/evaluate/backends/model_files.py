@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_ultralong.checkpoint.megatron_lm import bridge
 from megatron_ultralong.errors import UserError
 
 _SAMPLE_BYTES, _SAMPLES = 1 << 12, 256
@@ -69,15 +70,15 @@ def fingerprint(path: Path) -> str:
         "*.safetensors",
         "*.distcp",
         "run.json",
+        "run_config.yaml",
         "config.json",
         "generation_config.json",
         "tokenizer*.json",
         "special_tokens_map.json",
         "chat_template.jinja",
     )
-    # hf: the files that a checkpoint keeps of the model it was initialised from
     for file in sorted(
-        file for folder in (path, path / "hf") for name in names for file in folder.glob(name)
+        file for folder in (path, bridge.assets(path)) for name in names for file in folder.glob(name)
     ):
         with file.open("rb") as handle:
             size = file.stat().st_size

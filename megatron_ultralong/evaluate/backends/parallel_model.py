@@ -21,6 +21,7 @@ from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.adapters import read_model_state
 from megatron_ultralong.checkpoint.hf.config import read_config
 from megatron_ultralong.checkpoint.hf.reader import load_parameters
+from megatron_ultralong.checkpoint.megatron_lm import bridge
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import memory_check
@@ -238,7 +239,7 @@ def _find(path: Path) -> tuple[Path, Any, Any, int | None, Path]:
 def _stored(place: Path) -> tuple[Any, Any, int | None, Path]:
     state = read_model_state(place)
     longest = state.rope.readable_length(state.max_length) if state.max_length else None
-    return state.model, state.rope, longest, place / "hf"
+    return state.model, state.rope, longest, bridge.assets(place)
 
 
 def _iteration(place: Path) -> int | None:
