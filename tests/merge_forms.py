@@ -12,6 +12,7 @@ from megatron_ultralong.context_parallel import api, decode, query_rows
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.context_parallel.kernels import select
+from tests.packed import placed
 from tests.unit.test_cuda_branches import Alone, cuda, heads
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -35,14 +36,14 @@ def calls(d: int = 128) -> list[Call]:
 
 
 def _rings(d: int) -> None:
-    spec, some = AttentionSpec(), AttentionSpec(document_starts=(0, 1, 2, 67, 201, 60_001, 65_535))
+    spec, starts = AttentionSpec(), (0, 1, 2, 67, 201, 60_001, 65_535)
     for (h, g), cp, ulysses, kind, s in (
         ((4, 1), 4, 1, "p2p", 65_536),
         ((4, 1), 4, 1, "all_gather", 65_536),
         ((32, 8), 4, 2, "p2p", 2**20),  # strides beyond 2^31
     ):
         groups = api.split_group(Alone(cp // 2, cp), ulysses, kind)  # type: ignore[arg-type]
-        for which in (spec, some):
+        for which in (spec, AttentionSpec(placement=placed(starts, s * cp, cp // ulysses))):
             api.attention_forward(heads(h, s, d), heads(g, s, d), heads(g, s, d), groups, which)
     groups = ContextGroups(ring=Alone(1, 2))
     api.attention_forward(heads(4, 4096, d, 2), heads(1, 4096, d, 2), heads(1, 4096, d, 2), groups, spec)

@@ -58,8 +58,15 @@ def arguments() -> argparse.Namespace:
     add(
         "--document-length",
         metavar="N",
-        help="with data.documents=masked: mean tokens of a document, like 8K; attention stays inside documents "
+        help="with data.documents=masked: tokens of each document, like 8K; attention stays inside documents "
         "(default: the length of the row)",
+    )
+    add(
+        "--documents",
+        type=Path,
+        metavar="FILE",
+        help="instead of --document-length: the prefix of packed rows with document starts, or a text file with the "
+        "length of a document a line",
     )
     add("--gpus", type=int, required=True, metavar="N", help="GPUs on all nodes together, eight per node")
     add(
@@ -115,6 +122,7 @@ def main() -> int:
             host_memory=args.host_memory,
             assumptions=args.assume,
             document_length=args.document_length,
+            documents=args.documents,
             save_rate=args.save_rate,
             show=args.show,
         )

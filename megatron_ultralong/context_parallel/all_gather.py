@@ -20,7 +20,7 @@ from torch import Tensor, stack
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.context_parallel.comm import Communicator, Transfer
+from megatron_ultralong.context_parallel.comm import Communicator, Transfer, receive_buffer
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
@@ -30,12 +30,9 @@ def all_gather_forward(
     q: Tensor, k: Tensor, v: Tensor, comm: Communicator, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return (out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `api.attention`."""
-    s, starts = k.shape[2], spec.document_starts
-    past = zigzag.past_blocks(comm.rank, s, comm.size, starts)
+    past = zigzag.past_blocks(comm.rank, k.shape[2], comm.size)
     kv_heads = _gather_heads(k, v, comm)
-    own, lse = kernels.forward_diagonal(
-        q, k, v, zigzag.diagonal_blocks(comm.rank, s, comm.size, starts), spec
-    )
+    own, lse = kernels.forward_diagonal(q, k, v, zigzag.diagonal_blocks(k.shape[2]), spec)
     out = own.to(accumulation_dtype(q))
     del own
     for heads, (k_all, v_all) in zip(_query_heads(q, k), kv_heads, strict=True):
@@ -56,18 +53,16 @@ def all_gather_backward(
 ) -> QKVGradients:
     """Return gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as returned by
     `all_gather_forward`."""
-    s, starts = k.shape[2], spec.document_starts
-    past = zigzag.past_blocks(comm.rank, s, comm.size, starts)
+    past = zigzag.past_blocks(comm.rank, k.shape[2], comm.size)
     kv_heads = _gather_heads(k, v, comm)
-    own = kernels.backward_diagonal(
-        dout, q, k, v, out, lse, zigzag.diagonal_blocks(comm.rank, s, comm.size, starts), spec
-    )
+    own = kernels.backward_diagonal(dout, q, k, v, out, lse, zigzag.diagonal_blocks(k.shape[2]), spec)
     dq, dk, dv = (x.to(accumulation_dtype(x)) for x in own)
     del own
+    s = k.shape[2]
     shape = (2, k.shape[0], 1, s, k.shape[3])
     dkv_all = dk.new_empty((*shape[:3], s * comm.size, shape[4]))  # of one head, in order of position
     send = dk.new_empty((comm.size, *shape))  # the same by rank
-    receive = dk.new_empty(shape)  # the sum over ranks for our tokens
+    receive = receive_buffer(shape, dk.dtype, dk.device)  # the sum over ranks for our tokens
     transfer: Transfer | None = None
     for head, (heads, (k_all, v_all)) in enumerate(zip(_query_heads(q, k), kv_heads, strict=True)):
         dkv_all.zero_()
@@ -112,7 +107,7 @@ def _gather_heads(k: Tensor, v: Tensor, comm: Communicator) -> Iterator[Tensor]:
             yield in_order
 
     b, _, s, d = k.shape
-    received = k.new_empty((comm.size, 2, b, 1, s, d))
+    received = receive_buffer((comm.size, 2, b, 1, s, d), k.dtype, k.device)
     in_order = k.new_empty((2, b, 1, comm.size * s, d))
     return heads(start(0))
 

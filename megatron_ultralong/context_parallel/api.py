@@ -2,7 +2,9 @@
 
 CP = U x R ranks. Inside groups of U adjacent ranks heads are exchanged for tokens (ulysses.py); the R ranks
 that then hold the same heads pass keys round (p2p: ring.py) or gather them (all_gather.py). Any of U, R and
-CP may be 1. In every case a rank holds the zigzag shard of the sequence that zigzag.py gives it among CP.
+CP may be 1. A rank holds the zigzag shard of the sequence that zigzag.py gives it among CP; of a packed row
+the tokens of its placement (placement.py) on the R ranks, whose keys are sent where they are needed for
+either `cp_comm_type` (exchange.py).
 
 Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d
 head dimension.
@@ -27,6 +29,7 @@ from megatron_ultralong.context_parallel.comm import Communicator, Group, commun
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.ring import ring_backward, ring_forward
+from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.context_parallel.ulysses import (
     AttentionBackward,
     AttentionForward,
@@ -81,6 +84,7 @@ def split_group(
         None if len(ranks) == 1 else group if len(ranks) == cp else _subgroup(group, ranks, timeout)
         for ranks in members
     )
+    _connect(ring)
     return ContextGroups(ring=ring, ulysses=inside, cp_comm_type=cp_comm_type)
 
 
@@ -91,8 +95,8 @@ def attention(
     differentiable.
 
     Any strides, one floating dtype; h a multiple of g. All ranks must call it, and run its backward, in the
-    same order. Raises ValueError for shapes that do not fit; UserError for heads or document starts that do
-    not.
+    same order. Raises ValueError for shapes or a placement that do not fit; UserError for heads that do not,
+    and for several rows with a placement.
     """
     return _Attention.apply(q, k, v, groups, spec)
 
@@ -111,8 +115,8 @@ def attention_forward(
         return query_rows.forward_rows(q, k, v, ring, spec)
     attend: AttentionForward
     if ring is None:
-        attend = partial(kernels.forward_diagonal, blocks=_one_rank(q, k, ulysses, spec), spec=spec)
-    elif groups.cp_comm_type == "p2p":
+        attend = partial(kernels.forward_diagonal, blocks=_one_rank(k, ulysses, spec), spec=spec)
+    elif groups.cp_comm_type == "p2p" or spec.placement is not None:
         attend = partial(ring_forward, ring=ring, spec=spec)
     else:
         attend = partial(all_gather_forward, comm=ring, spec=spec)
@@ -135,8 +139,8 @@ def attention_backward(
     ring, ulysses = communicator(groups.ring), communicator(groups.ulysses)
     attend: AttentionBackward
     if ring is None:
-        attend = partial(kernels.backward_diagonal, blocks=_one_rank(q, k, ulysses, spec), spec=spec)
-    elif groups.cp_comm_type == "p2p":
+        attend = partial(kernels.backward_diagonal, blocks=_one_rank(k, ulysses, spec), spec=spec)
+    elif groups.cp_comm_type == "p2p" or spec.placement is not None:
         attend = partial(ring_backward, ring=ring, spec=spec)
     else:
         attend = partial(all_gather_backward, comm=ring, spec=spec)
@@ -181,37 +185,51 @@ class _Attention(torch.autograd.Function):
         return *attention_backward(dout, q, k, v, out, lse, ctx.groups, ctx.spec), None, None
 
 
-def _one_rank(
-    q: Tensor, k: Tensor, ulysses: Communicator | None, spec: AttentionSpec
-) -> list[zigzag.AttentionBlock]:
+def _one_rank(k: Tensor, ulysses: Communicator | None, spec: AttentionSpec) -> list[zigzag.AttentionBlock]:
     """The blocks of a rank that has the complete sequence, by itself or after the exchange of heads."""
-    return zigzag.blocks_between(0, 0, k.shape[2] * rank_and_size(ulysses)[1], 1, spec.document_starts)
+    if spec.placement is not None:
+        return schedules(spec.placement)[0].own
+    return [zigzag.block_between(0, 0, k.shape[2] * rank_and_size(ulysses)[1])]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, spec: AttentionSpec) -> AttentionSpec:
-    """Return `spec` with checked document starts and its backend. Raises as `attention`; the kernels check
-    the rest."""
+    """Return `spec` with its backend. Raises as `attention`; the kernels check the rest."""
     cp = groups.size
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[3] == q.shape[3]
     s = k.shape[2] if fits else 0
     rows = [slice(0, s)] if spec.query_rows is None else spec.query_rows
     fits = fits and q.dtype == k.dtype == v.dtype and all(0 <= r.start <= r.stop <= s for r in rows)
-    if not fits or q.shape[2] != sum(r.stop - r.start for r in rows) or (cp > 1 and s % 2):
+    # A zigzag shard has two halves.
+    even = (cp if spec.placement is None else rank_and_size(groups.ulysses)[1]) > 1
+    if not fits or q.shape[2] != sum(r.stop - r.start for r in rows) or (even and s % 2):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not [b, h, s, d] and [b, g, s, d] "
-            f"twice, with {'s even and ' if cp > 1 else ''}all of one dtype"
+            f"twice, with {'s even and ' if even else ''}all of one dtype"
         )
     if spec.query_rows is not None and (groups.cp_comm_type != "p2p" or communicator(groups.ulysses)):
         raise ValueError("query rows require cp_comm_type p2p without Ulysses")
-    starts = zigzag.check_document_starts(spec.document_starts, s * cp)
-    if len(starts) == 1:
-        return replace(spec, document_starts=starts)
+    placement = spec.placement
+    if placement is None:
+        return spec
     if q.shape[0] != 1:
         raise UserError(
             f"attention inside documents takes one packed row at a time, not {q.shape[0]}: set train.micro_batch to 1"
         )
+    _, ring_size = rank_and_size(groups.ring)
+    if (placement.seq_length, len(placement.runs)) != (s * cp, ring_size):
+        raise ValueError(
+            f"the row of {placement.seq_length} tokens is placed on {len(placement.runs)} ranks, not {s * cp} tokens "
+            f"on the {ring_size} of the ring"
+        )
     # Packed rows always have blocks of new shapes.
-    return replace(spec, document_starts=starts, backend=spec.backend or kernels.without_cudnn(q))
+    return replace(spec, backend=spec.backend or kernels.without_cudnn(q))
+
+
+def _connect(group: Group) -> None:
+    """Have NCCL connect all ranks of a group now. It would at the first transfer, and wait for all of them;
+    the first messages of a packed row may be between some."""
+    if isinstance(group, dist.ProcessGroup) and "nccl" in str(dist.get_backend(group)):
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
 def _subgroup(group: Any, ranks: list[int], timeout: timedelta | None) -> Group:

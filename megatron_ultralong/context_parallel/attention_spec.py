@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ultralong.context_parallel.placement import Placement
+
 Backend = Literal["cpu", "flash", "flash3", "flash4", "cudnn", "eager"]
 """Attention kernels (kernels/select.py)."""
 
@@ -16,9 +18,9 @@ class AttentionSpec:
 
     scale: float | None = None
     """Of the logits; None = head_dim ** -0.5."""
-    document_starts: Sequence[int] = (0,)
-    """Positions in the complete row (b = 1) at which documents start, the first 0; attention stays inside
-    them. The default is one document."""
+    placement: Placement | None = None
+    """Of a packed row (b = 1) whose attention stays inside its documents, on the ranks of the ring; None =
+    one document, in the zigzag order."""
     query_rows: Sequence[slice] | None = None
     """The local tokens whose queries are given, concatenated; None = all s. Ring only (query_rows.py)."""
     backend: Backend | None = None

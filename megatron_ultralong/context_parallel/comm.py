@@ -1,4 +1,5 @@
-"""How context-parallel ranks exchange buffers: one hop of a ring, and three collectives.
+"""How context-parallel ranks exchange buffers: one hop of a ring, messages between two ranks, and three
+collectives.
 
 A `Communicator` does both, over a torch ProcessGroup (here) or over threads (virtual_ranks.py).
 """
@@ -6,15 +7,24 @@ A `Communicator` does both, over a torch ProcessGroup (here) or over threads (vi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # Older versions of PyTorch only have the longer names, newer ones warn about them.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def receive_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that a transfer fills before it is read; uninitialised."""
+    return _allocate(tuple(shape), dtype=dtype, device=device)
+
+
+_allocate = torch.empty  # tests fill it with NaN
 
 
 class Transfer(Protocol):
@@ -37,6 +47,10 @@ class Communicator(Protocol):
 
     def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
         """Send `send` to rank + 1 and fill `receive` from rank - 1: one hop of the ring."""
+
+    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> Transfer:
+        """Send a buffer to one rank and fill another from one rank, each given by (rank, buffer); None =
+        nothing, which every rank calls all the same."""
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> Transfer:
         """send[j] goes to rank j, receive[j] comes from rank j; both [size, ...]."""
@@ -71,24 +85,24 @@ class ProcessGroupCommunicator:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        self._next, self._previous = (
-            dist.get_global_rank(group, (self.rank + step) % self.size) for step in (1, -1)
-        )
-        self._hops_started = 0
+        self._started = 0
 
     def send_recv(self, send: Tensor, receive: Tensor) -> _Works:
-        # Two hops may be in flight between the same two ranks (KV and its gradient). The tag distinguishes
-        # them if the backend supports tags; NCCL keeps the order in which they were started.
-        tag = self._hops_started
-        self._hops_started += 1
-        return _Works(
-            dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, send, self._next, self.group, tag),
-                    dist.P2POp(dist.irecv, receive, self._previous, self.group, tag),
-                ]
-            )
-        )
+        following, previous = ((self.rank + step) % self.size for step in (1, -1))
+        return self.exchange((following, send), (previous, receive))
+
+    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> _Works:
+        # Two may be in flight between the same two ranks (KV and its gradient). The tag distinguishes them if
+        # the backend supports tags; NCCL keeps the order in which they were started.
+        tag = self._started
+        self._started += 1
+        wanted = [(dist.isend, send), (dist.irecv, receive)]
+        ops = [
+            dist.P2POp(op, one[1], dist.get_global_rank(self.group, one[0]), self.group, tag)
+            for op, one in wanted
+            if one is not None
+        ]
+        return _Works(dist.batch_isend_irecv(ops) if ops else [])
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> _Works:
         return _Works([dist.all_to_all_single(receive, send, group=self.group, async_op=True)])

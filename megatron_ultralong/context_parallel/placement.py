@@ -2,8 +2,8 @@
 
 A row has S tokens, and each of CP ranks holds T = S / CP of them. A token attends to itself and the tokens
 before it in its document, so that a document of n tokens costs n (n + 1) / 2 pairs of a query and a key. The
-zigzag order (zigzag.py) cuts the row without regard to documents and passes all keys to all ranks. `place`
-makes two placements and returns the better one:
+zigzag order (zigzag.py), in which rows of one document are, would cut the row without regard to documents.
+`place` makes two placements and returns the better one:
 
     whole   Documents stay on one rank, where they send nothing, the longest first, each on the rank that has
             least work for its tokens; one with more than a rank's tokens or share of the work is cut zigzag
@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
+import torch
+from torch import Tensor
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.errors import UserError
@@ -49,10 +51,14 @@ class Run(NamedTuple):
     """Index in the row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """The tokens of each rank."""
+    """The tokens of each rank. One row has one object, which is compared by identity."""
 
+    starts: tuple[int, ...]
+    """Positions in the row at which documents start, the first 0."""
+    seq_length: int
+    """S."""
     runs: tuple[tuple[Run, ...], ...]
     """Of each rank, by position; at most two of a document."""
     work: tuple[int, ...]
@@ -68,18 +74,40 @@ class Placement:
         """Work of the largest rank over the mean."""
         return max(self.work) * len(self.work) / sum(self.work)
 
+    def positions(self, rank: int, ulysses: int = 1) -> Tensor:
+        """Return the positions in the row of the tokens of `rank`, in local order: int64 [s], ascending.
+
+        With all-to-all inside groups of `ulysses` ranks, the row is placed on these groups, and the tokens of
+        one are cut zigzag.
+        """
+        held = torch.cat([torch.arange(run.begin, run.end) for run in self.runs[rank // ulysses]])
+        return zigzag.shard(held, rank % ulysses, ulysses, 0)
+
+    def document_positions(self, rank: int, ulysses: int = 1) -> Tensor:
+        """As `positions`, counted from the start of each token's document."""
+        held = self.positions(rank, ulysses)
+        starts = torch.tensor(self.starts)
+        return held - starts[torch.bucketize(held, starts, right=True) - 1]
+
 
 def place(document_starts: Sequence[int], seq_length: int, cp: int) -> Placement:
     """Place the documents of a row on `cp` ranks, seq_length / cp tokens on each.
 
-    document_starts: positions in the row, ascending, the first 0. UserError where the row cannot be divided
-    by the ranks; ValueError for other starts.
+    document_starts: positions in the row, ascending, the first 0. UserError for other starts, and where the
+    row cannot be divided by the ranks.
     """
     if cp < 1 or seq_length < 1 or seq_length % cp:
         raise UserError(f"a row of {seq_length} tokens cannot be divided by {cp} context-parallel ranks")
-    bounds = [*document_starts, seq_length]
+    starts = tuple(document_starts)
+    bounds = [*starts, seq_length]
     if bounds[0] != 0 or any(a >= b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"document_starts must ascend from 0 and stay below {seq_length}")
+        shown = ", ".join(map(str, starts[:5])) + (", ..." if len(starts) > 5 else "")
+        raise UserError(
+            f"document starts [{shown}] are not 0 followed by ascending positions below the sequence length "
+            f"{seq_length}; prepare the data again"
+        )
+    if cp == 1:
+        return _InOrder(bounds, cp).placement()
     placements = [_Whole(bounds, cp).placement(), _Mixed(bounds, cp).placement()]
     balanced = [one for one in placements if one.imbalance <= BALANCED]
     if balanced:
@@ -117,11 +145,22 @@ class _Row:
     def finished(self) -> Placement:
         holders = {i: tuple(sorted(ranks)) for i, ranks in sorted(self.holders.items()) if len(ranks) > 1}
         return Placement(
+            tuple(self.starts),
+            self.size * self.cp,
             tuple(tuple(sorted(runs)) for runs in self.runs),
             tuple(self.work),
             holders,
             sum((len(ranks) - 1) * self.lengths[i] for i, ranks in holders.items()),
         )
+
+
+class _InOrder(_Row):
+    """On one rank."""
+
+    def placement(self) -> Placement:
+        for document, length in enumerate(self.lengths):
+            self.add(0, document, 0, length)
+        return self.finished()
 
 
 class _Whole(_Row):

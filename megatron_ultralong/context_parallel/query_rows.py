@@ -17,10 +17,10 @@ from torch import Tensor
 from megatron_ultralong.config import KEY_BLOCK
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.context_parallel.comm import Communicator, rank_and_size
+from megatron_ultralong.context_parallel.comm import Communicator
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
-from megatron_ultralong.context_parallel.ring import RotatingSum, rotate
+from megatron_ultralong.context_parallel.ring import gradient_sum, hops
 
 
 def forward_rows(
@@ -29,15 +29,13 @@ def forward_rows(
     """Return (out [b, h, c, d] in the dtype of q, lse [b, h, c] in float32) of queries q [b, h, c, d]."""
     rows = spec.query_rows
     assert rows is not None
-    rank, size = rank_and_size(ring)
-    for source, (k_source, v_source) in rotate(k, v, ring):
-        blocks = zigzag.blocks_between(rank, source, k.shape[2], size, spec.document_starts)
+    for hop, (blocks, (k_source, v_source)) in enumerate(hops(k, v, ring, spec)):
         diagonal, past = zigzag.select_query_rows(blocks, rows)
-        if source == rank:
+        if hop == 0:
             out, lse = kernels.forward_diagonal(
                 q, _select(k_source, rows), _select(v_source, rows), diagonal, spec
             )
-            if size > 1 or past:
+            if ring is not None or past:
                 out = torch.empty_like(q, dtype=accumulation_dtype(q)).copy_(out)
         # In parts, so that there are few different lengths: cuDNN builds a plan for each.
         for block in zigzag.split_keys(past, KEY_BLOCK):
@@ -60,12 +58,10 @@ def backward_rows(
     float32."""
     rows = spec.query_rows
     assert rows is not None
-    rank, size = rank_and_size(ring)
-    dkv = RotatingSum(dkv_sum, ring)
-    for source, (k_source, v_source) in rotate(k, v, ring):
-        blocks = zigzag.blocks_between(rank, source, k.shape[2], size, spec.document_starts)
+    dkv = gradient_sum(dkv_sum, ring, spec)
+    for hop, (blocks, (k_source, v_source)) in enumerate(hops(k, v, ring, spec)):
         diagonal, past = zigzag.select_query_rows(blocks, rows)
-        if source == rank:
+        if hop == 0:
             dq, dk_own, dv_own = kernels.backward_diagonal(
                 dout, q, _select(k_source, rows), _select(v_source, rows), out, lse, diagonal, spec
             )

@@ -3,8 +3,8 @@
 Keys and values travel from rank to rank while queries stay (Liu et al., arXiv 2310.01889); the zigzag order
 (zigzag.py) gives every rank the same work. The backward is a ring of its own: it takes the final output and
 logsumexp, so it never computes the forward again (as FlashAttention's backward, arXiv 2205.14135), and the
-gradients of keys and values travel with them, in float32, until they are back on their own rank. In packed
-rows a hop computes only blocks whose queries and keys share a document.
+gradients of keys and values travel with them, in float32, until they are back on their own rank. The keys of
+a packed row do not go round: they are sent to the ranks that need them (exchange.py).
 
 Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d
 head dimension. Memory beyond inputs and outputs, at any CP: two KV buffers [2, b, g, s, d] and the float32
@@ -19,27 +19,28 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel import exchange, zigzag
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.context_parallel.comm import Communicator, Transfer
+from megatron_ultralong.context_parallel.comm import Communicator, Transfer, receive_buffer
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
+from megatron_ultralong.context_parallel.schedule import schedules
+from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
 
 def ring_forward(
     q: Tensor, k: Tensor, v: Tensor, ring: Communicator, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return (out [b, h, s, d] in the dtype of q, lse [b, h, s] in float32) of `api.attention`."""
-    for source, (k_source, v_source) in rotate(k, v, ring):
-        blocks = zigzag.blocks_between(ring.rank, source, k.shape[2], ring.size, spec.document_starts)
-        if source == ring.rank:
-            out, lse = kernels.forward_diagonal(q, k_source, v_source, blocks, spec)
+    for hop, (blocks, (k_hop, v_hop)) in enumerate(hops(k, v, ring, spec)):
+        if hop == 0:
+            out, lse = kernels.forward_diagonal(q, k_hop, v_hop, blocks, spec)
             # In the memory layout of q, so that the backward need not copy.
             out = torch.empty_like(q, dtype=accumulation_dtype(q)).copy_(out)
         else:
             for block in blocks:
-                kernels.merge_past(out, lse, q, k_source, v_source, block, spec)
+                kernels.merge_past(out, lse, q, k_hop, v_hop, block, spec)
     return out.to(q.dtype), lse
 
 
@@ -54,24 +55,47 @@ def ring_backward(
     spec: AttentionSpec,
 ) -> QKVGradients:
     """Return gradients (dq, dk, dv) in the dtypes of q, k, v; out and lse as returned by `ring_forward`."""
-    dkv = RotatingSum.zeros(k, ring)
-    for source, (k_source, v_source) in rotate(k, v, ring):
-        blocks = zigzag.blocks_between(ring.rank, source, k.shape[2], ring.size, spec.document_starts)
-        if source == ring.rank:
-            dq, *dkv_own = kernels.backward_diagonal(dout, q, k_source, v_source, out, lse, blocks, spec)
+    dkv = gradient_sum(exchange.gradient_zeros(k), ring, spec)
+    for hop, (blocks, (k_hop, v_hop)) in enumerate(hops(k, v, ring, spec)):
+        if hop == 0:
+            dq, *dkv_own = kernels.backward_diagonal(dout, q, k_hop, v_hop, out, lse, blocks, spec)
             dq = dq.to(accumulation_dtype(q))
             dkv.add(slice(None), dkv_own)
             del dkv_own
         else:
             for block in blocks:
-                dq_block, *dkv_block = kernels.backward_past(
-                    dout, q, k_source, v_source, out, lse, block, spec
-                )
+                dq_block, *dkv_block = kernels.backward_past(dout, q, k_hop, v_hop, out, lse, block, spec)
                 dq[:, :, block.queries] += dq_block
                 dkv.add(block.keys, dkv_block)
         dkv.send()
     dk, dv = dkv.home()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def hops(
+    k: Tensor, v: Tensor, ring: Communicator | None, spec: AttentionSpec
+) -> Iterator[tuple[list[AttentionBlock], Sequence[Tensor]]]:
+    """Yield (blocks, (K, V)): what this rank's queries see of its own keys, in diagonal blocks, and then of
+    those of other ranks, in past blocks; keys valid until the next step."""
+    if spec.placement is not None:
+        schedule = schedules(spec.placement)[0 if ring is None else ring.rank]
+        if ring is None:
+            yield schedule.own, (k, v)
+        else:
+            yield from exchange.arrivals(k, v, ring, schedule)
+        return
+    rank = 0 if ring is None else ring.rank
+    for source, kv in rotate(k, v, ring):
+        yield [zigzag.block_between(rank, source, k.shape[2])], kv
+
+
+def gradient_sum(
+    total: Tensor, ring: Communicator | None, spec: AttentionSpec
+) -> RotatingSum | exchange.ReturnedSum:
+    """Return what adds up dKV of this rank's keys [2, b, g, s, d] over the hops of `hops`."""
+    if spec.placement is None or ring is None:
+        return RotatingSum(total, ring)
+    return exchange.ReturnedSum(total, ring, schedules(spec.placement)[ring.rank])
 
 
 def rotate(k: Tensor, v: Tensor, ring: Communicator | None) -> Iterator[tuple[int, Sequence[Tensor]]]:
@@ -86,7 +110,7 @@ def rotate(k: Tensor, v: Tensor, ring: Communicator | None) -> Iterator[tuple[in
     here = torch.empty((2, *k.shape), dtype=k.dtype, device=k.device)
     here[0].copy_(k)
     here[1].copy_(v)
-    arriving = torch.empty_like(here)
+    arriving = receive_buffer(here.shape, here.dtype, here.device)
     for hop in range(ring.size):
         transfer = ring.send_recv(here, arriving) if hop < ring.size - 1 else None
         yield (ring.rank - hop) % ring.size, here
@@ -103,13 +127,9 @@ class RotatingSum:
         """total [2, b, g, s, d], to which is added in place."""
         self._ring = ring
         self._here = total
-        self._arriving = total if ring is None else torch.empty_like(total)
+        self._arriving = total if ring is None else receive_buffer(total.shape, total.dtype, total.device)
         self._transfer: Transfer | None = None
         self._pending: list[tuple[slice, Sequence[Tensor]]] = []
-
-    @classmethod
-    def zeros(cls, k: Tensor, ring: Communicator | None) -> RotatingSum:
-        return cls(torch.zeros((2, *k.shape), dtype=accumulation_dtype(k), device=k.device), ring)
 
     def add(self, keys: slice, dkv: Sequence[Tensor]) -> None:
         """Add (dk, dv) of these keys: at once, or if the sum is still on its way, when it has arrived."""

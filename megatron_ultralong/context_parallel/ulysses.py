@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_ultralong.config import check_heads
 from megatron_ultralong.context_parallel import zigzag
-from megatron_ultralong.context_parallel.comm import Communicator, Transfer
+from megatron_ultralong.context_parallel.comm import Communicator, Transfer, receive_buffer
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 
 AttentionForward: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -80,7 +80,7 @@ def _to_heads(tensors: Sequence[Tensor], comm: Communicator) -> tuple[Tensor, ..
         for buffer, x, count in zip(send[rank].split(counts, dim=1), tensors, counts, strict=True):
             first = rank * x.shape[1] // size  # with fewer heads than ranks: the head that ranks share
             buffer.copy_(x.narrow(1, first, count))
-    receive = torch.empty_like(send)
+    receive = receive_buffer(send.shape, send.dtype, send.device)
     comm.all_to_all(send, receive).wait()
     return zigzag.unshard(list(receive), 2).split(counts, dim=1)
 
@@ -94,7 +94,7 @@ def _to_sequence(tensors: Sequence[Tensor], comm: Communicator) -> tuple[Transfe
     for rank in range(comm.size):
         for buffer, x in zip(send[rank].split(counts, dim=1), tensors, strict=True):
             buffer.copy_(zigzag.shard(x, rank, comm.size, 2))
-    receive = torch.empty_like(send)
+    receive = receive_buffer(send.shape, send.dtype, send.device)
     return comm.all_to_all(send, receive), send, receive
 
 

@@ -73,6 +73,11 @@ class VirtualCommunicator:
     def send_recv(self, send: Tensor, receive: Tensor) -> _Copies:
         return self._launch({(self.rank + 1) % self.size: send}, {(self.rank - 1) % self.size: receive.copy_})
 
+    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> _Copies:
+        return self._launch(
+            {} if send is None else dict([send]), {} if receive is None else {receive[0]: receive[1].copy_}
+        )
+
     def all_to_all(self, send: Tensor, receive: Tensor) -> _Copies:
         return self._launch(dict(enumerate(send)), {rank: x.copy_ for rank, x in enumerate(receive)})
 

@@ -2,20 +2,16 @@
 
 S tokens of the complete sequence, cp ranks, s = S/cp tokens per rank. The sequence is cut into 2 cp equal
 chunks; rank r holds chunks r and 2 cp - 1 - r, in that order, so that under a causal mask every rank has the
-same work. No other module knows this order.
+same work. Only placement.py uses this order too, for long documents of a packed row.
 
 The order nests: the shards of U adjacent ranks r U .. r U + U - 1, joined by `unshard` as if they were a
 complete sequence, are the shard of rank r among cp/U. Ulysses inside a ring relies on this (ulysses.py).
 
-Packed rows: `document_starts` are the positions in the complete row at which its documents start, ascending,
-the first 0. The row is cut like any other; a token attends to its own document only. A rank's tokens of one
-document are one contiguous range of its local tokens, possibly empty: it holds no token between its two
-chunks.
+Packed rows whose attention stays inside documents are placed otherwise (placement.py).
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel.host_values import copy_to_device
 from megatron_ultralong.errors import UserError
 
 
@@ -56,19 +51,6 @@ def positions(seq_length: int, rank: int, cp: int, device: torch.device | str | 
     _check_rank(rank, cp)
     length = _chunk_length(seq_length, cp)
     return torch.cat([torch.arange(c * length, (c + 1) * length, device=device) for c in chunk_ids(rank, cp)])
-
-
-def document_positions(
-    document_starts: Sequence[int],
-    seq_length: int,
-    rank: int,
-    cp: int,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """As `positions`, counted from the start of each token's document: int64 [s]."""
-    row_positions = positions(seq_length, rank, cp, device)
-    starts = copy_to_device(torch.tensor(check_document_starts(document_starts, seq_length)), device)
-    return row_positions - starts[torch.bucketize(row_positions, starts, right=True) - 1]
 
 
 def shard(x: Tensor, rank: int, cp: int, dim: int) -> Tensor:
@@ -115,51 +97,23 @@ def block_between(rank: int, source: int, s: int) -> AttentionBlock:
     return AttentionBlock(slice(s // 2, s), slice(0, s), False)
 
 
-def blocks_between(
-    rank: int, source: int, s: int, cp: int, document_starts: Sequence[int] = (0,)
-) -> list[AttentionBlock]:
-    """Return what is left of `block_between` if attention stays inside documents.
-
-    Own keys: one diagonal block for every document of which the rank holds tokens, in ascending order;
-    together they cover all queries without a gap. Another rank's keys: at most one past block, because keys
-    that all lie before the queries share at most one document with them.
-    """
-    if source == rank:
-        return _diagonal(_local_document_bounds(document_starts, s, rank, cp))
-    unpacked = block_between(rank, source, s)
-    last_local, length = unpacked.keys.stop - 1, s // 2
-    last_key = chunk_ids(source, cp)[last_local // length] * length + last_local % length
-    document = _document_at(document_starts, last_key, s * cp)
-    queries = _intersection(_local_range(document, s, rank, cp), unpacked.queries)
-    keys = _intersection(_local_range(document, s, source, cp), unpacked.keys)
-    return [AttentionBlock(queries, keys, False)] if queries.start < queries.stop else []
+def diagonal_blocks(s: int) -> list[AttentionBlock]:
+    """Return what each of a rank's two chunks, of s tokens together, sees of itself."""
+    return [AttentionBlock(slice(a, a + s // 2), slice(a, a + s // 2), True) for a in (0, s // 2)]
 
 
-def diagonal_blocks(
-    rank: int, s: int, cp: int, document_starts: Sequence[int] = (0,)
-) -> list[AttentionBlock]:
-    """Return what each chunk of `rank` sees of itself: diagonal blocks in ascending order that cover all
-    queries without a gap."""
-    length = s // len(chunk_ids(rank, cp))
-    return _diagonal(sorted({*_local_document_bounds(document_starts, s, rank, cp), length}))
-
-
-def past_blocks(rank: int, s: int, cp: int, document_starts: Sequence[int] = (0,)) -> list[AttentionBlock]:
+def past_blocks(rank: int, s: int, cp: int) -> list[AttentionBlock]:
     """Return what each chunk of `rank` sees of the keys before it, which are given by their positions in the
-    complete sequence: at most one past block per chunk.
+    complete sequence.
 
     Together with `diagonal_blocks` this is all that the queries of `rank` see.
     """
-    length = s // len(chunk_ids(rank, cp))
-    blocks = []
-    for local, chunk in enumerate(chunk_ids(rank, cp)):
-        first = chunk * length
-        document = _document_at(document_starts, first, s * cp)
-        if document.start < first:
-            queries = min(document.stop - first, length)
-            rows = slice(local * length, local * length + queries)
-            blocks.append(AttentionBlock(rows, slice(document.start, first), False))
-    return blocks
+    length = s // 2
+    return [
+        AttentionBlock(slice(local * length, (local + 1) * length), slice(0, chunk * length), False)
+        for local, chunk in enumerate(chunk_ids(rank, cp))
+        if chunk
+    ]
 
 
 def select_query_rows(
@@ -197,20 +151,6 @@ def split_keys(blocks: Sequence[AttentionBlock], max_keys: int) -> list[Attentio
     ]
 
 
-def check_document_starts(document_starts: Sequence[int], seq_length: int) -> tuple[int, ...]:
-    """Return `document_starts` as a tuple. Raises UserError unless they are 0 followed by ascending positions
-    of the row."""
-    starts = tuple(document_starts)
-    ascending = all(a < b for a, b in itertools.pairwise(starts))
-    if not starts or starts[0] != 0 or starts[-1] >= seq_length or not ascending:
-        shown = ", ".join(map(str, starts[:5])) + (", ..." if len(starts) > 5 else "")
-        raise UserError(
-            f"document starts [{shown}] are not 0 followed by ascending positions below the sequence length "
-            f"{seq_length}; prepare the data again"
-        )
-    return starts
-
-
 # ---- groups of ranks ----------------------------------------------------------------------------
 
 
@@ -226,42 +166,6 @@ def ring_ranks(cp: int, ulysses: int) -> list[list[int]]:
     of cp/ulysses."""
     _check_ulysses(cp, ulysses)
     return [list(range(first, cp, ulysses)) for first in range(ulysses)]
-
-
-def _diagonal(bounds: Sequence[int]) -> list[AttentionBlock]:
-    return [AttentionBlock(slice(a, b), slice(a, b), True) for a, b in itertools.pairwise(bounds)]
-
-
-def _document_at(document_starts: Sequence[int], position: int, seq_length: int) -> slice:
-    """The positions of the document that contains `position`."""
-    following = bisect.bisect_right(document_starts, position)
-    stop = document_starts[following] if following < len(document_starts) else seq_length
-    return slice(document_starts[following - 1], stop)
-
-
-def _local_range(document: slice, s: int, rank: int, cp: int) -> slice:
-    """The local tokens of `rank` that belong to a document given by its positions; may be empty."""
-    length = s // len(chunk_ids(rank, cp))
-
-    def held_before(position: int) -> int:
-        return sum(min(max(position - chunk * length, 0), length) for chunk in chunk_ids(rank, cp))
-
-    return slice(held_before(document.start), held_before(document.stop))
-
-
-def _local_document_bounds(document_starts: Sequence[int], s: int, rank: int, cp: int) -> list[int]:
-    """Where one document ends and another begins among the local tokens of `rank`, from 0 to s inclusive."""
-    length = s // len(chunk_ids(rank, cp))
-    bounds, begun = [], 0  # begun: documents that start before the current token
-    for local, chunk in enumerate(chunk_ids(rank, cp)):
-        first = chunk * length
-        low = bisect.bisect_right(document_starts, first)
-        high = bisect.bisect_left(document_starts, first + length)
-        if low > begun:
-            bounds.append(local * length)
-        bounds += [start - first + local * length for start in document_starts[low:high]]
-        begun = max(low, high)
-    return [*bounds, s]
 
 
 def _intersection(a: slice, b: slice) -> slice:

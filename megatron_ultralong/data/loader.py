@@ -15,20 +15,21 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from megatron_ultralong.context_parallel import placement as placement_of_row
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime.signals import STOP_SIGNALS
 
-Batch = dict[str, Tensor]
-"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, if requested,
-document_starts: int64 [documents], where documents start in the complete row of S tokens (b = 1)."""
+Batch = dict[str, Any]
+"""tokens, labels: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts; and, for attention
+inside documents, placement: a `Placement` of the row (b = 1), None where it is one document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,11 @@ class BatchShard:
     dp: int = 1
     cp_rank: int = 0
     cp: int = 1
-    document_starts: bool = False
-    """Batches have document starts (b = 1), for attention inside documents."""
+    ulysses: int = 1
+    """Adjacent context parallel ranks that exchange heads (config.py); rows are placed on such groups."""
+    inside_documents: bool = False
+    """Rows are placed on the context parallel ranks document by document (b = 1), for attention inside
+    them."""
 
     def samples(self, consumed: int, number: int) -> range:
         """Numbers of the samples in this rank's micro-batch `number` after `consumed` samples."""
@@ -148,7 +152,7 @@ def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], sh
         ids, counts = dataset.datasets[which][row]
         tokens[i] = ids
         targets[i] = 1.0 if counts is None else counts
-        if shard.document_starts:
+        if shard.inside_documents:
             starts = dataset.datasets[which].document_starts(row)
             targets[i, starts] = 0.0  # nothing that it may attend to predicts a document's first token
     whole = {
@@ -156,12 +160,19 @@ def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], sh
         "labels": tokens[:, 1:],
         "loss_mask": targets[:, 1:],
     }  # shift, then shard
-    batch = {
-        name: zigzag.shard(torch.from_numpy(x), shard.cp_rank, shard.cp, dim=1).contiguous()
-        for name, x in whole.items()
-    }  # [b, s]
-    if shard.document_starts:
-        batch["document_starts"] = torch.tensor([start for start in starts if start < dataset.seq_length])
+    starts = [start for start in starts if start < dataset.seq_length]
+    placement = None
+    if len(starts) > 1:
+        placement = placement_of_row.place(starts, dataset.seq_length, shard.cp // shard.ulysses)
+        held = placement.positions(shard.cp_rank, shard.ulysses)
+        batch: Batch = {name: torch.from_numpy(x)[:, held] for name, x in whole.items()}  # [b, s]
+    else:
+        batch = {
+            name: zigzag.shard(torch.from_numpy(x), shard.cp_rank, shard.cp, dim=1).contiguous()
+            for name, x in whole.items()
+        }
+    if shard.inside_documents:
+        batch["placement"] = placement
     return batch
 
 

@@ -6,18 +6,21 @@ group compute on one device here, and copies in its memory take the place of the
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 from megatron_ultralong.config import Data, Memory, Model, Parallel, Run, Train
 from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.evaluate.backends import memory_check
+from megatron_ultralong.measure import attention_inputs
 from megatron_ultralong.measure.attention_methods import AttentionSettings
 from megatron_ultralong.measure.generation import GenerationSettings
 from megatron_ultralong.measure.loss import LossSettings
 from megatron_ultralong.measure.number_format import token_count
 from megatron_ultralong.measure.step import SETTINGS, StepSettings, planned_bytes
 from megatron_ultralong.planning import layer_memory, memory, time
+from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.hardware import Gpu, Machine
 
 Prediction = dict[str, float]
@@ -57,7 +60,11 @@ def attention(
     if gpu is None:
         return predicted
     assumed = Machine(gpu=gpu, gpus=1).assumed
-    todo = time.workload(run, model, document_length=documents and settings.length // documents)
+    lengths = None
+    if documents is not None:
+        starts = attention_inputs.random_starts(settings.length, documents, settings.seed)
+        lengths = DocumentLengths(tuple(b - a for a, b in itertools.pairwise([*starts, settings.length])))
+    todo = time.workload(run, model, documents=lengths)
     peak, memory_rate = _peak(gpu, run), gpu.hbm * assumed.links
 
     def milliseconds(flops: float, moved: float, hops: int) -> float:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.kernels import flash_versions, startup
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.measure import timing
@@ -197,17 +196,18 @@ class _Measurement:
                 runner.close()
 
     def _figures(self, method: AttentionMethod, runner: RankRunner) -> dict[str, Any]:
-        shards, starts, make = self.inputs.shards(method.cp), self.inputs.starts, method.make
+        shards, make = self.inputs.shards(method.cp, method.ulysses), method.make
+        placement = self.inputs.placement(method.cp // method.ulysses)
         assert make is not None
 
         def forward(group: Any, rank: int) -> tuple[Any, Any]:
-            return make(group, starts)[0](*shards[rank][1:])
+            return make(group, placement)[0](*shards[rank][1:])
 
         def backward(group: Any, rank: int) -> Any:
-            return make(group, starts)[1](*shards[rank], *outputs[rank])
+            return make(group, placement)[1](*shards[rank], *outputs[rank])
 
         def both(group: Any, rank: int) -> Any:
-            attention_forward, attention_backward = make(group, starts)
+            attention_forward, attention_backward = make(group, placement)
             out, lse = attention_forward(*shards[rank][1:])
             return out, attention_backward(*shards[rank], out, lse)
 
@@ -231,14 +231,19 @@ class _Measurement:
         return row
 
     def _errors(self, method: AttentionMethod, runner: RankRunner) -> dict[str, Any]:
-        shards, make = self.error_inputs.shards(method.cp), method.make
+        shards, make = self.error_inputs.shards(method.cp, method.ulysses), method.make
+        placement = self.error_inputs.placement(method.cp // method.ulysses)
+        positions = self.error_inputs.positions(method.cp, method.ulysses)
         assert make is not None
 
         def both(group: Any, rank: int) -> list[Tensor]:
-            attention_forward, attention_backward = make(group, self.error_inputs.starts)
+            attention_forward, attention_backward = make(group, placement)
             out, lse = attention_forward(*shards[rank][1:])
             return [out, *attention_backward(*shards[rank], out, lse)]
 
-        results = [zigzag.unshard(list(ranks), 2) for ranks in zip(*runner.run(both), strict=True)]
+        results = [torch.empty_like(x) for x in self.reference]
+        for held, of_rank in zip(positions, runner.run(both), strict=True):
+            for result, x in zip(results, of_rank, strict=True):
+                result[:, :, held.to(x.device)] = x.to(result.dtype)
         errors = [timing.relative_error(x, y) for x, y in zip(results, self.reference, strict=True)]
         return {"error_out": errors[0], "error_gradients": max(errors[1:])}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.kernels import eager
+from megatron_ultralong.context_parallel.placement import Placement, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,22 @@ class AttentionInputs:
     starts: list[int] | None
     """Positions at which documents start; None = not packed."""
 
-    def shards(self, cp: int) -> list[tuple[Tensor, ...]]:
-        """Return (dout, q, k, v) of every rank, in zigzag order."""
+    def placement(self, ranks: int) -> Placement | None:
+        """Of a packed sequence, on the ranks of a ring."""
+        return None if self.starts is None else place(self.starts, self.q.shape[2], ranks)
+
+    def positions(self, cp: int, ulysses: int) -> list[Tensor]:
+        """Return the positions of the tokens of every rank, in local order."""
+        placement = self.placement(cp // ulysses)
+        if placement is None:
+            return [zigzag.positions(self.q.shape[2], rank, cp) for rank in range(cp)]
+        return [placement.positions(rank, ulysses) for rank in range(cp)]
+
+    def shards(self, cp: int, ulysses: int) -> list[tuple[Tensor, ...]]:
+        """Return (dout, q, k, v) of every rank."""
         return [
-            tuple(zigzag.shard(x, rank, cp, 2).contiguous() for x in (self.dout, self.q, self.k, self.v))
-            for rank in range(cp)
+            tuple(x[:, :, held.to(x.device)] for x in (self.dout, self.q, self.k, self.v))
+            for held in self.positions(cp, ulysses)
         ]
 
 
@@ -60,11 +72,14 @@ def random_inputs(shape: AttentionShape, device: torch.device, seed: int) -> Att
         )
         for count in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
     )
-    starts = None
-    if shape.documents is not None:
-        borders = torch.randperm(shape.length - 1, generator=torch.Generator().manual_seed(seed))
-        starts = [0, *sorted((borders[: shape.documents - 1] + 1).tolist())]
+    starts = None if shape.documents is None else random_starts(shape.length, shape.documents, seed)
     return AttentionInputs(q=q, k=k, v=v, dout=dout, starts=starts)
+
+
+def random_starts(length: int, documents: int, seed: int) -> list[int]:
+    """Where this many documents of random lengths start in a row."""
+    borders = torch.randperm(length - 1, generator=torch.Generator().manual_seed(seed))
+    return [0, *sorted((borders[: documents - 1] + 1).tolist())]
 
 
 def float64_reference(inputs: AttentionInputs) -> list[Tensor]:

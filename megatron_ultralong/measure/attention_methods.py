@@ -12,6 +12,7 @@ import torch
 from megatron_ultralong.config import AttentionBackend, check_heads
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import peers, ring_baselines
 from megatron_ultralong.measure.virtual_run import AttentionMethod, MakeAttention
@@ -95,7 +96,8 @@ def methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator[
     selected = set(settings.methods)
     for cp in settings.cp:
         if "ring" in selected:
-            yield AttentionMethod(key="ring", name=f"ours: ring, CP {cp}", cp=cp, make=_ours(1, "p2p"))
+            title = f"ours: {'placed documents' if packed else 'ring'}, CP {cp}"
+            yield AttentionMethod(key="ring", name=title, cp=cp, make=_ours(1, "p2p"))
         for ulysses in [
             *([cp] if "all-to-all" in selected else []),
             *(u for u in settings.ulysses if "hybrid" in selected and 1 < u < cp and cp % u == 0),
@@ -108,10 +110,10 @@ def methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator[
             key = "all-to-all" if ulysses == cp else "hybrid"
             try:
                 check_heads(settings.heads, settings.kv_heads, ulysses)
-                yield AttentionMethod(key=key, name=name, cp=cp, make=_ours(ulysses, "p2p"))
+                yield AttentionMethod(key=key, name=name, cp=cp, ulysses=ulysses, make=_ours(ulysses, "p2p"))
             except UserError as error:
                 yield AttentionMethod(key=key, name=name, cp=cp, make=None, note=str(error))
-        if "all_gather" in selected:
+        if "all_gather" in selected and not packed:  # keys of packed rows are sent one way only
             name = f"ours: all_gather, CP {cp}"
             yield AttentionMethod(key="all_gather", name=name, cp=cp, make=_ours(1, "all_gather"))
     if packed:
@@ -129,9 +131,9 @@ def methods(settings: AttentionSettings, packed: bool, kernel: str) -> Iterator[
 
 
 def _ours(ulysses: int, cp_comm_type: api.CommType) -> MakeAttention:
-    def make(group: Any, starts: Sequence[int] | None) -> tuple[Any, Any]:
+    def make(group: Any, placement: Placement | None) -> tuple[Any, Any]:
         groups = api.ContextGroups() if group is None else api.split_group(group, ulysses, cp_comm_type)
-        spec = AttentionSpec(document_starts=(0,) if starts is None else starts)
+        spec = AttentionSpec(placement=placement)
         return (
             partial(api.attention_forward, groups=groups, spec=spec),
             partial(api.attention_backward, groups=groups, spec=spec),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.measure import peers_flash
 from megatron_ultralong.measure.virtual_run import AttentionMethod, ThreadContext
 
@@ -77,12 +78,12 @@ def _no_torch_ring() -> str:
     return f"torch {torch.__version__} has no {absent[0]}" if absent else ""
 
 
-def _torch_ring(rotate: str, group: dist.ProcessGroup, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def _torch_ring(rotate: str, group: dist.ProcessGroup, placement: Placement | None) -> tuple[Any, Any]:
     """(forward, backward) of this rank: zigzag ("load balance") order and float32 sums, PyTorch's
     defaults."""
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
-    assert starts is None
+    assert placement is None
     _attention.set_rotate_method(rotate)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:

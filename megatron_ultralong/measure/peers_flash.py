@@ -14,7 +14,6 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from megatron_ultralong.context_parallel.comm import Communicator, Transfer
 from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.placement import Placement
 
 PACKAGES = {"ring-flash-attn": "ring_flash_attn", "yunchang": "yunchang"}
 """Name on PyPI: name of the module."""
@@ -48,9 +48,9 @@ def note(package: str) -> str:
     )
 
 
-def zigzag(package: str, ring: Communicator, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def zigzag(package: str, ring: Communicator, placement: Placement | None) -> tuple[Any, Any]:
     """Return (forward, backward) of this rank; packed documents are not supported."""
-    assert starts is None
+    assert placement is None
     module = _module(package)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ Shapes: s tokens of this rank, h query heads, g KV heads, d head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,17 +22,18 @@ from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.comm import Communicator
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
+from megatron_ultralong.context_parallel.placement import Placement
 
 
-def te_style(ring: Communicator, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def te_style(ring: Communicator, placement: Placement | None) -> tuple[Any, Any]:
     """Return (forward, backward) of this rank; packed documents are not supported."""
-    assert starts is None
+    assert placement is None
     return partial(_forward_kept, ring=ring), partial(_backward, ring=ring, keep_buffers=True)
 
 
-def naive(ring: Communicator, starts: Sequence[int] | None) -> tuple[Any, Any]:
+def naive(ring: Communicator, placement: Placement | None) -> tuple[Any, Any]:
     """Return (forward, backward) of this rank; packed documents are not supported."""
-    assert starts is None
+    assert placement is None
     return partial(_forward_merged, ring=ring), partial(_backward, ring=ring, keep_buffers=False)
 
 

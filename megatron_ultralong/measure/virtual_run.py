@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
 from megatron_ultralong.context_parallel.comm import Transfer
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
-MakeAttention: TypeAlias = "Callable[[Any, Sequence[int] | None], tuple[Any, Any]]"
-"""(group, document starts) -> (forward, backward) of one rank, with the signatures of
+MakeAttention: TypeAlias = "Callable[[Any, Placement | None], tuple[Any, Any]]"
+"""(group, placement of a packed row) -> (forward, backward) of one rank, with the signatures of
 context_parallel/ulysses.py; group None = one rank."""
 ThreadContext: TypeAlias = "Callable[[], contextlib.AbstractContextManager[Any]]"
 """Makes a context manager that each rank's thread enters."""
@@ -47,6 +48,8 @@ class AttentionMethod:
     "one kernel"."""
     name: str
     cp: int
+    ulysses: int = 1
+    """Ranks that exchange heads."""
     make: MakeAttention | None
     """None: cannot be run here; `note` says why."""
     ours: bool = True
@@ -102,6 +105,9 @@ class CountingPeers:
 
     def subgroup(self, ranks: list[int]) -> CountingPeers:
         return CountingPeers(self._peers.subgroup(ranks), self._counter)
+
+    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> Transfer:
+        return self._count(0 if send is None else send[1].nbytes, self._peers.exchange(send, receive))
 
     def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
         return self._count(send.nbytes, self._peers.send_recv(send, receive))

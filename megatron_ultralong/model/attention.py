@@ -16,17 +16,16 @@ from torch import Tensor
 from megatron_ultralong.context_parallel import api, zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
+from megatron_ultralong.context_parallel.comm import rank_and_size
+from megatron_ultralong.context_parallel.host_values import copy_to_device
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.model.rotary_embedding import FrequencyGradient, HeadNorm, cos_sin, split_and_rotate
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.clex import CLEX, with_network
 
-DocumentStarts = Sequence[int] | None
-"""Positions in the complete row (b = 1) at which documents start, to keep attention inside them; None = one
-document."""
-
 
 class Angles(NamedTuple):
-    """What rotates the tokens of one rank, in its zigzag order."""
+    """What rotates the tokens of one rank, in their local order."""
 
     cos: Tensor
     """float32 [S/CP, d/2]."""
@@ -82,17 +81,19 @@ class RotaryTable:
         cp_rank: int,
         cp: int,
         device: torch.device,
-        document_starts: DocumentStarts = None,
+        placement: Placement | None = None,
+        ulysses: int = 1,
     ) -> Angles:
-        """Return the angles of the zigzag positions of `cp_rank`."""
-        starts = document_starts if self.by_document else None
-        key = (seq_length, cp_rank, cp, device, starts)
+        """Return the angles of the tokens of `cp_rank`: a zigzag shard, or its tokens of a packed row that is
+        placed on groups of `ulysses` ranks."""
+        key = (seq_length, cp_rank, cp, device, placement)
         if key != self._key or self._angles is None:
-            positions = (
-                zigzag.positions(seq_length, cp_rank, cp, device=device)
-                if starts is None
-                else zigzag.document_positions(starts, seq_length, cp_rank, cp, device=device)
-            )
+            if placement is None:
+                positions = zigzag.positions(seq_length, cp_rank, cp, device=device)
+            elif self.by_document:
+                positions = copy_to_device(placement.document_positions(cp_rank, ulysses), device)
+            else:
+                positions = copy_to_device(placement.positions(cp_rank, ulysses), device)
             if self._draw is None:
                 frequencies, factor = self.rope.inverse_frequencies(self.head_dim, seq_length)
             else:
@@ -106,7 +107,7 @@ class RotaryTable:
 
 class CoreAttention(torch.nn.Module):
     """Causal attention over the complete sequence, of which each context-parallel rank holds two zigzag
-    chunks.
+    chunks; or inside the documents of a packed row, of which it holds the tokens of its placement.
 
     q [b, h, s, d], k and v [b, g, s, d] of this rank, rotated by `split_and_rotate`. Layers that run outside
     autograd call the functions of context_parallel/api.py with `groups` and `spec`.
@@ -143,27 +144,24 @@ class CoreAttention(torch.nn.Module):
         rows: slice,
         t: int,
         tp_shards: int,
-        document_starts: DocumentStarts = None,
+        placement: Placement | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Split a projection [c, b, (h + 2 g) d] into q [b, h, c, d], k and v [b, g, c, d], g = `kv_heads`,
         and normalise (`head_norm`) and rotate q and k.
 
         It holds `rows` of each of the `tp_shards` shards of t tokens that make up this rank's s tokens.
         """
-        cp = self.groups.size
-        angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, qkv.device, document_starts)
+        cp, (_, ulysses) = self.groups.size, rank_and_size(self.groups.ulysses)
+        angles = self.rotary(t * tp_shards * cp, self.groups.rank, cp, qkv.device, placement, ulysses)
         cos, sin, positions = (x.unflatten(0, (tp_shards, t))[:, rows].flatten(0, 1) for x in angles)
         draw = self.rotary.draw
         gradient = None if draw is None else FrequencyGradient(draw.gradient, positions)
         return split_and_rotate(qkv, kv_heads, cos, sin, gradient, self.head_norm)
 
-    def spec(
-        self, document_starts: DocumentStarts, query_rows: Sequence[slice] | None = None
-    ) -> AttentionSpec:
+    def spec(self, placement: Placement | None, query_rows: Sequence[slice] | None = None) -> AttentionSpec:
         """Return what this layer computes, for api.py; query_rows: the local tokens of q, None = all."""
-        starts = (0,) if document_starts is None else document_starts
-        return AttentionSpec(scale=self.scale, document_starts=starts, query_rows=query_rows)
+        return AttentionSpec(scale=self.scale, placement=placement, query_rows=query_rows)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, document_starts: DocumentStarts = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, placement: Placement | None = None) -> Tensor:
         """Return the output [b, h, s, d], differentiable."""
-        return api.attention(q, k, v, self.groups, self.spec(document_starts))
+        return api.attention(q, k, v, self.groups, self.spec(placement))

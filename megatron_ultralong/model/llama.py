@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_ultralong.config import Memory, Model, Parallel, check_model_layout
 from megatron_ultralong.context_parallel import api
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import spec
 from megatron_ultralong.model.adapters import Adapters, freeze
@@ -137,12 +138,12 @@ class Llama(LanguageModule):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         z_loss: float = 0.0,
-        document_starts: Tensor | None = None,
+        placement: Placement | None = None,
         z_sum: Tensor | None = None,
     ) -> Tensor:
-        """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard.
-        document_starts: positions in the complete row (b = 1) at which documents start, to keep attention
-        inside them; on the CPU. z_sum: as in `loss.sharded_token_loss`.
+        """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard, or its
+        tokens of a packed row (b = 1) with a `placement`, whose attention stays inside documents. z_sum: as
+        in `loss.sharded_token_loss`.
 
         Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x
         logsumexp^2) over this rank's tokens (float32 scalar); with labels only, the cross entropy of each
@@ -159,7 +160,7 @@ class Llama(LanguageModule):
         hidden = self.decoder(
             hidden_states=states,
             attention_mask=None,
-            packed_seq_params=None if document_starts is None else tuple(document_starts.tolist()),
+            packed_seq_params=placement,
         )
         if not self.post_process:
             return hidden

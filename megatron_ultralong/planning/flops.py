@@ -27,7 +27,7 @@ PEAKS = {
 }
 
 
-def flops_per_token(model: Model, seq_length: int, *, frozen: bool = False) -> float:
+def flops_per_token(model: Model, seq_length: float, *, frozen: bool = False) -> float:
     """Return the forward and backward FLOPs per token of a causal sequence of `seq_length` tokens.
 
     Attention counts only the lower triangle of the score matrix. frozen: the weights are not trained (LoRA),

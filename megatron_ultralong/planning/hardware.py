@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_ultralong.context_parallel.attention_spec import Backend
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.flops import PEAKS
 
 GPUS_PER_NODE = 8
@@ -104,16 +105,14 @@ class Machine:
     host_memory: int = 2 * 1024**4
     """Bytes of host memory per node; an assumption like the others."""
     assumed: Assumptions = dataclasses.field(default_factory=Assumptions)
-    document_length: int | None = None
-    """Mean tokens of a document, where attention stays inside documents; None = the length of the row."""
+    documents: DocumentLengths | None = None
+    """Documents of the rows, where attention stays inside them; None = as long as the row."""
     save_rate: float | None = None
     """Bytes per second that checkpoints are written with, by all nodes together; None = not known."""
 
     def __post_init__(self) -> None:
         if self.save_rate is not None and not 0 < self.save_rate < float("inf"):
             raise UserError(f"--save-rate {self.save_rate:g}: must be above 0")
-        if self.document_length is not None and self.document_length < 1:
-            raise UserError(f"--document-length {self.document_length}: must be at least 1")
         if self.gpus < 1:
             raise UserError(f"--gpus {self.gpus}: must be at least 1")
         if self.host_memory < 1:

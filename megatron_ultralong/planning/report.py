@@ -13,7 +13,8 @@ from megatron_ultralong import recipes, shapes
 from megatron_ultralong.command_settings import of_stage, override, parse_count
 from megatron_ultralong.config import Model, Parallel, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.planning import memory, report_table, search, whole_run
+from megatron_ultralong.planning import documents, memory, report_table, search, whole_run
+from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.flops import FORMULA
 from megatron_ultralong.planning.hardware import GPUS, Machine, parse_assumptions
 from megatron_ultralong.planning.layouts import SEARCHED_SETTINGS
@@ -41,6 +42,7 @@ class PlanRequest:
     host_memory: str = "2T"
     assumptions: Sequence[str] = ()
     document_length: str | None = None
+    documents: Path | None = None
     save_rate: str | None = None
     show: int = 4
 
@@ -113,10 +115,11 @@ def report(request: PlanRequest) -> PlanReport:
 def _plan(request: PlanRequest, start: Run, shape: Model, machine: Machine, given: list[str]) -> PlanReport:
     """The report of one run, `start` with the settings `given`."""
     run = override(dataclasses.replace(start, parallel=_fewest_ranks(start, given)), given)
-    if request.document_length is not None and run.data.documents != "masked":
+    option = "--documents" if request.documents is not None else "--document-length"
+    if (request.documents or request.document_length) is not None and run.data.documents != "masked":
         raise UserError(
-            "--document-length applies only where attention stays inside documents: add "
-            "--set data.documents=masked, or leave it out"
+            f"{option} applies only where attention stays inside documents: add --set data.documents=masked, or leave "
+            "it out"
         )
     keys = {setting.partition("=")[0].strip() for setting in given}
     fixed = [
@@ -200,15 +203,28 @@ def as_json(new: Estimate, settings: list[str]) -> dict[str, Any]:
 def _machine(request: PlanRequest) -> Machine:
     if request.gpu.lower() not in GPUS:
         raise UserError(f"--gpu {request.gpu}: unknown; choose one of {', '.join(GPUS)}")
-    length, rate = request.document_length, request.save_rate
+    rate = request.save_rate
     return Machine(
         gpu=GPUS[request.gpu.lower()],
         gpus=request.gpus,
         host_memory=_bytes("--host-memory", request.host_memory, "2T or 1500G"),
         assumed=parse_assumptions(request.assumptions),
-        document_length=None if length is None else parse_count(length, "--document-length"),
+        documents=_documents(request),
         save_rate=None if rate is None else _bytes("--save-rate", rate, "10G"),
     )
+
+
+def _documents(request: PlanRequest) -> DocumentLengths | None:
+    if request.documents is not None:
+        if request.document_length is not None:
+            raise UserError("--documents and --document-length both state lengths; leave one out")
+        return documents.read(request.documents)
+    if request.document_length is None:
+        return None
+    length = parse_count(request.document_length, "--document-length")
+    if length < 1:
+        raise UserError(f"--document-length {length}: must be at least 1")
+    return DocumentLengths((length,))
 
 
 def _bytes(option: str, text: str, example: str) -> int:

@@ -28,8 +28,10 @@ def heading(title: str, run: Run, machine: Machine) -> str:
         f"assumed, not measured: {machine.host_memory / GB:,.0f} GB host memory per node (--host-memory)",
     ]
     if run.data.documents == "masked":
-        span = attention_span(run, machine.document_length)
-        lines.append(f"attention inside documents of {span:,} tokens on average (--document-length)")
+        span = round(attention_span(run, machine.documents))
+        lines.append(
+            f"attention inside documents, as much as equal ones of {span:,} tokens have (--documents)"
+        )
     return "\n".join(
         [*lines, "all figures below are estimated from these, not measured. MFU by", f"  {FORMULA}"]
     )

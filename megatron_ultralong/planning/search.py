@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ultralong.config import Model, Run
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning import layouts, memory, time
+from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import Machine
 
@@ -69,13 +70,13 @@ def estimate(run: Run, model: Model, machine: Machine) -> Estimate:
     host = {name: machine.gpus_per_node * size for name, size in per_gpu.items()}
     seconds = time.iteration_time(run, model, machine)
     tokens_per_second = run.train.global_batch * run.train.seq_length / sum(seconds.values()) / machine.gpus
-    span = time.attention_span(run, machine.document_length)
+    span = time.attention_span(run, machine.documents)
     return Estimate(
         run=run,
         dp=dp,
         memory=gpu,
         host=host,
-        work=_work_per_iteration(run, model, dp, machine.document_length),
+        work=_work_per_iteration(run, model, dp, machine.documents),
         time=seconds,
         tokens_per_second=tokens_per_second,
         mfu=tokens_per_second * flops_per_token(model, span, frozen=run.lora.rank > 0) / machine.gpu.bf16,
@@ -198,9 +199,11 @@ def _any_fits(run: Run, model: Model, machine: Machine, fixed: Collection[str]) 
         return False
 
 
-def _work_per_iteration(run: Run, model: Model, dp: int, document_length: int | None) -> dict[str, float]:
+def _work_per_iteration(
+    run: Run, model: Model, dp: int, documents: DocumentLengths | None
+) -> dict[str, float]:
     """FLOPs and bytes by part of a GPU of the slowest stage in one iteration."""
-    one, n = time.workload(run, model, document_length=document_length), run.micro_batches(dp)
+    one, n = time.workload(run, model, documents=documents), run.micro_batches(dp)
     forwards = 2 if one.recompute_attention else 1
     return {
         "attention FLOPs": n * (1 + time.BACKWARD) * one.attention,

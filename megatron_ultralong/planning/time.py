@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_ultralong.config import Model, Run
+from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import Machine
 from megatron_ultralong.planning.layer_memory import LayerShape
@@ -49,8 +50,10 @@ def ring_passes(run: Run, model: Model) -> int:
     return -(-x.tokens // x.chunk) if run.memory.query_chunks else 1
 
 
-def attention_traffic(run: Run, model: Model) -> tuple[AttentionTraffic, AttentionTraffic]:
-    """Return (forward, backward)."""
+def attention_traffic(
+    run: Run, model: Model, documents: DocumentLengths | None = None
+) -> tuple[AttentionTraffic, AttentionTraffic]:
+    """Return (forward, backward). documents: as for `attention_span`."""
     x, u = LayerShape.of(run, model), run.parallel.ulysses
     q, kv = x.tokens * x.q, x.tokens * 2 * x.kv_inside  # elements
     forward = backward = 0.0
@@ -58,6 +61,21 @@ def attention_traffic(run: Run, model: Model) -> tuple[AttentionTraffic, Attenti
         share, lse = (u - 1) / u * x.e, (u - 1) / u * 4 * x.tokens * x.heads
         forward, backward = share * (2 * q + kv) + lse, share * (4 * q + 2 * kv) + lse
     others = x.ring - 1
+    if others and documents is not None and run.data.documents == "masked":
+        work, passes = documents.work(run.train.seq_length, x.ring), ring_passes(run, model)
+        sent, received = (passes * share * kv for share in (work.sent, work.received))
+        # A message of keys is computed with the queries that need them; its gradients go back.
+        return (
+            AttentionTraffic(
+                forward, sent * x.e, round(passes * work.messages), work.merged * q * (x.e + 16)
+            ),
+            AttentionTraffic(
+                backward,
+                sent * x.e + received * 4,
+                2 * round(passes * work.messages),
+                (work.merged * q + received) * (x.e + 8),
+            ),
+        )
     if run.parallel.cp_comm_type == "all_gather":
         heads = x.kv_inside // model.head_dim // u
         # Queries meet all earlier keys at once; key gradients are those of the whole sequence.
@@ -129,22 +147,30 @@ class Workload:
     exchange_backward: float = 0.0
 
 
-def attention_span(run: Run, document_length: int | None = None) -> int:
-    """Return the tokens inside which attention stays: the row, or with masked documents their mean length.
+def attention_span(run: Run, documents: DocumentLengths | None = None) -> float:
+    """Return the tokens inside which attention stays: the row, or with masked documents the length of equal
+    ones with as much attention.
 
-    document_length: mean tokens of a document; None means as long as the row.
+    documents: None means as long as the row.
     """
     s = run.train.seq_length
-    return min(document_length or s, s) if run.data.documents == "masked" else s
+    masked = documents is not None and run.data.documents == "masked"
+    return documents.span(s) if masked and documents is not None else s
 
 
-def workload(run: Run, model: Model, *, last: bool = True, document_length: int | None = None) -> Workload:
-    """Return the FLOPs and bytes of a micro-batch on a GPU of the last, or of another, pipeline stage.
+def workload(
+    run: Run, model: Model, *, last: bool = True, documents: DocumentLengths | None = None
+) -> Workload:
+    """Return the FLOPs and bytes of a micro-batch on a GPU of the last, or of another, pipeline stage; with
+    context parallelism of masked documents, of the rank that has most attention.
 
-    document_length: as for `attention_span`.
+    documents: as for `attention_span`.
     """
     p, (tokens, e) = run.parallel, micro_batch_sizes(run)
-    layers, s = model.layers // p.pp, attention_span(run, document_length)
+    layers, s = model.layers // p.pp, attention_span(run, documents)
+    ring = p.cp // p.ulysses
+    if documents is not None and run.data.documents == "masked" and ring > 1:
+        s *= documents.work(run.train.seq_length, ring).imbalance
     # Per token and layer, forward and backward, by the same formula as MFU.
     one, two = (flops_per_token(replace(model, layers=n), 0) for n in (1, 2))
     products, output = two - one, 2 * one - two
@@ -156,7 +182,7 @@ def workload(run: Run, model: Model, *, last: bool = True, document_length: int 
     # (inputs are gathered again), 4 in a recompute; 2 in the loss.
     collectives = layers * (10 + 4 * again[1]) + 2 * last
     saved = saved_per_layer(run, model)
-    forward, backward = attention_traffic(run, model)
+    forward, backward = attention_traffic(run, model, documents)
     more, host_again = 0.0, 0.0
     if run.memory.query_chunks:
         # Keys and values are projected first, by the same weight as the queries: once more in the forward,
@@ -208,9 +234,7 @@ def iteration_time(run: Run, model: Model, machine: Machine) -> dict[str, float]
     """
     dp, micro_batches = data_parallel_split(run, model, machine.gpus)
     slowest, other = (
-        _micro_batch_time(
-            run, workload(run, model, last=last, document_length=machine.document_length), machine
-        )
+        _micro_batch_time(run, workload(run, model, last=last, documents=machine.documents), machine)
         for last in (True, False)
     )
     p = run.parallel

@@ -239,7 +239,8 @@ def _training_data(
         dp=ranks.dp,
         cp_rank=ranks.cp_rank,
         cp=ranks.cp,
-        document_starts=run.data.documents == "masked",
+        ulysses=run.parallel.ulysses,
+        inside_documents=run.data.documents == "masked",
     )
 
     def training(consumed: int) -> Batches:

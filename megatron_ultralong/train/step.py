@@ -70,7 +70,7 @@ def token_losses(
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
         batch = next(batches)
         tokens, labels = _to_device(batch, ("tokens", "labels"), trainer.ranks.device)
-        output = model(tokens, labels, document_starts=batch.get("document_starts"))
+        output = model(tokens, labels, placement=batch.get("placement"))
         return output, lambda nll: (
             nll.sum(),
             torch.tensor(nll.numel(), dtype=torch.int, device=nll.device),
@@ -88,13 +88,13 @@ def _loss_step(trainer: Trainer, z_loss: float) -> Callable[..., Any]:
                 batch, ("tokens", "labels", "loss_mask"), trainer.ranks.device
             )
         z_sum = torch.zeros((), device=trainer.ranks.device) if z_loss else None
-        # By keyword: Float16Module converts positional floats to bf16. `document_starts` is read on the host.
+        # By keyword: Float16Module converts positional floats to bf16.
         output = model(
             tokens,
             labels,
             loss_mask=loss_mask,
             z_loss=z_loss,
-            document_starts=batch.get("document_starts"),
+            placement=batch.get("placement"),
             z_sum=z_sum,
         )
         return output, loss_normalisation.loss_function(loss_mask, z_sum)

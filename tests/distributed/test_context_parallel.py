@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups, attention, split_group
-from megatron_ultralong.context_parallel.comm import ProcessGroupCommunicator
-from tests.distributed.test_ring import check, sequence, shard
+from megatron_ultralong.context_parallel.comm import ProcessGroupCommunicator, rank_and_size
+from tests.distributed.test_ring import check, sequence
+from tests.packed import held
 from tests.spawn import run_ranks
 from tests.unit.test_context_parallel import (
     COMM_TYPES,
@@ -22,6 +23,7 @@ from tests.unit.test_context_parallel import (
     documents,
     expected,
     packed_attention,
+    shards,
     spec,
 )
 
@@ -59,12 +61,13 @@ def _over_gloo(rank: int, world_size: int) -> None:
                         groups.rank,
                         cp,
                         what=(comm_type, ulysses, h, g, name),
+                        held=held(inputs[0].shape[2], groups.rank, cp, starts, ulysses),
                     )
             half = [x.bfloat16().double() for x in inputs]
             for x, y in zip(
                 compute(half, groups, starts, torch.bfloat16), expected(half, starts), strict=True
             ):
-                y = zigzag.shard(y, groups.rank, cp, 2)
+                y = y[:, :, held(inputs[0].shape[2], groups.rank, cp, starts, ulysses)]
                 assert x.dtype == torch.bfloat16 and (x.double() - y).norm() / y.norm() < 0.03, (
                     comm_type,
                     cp,
@@ -106,14 +109,16 @@ def _layers(groups: ContextGroups) -> None:
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     out = stack(*leaves, lambda *x: packed_attention(*x, starts), lambda f, *x: f(*x))
     want = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
-    q, k, v, dout = (shard(x, rank, cp) for x in inputs)
+    q, k, v, dout = shards(inputs, groups, starts)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = stack(
         *leaves,
-        lambda *x: attention(*x, groups, spec(starts)),
+        lambda *x: attention(*x, groups, spec(starts, 6 * cp if cp > 1 else 3, groups)),
         lambda f, *x: checkpoint(f, *x, use_reentrant=False),
     )
     thread = threading.Thread(target=out.backward, args=(dout,))
     thread.start()
     thread.join()
-    check([out.detach(), *(x.grad for x in leaves)], want, rank, cp, what=("layers", groups.cp_comm_type))
+    mine = held(inputs[0].shape[2], rank, cp, starts, rank_and_size(groups.ulysses)[1])
+    got = [out.detach(), *(x.grad for x in leaves)]
+    check(got, want, rank, cp, what=("layers", groups.cp_comm_type), held=mine)

@@ -19,6 +19,7 @@ from megatron_ultralong.planning.memory import gpu_memory, stage_parameters
 from megatron_ultralong.rope.base import Rope
 from megatron_ultralong.rope.hf_config import from_hf
 from megatron_ultralong.rope.methods import Llama3
+from tests.packed import held, placed
 from tests.spawn import leave_groups, run_ranks
 from tests.tiny import FAMILY_MODELS, LLAMA3, SMALL, hf_model
 
@@ -278,7 +279,6 @@ def _check_layout(
     rope: Rope = ROPE,
     z_loss: float = 0.0,
 ) -> None:
-    from megatron_ultralong.context_parallel import zigzag
     from megatron_ultralong.model import llama
     from megatron_ultralong.train import optimizer as optim
     from megatron_ultralong.train.loss_normalisation import global_mean
@@ -302,10 +302,11 @@ def _check_layout(
 
     def batches() -> Any:
         for row in range(ranks.dp_rank, count, ranks.dp):
-            batch = {
-                name: zigzag.shard(x[row : row + 1], ranks.cp_rank, ranks.cp, 1) for name, x in rows.items()
-            }
-            yield batch if starts is None else batch | {"document_starts": torch.tensor(starts[row])}
+            batch = {name: x[row : row + 1, tokens_of(row)] for name, x in rows.items()}
+            yield batch | {"placement": placed(starts and starts[row], S, ranks.cp // parallel.ulysses)}
+
+    def tokens_of(row: int) -> torch.Tensor:
+        return held(S, ranks.cp_rank, ranks.cp, starts and starts[row], parallel.ulysses)
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
     mine = _logits(chunks, [batches() for _ in chunks], count // ranks.dp)
@@ -314,7 +315,7 @@ def _check_layout(
         parts = [torch.empty_like(part) for _ in range(ranks.tp)]
         torch.distributed.all_gather(parts, part, group=ranks.groups.tp)
         got = torch.cat(parts, dim=-1)[..., : model.vocab_size]
-        want = zigzag.shard(logits[row : row + 1], ranks.cp_rank, ranks.cp, 1)
+        want = logits[row : row + 1, tokens_of(row)]
         assert (got - want).abs().max() < 1e-4, where
 
     run = Run(
@@ -438,7 +439,7 @@ def _logits(chunks: list[Any], batches: list[Any], micro_batches: int) -> list[t
     def forward_step(batches: Any, chunk: Any) -> Any:
         batch = next(batches)
         return chunk(
-            batch["tokens"], document_starts=batch.get("document_starts")
+            batch["tokens"], placement=batch.get("placement")
         ), lambda logits, non_loss_data: logits.contiguous()
 
     many = len(chunks) > 1

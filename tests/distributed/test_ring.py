@@ -62,9 +62,12 @@ def expected(inputs: list[Tensor], scale: float | None = None) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
 
-def shard(x: Tensor, rank: int, cp: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """This rank's shard, a view of [s, b, h, d] as Megatron passes it."""
-    return zigzag.shard(x, rank, cp, 2).to(dtype).permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+def shard(
+    x: Tensor, rank: int, cp: int, dtype: torch.dtype = torch.float32, held: Tensor | None = None
+) -> Tensor:
+    """This rank's shard, or its tokens `held`, a view of [s, b, h, d] as Megatron passes it."""
+    x = zigzag.shard(x, rank, cp, 2) if held is None else x[:, :, held]
+    return x.to(dtype).permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
 
 
 def compute(
@@ -83,10 +86,16 @@ def compute(
 
 
 def check(
-    got: list[Tensor], want: list[Tensor], rank: int, cp: int, tolerance: float = 1e-5, what: Any = ""
+    got: list[Tensor],
+    want: list[Tensor],
+    rank: int,
+    cp: int,
+    tolerance: float = 1e-5,
+    what: Any = "",
+    held: Tensor | None = None,
 ) -> None:
     for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        y = zigzag.shard(y, rank, cp, 2)
+        y = zigzag.shard(y, rank, cp, 2) if held is None else y[:, :, held]
         assert_close(
             x.double(),
             y,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.api import CommType, attention, split_group
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.context_parallel.comm import Communicator
 from megatron_ultralong.context_parallel.kernels import varlen
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.gpu.test_kernels_gpu import near
+from tests.packed import held, joined, own_blocks, placed
 from tests.unit.test_kernels import reference, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -45,7 +45,7 @@ def expected(
 def test_documents_in_one_call(h: int, g: int, layout_: str) -> None:
     for d, starts in itertools.product((64, 128), (STARTS, list(range(768)))):
         q, k, v, dout = tensors(1, h, g, 768, 768, d, torch.bfloat16, layout_, "cuda")
-        blocks = zigzag.blocks_between(0, 0, 768, 1, starts)
+        blocks = own_blocks(starts, 768)
         out, lse = varlen.forward(q, k, v, blocks)
         want, want_lse = expected(q, k, v, dout, starts)
         assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
@@ -66,15 +66,16 @@ def test_comm_types_on_virtual_ranks(
 ) -> None:
     q, k, v, dout = tensors(1, 8, 2, 768, 768, 64, dtype, device="cuda")
 
-    spec = AttentionSpec(document_starts=starts or [0])
+    spec = AttentionSpec(placement=placed(starts, 768, cp // ulysses))
 
     def run(r: Communicator) -> list[Tensor]:
-        leaves = [zigzag.shard(x, r.rank, cp, 2).detach().requires_grad_() for x in (q, k, v)]
+        mine = held(768, r.rank, cp, starts, ulysses).to("cuda")
+        leaves = [x[:, :, mine].detach().requires_grad_() for x in (q, k, v)]
         out = attention(*leaves, split_group(r, ulysses, comm_type), spec)
-        return [out.detach(), *torch.autograd.grad(out, leaves, zigzag.shard(dout, r.rank, cp, 2))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout[:, :, mine])]
 
     want, _ = expected(q, k, v, dout, starts)
     for name, x, y in zip(
         ("out", "dq", "dk", "dv"), zip(*run_virtual(run, cp), strict=True), want, strict=True
     ):
-        near(zigzag.unshard(list(x), 2), y, 2e-2 if dtype == torch.bfloat16 else 1e-5, name)
+        near(joined(list(x), starts, ulysses), y, 2e-2 if dtype == torch.bfloat16 else 1e-5, name)

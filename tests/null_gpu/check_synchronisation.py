@@ -9,7 +9,7 @@ import os
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_ultralong.model import llama
 from megatron_ultralong.rope.methods import Unscaled
 from megatron_ultralong.runtime import launch
 from megatron_ultralong.train.stopwatch import Stopwatch
+from tests.packed import placed
 
 MODEL = Model(hidden_size=256, ffn_size=512, layers=3, heads=4, kv_heads=2, head_dim=64, vocab_size=500)
 LENGTH = 4096
@@ -34,7 +35,7 @@ MEMORY = {
     "query chunks": Memory(offload="off", query_chunks=True, layer_chunk=1024, loss_chunk=512),
     "query chunks, offloaded": Memory(offload="all", query_chunks=True, layer_chunk=1024, loss_chunk=512),
 }
-STARTS = {"whole row": None, "documents": torch.arange(0, LENGTH, 100)}
+STARTS = {"whole row": None, "documents": range(0, LENGTH, 100)}
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +87,12 @@ def test_none_in_forward_and_backward(ranks: Any, memory: str, starts: str) -> N
     tokens = torch.zeros(1, LENGTH + 1, dtype=torch.int64, device="cuda")
     mask = torch.ones(1, LENGTH, device="cuda")
 
-    def step(row: torch.Tensor | None) -> None:
-        chunk(tokens[:, :-1], tokens[:, 1:], loss_mask=mask, document_starts=row).backward()
+    def step(starts: Sequence[int] | None) -> None:
+        placement = placed(starts, LENGTH, 1)
+        chunk(tokens[:, :-1], tokens[:, 1:], loss_mask=mask, placement=placement).backward()
 
     step(STARTS[starts])  # host buffers are page-locked, cuDNN's lse is looked at
-    other = None if starts == "whole row" else torch.arange(0, LENGTH, 128)
+    other = None if starts == "whole row" else range(0, LENGTH, 128)
     with synchronisations() as found:
         step(other)
     llama.unwrap(chunk).store.close()

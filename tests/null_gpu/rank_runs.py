@@ -19,6 +19,7 @@ from megatron_ultralong.train import optimizer as optim
 from megatron_ultralong.train import step
 from megatron_ultralong.train.stopwatch import PARTS, Stopwatch
 from tests.null_gpu import recording
+from tests.packed import placed
 
 MODEL = Model(hidden_size=256, ffn_size=512, layers=2, heads=8, kv_heads=4, head_dim=64, vocab_size=512)
 LENGTH = 1024
@@ -28,6 +29,8 @@ LAYOUTS: dict[str, tuple[Parallel, Memory, Sequence[int] | None]] = {
     "TP 2, CP 2, query chunks": (Parallel(tp=2, cp=2), CHUNKED, None),
     "TP 2, PP 2": (Parallel(tp=2, pp=2), KEPT, None),
     "CP 4, ring, documents": (Parallel(cp=4), KEPT, (0, 5, 300, 301, 800)),
+    "CP 4, documents, query chunks": (Parallel(cp=4), CHUNKED, (0, 5, 300, 301, 800)),
+    "CP 4, all-to-all and ring, documents": (Parallel(cp=4, ulysses=2), KEPT, (0, 130, 700)),
     "CP 4, all-gather": (Parallel(cp=4, cp_comm_type="all_gather"), KEPT, None),
     "CP 4, all-to-all": (Parallel(cp=4, ulysses=4), KEPT, None),
     "CP 4, all-to-all and ring": (Parallel(cp=4, ulysses=2), replace(KEPT, offload="all"), None),
@@ -81,7 +84,7 @@ def batches(parallel: Parallel, starts: Sequence[int] | None) -> Iterator[Any]:
     tokens = torch.zeros(1, s, dtype=torch.int64)
     batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, s)}
     while True:
-        yield batch if starts is None else batch | {"document_starts": torch.tensor(starts)}
+        yield batch | {"placement": placed(starts, LENGTH, parallel.cp // parallel.ulysses)}
 
 
 # ---- attention alone, with planted bugs --------------------------------------------------------
@@ -165,8 +168,10 @@ def sent_before_received(patch: MonkeyPatch) -> None:
     def send_recv(self: Any, send: torch.Tensor, receive: torch.Tensor) -> Any:
         return comm._Works(
             [
-                dist.isend(send, self._next, self.group),
-                dist.irecv(receive, self._previous, self.group),
+                dist.isend(send, dist.get_global_rank(self.group, (self.rank + 1) % self.size), self.group),
+                dist.irecv(
+                    receive, dist.get_global_rank(self.group, (self.rank - 1) % self.size), self.group
+                ),
             ]
         )
 

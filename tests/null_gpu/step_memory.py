@@ -19,6 +19,7 @@ import torch
 from megatron_ultralong import shapes
 from megatron_ultralong.config import Data, Memory, Parallel, Run, Train
 from megatron_ultralong.context_parallel import api
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.lora import Lora
 from megatron_ultralong.measure import step
 from megatron_ultralong.model import llama
@@ -27,6 +28,7 @@ from megatron_ultralong.model.llama import NO_LORA
 from megatron_ultralong.planning import memory as planned_memory
 from megatron_ultralong.rope.methods import Unscaled
 from tests.distributed.test_planned_memory import FakeCommunicator
+from tests.packed import placed
 
 K, GIB = 1024, 2**30
 CUDA = torch.device("cuda", 0)
@@ -43,11 +45,12 @@ class Kernel:
     document_length: float | None = None
     """Tokens of each document of a packed row; up to 1, as a share of the row."""
 
-    def document_starts(self, tokens: int) -> torch.Tensor | None:
+    def placement(self, tokens: int, ranks: int) -> Placement | None:
+        """Of a row of `tokens` on the ranks of a ring."""
         if self.document_length is None:
             return None
         length = self.document_length if self.document_length > 1 else self.document_length * tokens
-        return torch.arange(0, tokens, int(length))
+        return placed(range(0, tokens, int(length)), tokens, ranks)
 
 
 KERNELS = {
@@ -91,7 +94,7 @@ def measured(
         ulysses=FakeCommunicator(p.ulysses),
         cp_comm_type=p.cp_comm_type,
     )
-    starts = kernel.document_starts(tokens * p.cp)
+    placement = kernel.placement(tokens * p.cp, p.cp // p.ulysses)
     with pytest.MonkeyPatch.context() as patch, using(kernel):
         patch.setattr(api, "split_group", lambda *args, **kwargs: groups)
         patch.setattr(offload, "host_bytes", lambda: 2**50)  # never touched
@@ -102,7 +105,7 @@ def measured(
         mask = torch.ones(1, tokens, device=CUDA)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        chunk(row[:, :-1], row[:, 1:], loss_mask=mask, document_starts=starts).backward()
+        chunk(row[:, :-1], row[:, 1:], loss_mask=mask, placement=placement).backward()
         peak = torch.cuda.max_memory_allocated() - before
         llama.unwrap(chunk).store.close()
     del chunk, parameter

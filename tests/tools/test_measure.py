@@ -103,6 +103,14 @@ def test_attention(
                 2 * 4 * 16 * 4,
                 2 * 4 * 16 * 4,
             )  # bytes per token of keys and values, and of their gradients in float32
+            if packed:
+                row = rows[f"ours: placed documents, CP {cp}{packed}"]
+                assert 0 < row["sent_forward"] < (cp - 1) * kv / cp
+                assert row["sent_backward"] == 2 * row["sent_forward"], (
+                    "float32: keys, and their gradients back"
+                )
+                assert f"ours: all_gather, CP {cp}{packed}" not in rows
+                continue
             for method, forward, backward in (
                 ("ring", cp - 1, ((cp - 1) * kv + cp * wide) / cp),
                 ("all_gather", cp - 1, (cp - 1) * (kv + wide) / cp),

@@ -21,7 +21,6 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data import loader, packed_rows
 from megatron_ultralong.data.sft import pack, select_examples
 from megatron_ultralong.data.sft.settings import SftSettings
@@ -29,6 +28,7 @@ from megatron_ultralong.data.tokenizer import load_tokenizer
 from megatron_ultralong.errors import UserError
 from tests import chat as made
 from tests import processes
+from tests.packed import joined
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -106,7 +106,7 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
             islice(
                 loader.batches(
                     rows,
-                    loader.BatchShard(cp_rank=rank, cp=cp, document_starts=True),
+                    loader.BatchShard(cp_rank=rank, cp=cp, inside_documents=True),
                     consumed=0,
                     seed=3,
                 ),
@@ -117,20 +117,18 @@ def test_the_loss_counts_the_answers_and_nothing_else(tmp_path, tokenizer_dir, c
     ]
     for number in range(len(rows)):
         shares = [rank[number] for rank in ranks]
+        which, place = rows.locate(number, 3)
+        starts = [*rows.datasets[which].document_starts(place), S + 1]
+        begins = [start for start in starts if start < S]
         whole = {
-            name: zigzag.unshard([share[name] for share in shares], dim=1)[0]
-            if cp > 1
-            else shares[0][name][0]
+            name: joined([share[name] for share in shares], begins, dim=1)[0]
             for name in ("tokens", "labels", "loss_mask")
         }
         counted += int(sum(share["loss_mask"].sum() for share in shares))
         row = torch.cat([whole["tokens"], whole["labels"][-1:]])
         marks = torch.cat([torch.zeros(1), whole["loss_mask"]])
-        which, place = rows.locate(number, 3)
-        starts = [*rows.datasets[which].document_starts(place), S + 1]
-        assert all(
-            share["document_starts"].tolist() == [start for start in starts if start < S] for share in shares
-        )
+        for share in shares:
+            assert begins == ([0] if share["placement"] is None else list(share["placement"].starts))
         for begin, end in pairwise(starts):
             ids = row[begin:end].tolist()
             if set(ids) == {manifest["pad_id"]}:

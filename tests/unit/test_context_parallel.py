@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_ultralong.config import check_heads
-from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel import comm
 from megatron_ultralong.context_parallel.api import (
     CommType,
     ContextGroups,
@@ -24,11 +24,13 @@ from megatron_ultralong.context_parallel.api import (
     split_group,
 )
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
-from megatron_ultralong.context_parallel.comm import Communicator
+from megatron_ultralong.context_parallel.comm import Communicator, rank_and_size
 from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.context_parallel.placement import place
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from megatron_ultralong.errors import UserError
 from tests.distributed.test_ring import check, sequence, shard
+from tests.packed import held, joined, placed
 
 COMM_TYPES: list[CommType] = ["p2p", "all_gather"]
 SIZES = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]
@@ -53,8 +55,26 @@ def documents(cp: int, chunk: int) -> dict[str, list[int]]:
     return {name: [start for start in starts if start < length] for name, starts in packings.items()}
 
 
-def spec(starts: Sequence[int] | None, scale: float | None = None) -> AttentionSpec:
-    return AttentionSpec(document_starts=(0,) if starts is None else starts, scale=scale)
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is received starts as NaN, so that nothing is read before it has arrived, or where nothing
+    arrives."""
+    monkeypatch.setattr(comm, "_allocate", lambda shape, **kind: torch.full(shape, math.nan, **kind))
+
+
+def spec(
+    starts: Sequence[int] | None, length: int, groups: ContextGroups, scale: float | None = None
+) -> AttentionSpec:
+    return AttentionSpec(placement=placed(starts, length, rank_and_size(groups.ring)[1]), scale=scale)
+
+
+def shards(
+    inputs: Sequence[Tensor], groups: ContextGroups, starts: Any, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """This rank's tokens of each."""
+    size = rank_and_size(groups.ulysses)[1]
+    mine = held(inputs[0].shape[2], groups.rank, groups.size, starts, size)
+    return [shard(x, groups.rank, groups.size, dtype, mine) for x in inputs]
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None) -> Tensor:
@@ -77,9 +97,9 @@ def compute(
     inputs: list[Tensor], groups: ContextGroups, starts: Any = None, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """[out, dq, dk, dv] of this rank, through autograd."""
-    q, k, v, dout = (shard(x, groups.rank, groups.size, dtype) for x in inputs)
+    q, k, v, dout = shards(inputs, groups, starts, dtype)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, groups, spec(starts))
+    out = attention(*leaves, groups, spec(starts, inputs[0].shape[2], groups))
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -105,7 +125,8 @@ def test_equal_to_full_attention(cp: int, ulysses: int, comm_type: CommType) -> 
                 lambda r, x=inputs, t=starts: compute(x, split_group(r, ulysses, comm_type), t), cp
             )
             for rank in range(cp):
-                check(got[rank], want, rank, cp, what=(comm_type, ulysses, h, g, name))
+                mine = held(inputs[0].shape[2], rank, cp, starts, ulysses)
+                check(got[rank], want, rank, cp, what=(comm_type, ulysses, h, g, name), held=mine)
 
 
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
@@ -120,7 +141,8 @@ def test_every_packing(cp: int, ulysses: int, chunk: int, comm_type: CommType) -
             lambda r, t=starts: compute(inputs, split_group(r, ulysses, comm_type), t, torch.float64), cp
         )
         for rank in range(cp):
-            check(got[rank], want, rank, cp, 1e-11, what=(comm_type, ulysses, chunk, name))
+            mine = held(inputs[0].shape[2], rank, cp, starts, ulysses)
+            check(got[rank], want, rank, cp, 1e-11, what=(comm_type, ulysses, chunk, name), held=mine)
 
 
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
@@ -129,19 +151,20 @@ def test_bf16(cp: int, ulysses: int, comm_type: CommType) -> None:
     inputs = [x.bfloat16().double() for x in sequence((1, 8, 2, 9, 16), cp, seed=4)]
     for starts in (None, documents(cp, 9)["any"]):
         want = expected(inputs, starts)
-        shards = run_virtual(
+        results = run_virtual(
             lambda r, t=starts: compute(inputs, split_group(r, ulysses, comm_type), t, torch.bfloat16), cp
         )
-        for name, got, y in zip(("out", "dq", "dk", "dv"), zip(*shards, strict=True), want, strict=True):
+        for name, got, y in zip(("out", "dq", "dk", "dv"), zip(*results, strict=True), want, strict=True):
             assert all(x.dtype == torch.bfloat16 for x in got)
-            x = zigzag.unshard(list(got), 2).double()
+            x = joined(got, starts, ulysses).double()
             assert (x - y).norm() / y.norm() < 0.02, f"{name}, {cp} ranks, {ulysses} exchange heads"
 
 
 def test_scale_and_no_groups() -> None:
     q, k, v, _ = (x.float() for x in sequence((1, 4, 2, 9, 8), 1, seed=2))
     scaled = packed_attention(q * 0.3 * 8**0.5, k, v, [0, 4])
-    assert_close(attention(q, k, v, ContextGroups(), spec([0, 4], 0.3)), scaled, atol=1e-5, rtol=1e-5)
+    alone = ContextGroups()
+    assert_close(attention(q, k, v, alone, spec([0, 4], 9, alone, 0.3)), scaled, atol=1e-5, rtol=1e-5)
     for comm_type, ulysses in itertools.product(COMM_TYPES, (1, 2)):
         inputs = sequence((1, 4, 2, 3, 8), 4, seed=2)
         want = packed_attention(inputs[0] * 0.3 * 8**0.5, *inputs[1:3], [0, 4])
@@ -149,9 +172,11 @@ def test_scale_and_no_groups() -> None:
         def run(
             r: Communicator, u: int = ulysses, w: CommType = comm_type, x: list[Tensor] = inputs
         ) -> Tensor:
-            return attention(*(shard(y, r.rank, 4) for y in x[:3]), split_group(r, u, w), spec([0, 4], 0.3))
+            groups = split_group(r, u, w)
+            return attention(*shards(x[:3], groups, [0, 4]), groups, spec([0, 4], 24, groups, 0.3))
 
-        assert_close(zigzag.unshard(run_virtual(run, 4), 2).double(), want, atol=1e-5, rtol=1e-5)
+        found = joined(run_virtual(run, 4), [0, 4], ulysses).double()
+        assert_close(found, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
@@ -167,15 +192,17 @@ def test_logsumexp_is_in_the_callers_order(cp: int, ulysses: int, comm_type: Com
 
     def run(r: Communicator) -> list[Tensor]:
         groups = split_group(r, ulysses, comm_type)
-        q, k, v, dout = (shard(x, r.rank, cp) for x in inputs)
-        out, lse = attention_forward(q, k, v, groups, spec(starts))
+        q, k, v, dout = shards(inputs, groups, starts)
+        packed = spec(starts, inputs[0].shape[2], groups)
+        out, lse = attention_forward(q, k, v, groups, packed)
         assert lse.dtype == torch.float32 and lse.shape == q.shape[:3] and out.shape == q.shape
         out, lse = (x.contiguous().clone() for x in (out, lse))  # to host memory and back, say
-        return [lse, out, *attention_backward(dout, q, k, v, out, lse, groups, spec(starts))]
+        return [lse, out, *attention_backward(dout, q, k, v, out, lse, groups, packed)]
 
     for rank, (lse, *got) in enumerate(run_virtual(run, cp)):
-        check(got, want, rank, cp)
-        assert_close(lse.double(), zigzag.shard(scores.logsumexp(-1), rank, cp, 2), atol=1e-5, rtol=1e-5)
+        mine = held(inputs[0].shape[2], rank, cp, starts, ulysses)
+        check(got, want, rank, cp, held=mine)
+        assert_close(lse.double(), scores.logsumexp(-1)[:, :, mine], atol=1e-5, rtol=1e-5)
 
 
 # ---- bytes sent -----------------------------------------------------------------------------
@@ -190,6 +217,12 @@ class Counted:
     def _count(self, what: str, send: Tensor, copies: float) -> None:
         key = (what, send.dtype)
         self.sent[key] = self.sent.get(key, 0) + int(send.numel() * send.element_size() * copies)
+
+    def exchange(self, send: Any, receive: Any) -> Any:
+        if send is not None:
+            assert send[1].is_contiguous() and send[0] != self.rank
+            self._count("message", send[1], 1)
+        return self.inner.exchange(send, receive)
 
     def send_recv(self, send: Tensor, receive: Tensor) -> Any:
         self._count("hop", send, 1)
@@ -229,12 +262,13 @@ def test_bytes_sent(cp: int, ulysses: int, g: int, comm_type: CommType, starts: 
             ulysses=counted[-1] if groups.ulysses else None,
             cp_comm_type=comm_type,
         )
-        q, k, v, dout = (shard(x, r.rank, cp, torch.bfloat16) for x in inputs)
-        out, lse = attention_forward(q, k, v, groups, spec(starts))
+        q, k, v, dout = shards(inputs, groups, starts, torch.bfloat16)
+        packed = spec(starts, cp * s, groups)
+        out, lse = attention_forward(q, k, v, groups, packed)
         forward = {key: count for c in counted for key, count in c.sent.items()}
         for c in counted:
             c.sent.clear()
-        attention_backward(dout, q, k, v, out, lse, groups, spec(starts))
+        attention_backward(dout, q, k, v, out, lse, groups, packed)
         return [forward, {key: count for c in counted for key, count in c.sent.items()}]
 
     ring, n = cp // ulysses, max(g // ulysses, 1)
@@ -252,6 +286,19 @@ def test_bytes_sent(cp: int, ulysses: int, g: int, comm_type: CommType, starts: 
             ("all-to-all", half): 2 * (ulysses - 1) * row * (4 * heads + 4 * n),
             ("all-to-all", full): 4 * (ulysses - 1) * s * heads,
         }
+    if starts is not None and ring > 1:
+        passed = tokens_passed(starts, cp * s, ring)
+        want = []
+        for rank in range(cp):
+            sent, received = (passed.sum(dim)[rank // ulysses].item() for dim in (1, 0))
+            here = [dict(forward), dict(backward)]
+            if sent:
+                here[0]["message", half] = here[1]["message", half] = 2 * 2 * n * d * sent
+            if received:
+                here[1]["message", full] = 4 * 2 * n * d * received
+            want.append(here)
+        assert run_virtual(run, cp) == want
+        return
     if ring > 1 and comm_type == "p2p":
         forward["hop", half] = backward["hop", half] = 2 * (ring - 1) * kv
         backward["hop", full] = 4 * ring * kv
@@ -259,6 +306,19 @@ def test_bytes_sent(cp: int, ulysses: int, g: int, comm_type: CommType, starts: 
         forward["all-gather", half] = backward["all-gather", half] = 2 * (ring - 1) * kv
         backward["reduce-scatter", full] = 4 * (ring - 1) * kv
     assert run_virtual(run, cp) == [[forward, backward]] * cp
+
+
+def tokens_passed(starts: Sequence[int], length: int, ranks: int) -> Tensor:
+    """[ranks, ranks]: tokens of the first rank that are in a document of which the second has later ones."""
+    document = torch.bucketize(torch.arange(length), torch.tensor(starts), right=True)
+    mine = [held(length, rank, ranks, starts) for rank in range(ranks)]
+    needed = torch.zeros(ranks, ranks, dtype=torch.int64)
+    for a, b in itertools.permutations(range(ranks), 2):
+        for number in document.unique():
+            keys, queries = (x[document[x] == number] for x in (mine[a], mine[b]))
+            if len(keys) and len(queries):
+                needed[a, b] += (keys < queries.max()).sum()
+    return needed
 
 
 def test_no_kernel_runs_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +338,9 @@ def test_no_kernel_runs_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         pairs[0] = 0
         run_virtual(
             lambda r, t=starts, w=comm_type: attention_forward(
-                *(shard(x, r.rank, 4) for x in inputs[:3]), split_group(r, 1, w), spec(t)
+                *shards(inputs[:3], split_group(r, 1, w), t),
+                split_group(r, 1, w),
+                spec(t, 40, split_group(r, 1, w)),
             ),
             4,
         )
@@ -317,14 +379,21 @@ def test_wrong_shapes_and_rows_are_refused(comm_type: CommType) -> None:
     for cp, ulysses in ((1, 1), (2, 1), (2, 2)):
         with pytest.raises(UserError, match=r"one packed row at a time, not 2: set train\.micro_batch to 1"):
             run_virtual(
-                lambda r, n=(cp, ulysses): attention(q, k, k, split_group(r, n[1], comm_type), spec([0, 2])),
+                lambda r, n=(cp, ulysses): attention(
+                    q,
+                    k,
+                    k,
+                    split_group(r, n[1], comm_type),
+                    AttentionSpec(placement=place([0, 2], 6 * n[0], n[0] // n[1])),
+                ),
                 cp,
             )
-        for starts in ([], [1], [0, 3, 3], [0, 4, 2], [0, 6 * cp]):
-            with pytest.raises(UserError, match="document starts .* are not 0 followed by ascending"):
+        for length, ranks in ((6 * cp, 2 * cp // ulysses), (12 * cp, cp // ulysses)):
+            wrong_row = AttentionSpec(placement=place([0, 2], length, ranks))
+            with pytest.raises(ValueError, match=f"the row of {length} tokens is placed on {ranks} ranks"):
                 run_virtual(
-                    lambda r, n=(cp, ulysses), t=starts: attention(
-                        q[:1], k[:1], k[:1], split_group(r, n[1], comm_type), spec(t)
+                    lambda r, u=ulysses, w=wrong_row: attention(
+                        q[:1], k[:1], k[:1], split_group(r, u, comm_type), w
                     ),
                     cp,
                 )

@@ -24,6 +24,7 @@ from megatron_ultralong.context_parallel.api import ContextGroups
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.context_parallel.kernels import aten, select
 from megatron_ultralong.model.loss import LossSpec, sharded_token_loss, sharded_token_nll
+from tests.packed import placed
 
 META = torch.device("meta")
 BF16 = torch.bfloat16
@@ -82,7 +83,7 @@ def test_many_documents(g: int) -> None:
     """One call of the kernel forward, and as many backward as its workspace allows."""
     s = 4096
     for starts, calls in ((list(range(0, s, 1500)), 1), (list(range(0, s, 100)), 11)):
-        spec = AttentionSpec(document_starts=tuple(starts))
+        spec = AttentionSpec(placement=placed(starts, s, 1))
         with cuda("flash") as counted:
             leaves = [heads(8, s).requires_grad_(), *(heads(g, s).requires_grad_() for _ in "kv")]
             out = api.attention(*leaves, ContextGroups(), spec)
@@ -157,6 +158,9 @@ class Alone:
         assert send.shape == receive.shape and send.dtype == receive.dtype
         return self._contiguous(send, receive)
 
+    def exchange(self, send: Any, receive: Any) -> Alone:
+        return self._contiguous(*(one[1] for one in (send, receive) if one is not None))
+
     def all_to_all(self, send: Tensor, receive: Tensor) -> Alone:
         assert len(send) == len(receive) == self.size
         return self.send_recv(send, receive)
@@ -191,7 +195,8 @@ def test_every_way_of_context_parallelism(
         with cuda(backend) as calls:
             groups = api.split_group(Alone(rank, cp), ulysses, comm_type) if cp > 1 else ContextGroups()
             leaves = [heads(h, s).requires_grad_() for h in (8, 2, 2)]
-            out = api.attention(*leaves, groups, AttentionSpec(document_starts=starts))
+            spec = AttentionSpec(placement=placed(starts, 768, cp // ulysses))
+            out = api.attention(*leaves, groups, spec)
             grads = torch.autograd.grad(out, leaves, empty(*out.shape))
         assert out.shape == leaves[0].shape and out.dtype == BF16
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in leaves]
@@ -210,7 +215,7 @@ def test_query_rows(backend: Any, cp: int, starts: tuple[int, ...], monkeypatch:
         with cuda(backend):
             n = sum(one.stop - one.start for one in rows)
             q, k, v = heads(8, n), heads(2, s), heads(2, s)
-            spec = AttentionSpec(document_starts=starts, query_rows=rows)
+            spec = AttentionSpec(placement=placed(starts, 768, cp), query_rows=rows)
             out, lse = api.attention_forward(q, k, v, groups, spec)
             assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
             dkv = empty(2, *k.shape, dtype=torch.float32)

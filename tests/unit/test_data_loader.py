@@ -14,6 +14,7 @@ from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.data import loader
 from megatron_ultralong.data.packed_rows import BlendedDataset, PackedDataset
 from megatron_ultralong.errors import UserError
+from tests.packed import joined
 from tests.text import write_rows
 
 S = 24
@@ -157,26 +158,34 @@ def test_leaving_the_iterator_ends_its_thread(rows):
     assert threading.active_count() == before
 
 
-def test_document_starts_come_with_the_rows(tmp_path):
+def test_rows_come_with_their_placement(tmp_path):
     begins = [[0, 5, 6], [0], [0, 1, S]]  # S is the last token, a label only
     prefix = write_rows(
         tmp_path / "docs", [[100 * i + j for j in range(S + 1)] for i in range(3)], starts=begins
     )
     rows = BlendedDataset([PackedDataset(prefix, S)])
-    found = take(rows, 3, shuffle=False, document_starts=True)
-    assert [batch["document_starts"].tolist() for batch in found] == [[0, 5, 6], [0], [0, 1]]
+    found = take(rows, 3, shuffle=False, inside_documents=True)
+    assert starts_of(found) == [[0, 5, 6], [0], [0, 1]]
     assert [(batch["loss_mask"][0] == 0).nonzero().flatten().tolist() for batch in found] == [
         [4, 5],
         [],
         [0, S - 1],
     ], "first tokens are no targets"
-    shares = [take(rows, 3, shuffle=False, document_starts=True, cp_rank=rank, cp=2)[0] for rank in (0, 1)]
-    assert all(share["document_starts"].tolist() == [0, 5, 6] for share in shares), (
-        "starts are those of the whole row on every rank"
-    )
-    shards = [loader.BatchShard(dp=2, dp_rank=rank, document_starts=True) for rank in (0, 1)]
+    for ulysses in (1, 2):
+        shard = {"inside_documents": True, "cp": 4, "ulysses": ulysses}
+        shares = [take(rows, 3, shuffle=False, cp_rank=rank, **shard)[0] for rank in range(4)]
+        assert starts_of(shares) == [[0, 5, 6]] * 4, "starts are those of the whole row on every rank"
+        for name in ("tokens", "labels", "loss_mask"):
+            parts = [share[name] for share in shares]
+            assert torch.equal(joined(parts, [0, 5, 6], ulysses, dim=1), found[0][name])
+    shards = [loader.BatchShard(dp=2, dp_rank=rank, inside_documents=True) for rank in (0, 1)]
     [places], count = loader.validation_batches(rows, 3, shards[0])
-    assert count == 2 and [batch["document_starts"].tolist() for batch in places] == [[0, 5, 6], [0, 1]]
+    assert count == 2 and starts_of(list(places)) == [[0, 5, 6], [0, 1]]
     [padding], _ = loader.validation_batches(rows, 3, shards[1])
-    assert [batch["document_starts"].tolist() for batch in padding] == [[0], [0]]
-    assert "document_starts" not in take(rows, 1)[0]
+    assert starts_of(list(padding)) == [[0], [0]]
+    assert "placement" not in take(rows, 1)[0]
+
+
+def starts_of(batches: list[loader.Batch]) -> list[list[int]]:
+    """The documents of each row; a row of one has no placement."""
+    return [[0] if (row := batch["placement"]) is None else list(row.starts) for batch in batches]

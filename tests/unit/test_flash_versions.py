@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.kernels import flash_versions, select, startup, varlen
 from tests import flash_stubs
+from tests.packed import own_blocks
 from tests.unit.test_kernels import reference, reference_gradients, tensors
 
 BF16 = torch.bfloat16
@@ -55,7 +55,7 @@ def test_rows(version: Any, layout: str, h: int, g: int, s: int, t: int, causal:
 def test_documents_in_one_call(version: Any) -> None:
     _, calls = version
     q, k, v, dout = tensors(1, 4, 2, 60, 60, 16, BF16, "sbhd")
-    blocks = zigzag.blocks_between(0, 0, 60, 1, (0, 1, 20, 21, 48))
+    blocks = own_blocks((0, 1, 20, 21, 48), 60)
     out, lse = varlen.forward(q, k, v, blocks, 0.3)
     assert len(calls) == 1 and calls[0]["max_seqlen_q"] == 27
     # So many short documents would be several calls of the backward; their number is not tested here.

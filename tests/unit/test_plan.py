@@ -21,6 +21,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.lora import Lora
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.planning import layouts, memory, report, search, time, whole_run
+from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import GPUS, Assumptions, Gpu, Machine
 from megatron_ultralong.shapes import LLAMA_3_1_8B, SHAPES, SMOLLM2_135M
@@ -316,18 +317,18 @@ def test_attention_inside_documents():
     machine = Machine(gpu=SLOW, gpus=4, assumed=IDEAL)
     joined = time.workload(RUN, SMALL).attention
     assert time.workload(masked, SMALL).attention == joined, "documents are as long as the row by default"
-    assert time.workload(masked, SMALL, document_length=16).attention == joined / 4
+    assert time.workload(masked, SMALL, documents=DocumentLengths((16,))).attention == joined / 4
     assert (
-        time.workload(masked, SMALL, document_length=1000).attention
-        == time.workload(RUN, SMALL, document_length=16).attention
+        time.workload(masked, SMALL, documents=DocumentLengths((1000,))).attention
+        == time.workload(RUN, SMALL, documents=DocumentLengths((16,))).attention
         == joined
     )
-    short = time.iteration_time(masked, SMALL, replace(machine, document_length=16))
+    short = time.iteration_time(masked, SMALL, replace(machine, documents=DocumentLengths((16,))))
     assert short["attention"] == pytest.approx(time.iteration_time(RUN, SMALL, machine)["attention"] / 4)
     plan = make_report(
         recipe="ultralong_1m", gpus=64, settings=["data.documents=masked"], document_length="8K"
     )
-    assert "attention inside documents of 8,192 tokens on average" in plan.text
+    assert "attention inside documents, as much as equal ones of 8,192 tokens have" in plan.text
     whole = make_report(recipe="ultralong_1m", gpus=64)
     assert (
         plan.values["plans"]["best"]["seconds_per_iteration"]["all"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ultralong.context_parallel import query_rows, zigzag
+from megatron_ultralong.context_parallel import query_rows
 from megatron_ultralong.context_parallel.api import (
     ContextGroups,
     attention_backward,
@@ -18,6 +18,7 @@ from megatron_ultralong.context_parallel.api import (
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
+from tests.packed import held, placed
 
 CHUNK = 12
 
@@ -35,11 +36,12 @@ def test_chunks_of_queries_make_up_the_whole(
     q, k, v, dout = (
         torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4)
     )
-    starts = [0, 1, 7, CHUNK + 1, length - 3] if packed else [0]
+    starts = [0, 1, 7, CHUNK + 1, length - 3] if packed else None
+    placement = placed(starts, length, cp)
 
     def rank(ring: Any) -> None:
-        q_, k_, v_, dout_ = (zigzag.shard(x, ring.rank, cp, 2) for x in (q, k, v, dout))
-        groups, spec = ContextGroups(ring=ring), AttentionSpec(document_starts=starts)
+        q_, k_, v_, dout_ = (x[:, :, held(length, ring.rank, cp, starts)] for x in (q, k, v, dout))
+        groups, spec = ContextGroups(ring=ring), AttentionSpec(placement=placement)
         out, lse = attention_forward(q_, k_, v_, groups, spec)
         want = attention_backward(dout_, q_, k_, v_, out, lse, groups, spec)
         dkv_sum = torch.zeros(2, *k_.shape, dtype=k_.dtype)
@@ -48,7 +50,7 @@ def test_chunks_of_queries_make_up_the_whole(
         for first in range(0, t, chunk):
             rows = [slice(i * t + first, i * t + min(first + chunk, t)) for i in range(tp_shards)]
             here = (slice(None), slice(None), [i for run in rows for i in range(run.start, run.stop)])
-            spec = AttentionSpec(document_starts=starts, query_rows=rows)
+            spec = AttentionSpec(placement=placement, query_rows=rows)
             out_c, lse_c = attention_forward(q_[here], k_, v_, groups, spec)
             torch.testing.assert_close(out_c, out[here])
             torch.testing.assert_close(lse_c, lse[here])

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups, attention_forward, split_group
 from megatron_ultralong.context_parallel.attention_spec import AttentionSpec, Backend
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels import varlen
+from megatron_ultralong.context_parallel.placement import place
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 from tests.distributed.test_ring import check, sequence
+from tests.packed import held, own_blocks
 from tests.unit.test_context_parallel import COMM_TYPES, compute, documents, expected
 
 
@@ -100,7 +101,8 @@ def test_varlen_call(monkeypatch: pytest.MonkeyPatch) -> None:
             for rank, got in enumerate(
                 run_virtual(lambda r, w=comm_type, t=starts: compute(inputs, split_group(r, 1, w), t), 2)
             ):
-                check(got, expected(inputs, starts), rank, 2, what=(comm_type, name, tokens))
+                mine = held(28, rank, 2, starts)
+                check(got, expected(inputs, starts), rank, 2, what=(comm_type, name, tokens), held=mine)
         assert max(documents_per_call) == most
 
 
@@ -112,7 +114,7 @@ def test_varlen_arguments_are_what_pytorch_takes(monkeypatch: pytest.MonkeyPatch
         "_cu_seqlens",
         lambda blocks, device: (torch.empty(4, dtype=torch.int32, device=device), 5),
     )
-    blocks = zigzag.blocks_between(0, 0, 9, 1, [0, 5, 6])
+    blocks = own_blocks([0, 5, 6], 9)
     out, lse = varlen.forward(q, k, k, blocks, 0.3)
     assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
     assert [x.shape for x in varlen.backward(out, q, k, k, out, lse, blocks, 0.3)] == [
@@ -135,7 +137,7 @@ def test_varlen_arguments_are_what_pytorch_takes(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_when_documents_go_in_one_call(count: int, b: int, backend: Backend | None, one_call: bool) -> None:
-    blocks = zigzag.blocks_between(0, 0, 8, 1, range(count))
+    blocks = own_blocks(range(count), 8)
     q = torch.empty(b, 2, 8, 16)
     assert kernels._in_one_call(q, blocks, AttentionSpec(backend=backend)) is one_call
 
@@ -149,7 +151,7 @@ def test_packed_rows_do_without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "forward_diagonal", forward_diagonal)
     q = torch.empty(1, 2, 8, 16)
     for _ in range(2):
-        for starts in ((0,), (0, 3)):
-            attention_forward(q, q, q, ContextGroups(), AttentionSpec(document_starts=starts))
+        for placement in (None, place([0, 3], 8, 1)):
+            attention_forward(q, q, q, ContextGroups(), AttentionSpec(placement=placement))
         monkeypatch.setattr(kernels, "choose", lambda *kind: "cudnn")
     assert backends == [None, None, None, "flash"]

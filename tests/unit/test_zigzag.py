@@ -102,114 +102,18 @@ def test_the_order_nests(cp: int) -> None:
                 assert zigzag.shard(union, place, ulysses, 0).tolist() == HELD[cp][rank]
 
 
-# ---- documents in packed rows ------------------------------------------------------------------
-
-
-def test_blocks_of_documents_are_these() -> None:
-    """Rank 0 of two holds 0 1 2 3 12 13 14 15, rank 1 holds 4 .. 11; documents 0-1, 2-12, 13, 14-15."""
-    starts = (0, 2, 13, 14)
-
-    def runs(rank: int, source: int) -> list[tuple[int, ...]]:
-        return [
-            (p.queries.start, p.queries.stop, p.keys.start, p.keys.stop, p.causal)
-            for p in zigzag.blocks_between(rank, source, 8, 2, starts)
-        ]
-
-    assert runs(0, 0) == [(0, 2, 0, 2, True), (2, 5, 2, 5, True), (5, 6, 5, 6, True), (6, 8, 6, 8, True)]
-    assert runs(1, 1) == [(0, 8, 0, 8, True)]
-    assert runs(0, 1) == [(4, 5, 0, 8, False)]  # 12 sees 4 .. 11
-    assert runs(1, 0) == [(0, 8, 2, 4, False)]  # all see 2 and 3
-    assert [p.queries for p in zigzag.diagonal_blocks(0, 8, 2, starts)] == [
-        slice(*x) for x in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8))
-    ]
-    assert zigzag.past_blocks(0, 8, 2, starts) == [zigzag.AttentionBlock(slice(4, 5), slice(2, 12), False)]
-
-
-def packings(length: int, chunk: int) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(length)
-    some = [
-        (torch.rand(length, generator=generator) < share).nonzero().flatten().tolist()
-        for share in (0.05, 0.1, 0.2, 0.5)
-    ]
-    return [
-        (0,),
-        tuple(range(length)),
-        tuple(range(0, length, chunk)),
-        tuple(sorted({0, length - 1})),
-        *(tuple(sorted({0, *x})) for x in some),
-    ]
-
-
-@pytest.mark.parametrize(("cp", "chunk"), [(1, 7), (2, 1), (2, 3), (3, 2), (4, 1), (4, 5), (8, 3)])
-def test_blocks_of_documents_are_exactly_their_causal_mask(cp: int, chunk: int) -> None:
-    length = chunk * 2 * cp if cp > 1 else chunk
-    s = length // cp
-    for starts in packings(length, chunk):
-        document = torch.bucketize(torch.arange(length), torch.tensor(starts), right=True)
-        for rank in range(cp):
-            queries = zigzag.positions(length, rank, cp)
-
-            def mask(
-                blocks: list[zigzag.AttentionBlock], keys: torch.Tensor, queries: torch.Tensor = queries
-            ) -> torch.Tensor:
-                seen = torch.zeros(len(queries), len(keys), dtype=torch.int64)
-                for block in blocks:
-                    pairs = torch.ones_like(seen[block.queries, block.keys])
-                    assert pairs.numel()  # no kernel for nothing
-                    seen[block.queries, block.keys] += pairs.tril() if block.causal else pairs
-                return seen
-
-            def want(
-                keys: torch.Tensor, queries: torch.Tensor = queries, document: torch.Tensor = document
-            ) -> torch.Tensor:
-                return ((queries[:, None] >= keys) & (document[queries][:, None] == document[keys])).long()
-
-            for source in range(cp):
-                keys = zigzag.positions(length, source, cp)
-                blocks = zigzag.blocks_between(rank, source, s, cp, starts)
-                assert torch.equal(mask(blocks, keys), want(keys))
-                assert source == rank or len(blocks) <= 1
-            whole = mask(zigzag.past_blocks(rank, s, cp, starts), torch.arange(length))
-            within = zigzag.diagonal_blocks(rank, s, cp, starts)
-            whole[:, queries] += mask(within, queries)
-            assert torch.equal(whole, want(torch.arange(length)))
-            for blocks in (within, zigzag.blocks_between(rank, rank, s, cp, starts)):
-                assert [p.queries.start for p in blocks] == [
-                    0,
-                    *(p.queries.stop for p in blocks[:-1]),
-                ] and blocks[-1].queries.stop == s
-                assert all(p.causal and p.queries == p.keys for p in blocks)
-
-
-def test_positions_inside_documents() -> None:
-    starts = [0, 2, 13, 14]
-    assert zigzag.document_positions(starts, 16, 0, 2).tolist() == [0, 1, 0, 1, 10, 0, 0, 1]
-    assert zigzag.document_positions(starts, 16, 1, 2).tolist() == [
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-    ]
-    assert zigzag.document_positions([0], 16, 1, 2).tolist() == zigzag.positions(16, 1, 2).tolist()
-    assert zigzag.document_positions([0, 6], 7, 0, 1).tolist() == [0, 1, 2, 3, 4, 5, 0]
-    assert zigzag.document_positions(range(16), 16, 3, 4).tolist() == [0, 0, 0, 0]
-    far = zigzag.document_positions([0, 1], 4_194_304, 0, 16)
-    assert far.dtype == torch.int64 and far[-1] == 4_194_302
-
-
-def test_document_starts() -> None:
-    assert zigzag.check_document_starts([0, 3, 8], 9) == (0, 3, 8)
-    for wrong in ([], [1, 2], [0, 2, 2], [0, 9], [0, 5, 3]):
-        with pytest.raises(
-            UserError, match="are not 0 followed by ascending positions below the sequence length 9"
-        ):
-            zigzag.check_document_starts(wrong, 9)
-    with pytest.raises(UserError, match=r"starts \[0, 1, 2, 3, 4, \.\.\.\] are not"):
-        zigzag.check_document_starts(range(10), 9)
+@pytest.mark.parametrize(("cp", "chunk"), [(2, 1), (2, 3), (3, 2), (4, 5), (8, 3)])
+def test_blocks_of_gathered_keys_are_exactly_the_causal_mask(cp: int, chunk: int) -> None:
+    length, s = chunk * 2 * cp, 2 * chunk
+    for rank in range(cp):
+        queries = zigzag.positions(length, rank, cp)
+        seen = torch.zeros(s, length, dtype=torch.int64)
+        for block in zigzag.past_blocks(rank, s, cp):
+            seen[block.queries, block.keys] += 1
+        for block in zigzag.diagonal_blocks(s):
+            assert block.causal and block.queries == block.keys
+            seen[block.queries, queries[block.keys]] += torch.ones(chunk, chunk, dtype=torch.int64).tril()
+        assert torch.equal(seen, (queries[:, None] >= torch.arange(length)).long())
 
 
 def test_a_sequence_that_does_not_divide_is_refused_in_one_line() -> None:

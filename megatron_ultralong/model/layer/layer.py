@@ -21,13 +21,13 @@ from torch import Tensor
 
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel import api
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.model.adapters import Adapters
-from megatron_ultralong.model.attention import DocumentStarts
 from megatron_ultralong.model.elementwise import swiglu
 from megatron_ultralong.model.layer.offload import HostStore, OffloadedHiddenStates
 
 QKV = tuple[Tensor, Tensor, Tensor]
-LayerForward: TypeAlias = "Callable[[Layer, Tensor, DocumentStarts], Tensor]"
+LayerForward: TypeAlias = "Callable[[Layer, Tensor, Placement | None], Tensor]"
 """(layer, hidden states [t, b, H], document starts) -> hidden states [t, b, H]."""
 HiddenStates: TypeAlias = Tensor | OffloadedHiddenStates
 """[t, b, H], on the device or in host memory."""
@@ -56,24 +56,22 @@ class Layer(TransformerLayer):
             attention.core_attention.norms = (attention.q_layernorm, attention.k_layernorm)
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, packed_seq_params: DocumentStarts = None, **unused: Any
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Placement | None = None, **unused: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states [t, b, H] -> ([t, b, H], None). packed_seq_params: the document starts of the row
+        """hidden_states [t, b, H] -> ([t, b, H], None). packed_seq_params: the placement of the row
         (Megatron's block passes it on)."""
         return self.layer_forward(self, hidden_states, packed_seq_params), None
 
     # ---- the layer's two halves around attention, for any rows of it ----------------------------
 
-    def project_qkv(self, x: Tensor, rows: slice, t: int, document_starts: DocumentStarts) -> QKV:
+    def project_qkv(self, x: Tensor, rows: slice, t: int, placement: Placement | None) -> QKV:
         """Norm, projection, the norm of queries and keys if any, and RoPE of `rows` of t, whose hidden states
         are x [c, b, H] -> q [b, h, c TP, d], k and v [b, g, c TP, d]."""
         attention = self.self_attention
         x = self.input_layernorm(x)
         qkv = self.adapted("linear_qkv", attention.linear_qkv(x)[0], x)  # [c TP, b, (h + 2 g) d]
         kv_heads = attention.num_query_groups_per_partition
-        return attention.core_attention.split_and_rotate(
-            qkv, kv_heads, rows, t, self.tp_shards, document_starts
-        )
+        return attention.core_attention.split_and_rotate(qkv, kv_heads, rows, t, self.tp_shards, placement)
 
     def output_and_mlp(self, x: Tensor, out: Tensor) -> Tensor:
         """Output projection and MLP with their residuals: x [c, b, H] and the attention output of its rows
@@ -108,13 +106,13 @@ class Layer(TransformerLayer):
         return x.unflatten(2, (self.tp_shards, -1))[:, :, :, rows]
 
     def project_qkv_in_chunks(
-        self, x: HiddenStates, document_starts: DocumentStarts, queries: bool = True
+        self, x: HiddenStates, placement: Placement | None, queries: bool = True
     ) -> QKV:
         """`project_qkv` of all rows, chunk by chunk, into complete q, k and v; without `queries` q is
         empty."""
         complete: list[Tensor] = []
         for rows in reversed(list(self.chunks(x))):  # the order in which offloaded rows come back fastest
-            qkv = self.project_qkv(x[rows], rows, len(x), document_starts)
+            qkv = self.project_qkv(x[rows], rows, len(x), placement)
             if not queries:
                 qkv = (qkv[0][:, :0], *qkv[1:])
             if rows.stop - rows.start == len(x):
@@ -129,11 +127,11 @@ class Layer(TransformerLayer):
         q, k, v = complete
         return q, k, v
 
-    def forward_in_chunks(self, x: Tensor, document_starts: DocumentStarts) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_in_chunks(self, x: Tensor, placement: Placement | None) -> tuple[Tensor, Tensor, Tensor]:
         """Without a graph: return (hidden states, attention output [b, h, s, d], logsumexp [b, h, s])."""
         core = self.self_attention.core_attention
-        qkv = self.project_qkv_in_chunks(x, document_starts)
-        out, lse = api.attention_forward(*qkv, core.groups, core.spec(document_starts))
+        qkv = self.project_qkv_in_chunks(x, placement)
+        out, lse = api.attention_forward(*qkv, core.groups, core.spec(placement))
         del qkv
         if next(self.chunks(x)) == slice(0, len(x)):
             # Without its base: the pipeline frees no view of another tensor.
@@ -149,10 +147,10 @@ def _add(x: Tensor, y: Tensor) -> Tensor:
     return x + y if torch.is_grad_enabled() else y.add_(x)
 
 
-def forward_in_one_graph(layer: Layer, x: Tensor, document_starts: DocumentStarts) -> Tensor:
+def forward_in_one_graph(layer: Layer, x: Tensor, placement: Placement | None) -> Tensor:
     """The layer in one graph: autograd stores every activation (memory.recompute none; full, where Megatron
     runs it again)."""
     if not torch.is_grad_enabled():
-        return layer.forward_in_chunks(x, document_starts)[0]
-    qkv = layer.project_qkv(x, slice(0, len(x)), len(x), document_starts)
-    return layer.output_and_mlp(x, layer.self_attention.core_attention(*qkv, document_starts))
+        return layer.forward_in_chunks(x, placement)[0]
+    qkv = layer.project_qkv(x, slice(0, len(x)), len(x), placement)
+    return layer.output_and_mlp(x, layer.self_attention.core_attention(*qkv, placement))

@@ -26,18 +26,18 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.context_parallel import api
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
-from megatron_ultralong.model.attention import DocumentStarts
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.model.layer.gradients import ChunkedBackward, leaf, mark_reusable, reuse_or_allocate
 from megatron_ultralong.model.layer.layer import HiddenStates, Layer
 from megatron_ultralong.model.layer.offload import OffloadedHiddenStates, OffloadedTensors
 from megatron_ultralong.model.layer.recompute import backward_output_and_mlp
 
 
-def forward_query_chunks(layer: Layer, x: Tensor, document_starts: DocumentStarts) -> Tensor:
+def forward_query_chunks(layer: Layer, x: Tensor, placement: Placement | None) -> Tensor:
     """The layer, x [t, b, H] -> [t, b, H], with queries in chunks forward and backward."""
     if not torch.is_grad_enabled():
-        return _forward(layer, x, document_starts)
-    return _QueryChunks.apply(x, layer, document_starts)
+        return _forward(layer, x, placement)
+    return _QueryChunks.apply(x, layer, placement)
 
 
 class _SavedChunks:
@@ -66,17 +66,17 @@ class _SavedChunks:
 
 
 def _forward(
-    layer: Layer, x: Tensor, document_starts: DocumentStarts, saved: _SavedChunks | None = None
+    layer: Layer, x: Tensor, placement: Placement | None, saved: _SavedChunks | None = None
 ) -> Tensor:
     """The layer without a graph; what a backward needs goes to `saved`."""
     core = layer.self_attention.core_attention
-    _, k, v = layer.project_qkv_in_chunks(x, document_starts, queries=False)
+    _, k, v = layer.project_qkv_in_chunks(x, placement, queries=False)
     y = torch.empty_like(x)
     for rows in layer.chunks(x):
         if saved is not None:
             saved.save_input(rows, x[rows])  # copied out while attention is computed
-        q = layer.project_qkv(x[rows], rows, len(x), document_starts)[0]
-        spec = core.spec(document_starts, _local_rows(layer, rows, len(x)))
+        q = layer.project_qkv(x[rows], rows, len(x), placement)[0]
+        spec = core.spec(placement, _local_rows(layer, rows, len(x)))
         out, lse = api.attention_forward(q, k, v, core.groups, spec)
         if saved is not None:
             saved.save_attention(out, lse)
@@ -90,20 +90,20 @@ class _QueryChunks(torch.autograd.Function):
     """Only activations pass through autograd here: parameters get their gradients from ChunkedBackward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, document_starts: DocumentStarts) -> Tensor:
-        ctx.layer, ctx.document_starts, ctx.saved = layer, document_starts, _SavedChunks(layer, x)
+    def forward(ctx: Any, x: Tensor, layer: Layer, placement: Placement | None) -> Tensor:
+        ctx.layer, ctx.placement, ctx.saved = layer, placement, _SavedChunks(layer, x)
         if ctx.saved.offloaded_input is None:
             ctx.save_for_backward(x)
-        return _forward(layer, x, document_starts, ctx.saved)
+        return _forward(layer, x, placement, ctx.saved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        layer, document_starts = ctx.layer, ctx.document_starts
+        layer, placement = ctx.layer, ctx.placement
         saved, ctx.saved = ctx.saved, None
         core = layer.self_attention.core_attention
         x: HiddenStates = ctx.saved_tensors[0] if saved.offloaded_input is None else saved.offloaded_input
-        _, k, v = layer.project_qkv_in_chunks(x, document_starts, queries=False)
+        _, k, v = layer.project_qkv_in_chunks(x, placement, queries=False)
         dtype = k.dtype
         dkv = torch.zeros((2, *k.shape), dtype=accumulation_dtype(k), device=k.device)
         dx = reuse_or_allocate(ctx, dy)  # chunk by chunk, dy is overwritten with dx
@@ -113,15 +113,15 @@ class _QueryChunks(torch.autograd.Function):
             dx[rows], dout = backward_output_and_mlp(layer, chunked, x_rows, out, dy[rows])
             with torch.enable_grad():
                 x_c = leaf(x_rows)
-                q = layer.project_qkv(x_c, rows, len(x), document_starts)[0]
-            spec = core.spec(document_starts, _local_rows(layer, rows, len(x)))
+                q = layer.project_qkv(x_c, rows, len(x), placement)[0]
+            spec = core.spec(placement, _local_rows(layer, rows, len(x)))
             dq = api.attention_backward_rows(dout, q.detach(), k, v, out, lse, core.groups, spec, dkv)
             dx[rows] += chunked.backward([q], [x_c], [dq])[0]
         del k, v
         for rows in reversed(list(layer.chunks(x))):
             with torch.enable_grad():
                 x_c = leaf(x[rows])
-                _, k_c, v_c = layer.project_qkv(x_c, rows, len(x), document_starts)
+                _, k_c, v_c = layer.project_qkv(x_c, rows, len(x), placement)
             dkv_c = [layer.view_rows(grad, rows).flatten(2, 3).to(dtype) for grad in dkv]
             dx[rows] += chunked.backward([k_c, v_c], [x_c], dkv_c)[0]
         chunked.accumulate_into_params()

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ultralong.context_parallel import api
-from megatron_ultralong.model.attention import DocumentStarts
+from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.model.layer.gradients import ChunkedBackward, leaf, mark_reusable, reuse_or_allocate
 from megatron_ultralong.model.layer.layer import Layer
 
 
-def forward_all_but_attention(layer: Layer, x: Tensor, document_starts: DocumentStarts) -> Tensor:
+def forward_all_but_attention(layer: Layer, x: Tensor, placement: Placement | None) -> Tensor:
     """The layer, x [t, b, H] -> [t, b, H]; its backward recomputes all but attention."""
     if not torch.is_grad_enabled():
-        return layer.forward_in_chunks(x, document_starts)[0]
-    return _RecomputeAllButAttention.apply(x, layer, document_starts)
+        return layer.forward_in_chunks(x, placement)[0]
+    return _RecomputeAllButAttention.apply(x, layer, placement)
 
 
 def backward_output_and_mlp(
@@ -65,9 +65,9 @@ class _RecomputeAllButAttention(torch.autograd.Function):
     """Only activations pass through autograd here: parameters get their gradients from ChunkedBackward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, document_starts: DocumentStarts) -> Tensor:
-        y, out, lse = layer.forward_in_chunks(x, document_starts)
-        ctx.layer, ctx.document_starts, ctx.offloaded = layer, document_starts, None
+    def forward(ctx: Any, x: Tensor, layer: Layer, placement: Placement | None) -> Tensor:
+        y, out, lse = layer.forward_in_chunks(x, placement)
+        ctx.layer, ctx.placement, ctx.offloaded = layer, placement, None
         to_host = {"off": [], "layer_inputs": [x], "all": [x, out, lse]}[layer.memory.offload]
         if to_host:
             ctx.offloaded = layer.store.offload(to_host)
@@ -77,7 +77,7 @@ class _RecomputeAllButAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        layer, document_starts = ctx.layer, ctx.document_starts
+        layer, placement = ctx.layer, ctx.placement
         saved: list[Tensor] = [*(ctx.offloaded.fetch() if ctx.offloaded else []), *ctx.saved_tensors]
         x, out, lse = saved
         del saved
@@ -90,13 +90,13 @@ class _RecomputeAllButAttention(torch.autograd.Function):
             dx[rows], dout_c = backward_output_and_mlp(layer, chunked, x[rows], out_c, dy[rows])
             del out_c
             layer.view_rows(dout, rows).copy_(layer.view_rows(dout_c, slice(None)))
-        q, k, v = layer.project_qkv_in_chunks(x, document_starts)
-        dqkv = api.attention_backward(dout, q, k, v, out, lse, core.groups, core.spec(document_starts))
+        q, k, v = layer.project_qkv_in_chunks(x, placement)
+        dqkv = api.attention_backward(dout, q, k, v, out, lse, core.groups, core.spec(placement))
         del q, k, v, out, dout
         for rows in layer.chunks(x):
             with torch.enable_grad():
                 x_c = leaf(x[rows])
-                qkv_c = layer.project_qkv(x_c, rows, len(x), document_starts)
+                qkv_c = layer.project_qkv(x_c, rows, len(x), placement)
             dqkv_c = [layer.view_rows(grad, rows).flatten(2, 3) for grad in dqkv]
             dx[rows] += chunked.backward(list(qkv_c), [x_c], dqkv_c)[0]
         chunked.accumulate_into_params()

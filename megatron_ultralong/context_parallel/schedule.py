@@ -1,0 +1,105 @@
+"""What each rank of a placed row (placement.py) computes, and which keys it sends where.
+
+Whole documents need no other rank. The keys of a cut document go straight from the rank that holds them to
+each rank that holds later tokens of it: fewer than if they made a round of these ranks, which passes all of
+them on. There are R - 1 steps; in step t rank r sends to rank r + t and receives from rank r - t (modulo R),
+one message each way, none where nothing is needed. All ranks go through the same steps in the same order, so
+that no rank waits for one that waits for it. In the backward the gradients of received keys go the way back.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_ultralong.context_parallel.placement import Placement, Run
+from megatron_ultralong.context_parallel.zigzag import AttentionBlock
+
+
+@dataclass
+class Step:
+    """One step of one rank."""
+
+    to: int
+    source: int
+    sent: list[slice] = field(default_factory=list)
+    """Local tokens whose keys and values are sent, in the order of the message."""
+    received: int = 0
+    """Tokens whose keys and values arrive."""
+    blocks: list[AttentionBlock] = field(default_factory=list)
+    """Queries among the local tokens, keys in the order of the message; past blocks all of them."""
+
+    @property
+    def tokens_sent(self) -> int:
+        """Tokens whose keys and values are sent."""
+        return sum(rows.stop - rows.start for rows in self.sent)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One rank's work on a row."""
+
+    own: list[AttentionBlock]
+    """Diagonal blocks over the rank's own keys, one for each of its documents; they cover all queries."""
+    steps: list[Step]
+    """Those in which any rank sends; the same number on all ranks."""
+
+
+class _Held(NamedTuple):
+    """A run of a rank."""
+
+    run: Run
+    first: int
+    """Where it begins among the rank's local tokens."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.run.end - self.run.begin)
+
+
+@functools.lru_cache(maxsize=16)  # the rows of a step
+def schedules(placement: Placement) -> list[Schedule]:
+    """The schedule of each rank."""
+    size = len(placement.runs)
+    steps = [[Step((rank + t) % size, (rank - t) % size) for t in range(size)] for rank in range(size)]
+    own: list[list[AttentionBlock]] = []
+    held: dict[int, dict[int, list[_Held]]] = {document: {} for document in placement.holders}
+    for rank, runs in enumerate(placement.runs):
+        bounds, first = [], 0
+        for document, group in itertools.groupby(runs, key=lambda run: run.document):
+            bounds.append(first)
+            for run in group:
+                if document in held:
+                    held[document].setdefault(rank, []).append(_Held(run, first))
+                first += run.end - run.begin
+        own.append(
+            [AttentionBlock(slice(a, b), slice(a, b), True) for a, b in itertools.pairwise([*bounds, first])]
+        )
+    for by_rank in held.values():
+        for (source, keys), (rank, queries) in itertools.permutations(by_rank.items(), 2):
+            t = (rank - source) % size
+            _add(steps[source][t], steps[rank][t], keys, queries)
+    used = [t for t in range(1, size) if any(steps[rank][t].sent for rank in range(size))]
+    return [Schedule(mine, [of_rank[t] for t in used]) for mine, of_rank in zip(own, steps, strict=True)]
+
+
+def _add(sending: Step, receiving: Step, keys: Sequence[_Held], queries: Sequence[_Held]) -> None:
+    """Add what the queries of one rank see of the keys of another, both of one document: all of a run of keys
+    or nothing of it, because each rank's runs lie between those of the others."""
+    for key in keys:
+        later = [query for query in queries if query.run.begin >= key.run.end]
+        if not later:
+            continue
+        rows = slice(later[0].first, later[-1].rows.stop)
+        first = receiving.received
+        receiving.received += key.run.end - key.run.begin
+        sending.sent.append(key.rows)
+        seen = slice(first, receiving.received)
+        last = receiving.blocks[-1] if receiving.blocks else None
+        if last is not None and last.queries == rows and last.keys.stop == first:
+            receiving.blocks[-1] = AttentionBlock(rows, slice(last.keys.start, seen.stop), False)
+        else:
+            receiving.blocks.append(AttentionBlock(rows, seen, False))

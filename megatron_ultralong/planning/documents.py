@@ -1,0 +1,140 @@
+"""Documents of packed rows whose attention stays inside them: how much attention they have, and what their
+placement (context_parallel/placement.py) makes ranks compute and send.
+
+Rows are made of given lengths, one document after the other, and placed as in training; the figures are means
+over a few rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from megatron_ultralong.context_parallel.placement import Placement, place
+from megatron_ultralong.context_parallel.schedule import schedules
+from megatron_ultralong.errors import UserError
+
+_ROWS = 3
+"""Rows that are placed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWork:
+    """One rank's work on a row, of all layers alike."""
+
+    imbalance: float
+    """Attention of the rank with most over the mean."""
+    sent: float
+    """Tokens whose keys and values the rank that sends most sends in a forward, per token that it holds."""
+    bound: float
+    """What it would send if each of its cut documents made a round of the k ranks that have it, 1 / k of it
+    each: the most of any rank."""
+    received: float
+    """Tokens whose keys and values the rank that receives most receives, per token that it holds."""
+    merged: float
+    """Query tokens of partial results that are merged, of the rank with most, per token that it holds."""
+    messages: float
+    """Steps in which the rank that sends or receives in most does so."""
+    steps: float
+    """Steps in which any rank does."""
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """Lengths of documents, tokens, as they follow each other in packed rows; repeated as often as needed."""
+
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise UserError("documents must have at least 1 token each, and there must be one")
+
+    def rows(self, seq_length: int) -> list[tuple[int, ...]]:
+        """Document starts of a few rows; a document that does not fit is cut at the end of the row."""
+        found, starts, at = [], [0], 0
+        for length in itertools.cycle(self.lengths):
+            at += length
+            if at < seq_length:
+                starts.append(at)
+                continue
+            found.append(tuple(starts))
+            starts, at = [0], 0
+            if len(found) == _ROWS:
+                return found
+        raise AssertionError
+
+    def span(self, seq_length: int) -> float:
+        """The length of equal documents that would have as many pairs of a query and a key."""
+        return _span(self, seq_length)
+
+    def work(self, seq_length: int, ranks: int) -> RowWork:
+        """Of rows on the ranks of a ring."""
+        return _work(self, seq_length, ranks)
+
+
+def read(path: Path) -> DocumentLengths:
+    """Read lengths from packed rows with document starts (a prefix), or from a text file with a number a
+    line."""
+    from megatron_ultralong.data.packed_rows import PackedDataset
+    from megatron_ultralong.io import atomic_files
+
+    if path.with_name(f"{path.name}.json").is_file():
+        length = atomic_files.read_json(path.with_name(f"{path.name}.json")).get("seq_length")
+        if not isinstance(length, int):
+            raise UserError(f"--documents {path}: its manifest states no seq_length; prepare the data again")
+        rows = PackedDataset(str(path), length)
+        lengths: list[int] = []
+        for row in range(min(len(rows), _ROWS)):
+            starts = [start for start in rows.document_starts(row) if start < length]
+            lengths += [b - a for a, b in itertools.pairwise([*starts, length])]
+        return DocumentLengths(tuple(lengths))
+    try:
+        return DocumentLengths(tuple(int(word) for word in path.read_text(encoding="utf-8").split()))
+    except OSError as error:
+        raise UserError(f"--documents {path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:  # no number, or no text
+        raise UserError(
+            f"--documents {path}: expected the prefix of packed rows, or a text file with a length a line"
+        ) from None
+
+
+@functools.cache
+def _span(documents: DocumentLengths, seq_length: int) -> float:
+    return fmean(
+        sum((b - a) ** 2 for a, b in itertools.pairwise([*starts, seq_length])) / seq_length
+        for starts in documents.rows(seq_length)
+    )
+
+
+@functools.cache
+def _work(documents: DocumentLengths, seq_length: int, ranks: int) -> RowWork:
+    rows = [_of_row(place(starts, seq_length, ranks)) for starts in documents.rows(seq_length)]
+    return RowWork(**{name: fmean(getattr(row, name) for row in rows) for name in vars(rows[0])})
+
+
+def _of_row(placement: Placement) -> RowWork:
+    ranks, planned = len(placement.runs), schedules(placement)
+    held = placement.seq_length // ranks
+    bounds = [0.0] * ranks
+    documents = [*placement.starts, placement.seq_length]
+    for document, holders in placement.holders.items():
+        length = documents[document + 1] - documents[document]
+        for rank in holders:
+            bounds[rank] += (len(holders) - 1) * length / len(holders)
+    steps = [one.steps for one in planned]
+    return RowWork(
+        imbalance=placement.imbalance,
+        sent=max(sum(step.tokens_sent for step in mine) for mine in steps) / held,
+        bound=max(bounds) / held,
+        received=max(sum(step.received for step in mine) for mine in steps) / held,
+        merged=max(
+            sum(block.queries.stop - block.queries.start for step in mine for block in step.blocks)
+            for mine in steps
+        )
+        / held,
+        messages=max(sum(bool(step.sent or step.received) for step in mine) for mine in steps),
+        steps=len(steps[0]),
+    )
