@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_ultralong.context_parallel import placement as placement_of_row
 from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel.placement import Placement, place
 from megatron_ultralong.data.packed_rows import BlendedDataset
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime.signals import STOP_SIGNALS
@@ -145,10 +146,10 @@ def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], sh
     tokens = numpy.zeros((len(places), dataset.seq_length + 1), dtype=numpy.int64)  # [b, S + 1]
     targets = numpy.zeros(tokens.shape, dtype=numpy.float32)
     starts = [0]
-    for i, place in enumerate(places):
-        if place is None:
+    for i, chosen in enumerate(places):
+        if chosen is None:
             continue
-        which, row = place
+        which, row = chosen
         ids, counts = dataset.datasets[which][row]
         tokens[i] = ids
         targets[i] = 1.0 if counts is None else counts
@@ -160,20 +161,27 @@ def _batch(dataset: BlendedDataset, places: Sequence[tuple[int, int] | None], sh
         "labels": tokens[:, 1:],
         "loss_mask": targets[:, 1:],
     }  # shift, then shard
+    whole = {name: torch.from_numpy(x) for name, x in whole.items()}
     starts = [start for start in starts if start < dataset.seq_length]
-    placement = None
-    if len(starts) > 1:
-        placement = placement_of_row.place(starts, dataset.seq_length, shard.cp // shard.ulysses)
-        held = placement.positions(shard.cp_rank, shard.ulysses)
-        batch: Batch = {name: torch.from_numpy(x)[:, held] for name, x in whole.items()}  # [b, s]
-    else:
-        batch = {
-            name: zigzag.shard(torch.from_numpy(x), shard.cp_rank, shard.cp, dim=1).contiguous()
-            for name, x in whole.items()
-        }
-    if shard.inside_documents:
-        batch["placement"] = placement
-    return batch
+    if not shard.inside_documents:
+        return share(whole, [0], shard)[0]
+    batch, placement = share(whole, starts, shard)
+    return batch | {"placement": placement}
+
+
+def share(
+    whole: Mapping[str, Tensor], starts: Sequence[int], shard: BatchShard
+) -> tuple[Batch, Placement | None]:
+    """Return this rank's tokens [b, s] of complete rows [b, S], and their placement where they have several
+    documents (b = 1)."""
+    length = next(iter(whole.values())).shape[1]
+    placement = None if len(starts) == 1 else place(starts, length, shard.cp // shard.ulysses)
+    if placement is None:
+        return {
+            name: zigzag.shard(x, shard.cp_rank, shard.cp, dim=1).contiguous() for name, x in whole.items()
+        }, None
+    held = placement.positions(shard.cp_rank, shard.ulysses)
+    return {name: x[:, held] for name, x in whole.items()}, placement
 
 
 def _ignore_signals(worker: int) -> None:

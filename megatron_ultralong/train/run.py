@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,6 +127,28 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     return state
 
 
+@contextlib.contextmanager
+def model_alone(run: Run, load: Path | None, load_hf: Path | None) -> Iterator[Trainer]:
+    """The model of `run` on this rank of its layout, without data and optimizer; every rank calls it.
+    UserError for what a user can fix."""
+    run.parallel.data_parallel(launch.world_size())
+    nowhere = Path(os.devnull)
+    run, source = weights_source.find(run, nowhere, load, load_hf)
+    check_model_layout(source.state.model, run.parallel)
+    ranks = launch.start(run.runtime, run.parallel, run.train.seed, run.train.deterministic)
+    kernel_choices.apply(
+        ranks.device,
+        source.state.model,
+        run.train.precision,
+        run.runtime.attention_backend,
+        run.data.documents == "masked",
+    )
+    run = _settle_offload(run, ranks, source.state.model)
+    chunks = _model(run, ranks, source)
+    yield Trainer(run=run, ranks=ranks, chunks=chunks, optimizer=None)
+    launch.stop()  # not after a failure: other ranks may still be in a collective
+
+
 def _settle_offload(run: Run, ranks: Ranks, model: Model) -> Run:
     """The run with `memory.offload=auto` replaced by what this device needs."""
     gpu_bytes = (
@@ -135,9 +158,8 @@ def _settle_offload(run: Run, ranks: Ranks, model: Model) -> Run:
     return plan.settle_offload(run, model, ranks.world, gpu_bytes, backend)
 
 
-def _build(run: Run, ranks: Ranks, source: WeightsSource) -> tuple[Trainer, str]:
-    """Build the model, load its weights and build the optimizer; return the sum of the weights that are not
-    trained too, "" without LoRA."""
+def _model(run: Run, ranks: Ranks, source: WeightsSource) -> list[torch.nn.Module]:
+    """This rank's model chunks with their weights."""
     from megatron_ultralong.model import llama
 
     chunks = llama.build(
@@ -152,6 +174,13 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> tuple[Trainer, str]
         lora=run.lora,
     )
     weights_source.load_weights(chunks, run, source, ranks)
+    return chunks
+
+
+def _build(run: Run, ranks: Ranks, source: WeightsSource) -> tuple[Trainer, str]:
+    """Build the model, load its weights and build the optimizer; return the sum of the weights that are not
+    trained too, "" without LoRA."""
+    chunks = _model(run, ranks, source)
     frozen = weights_source.check_frozen_weights(chunks, source) if run.lora.rank else ""
     chunks = optim.data_parallel(chunks, ranks)
     optimizer = optim.build(chunks, run.optim, run.train, ranks)
@@ -160,6 +189,8 @@ def _build(run: Run, ranks: Ranks, source: WeightsSource) -> tuple[Trainer, str]
     elif run.train.load_optimizer:
         assert source.checkpoint is not None
         sharded.load(source.checkpoint, chunks, optimizer)
+    from megatron_ultralong.model import llama
+
     ode, rotary = None, llama.unwrap(chunks[0]).rotary
     if isinstance(rotary.rope, TrainedCLEX):
         ode = OdeTraining(rotary, run.train, run.optim, ranks)

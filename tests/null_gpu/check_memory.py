@@ -19,7 +19,7 @@ from megatron_ultralong.measure import step
 from megatron_ultralong.model.llama import NO_LORA
 from megatron_ultralong.runtime import launch
 from tests.null_gpu import memory_table, step_memory
-from tests.null_gpu.step_memory import GIB, KERNELS, MODES, K
+from tests.null_gpu.step_memory import GIB, KERNELS, MODES, K, Kernel
 
 LENGTH = 128 * K
 LAYOUTS = {
@@ -74,6 +74,23 @@ def test_step_with_adapters_takes_what_is_planned(ranks: Any, mode: str, targets
 def test_context_parallel_step_takes_what_is_planned(ranks: Any, layout: str, kernel: str) -> None:
     memory = replace(step.SETTINGS["all-but-attention"], layer_chunk=8 * K, loss_chunk=4 * K)
     check(ranks, memory, kernel, LAYOUTS[layout], LENGTH // 2, layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "length"),
+    itertools.product(["ring", "all-to-all and ring"], [2048.0, 0.78, 0.37]),
+)
+def test_placed_documents_take_at_most_what_is_planned(ranks: Any, layout: str, length: float) -> None:
+    """A plan does not know how long the documents are: it is for one over all ranks."""
+    kernel = Kernel(document_length=length)
+    memory = replace(step.SETTINGS["all-but-attention"], layer_chunk=8 * K, loss_chunk=4 * K)
+    parallel = LAYOUTS[layout]
+    have = step_memory.measured(ranks, memory, kernel, parallel, LENGTH // 2)
+    want = step_memory.planned(memory, kernel, parallel, LENGTH // 2)
+    print(
+        f"{layout}, documents of {length:g}: {have / GIB:.2f} GiB, planned {want / GIB:.2f}: {have / want:.3f}"
+    )
+    assert 0.5 <= have / want <= 1.1
 
 
 def test_table_is_resumed(ranks: Any, tmp_path: Path) -> None:
