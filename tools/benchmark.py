@@ -2,6 +2,7 @@
 """Measure speed and memory of this program on one GPU or a CPU.
 
     python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
+    python tools/benchmark.py placement --length 1M --cp 8,32,64 --out runs/benchmark
     python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
     python tools/benchmark.py step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
     python tools/benchmark.py step --longest --settings all-but-attention,offload-all
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="benchmark", required=True)
     _attention_arguments(commands)
+    _placement_arguments(commands)
     _loss_arguments(commands)
     _step_arguments(commands)
     _train_arguments(commands)
@@ -64,6 +66,7 @@ def main() -> int:
             atomic_files.check_file_writable(path, str(path))
     measure = {
         "attention": _attention,
+        "placement": _placement,
         "loss": _loss,
         "step": _step,
         "train": _train,
@@ -144,6 +147,45 @@ def _attention(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
         kernel=args.kernel,
         methods=args.methods.split(",") if args.methods else attention_methods.METHODS,
         repeats=_count(args, "repeats"),
+    )
+
+
+# ---- placement ---------------------------------------------------------------------------------
+
+
+def _placement_arguments(commands: Any) -> None:
+    parser = commands.add_parser(
+        "placement",
+        help="documents of packed rows on context parallel ranks: work, keys sent, messages (counted)",
+    )
+    parser.add_argument("--length", metavar="S", default="1M", help="tokens of a row (default: %(default)s)")
+    parser.add_argument(
+        "--cp", metavar="N,N", default="8,32,64", help="context parallel sizes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documents",
+        type=Path,
+        metavar="FILE",
+        help="your own: the prefix of packed rows with document starts, or a text file with a length a line "
+        "(default: modelled distributions)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="adds Python's source files, in tokens of this tokenizer",
+    )
+    _common_arguments(parser)
+
+
+def _placement(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
+    from megatron_ultralong.measure import placement
+
+    return placement.run, placement.PlacementSettings(
+        length=_count(args, "length"),
+        cp=tuple(_counts(args, "cp", "")),
+        lengths=args.documents,
+        tokenizer=args.tokenizer,
     )
 
 

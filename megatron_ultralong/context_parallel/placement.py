@@ -7,21 +7,22 @@ zigzag order (zigzag.py), in which rows of one document are, would cut the row w
 
     whole   Documents stay on one rank, where they send nothing, the longest first, each on the rank that has
             least work for its tokens; one with more than a rank's tokens or share of the work is cut zigzag
-            over as few ranks as that takes. Documents that do not fit at the end fill the ranks in contiguous
-            runs. Best where documents are many.
+            over as few ranks as that takes. Those that do not fit at the end are cut in two, for adjacent
+            ranks. Best where documents are many.
     mixed   Rank after rank is filled to T tokens and to its share of the work from both ends of the documents
             sorted by length: tokens of long documents have more work than the mean, those of short ones less.
             A part of a document is taken from both ends of what is left of it, which leaves the mean work of
             a token as it was. Work then differs by less than a token's, also where documents are few.
 
-Of those whose largest rank has at most `BALANCED` times the mean work, the one that passes fewer keys on is
-better. Both are functions of the lengths alone, and so the same on all ranks. A row of one document is in
-the zigzag order.
+Of those whose largest rank has at most `BALANCED` times the mean work, the one that sends less is better. All
+are functions of the lengths alone, and so the same on all ranks. A row of one document is in the zigzag
+order.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import heapq
 import itertools
 from collections import deque
@@ -38,6 +39,11 @@ from megatron_ultralong.errors import UserError
 
 BALANCED = 1.05
 """Work of the largest rank over the mean that is accepted for fewer keys."""
+
+
+TOKENS_PER_MESSAGE = 300
+"""Tokens whose keys take as long to send as a message takes to start: those of 8 KV heads of 128 in bf16 over
+InfiniBand, and 30 microseconds (planning/hardware.py)."""
 
 
 class Run(NamedTuple):
@@ -68,6 +74,14 @@ class Placement:
     passed: int
     """Tokens whose keys and values go from one rank to another, over all ranks, if those of a cut document
     make a round of its ranks."""
+
+    @property
+    def messages(self) -> int:
+        """Pairs of a rank and another that has a part of one of its documents."""
+        pairs_of = itertools.chain.from_iterable(
+            itertools.permutations(ranks, 2) for ranks in self.holders.values()
+        )
+        return len(set(pairs_of))
 
     @property
     def imbalance(self) -> float:
@@ -108,10 +122,12 @@ def place(document_starts: Sequence[int], seq_length: int, cp: int) -> Placement
         )
     if cp == 1:
         return _InOrder(bounds, cp).placement()
-    placements = [_Whole(bounds, cp).placement(), _Mixed(bounds, cp).placement()]
+    placements = [_Mixed(bounds, cp).placement()]
+    with contextlib.suppress(_Unbalanced):
+        placements.append(_Whole(bounds, cp).placement())
     balanced = [one for one in placements if one.imbalance <= BALANCED]
     if balanced:
-        return min(balanced, key=lambda one: one.passed)
+        return min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.messages)
     return min(placements, key=lambda one: one.imbalance)
 
 
@@ -165,11 +181,16 @@ class _InOrder(_Row):
 
 class _Whole(_Row):
     def placement(self) -> Placement:
+        self.whole: list[list[int]] = [[] for _ in range(self.cp)]
+        """The documents that each rank has to itself."""
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
         ways = {i: self._ways(self.lengths[i]) for i in order}
-        left = [i for i in order if ways[i] > 1 and not self._zigzag(i, ways[i])]
-        left += self._on_one_rank([i for i in order if ways[i] == 1])
-        self._fill(left)
+        self._fill([i for i in order if ways[i] > 1 and not self._zigzag(i, ways[i])])
+        self._level(self._on_one_rank([i for i in order if ways[i] == 1]))
+        for rank, documents in enumerate(self.whole):
+            for document in documents:
+                self._keep(rank, document, -1)
+                self.add(rank, document, 0, self.lengths[document])
         return self.finished()
 
     def _ways(self, n: int) -> int:
@@ -191,32 +212,8 @@ class _Whole(_Row):
                 self.add(rank, document, begin, end)
         return True
 
-    def _on_one_rank(self, documents: list[int]) -> list[int]:
-        """Place documents, longest first; return those that fit nowhere."""
-        queue = [(self._need(rank), rank) for rank in range(self.cp) if self.room[rank]]
-        heapq.heapify(queue)
-        left = []
-        for document in documents:
-            passed = []
-            while queue and self.room[queue[0][1]] < self.lengths[document]:
-                passed.append(heapq.heappop(queue))
-            if queue:
-                _, rank = heapq.heappop(queue)
-                self.add(rank, document, 0, self.lengths[document])
-                if self.room[rank]:
-                    passed.append((self._need(rank), rank))
-            else:
-                left.append(document)
-            for entry in passed:
-                heapq.heappush(queue, entry)
-        return left
-
-    def _need(self, rank: int) -> float:
-        """The less, the more work the rank's free tokens should have."""
-        return (self.work[rank] - self.total / self.cp) / self.room[rank]
-
     def _fill(self, documents: list[int]) -> None:
-        """Fill all ranks with these documents, one after the other, in contiguous runs."""
+        """Fill ranks with these documents, one after the other, in contiguous runs."""
         ranks = deque(sorted((r for r in range(self.cp) if self.room[r]), key=lambda r: (self._need(r), r)))
         for document in documents:
             taken, left = [], self.lengths[document]
@@ -230,6 +227,75 @@ class _Whole(_Row):
             for rank, tokens in reversed(taken):  # later tokens have more work
                 self.add(rank, document, begin, begin + tokens)
                 begin += tokens
+
+    def _on_one_rank(self, documents: list[int]) -> list[int]:
+        """Place documents, longest first; return those that fit nowhere."""
+        queue = [(self._need(rank), rank) for rank in range(self.cp) if self.room[rank]]
+        heapq.heapify(queue)
+        left = []
+        for document in documents:
+            passed = []
+            while queue and self.room[queue[0][1]] < self.lengths[document]:
+                passed.append(heapq.heappop(queue))
+            if queue:
+                _, rank = heapq.heappop(queue)
+                self._keep(rank, document)
+                if self.room[rank]:
+                    passed.append((self._need(rank), rank))
+            else:
+                left.append(document)
+            for entry in passed:
+                heapq.heappush(queue, entry)
+        return left
+
+    def _need(self, rank: int) -> float:
+        """The less, the more work the rank's free tokens should have."""
+        return (self.work[rank] - self.total / self.cp) / self.room[rank]
+
+    def _keep(self, rank: int, document: int, count: int = 1) -> None:
+        """Give a rank a document to itself, or with count = -1 take it away."""
+        length = self.lengths[document]
+        if count > 0:
+            self.whole[rank].append(document)
+        self.room[rank] -= count * length
+        self.work[rank] += count * pairs(0, length)
+
+    def _level(self, documents: list[int]) -> None:
+        """Give these documents, which are longer than the room of any rank, to some, and pass tokens from
+        rank to rank until none has too many: a document that is cut is on two adjacent ranks."""
+        left = deque(documents)
+        for rank in range(self.cp):
+            # Its room is below zero by the tokens that it has too many.
+            while left and (rank == self.cp - 1 or self.lengths[left[0]] <= 2 * self.room[rank]):
+                self._keep(rank, left.popleft())
+            if self.room[rank] < 0:
+                self._pass(rank, rank + 1, -self.room[rank])
+            elif self.room[rank] > 0:
+                self._pass(rank + 1, rank, self.room[rank])
+
+    def _pass(self, source: int, target: int, tokens: int) -> None:
+        """Pass so many tokens on: the first ones of the shortest document that has them, whose keys the
+        other rank then needs, after whole ones where none has."""
+        while tokens:
+            documents = self.whole[source]
+            longer = [i for i in documents if self.lengths[i] > tokens]
+            if not longer and not documents:
+                raise _Unbalanced
+            chosen = min(
+                longer or documents, key=lambda i: (self.lengths[i] if longer else -self.lengths[i], i)
+            )
+            documents.remove(chosen)
+            self._keep(source, chosen, -1)
+            if longer:
+                self.add(target, chosen, 0, tokens)
+                self.add(source, chosen, tokens, self.lengths[chosen])
+                return
+            self._keep(target, chosen)
+            tokens -= self.lengths[chosen]
+
+
+class _Unbalanced(Exception):
+    """A rank has no whole document to pass on."""
 
 
 class _Mixed(_Row):

@@ -246,6 +246,27 @@ def iteration_time(run: Run, model: Model, machine: Machine) -> dict[str, float]
     return parts
 
 
+def share_of_ideal(run: Run, model: Model, machine: Machine, imbalance: float | None = None) -> float:
+    """Return the seconds of attention whose work is the same on all ranks, with nothing to send, over those
+    that are estimated.
+
+    imbalance: work of the largest rank over the mean where the row is cut without regard to its documents
+    (`machine.documents`), and its keys make the round of all ranks; None = they are placed.
+    """
+    documents = machine.documents
+    assert documents is not None
+    todo = workload(run, model, documents=documents)
+    ring = run.parallel.cp // run.parallel.ulysses
+    placed = documents.work(run.train.seq_length, ring).imbalance if ring > 1 else 1.0
+    ideal = replace(todo, attention=todo.attention / placed)
+    if imbalance is not None:
+        todo = replace(workload(run, model), attention=ideal.attention * imbalance)
+    taken = _micro_batch_time(run, todo, machine)
+    parts = ("attention", "CP ring, merges and hops", "CP ring, not overlapped", "CP all-to-all")
+    seconds = sum(taken.get(name, 0.0) for name in parts)
+    return _micro_batch_time(run, ideal, machine)["attention"] / seconds
+
+
 def _micro_batch_time(run: Run, todo: Workload, machine: Machine) -> dict[str, float]:
     """Seconds of one micro-batch on one pipeline stage, by part."""
     p, gpu, assumed = run.parallel, machine.gpu, machine.assumed
