@@ -228,7 +228,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: ContextGroups, spec: Attenti
 def _connect(group: Group) -> None:
     """Have NCCL connect all ranks of a group now. It would at the first transfer, and wait for all of them;
     the first messages of a packed row may be between some."""
-    if isinstance(group, dist.ProcessGroup) and "nccl" in str(dist.get_backend(group)):
+    if isinstance(group, dist.ProcessGroup) and "nccl" in str(dist.get_backend_config(group)):
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 

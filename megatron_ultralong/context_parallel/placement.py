@@ -25,9 +25,10 @@ import bisect
 import contextlib
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy
@@ -39,6 +40,8 @@ from megatron_ultralong.errors import UserError
 
 BALANCED = 1.05
 """Work of the largest rank over the mean that is accepted for fewer keys."""
+_SHARES = (1.0, 0.8, 0.6)
+"""Of a rank's mean work, above which documents are cut: the first that leads to a balanced placement."""
 
 
 TOKENS_PER_MESSAGE = 300
@@ -104,9 +107,10 @@ class Placement:
         return held - starts[torch.bucketize(held, starts, right=True) - 1]
 
 
-def place(document_starts: Sequence[int], seq_length: int, cp: int) -> Placement:
+def place(document_starts: Sequence[int], seq_length: int, cp: int, near: int = 1) -> Placement:
     """Place the documents of a row on `cp` ranks, seq_length / cp tokens on each.
 
+    near: adjacent ranks that are in one node; ranks that share a document are among them where they can be.
     document_starts: positions in the row, ascending, the first 0. UserError for other starts, and where the
     row cannot be divided by the ranks.
     """
@@ -123,17 +127,58 @@ def place(document_starts: Sequence[int], seq_length: int, cp: int) -> Placement
     if cp == 1:
         return _InOrder(bounds, cp).placement()
     placements = [_Mixed(bounds, cp).placement()]
-    with contextlib.suppress(_Unbalanced):
-        placements.append(_Whole(bounds, cp).placement())
+    for share in _SHARES:
+        with contextlib.suppress(_Unbalanced):
+            placements.append(_Whole(bounds, cp, share).placement())
+            if placements[-1].imbalance <= BALANCED:
+                break
     balanced = [one for one in placements if one.imbalance <= BALANCED]
     if balanced:
-        return min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.messages)
-    return min(placements, key=lambda one: one.imbalance)
+        best = min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.messages)
+    else:
+        best = min(placements, key=lambda one: one.imbalance)
+    return _in_nodes(best, near) if 1 < near < cp else best
 
 
 def pairs(begin: int, end: int) -> int:
     """Pairs of a query and a key of the queries `begin` to `end` - 1, counted from their document's start."""
     return (end * (end + 1) - begin * (begin + 1)) // 2
+
+
+def _in_nodes(placement: Placement, near: int) -> Placement:
+    """The same with ranks in another order: those that share the documents with most keys to send are next to
+    each other, in groups of at most `near`."""
+    ranks = len(placement.runs)
+    groups, of_rank = {rank: [rank] for rank in range(ranks)}, list(range(ranks))
+    bounds = [*placement.starts, placement.seq_length]
+    sent = {i: (len(r) - 1) * (bounds[i + 1] - bounds[i]) for i, r in placement.holders.items()}
+    # Those with few keys would join groups that then do not fit into nodes.
+    for document in sorted((i for i in sent if sent[i] > TOKENS_PER_MESSAGE), key=lambda i: (-sent[i], i)):
+        first, *others = sorted({of_rank[rank] for rank in placement.holders[document]})
+        if others and sum(len(groups[group]) for group in (first, *others)) <= near:
+            for group in others:
+                groups[first] += groups.pop(group)
+            for rank in groups[first]:
+                of_rank[rank] = first
+    # The largest group that fits into what is left of a node; if none does, a part of the smallest.
+    left, order = sorted(groups.values(), key=lambda group: (-len(group), group)), list[int]()
+    while left:
+        room = near - len(order) % near
+        at = next((i for i, group in enumerate(left) if len(group) <= room), None)
+        if at is None:
+            order += left[-1][:room]
+            left[-1] = left[-1][room:]
+        else:
+            order += left.pop(at)
+    place_of = {rank: place for place, rank in enumerate(order)}
+    return replace(
+        placement,
+        runs=tuple(placement.runs[rank] for rank in order),
+        work=tuple(placement.work[rank] for rank in order),
+        holders={
+            i: tuple(sorted(place_of[rank] for rank in holders)) for i, holders in placement.holders.items()
+        },
+    )
 
 
 class _Row:
@@ -180,6 +225,11 @@ class _InOrder(_Row):
 
 
 class _Whole(_Row):
+    def __init__(self, bounds: list[int], cp: int, share: float) -> None:
+        """share: of a rank's mean work, above which a document is cut."""
+        super().__init__(bounds, cp)
+        self.most = share * self.total / cp
+
     def placement(self) -> Placement:
         self.whole: list[list[int]] = [[] for _ in range(self.cp)]
         """The documents that each rank has to itself."""
@@ -195,7 +245,7 @@ class _Whole(_Row):
 
     def _ways(self, n: int) -> int:
         """Ranks for a document of n tokens."""
-        by_tokens, by_work = -(-n // self.size), -(-pairs(0, n) * self.cp // self.total)
+        by_tokens, by_work = -(-n // self.size), math.ceil(pairs(0, n) / self.most)
         return max(1, min(max(by_tokens, by_work), self.cp, n // 2))
 
     def _zigzag(self, document: int, ways: int) -> bool:

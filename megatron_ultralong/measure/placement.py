@@ -36,6 +36,7 @@ COLUMNS = (
         "{:.3f}".format,
         "tokens whose K and V the rank that sends most sends in a forward, per token that it holds",
     ),
+    ReportColumn("far", "of these to another node", "{:.3f}".format, "of the ring, on nodes of eight"),
     ReportColumn(
         "bound",
         "zigzag ring a document",
@@ -176,10 +177,11 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
     for ulysses in (1, GPUS_PER_NODE) if cp > GPUS_PER_NODE else (1,):
         ring = cp // ulysses
         layout = replace(planned, parallel=Parallel(cp=cp, ulysses=ulysses))
-        work = documents.work(length, ring)
+        near = estimates.ring_near(layout)
+        work = documents.work(length, ring, near)
         start = time.perf_counter()
         for starts in rows:
-            place(starts, length, ring)
+            place(starts, length, ring, near)
         seconds = (time.perf_counter() - start) / len(rows)
         exchanged = estimates.attention_traffic(layout, MODEL, documents)[0].exchange / kv_bytes
         yield (
@@ -187,6 +189,7 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
             {
                 "imbalance": work.imbalance,
                 "sent": work.sent + exchanged,
+                "far": work.sent_far,
                 "bound": work.bound + exchanged,
                 "messages": work.messages,
                 "steps": work.steps,

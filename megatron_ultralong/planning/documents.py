@@ -29,6 +29,8 @@ class RowWork:
     """Attention of the rank with most over the mean."""
     sent: float
     """Tokens whose keys and values the rank that sends most sends in a forward, per token that it holds."""
+    sent_far: float
+    """Of those sent to another node, the most of any rank."""
     bound: float
     """What it would send if each of its cut documents made a round of the k ranks that have it, 1 / k of it
     each: the most of any rank."""
@@ -70,9 +72,9 @@ class DocumentLengths:
         """The length of equal documents that would have as many pairs of a query and a key."""
         return _span(self, seq_length)
 
-    def work(self, seq_length: int, ranks: int) -> RowWork:
-        """Of rows on the ranks of a ring."""
-        return _work(self, seq_length, ranks)
+    def work(self, seq_length: int, ranks: int, near: int = 1) -> RowWork:
+        """Of rows on the ranks of a ring, of which `near` adjacent ones are in a node."""
+        return _work(self, seq_length, ranks, near)
 
 
 def read(path: Path) -> DocumentLengths:
@@ -110,12 +112,12 @@ def _span(documents: DocumentLengths, seq_length: int) -> float:
 
 
 @functools.cache
-def _work(documents: DocumentLengths, seq_length: int, ranks: int) -> RowWork:
-    rows = [_of_row(place(starts, seq_length, ranks)) for starts in documents.rows(seq_length)]
+def _work(documents: DocumentLengths, seq_length: int, ranks: int, near: int) -> RowWork:
+    rows = [_of_row(place(starts, seq_length, ranks, near), near) for starts in documents.rows(seq_length)]
     return RowWork(**{name: fmean(getattr(row, name) for row in rows) for name in vars(rows[0])})
 
 
-def _of_row(placement: Placement) -> RowWork:
+def _of_row(placement: Placement, near: int) -> RowWork:
     ranks, planned = len(placement.runs), schedules(placement)
     held = placement.seq_length // ranks
     bounds = [0.0] * ranks
@@ -129,6 +131,11 @@ def _of_row(placement: Placement) -> RowWork:
         imbalance=placement.imbalance,
         sent=max(sum(step.tokens_sent for step in mine) for mine in steps) / held,
         bound=max(bounds) / held,
+        sent_far=max(
+            sum(step.tokens_sent for step in mine if step.to // near != rank // near)
+            for rank, mine in enumerate(steps)
+        )
+        / held,
         received=max(sum(step.received for step in mine) for mine in steps) / held,
         merged=max(
             sum(block.queries.stop - block.queries.start for step in mine for block in step.blocks)

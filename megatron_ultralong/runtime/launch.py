@@ -61,7 +61,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         cpu_device.install()
         # Ranks share the cores: more threads than cores are slower.
         if "OMP_NUM_THREADS" not in os.environ or world > 1:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            local = local_world_size()
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     else:
         memory.grow_segments()
@@ -111,6 +111,11 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
 def world_size() -> int:
     """Number of ranks of this run, before torch.distributed is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def stop() -> None:

@@ -264,6 +264,7 @@ def _training_data(
 ) -> loop.TrainingData:
     run, copies = trainer.run, len(trainer.chunks)
     ranks = trainer.ranks
+    on_a_node = min(agreement.gather(launch.local_world_size()))  # all ranks place a row alike
     shard = loader.BatchShard(
         micro_batch=run.train.micro_batch,
         dp_rank=ranks.dp_rank,
@@ -271,6 +272,7 @@ def _training_data(
         cp_rank=ranks.cp_rank,
         cp=ranks.cp,
         ulysses=run.parallel.ulysses,
+        near=max(1, on_a_node // (run.parallel.tp * run.parallel.ulysses)),
         inside_documents=run.data.documents == "masked",
     )
 
