@@ -169,6 +169,9 @@ class Data:
     and a document's first token is not a target."""
     positions: Literal["row", "document"] = "row"
     """With documents=masked: RoPE positions count from the start of the row, or of each document."""
+    mix: Literal["rows", "iterations"] = "rows"
+    """How several data sets alternate by weight: rows = within each iteration; iterations = each takes the
+    rows of one of them."""
     allow_other_tokenizer: bool = False
     """Train on rows that were made with another tokenizer than the model's."""
 

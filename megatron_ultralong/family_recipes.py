@@ -1,11 +1,12 @@
-"""The paper's recipe applied to other models. Their length, RoPE, layout and learning rate are this project's
-own choice; no trained model has confirmed them."""
+"""The paper's recipe applied to other models, and schemes of mixed lengths applied to its model. Length,
+RoPE, layout and learning rate are this project's own choice; no trained model has confirmed them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from megatron_ultralong.config import Memory, Optim, Parallel, Run, Runtime, Train
+from megatron_ultralong.config import Data, Memory, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.rope.methods import YaRN
 
 _UNPUBLISHED = (
@@ -52,6 +53,43 @@ def llama3_70b_512k() -> Run:
     )
 
 
+def nemotron_super_mix() -> Run:
+    """Iterations of long and of short documents in turn; any multiple of 32 GPUs."""
+    return _mixed(
+        "nemotron_super_mix",
+        "the last phase of Nemotron 3 Super alternates sequences of 1M and of 4K tokens: --data 1 LONG 1 SHORT",
+    )
+
+
+def nemotron_ultra_mix() -> Run:
+    """92% of the iterations on long documents, 8% on short ones; any multiple of 32 GPUs."""
+    return _mixed(
+        "nemotron_ultra_mix",
+        "Nemotron 3 Ultra trains 92% of its iterations at 1M and 8% at 4K tokens: --data 0.92 LONG 0.08 SHORT",
+    )
+
+
+def _mixed(name: str, scheme: str) -> Run:
+    """A scheme of mixed lengths. Its rows all have 1M tokens: of one long document, or of 256 of 4K."""
+    return Run(
+        name=name,
+        notes=f"A scheme of NVIDIA-NeMo/Nemotron at e27b371 applied to Llama-3.1-8B-Instruct, no reproduction: {scheme}, "
+        "rows of 1M tokens both, SHORT with documents of up to 4K tokens; constant learning rate and no warm-up are "
+        "published. Everything else is that of ultralong_1m or this project's own.",
+        unpublished=(*_UNPUBLISHED, "data.documents"),
+        base="meta-llama/Llama-3.1-8B-Instruct",
+        rope=paper_yarn(128, theta=500_000.0, original_length=8192),
+        parallel=Parallel(tp=8, cp=4),
+        memory=Memory(recompute="all_but_attention"),
+        data=Data(documents="masked", mix="iterations"),
+        optim=Optim(beta1=0.9, beta2=0.95),
+        train=replace(
+            _pretraining(1024**2, global_batch=8, lr=3e-5), schedule="constant", warmup=0, min_lr=3e-5
+        ),
+        runtime=Runtime(device="cuda"),
+    )
+
+
 def _extended(name: str, *, base: str, rope: YaRN, parallel: Parallel, train: Train) -> Run:
     return Run(
         name=name,
@@ -95,4 +133,9 @@ def _pretraining(seq_length: int, *, global_batch: int, lr: float) -> Train:
     )
 
 
-RECIPES: tuple[Callable[[], Run], ...] = (qwen3_8b_1m, llama3_70b_512k)
+RECIPES: tuple[Callable[[], Run], ...] = (
+    qwen3_8b_1m,
+    llama3_70b_512k,
+    nemotron_super_mix,
+    nemotron_ultra_mix,
+)

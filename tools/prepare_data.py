@@ -226,6 +226,8 @@ def pretrain(args: argparse.Namespace) -> None:
     )
     for line in packing_report.warnings(manifest, args.output):
         print(line)
+    if args.document_starts:
+        _print_attention(args.output, seq_length)
 
 
 def add_refine(parser: argparse.ArgumentParser) -> None:
@@ -653,6 +655,14 @@ def sft(args: argparse.Namespace) -> None:
     manifest = pack.pack_conversations(sources, args.tokenizer, args.output, settings)
     summary = report.summary_lines(manifest, Path(f"{args.output}.broken.jsonl"))
     print("\n".join([f"{args.output}:", *summary]))
+    _print_attention(args.output, settings.seq_length)
+
+
+def _print_attention(prefix: str, seq_length: int) -> None:
+    """Say what attention inside the rows' documents costs."""
+    from megatron_ultralong.planning import packing_report
+
+    print("\n".join(packing_report.lines(Path(prefix), seq_length)))
 
 
 def _workers(args: argparse.Namespace) -> int:

@@ -27,6 +27,10 @@ def receive_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
 _allocate = torch.empty  # tests fill it with NaN
 
 
+Messages: TypeAlias = Sequence[tuple[int, Tensor]]
+"""(rank, buffer) each."""
+
+
 class Transfer(Protocol):
     """A transfer in flight."""
 
@@ -48,9 +52,9 @@ class Communicator(Protocol):
     def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
         """Send `send` to rank + 1 and fill `receive` from rank - 1: one hop of the ring."""
 
-    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> Transfer:
-        """Send a buffer to one rank and fill another from one rank, each given by (rank, buffer); None =
-        nothing, which every rank calls all the same."""
+    def exchange(self, sends: Messages, receives: Messages) -> Transfer:
+        """Send buffers to ranks, and fill others from ranks; at most one to and one from each. Every rank
+        calls it, also with none."""
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> Transfer:
         """send[j] goes to rank j, receive[j] comes from rank j; both [size, ...]."""
@@ -89,18 +93,17 @@ class ProcessGroupCommunicator:
 
     def send_recv(self, send: Tensor, receive: Tensor) -> _Works:
         following, previous = ((self.rank + step) % self.size for step in (1, -1))
-        return self.exchange((following, send), (previous, receive))
+        return self.exchange([(following, send)], [(previous, receive)])
 
-    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> _Works:
+    def exchange(self, sends: Messages, receives: Messages) -> _Works:
         # Two may be in flight between the same two ranks (KV and its gradient). The tag distinguishes them if
         # the backend supports tags; NCCL keeps the order in which they were started.
         tag = self._started
         self._started += 1
-        wanted = [(dist.isend, send), (dist.irecv, receive)]
         ops = [
-            dist.P2POp(op, one[1], dist.get_global_rank(self.group, one[0]), self.group, tag)
-            for op, one in wanted
-            if one is not None
+            dist.P2POp(op, buffer, dist.get_global_rank(self.group, rank), self.group, tag)
+            for op, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for rank, buffer in messages
         ]
         return _Works(dist.batch_isend_irecv(ops) if ops else [])
 

@@ -1,13 +1,14 @@
 """Keys and values of a placed row, sent to the ranks that need them, and their gradients, sent back.
 
-Shapes: s tokens of this rank, n of a message, b = 1 sequence, g KV heads, d head dimension. Memory beyond
-inputs and outputs: two messages sent and two received, [2, b, g, n, d]; in the backward also the float32
-gradients of two messages each way.
+Shapes: s tokens of this rank, n of the messages of a round, b = 1 sequence, g KV heads, d head dimension.
+Memory beyond inputs and outputs: one round sent and two received, [2, b, g, n, d]; in the backward also the
+float32 gradients of two rounds.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,29 +24,27 @@ from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 def arrivals(
     k: Tensor, v: Tensor, ranks: Communicator, schedule: Schedule
 ) -> Iterator[tuple[list[AttentionBlock], Sequence[Tensor]]]:
-    """Yield (blocks, (K, V)): this rank's own first, then those of each message, in the order of the steps.
+    """Yield (blocks, (K, V)): this rank's own first, then those of each step, in order.
 
-    The next message is in flight while the caller computes with what was yielded, which is valid until the
-    next step.
+    The next round is in flight while the caller computes with what was yielded, which is valid until the next
+    step.
     """
 
-    def start(step: Step) -> tuple[Transfer, Tensor | None, Tensor | None]:
-        message = _joined((k, v), step.sent) if step.sent else None
-        buffer = None
-        if step.received:
-            shape = (2, *k.shape[:2], step.received, k.shape[3])
-            buffer = comm.receive_buffer(shape, k.dtype, k.device)
-        return _start(ranks, (step.to, message), (step.source, buffer)), message, buffer
+    def start(steps: Sequence[Step]) -> tuple[Transfer, list[Tensor | None], list[Tensor | None]]:
+        sent = [_joined((k, v), step.sent) if step.sent else None for step in steps]
+        received = [_buffer(k, step.received, k.dtype) for step in steps]
+        return ranks.exchange(_to(steps, sent), _from(steps, received)), sent, received
 
-    in_flight = start(schedule.steps[0]) if schedule.steps else None
+    in_flight = start(schedule.rounds[0]) if schedule.rounds else None
     yield schedule.own, (k, v)
-    for step, following in itertools.zip_longest(schedule.steps, schedule.steps[1:]):
+    for steps, following in itertools.zip_longest(schedule.rounds, schedule.rounds[1:]):
         assert in_flight is not None
-        transfer, message, buffer = in_flight
+        transfer, sent, received = in_flight
         transfer.wait()
-        del message  # it lives until here
+        del sent  # it lives until here
         in_flight = None if following is None else start(following)
-        yield step.blocks, (k[:, :, :0], v[:, :, :0]) if buffer is None else (buffer[0], buffer[1])
+        for step, buffer in zip(steps, received, strict=True):
+            yield step.blocks, (k[:, :, :0], v[:, :, :0]) if buffer is None else (buffer[0], buffer[1])
 
 
 class ReturnedSum:
@@ -57,51 +56,62 @@ class ReturnedSum:
     def __init__(self, total: Tensor, ranks: Communicator, schedule: Schedule) -> None:
         """total [2, b, g, s, d], to which is added in place."""
         self._total, self._ranks = total, ranks
-        self._steps = iter(schedule.steps)
-        self._step: Step | None = None
-        self._share = total
-        self._in_flight: tuple[Transfer, Step, Tensor | None, Tensor | None] | None = None
+        self._rounds = deque(schedule.rounds)
+        self._shares: list[Tensor | None] = []
+        """Of the current round's steps so far."""
+        self._share: Tensor | None = total
+        self._in_flight: tuple[Transfer, Sequence[Step], list[Tensor | None], list[Tensor | None]] | None = (
+            None
+        )
+        self._started = False
 
     def add(self, keys: slice, dkv: Sequence[Tensor]) -> None:
         """Add (dk, dv) of these keys of what was yielded last."""
+        assert self._share is not None
         for total, share in zip(self._share, dkv, strict=True):
             total[:, :, keys] += share
 
     def send(self) -> None:
-        """Send the gradients of the keys that were yielded last to their rank, and prepare for the next."""
-        if self._step is not None:
-            self._receive()
-            step = self._step
-            message = self._share if step.received else None
-            buffer = self._gradients(step.tokens_sent) if step.sent else None
-            transfer = _start(self._ranks, (step.source, message), (step.to, buffer))
-            self._in_flight = transfer, step, message, buffer
-        self._step = next(self._steps, None)
-        if self._step is not None and self._step.received:
-            self._share = self._gradients(self._step.received).zero_()
+        """Send the gradients of the keys that were yielded last to their rank, if their round is over, and
+        prepare for the next."""
+        if self._started:
+            self._shares.append(self._share)
+            if len(self._shares) == len(self._rounds[0]):
+                self._return(self._rounds.popleft())
+        self._started = True
+        self._share = None
+        if self._rounds:
+            step = self._rounds[0][len(self._shares)]
+            self._share = _buffer(self._total[0], step.received, self._total.dtype)
+            if self._share is not None:
+                self._share.zero_()
 
     def home(self) -> Tensor:
         """Return the complete dKV [2, b, g, s, d] of this rank's own keys."""
         self._receive()
         return self._total
 
+    def _return(self, steps: Sequence[Step]) -> None:
+        self._receive()
+        shares, self._shares = self._shares, []
+        back = [_buffer(self._total[0], step.tokens_sent, self._total.dtype) for step in steps]
+        transfer = self._ranks.exchange(_from(steps, shares), _to(steps, back))
+        self._in_flight = transfer, steps, shares, back
+
     def _receive(self) -> None:
-        """Wait for the gradients of the last step, and add them."""
+        """Wait for the gradients of the last round, and add them."""
         if self._in_flight is None:
             return
-        transfer, step, _, buffer = self._in_flight
+        transfer, steps, _, back = self._in_flight
         transfer.wait()
         self._in_flight = None
-        first = 0
-        for rows in step.sent:
-            assert buffer is not None
-            length = rows.stop - rows.start
-            self._total[:, :, :, rows] += buffer[:, :, :, first : first + length]
-            first += length
-
-    def _gradients(self, tokens: int) -> Tensor:
-        shape = (*self._total.shape[:3], tokens, self._total.shape[4])
-        return comm.receive_buffer(shape, self._total.dtype, self._total.device)
+        for step, buffer in zip(steps, back, strict=True):
+            first = 0
+            for rows in step.sent:
+                assert buffer is not None
+                length = rows.stop - rows.start
+                self._total[:, :, :, rows] += buffer[:, :, :, first : first + length]
+                first += length
 
 
 def gradient_zeros(k: Tensor) -> Tensor:
@@ -109,14 +119,21 @@ def gradient_zeros(k: Tensor) -> Tensor:
     return torch.zeros((2, *k.shape), dtype=accumulation_dtype(k), device=k.device)
 
 
-def _start(
-    ranks: Communicator, send: tuple[int, Tensor | None], receive: tuple[int, Tensor | None]
-) -> Transfer:
-    to, message = send
-    source, buffer = receive
-    return ranks.exchange(
-        None if message is None else (to, message), None if buffer is None else (source, buffer)
-    )
+def _to(steps: Sequence[Step], buffers: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """The buffers with the ranks to which keys go."""
+    return [(step.to, x) for step, x in zip(steps, buffers, strict=True) if x is not None]
+
+
+def _from(steps: Sequence[Step], buffers: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """The buffers with the ranks from which keys come."""
+    return [(step.source, x) for step, x in zip(steps, buffers, strict=True) if x is not None]
+
+
+def _buffer(like: Tensor, tokens: int, dtype: torch.dtype) -> Tensor | None:
+    """For the keys and values of so many tokens, or their gradients, of heads like k [b, g, s, d]; None for
+    none."""
+    shape = (2, *like.shape[:2], tokens, like.shape[3])
+    return comm.receive_buffer(shape, dtype, like.device) if tokens else None
 
 
 def _joined(kv: Sequence[Tensor], rows: Sequence[slice]) -> Tensor:

@@ -3,8 +3,9 @@
 Whole documents need no other rank. The keys of a cut document go straight from the rank that holds them to
 each rank that holds later tokens of it: fewer than if they made a round of these ranks, which passes all of
 them on. There are R - 1 steps; in step t rank r sends to rank r + t and receives from rank r - t (modulo R),
-one message each way, none where nothing is needed. All ranks go through the same steps in the same order, so
-that no rank waits for one that waits for it. In the backward the gradients of received keys go the way back.
+one message each way, none where nothing is needed. Steps with few keys are taken together. All ranks go
+through the same steps in the same order, so that no rank waits for one that waits for it. In the backward the
+gradients of received keys go the way back.
 """
 
 from __future__ import annotations
@@ -44,8 +45,17 @@ class Schedule:
 
     own: list[AttentionBlock]
     """Diagonal blocks over the rank's own keys, one for each of its documents; they cover all queries."""
-    steps: list[Step]
-    """Those in which any rank sends; the same number on all ranks."""
+    rounds: list[list[Step]]
+    """Steps whose messages are sent together, in order, without those in which no rank sends; as many on all
+    ranks."""
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for steps in self.rounds for step in steps]
+
+
+_SHARE_OF_A_ROUND = 2
+"""A round of several steps takes at most the keys of this part of a rank's tokens."""
 
 
 class _Held(NamedTuple):
@@ -82,8 +92,30 @@ def schedules(placement: Placement) -> list[Schedule]:
         for (source, keys), (rank, queries) in itertools.permutations(by_rank.items(), 2):
             t = (rank - source) % size
             _add(steps[source][t], steps[rank][t], keys, queries)
-    used = [t for t in range(1, size) if any(steps[rank][t].sent for rank in range(size))]
-    return [Schedule(mine, [of_rank[t] for t in used]) for mine, of_rank in zip(own, steps, strict=True)]
+    rounds = _rounds(steps, placement.seq_length // size // _SHARE_OF_A_ROUND)
+    return [
+        Schedule(mine, [[of_rank[t] for t in together] for together in rounds])
+        for mine, of_rank in zip(own, steps, strict=True)
+    ]
+
+
+def _rounds(steps: Sequence[Sequence[Step]], most: int) -> list[list[int]]:
+    """The steps that any rank sends in, taken together while no rank sends or receives more than `most`
+    tokens."""
+    rounds: list[list[int]] = []
+    totals: list[tuple[int, int]] = []
+    for t in range(1, len(steps)):
+        sizes = [(of_rank[t].tokens_sent, of_rank[t].received) for of_rank in steps]
+        if not any(sent for sent, _ in sizes):
+            continue
+        both = [(a + sent, b + received) for (a, b), (sent, received) in zip(totals, sizes, strict=False)]
+        if both and max(map(max, both)) <= most:
+            rounds[-1].append(t)
+            totals = both
+        else:
+            rounds.append([t])
+            totals = sizes
+    return rounds
 
 
 def _add(sending: Step, receiving: Step, keys: Sequence[_Held], queries: Sequence[_Held]) -> None:

@@ -6,7 +6,7 @@ For tests and benchmarks of context parallelism on a machine with a single GPU, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -73,10 +73,10 @@ class VirtualCommunicator:
     def send_recv(self, send: Tensor, receive: Tensor) -> _Copies:
         return self._launch({(self.rank + 1) % self.size: send}, {(self.rank - 1) % self.size: receive.copy_})
 
-    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> _Copies:
-        return self._launch(
-            {} if send is None else dict([send]), {} if receive is None else {receive[0]: receive[1].copy_}
-        )
+    def exchange(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> _Copies:
+        return self._launch(dict(sends), {rank: buffer.copy_ for rank, buffer in receives})
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> _Copies:
         return self._launch(dict(enumerate(send)), {rank: x.copy_ for rank, x in enumerate(receive)})

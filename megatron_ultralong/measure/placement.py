@@ -16,18 +16,18 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_ultralong import shapes
-from megatron_ultralong.config import Data, Memory, Parallel, Run, Train
+from megatron_ultralong.config import Parallel
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.placement import place
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import report
 from megatron_ultralong.measure.report import ReportColumn, SpeedReport
+from megatron_ultralong.planning import packing_report
 from megatron_ultralong.planning import time as estimates
 from megatron_ultralong.planning.documents import DocumentLengths
-from megatron_ultralong.planning.hardware import GPUS, GPUS_PER_NODE, Machine
+from megatron_ultralong.planning.hardware import GPUS_PER_NODE
+from megatron_ultralong.planning.packing_report import MODEL
 
-MODEL = shapes.SHAPES["meta-llama/Llama-3.1-8B-Instruct"]
 COLUMNS = (
     ReportColumn("imbalance", "work of the largest rank", "{:.3f}".format, "over the mean of all ranks"),
     ReportColumn(
@@ -43,10 +43,10 @@ COLUMNS = (
         "{:.3f}".format,
         "the same where each cut document made a round of its k ranks in equal parts",
     ),
+    ReportColumn("messages", "messages", "{:.0f}".format, "that the rank with most sends in a forward"),
     ReportColumn(
-        "messages", "messages", "{:.0f}".format, "that the rank with most sends or receives in a forward"
+        "rounds", "rounds", "{:.0f}".format, "of messages that are sent together, one after the other"
     ),
-    ReportColumn("steps", "steps", "{:.0f}".format, "in which any rank sends"),
     ReportColumn(
         "share",
         "share of ideal, estimated",
@@ -164,15 +164,8 @@ PLACED = "placed documents"
 
 def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(method, its figures)."""
-    machine = Machine(gpu=GPUS["h100"], gpus=max(8, cp), documents=documents)
-    planned = Run(
-        name="x",
-        model=MODEL,
-        parallel=Parallel(cp=cp),
-        memory=Memory(recompute="all_but_attention", offload="off"),
-        data=Data(documents="masked"),
-        train=Train(seq_length=length, global_batch=1, iterations=1, lr=1e-5),
-    )
+    machine = packing_report.machine(documents, cp)
+    planned = packing_report.run_of(length, Parallel(cp=cp))
     rows, kv_bytes = documents.rows(length), length // cp * 2 * MODEL.kv_heads * MODEL.head_dim * 2
     for ulysses in (1, GPUS_PER_NODE) if cp > GPUS_PER_NODE else (1,):
         ring = cp // ulysses
@@ -192,7 +185,7 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
                 "far": work.sent_far,
                 "bound": work.bound + exchanged,
                 "messages": work.messages,
-                "steps": work.steps,
+                "rounds": work.rounds,
                 "share": estimates.share_of_ideal(layout, MODEL, machine),
                 "milliseconds": 1e3 * seconds,
             },
@@ -207,6 +200,7 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
                 "imbalance": cut,
                 "sent": cp - 1,
                 "messages": messages,
+                "rounds": messages,
                 "share": share,
             },
         )
@@ -218,7 +212,13 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
     share = estimates.share_of_ideal(exchange, MODEL, machine)
     yield (
         "all-to-all",
-        {"imbalance": 1.0, "sent": forward.exchange / kv_bytes, "messages": 2 * (cp - 1), "share": share},
+        {
+            "imbalance": 1.0,
+            "sent": forward.exchange / kv_bytes,
+            "messages": 2 * (cp - 1),
+            "rounds": 2,
+            "share": share,
+        },
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from megatron_ultralong.context_parallel.comm import Transfer
+from megatron_ultralong.context_parallel.comm import Messages, Transfer
 from megatron_ultralong.context_parallel.placement import Placement
 from megatron_ultralong.context_parallel.virtual_ranks import run_virtual
 
@@ -106,8 +106,8 @@ class CountingPeers:
     def subgroup(self, ranks: list[int]) -> CountingPeers:
         return CountingPeers(self._peers.subgroup(ranks), self._counter)
 
-    def exchange(self, send: tuple[int, Tensor] | None, receive: tuple[int, Tensor] | None) -> Transfer:
-        return self._count(0 if send is None else send[1].nbytes, self._peers.exchange(send, receive))
+    def exchange(self, sends: Messages, receives: Messages) -> Transfer:
+        return self._count(sum(x.nbytes for _, x in sends), self._peers.exchange(sends, receives))
 
     def send_recv(self, send: Tensor, receive: Tensor) -> Transfer:
         return self._count(send.nbytes, self._peers.send_recv(send, receive))

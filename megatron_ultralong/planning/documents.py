@@ -39,9 +39,9 @@ class RowWork:
     merged: float
     """Query tokens of partial results that are merged, of the rank with most, per token that it holds."""
     messages: float
-    """Steps in which the rank that sends or receives in most does so."""
-    steps: float
-    """Steps in which any rank does."""
+    """Messages that the rank with most sends."""
+    rounds: float
+    """Rounds of messages that are sent together."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,11 @@ class DocumentLengths:
 def read(path: Path) -> DocumentLengths:
     """Read lengths from packed rows with document starts (a prefix), or from a text file with a number a
     line."""
+    from megatron_ultralong.data import row_files
     from megatron_ultralong.data.packed_rows import PackedDataset
-    from megatron_ultralong.io import atomic_files
 
     if path.with_name(f"{path.name}.json").is_file():
-        length = atomic_files.read_json(path.with_name(f"{path.name}.json")).get("seq_length")
-        if not isinstance(length, int):
-            raise UserError(f"--documents {path}: its manifest states no seq_length; prepare the data again")
+        length = len(row_files.SequenceFile(str(path))[0]) - 1
         rows = PackedDataset(str(path), length)
         lengths: list[int] = []
         for row in range(min(len(rows), _ROWS)):
@@ -142,6 +140,6 @@ def _of_row(placement: Placement, near: int) -> RowWork:
             for mine in steps
         )
         / held,
-        messages=max(sum(bool(step.sent or step.received) for step in mine) for mine in steps),
-        steps=len(steps[0]),
+        messages=max(sum(bool(step.sent) for step in mine) for mine in steps),
+        rounds=len(planned[0].rounds),
     )

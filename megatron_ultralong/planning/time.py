@@ -71,14 +71,14 @@ def attention_traffic(
     if others and documents is not None and run.data.documents == "masked":
         work, passes = documents.work(run.train.seq_length, x.ring, ring_near(run)), ring_passes(run, model)
         far, received = passes * work.sent_far * kv, passes * work.received * kv
-        near, messages = passes * (work.sent - work.sent_far) * kv, round(passes * work.messages)
+        near, rounds = passes * (work.sent - work.sent_far) * kv, round(passes * work.rounds)
         # A message of keys is computed with the queries that need them; its gradients go back.
         return (
-            AttentionTraffic(forward, far * x.e, messages, work.merged * q * (x.e + 16), near * x.e),
+            AttentionTraffic(forward, far * x.e, rounds, work.merged * q * (x.e + 16), near * x.e),
             AttentionTraffic(
                 backward,
                 far * (x.e + 4),
-                2 * messages,
+                2 * rounds,
                 (work.merged * q + received) * (x.e + 8),
                 near * (x.e + 4),
             ),

@@ -72,8 +72,9 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     masked = run.data.documents == "masked"
     tokenizer = source.assets.tokenizer or source.assets.base
     made_with = None if run.data.allow_other_tokenizer else tokenizer
+    together = run.train.global_batch if run.data.mix == "iterations" else 1
     rows, held_out = (
-        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked, made_with)
+        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked, made_with, together)
         if names
         else None
         for names in (files.data, files.valid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -258,7 +259,13 @@ def check_frozen_weights(chunks: list[torch.nn.Module], source: WeightsSource) -
 
 def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:
     """Add the resolved run and its training data to the state that its checkpoints record."""
-    data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
+    data: dict[str, Any] = {
+        "seed": run.train.seed,
+        "shuffle": run.data.shuffle,
+        "sets": rows.identity(),
+    }
+    if rows.together > 1:
+        data["together"] = rows.together
     max_length = max(state.max_length, run.train.seq_length)
     return replace(state, run=config.to_dict(run), max_length=max_length, data=data)
 
@@ -268,7 +275,9 @@ def data_note(before: TrainingState, now: TrainingState) -> str | None:
     if before.data is None or before.data == now.data:
         return None
     changed = [
-        name for name in ("seed", "shuffle", "sets") if before.data.get(name) != (now.data or {}).get(name)
+        name
+        for name in ("seed", "shuffle", "sets", "together")
+        if before.data.get(name) != (now.data or {}).get(name)
     ]
     return (
         f"note: this run's data changed ({', '.join(changed)}): it resumes at sequence {before.consumed} of the new "

@@ -227,7 +227,7 @@ def help_of(tool: str, *sub: str) -> str:
 def subcommands(tool: str) -> list[str]:
     """Return the names in the {a,b} of a tool's help, or in the indented list of a group of subcommands."""
     text = help_of(tool)
-    braces = re.search(r"^usage:.*?\{([\w,-]+)\} \.\.\.", text, re.DOTALL)
+    braces = re.search(r"^usage:.*?\{([\w,-]+)\}\s+\.\.\.", text, re.DOTALL)
     if braces:
         return braces[1].split(",")
     if "..." not in text.split("\n\n")[0]:

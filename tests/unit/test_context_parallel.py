@@ -218,11 +218,11 @@ class Counted:
         key = (what, send.dtype)
         self.sent[key] = self.sent.get(key, 0) + int(send.numel() * send.element_size() * copies)
 
-    def exchange(self, send: Any, receive: Any) -> Any:
-        if send is not None:
-            assert send[1].is_contiguous() and send[0] != self.rank
-            self._count("message", send[1], 1)
-        return self.inner.exchange(send, receive)
+    def exchange(self, sends: Any, receives: Any) -> Any:
+        for rank, message in sends:
+            assert message.is_contiguous() and rank != self.rank
+            self._count("message", message, 1)
+        return self.inner.exchange(sends, receives)
 
     def send_recv(self, send: Tensor, receive: Tensor) -> Any:
         self._count("hop", send, 1)

@@ -158,8 +158,8 @@ class Alone:
         assert send.shape == receive.shape and send.dtype == receive.dtype
         return self._contiguous(send, receive)
 
-    def exchange(self, send: Any, receive: Any) -> Alone:
-        return self._contiguous(*(one[1] for one in (send, receive) if one is not None))
+    def exchange(self, sends: Any, receives: Any) -> Alone:
+        return self._contiguous(*(buffer for _, buffer in (*sends, *receives)))
 
     def all_to_all(self, send: Tensor, receive: Tensor) -> Alone:
         assert len(send) == len(receive) == self.size

@@ -198,6 +198,25 @@ def test_a_blend_keeps_the_weights_all_along_and_visits_every_row(tmp_path, size
     assert seen.total() == 3000
 
 
+def test_iterations_take_the_rows_of_one_dataset_in_turn(tmp_path):
+    """data.mix=iterations with a global batch of 4."""
+    datasets = rows_of(tmp_path, 11, 6)
+    weights = [Fraction("0.75"), Fraction("0.25")]
+    rows = BlendedDataset(datasets.datasets, weights, together=4)
+    drawn = [rows.locate(n, seed=1) for n in range(4 * 40)]
+    of_iteration = [{which for which, _ in drawn[n : n + 4]} for n in range(0, len(drawn), 4)]
+    assert all(len(sets) == 1 for sets in of_iteration)
+    turns = [sets.pop() for sets in of_iteration]
+    one_by_one = BlendedDataset(datasets.datasets, weights)
+    assert turns == [one_by_one.locate(n, seed=1)[0] for n in range(40)] and turns.count(1) == 10
+    for which, size in ((0, 11), (1, 6)):
+        taken = [row for dataset, row in drawn if dataset == which]
+        assert sorted(taken[:size]) == list(range(size)), "every row once an epoch"
+    for n in range(0, len(drawn), 4):
+        counts = Counter(which for which, _ in drawn[:n])
+        assert rows.epoch(n) == max(counts[0] // 11, counts[1] // 6)
+
+
 def test_first_rows_are_the_same_ones_always(tmp_path):
     rows = rows_of(tmp_path, 20, 3, weights=["3", "1"])
     assert rows.first(8) == [(0, 0), (0, 1), (0, 2), (1, 0), (0, 3), (0, 4), (0, 5), (1, 1)]
