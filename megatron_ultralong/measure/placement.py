@@ -113,6 +113,7 @@ def distributions(settings: PlacementSettings) -> Iterator[tuple[str, DocumentLe
     draw = numpy.random.default_rng(settings.seed)
     if settings.tokenizer is not None:
         yield "Python's source files (measured)", _python_files(settings.tokenizer, draw)
+    yield "a training set (published histogram)", _lengths(_of_histogram(draw, settings.length // 4))
     # 115,482 documents in 100M tokens of FineWeb-Edu (the sample codelion/fineweb-edu-100M).
     web = _lognormal(draw, mean=866, sigma=1.1, count=20_000)
     yield "web text (modelled)", _lengths(web)
@@ -129,6 +130,24 @@ def distributions(settings: PlacementSettings) -> Iterator[tuple[str, DocumentLe
         _lengths(_mixed(draw, [(0.2, numpy.full(9, 524_288)), (0.4, middle), (0.4, web)])),
     )
     yield "256 documents of 4K", DocumentLengths((4096,))
+
+
+_EDGES = (1, 11, 51, 101, 201, 501, *(2**k + 1 for k in range(10, 18)), 196_609)
+_COUNTS = (
+    *(30254, 391188, 699596, 1377757, 3794735, 3316785, 2106566),
+    *(988525, 410002, 173574, 115007, 18428, 22513, 18284),
+)
+"""Documents between two edges in the training set of MagiAttention's benchmark
+(exps/dist_attn/benchmark/datasets/default/doc_length_distribution.csv at 2c64135)."""
+
+
+def _of_histogram(draw: numpy.random.Generator, longest: int) -> Any:
+    """Documents of that histogram, log-uniform between two edges; as there none is longer than a quarter of a
+    row."""
+    edges, shares = numpy.log(_EDGES), numpy.array(_COUNTS) / sum(_COUNTS)
+    which = draw.choice(len(shares), 20_000, p=shares)
+    lengths = numpy.exp(draw.uniform(edges[which], edges[which + 1]))
+    return lengths[lengths <= longest]
 
 
 def _python_files(tokenizer: Path, draw: numpy.random.Generator) -> DocumentLengths:
@@ -167,7 +186,7 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
     machine = packing_report.machine(documents, cp)
     planned = packing_report.run_of(length, Parallel(cp=cp))
     rows, kv_bytes = documents.rows(length), length // cp * 2 * MODEL.kv_heads * MODEL.head_dim * 2
-    for ulysses in (1, GPUS_PER_NODE) if cp > GPUS_PER_NODE else (1,):
+    for ulysses in (1, 2, 4, GPUS_PER_NODE) if cp > GPUS_PER_NODE else (1,):
         ring = cp // ulysses
         layout = replace(planned, parallel=Parallel(cp=cp, ulysses=ulysses))
         near = estimates.ring_near(layout)
@@ -178,7 +197,7 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
         seconds = (time.perf_counter() - start) / len(rows)
         exchanged = estimates.attention_traffic(layout, MODEL, documents)[0].exchange / kv_bytes
         yield (
-            PLACED if ulysses == 1 else f"{PLACED}, all-to-all in a node",
+            PLACED if ulysses == 1 else f"{PLACED}, all-to-all of {ulysses}",
             {
                 "imbalance": work.imbalance,
                 "sent": work.sent + exchanged,
