@@ -84,13 +84,14 @@ class Parallel:
     vpp: int = 1
     """Model chunks per pipeline rank (interleaved 1F1B when above 1)."""
     cp: int = 1
-    """Context parallel ranks; each holds two zigzag chunks of every sequence."""
+    """Context parallel ranks; each holds two zigzag chunks of every sequence, or of a row of several masked
+    documents the tokens that context_parallel/placement.py gives it."""
     ulysses: int = 1
     """Adjacent context parallel ranks that exchange heads for tokens (all-to-all); cp / ulysses such groups
     form the ring."""
     cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
     """Communication between those groups: p2p = keys and values rotate in a ring; all_gather = every rank
-    gathers them, one head at a time."""
+    gathers them, one head at a time. Without effect on rows of several masked documents."""
     dp: int | None = None
     """Data parallel ranks; None = the rest of the world size."""
 
@@ -103,6 +104,10 @@ class Parallel:
             _positive("parallel.dp", self.dp)
         if self.vpp > 1 and self.pp == 1:
             raise UserError(f"parallel.vpp={self.vpp} requires parallel.pp above 1")
+
+    def ring_ranks_per_node(self, ranks_per_node: int) -> int:
+        """Adjacent ranks of the ring between groups that exchange heads, in a node of so many ranks."""
+        return max(1, ranks_per_node // (self.tp * self.ulysses))
 
     def data_parallel(self, world_size: int) -> int:
         """Data parallel size on `world_size` ranks. UserError where the layout does not divide it."""
@@ -170,8 +175,8 @@ class Data:
     positions: Literal["row", "document"] = "row"
     """With documents=masked: RoPE positions count from the start of the row, or of each document."""
     mix: Literal["rows", "iterations"] = "rows"
-    """How several data sets alternate by weight: rows = within each iteration; iterations = each takes the
-    rows of one of them."""
+    """With several data sets: rows = each row comes from one of them, by weight; iterations = all rows of an
+    iteration come from one of them, by weight."""
     allow_other_tokenizer: bool = False
     """Train on rows that were made with another tokenizer than the model's."""
 

@@ -71,18 +71,18 @@ def main() -> int:
     choose = random.Random(args.seed)
     starts = [0, *sorted(choose.sample(range(1, length), args.documents - 1))]
     # The first and last token, those at a border of documents, and any.
-    edges = [0, length - 1, *(position for start in starts[1:] for position in (start - 1, start))]
+    edges = sorted({0, length - 1, *(at for start in starts[1:] for at in (start - 1, start))})
     positions = sorted(choose.sample(edges, min(len(edges), (args.probes + 1) // 2)))
     others = sorted(set(range(length)) - set(positions))
     positions = sorted({*positions, *choose.sample(others, args.probes - len(positions))})
 
     # Imported here so that --help and wrong settings are answered at once.
     from megatron_ultralong.train import perturbation
-    from megatron_ultralong.train.run import model_alone
+    from megatron_ultralong.train.run import model_alone, ranks_per_node
 
     with model_alone(run, args.load, args.load_hf) as trainer:
         ranks, precision = trainer.ranks, run.train.precision
-        probes = perturbation.probe(trainer, starts, positions, args.seed)
+        probes = perturbation.probe(trainer, starts, positions, args.seed, ranks_per_node(run))
         faults = [fault for one in probes for fault in one.faults(LEAST[precision])]
         if ranks.is_main:
             p = run.parallel

@@ -1,8 +1,8 @@
 """Keys and values of a placed row, sent to the ranks that need them, and their gradients, sent back.
 
 Shapes: s tokens of this rank, n of the messages of a round, b = 1 sequence, g KV heads, d head dimension.
-Memory beyond inputs and outputs: one round sent and two received, [2, b, g, n, d]; in the backward also the
-float32 gradients of two rounds.
+Memory beyond inputs and outputs: one round sent and two received, [2, b, g, n, d], and the step that the
+caller still holds; in the backward also the float32 gradients of two rounds.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ def arrivals(
     yield schedule.own, (k, v)
     for steps, following in itertools.zip_longest(schedule.rounds, schedule.rounds[1:]):
         assert in_flight is not None
-        transfer, sent, received = in_flight
-        transfer.wait()
-        del sent  # it lives until here
-        in_flight = None if following is None else start(following)
-        for step, buffer in zip(steps, received, strict=True):
+        in_flight[0].wait()
+        received, in_flight = in_flight[2], None  # what was sent has lived until here
+        if following is not None:
+            in_flight = start(following)
+        received.reverse()
+        for step in steps:
+            buffer = received.pop()
             yield step.blocks, (k[:, :, :0], v[:, :, :0]) if buffer is None else (buffer[0], buffer[1])
+            buffer = None
 
 
 class ReturnedSum:

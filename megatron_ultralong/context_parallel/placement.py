@@ -26,7 +26,7 @@ import contextlib
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -97,8 +97,11 @@ class Placement:
         With all-to-all inside groups of `ulysses` ranks, the row is placed on these groups, and the tokens of
         one are cut zigzag.
         """
-        held = torch.cat([torch.arange(run.begin, run.end) for run in self.runs[rank // ulysses]])
-        return zigzag.shard(held, rank % ulysses, ulysses, 0)
+        begins, ends = numpy.array([run[:2] for run in self.runs[rank // ulysses]]).T
+        lengths = ends - begins
+        # Of each token, how far its run is from where it would be without gaps.
+        held = numpy.arange(lengths.sum()) + numpy.repeat(begins - lengths.cumsum() + lengths, lengths)
+        return zigzag.shard(torch.from_numpy(held), rank % ulysses, ulysses, 0)
 
     def document_positions(self, rank: int, ulysses: int = 1) -> Tensor:
         """As `positions`, counted from the start of each token's document."""
@@ -107,10 +110,10 @@ class Placement:
         return held - starts[torch.bucketize(held, starts, right=True) - 1]
 
 
-def place(document_starts: Sequence[int], seq_length: int, cp: int, near: int = 1) -> Placement:
+def place(document_starts: Sequence[int], seq_length: int, cp: int, ranks_per_node: int = 1) -> Placement:
     """Place the documents of a row on `cp` ranks, seq_length / cp tokens on each.
 
-    near: adjacent ranks that are in one node; ranks that share a document are among them where they can be.
+    ranks_per_node: adjacent ranks that are in one node; those that share a document are where they can be.
     document_starts: positions in the row, ascending, the first 0. UserError for other starts, and where the
     row cannot be divided by the ranks.
     """
@@ -137,7 +140,9 @@ def place(document_starts: Sequence[int], seq_length: int, cp: int, near: int = 
         best = min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.messages)
     else:
         best = min(placements, key=lambda one: one.imbalance)
-    return _in_nodes(best, near) if 1 < near < cp else best
+    if ranks_per_node == 1 or ranks_per_node >= cp:
+        return best
+    return min(best, _in_nodes(best, ranks_per_node), key=lambda one: _far(one, ranks_per_node))
 
 
 def pairs(begin: int, end: int) -> int:
@@ -145,9 +150,21 @@ def pairs(begin: int, end: int) -> int:
     return (end * (end + 1) - begin * (begin + 1)) // 2
 
 
-def _in_nodes(placement: Placement, near: int) -> Placement:
+def _far(placement: Placement, ranks_per_node: int) -> float:
+    """Tokens whose keys go from one node to another, if each rank has an equal part of its documents and all
+    others need it."""
+    bounds = [*placement.starts, placement.seq_length]
+    total = 0.0
+    for document, ranks in placement.holders.items():
+        part = (bounds[document + 1] - bounds[document]) / len(ranks)
+        together = Counter(rank // ranks_per_node for rank in ranks).values()
+        total += part * (len(ranks) ** 2 - sum(n * n for n in together))
+    return total
+
+
+def _in_nodes(placement: Placement, ranks_per_node: int) -> Placement:
     """The same with ranks in another order: those that share the documents with most keys to send are next to
-    each other, in groups of at most `near`."""
+    each other, in groups of at most `ranks_per_node`."""
     ranks = len(placement.runs)
     groups, of_rank = {rank: [rank] for rank in range(ranks)}, list(range(ranks))
     bounds = [*placement.starts, placement.seq_length]
@@ -155,7 +172,7 @@ def _in_nodes(placement: Placement, near: int) -> Placement:
     # Those with few keys would join groups that then do not fit into nodes.
     for document in sorted((i for i in sent if sent[i] > TOKENS_PER_MESSAGE), key=lambda i: (-sent[i], i)):
         first, *others = sorted({of_rank[rank] for rank in placement.holders[document]})
-        if others and sum(len(groups[group]) for group in (first, *others)) <= near:
+        if others and sum(len(groups[group]) for group in (first, *others)) <= ranks_per_node:
             for group in others:
                 groups[first] += groups.pop(group)
             for rank in groups[first]:
@@ -163,7 +180,7 @@ def _in_nodes(placement: Placement, near: int) -> Placement:
     # The largest group that fits into what is left of a node; if none does, a part of the smallest.
     left, order = sorted(groups.values(), key=lambda group: (-len(group), group)), list[int]()
     while left:
-        room = near - len(order) % near
+        room = ranks_per_node - len(order) % ranks_per_node
         at = next((i for i, group in enumerate(left) if len(group) <= room), None)
         if at is None:
             order += left[-1][:room]

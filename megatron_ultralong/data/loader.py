@@ -45,8 +45,8 @@ class BatchShard:
     cp: int = 1
     ulysses: int = 1
     """Adjacent context parallel ranks that exchange heads (config.py); rows are placed on such groups."""
-    near: int = 1
-    """Adjacent groups of those that are in one node."""
+    ranks_per_node: int = 1
+    """Adjacent ones of these groups (with ulysses=1, ranks) that are in the same node."""
     inside_documents: bool = False
     """Rows are placed on the context parallel ranks document by document (b = 1), for attention inside
     them."""
@@ -177,7 +177,9 @@ def share(
     """Return this rank's tokens [b, s] of complete rows [b, S], and their placement where they have several
     documents (b = 1)."""
     length = next(iter(whole.values())).shape[1]
-    placement = None if len(starts) == 1 else place(starts, length, shard.cp // shard.ulysses, shard.near)
+    placement = (
+        None if len(starts) == 1 else place(starts, length, shard.cp // shard.ulysses, shard.ranks_per_node)
+    )
     if placement is None:
         return {
             name: zigzag.shard(x, shard.cp_rank, shard.cp, dim=1).contiguous() for name, x in whole.items()

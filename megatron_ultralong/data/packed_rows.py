@@ -123,10 +123,10 @@ class BlendedDataset:
         self,
         datasets: Sequence[PackedDataset],
         weights: Sequence[Fraction] | None = None,
-        together: int = 1,
+        block_size: int = 1,
     ) -> None:
-        """together: so many samples, one after the other, are of the same dataset."""
-        self.together = together
+        """block_size: consecutive samples that are drawn from one dataset."""
+        self.block_size = block_size
         self.datasets = list(datasets)
         self.weights = list(weights or [Fraction(1)] * len(self.datasets))
         assert self.datasets and len(self.datasets) == len(self.weights) and min(self.weights) > 0
@@ -168,10 +168,10 @@ class BlendedDataset:
 
     def epoch(self, samples: int) -> int:
         """Complete passes, after `samples` samples, over the dataset that is repeated most."""
-        left, weight, passes = samples // self.together, sum(self.weights, Fraction(0)), 0
+        left, weight, passes = samples // self.block_size, sum(self.weights, Fraction(0)), 0
         for dataset, own in zip(self.datasets, self.weights, strict=True):
             taken = _rounded_share(left, own, weight)
-            passes = max(passes, taken * self.together // len(dataset))
+            passes = max(passes, taken * self.block_size // len(dataset))
             left, weight = left - taken, weight - own
         return passes
 
@@ -180,12 +180,12 @@ class BlendedDataset:
 
         Each dataset takes its share of what those before it left.
         """
-        left, place = divmod(sample, self.together)
+        left, place = divmod(sample, self.block_size)
         weight = sum(self.weights, Fraction(0))
         for which, own in enumerate(self.weights):
             taken = _rounded_share(left, own, weight)
             if _rounded_share(left + 1, own, weight) > taken:
-                return which, taken * self.together + place
+                return which, taken * self.block_size + place
             left, weight = left - taken, weight - own
         raise AssertionError("the last dataset takes what is left")
 
@@ -196,14 +196,14 @@ def open_blend(
     vocab_size: int,
     document_starts: bool = False,
     tokenizer: Path | None = None,
-    together: int = 1,
+    block_size: int = 1,
 ) -> BlendedDataset:
     """Open the rows that `--data` or `--valid` name.
 
     document_starts: they must have them. tokenizer: the directory of the model's tokenizer, with which they
-    must have been made (None = any). together: as in `BlendedDataset`. UserError where one of these fails, or
-    the rows do not fit the sequence length or the vocabulary; a line is printed where the tokenizer cannot be
-    told.
+    must have been made (None = any). block_size: as in `BlendedDataset`. UserError where one of these fails,
+    or the rows do not fit the sequence length or the vocabulary; a line is printed where the tokenizer cannot
+    be told.
     """
     named = parse_data_arguments(arguments)
     datasets = [PackedDataset(prefix, seq_length) for _, prefix in named]
@@ -219,7 +219,7 @@ def open_blend(
             raise UserError(f"{dataset.prefix} contains no token to train on; prepare the data again")
         if document_starts:
             dataset.document_starts(0)
-    return BlendedDataset(datasets, [weight for weight, _ in named], together)
+    return BlendedDataset(datasets, [weight for weight, _ in named], block_size)
 
 
 def parse_data_arguments(arguments: list[str]) -> list[tuple[Fraction, str]]:

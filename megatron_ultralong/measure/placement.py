@@ -189,11 +189,11 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
     for ulysses in (1, 2, 4, GPUS_PER_NODE) if cp > GPUS_PER_NODE else (1,):
         ring = cp // ulysses
         layout = replace(planned, parallel=Parallel(cp=cp, ulysses=ulysses))
-        near = estimates.ring_near(layout)
-        work = documents.work(length, ring, near)
+        nodes = layout.parallel.ring_ranks_per_node(GPUS_PER_NODE)
+        work = documents.work(length, ring, nodes)
         start = time.perf_counter()
         for starts in rows:
-            place(starts, length, ring, near)
+            place(starts, length, ring, nodes)
         seconds = (time.perf_counter() - start) / len(rows)
         exchanged = estimates.attention_traffic(layout, MODEL, documents)[0].exchange / kv_bytes
         yield (
@@ -202,7 +202,7 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
                 "imbalance": work.imbalance,
                 "sent": work.sent + exchanged,
                 "far": work.sent_far,
-                "bound": work.bound + exchanged,
+                "bound": work.sent_in_rings + exchanged,
                 "messages": work.messages,
                 "rounds": work.rounds,
                 "share": estimates.share_of_ideal(layout, MODEL, machine),

@@ -31,7 +31,7 @@ class RowWork:
     """Tokens whose keys and values the rank that sends most sends in a forward, per token that it holds."""
     sent_far: float
     """Of those sent to another node, the most of any rank."""
-    bound: float
+    sent_in_rings: float
     """What it would send if each of its cut documents made a round of the k ranks that have it, 1 / k of it
     each: the most of any rank."""
     received: float
@@ -72,9 +72,9 @@ class DocumentLengths:
         """The length of equal documents that would have as many pairs of a query and a key."""
         return _span(self, seq_length)
 
-    def work(self, seq_length: int, ranks: int, near: int = 1) -> RowWork:
-        """Of rows on the ranks of a ring, of which `near` adjacent ones are in a node."""
-        return _work(self, seq_length, ranks, near)
+    def work(self, seq_length: int, ranks: int, ranks_per_node: int = 1) -> RowWork:
+        """Of rows on the ranks of a ring, of which `ranks_per_node` adjacent ones are in a node."""
+        return _work(self, seq_length, ranks, ranks_per_node)
 
 
 def read(path: Path) -> DocumentLengths:
@@ -110,12 +110,15 @@ def _span(documents: DocumentLengths, seq_length: int) -> float:
 
 
 @functools.cache
-def _work(documents: DocumentLengths, seq_length: int, ranks: int, near: int) -> RowWork:
-    rows = [_of_row(place(starts, seq_length, ranks, near), near) for starts in documents.rows(seq_length)]
+def _work(documents: DocumentLengths, seq_length: int, ranks: int, ranks_per_node: int) -> RowWork:
+    rows = [
+        _of_row(place(starts, seq_length, ranks, ranks_per_node), ranks_per_node)
+        for starts in documents.rows(seq_length)
+    ]
     return RowWork(**{name: fmean(getattr(row, name) for row in rows) for name in vars(rows[0])})
 
 
-def _of_row(placement: Placement, near: int) -> RowWork:
+def _of_row(placement: Placement, ranks_per_node: int) -> RowWork:
     ranks, planned = len(placement.runs), schedules(placement)
     held = placement.seq_length // ranks
     bounds = [0.0] * ranks
@@ -128,9 +131,9 @@ def _of_row(placement: Placement, near: int) -> RowWork:
     return RowWork(
         imbalance=placement.imbalance,
         sent=max(sum(step.tokens_sent for step in mine) for mine in steps) / held,
-        bound=max(bounds) / held,
+        sent_in_rings=max(bounds) / held,
         sent_far=max(
-            sum(step.tokens_sent for step in mine if step.to // near != rank // near)
+            sum(step.tokens_sent for step in mine if step.to // ranks_per_node != rank // ranks_per_node)
             for rank, mine in enumerate(steps)
         )
         / held,

@@ -52,7 +52,7 @@ def lines(prefix: Path, seq_length: int) -> list[str]:
     ]
     for cp in CP:
         if seq_length % (2 * cp) == 0 and seq_length // cp >= _FEWEST:
-            work = lengths.work(seq_length, cp, time.ring_near(run_of(seq_length, Parallel(cp=cp))))
+            work = time.ring_work(run_of(seq_length, Parallel(cp=cp)), lengths)
             share = time.share_of_ideal(run_of(seq_length, Parallel(cp=cp)), MODEL, machine(lengths, cp))
             found.append(
                 f"  on CP {cp} ranks: the one with most has {work.imbalance:.3f} of the mean work and sends keys of "

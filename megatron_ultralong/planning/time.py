@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_ultralong.config import Model, Run
-from megatron_ultralong.planning.documents import DocumentLengths
+from megatron_ultralong.planning.documents import DocumentLengths, RowWork
 from megatron_ultralong.planning.flops import flops_per_token
 from megatron_ultralong.planning.hardware import GPUS_PER_NODE, Machine
 from megatron_ultralong.planning.layer_memory import LayerShape
@@ -42,13 +42,14 @@ class AttentionTraffic(NamedTuple):
     """Messages of the ring or all-gather."""
     merge: float
     """Bytes read and written in GPU memory to merge partial results."""
-    near: float = 0.0
+    intra_node: float = 0.0
     """Bytes of keys, values and their gradients sent inside a node, beside those of `ring`."""
 
 
-def ring_near(run: Run) -> int:
-    """Return how many adjacent ranks of the ring are in one node."""
-    return max(1, GPUS_PER_NODE // (run.parallel.tp * run.parallel.ulysses))
+def ring_work(run: Run, documents: DocumentLengths) -> RowWork:
+    """Return the work of rows of such documents on the ranks of the ring."""
+    p = run.parallel
+    return documents.work(run.train.seq_length, p.cp // p.ulysses, p.ring_ranks_per_node(GPUS_PER_NODE))
 
 
 def ring_passes(run: Run, model: Model) -> int:
@@ -69,18 +70,21 @@ def attention_traffic(
         forward, backward = share * (2 * q + kv) + lse, share * (4 * q + 2 * kv) + lse
     others = x.ring - 1
     if others and documents is not None and run.data.documents == "masked":
-        work, passes = documents.work(run.train.seq_length, x.ring, ring_near(run)), ring_passes(run, model)
+        work, passes = (
+            ring_work(run, documents),
+            ring_passes(run, model),
+        )
         far, received = passes * work.sent_far * kv, passes * work.received * kv
-        near, rounds = passes * (work.sent - work.sent_far) * kv, round(passes * work.rounds)
+        inside, rounds = passes * (work.sent - work.sent_far) * kv, round(passes * work.rounds)
         # A message of keys is computed with the queries that need them; its gradients go back.
         return (
-            AttentionTraffic(forward, far * x.e, rounds, work.merged * q * (x.e + 16), near * x.e),
+            AttentionTraffic(forward, far * x.e, rounds, work.merged * q * (x.e + 16), inside * x.e),
             AttentionTraffic(
                 backward,
                 far * (x.e + 4),
                 2 * rounds,
                 (work.merged * q + received) * (x.e + 8),
-                near * (x.e + 4),
+                inside * (x.e + 4),
             ),
         )
     if run.parallel.cp_comm_type == "all_gather":
@@ -152,9 +156,9 @@ class Workload:
     exchange_forward: float = 0.0
     """Bytes of all-to-all, per forward of attention."""
     exchange_backward: float = 0.0
-    near_forward: float = 0.0
+    intra_node_forward: float = 0.0
     """Bytes of keys and values sent inside a node beside the ring's, per forward of attention."""
-    near_backward: float = 0.0
+    intra_node_backward: float = 0.0
 
 
 def attention_span(run: Run, documents: DocumentLengths | None = None) -> float:
@@ -180,7 +184,7 @@ def workload(
     layers, s = model.layers // p.pp, attention_span(run, documents)
     ring = p.cp // p.ulysses
     if documents is not None and run.data.documents == "masked" and ring > 1:
-        s *= documents.work(run.train.seq_length, ring, ring_near(run)).imbalance
+        s *= ring_work(run, documents).imbalance
     # Per token and layer, forward and backward, by the same formula as MFU.
     one, two = (flops_per_token(replace(model, layers=n), 0) for n in (1, 2))
     products, output = two - one, 2 * one - two
@@ -215,8 +219,8 @@ def workload(
         hops_backward=layers * backward.hops,
         exchange_forward=layers * forward.exchange,
         exchange_backward=layers * backward.exchange,
-        near_forward=layers * forward.near,
-        near_backward=layers * backward.near,
+        intra_node_forward=layers * forward.intra_node,
+        intra_node_backward=layers * backward.intra_node,
         host_again=host_again,
         tensor=collectives * hidden * (p.tp - 1) / p.tp,
         pipeline=2 * p.vpp * hidden / p.tp if p.pp > 1 else 0.0,
@@ -269,7 +273,7 @@ def share_of_ideal(run: Run, model: Model, machine: Machine, imbalance: float | 
     assert documents is not None
     todo = workload(run, model, documents=documents)
     ring = run.parallel.cp // run.parallel.ulysses
-    placed = documents.work(run.train.seq_length, ring, ring_near(run)).imbalance if ring > 1 else 1.0
+    placed = ring_work(run, documents).imbalance if ring > 1 else 1.0
     ideal = replace(todo, attention=todo.attention / placed)
     if imbalance is not None:
         todo = replace(workload(run, model), attention=ideal.attention * imbalance)
@@ -292,8 +296,8 @@ def _micro_batch_time(run: Run, todo: Workload, machine: Machine) -> dict[str, f
     # One ring pass for each forward of attention, and one for the backward.
     forwards = 2 if todo.recompute_attention else 1
     nvlink = machine.link_bandwidth(1)
-    rings = [(todo.ring_forward / ring + todo.near_forward / nvlink, attention_forward)] * forwards
-    rings.append((todo.ring_backward / ring + todo.near_backward / nvlink, attention_backward))
+    rings = [(todo.ring_forward / ring + todo.intra_node_forward / nvlink, attention_forward)] * forwards
+    rings.append((todo.ring_backward / ring + todo.intra_node_backward / nvlink, attention_backward))
     merges = (forwards * todo.merge_forward + todo.merge_backward) / (gpu.hbm * assumed.links)
     hops = (forwards * todo.hops_forward + todo.hops_backward) * assumed.hop_microseconds * 1e-6
     out, back = (size / (gpu.pcie * assumed.links) for size in (todo.host, todo.host + todo.host_again))

@@ -55,17 +55,25 @@ class Probe:
         return found
 
 
-def probe(trainer: Trainer, starts: Sequence[int], positions: Sequence[int], seed: int) -> list[Probe]:
-    """Change the tokens at `positions` of a row of random tokens, one after the other; every rank calls it.
+def probe(
+    trainer: Trainer,
+    starts: Sequence[int],
+    positions: Sequence[int],
+    seed: int,
+    ranks_per_node: int = 1,
+) -> list[Probe]:
+    """Change the tokens at `positions` of a row of random tokens, one at a time; every rank calls it.
 
-    starts: of the row's documents. UserError where two equal passes differ, so that nothing can be said.
+    starts: of the row's documents. ranks_per_node: as in `BatchShard`, by which the row is placed. UserError
+    where two equal passes differ, so that nothing can be said.
     """
     length, vocabulary = trainer.run.train.seq_length, trainer.run.model.vocab_size  # type: ignore[union-attr]
+    row = _Row(trainer, starts, ranks_per_node)
     generator = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(0, vocabulary, (2, 1, length), generator=generator)
-    holders = _holders(trainer, starts)
-    unchanged = _losses(trainer, tokens, labels, starts)
-    if not torch.equal(unchanged, _losses(trainer, tokens, labels, starts)):
+    holders = row.holders()
+    unchanged = row.losses(tokens, labels)
+    if not torch.equal(unchanged, row.losses(tokens, labels)):
         raise UserError(
             "two equal forward passes gave different outputs; add --set train.deterministic=true to compare them"
         )
@@ -74,7 +82,7 @@ def probe(trainer: Trainer, starts: Sequence[int], positions: Sequence[int], see
     for position in positions:
         other = tokens.clone()
         other[0, position] = (other[0, position] + 1) % vocabulary
-        differs = _losses(trainer, other, labels, starts) != unchanged
+        differs = row.losses(other, labels) != unchanged
         number = bisect.bisect_right(bounds, position) - 1
         sees = (at >= position) & (at < bounds[number + 1])
         later = {rank: int((sees & (holders == rank)).sum()) for rank in range(trainer.ranks.cp)}
@@ -91,42 +99,55 @@ def probe(trainer: Trainer, starts: Sequence[int], positions: Sequence[int], see
     return found
 
 
-def _shard(trainer: Trainer, rank: int) -> BatchShard:
-    return BatchShard(cp_rank=rank, cp=trainer.ranks.cp, ulysses=trainer.run.parallel.ulysses)
+@dataclass(frozen=True)
+class _Row:
+    """A row on the trainer's ranks."""
 
+    trainer: Trainer
+    starts: Sequence[int]
+    ranks_per_node: int
 
-def _holders(trainer: Trainer, starts: Sequence[int]) -> Tensor:
-    """The context-parallel rank of each position: int64 [S]."""
-    length = trainer.run.train.seq_length
-    holders = torch.full((length,), -1)
-    for rank in range(trainer.ranks.cp):
-        holders[_held(trainer, starts, rank)] = rank
-    return holders
+    def shard(self, rank: int) -> BatchShard:
+        return BatchShard(
+            cp_rank=rank,
+            cp=self.trainer.ranks.cp,
+            ulysses=self.trainer.run.parallel.ulysses,
+            ranks_per_node=self.ranks_per_node,
+        )
 
+    def held(self, rank: int) -> Tensor:
+        """The positions of a context-parallel rank's tokens."""
+        at = torch.arange(self.trainer.run.train.seq_length).unsqueeze(0)
+        return loader.share({"at": at}, self.starts, self.shard(rank))[0]["at"][0]
 
-def _held(trainer: Trainer, starts: Sequence[int], rank: int) -> Tensor:
-    at = torch.arange(trainer.run.train.seq_length).unsqueeze(0)
-    return loader.share({"at": at}, starts, _shard(trainer, rank))[0]["at"][0]
+    def holders(self) -> Tensor:
+        """The context-parallel rank of each position: int64 [S]."""
+        holders = torch.full((self.trainer.run.train.seq_length,), -1)
+        for rank in range(self.trainer.ranks.cp):
+            holders[self.held(rank)] = rank
+        return holders
 
+    def losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The cross entropy of each position: float32 [S], the same on every rank."""
+        ranks, parallel = self.trainer.ranks, self.trainer.run.parallel
+        whole = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(tokens.shape)}
+        batch, placement = loader.share(whole, self.starts, self.shard(ranks.cp_rank))
+        batch["placement"] = placement
 
-def _losses(trainer: Trainer, tokens: Tensor, labels: Tensor, starts: Sequence[int]) -> Tensor:
-    """The cross entropy of each position: float32 [S], the same on every rank."""
-    ranks, parallel = trainer.ranks, trainer.run.parallel
-    whole = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(tokens.shape)}
-    batch, placement = loader.share(whole, starts, _shard(trainer, ranks.cp_rank))
-    batch["placement"] = placement
+        def batches() -> Iterator[Batch]:
+            while True:
+                yield batch
 
-    def batches() -> Iterator[Batch]:
-        while True:
-            yield batch
-
-    count = parallel.pp if parallel.vpp > 1 else 1  # what an interleaved pipeline requires
-    mine = step.token_losses(
-        trainer, [batches() for _ in trainer.chunks], count, lambda losses, _: losses[0].float().cpu()
-    )
-    losses = torch.full((trainer.run.train.seq_length,), torch.nan)
-    for rank, of_rank in agreement.gather((ranks.cp_rank, mine[:1])):
-        for one in of_rank:
-            losses[_held(trainer, starts, rank)] = one
-    assert not losses.isnan().any()
-    return losses
+        count = parallel.pp if parallel.vpp > 1 else 1  # what an interleaved pipeline requires
+        mine = step.token_losses(
+            self.trainer,
+            [batches() for _ in self.trainer.chunks],
+            count,
+            lambda losses, _: losses[0].float().cpu(),
+        )
+        losses = torch.full((self.trainer.run.train.seq_length,), torch.nan)
+        for rank, of_rank in agreement.gather((ranks.cp_rank, mine[:1])):
+            for one in of_rank:
+                losses[self.held(rank)] = one
+        assert not losses.isnan().any()
+        return losses

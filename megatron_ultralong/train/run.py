@@ -72,9 +72,9 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     masked = run.data.documents == "masked"
     tokenizer = source.assets.tokenizer or source.assets.base
     made_with = None if run.data.allow_other_tokenizer else tokenizer
-    together = run.train.global_batch if run.data.mix == "iterations" else 1
+    block_size = run.train.global_batch if run.data.mix == "iterations" else 1
     rows, held_out = (
-        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked, made_with, together)
+        packed_rows.open_blend(names, run.train.seq_length, model.vocab_size, masked, made_with, block_size)
         if names
         else None
         for names in (files.data, files.valid)
@@ -126,6 +126,12 @@ def train_run(run: Run, files: RunFiles, evaluations: Sequence[PrepareEvaluation
     # Not after a failure: leaving the groups would wait for ranks that may still be in a collective.
     launch.stop()
     return state
+
+
+def ranks_per_node(run: Run) -> int:
+    """Adjacent ranks of the ring that are in one node, the same on all ranks, which thus place rows alike.
+    Every rank calls it."""
+    return run.parallel.ring_ranks_per_node(min(agreement.gather(launch.local_world_size())))
 
 
 @contextlib.contextmanager
@@ -265,7 +271,6 @@ def _training_data(
 ) -> loop.TrainingData:
     run, copies = trainer.run, len(trainer.chunks)
     ranks = trainer.ranks
-    on_a_node = min(agreement.gather(launch.local_world_size()))  # all ranks place a row alike
     shard = loader.BatchShard(
         micro_batch=run.train.micro_batch,
         dp_rank=ranks.dp_rank,
@@ -273,7 +278,7 @@ def _training_data(
         cp_rank=ranks.cp_rank,
         cp=ranks.cp,
         ulysses=run.parallel.ulysses,
-        near=max(1, on_a_node // (run.parallel.tp * run.parallel.ulysses)),
+        ranks_per_node=ranks_per_node(run),
         inside_documents=run.data.documents == "masked",
     )
 

@@ -264,8 +264,8 @@ def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingSt
         "shuffle": run.data.shuffle,
         "sets": rows.identity(),
     }
-    if rows.together > 1:
-        data["together"] = rows.together
+    if rows.block_size > 1:
+        data["rows of one set"] = rows.block_size
     max_length = max(state.max_length, run.train.seq_length)
     return replace(state, run=config.to_dict(run), max_length=max_length, data=data)
 
@@ -276,7 +276,7 @@ def data_note(before: TrainingState, now: TrainingState) -> str | None:
         return None
     changed = [
         name
-        for name in ("seed", "shuffle", "sets", "together")
+        for name in ("seed", "shuffle", "sets", "rows of one set")
         if before.data.get(name) != (now.data or {}).get(name)
     ]
     return (

@@ -202,7 +202,7 @@ def test_iterations_take_the_rows_of_one_dataset_in_turn(tmp_path):
     """data.mix=iterations with a global batch of 4."""
     datasets = rows_of(tmp_path, 11, 6)
     weights = [Fraction("0.75"), Fraction("0.25")]
-    rows = BlendedDataset(datasets.datasets, weights, together=4)
+    rows = BlendedDataset(datasets.datasets, weights, block_size=4)
     drawn = [rows.locate(n, seed=1) for n in range(4 * 40)]
     of_iteration = [{which for which, _ in drawn[n : n + 4]} for n in range(0, len(drawn), 4)]
     assert all(len(sets) == 1 for sets in of_iteration)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ultralong.context_parallel import placement, zigzag
 from megatron_ultralong.context_parallel.placement import BALANCED, Placement, place
+from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.errors import UserError
 
 
@@ -142,6 +143,27 @@ def test_mixed_is_balanced_to_a_token() -> None:
             mixed = placement._Mixed([*starts, ROW], cp).placement()
             check(mixed, starts, ROW, cp)
             assert mixed.imbalance < 1.001
+
+
+@pytest.mark.parametrize(("cp", "ranks_per_node"), [(8, 4), (64, 8), (6, 4), (9, 8), (4, 8)])
+def test_ranks_that_share_documents_are_in_one_node(cp: int, ranks_per_node: int) -> None:
+    """The same parts on ranks in another order; with nodes, fewer keys go from one to another."""
+    length = cp * 4096
+    for seed in range(3):
+        starts = row_of(numpy.random.default_rng(seed).lognormal(7, 1, 20000), length)
+        alone, together = place(starts, length, cp), place(starts, length, cp, ranks_per_node)
+        check(together, starts, length, cp)
+        assert sorted(together.runs) == sorted(alone.runs)
+
+        def far(placed: Placement) -> int:
+            return sum(
+                step.tokens_sent
+                for rank, mine in enumerate(schedules(placed))
+                for step in mine.steps
+                if step.to // ranks_per_node != rank // ranks_per_node
+            )
+
+        assert far(together) <= 1.05 * far(alone), "an estimate decides"
 
 
 def test_mistakes() -> None:

@@ -46,14 +46,14 @@ def test_work_is_that_of_the_placement(ranks: int) -> None:
     assert work.messages == pytest.approx(sum(int((x > 0).sum(1).max()) for x in passed) / 3)
     assert work.imbalance == pytest.approx(sum(place(s, length, ranks).imbalance for s in rows) / 3)
     assert 1 <= work.imbalance <= 1.05 and 0 < work.rounds <= ranks - 1
-    assert work.sent <= 1.1 * work.bound and work.sent_far == work.sent, "a node has one rank"
-    near = ODD.work(length, ranks, near=2)
+    assert work.sent <= 1.1 * work.sent_in_rings and work.sent_far == work.sent, "a node has one rank"
+    near = ODD.work(length, ranks, ranks_per_node=2)
     assert near.sent == work.sent and near.sent_far <= work.sent
 
 
 def test_whole_documents_send_nothing() -> None:
     work = DocumentLengths((32,)).work(256, 8)
-    assert (work.imbalance, work.sent, work.bound, work.messages, work.rounds) == (1, 0, 0, 0, 0)
+    assert (work.imbalance, work.sent, work.sent_in_rings, work.messages, work.rounds) == (1, 0, 0, 0, 0)
 
 
 def test_lengths_are_read_from_rows_and_from_text(tmp_path: Path) -> None:
