@@ -2,9 +2,9 @@
 
 CP = U x R ranks. Inside groups of U adjacent ranks heads are exchanged for tokens (ulysses.py); the R ranks
 that then hold the same heads pass keys round (p2p: ring.py) or gather them (all_gather.py). Any of U, R and
-CP may be 1. A rank holds the zigzag shard of the sequence that zigzag.py gives it among CP; of a packed row
-the tokens of its placement (placement.py) on the R ranks, whose keys are sent where they are needed for
-either `cp_comm_type` (exchange.py).
+CP may be 1. A rank holds the zigzag shard of the sequence that zigzag.py gives it among CP; of a row
+whose attention stays inside several documents those of its placement (placement.py) on the R ranks, whose
+keys are sent where they are needed for either `cp_comm_type` (exchange.py).
 
 Shapes: S tokens of the complete sequence, s = S/CP of this rank, b sequences, h query heads, g KV heads, d
 head dimension.

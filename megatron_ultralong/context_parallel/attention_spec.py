@@ -19,7 +19,7 @@ class AttentionSpec:
     scale: float | None = None
     """Of the logits; None = head_dim ** -0.5."""
     placement: Placement | None = None
-    """Of a packed row (b = 1) whose attention stays inside its documents, on the ranks of the ring; None =
+    """Of a row (b = 1) whose attention stays inside its several documents, on the ranks of the ring; None =
     one document, in the zigzag order."""
     query_rows: Sequence[slice] | None = None
     """The local tokens whose queries are given, concatenated; None = all s. Ring only (query_rows.py)."""

@@ -7,16 +7,16 @@ zigzag order (zigzag.py), in which rows of one document are, would cut the row w
 
     whole   Documents stay on one rank, where they send nothing, the longest first, each on the rank that has
             least work for its tokens; one with more than a rank's tokens or share of the work is cut zigzag
-            over as few ranks as that takes. Those that do not fit at the end are cut in two, for adjacent
-            ranks. Best where documents are many.
+            over as few ranks as that takes. Those that do not fit at the end are cut in two. Best where
+            documents are many.
     mixed   Rank after rank is filled to T tokens and to its share of the work from both ends of the documents
             sorted by length: tokens of long documents have more work than the mean, those of short ones less.
             A part of a document is taken from both ends of what is left of it, which leaves the mean work of
-            a token as it was. Work then differs by less than a token's, also where documents are few.
+            a token as it was. Work then differs by a few tokens' pairs, also where documents are few.
 
-Of those whose largest rank has at most `BALANCED` times the mean work, the one that sends less is better. All
-are functions of the lengths alone, and so the same on all ranks. A row of one document is in the zigzag
-order.
+Of those whose largest rank has at most `BALANCED` times the mean work, the one that sends less is used, by an
+estimate. All are functions of the arguments alone, and so the same on all ranks. The tokens of a row of one
+document are in the zigzag order.
 """
 
 from __future__ import annotations
@@ -75,12 +75,13 @@ class Placement:
     holders: dict[int, tuple[int, ...]]
     """The ranks of each document that is on more than one, in order."""
     passed: int
-    """Tokens whose keys and values go from one rank to another, over all ranks, if those of a cut document
-    make a round of its ranks."""
+    """Tokens whose keys and values would be sent, over all ranks, if those of each cut document were passed
+    along a ring of its ranks; schedule.py sends fewer."""
 
     @property
-    def messages(self) -> int:
-        """Pairs of a rank and another that has a part of one of its documents."""
+    def rank_pairs(self) -> int:
+        """Pairs of a rank and another that has a part of one of its documents: at least as many as
+        messages."""
         pairs_of = itertools.chain.from_iterable(
             itertools.permutations(ranks, 2) for ranks in self.holders.values()
         )
@@ -137,7 +138,7 @@ def place(document_starts: Sequence[int], seq_length: int, cp: int, ranks_per_no
                 break
     balanced = [one for one in placements if one.imbalance <= BALANCED]
     if balanced:
-        best = min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.messages)
+        best = min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.rank_pairs)
     else:
         best = min(placements, key=lambda one: one.imbalance)
     if ranks_per_node == 1 or ranks_per_node >= cp:
@@ -316,7 +317,7 @@ class _Whole(_Row):
         return left
 
     def _need(self, rank: int) -> float:
-        """The less, the more work the rank's free tokens should have."""
+        """Work above the mean, per free token; ranks with the lowest are filled first."""
         return (self.work[rank] - self.total / self.cp) / self.room[rank]
 
     def _keep(self, rank: int, document: int, count: int = 1) -> None:

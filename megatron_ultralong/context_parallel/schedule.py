@@ -1,11 +1,11 @@
 """What each rank of a placed row (placement.py) computes, and which keys it sends where.
 
 Whole documents need no other rank. The keys of a cut document go straight from the rank that holds them to
-each rank that holds later tokens of it: fewer than if they made a round of these ranks, which passes all of
-them on. There are R - 1 steps; in step t rank r sends to rank r + t and receives from rank r - t (modulo R),
-one message each way, none where nothing is needed. Steps with few keys are taken together. All ranks go
-through the same steps in the same order, so that no rank waits for one that waits for it. In the backward the
-gradients of received keys go the way back.
+each rank that holds later tokens of it: fewer than if all of them were passed along a ring of these ranks.
+There are R - 1 steps; in step t rank r sends to rank r + t and receives from rank r - t (modulo R), one
+message each way, none where nothing is needed. Steps with few keys are sent together, as a round. All ranks
+go through the same rounds in the same order, so that no rank waits for one that waits for it. In the backward
+the gradients of received keys go the way back.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Schedule:
 
 
 _SHARE_OF_A_ROUND = 2
-"""A round of several steps takes at most the keys of this part of a rank's tokens."""
+"""Steps share a round while no rank sends or receives keys of more than this part (1 / 2) of its tokens."""
 
 
 class _Held(NamedTuple):

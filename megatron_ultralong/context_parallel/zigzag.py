@@ -2,12 +2,12 @@
 
 S tokens of the complete sequence, cp ranks, s = S/cp tokens per rank. The sequence is cut into 2 cp equal
 chunks; rank r holds chunks r and 2 cp - 1 - r, in that order, so that under a causal mask every rank has the
-same work. Only placement.py uses this order too, for long documents of a packed row.
+same work. Other modules ask this one for it.
 
 The order nests: the shards of U adjacent ranks r U .. r U + U - 1, joined by `unshard` as if they were a
 complete sequence, are the shard of rank r among cp/U. Ulysses inside a ring relies on this (ulysses.py).
 
-Packed rows whose attention stays inside documents are placed otherwise (placement.py).
+Rows of several documents that attention stays inside are placed otherwise (placement.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class AttentionBlock(NamedTuple):
     queries: slice
     """Among the s local queries."""
     keys: slice
-    """Among the s keys of the other rank; in `past_blocks` positions in the complete sequence."""
+    """Among the s keys of the other rank; in `past_blocks` positions in the complete sequence, in schedule.py
+    places in a message."""
     causal: bool
     """True for a diagonal block: query i sees keys 0..i of the block, which has as many keys as queries.
     False for a past block: every query sees every key."""

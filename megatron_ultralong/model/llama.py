@@ -142,7 +142,7 @@ class Llama(LanguageModule):
         z_sum: Tensor | None = None,
     ) -> Tensor:
         """tokens, labels: int64 [b, s], loss_mask: float32 [b, s], each this rank's zigzag shard, or its
-        tokens of a packed row (b = 1) with a `placement`, whose attention stays inside documents. z_sum: as
+        tokens of a row (b = 1) with a `placement`, whose attention stays inside documents. z_sum: as
         in `loss.sharded_token_loss`.
 
         Returns on the last stage: with labels and loss_mask, the sum of loss_mask x (cross entropy + z_loss x

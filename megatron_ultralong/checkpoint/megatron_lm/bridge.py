@@ -30,7 +30,7 @@ _MODELS = {
     "mistral": "Mistral",
     "qwen": "Qwen",
 }
-"""Packages of megatron/bridge/models whose classes are decoders of this kind -> how their names begin."""
+"""Packages of megatron/bridge/models whose classes are decoders of this kind -> what their names contain."""
 _OTHER_MATHS = ("Llama4", "MoE", "Next", "VL", "Omni", "Audio", "Qwen35", "ASR")
 """Parts of the names of classes in those packages that are not."""
 
@@ -145,8 +145,8 @@ def _class_name(stated: Mapping[str, Any]) -> str:
     target = str(stated.get("_target_", ""))
     parts = target.split(".")
     package = parts[3] if parts[:3] == ["megatron", "bridge", "models"] and len(parts) > 4 else ""
-    begins = _MODELS.get(package)
-    if begins is None or begins not in parts[-1] or any(other in parts[-1] for other in _OTHER_MATHS):
+    family = _MODELS.get(package)
+    if family is None or family not in parts[-1] or any(other in parts[-1] for other in _OTHER_MATHS):
         raise UserError(f"model {target or 'of no class'} is not supported (supported: {supported()})")
     return parts[-1]
 
