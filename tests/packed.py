@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.placement import Placement, place
-from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
 
@@ -34,4 +33,4 @@ def joined(parts: Sequence[Tensor], starts: Sequence[int] | None, ulysses: int =
 
 def own_blocks(starts: Sequence[int], length: int) -> list[AttentionBlock]:
     """The diagonal blocks of a packed row on one rank."""
-    return schedules(place(starts, length, 1))[0].own
+    return place(starts, length, 1).schedules[0].own

@@ -29,7 +29,6 @@ from megatron_ultralong.context_parallel.comm import Communicator, Group, commun
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.ring import ring_backward, ring_forward
-from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.context_parallel.ulysses import (
     AttentionBackward,
     AttentionForward,
@@ -188,7 +187,7 @@ class _Attention(torch.autograd.Function):
 def _one_rank(k: Tensor, ulysses: Communicator | None, spec: AttentionSpec) -> list[zigzag.AttentionBlock]:
     """The blocks of a rank that has the complete sequence, by itself or after the exchange of heads."""
     if spec.placement is not None:
-        return schedules(spec.placement)[0].own
+        return spec.placement.schedules[0].own
     return [zigzag.block_between(0, 0, k.shape[2] * rank_and_size(ulysses)[1])]
 
 

@@ -1,8 +1,8 @@
 """Keys and values of a placed row, sent to the ranks that need them, and their gradients, sent back.
 
 Shapes: s tokens of this rank, n of the messages of a round, b = 1 sequence, g KV heads, d head dimension.
-Memory beyond inputs and outputs: one round sent and two received, [2, b, g, n, d], and the step that the
-caller still holds; in the backward also the float32 gradients of two rounds.
+Memory beyond inputs and outputs: one round sent and two received, [2, b, g, n, d]; in the backward also the
+float32 gradients of two rounds.
 """
 
 from __future__ import annotations
@@ -61,41 +61,46 @@ class ReturnedSum:
         self._total, self._ranks = total, ranks
         self._rounds = deque(schedule.rounds)
         self._shares: list[Tensor | None] = []
-        """Of the current round's steps so far."""
-        self._share: Tensor | None = total
+        """Of the current round's steps, the one that was yielded last included."""
         self._in_flight: tuple[Transfer, Sequence[Step], list[Tensor | None], list[Tensor | None]] | None = (
             None
         )
-        self._started = False
+        self._own = True
+        """Whether this rank's own keys were yielded last."""
 
     def add(self, keys: slice, dkv: Sequence[Tensor]) -> None:
         """Add (dk, dv) of these keys of what was yielded last."""
-        assert self._share is not None
-        for total, share in zip(self._share, dkv, strict=True):
+        into = self._total if self._own else self._shares[-1]
+        if into is None:
+            self._receive()  # before more memory is taken
+            into = self._shares[-1] = self._zeros(self._rounds[0][len(self._shares) - 1])
+        for total, share in zip(into, dkv, strict=True):
             total[:, :, keys] += share
 
     def send(self) -> None:
         """Send the gradients of the keys that were yielded last to their rank, if their round is over, and
         prepare for the next."""
-        if self._started:
-            self._shares.append(self._share)
-            if len(self._shares) == len(self._rounds[0]):
-                self._return(self._rounds.popleft())
-        self._started = True
-        self._share = None
+        self._own = False
+        if self._rounds and len(self._shares) == len(self._rounds[0]):
+            self._return(self._rounds.popleft())
         if self._rounds:
-            step = self._rounds[0][len(self._shares)]
-            self._share = _buffer(self._total[0], step.received, self._total.dtype)
-            if self._share is not None:
-                self._share.zero_()
+            self._shares.append(None)
 
     def home(self) -> Tensor:
         """Return the complete dKV [2, b, g, s, d] of this rank's own keys."""
         self._receive()
         return self._total
 
+    def _zeros(self, step: Step) -> Tensor:
+        buffer = _buffer(self._total[0], step.received, self._total.dtype)
+        assert buffer is not None
+        return buffer.zero_()
+
     def _return(self, steps: Sequence[Step]) -> None:
         self._receive()
+        for at, step in enumerate(steps):  # a step of which no query of these rows sees a key
+            if self._shares[at] is None and step.received:
+                self._shares[at] = self._zeros(step)
         shares, self._shares = self._shares, []
         back = [_buffer(self._total[0], step.tokens_sent, self._total.dtype) for step in steps]
         transfer = self._ranks.exchange(_from(steps, shares), _to(steps, back))

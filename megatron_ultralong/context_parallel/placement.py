@@ -23,19 +23,20 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import heapq
 import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
 from megatron_ultralong.context_parallel import zigzag
+from megatron_ultralong.context_parallel.schedule import Run, Schedule, schedules
 from megatron_ultralong.errors import UserError
 
 BALANCED = 1.05
@@ -47,17 +48,6 @@ _SHARES = (1.0, 0.8, 0.6)
 TOKENS_PER_MESSAGE = 300
 """Tokens whose keys take as long to send as a message takes to start: those of 8 KV heads of 128 in bf16 over
 InfiniBand, and 30 microseconds (planning/hardware.py)."""
-
-
-class Run(NamedTuple):
-    """Consecutive tokens of one document on one rank."""
-
-    begin: int
-    """Position in the row."""
-    end: int
-    """One after the last position."""
-    document: int
-    """Index in the row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +67,11 @@ class Placement:
     passed: int
     """Tokens whose keys and values would be sent, over all ranks, if those of each cut document were passed
     along a ring of its ranks; schedule.py sends fewer."""
+
+    @functools.cached_property
+    def schedules(self) -> list[Schedule]:
+        """What each rank computes and sends. The loader asks first, so that it is prepared ahead."""
+        return schedules(self.runs, self.holders)
 
     @property
     def rank_pairs(self) -> int:
@@ -368,23 +363,25 @@ class _Unbalanced(Exception):
 
 class _Mixed(_Row):
     def placement(self) -> Placement:
-        self.left = [(0, n) for n in self.lengths]
-        """What is left of each document: begin and end, counted from its start."""
-        order = sorted(range(len(self.lengths)), key=lambda i: (self.lengths[i], i))
+        lengths = numpy.array(self.lengths)
+        self.order = numpy.lexsort((numpy.arange(len(lengths)), lengths)).tolist()
+        # What is left: documents `short` to `long` - 1 in this order, each from begin to end.
+        self.short, self.long = 0, len(lengths)
+        self.begins, self.ends = numpy.zeros(len(lengths)), lengths[self.order].astype(numpy.float64)
         work = self.total
         for rank in range(self.cp):
-            tokens = self._from_long(order, work / (self.cp - rank))
-            self._take(rank, order, self.size - tokens, 0)
-            self._take(rank, order, tokens, -1)
+            tokens = self._from_long(work / (self.cp - rank))
+            self._take(rank, self.size - tokens, at_short=True)
+            self._take(rank, tokens, at_short=False)
             work -= self.work[rank]
         return self.finished()
 
-    def _from_long(self, order: list[int], work: float) -> int:
+    def _from_long(self, work: float) -> int:
         """Tokens to take from the long end of what is left, so that those and the others that a rank holds,
         from the short end, have this much work."""
-        begins, ends = numpy.array([self.left[i] for i in order], dtype=numpy.float64).T
-        tokens = numpy.cumsum([0.0, *(ends - begins)])
-        works = numpy.cumsum([0.0, *((ends - begins) * (begins + ends + 1) / 2)])
+        begins, ends = (x[self.short : self.long] for x in (self.begins, self.ends))
+        tokens = numpy.concatenate([[0.0], numpy.cumsum(ends - begins)])
+        works = numpy.concatenate([[0.0], numpy.cumsum((ends - begins) * (begins + ends + 1) / 2)])
 
         def excess(n: int) -> float:
             """Work beyond the wanted with n tokens of the long end."""
@@ -393,17 +390,18 @@ class _Mixed(_Row):
 
         return bisect.bisect_left(range(self.size), 0.0, key=excess)
 
-    def _take(self, rank: int, order: list[int], tokens: int, at: int) -> None:
-        """Take tokens from the short (at = 0) or the long (-1) end of what is left."""
+    def _take(self, rank: int, tokens: int, *, at_short: bool) -> None:
+        """Take tokens from the short or the long end of what is left."""
         while tokens:
-            document = order[at]
-            begin, end = self.left[document]
+            at = self.short if at_short else self.long - 1
+            document, begin, end = self.order[at], int(self.begins[at]), int(self.ends[at])
             if tokens >= end - begin:
-                self.add(rank, order.pop(at), begin, end)
+                self.add(rank, document, begin, end)
+                self.short, self.long = self.short + at_short, self.long - (not at_short)
                 tokens -= end - begin
             else:
                 first, last = begin + tokens // 2, end - (tokens - tokens // 2)
                 self.add(rank, document, begin, first)
                 self.add(rank, document, last, end)
-                self.left[document] = (first, last)
+                self.begins[at], self.ends[at] = first, last
                 return

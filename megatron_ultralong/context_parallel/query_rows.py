@@ -40,6 +40,7 @@ def forward_rows(
         # In parts, so that there are few different lengths: cuDNN builds a plan for each.
         for block in zigzag.split_keys(past, KEY_BLOCK):
             kernels.merge_past(out, lse, q, k_source, v_source, block, spec)
+        del k_source, v_source  # before the next hop takes memory
     return out.to(q.dtype), lse
 
 
@@ -76,6 +77,7 @@ def backward_rows(
             dq_block, *dkv_block = kernels.backward_past(dout, q, k_source, v_source, out, lse, block, spec)
             dq[:, :, block.queries] += dq_block
             dkv.add(block.keys, dkv_block)
+        del k_source, v_source
         dkv.send()
     total = dkv.home()
     if total is not dkv_sum:  # after an odd number of hops

@@ -25,7 +25,6 @@ from megatron_ultralong.context_parallel.comm import Communicator, Transfer, rec
 from megatron_ultralong.context_parallel.kernels import select as kernels
 from megatron_ultralong.context_parallel.kernels.aten import QKVGradients
 from megatron_ultralong.context_parallel.kernels.merge import accumulation_dtype
-from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
 
@@ -41,6 +40,7 @@ def ring_forward(
         else:
             for block in blocks:
                 kernels.merge_past(out, lse, q, k_hop, v_hop, block, spec)
+        del k_hop, v_hop  # before the next hop takes memory
     return out.to(q.dtype), lse
 
 
@@ -67,6 +67,7 @@ def ring_backward(
                 dq_block, *dkv_block = kernels.backward_past(dout, q, k_hop, v_hop, out, lse, block, spec)
                 dq[:, :, block.queries] += dq_block
                 dkv.add(block.keys, dkv_block)
+        del k_hop, v_hop
         dkv.send()
     dk, dv = dkv.home()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -78,7 +79,7 @@ def hops(
     """Yield (blocks, (K, V)): what this rank's queries see of its own keys, in diagonal blocks, and then of
     those of other ranks, in past blocks; keys valid until the next step."""
     if spec.placement is not None:
-        schedule = schedules(spec.placement)[0 if ring is None else ring.rank]
+        schedule = spec.placement.schedules[0 if ring is None else ring.rank]
         if ring is None:
             yield schedule.own, (k, v)
         else:
@@ -95,7 +96,7 @@ def gradient_sum(
     """Return what adds up dKV of this rank's keys [2, b, g, s, d] over the hops of `hops`."""
     if spec.placement is None or ring is None:
         return RotatingSum(total, ring)
-    return exchange.ReturnedSum(total, ring, schedules(spec.placement)[ring.rank])
+    return exchange.ReturnedSum(total, ring, spec.placement.schedules[ring.rank])
 
 
 def rotate(k: Tensor, v: Tensor, ring: Communicator | None) -> Iterator[tuple[int, Sequence[Tensor]]]:

@@ -10,14 +10,23 @@ the gradients of received keys go the way back.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_ultralong.context_parallel.placement import Placement, Run
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of one document on one rank."""
+
+    begin: int
+    """Position in the row."""
+    end: int
+    """One after the last position."""
+    document: int
+    """Index in the row."""
 
 
 @dataclass
@@ -70,14 +79,14 @@ class _Held(NamedTuple):
         return slice(self.first, self.first + self.run.end - self.run.begin)
 
 
-@functools.lru_cache(maxsize=16)  # the rows of a step
-def schedules(placement: Placement) -> list[Schedule]:
-    """The schedule of each rank."""
-    size = len(placement.runs)
+def schedules(runs_of: Sequence[Sequence[Run]], cut: Iterable[int]) -> list[Schedule]:
+    """The schedule of each rank. runs_of: its runs by position, as many tokens on each. cut: the documents
+    that are on more than one."""
+    size = len(runs_of)
     steps = [[Step((rank + t) % size, (rank - t) % size) for t in range(size)] for rank in range(size)]
     own: list[list[AttentionBlock]] = []
-    held: dict[int, dict[int, list[_Held]]] = {document: {} for document in placement.holders}
-    for rank, runs in enumerate(placement.runs):
+    held: dict[int, dict[int, list[_Held]]] = {document: {} for document in cut}
+    for rank, runs in enumerate(runs_of):
         bounds, first = [], 0
         for document, group in itertools.groupby(runs, key=lambda run: run.document):
             bounds.append(first)
@@ -92,7 +101,7 @@ def schedules(placement: Placement) -> list[Schedule]:
         for (source, keys), (rank, queries) in itertools.permutations(by_rank.items(), 2):
             t = (rank - source) % size
             _add(steps[source][t], steps[rank][t], keys, queries)
-    rounds = _rounds(steps, placement.seq_length // size // _SHARE_OF_A_ROUND)
+    rounds = _rounds(steps, sum(run.end - run.begin for run in runs_of[0]) // _SHARE_OF_A_ROUND)
     return [
         Schedule(mine, [[of_rank[t] for t in together] for together in rounds])
         for mine, of_rank in zip(own, steps, strict=True)

@@ -184,6 +184,7 @@ def share(
         return {
             name: zigzag.shard(x, shard.cp_rank, shard.cp, dim=1).contiguous() for name, x in whole.items()
         }, None
+    _ = placement.schedules  # made here, ahead of the model
     held = placement.positions(shard.cp_rank, shard.ulysses)
     return {name: x[:, held] for name, x in whole.items()}, placement
 

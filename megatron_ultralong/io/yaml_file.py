@@ -29,5 +29,5 @@ def read(path: Path, flag: str) -> Any:
         raise UserError(
             f"{flag} {path}: cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # like a date that does not exist
         raise UserError(f"{flag} {path}: not YAML: {' '.join(str(error).split())}") from None

@@ -186,7 +186,9 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
     machine = packing_report.machine(documents, cp)
     planned = packing_report.run_of(length, Parallel(cp=cp))
     rows, kv_bytes = documents.rows(length), length // cp * 2 * MODEL.kv_heads * MODEL.head_dim * 2
-    for ulysses in (1, 2, 4, GPUS_PER_NODE) if cp > GPUS_PER_NODE else (1,):
+    for ulysses in (1, 2, 4, GPUS_PER_NODE):
+        if ulysses > 1 and (cp <= GPUS_PER_NODE or cp % ulysses):
+            continue
         ring = cp // ulysses
         layout = replace(planned, parallel=Parallel(cp=cp, ulysses=ulysses))
         nodes = layout.parallel.ring_ranks_per_node(GPUS_PER_NODE)

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_ultralong.context_parallel.placement import Placement, place
-from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.errors import UserError
 
 _ROWS = 3
@@ -92,13 +91,17 @@ def read(path: Path) -> DocumentLengths:
             lengths += [b - a for a, b in itertools.pairwise([*starts, length])]
         return DocumentLengths(tuple(lengths))
     try:
-        return DocumentLengths(tuple(int(word) for word in path.read_text(encoding="utf-8").split()))
+        found = tuple(int(word) for word in path.read_text(encoding="utf-8").split())
     except OSError as error:
         raise UserError(f"--documents {path}: cannot be read: {error.strerror or error}") from None
     except ValueError:  # no number, or no text
         raise UserError(
             f"--documents {path}: expected the prefix of packed rows, or a text file with a length a line"
         ) from None
+    try:
+        return DocumentLengths(found)
+    except UserError as error:
+        raise UserError(f"--documents {path}: {error}") from None
 
 
 @functools.cache
@@ -119,7 +122,7 @@ def _work(documents: DocumentLengths, seq_length: int, ranks: int, ranks_per_nod
 
 
 def _of_row(placement: Placement, ranks_per_node: int) -> RowWork:
-    ranks, planned = len(placement.runs), schedules(placement)
+    ranks, planned = len(placement.runs), placement.schedules
     held = placement.seq_length // ranks
     bounds = [0.0] * ranks
     documents = [*placement.starts, placement.seq_length]

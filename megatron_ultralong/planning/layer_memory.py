@@ -113,8 +113,10 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
     mlp_forward = x.chunk * (widths * x.mlp + 3 * x.hidden + (model.hidden_size if p.tp > 1 else 0)) * x.e
     if run.memory.query_chunks:
         kv = x.tokens * 2 * x.kv
-        # Two buffers of keys and values for the ring, and a second one for the sums of their gradients.
-        ring = kv * 2 * x.e if x.ring > 1 else 0
+        # Two buffers of keys and values for the ring, and a second one for the sums of their gradients. Where
+        # documents are placed one more of each: what is sent, and gradients that come back.
+        placed = x.documents and x.ring > 1
+        ring = kv * (3 if placed else 2) * x.e if x.ring > 1 else 0
         forward = kv * x.e + hidden * (1 if run.memory.offload == "off" else 2)
         backward = kv * (x.e + 4) + gradients
         # Of one chunk: queries and the keys and values projected with them, output, its gradient, the
@@ -131,7 +133,7 @@ def phase_bytes(run: Run, model: Model, backend: Backend) -> dict[str, int]:
             + chunk_tensors
             + kv_gradients
             + ring
-            + (kv * 4 if ring else 0)
+            + (kv * (8 if placed else 4) if ring else 0)
             + _kernel_workspace(x, x.chunk, min(KEY_BLOCK, x.tokens)),
         }
     # In the forward, this layer's own input, output and logsumexp: the two offloaded layers counted under
@@ -192,8 +194,8 @@ def _attention_forward_bytes(run: Run, model: Model, x: LayerShape) -> int:
         # The output in float32 and a partial output; one KV head of the whole sequence, twice.
         partial = x.tokens * x.q * (4 + x.e) + 2 * _kv_head_bytes(run, model, x.e)
     else:
-        # The same outputs, and two KV buffers.
-        partial = x.tokens * (x.q * (4 + x.e) + 4 * x.kv_inside * x.e)
+        # The same outputs, and two KV buffers; where documents are placed one more, of what is sent.
+        partial = x.tokens * (x.q * (4 + x.e) + (6 if x.documents else 4) * x.kv_inside * x.e)
     if run.parallel.ulysses == 1:
         return partial
     # Sent, received and reordered; then attention on the received heads, its output, and that sent and
@@ -232,11 +234,13 @@ def _attention_backward_bytes(run: Run, model: Model, x: LayerShape) -> int:
                 + _kernel_workspace(x, x.tokens, x.tokens * x.ring, heads),
             )
         else:
-            # Two buffers of keys and values, a second one of their gradients, and one hop's gradients.
+            # Two buffers of keys and values, a second one of their gradients, and one hop's gradients; where
+            # documents are placed one more of each.
+            buffers = 3 if x.documents else 2
             attention = (
                 gradients
                 + float32_gradients
-                + x.tokens * (4 * x.kv_inside * x.e + 2 * x.kv_inside * 4)
+                + x.tokens * (buffers * 2 * x.kv_inside * x.e + (buffers - 1) * 2 * x.kv_inside * 4)
                 + own_keys
             )
         if x.backend == "flash" and run.train.micro_batch > 1:

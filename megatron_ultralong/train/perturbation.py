@@ -128,7 +128,8 @@ class _Row:
         return holders
 
     def losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The cross entropy of each position: float32 [S], the same on every rank."""
+        """The bits of each position's cross entropy, which may be no number: int32 [S], the same on every
+        rank."""
         ranks, parallel = self.trainer.ranks, self.trainer.run.parallel
         whole = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(tokens.shape)}
         batch, placement = loader.share(whole, self.starts, self.shard(ranks.cp_rank))
@@ -145,9 +146,8 @@ class _Row:
             count,
             lambda losses, _: losses[0].float().cpu(),
         )
-        losses = torch.full((self.trainer.run.train.seq_length,), torch.nan)
+        bits = torch.zeros(self.trainer.run.train.seq_length, dtype=torch.int32)
         for rank, of_rank in agreement.gather((ranks.cp_rank, mine[:1])):
             for one in of_rank:
-                losses[self.held(rank)] = one
-        assert not losses.isnan().any()
-        return losses
+                bits[self.held(rank)] = one.view(torch.int32)
+        return bits

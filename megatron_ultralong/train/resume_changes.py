@@ -34,6 +34,16 @@ def check(state: TrainingState, run: Run) -> None:
             f"the run was started with train.precision={before.train.precision} and cannot resume with "
             f"{run.train.precision}; use a new --save folder, with --load for the weights"
         )
+    if (
+        before is not None
+        and "iterations" in (before.data.mix, run.data.mix)
+        and (before.data.mix, before.train.global_batch) != (run.data.mix, run.train.global_batch)
+    ):
+        raise UserError(
+            f"the run was started with data.mix={before.data.mix} and train.global_batch={before.train.global_batch}; with "
+            "data.mix=iterations both decide which rows are used, and cannot change: use a new --save folder, with "
+            "--load for the weights"
+        )
     if before is not None and before.lora != run.lora:
         was, now = (config.to_dict(one)["lora"] for one in (before, run))
         name = next(name for name in now if was[name] != now[name])

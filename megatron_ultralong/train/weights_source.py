@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -143,8 +142,8 @@ def _resume(run: Run, newest: Path) -> WeightsSource:
 
 
 def _from_checkpoint(run: Run, path: Path, tokenizer: Path | None) -> WeightsSource:
-    if not bridge.is_stated(path) and run.model is not None:
-        # A checkpoint of Megatron-LM: the recipe gives the shape.
+    if not (path / "run.json").is_file() and run.model is not None:
+        # A checkpoint of Megatron-LM or Megatron-Bridge: the recipe gives the shape.
         stored = TrainingState(
             model=run.model, rope=(run.rope or Unscaled()).for_length(None, run.train.seq_length)
         )
@@ -259,13 +258,7 @@ def check_frozen_weights(chunks: list[torch.nn.Module], source: WeightsSource) -
 
 def with_run(state: TrainingState, run: Run, rows: BlendedDataset) -> TrainingState:
     """Add the resolved run and its training data to the state that its checkpoints record."""
-    data: dict[str, Any] = {
-        "seed": run.train.seed,
-        "shuffle": run.data.shuffle,
-        "sets": rows.identity(),
-    }
-    if rows.block_size > 1:
-        data["rows of one set"] = rows.block_size
+    data = {"seed": run.train.seed, "shuffle": run.data.shuffle, "sets": rows.identity()}
     max_length = max(state.max_length, run.train.seq_length)
     return replace(state, run=config.to_dict(run), max_length=max_length, data=data)
 
@@ -275,9 +268,7 @@ def data_note(before: TrainingState, now: TrainingState) -> str | None:
     if before.data is None or before.data == now.data:
         return None
     changed = [
-        name
-        for name in ("seed", "shuffle", "sets", "rows of one set")
-        if before.data.get(name) != (now.data or {}).get(name)
+        name for name in ("seed", "shuffle", "sets") if before.data.get(name) != (now.data or {}).get(name)
     ]
     return (
         f"note: this run's data changed ({', '.join(changed)}): it resumes at sequence {before.consumed} of the new "

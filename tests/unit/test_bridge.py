@@ -117,6 +117,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rotary_percent": 0.5}, "rotary-percent 0.5 is not supported"),
     ({"rotary_interleaved": True}, "rotary_interleaved is True"),
     ({"layers": 3, "num_layers": "two"}, "model.num_layers is two; it must be a number"),
+    ({"num_layers": float("inf")}, "model.num_layers is inf; it must be a number"),
+    ({"seq_length": float("nan")}, "model.seq_length is nan; it must be a number"),
+    ({"rotary_base": "9" * 400}, "must be a positive number"),
+    ({"seq_len_interpolation_factor": [1]}, r"seq_len_interpolation_factor is \[1\]; it must be a number"),
     ({"num_layers": 0}, "model.num_layers is 0; it must be a positive whole number"),
     ({"qk_layernorm": "yes"}, "model.qk_layernorm is yes; it must be true or false"),
     ({"vocab_size": None}, "model.vocab_size is None; it must be a number"),
@@ -139,7 +143,12 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     stated = megatron_bridge.fields(LLAMA, 512)
     with pytest.raises(UserError, match="contains adapters only; merge them with Megatron-Bridge first"):
         bridge.read_state(megatron_bridge.write(tmp_path, stated, peft={"dim": 8}))
-    for text, message in (("- a", "states no model"), ("a: [", "not YAML"), ("model: 3", "states no model")):
+    for text, message in (
+        ("- a", "states no model"),
+        ("a: [", "not YAML"),
+        ("model: 3", "states no model"),
+        ("model: 2001-13-45", "not YAML"),
+    ):
         (tmp_path / "run_config.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             bridge.read_state(tmp_path)

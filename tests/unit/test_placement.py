@@ -11,7 +11,6 @@ import pytest
 
 from megatron_ultralong.context_parallel import placement, zigzag
 from megatron_ultralong.context_parallel.placement import BALANCED, Placement, place
-from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.errors import UserError
 
 
@@ -158,7 +157,7 @@ def test_ranks_that_share_documents_are_in_one_node(cp: int, ranks_per_node: int
         def far(placed: Placement) -> int:
             return sum(
                 step.tokens_sent
-                for rank, mine in enumerate(schedules(placed))
+                for rank, mine in enumerate(placed.schedules)
                 for step in mine.steps
                 if step.to // ranks_per_node != rank // ranks_per_node
             )

@@ -225,3 +225,12 @@ def test_changes_on_resume() -> None:
         resume_changes.check(stored, override(run, [f"train.precision={other}"]))
     done = replace(stored, iteration=run.train.iterations)
     assert resume_changes.notes(done, run, None, None)[-1].startswith("complete: iteration")
+    by_iteration = override(run, ["data.mix=iterations"])
+    started = replace(stored, run=config.to_dict(by_iteration))
+    resume_changes.check(started, by_iteration)
+    other = ["train.global_batch=2"] if run.train.global_batch != 2 else ["train.global_batch=4"]
+    for settings in (other, ["data.mix=rows"]):
+        with pytest.raises(UserError, match=r"data\.mix=iterations both decide which rows are used"):
+            resume_changes.check(started, override(by_iteration, settings))
+    with pytest.raises(UserError, match=r"data\.mix=iterations both decide"):
+        resume_changes.check(stored, by_iteration)

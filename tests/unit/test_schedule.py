@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megatron_ultralong.context_parallel.placement import place
-from megatron_ultralong.context_parallel.schedule import schedules
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
 
@@ -20,7 +19,7 @@ def test_a_long_document_among_short_ones() -> None:
     assert placement.holders == {0: (0, 1, 2, 3)}
     held = [placement.positions(rank).tolist() for rank in range(4)]
     assert sorted(itertools.chain(*held)) == list(range(16)) and all(len(x) == 4 for x in held)
-    for rank, mine in enumerate(schedules(placement)):
+    for rank, mine in enumerate(placement.schedules):
         assert mine.own[0] == AttentionBlock(slice(0, mine.own[0].queries.stop), mine.own[0].keys, True)
         for step in mine.steps:
             sent = [held[rank][at] for rows in step.sent for at in range(rows.start, rows.stop)]
@@ -39,7 +38,7 @@ def test_what_is_seen_is_the_causal_mask_inside_documents(seed: int) -> None:
     placement = place(starts, length, ranks, ranks_per_node=choose.choice([1, 2, 4]))
     document = torch.bucketize(torch.arange(length), torch.tensor(starts), right=True)
     held = [placement.positions(rank) for rank in range(ranks)]
-    planned = schedules(placement)
+    planned = placement.schedules
     assert len({tuple(len(steps) for steps in one.rounds) for one in planned}) == 1, "the same on all ranks"
     for rank, mine in enumerate(planned):
         seen = torch.zeros(length // ranks, length, dtype=torch.int64)

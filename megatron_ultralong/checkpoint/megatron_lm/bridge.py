@@ -7,6 +7,7 @@ its subclasses; those of a `BridgeGPTModelConfig` are nested), and the tokenizer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,10 @@ def _rope(values: Mapping[str, Any], length: int) -> Rope:
     arguments["yarn_correction_range_round_to_int"] = _flag(
         values, "yarn_correction_range_round_to_int", False
     )
-    interpolation = arguments.get("rotary_seq_len_interpolation_factor")
-    if interpolation and length % interpolation == 0:
-        length = int(length // interpolation)
+    if values.get("seq_len_interpolation_factor") is not None:
+        interpolation = _number(values, "seq_len_interpolation_factor")
+        if interpolation and length % interpolation == 0:
+            length = int(length // interpolation)
     arguments["max_position_embeddings"] = length
     # The first: what is stated. Megatron-Bridge hands all of it to the model.
     return megatron_arguments.read(arguments, Path("model"))[0].rope
@@ -231,9 +233,12 @@ def _number(values: Mapping[str, Any], name: str, default: float | None = None) 
     try:
         if isinstance(value, bool):
             raise TypeError
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise UserError(f"model.{name} is {value}; it must be a number") from None
+        number = float(value)  # type: ignore[arg-type]
+        if not math.isfinite(number):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"model.{name} is {str(value)[:40]}; it must be a number") from None
+    return number
 
 
 def _flag(values: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -225,7 +225,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name}={value!r} is not a number; write its value") from None
     zero = name in ("mscale", "mscale_all_dim")
     if isinstance(value, bool) or not (number >= 0 if zero else number > 0) or number == math.inf:
