@@ -7,7 +7,7 @@ import time
 import numpy
 import pytest
 
-from megatron_ultralong.data.best_fit import best_fit, contents
+from megatron_ultralong.data.best_fit import best_fit, contents, even_fit
 
 
 def by_looking(lengths: list[int], capacity: int, first: bool = False) -> list[int]:
@@ -69,3 +69,31 @@ def test_depends_on_nothing_but_its_arguments_and_is_fast():
     )  # a second or less; the limit tells linear from quadratic on a busy machine
     assert numpy.array_equal(once, best_fit(lengths.astype(numpy.int64), 1 << 20))
     assert len(contents(once)) == -(-int(lengths.sum()) // (1 << 20))
+
+
+@pytest.mark.parametrize("capacity", [7, 65, 1000, 8193, 1048577])
+def test_even_work_takes_no_more_bins(capacity):
+    rng = numpy.random.default_rng(capacity)
+    for count in (1, 2, 30, 300):
+        lengths = rng.integers(1, min(capacity, rng.integers(2, capacity + 2)) + 1, count)
+        fewest, even = best_fit(lengths, capacity), even_fit(lengths, capacity)
+        items = contents(even)
+        assert sorted(numpy.concatenate(items).tolist()) == list(range(count))
+        assert len(items) <= len(contents(fewest)) and max(even) == len(items) - 1
+        assert max(int(lengths[some].sum()) for some in items) <= capacity
+        assert numpy.array_equal(even, even_fit(lengths, capacity))
+    assert even_fit(numpy.array([], dtype=numpy.int64), capacity).tolist() == []
+
+
+def test_even_work_of_conversations_and_documents():
+    """Best fit packs long with long; with short ones between, no row has much more attention than others."""
+    rng = numpy.random.default_rng(0)
+    conversations = rng.lognormal(numpy.log(1000) - 0.5, 1, 20_000).clip(1, 8192).astype(int)
+    pages = rng.lognormal(numpy.log(866) - 0.6, 1.1, 40_000).clip(1, 100_000).astype(int)
+    for lengths, capacity, most in ((conversations, 65_537, 1.05), (pages, 1 << 20, 2.5)):
+        work = {}
+        for fit in (best_fit, even_fit):
+            of_row = numpy.bincount(fit(lengths, capacity), weights=lengths.astype(float) ** 2)
+            work[fit] = len(of_row), of_row.max() / of_row.mean()
+        assert work[even_fit][0] == work[best_fit][0]
+        assert work[even_fit][1] < most and work[best_fit][1] > 3

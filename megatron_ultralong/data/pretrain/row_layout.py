@@ -90,8 +90,8 @@ class StreamLayout:
 
 
 class BestFitLayout:
-    """Complete documents in rows, by best fit decreasing. Longer ones have full rows of their own, and the
-    rest of each is packed like a document."""
+    """Complete documents in rows, by best fit decreasing with even attention. Longer ones have full rows of
+    their own, and the rest of each is packed like a document."""
 
     def __init__(self, lengths: NDArray[numpy.int64], separator: int, row: int) -> None:
         """As StreamLayout."""
@@ -99,7 +99,7 @@ class BestFitLayout:
         full, rest = numpy.divmod(lengths, row)
         items = numpy.flatnonzero(rest)
         # A row of n segments has n - 1 separators: count one with each segment, and one more room in a row.
-        bins = best_fit.best_fit(rest[items] + separator, row + separator)
+        bins = best_fit.even_fit(rest[items] + separator, row + separator)
         own = numpy.repeat(numpy.arange(len(lengths)), full)  # documents that fill rows of their own
         within = numpy.arange(len(own)) - numpy.repeat(numpy.cumsum(full) - full, full)
         document = numpy.concatenate([own, items])

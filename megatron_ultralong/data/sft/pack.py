@@ -1,8 +1,8 @@
 """Instruction data: conversations to rows of exactly S + 1 tokens, with a loss mask and document starts.
 
-Complete conversations, longest first, packed by best fit; none crosses a row. The rest of a row is padding:
-masked, and a document of its own, so that with data.documents=masked nothing attends to it. The files are
-those of row_writer.py; PREFIX.broken.jsonl lists the records that could not be used. An interrupted run
+Complete conversations, longest first, packed by best fit with even attention; none crosses a row. The rest of
+a row is padding: masked, and a document of its own, so that with data.documents=masked nothing attends to it.
+The files are those of row_writer.py; PREFIX.broken.jsonl lists the records that could not be used. An interrupted run
 starts again from the beginning: same input and seed, same bytes.
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_ultralong.data import megatron_index, row_writer
-from megatron_ultralong.data.best_fit import best_fit, contents
+from megatron_ultralong.data.best_fit import contents, even_fit
 from megatron_ultralong.data.conversations import DOMAINS
 from megatron_ultralong.data.packed_rows import FORMAT
 from megatron_ultralong.data.permutation import permutation
@@ -123,7 +123,7 @@ def _assign_rows(selection: Selection, settings: SftSettings) -> list[NDArray[nu
     """Return the conversations of each row, by their numbers; the rows in random order."""
     lengths = selection.columns.tokens[selection.numbers]
     if settings.fit == "best":
-        rows = contents(best_fit(lengths, settings.seq_length + 1))
+        rows = contents(even_fit(lengths, settings.seq_length + 1))
     else:
         rows = contents(numpy.arange(len(lengths)))
     return [selection.numbers[rows[i]] for i in permutation(len(rows), [settings.seed])]
