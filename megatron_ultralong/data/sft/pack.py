@@ -2,8 +2,8 @@
 
 Complete conversations, longest first, packed by best fit with even attention; none crosses a row. The rest of
 a row is padding: masked, and a document of its own, so that with data.documents=masked nothing attends to it.
-The files are those of row_writer.py; PREFIX.broken.jsonl lists the records that could not be used. An interrupted run
-starts again from the beginning: same input and seed, same bytes.
+The files are those of row_writer.py; PREFIX.broken.jsonl lists the records that could not be used. An
+interrupted run starts again from the beginning: same input and seed, same bytes.
 """
 
 from __future__ import annotations
