@@ -8,6 +8,7 @@ set -euo pipefail
 
 MODEL=$(realpath -m "${1:?a Hugging Face model directory}")
 PUBLISHED=${2:+--published $2}
+[ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-runs/evaluation}                 # of all models; each has a folder in it

@@ -5,6 +5,8 @@
 # The stages are those of the 1M run on a cluster, examples/ultralong_1m.sh: the same file, examples/ultralong_stages.sh.
 #   bash examples/laptop.sh      when run again it resumes where it was stopped
 set -euo pipefail
+# Relative paths are those of the folder this is called from.
+for name in RUNS; do [ -z "${!name:-}" ] || declare "$name=$(realpath -m "${!name}")"; done
 cd "$(dirname "$0")/.."
 
 RECIPE=tiny_extend                         # and ${RECIPE}_sft for instruction tuning
@@ -25,8 +27,11 @@ on_all_ranks() { torchrun --standalone --nproc-per-node 2 "$@"; }
 in_one_process() { "$@"; }
 
 # The base model has no chat template; its instruction-tuned version gets this one.
+if ! mkdir -p "$RUNS" 2> /dev/null || [ ! -w "$RUNS" ]; then
+    echo "error: RUNS=$RUNS: no folder that can be written; give another" >&2
+    exit 2
+fi
 if [ ! -f "$MODEL/chat_template.jinja" ]; then
-    mkdir -p "$RUNS"
     cp -r examples/demo/base "$RUNS"
     cat > "$MODEL/chat_template.jinja" <<'TEMPLATE'
 {{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% else %}Question: {{ message.content }}

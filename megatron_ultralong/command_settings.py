@@ -49,8 +49,7 @@ def override(run: Run, settings: list[str]) -> Run:
             raise UserError(f"--set {setting}: expected key=value")
         _check_renamed(key, text.strip())
         if key not in hints:
-            near = difflib.get_close_matches(key, sorted(hints), n=1, cutoff=0.0)[0]
-            raise UserError(f"--set {key}: no such setting; did you mean {near}?")
+            raise UserError(f"--set {key}: no such setting; did you mean {_nearest(key, sorted(hints))}?")
         section, _, name = key.partition(".")
         changes.setdefault(section, {})[name] = _parse(key, text.strip(), hints[key])
     new: dict[str, Any] = {}
@@ -79,6 +78,54 @@ def override(run: Run, settings: list[str]) -> Run:
     if isinstance(rope, ScaledRope) and rope.factor and rope.original_length:
         check_reach(rope, rope.covered_length(), new_length)
     return changed
+
+
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "lr_warmup_iters": "warmup",
+    "clip_grad": "clip",
+    "max_norm": "clip",
+    "max_grad_norm": "clip",
+    "adam_eps": "eps",
+    "tensor_model_parallel_size": "tp",
+    "tensor_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "pipeline_parallel_size": "pp",
+    "context_parallel_size": "cp",
+    "data_parallel_size": "dp",
+    "context_parallel_degree": "cp",
+    "pipeline_parallel_degree": "pp",
+    "tensor_parallel_degree": "tp",
+    "seq_len": "seq_length",
+    "max_steps": "iterations",
+    "steps": "iterations",
+    "train_iters": "iterations",
+    "micro_batch_size": "micro_batch",
+    "per_device_train_batch_size": "micro_batch",
+    "global_batch_size": "global_batch",
+    "save_steps": "save_every",
+    "save_interval": "save_every",
+    "eval_steps": "eval_every",
+    "eval_interval": "eval_every",
+    "rope_theta": "theta",
+    "num_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_query_groups": "kv_heads",
+    "num_key_value_heads": "kv_heads",
+    "ffn_hidden_size": "ffn_size",
+    "intermediate_size": "ffn_size",
+}
+"""Names that Megatron-LM, torchtitan and transformers give to settings, and ours, without the section."""
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The setting of `known` that `key` probably means: by another trainer's name for it, or by spelling."""
+    name = key.rpartition(".")[2].replace("-", "_")
+    name = _OTHER_NAMES.get(name, name)
+    same = [one for one in known if one.rpartition(".")[2] == name]
+    return difflib.get_close_matches(key, same or known, n=1, cutoff=0.0)[0]
 
 
 def _change_rope(run: Run, values: dict[str, Any], seq_length: int) -> Rope | None:

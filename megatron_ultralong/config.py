@@ -347,6 +347,8 @@ class Run:
 
     def __post_init__(self) -> None:
         s, p = self.train.seq_length, self.parallel
+        if self.model is not None:
+            check_model_layout(self.model, p)
         if self.memory.query_chunks and (p.ulysses > 1 or p.cp_comm_type != "p2p"):
             raise UserError(
                 "memory.query_chunks=true requires parallel.ulysses=1 and parallel.cp_comm_type=p2p"
@@ -357,9 +359,12 @@ class Run:
                 f"the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}"
             )
         if (s // p.cp) % p.tp:
+            power = 1 << p.tp.bit_length() - 1
+            other = "" if power == p.tp else "a parallel.tp that also divides the model's heads, like "
+            other += f"{math.gcd(s // p.cp, power)}; or " if other else ""
             raise UserError(
-                f"train.seq_length={s} over parallel.cp={p.cp} is not divisible by parallel.tp={p.tp} "
-                f"(sequence parallelism); the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}"
+                f"train.seq_length={s} over parallel.cp={p.cp} is not divisible by parallel.tp={p.tp} (sequence "
+                f"parallelism); use {other}the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}"
             )
         if self.train.global_batch % self.train.micro_batch:
             raise UserError(
@@ -387,8 +392,6 @@ class Run:
             raise UserError(
                 "train.load_optimizer=true takes the moments of all weights; with lora.rank only adapters have any"
             )
-        if self.model is not None:
-            check_model_layout(self.model, p)
 
     def micro_batches(self, dp: int) -> int:
         """Micro-batches per iteration on each of `dp` data parallel ranks. UserError where they do not

@@ -12,6 +12,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+LFS_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+"""What a clone without Git LFS leaves in place of a large file."""
 FAMILIES = ("llama3", "llama2", "unigram", "words")
 WORDS = (
     "the sky is blue and a grey cat's tail has 3 rings of 12345 colours; Łódź naïve 北京 東京 😀👍🏽 \t x=y() [3.14] don't "

@@ -292,10 +292,9 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
-        default=4096,
+        default="4K",
         metavar="N",
-        help="tokens of the longest answer, reasoning included (default: 4096)",
+        help="tokens of the longest answer, reasoning included (default: 4K)",
     )
     parser.add_argument(
         "--attempts",
@@ -342,9 +341,9 @@ def refine(args: argparse.Namespace) -> None:
     from megatron_ultralong.io import endpoint_client
 
     flags = {field.name for field in dataclasses.fields(RefineSettings)} - {"base_url", "backoff"}
-    settings = RefineSettings(
-        base_url=args.base_url or endpoint_client.OPENAI, **{name: getattr(args, name) for name in flags}
-    )
+    given = {name: getattr(args, name) for name in flags}
+    given["max_tokens"] = parse_count(args.max_tokens, "--max-tokens")
+    settings = RefineSettings(base_url=args.base_url or endpoint_client.OPENAI, **given)
     prompts = load_prompts(args.prompts) if args.prompts else RewritePrompts()
     report = refinement.refine(args.input, args.output, settings, prompts, form=args.form)
     kept = ", ".join(f"{count} {reason}" for reason, count in report["turns"].items() if reason != "refined")

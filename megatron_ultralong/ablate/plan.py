@@ -160,7 +160,9 @@ def _check_evaluation(name: str, options: Options) -> None:
         raise UserError(f"evaluate.{name}: {error}") from None
     lengths = command.parse_lengths(args.lengths)
     if name == "niah":
-        NiahSettings(lengths=lengths, depths=niah.parse_depths(args.depths), trials=args.trials)
+        NiahSettings(
+            lengths=lengths, depths=niah.parse_depths(args.depths, args.depth_count), trials=args.trials
+        )
     else:
         PerplexitySettings(lengths=lengths, rows=args.rows)
 

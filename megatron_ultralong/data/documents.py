@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -129,11 +130,14 @@ def read(
     """
     reading = _Reading(file_range, text_key, id_key, on_broken, on_end)
     with opened(file_range.path) as file:
-        done = file_range.begin if kind(file_range.path) == ".jsonl" else 0
+        lines = kind(file_range.path) == ".jsonl"
+        done = file_range.begin if lines else 0
+        # A range's last line may end far behind it, inside or after the next ranges, which count those bytes.
+        limit = math.inf if file_range.end is None or not lines else file_range.end
 
         def advance() -> None:
             nonlocal done
-            at = file.tell()
+            at = int(min(file.tell(), limit))
             progress(at - done)
             done = at
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 COMPRESSIONS = (".gz", ".zst")
 REPORTS = ("report.json", "matches.jsonl", "broken.jsonl")
@@ -43,7 +44,8 @@ def files_below(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what reading `path` can raise into a UserError."""
+    """Turn what reading `path` can raise into a UserError; refuse a Git LFS pointer."""
+    refuse_pointer(path)
     try:
         yield
     except UnicodeDecodeError as error:

@@ -18,6 +18,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 BATCH = 1 << 20
 """Characters encoded at a time."""
@@ -74,6 +75,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {path}: no such directory; give a Hugging Face directory with tokenizer.json"
         )
+    for name in ("tokenizer.json", "tokenizer.model"):
+        refuse_pointer(path / name)
     backend, special = load_plain(path) or _by_transformers(path)
     file = next(path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file())
     backend.encode_special_tokens = (

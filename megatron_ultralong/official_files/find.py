@@ -24,7 +24,7 @@ from megatron_ultralong.official_files import (
     mmlu_pro,
     ruler,
 )
-from megatron_ultralong.official_files.records import BenchmarkExample, OfficialFiles, read_jsonl
+from megatron_ultralong.official_files.records import BenchmarkExample, OfficialFiles, jsonl_name, read_jsonl
 
 BENCHMARKS = {
     "mmlu": mmlu.FILES,
@@ -57,7 +57,10 @@ def find_files(
     paths = sorted(
         path
         for path in root.rglob("*")
-        if files.split_of(path) in splits and path.is_file() and (names is None or path.stem in names)
+        if files.split_of(path) in splits
+        and path.is_file()
+        and not (path.suffix == ".gz" and path.with_suffix("").exists())
+        and (names is None or (jsonl_name(path) or path.stem) in names)
     )
     if not paths:
         raise UserError(

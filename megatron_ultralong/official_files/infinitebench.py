@@ -1,4 +1,5 @@
-"""InfiniteBench: TASK.jsonl with id, context, input, answer (a string, a number or a list), options.
+"""InfiniteBench: TASK.jsonl, plain or .gz, with id, context, input, answer (a string, a number or a list),
+options.
 
 `answers` are the answer as strings: in math_calc not alternatives but the results after each step, in order;
 with options the text of the right one (a letter may follow). The answer as read is in meta: code_run,
@@ -15,6 +16,7 @@ from megatron_ultralong.official_files.records import (
     BenchmarkExample,
     OfficialFiles,
     OfficialRecord,
+    jsonl_name,
     read_jsonl,
 )
 
@@ -35,20 +37,21 @@ TASKS = (
 
 
 def split_of(path: Path) -> str | None:
-    """Return test for TASK.jsonl, None for other files."""
-    return "test" if path.suffix == ".jsonl" and path.stem in TASKS else None
+    """Return test for TASK.jsonl, plain or .gz; None for other files."""
+    return "test" if jsonl_name(path) in TASKS else None
 
 
 def read_file(path: Path) -> Iterator[BenchmarkExample]:
-    if path.stem not in TASKS:
+    task = jsonl_name(path)
+    if task not in TASKS:
         raise UserError(f"{path}: not one of InfiniteBench's files, which are named like {TASKS[0]}.jsonl")
     for record in read_jsonl(path):
         choices = record.texts("options") if record.data.get("options") else ()
-        if path.stem in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
+        if task in ("code_debug", "longbook_choice_eng") and len(choices) != 4:
             raise UserError(f"{record.place}: field 'options' contains {len(choices)} choices, not 4")
         yield BenchmarkExample(
             benchmark="infinitebench",
-            task=path.stem,
+            task=task,
             split="test",
             id=str(record.get("id", int)),
             context=record.get("context"),

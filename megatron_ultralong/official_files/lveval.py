@@ -1,4 +1,4 @@
-"""LV-Eval: SET_{16k,32k,64k,128k,256k}.jsonl, plain or in SET.zip, with input, context, answers, length,
+"""LV-Eval: SET_{16k,32k,64k,128k,256k}.jsonl, plain, .gz or in SET.zip, with input, context, answers, length,
 dataset, language (and answer_keywords, confusing_facts).
 
 The task is the set; the length is in meta as `level`. Scoring uses the first answer.
@@ -15,6 +15,7 @@ from megatron_ultralong.official_files.records import (
     BenchmarkExample,
     OfficialFiles,
     OfficialRecord,
+    jsonl_name,
     read_jsonl,
     read_zip,
 )
@@ -38,15 +39,15 @@ _NAME = re.compile(rf"({'|'.join(SETS)})_({'|'.join(LEVELS)})")
 
 
 def split_of(path: Path) -> str | None:
-    """Return test for SET_LEVEL.jsonl, and for SET.zip unless it is unpacked next to it; None for other
-    files."""
+    """Return test for SET_LEVEL.jsonl, plain or .gz, and for SET.zip unless it is unpacked next to it; None
+    for other files."""
     if path.suffix == ".zip":
         unpacked = [
-            *path.parent.glob(f"{path.stem}_*k.jsonl"),
-            *path.with_suffix("").glob(f"{path.stem}_*k.jsonl"),
+            *path.parent.glob(f"{path.stem}_*k.jsonl*"),
+            *path.with_suffix("").glob(f"{path.stem}_*k.jsonl*"),
         ]
         return "test" if path.stem in SETS and not unpacked else None
-    return "test" if path.suffix == ".jsonl" and _NAME.fullmatch(path.stem) else None
+    return "test" if _NAME.fullmatch(jsonl_name(path) or "") else None
 
 
 def read_file(path: Path) -> Iterator[BenchmarkExample]:
@@ -54,7 +55,7 @@ def read_file(path: Path) -> Iterator[BenchmarkExample]:
         for name, records in read_zip(path):
             yield from _read_set(PurePosixPath(name).stem, path, records)
     else:
-        yield from _read_set(path.stem, path, read_jsonl(path))
+        yield from _read_set(jsonl_name(path) or path.name, path, read_jsonl(path))
 
 
 def _read_set(name: str, path: Path, records: Iterable[OfficialRecord]) -> Iterator[BenchmarkExample]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,11 @@ class OfficialRecord:
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Return a field that contains a string, a number, or a list of those, as strings."""
+        """Return a field that contains a string, a number, or a list of at least one, as strings."""
         value = self.get(name, (str, int, float, list))
         values = value if isinstance(value, list) else [value]
+        if not values:
+            raise UserError(f"{self.place}: field {name!r} is empty")
         for item in values:
             if not isinstance(item, str | int | float):
                 raise UserError(
@@ -117,6 +120,12 @@ def hub_split(path: Path) -> str | None:
 
 
 # ---- file formats ------------------------------------------------------------------------------
+
+
+def jsonl_name(path: Path) -> str | None:
+    """The name of a .jsonl file, plain or .gz, without these endings; None for other files."""
+    plain = Path(path.name.removesuffix(".gz"))
+    return plain.stem if plain.suffix == ".jsonl" else None
 
 
 def read_jsonl(path: Path) -> Iterator[OfficialRecord]:
@@ -195,7 +204,8 @@ def read_rows(path: Path) -> Iterator[OfficialRecord]:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn the errors of reading `path` into a UserError."""
+    """Turn the errors of reading `path` into a UserError; refuse a Git LFS pointer."""
+    refuse_pointer(path)
     try:
         yield
     except UnicodeDecodeError as error:

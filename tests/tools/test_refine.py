@@ -846,7 +846,7 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
         "--temperature",
         0.5,
         "--max-tokens",
-        77,
+        "2K",
         "--timeout",
         9,
         "--retries",
@@ -876,7 +876,7 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     assert (
         body["messages"][0] == {"role": "system", "content": "write well"}
         and body["temperature"] == 0.5
-        and body["max_tokens"] == 77
+        and body["max_tokens"] == 2048
     )
     assert json.loads((tmp_path / "out.json").read_text())["settings"] == {
         "model": "org/m",
@@ -886,7 +886,7 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
         "timeout": 9.0,
         "retries": 1,
         "attempts": 1,
-        "max_tokens": 77,
+        "max_tokens": 2048,
         "temperature": 0.5,
         "domain": "math",
         "turns": "all",

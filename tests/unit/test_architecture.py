@@ -24,10 +24,10 @@ PACKAGE = ROOT / "megatron_ultralong"
 
 LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
-    {"rope", "families", "lora"},
+    {"rope", "families", "lora", "io"},
     {"config"},
     {"shapes", "command_settings", "family_recipes", "peer_recipes"},
-    {"recipes", "runtime", "context_parallel", "official_files", "io"},
+    {"recipes", "runtime", "context_parallel", "official_files"},
     {"model", "data"},
     {"checkpoint"},
     {"evaluate", "planning"},

@@ -34,6 +34,12 @@ MODEL = {
             r"--set train.sequence_length: no such setting; did you mean train.seq_length\?",
         ),
         (["paralel.tp=2"], r"did you mean parallel.tp\?"),
+        # Names of other trainers, and settings of another section.
+        (["train.learning_rate=1"], r"did you mean train.lr\?"),
+        (["max_steps=1"], r"did you mean train.iterations\?"),
+        (["model.num_key_value_heads=1"], r"did you mean model.kv_heads\?"),
+        (["parallel.tensor-model-parallel-size=1"], r"did you mean parallel.tp\?"),
+        (["train.weight_decay=1"], r"did you mean optim.weight_decay\?"),
         (["lr=1"], "--set lr: no such setting; did you mean"),
         (["train.lr"], "--set train.lr: expected key=value"),
         (
@@ -62,6 +68,7 @@ MODEL = {
             r"train.seq_length=66 over parallel.cp=1 is not divisible by parallel.tp=4 \(sequence parallelism\)",
         ),
         (["parallel.cp=2", "parallel.tp=3", "train.seq_length=64"], "is not divisible by parallel.tp=3"),
+        (["parallel.tp=3"], "use a parallel.tp that also divides the model's heads, like 2; or the nearest"),
         (["parallel.tp=0"], "parallel.tp=0 must be at least 1"),
         (["parallel.vpp=2"], "parallel.vpp=2 requires parallel.pp above 1"),
         (

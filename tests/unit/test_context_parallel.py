@@ -33,7 +33,21 @@ from tests.distributed.test_ring import check, sequence, shard
 from tests.packed import held, joined, placed
 
 COMM_TYPES: list[CommType] = ["p2p", "all_gather"]
-SIZES = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]
+SIZES = [
+    (1, 1),
+    (2, 1),
+    (2, 2),
+    (3, 1),
+    (3, 3),
+    (4, 1),
+    (4, 2),
+    (4, 4),
+    (6, 3),
+    (8, 1),
+    (8, 2),
+    (8, 4),
+    (8, 8),
+]
 """(CP, ranks that exchange heads)."""
 HEADS = [(24, 24), (24, 12), (24, 3), (24, 2), (24, 1), (8, 4), (9, 3), (6, 3), (7, 7)]
 

@@ -51,6 +51,20 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
     assert sum(done) == path.stat().st_size == documents.check([path]) and min(done) >= 0
 
 
+def test_the_progress_of_ranges_adds_up_to_the_file(tmp_path):
+    """Also where one line reaches over several ranges, and where lines end at their borders."""
+    for texts in (["x" * 5000], ["a", "y" * 3000, "b"], ["z" * 6] * 300):
+        path = make(tmp_path, "a.jsonl", lines(texts))
+        for size in (7, 16, 100, 1000):
+            done: list[int] = []
+            found = [
+                document.text
+                for part in documents.split(path, size)
+                for document in documents.read(part, progress=done.append)
+            ]
+            assert found == texts and sum(done) == path.stat().st_size and min(done) >= 0
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_a_text_file_is_one_document_as_it_is(tmp_path, name):
     for text in ("北京 é😀\r\nб\n", "", "\n"):

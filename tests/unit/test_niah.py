@@ -23,6 +23,7 @@ from megatron_ultralong.evaluate.tasks.niah import prompts
 from megatron_ultralong.evaluate.tasks.niah import run as niah
 from megatron_ultralong.evaluate.tasks.niah.prompts import NiahPromptBuilder, NiahSettings
 from megatron_ultralong.io import atomic_files
+from tests.text import LFS_POINTER
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>"
 
@@ -427,7 +428,7 @@ def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
         model_dir,
         "--lengths",
         "100,0.2K".replace("0.2K", "1K"),
-        "--depths",
+        "--depth-count",
         "3",
         "--trials",
         "2",
@@ -493,24 +494,28 @@ def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
     empty, file = tmp_path / "empty", tmp_path / "file"
     empty.mkdir()
     file.write_text("x")
+    pointer = tmp_path / "pointer.txt"
+    pointer.write_text(LFS_POINTER)
     good = ["--model", model_dir, "--lengths", "100", "--out", tmp_path / "o", "--device", "cpu"]
     for change, words in (
         (["--model", tmp_path / "nowhere"], "no such directory"),
         (["--model", empty], "no config.json"),
         (["--lengths", "30"], "too short"),
         (["--lengths", "abc"], "whole number"),
+        (["--lengths", "100,4000M"], "plain transformers needs at least .* GiB for the activations"),
         (["--lengths", "100,100"], "only once"),
         (["--depths", "0,101"], "0 to 100"),
-        (["--depths", "nan"], "whole number"),
-        (["--depths", "inf"], "whole number"),
+        (["--depths", "nan"], "0 to 100"),
+        (["--depths", "inf"], "0 to 100"),
         (["--depths", "10,nan"], "0 to 100"),
         (["--depths", "10,10.00001"], "each only once"),
-        (["--depths", "2.5"], "whole number"),
+        (["--depth-count", "1"], "from 2 to 1000"),
         (["--depths", "a,b"], "percents"),
         (["--trials", "0"], "at least 1"),
         (["--batch", "0"], "at least 1"),
         (["--out", file / "o"], "cannot be written"),
         (["--haystack", tmp_path / "none.txt"], "cannot be read"),
+        (["--haystack", pointer], "pointer.txt is a Git LFS pointer"),
         (["--chat", "yes"], "no chat template"),
     ):
         with pytest.raises(UserError, match=words) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -125,6 +126,15 @@ def test_lveval_alone_and_zipped(tmp_path):
         for path in official_files.find_files("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
         for e in lveval.read_file(path)
     ] == ["16k/0", "16k/1"]
+    folder = made.lveval(tmp_path / "c")
+    for path in (folder / "hotpotwikiqa_mixup_16k.jsonl", folder / "dureader_mixup_256k.jsonl"):
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()  # the other .gz has its plain file next to it and is not read
+    assert [(e.task, e.id, e.answers) for e in read("lveval", folder)] == [
+        (e.task, e.id, e.answers) for e in plain
+    ]
+    (found,) = official_files.find_files("lveval", folder, names=["dureader_mixup_256k"])
+    assert found.name == "dureader_mixup_256k.jsonl.gz"
     assert len(lveval.SETS) == 11 and len(lveval.LEVELS) == 5
 
 
@@ -135,6 +145,10 @@ def test_infinitebench(tmp_path):
         and examples["passkey"].choices == ()
         and examples["passkey"].context.startswith("Grass")
     )
+    packed = tmp_path / "packed" / "passkey.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress((tmp_path / "passkey.jsonl").read_bytes()))
+    assert [example.answers for example in read("infinitebench", packed.parent)] == [("71432",)]
     assert examples["code_run"].answers == ("-3",) and examples["code_run"].meta["answer"] == -3
     assert (
         examples["longbook_choice_eng"].choices == ("Al", "Bo", "Ida", "Di")
@@ -172,7 +186,13 @@ def test_custom_strings(tmp_path):
             {"index": 0, "input": "x", "length": 3, "outputs": [["a"]]},
             "line 2: field 'outputs' contains list in its list",
         ),
+        ("ruler", {"index": 0, "input": "x", "length": 3, "outputs": []}, "line 2: field 'outputs' is empty"),
         ("lveval", {"input": "x", "answers": ["a"], "length": 3}, "line 2: no field 'context'"),
+        (
+            "lveval",
+            {"input": "x", "answers": [], "length": 3, "context": "c"},
+            "line 2: field 'answers' is empty",
+        ),
         (
             "lveval",
             {"input": "x", "answers": ["a"], "length": 3, "context": "c", "answer_keywords": ["k"]},

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -102,7 +103,14 @@ def _refuse_dangling(file: Path) -> None:
         )
 
 
+def refuse_damaged(folder: Path) -> None:
+    """UserError where a safetensors file of `folder` has no readable header."""
+    for file in sorted(folder.glob("*.safetensors")):
+        _open(file)
+
+
 def _open(file: Path) -> Any:
+    refuse_pointer(file)
     try:
         return safe_open(str(file), "pt")
     except (SafetensorError, OSError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ultralong.checkpoint.megatron_lm import bridge
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 _SAMPLE_BYTES, _SAMPLES = 1 << 12, 256
 """Size and number of the samples that a file's fingerprint is made of."""
@@ -43,6 +44,7 @@ def load_tokenizer(path: Path, flag: str = "--model") -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        refuse_pointer(path / "tokenizer.json")
         other = "" if flag == "--tokenizer" else "; give another with --tokenizer DIR"
         raise UserError(
             f"{flag} {path}: transformers cannot load its tokenizer: {str(error).strip().splitlines()[0]}{other}"

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from megatron_ultralong.checkpoint.hf import weight_files
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import likelihood
 from megatron_ultralong.evaluate.backends.model_files import (
@@ -28,6 +30,7 @@ from megatron_ultralong.evaluate.backends.protocol import (
 )
 from megatron_ultralong.evaluate.backends.sampling import Sampling
 from megatron_ultralong.evaluate.prompts.encode import ChatMode, PromptEncoder
+from megatron_ultralong.runtime.memory import free_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,7 +75,8 @@ class TransformersModel:
                 .to(self.device)
                 .eval()
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            weight_files.refuse_damaged(path)  # transformers' own message does not name the file
             raise UserError(
                 f"--model {path}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
             ) from None
@@ -85,7 +89,20 @@ class TransformersModel:
         self.end_tokens = end_tokens(path, self.tokenizer)
 
     def check(self, length: int, batch: int) -> None:
-        """Not checked: transformers raises its own errors."""
+        """UserError where the activations of one layer alone, of whole prompts, take more than the free
+        memory: transformers would fail hours later, or be killed. A lower bound, without keys and values."""
+        config = self.model.config.get_text_config()
+        experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+        ffn = 0 if experts else getattr(config, "intermediate_size", 0)
+        # The residual and its norm; of the MLP the gated and the other projection.
+        token_bytes = 2 * (config.hidden_size + ffn) * self.model.dtype.itemsize
+        needed, free = length * batch * token_bytes, free_bytes(torch.device(self.device))
+        if needed > free:
+            raise UserError(
+                f"{batch} x {length:,} tokens: plain transformers needs at least {needed / 2**30:,.1f} GiB for the activations "
+                f"of a layer, but {free / 2**30:,.1f} GiB are free; shorten --lengths, or use --engine megatron, under torchrun "
+                "with several ranks if one is not enough"
+            )
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:

@@ -185,7 +185,7 @@ def _cell(one: TaskScore | None) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    file_benchmark.add_arguments(parser, "LV-Eval", "SET_LENGTH.jsonl or SET.zip")
+    file_benchmark.add_arguments(parser, "LV-Eval", "SET_LENGTH.jsonl, plain or .gz, or SET.zip")
     parser.add_argument(
         "--sets", metavar="SET,SET,...", help=f"any of {', '.join(SETS)} (default: those in --data)"
     )

@@ -19,6 +19,7 @@ from megatron_ultralong.evaluate.pipeline.kept_answers import answer_all
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, short_count
 from megatron_ultralong.evaluate.report import heat_map
 from megatron_ultralong.evaluate.tasks.niah.prompts import NiahPrompt, NiahPromptBuilder, NiahSettings
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 HELP = "passkey retrieval: a grid of lengths and depths"
 DESCRIPTION = "Passkey retrieval: one fact hidden in a long text, at every length and depth."
@@ -46,8 +47,7 @@ def run(
     """
     started = time.time()
     builder = NiahPromptBuilder(backend.tokenizer, settings, _read(haystack) if haystack else None)
-    for length in settings.lengths:  # report a length that is too short before any model call
-        builder.prompt(length, settings.depths[0], 0)
+    builder.prompt(min(settings.lengths), settings.depths[0], 0)  # reports a length that is too short
     backend.check(max(settings.lengths), batch or 1)
     asked: deque[NiahPrompt] = (
         deque()
@@ -148,6 +148,7 @@ def _refused(trials: list[dict[str, Any]]) -> int:
 
 
 def _read(path: Path) -> str:
+    refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -189,11 +190,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="tokens of prompt and answer together, like 512,4K,1M",
     )
-    parser.add_argument(
+    depths = parser.add_mutually_exclusive_group()
+    depths.add_argument(
         "--depths",
         default="0,25,50,75,100",
-        metavar="P,P,... or N",
-        help="position of the needle in percent of the text, or one number N: N depths, evenly spaced (default: %(default)s)",
+        metavar="P,P,...",
+        help="positions of the needle in percent of the text (default: %(default)s)",
+    )
+    depths.add_argument(
+        "--depth-count",
+        type=int,
+        metavar="N",
+        help="N depths in place of --depths, evenly spaced from 0 to 100",
     )
     parser.add_argument(
         "--trials",
@@ -230,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> None:
     settings = NiahSettings(
         lengths=command.parse_lengths(args.lengths),
-        depths=parse_depths(args.depths),
+        depths=parse_depths(args.depths, args.depth_count),
         trials=args.trials,
         digits=args.digits,
         needles=args.needles,
@@ -262,19 +270,13 @@ def run_command(args: argparse.Namespace) -> None:
     )
 
 
-def parse_depths(text: str) -> tuple[float, ...]:
-    """Parse --depths: percents, or one number N for N evenly spaced depths."""
+def parse_depths(text: str, count: int | None = None) -> tuple[float, ...]:
+    """The depths of --depths, or the `count` evenly spaced ones of --depth-count, in percent."""
+    if count is not None:
+        if not 2 <= count <= 1000:
+            raise UserError(f"--depth-count {count}: must be from 2 to 1000")
+        return tuple(round(100 * i / (count - 1), 2) for i in range(count))
     try:
-        values = [float(part) for part in text.split(",")]
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(
-            f"--depths {text}: expected percents like 0,50,100, or one whole number of depths"
-        ) from None
-    if len(values) > 1:
-        return tuple(values)
-    count = values[0]
-    if not count.is_integer() or not 1 <= count <= 1000:
-        raise UserError(
-            f"--depths {text}: one number N means N depths, evenly spaced; it must be a whole number from 1 to 1000"
-        )
-    return tuple(round(100 * i / (count - 1), 2) for i in range(int(count))) if count > 1 else (50.0,)
+        raise UserError(f"--depths {text}: expected percents like 0,50,100") from None

@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.git_lfs import refuse_pointer
 
 ADJECTIVES = tuple(
     """
@@ -150,6 +151,7 @@ def read_haystack(paths: tuple[Path, ...]) -> list[str]:
     RULER's own script writes the essays to. UserError where a file cannot be read or contains no text."""
     pieces: list[str] = []
     for path in paths:
+        refuse_pointer(path)
         try:
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".json":
