@@ -40,7 +40,7 @@ def override(run: Run, settings: list[str]) -> Run:
     Values: numbers (integers may end in K or M, 1024-based), true/false, `none`, names. UserError for an
     unknown key, with the nearest valid one, and for a value of the wrong type.
     """
-    hints = _type_hints()
+    hints = type_hints()
     changes: dict[str, dict[str, Any]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -181,7 +181,7 @@ def _check_renamed(key: str, text: str) -> None:
 # ---- values ------------------------------------------------------------------------------------
 
 
-def _type_hints() -> dict[str, Any]:
+def type_hints() -> dict[str, Any]:
     """The type of every setting of the command line, by `section.name`."""
     hints = {
         f"{section}.{f.name}": typing.get_type_hints(kind)[f.name]

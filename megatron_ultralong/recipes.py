@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_ultralong import family_recipes, peer_recipes
+from megatron_ultralong import family_recipes, peer_recipes, recipe_file
 from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.rope.methods import Unscaled, YaRN
@@ -311,8 +311,21 @@ def names() -> list[str]:
     return [recipe.__name__ for recipe in RECIPES]
 
 
+def listed() -> list[str]:
+    """A line for each recipe: its name and the first sentence of its description; then those of several
+    stages."""
+    about = {recipe.__name__: " ".join((recipe.__doc__ or "").split()) for recipe in RECIPES}
+    about = {name: text.partition(". ")[0].removesuffix(".") for name, text in about.items()}
+    about |= {name: f"the stages {', '.join(of)}" for name, of in STAGES.items()}
+    width = max(map(len, about))
+    return [f"{name:{width}}  {text}" for name, text in about.items()]
+
+
 def get(name: str) -> Run:
-    """Return the run named `name`. UserError for an unknown name, with the nearest one."""
+    """Return the run named `name`, or that of a user's own FILE.py (recipe_file.py). UserError for an unknown
+    name, with the nearest one."""
+    if recipe_file.is_file(name):
+        return recipe_file.load(name)
     for recipe in RECIPES:
         if recipe.__name__ == name:
             return recipe()

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
-from megatron_ultralong import recipes
+from megatron_ultralong import __version__, recipes, settings_text
 from megatron_ultralong.command_settings import of_stage, override
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.runtime import cli
@@ -27,11 +28,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         required=True,
-        help="recipe in megatron_ultralong/recipes.py: "
-        + ", ".join(recipes.names())
-        + "; of several stages: "
-        + ", ".join(recipes.STAGES),
+        help="a recipe's name (--list-recipes), or FILE.py or FILE.py:NAME with a function that returns one",
     )
+    parser.add_argument(
+        "--list-recipes", action=_ListRecipes, nargs=0, help="print the recipes in a line each, and exit"
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every setting of the recipe as changed by --set, in the form of --set, and exit",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_ultralong {__version__}")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -39,7 +46,7 @@ def arguments() -> argparse.Namespace:
         default=[],
         metavar="KEY=VALUE",
         help="change settings of the recipe, for example train.seq_length=64K parallel.cp=4; of one stage: "
-        "STAGE:KEY=VALUE",
+        "STAGE:KEY=VALUE; `--set help` describes every setting",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
@@ -61,7 +68,6 @@ def arguments() -> argparse.Namespace:
         "--data",
         nargs="+",
         action="append",
-        required=True,
         metavar="PREFIX",
         help="packed rows to train on: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; once for each stage",
     )
@@ -82,20 +88,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--save",
         type=Path,
-        required=True,
         metavar="DIR",
         help="run directory; a run resumes from its newest complete checkpoint",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.print_config or "help" in args.set):
+        missing = [f"--{name}" for name in ("data", "save") if getattr(args, name) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return args
+
+
+class _ListRecipes(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print("\n".join(recipes.listed()))
+        parser.exit()
 
 
 def main() -> None:
     args = arguments()
+    describes = "help" in args.set
+    args.set = [setting for setting in args.set if setting != "help"]
     stages = recipes.STAGES.get(args.recipe, (args.recipe,))
     runs = [
         override(run, of_stage(args.set, run.name, args.recipe, stages))
         for run in recipes.stages(args.recipe)
     ]
+    if describes or args.print_config:
+        for run in runs:
+            lines = settings_text.described(run) if describes else settings_text.stated(run)
+            print("\n".join([f"# {run.name}", *lines]))
+        return
     for option, given in (("--data", args.data), ("--valid", args.valid)):
         if given is not None and len(given) != len(runs):
             raise UserError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ultralong import command_settings, recipes
+from megatron_ultralong import command_settings, recipe_file, recipes
 from megatron_ultralong.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
     {"rope", "families", "lora", "io"},
     {"config"},
-    {"shapes", "command_settings", "family_recipes", "peer_recipes"},
-    {"recipes", "runtime", "context_parallel", "official_files"},
+    {"shapes", "command_settings", "family_recipes", "peer_recipes", "recipe_file"},
+    {"recipes", "settings_text", "runtime", "context_parallel", "official_files"},
     {"model", "data"},
     {"checkpoint"},
     {"evaluate", "planning"},
@@ -48,6 +48,8 @@ NO_MEGATRON = [
     "family_recipes.py",
     "peer_recipes.py",
     "recipes.py",
+    "recipe_file.py",
+    "settings_text.py",
     "planning",
     "model/weight_mapping.py",
     "model/rotary_embedding.py",
@@ -258,7 +260,8 @@ def commands(path: Path) -> list[str]:
     continuation lines."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        text = "\n".join(re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        text = "\n".join(block for kind, block in blocks if kind in ("", "bash", "sh", "console"))
     lines = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
@@ -281,13 +284,14 @@ def check_command(line: str) -> None:
                 assert re.search(rf"{re.escape(word.split('=')[0])}\b(?!-)", text), (
                     f"{tool} has no option {word}: {line}"
                 )
-        if "--recipe" in words and not words[words.index("--recipe") + 1].startswith("$"):
-            runs = recipes.stages(words[words.index("--recipe") + 1])
+        recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "$"
+        if not recipe.startswith("$") and not recipe_file.is_file(recipe):
+            runs = recipes.stages(recipe)
             settings = []
             for word in words[words.index("--set") + 1 :] if "--set" in words else []:
                 if word.startswith("--"):
                     break
-                settings += [word] if "$" not in word else []
+                settings += [word] if "$" not in word and word != "help" else []
             assert all(command_settings.override(run, settings).name for run in runs)
     for target in re.findall(r"\bmake ([a-z][\w-]*)", line):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
