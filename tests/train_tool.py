@@ -50,7 +50,7 @@ LINE = re.compile(
     r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/\d+ \| consumed samples: (?P<samples>\d+) "
     r"\| epochs done: (?P<epochs>\d+) \| elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \| learning rate: (?P<lr>\S+) "
     r"\| global batch size: 4 \| lm loss: (?P<loss>\S+) \| grad norm: (?P<norm>\S+) \| target tokens: (?P<targets>\d+) "
-    r"\| tokens/s/GPU: (?P<speed>[\d.]+) \| TFLOP/s/GPU: [\d.]+ \| ETA: (?:\d+ days?, )?\d+:\d\d:\d\d \|"
+    r"\| tokens/s/GPU: (?P<speed>[\d.]+) \| TFLOP/s/GPU: [\d.]+ \| peak memory \(GiB\): [\d.]+ \| ETA: (?:\d+ days?, )?\d+:\d\d:\d\d \|"
 )
 
 

@@ -185,6 +185,7 @@ class Log:
         if not profiled:
             self.remaining.step(seconds)
         eta = self.remaining.seconds(state.iteration)
+        figures = metrics.time_and_memory(timing, self.ranks.device.type == "cuda")
         self._record(
             "step",
             iteration=state.iteration,
@@ -201,13 +202,14 @@ class Log:
             tokens_per_second_per_gpu=tokens_per_second,
             tflops_per_gpu=tflops,
             causal_mfu=scalars.get("speed/causal_mfu"),
-            **metrics.time_and_memory(timing, self.ranks.device.type == "cuda"),
+            **figures,
             eta_seconds=eta,
             profiled=profiled,
             **({"scalars": dict(more)} if more else {}),
         )
         if state.iteration % t.log_every and state.iteration != t.iterations:
             return
+        memory = figures["memory"]
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         width = len(str(t.iterations))
         speed = (
@@ -221,6 +223,7 @@ class Log:
             f"| global batch size: {t.global_batch} | lm loss: {loss:.6E} "
             + (f"| z loss: {mean.z_loss:.6E} " if t.z_loss else "")
             + f"| grad norm: {norm:.3f} | target tokens: {mean.tokens} | tokens/s/GPU: {tokens_per_second:.1f} | {speed} "
+            f"| peak memory (GiB): {(memory['peak_reserved'] or memory['peak_resident']) / 2**30:.2f} "
             + ("|" if eta is None else f"| ETA: {datetime.timedelta(seconds=round(eta))} |")
         )
 

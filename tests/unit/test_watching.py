@@ -120,7 +120,7 @@ def test_what_the_log_writes(
     timing = StepTime(
         seconds=2.0,
         parts={"forward": 1.5, "pipeline": 0.5},
-        ranks=[RankTime(work=1.5, allocated=0, reserved=0, resident=7)],
+        ranks=[RankTime(work=1.5, allocated=0, reserved=0, resident=3 * 2**29)],
     )
     rows: Any = SimpleNamespace(epoch=lambda consumed: 0)
     outcome: Any = nullcontext() if end is None else pytest.raises(type(end))
@@ -154,7 +154,7 @@ def test_what_the_log_writes(
     assert stop["kind"] == "stop" and stop["reason"] == reason[type(end)]
     line = capsys.readouterr().out
     assert "| lm loss: 3.000000E+00 | " in line and ("| z loss: 2.500000E-01 | grad" in line) == bool(z_loss)
-    assert "| ETA: 0:00:02 |" in line
+    assert "| peak memory (GiB): 1.50 | ETA: 0:00:02 |" in line
 
 
 # ---- time by part ------------------------------------------------------------------------------
