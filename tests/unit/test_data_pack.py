@@ -272,6 +272,8 @@ def test_files_of_an_earlier_run_do_not_linger(tmp_path, inputs, tokenizer_dir):
 
 
 def test_nothing_to_pack_and_nowhere_to_write(tmp_path, inputs, tokenizer_dir):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
     empty = [
         made.write_jsonl(tmp_path / "none.jsonl", []),
         made.write_jsonl(tmp_path / "empty.jsonl", ["", ""]),
@@ -281,6 +283,10 @@ def test_nothing_to_pack_and_nowhere_to_write(tmp_path, inputs, tokenizer_dir):
     for arguments, message in (
         ((empty, tokenizer_dir, 9, tmp_path / "out" / "a"), "no text in .*none.jsonl and 1 more"),
         ((empty[:1], tokenizer_dir, 9, tmp_path / "out" / "a"), "no text in .*none.jsonl; nothing"),
+        (
+            ([latin], tokenizer_dir, 9, tmp_path / "out" / "a"),
+            "nothing to pack; the first document that cannot be read: .*latin.txt: not UTF-8 text",
+        ),
         ((inputs, tokenizer_dir, 0, tmp_path / "out" / "a"), "--seq-length 0: must be at least 1"),
         ((inputs, tmp_path / "no", 9, tmp_path / "out" / "a"), "no: no such directory"),
         (([tmp_path / "no.txt"], tokenizer_dir, 9, tmp_path / "out" / "a"), "no.txt: cannot be read"),

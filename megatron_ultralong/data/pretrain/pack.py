@@ -238,7 +238,9 @@ def _uses(cache: TokenCache, mix: DocumentMix, packing: Packing) -> DocumentUses
     usable = ~duplicate if packing.duplicates == "drop" else numpy.ones(len(duplicate), numpy.bool_)
     if not usable.any():
         more = f" and {len(mix.files) - 1} more" if len(mix.files) > 1 else ""
-        raise UserError(f"no text in {mix.files[0]}{more}; nothing to pack")
+        broken = next((c["first_broken"] for c in cache.counts_by_file() if c["first_broken"]), None)
+        reason = f"; the first document that cannot be read: {broken}" if broken else ""
+        raise UserError(f"no text in {mix.files[0]}{more}; nothing to pack{reason}")
     uses = length_resampling.count_uses(cache.lengths, cache.source_of, usable, mix)
     if not uses.any():
         raise UserError(
