@@ -9,7 +9,7 @@
 #   BASE_URL=http://localhost:8000/v1 MODEL=Qwen/Qwen2.5-72B-Instruct bash examples/ultralong_data.sh
 set -euo pipefail
 
-# Relative paths are those of the folder this is called from.
+# Relative paths are those of the folder this is called from; in BENCHMARKS those of the repository.
 for name in TOKENIZER DATA; do [ -z "${!name:-}" ] || declare "$name=$(realpath -m "${!name}")"; done
 SIZE=${SIZE:-1M}                                     # tokens per row: 1M, 2M or 4M
 TOKENIZER=${TOKENIZER:-models/Llama-3.1-8B-Instruct} # Hugging Face directory of the model

@@ -125,6 +125,8 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     name = key.rpartition(".")[2].replace("-", "_")
     name = _OTHER_NAMES.get(name, name)
     same = [one for one in known if one.rpartition(".")[2] == name]
+    if not key.startswith("rope."):  # a method's own settings are rarely meant: clex has a learning rate
+        same = [one for one in same if not one.startswith("rope.")] or same
     return difflib.get_close_matches(key, same or known, n=1, cutoff=0.0)[0]
 
 

@@ -360,11 +360,11 @@ class Run:
             )
         if (s // p.cp) % p.tp:
             power = 1 << p.tp.bit_length() - 1
-            other = "" if power == p.tp else "a parallel.tp that also divides the model's heads, like "
-            other += f"{math.gcd(s // p.cp, power)}; or " if other else ""
+            other = f"another parallel.tp, like {math.gcd(s // p.cp, power)} (it must also divide the model's heads), or "
+            other = "" if power == p.tp else other
             raise UserError(
                 f"train.seq_length={s} over parallel.cp={p.cp} is not divisible by parallel.tp={p.tp} (sequence "
-                f"parallelism); use {other}the nearest that are: {_nearest(s, 2 * p.cp * p.tp)}"
+                f"parallelism); use {other}the nearest lengths that are: {_nearest(s, 2 * p.cp * p.tp)}"
             )
         if self.train.global_batch % self.train.micro_batch:
             raise UserError(

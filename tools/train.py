@@ -92,11 +92,16 @@ def arguments() -> argparse.Namespace:
         help="run directory; a run resumes from its newest complete checkpoint",
     )
     args = parser.parse_args()
-    if not (args.print_config or "help" in args.set):
+    if not (args.print_config or any(map(_is_help, args.set))):
         missing = [f"--{name}" for name in ("data", "save") if getattr(args, name) is None]
         if missing:
             parser.error(f"the following arguments are required: {', '.join(missing)}")
     return args
+
+
+def _is_help(setting: str) -> bool:
+    """`help`, or that of a stage."""
+    return setting.rpartition(":")[2] == "help"
 
 
 class _ListRecipes(argparse.Action):
@@ -107,13 +112,11 @@ class _ListRecipes(argparse.Action):
 
 def main() -> None:
     args = arguments()
-    describes = "help" in args.set
-    args.set = [setting for setting in args.set if setting != "help"]
-    stages = recipes.STAGES.get(args.recipe, (args.recipe,))
-    runs = [
-        override(run, of_stage(args.set, run.name, args.recipe, stages))
-        for run in recipes.stages(args.recipe)
-    ]
+    describes = any(map(_is_help, args.set))
+    settings = [setting for setting in args.set if not _is_help(setting)]
+    of_recipe = recipes.stages(args.recipe)
+    stages = [run.name for run in of_recipe]
+    runs = [override(run, of_stage(settings, run.name, args.recipe, stages)) for run in of_recipe]
     if describes or args.print_config:
         for run in runs:
             lines = settings_text.described(run) if describes else settings_text.stated(run)

@@ -75,17 +75,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {path}: no such directory; give a Hugging Face directory with tokenizer.json"
         )
-    for name in ("tokenizer.json", "tokenizer.model"):
-        refuse_pointer(path / name)
+    files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    for file in files[:1]:
+        refuse_pointer(file)
     backend, special = load_plain(path) or _by_transformers(path)
-    file = next(path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file())
     backend.encode_special_tokens = (
         False  # what they become in a text is for who encodes it: special_tokens.py
     )
     backend.no_truncation()
     backend.no_padding()
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    data = file.read_bytes()
+    data = files[0].read_bytes()
     return Tokenizer(path, backend, size, special, hashlib.sha256(data).hexdigest(), encoding_hash(data))
 
 

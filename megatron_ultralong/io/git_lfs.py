@@ -11,7 +11,10 @@ _BEGIN = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointer(path: Path) -> None:
-    """UserError where `path` is a pointer; nothing where it is another file, or cannot be read."""
+    """UserError where `path` is a pointer; nothing where it is another file, or cannot be read. Of a pipe
+    nothing is read."""
+    if not path.is_file():
+        return
     try:
         with path.open("rb") as file:
             begin = file.read(len(_BEGIN))

@@ -43,8 +43,10 @@ def split_of(path: Path) -> str | None:
     for other files."""
     if path.suffix == ".zip":
         unpacked = [
-            *path.parent.glob(f"{path.stem}_*k.jsonl*"),
-            *path.with_suffix("").glob(f"{path.stem}_*k.jsonl*"),
+            file
+            for folder in (path.parent, path.with_suffix(""))
+            for file in folder.glob(f"{path.stem}_*k.jsonl*")
+            if jsonl_name(file)
         ]
         return "test" if path.stem in SETS and not unpacked else None
     return "test" if _NAME.fullmatch(jsonl_name(path) or "") else None

@@ -36,6 +36,9 @@ MODEL = {
         (["paralel.tp=2"], r"did you mean parallel.tp\?"),
         # Names of other trainers, and settings of another section.
         (["train.learning_rate=1"], r"did you mean train.lr\?"),
+        (["lr=1"], r"did you mean train.lr\?"),
+        (["optim.learning_rate=1"], r"did you mean train.lr\?"),
+        (["rope.learning_rate=1"], r"did you mean rope.lr\?"),
         (["max_steps=1"], r"did you mean train.iterations\?"),
         (["model.num_key_value_heads=1"], r"did you mean model.kv_heads\?"),
         (["parallel.tensor-model-parallel-size=1"], r"did you mean parallel.tp\?"),
@@ -68,7 +71,10 @@ MODEL = {
             r"train.seq_length=66 over parallel.cp=1 is not divisible by parallel.tp=4 \(sequence parallelism\)",
         ),
         (["parallel.cp=2", "parallel.tp=3", "train.seq_length=64"], "is not divisible by parallel.tp=3"),
-        (["parallel.tp=3"], "use a parallel.tp that also divides the model's heads, like 2; or the nearest"),
+        (
+            ["parallel.tp=3"],
+            r"use another parallel.tp, like 2 \(it must also divide the model's heads\), or the nearest lengths",
+        ),
         (["parallel.tp=0"], "parallel.tp=0 must be at least 1"),
         (["parallel.vpp=2"], "parallel.vpp=2 requires parallel.pp above 1"),
         (

@@ -3,7 +3,9 @@ whatever the kind of file."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,25 @@ def test_weights_and_tokenizers(tmp_path: Path) -> None:
     refused(weights, lambda: weight_files.tensor_files(model, {}))
     refused(tokenizer, lambda: model_files.load_tokenizer(model))
     refused(tokenizer, lambda: data_tokenizer.load_tokenizer(model))
+
+
+def test_only_the_tokenizer_file_that_is_used_counts(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(BASE, model)
+    (model / "tokenizer.model").write_text(LFS_POINTER)
+    ids = [data_tokenizer.load_tokenizer(folder).backend.encode("a text").ids for folder in (model, BASE)]
+    assert ids[0] == ids[1]
+
+
+def test_a_pipe_is_read_whole(tmp_path: Path) -> None:
+    """Looking for a pointer must not take a pipe's first bytes."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = "A sentence here. " * 2000
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    assert " ".join(filler_text.read_haystack((pipe,))) == text.strip()
+    writer.join()
 
 
 def test_a_damaged_weight_file_is_named_in_plain_transformers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends.protocol import Completion, GenerationRequest
+from megatron_ultralong.evaluate.backends.transformers_model import TransformersModel
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, short_count
 from megatron_ultralong.evaluate.report import heat_map, read_results
 from megatron_ultralong.evaluate.tasks.niah import prompts
@@ -447,6 +449,19 @@ def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
         and (tmp_path / "out" / "niah.png").exists()
     )
     assert "1K*" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": None}, {"intermediate_size": [8, 8]}, {}])
+def test_memory_is_checked_by_the_sizes_that_a_config_states(sizes):
+    """Other models than Llama state them otherwise, or not at all."""
+    backend = TransformersModel.__new__(TransformersModel)
+    backend.device = "cpu"
+    backend.model = SimpleNamespace(config=SimpleNamespace(**sizes), dtype=torch.bfloat16)
+    backend.check(2**50, 1)
+    backend.model.config.hidden_size = 64
+    backend.check(1000, 10**6)  # batches are of prompts of one length, at least one
+    with pytest.raises(UserError, match="plain transformers needs at least"):
+        backend.check(2**50, 1)
 
 
 def test_a_failed_figure_loses_no_results(model_dir, tmp_path, monkeypatch, capsys):

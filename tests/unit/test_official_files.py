@@ -126,6 +126,9 @@ def test_lveval_alone_and_zipped(tmp_path):
         for path in official_files.find_files("lveval", tmp_path / "b", names=["hotpotwikiqa_mixup_16k"])
         for e in lveval.read_file(path)
     ] == ["16k/0", "16k/1"]
+    zipped = made.lveval(tmp_path / "d", zipped=True)
+    (zipped / "hotpotwikiqa_mixup_16k.jsonl.part").touch()  # of a download: nothing is unpacked
+    assert len(read("lveval", zipped)) == 5
     folder = made.lveval(tmp_path / "c")
     for path in (folder / "hotpotwikiqa_mixup_16k.jsonl", folder / "dureader_mixup_256k.jsonl"):
         (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))

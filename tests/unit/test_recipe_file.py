@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ TWO = ONE + "\n\ndef other():\n    return 3\n\n\ndef needs(lr):\n    return lr\n
 
 
 def made(folder: Path, text: str) -> str:
+    (folder / "broken_helper.py").write_text("\n\n\ndef f(:\n")
     path = folder / "my recipes.py"
     path.write_text(text)
     return str(path)
@@ -37,16 +39,33 @@ def test_a_function_of_the_file(tmp_path: Path) -> None:
         run = recipes.get(recipe)
         assert (run.name, run.train.iterations) == ("mine", 77)
         assert recipes.stages(recipe) == (run,)
-    assert list(tmp_path.iterdir()) == [tmp_path / "my recipes.py"]
+    cached = ONE.replace("def mine(", "import functools\n\n\n@functools.cache\ndef mine(")
+    assert recipes.get(made(tmp_path, cached)).train.iterations == 77
+    assert not list(tmp_path.glob("__pycache__"))
+
+
+def test_modules_next_to_the_file_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "neighbour_of_a_recipe.py").write_text("ITERATIONS = 99\n")
+    before = list(sys.path)
+    text = ONE.replace(
+        "import dataclasses", "import dataclasses\nfrom neighbour_of_a_recipe import ITERATIONS"
+    )
+    assert recipes.get(made(folder, text.replace("=77", "=ITERATIONS"))).train.iterations == 99
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        (TWO, "", ":NAME; it has mine, other"),
-        (TWO, ":needs", ":NAME; it has mine, other"),
+        (TWO, "", "several functions; give .*my recipes.py:NAME with one of mine, other"),
+        (TWO, ":needs", "no function needs without arguments; give .*:NAME with one of mine, other"),
         (TWO, ":other", "other\\(\\) returns int, not megatron_ultralong.config.Run"),
-        ("", "", ":NAME; it has none"),
+        ("", "", "the file has no public function that takes no arguments"),
+        ("import sys\nsys.exit()\n", "", ", line 2: SystemExit$"),
+        ("def f():\n    assert False\n", "", ", line 2: AssertionError$"),
+        ("x = 1\nimport broken_helper\n", "", r", line 2: SyntaxError: .*broken_helper.py, line 4"),
         ("x = 1\nimport nothing_of_that_name\n", "", ", line 2: ModuleNotFoundError: No module named"),
         ("x = 1\n\ndef f(:\n", "", ", line 3: SyntaxError"),
         ("def f():\n    return 1 / 0\n", "", ", line 2: ZeroDivisionError: division by zero"),

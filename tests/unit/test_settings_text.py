@@ -88,5 +88,7 @@ def test_the_options_of_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert printed.count("train.lr=0.0003\n") == 1
     assert tool(monkeypatch, "--recipe", "ultralong_1m", "--set", "help", "train.seq_length=512K") == 0
     assert "train.seq_length=524288    integer" in capsys.readouterr().out
+    assert tool(monkeypatch, "--recipe", "tiny_stages", "--set", "tiny:help") == 0
+    assert "# tiny\n" in capsys.readouterr().out
     assert tool(monkeypatch, "--recipe", "tiny") == 2
     assert "the following arguments are required: --data, --save" in capsys.readouterr().err

@@ -91,17 +91,19 @@ class TransformersModel:
     def check(self, length: int, batch: int) -> None:
         """UserError where the activations of one layer alone, of whole prompts, take more than the free
         memory: transformers would fail hours later, or be killed. A lower bound, without keys and values."""
-        config = self.model.config.get_text_config()
+        config = self.model.config
         experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
-        ffn = 0 if experts else getattr(config, "intermediate_size", 0)
-        # The residual and its norm; of the MLP the gated and the other projection.
-        token_bytes = 2 * (config.hidden_size + ffn) * self.model.dtype.itemsize
-        needed, free = length * batch * token_bytes, free_bytes(torch.device(self.device))
+        sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size")]
+        hidden, ffn = (size if isinstance(size, int) else 0 for size in sizes)
+        # The residual and its norm; of the MLP the gated and the other projection. Only prompts of one length
+        # are in a batch: one at least.
+        token_bytes = 2 * (hidden + (0 if experts else ffn)) * self.model.dtype.itemsize
+        needed, free = length * token_bytes, free_bytes(torch.device(self.device))
         if needed > free:
             raise UserError(
-                f"{batch} x {length:,} tokens: plain transformers needs at least {needed / 2**30:,.1f} GiB for the activations "
-                f"of a layer, but {free / 2**30:,.1f} GiB are free; shorten --lengths, or use --engine megatron, under torchrun "
-                "with several ranks if one is not enough"
+                f"{length:,} tokens: plain transformers needs at least {needed / 2**30:,.1f} GiB for the activations of a "
+                f"layer, but {free / 2**30:,.1f} GiB are free; shorten --lengths, or use --engine megatron, under torchrun with "
+                "several ranks if one is not enough"
             )
 
     @torch.inference_mode()
