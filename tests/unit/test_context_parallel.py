@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_ultralong.config import check_heads
-from megatron_ultralong.context_parallel import comm
+from megatron_ultralong.context_parallel import comm, virtual_ranks
 from megatron_ultralong.context_parallel.api import (
     CommType,
     ContextGroups,
@@ -157,6 +159,48 @@ def test_every_packing(cp: int, ulysses: int, chunk: int, comm_type: CommType) -
         for rank in range(cp):
             mine = held(inputs[0].shape[2], rank, cp, starts, ulysses)
             check(got[rank], want, rank, cp, 1e-11, what=(comm_type, ulysses, chunk, name), held=mine)
+
+
+@pytest.mark.parametrize("comm_type", COMM_TYPES)
+@pytest.mark.parametrize(("cp", "ulysses"), [(3, 1), (4, 2), (8, 1)])
+def test_the_same_bits_whichever_rank_is_late(
+    cp: int, ulysses: int, comm_type: CommType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank in turn sends and waits late, then all at random: float32 sums must not depend on it."""
+    inputs = sequence((1, 4, 2, 40, 8), cp, seed=7)
+    length = inputs[0].shape[2]
+    launch, wait = virtual_ranks.VirtualCommunicator._launch, virtual_ranks._Copies.wait
+    delay: dict[str, Any] = {"of": lambda rank: 0.0}
+
+    def late_launch(self: Any, *arguments: Any) -> Any:
+        time.sleep(delay["of"](self.members[self.rank]))
+        copies = launch(self, *arguments)
+        copies.rank = self.members[self.rank]
+        return copies
+
+    def late_wait(self: Any) -> None:
+        time.sleep(delay["of"](self.rank))
+        wait(self)
+
+    monkeypatch.setattr(virtual_ranks.VirtualCommunicator, "_launch", late_launch)
+    monkeypatch.setattr(virtual_ranks._Copies, "wait", late_wait)
+    chance = random.Random(cp)
+    delays = [
+        *(lambda rank, slow=slow: 0.002 * (rank == slow) for slow in range(cp)),
+        lambda rank: chance.uniform(0, 0.002),
+    ]
+    # The second: a few keys of one document on many ranks, sent to several of them in one round.
+    for starts in (None, [0, *range(length // 16, length)], documents(cp, 40)["any"]):
+
+        def run(r: Communicator, t: Any = starts) -> list[Tensor]:
+            return compute(inputs, split_group(r, ulysses, comm_type), t)
+
+        delay["of"] = lambda rank: 0.0
+        want = run_virtual(run, cp)
+        for number, late in enumerate(delays):
+            delay["of"] = late
+            for rank, got in enumerate(run_virtual(run, cp)):
+                assert all(map(torch.equal, got, want[rank])), (number, rank)
 
 
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
