@@ -19,6 +19,16 @@ from megatron_ultralong.rope.methods import METHODS, settings_of
 _WIDTH = 80
 
 
+def heading(run: Run) -> list[str]:
+    """Comment lines above a run's settings: its name, its notes, and which settings its source does not
+    state."""
+    unpublished = (
+        f"not published, this project's own choice: {', '.join(run.unpublished)}" if run.unpublished else ""
+    )
+    wrap = functools.partial(textwrap.wrap, width=_WIDTH, initial_indent="# ", subsequent_indent="# ")
+    return [f"# {run.name}", *wrap(run.notes), *wrap(unpublished)]
+
+
 def stated(run: Run) -> list[str]:
     """`section.name=value` for every setting of `run`, each as `--set` takes it. Sections that the loaded
     model decides are left out."""

@@ -120,7 +120,7 @@ def main() -> None:
     if describes or args.print_config:
         for run in runs:
             lines = settings_text.described(run) if describes else settings_text.stated(run)
-            print("\n".join([f"# {run.name}", *lines]))
+            print("\n".join([*settings_text.heading(run), *lines]))
         return
     for option, given in (("--data", args.data), ("--valid", args.valid)):
         if given is not None and len(given) != len(runs):

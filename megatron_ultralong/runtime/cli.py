@@ -11,6 +11,7 @@ import json
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
@@ -41,6 +42,7 @@ def main(function: Callable[[], int | None]) -> None:
         sys.stderr = RankLines(plain, f"[rank {os.environ['RANK']} on {socket.gethostname()}] ")  # type: ignore[assignment]
     try:
         code = function() or 0
+        sys.stdout.flush()
     except UserError as error:
         record(f"error: {error}")
         if first_to_say(str(error)):
@@ -49,7 +51,9 @@ def main(function: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         leave(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            leave(128 + signal.SIGPIPE)  # as where nothing catches the signal
         details = traceback.format_exc()
         problem = transformer_engine_problem() if "transformer_engine" in details else None
         if problem is not None:
@@ -63,6 +67,19 @@ def main(function: Callable[[], int | None]) -> None:
         sys.stderr.write(details)
         leave(1)
     sys.exit(code)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads standard output any longer, as after `| head`. Never of a rank, whose error is
+    always reported."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    output = select.poll()
+    try:
+        output.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def end_with_torchrun() -> None:

@@ -3,6 +3,8 @@ and no process left behind."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,3 +45,19 @@ def test_a_mistake_ends_a_tool_with_one_line():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no layout of 7 GPUs") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_ends_a_tool_in_silence(lines: int) -> None:
+    """Output smaller than the buffer is written at the end, larger output in the middle."""
+    program = f"""
+from megatron_ultralong.runtime import cli
+cli.main(lambda: print("a line\\n" * {lines}))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -87,7 +87,13 @@ def test_the_options_of_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert printed.startswith("# tiny\n") and "\n# tiny_extend\n" in printed
     assert printed.count("train.lr=0.0003\n") == 1
     assert tool(monkeypatch, "--recipe", "ultralong_1m", "--set", "help", "train.seq_length=512K") == 0
-    assert "train.seq_length=524288    integer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train.seq_length=524288    integer" in printed
+    heading = " ".join(line.removeprefix("# ") for line in printed.splitlines() if line.startswith("# "))
+    assert heading.startswith("ultralong_1m arXiv 2504.06214: ")
+    unpublished = recipes.get("ultralong_1m").unpublished
+    assert len(unpublished) > 3
+    assert heading.endswith(f"not published, this project's own choice: {', '.join(unpublished)}")
     assert tool(monkeypatch, "--recipe", "tiny_stages", "--set", "tiny:help") == 0
     assert "# tiny\n" in capsys.readouterr().out
     assert tool(monkeypatch, "--recipe", "tiny") == 2
