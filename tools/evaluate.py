@@ -1,86 +1,8 @@
 #!/usr/bin/env python
-"""Evaluate a model. One subcommand per benchmark; results go to --out as JSON, with a plot.
+"""`ultralong evaluate`, as a file."""
 
-    python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,50,100 --out results/niah
-    torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --lengths 1M --out results/niah
-    python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR \\
-        --lengths 128K --out results/niah
-    python tools/evaluate.py ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
-    python tools/evaluate.py lveval --model DIR --data hub --official LVEval --out results/lveval
-    python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey --out results/infinitebench
-    python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
-    torchrun --nproc-per-node 8 tools/evaluate.py perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M \\
-        --out results/perplexity
-    python tools/evaluate.py published --model DIR --out results
-    python tools/evaluate.py report --results results --out results/report
-    python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
-
-The model is a Hugging Face directory in plain transformers, this project's model over many ranks (a
-checkpoint, or a Hugging Face directory that is read in place), or one behind an OpenAI-compatible endpoint. A
-run that was stopped resumes when the same command is given again.
-"""
-
-from __future__ import annotations
-
-import argparse
-
-from megatron_ultralong.evaluate.report import commands as report
-from megatron_ultralong.evaluate.tasks import infinitebench, lveval, perplexity
-from megatron_ultralong.evaluate.tasks.niah import run as niah
-from megatron_ultralong.evaluate.tasks.ruler import run as ruler
-from megatron_ultralong.evaluate.tasks.standard import run as standard
+from megatron_ultralong.commands.evaluate import main
 from megatron_ultralong.runtime import cli
-
-BENCHMARKS = {  # how to add one: docs/how-to-add-a-benchmark.md
-    "niah": niah,
-    "ruler": ruler,
-    "lveval": lveval,
-    "infinitebench": infinitebench,
-    "standard": standard,
-    "perplexity": perplexity,
-}
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
-    for name, benchmark in BENCHMARKS.items():
-        command = commands.add_parser(name, help=benchmark.HELP, description=benchmark.DESCRIPTION)
-        benchmark.add_arguments(command)
-        command.set_defaults(function=benchmark.run_command)
-
-    command = commands.add_parser(
-        "report",
-        help="tables of several models' results next to the published figures",
-        description="Collects results (niah, ruler, lveval, infinitebench, standard, perplexity) into the paper's tables.",
-    )
-    report.add_report_arguments(command)
-    command.set_defaults(function=report.run_report)
-
-    command = commands.add_parser(
-        "published",
-        help="a model's results beside its published figures, and what differs",
-        description="The benchmarks of arXiv 2504.06214: measured, published, and what differs between the two.",
-    )
-    report.add_published_arguments(command)
-    command.set_defaults(function=report.run_published)
-
-    command = commands.add_parser(
-        "compare",
-        help="several niah.json as heat maps side by side",
-        description="Passkey grids side by side in one plot.",
-    )
-    report.add_compare_arguments(command)
-    command.set_defaults(function=report.run_compare)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
-    args.function(args)
-
 
 if __name__ == "__main__":
     cli.main(main)

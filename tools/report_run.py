@@ -1,53 +1,8 @@
 #!/usr/bin/env python
-"""Make one HTML page of a training run, from what it recorded in its run directory.
+"""`ultralong report-run`, as a file."""
 
-    python tools/report_run.py runs/1m/pretrain
-    python tools/report_run.py runs/1m/pretrain --results runs/1m/results --out report.html
-
-Curves and tables of loss, learning rate, gradient norm, speed, time by part, memory, validation and
-evaluations, with restarts; layout and settings; the plan beside what was measured. The page contains all that
-it shows and opens in any browser. It can be made while the run trains.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
+from megatron_ultralong.commands.report_run import main
 from megatron_ultralong.runtime import cli
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run directory: --save of tools/train.py; of one stage")
-    add(
-        "--results",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="results files of tools/evaluate.py, or folders of them: scores of the run's checkpoints (RUN/iter_NNNNNNN)",
-    )
-    add("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
-
-    # Imported here so that --help answers at once.
-    from megatron_ultralong.io import atomic_files
-    from megatron_ultralong.run_report import page, read
-
-    record = read.read(args.run)
-    out = args.out or args.run / "report.html"
-    atomic_files.check_file_writable(out, f"--out {out}")
-    notes = read.add_results(record, args.results)
-    atomic_files.write_text(out, page.page(record, notes), what=f"--out {out}")
-    print(out)
-
 
 if __name__ == "__main__":
     cli.main(main)

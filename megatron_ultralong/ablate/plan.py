@@ -1,4 +1,4 @@
-"""What a grid runs: commands of the tools, in order, for its files, its packed rows and each cell. Settings
+"""What a grid runs: commands, in order, for its files, its packed rows and each cell. Settings
 are checked here, before the first command starts."""
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Step:
     """One command."""
 
     words: tuple[str, ...]
-    """A Python script and its arguments; `untrained.py` stands for the function of that file."""
+    """A command of `ultralong` or a Python script (.py), and its arguments; `untrained` stands for the
+    function of untrained.py."""
     makes: Path
     """The file or folder that exists once the command is complete."""
 
@@ -56,8 +57,6 @@ class Job:
 class Places:
     """Where things are."""
 
-    tools: Path
-    """The folder of the tools."""
     out: Path
     """The folder of the results."""
     grid: Grid
@@ -200,7 +199,7 @@ def data_jobs(places: Places) -> list[Job]:
                 continue
             prefix, settings = _rows(places, stage, run)
             options = {"tokenizer": str(places.base), **stage.data, "seq-length": run.train.seq_length}
-            words = ("prepare_data.py", stage.kind, *places.words(options), "--output", str(prefix))
+            words = ("prepare", stage.kind, *places.words(options), "--output", str(prefix))
             jobs[str(prefix)] = Job(
                 name=f"rows {prefix.name}",
                 folder=prefix.with_name(f"{prefix.name}.job"),
@@ -241,7 +240,7 @@ def _cell_job(places: Places, cell: Cell, base: str) -> Job:
         steps.append(
             Step(
                 words=(
-                    *("train.py", "--recipe", stage.recipe),
+                    *("train", "--recipe", stage.recipe),
                     *(("--set", *stage.settings) if stage.settings else ()),
                     *(*start, "--data", str(prefix), "--save", str(save)),
                 ),
@@ -254,14 +253,14 @@ def _cell_job(places: Places, cell: Cell, base: str) -> Job:
     if cell.seed is None:
         stages = [{"rope": stages[0]["run"]["rope"], "length": runs[0].train.seq_length}]
         settings = cell.stages[0].settings
-        words = ("untrained.py", str(places.base), str(model), cell.stages[0].recipe, *settings)
+        words = ("untrained", str(places.base), str(model), cell.stages[0].recipe, *settings)
     else:
         exported = (*places.words(cell.export), "--ckpt", start[1], "--out", str(model))
-        words = ("convert_hf.py", "export", *exported)
+        words = ("convert", "export", *exported)
     steps.append(Step(words=words, makes=model))
     for name, options in cell.evaluate.items():
         results = folder / name
-        words = ("evaluate.py", name, "--model", str(model), *places.words(options, _JOINED))
+        words = ("evaluate", name, "--model", str(model), *places.words(options, _JOINED))
         steps.append(Step(words=(*words, "--out", str(results)), makes=results / f"{name}.json"))
     return Job(
         name=cell.name,

@@ -95,7 +95,7 @@ def _start(job: Job, places: Places) -> Any:
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / DONE).unlink(missing_ok=True)
     atomic_files.write_json(job.folder / SETTINGS, job.settings)
-    process = get_context("spawn").Process(target=_execute, args=(job, places.tools, places.out))
+    process = get_context("spawn").Process(target=_execute, args=(job, places.out))
     process.start()
     return process
 
@@ -120,13 +120,13 @@ def _stop(processes: list[Any]) -> None:
 
 def _is_checkpoint(step: Step, job: Job) -> bool:
     """Whether a step makes a checkpoint, which is removed when the job is complete."""
-    return step.words[0] == "train.py" and (job.folder / DONE).is_file()
+    return step.words[0] == "train" and (job.folder / DONE).is_file()
 
 
 # ---- in the process of a job -----------------------------------------------------------------------
 
 
-def _execute(job: Job, tools: Path, out: Path) -> None:
+def _execute(job: Job, out: Path) -> None:
     """Run the commands of a job that are not complete, and exit with the code of the first that fails."""
     workers.end_with_main()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -139,14 +139,15 @@ def _execute(job: Job, tools: Path, out: Path) -> None:
     for step in job.steps:
         if step.makes.exists():
             continue
-        print(f"$ python {' '.join(step.words)}", flush=True)
+        program = "python" if step.words[0].endswith(".py") else "ultralong"
+        print(f"$ {program} {' '.join(step.words)}", flush=True)
         step.makes.parent.mkdir(parents=True, exist_ok=True)
-        _command(step, tools)
+        _command(step)
         if not step.makes.exists():
             print("error: stopped before it was complete", flush=True)
             sys.exit(3)
     for step in job.steps:
-        if step.words[0] == "train.py":
+        if step.words[0] == "train":
             shutil.rmtree(step.makes.parent)
     times = os.times()
     used = times.user + times.system + times.children_user + times.children_system
@@ -154,11 +155,11 @@ def _execute(job: Job, tools: Path, out: Path) -> None:
     atomic_files.write_json(job.folder / DONE, seconds)
 
 
-def _command(step: Step, tools: Path) -> None:
-    """Run one command as `python SCRIPT ...` does, in this process, which has imported the libraries once for
-    all commands."""
+def _command(step: Step) -> None:
+    """Run one command as `ultralong NAME ...` or `python SCRIPT ...` does, in this process, which has
+    imported the libraries once for all commands."""
     name, *arguments = step.words
-    if name == "untrained.py":
+    if name == "untrained":
         from megatron_ultralong.ablate import untrained
         from megatron_ultralong.runtime import cli
 
@@ -169,16 +170,20 @@ def _command(step: Step, tools: Path) -> None:
         except UserError as error:
             sys.exit(f"error: {error}")
         return
-    script = tools / name if (tools / name).is_file() else Path(name)
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
+    folder = str(Path(name).parent)
+    sys.path.insert(0, folder)
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if name.endswith(".py"):
+            sys.argv = [name, *arguments]
+            runpy.run_path(name, run_name="__main__")
+        else:
+            sys.argv = ["ultralong", name, *arguments]
+            runpy.run_module("megatron_ultralong", run_name="__main__")
     except SystemExit as stop:
         if stop.code:
             raise
     finally:
-        sys.path.remove(str(script.parent))
+        sys.path.remove(folder)
 
 
 # ---- small parts -----------------------------------------------------------------------------------

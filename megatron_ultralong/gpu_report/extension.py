@@ -32,7 +32,6 @@ from megatron_ultralong.io import atomic_files
 from megatron_ultralong.measure.number_format import byte_count, integer, three_digits
 from megatron_ultralong.measure.report import ReportColumn
 
-ROOT = Path(__file__).parents[2]
 EVERY = 10
 """One document in `EVERY` is held out."""
 COLUMNS = (
@@ -94,7 +93,7 @@ def measure(settings: ExtensionSettings, device: str) -> dict[str, Any]:
         atomic_files.write_text(
             log,
             _tool(
-                "train.py",
+                "train",
                 "--recipe",
                 "smollm2_135m",
                 "--set",
@@ -111,8 +110,8 @@ def measure(settings: ExtensionSettings, device: str) -> dict[str, Any]:
             ),
         )
     if not (folder / "hf").is_dir():
-        _tool("convert_hf.py", "export", "--ckpt", trained, "--out", folder / "hf")
-    _tool("convert_hf.py", "verify", "--hf", folder / "hf", "--ckpt", trained)
+        _tool("convert", "export", "--ckpt", trained, "--out", folder / "hf")
+    _tool("convert", "verify", "--hf", folder / "hf", "--ckpt", trained)
     text = log.read_text(encoding="utf-8")
     return _figures(text, settings.batch * length) | {"seconds": time.perf_counter() - start}
 
@@ -133,9 +132,9 @@ def _write_rows(prefix: Path, documents: list[list[int]], length: int) -> None:
 
 
 def _tool(name: str, *words: Any) -> str:
-    """Run one of the project's tools; return what it printed. RuntimeError with its last line if it fails."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
+    """Run `ultralong NAME`; return what it printed. RuntimeError with its last line if it fails."""
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "megatron_ultralong", name, *map(str, words)]
     print("$", *command, flush=True)
     done = subprocess.run(
         command,
@@ -148,7 +147,7 @@ def _tool(name: str, *words: Any) -> str:
     print(done.stdout, flush=True)
     if done.returncode:
         last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
-        raise RuntimeError(f"tools/{name} ended with exit code {done.returncode}: {last}")
+        raise RuntimeError(f"ultralong {name} ended with exit code {done.returncode}: {last}")
     return done.stdout
 
 

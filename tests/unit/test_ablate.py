@@ -49,7 +49,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def places(folder: Path, **changes: Any) -> Places:
-    return Places(tools=ROOT / "tools", out=folder / "out", grid=grid.read(written(folder, **changes)))
+    return Places(out=folder / "out", grid=grid.read(written(folder, **changes)))
 
 
 def test_expansion(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_settings_are_refused_before_any_run(tmp_path: Path, changes: dict[str, 
 )
 def test_shipped_grids(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    here = Places(tools=ROOT / "tools", out=tmp_path, grid=grid.read(path))
+    here = Places(out=tmp_path, grid=grid.read(path))
     plan.check(here)
     if here.base.is_dir():
         jobs = [job for _, job in plan.cell_jobs(here)]
@@ -163,17 +163,17 @@ def test_commands(tmp_path: Path) -> None:
     assert len(rows) == 2, "one set of rows for both seeds"
     words = [step.words for step in jobs["method=ntk,steps=two,seed=2"].steps]
     assert [one[0] for one in words] == [
-        "train.py",
-        "train.py",
-        "convert_hf.py",
-        "evaluate.py",
-        "evaluate.py",
+        "train",
+        "train",
+        "convert",
+        "evaluate",
+        "evaluate",
     ]
     assert "--load-hf" in words[0] and "--load" in words[1]
     assert "512,4K" in words[3] and "0,100" in words[3]
     assert jobs["method=ntk,steps=two,seed=2"].tokens == 2 * 4 * (2048 + 4096)
     untrained = jobs["method=untrained,steps=one,untrained"]
-    assert [step.words[0] for step in untrained.steps] == ["untrained.py", "evaluate.py", "evaluate.py"]
+    assert [step.words[0] for step in untrained.steps] == ["untrained", "evaluate", "evaluate"]
     assert untrained.tokens == 0
 
 
@@ -230,7 +230,7 @@ def test_jobs(tmp_path: Path) -> None:
             settings={"name": name},
         )
 
-    here = Places(tools=ROOT / "tools", out=tmp_path, grid=grid.read(written(tmp_path)))
+    here = Places(out=tmp_path, grid=grid.read(written(tmp_path)))
     lines: list[str] = []
     jobs = [job("fails", tmp_path / "later"), job("works", script)]
     assert run.run_jobs(jobs, here, 2, lines.append) == ["fails"]

@@ -34,6 +34,8 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"train"},
     {"measure"},
     {"ablate", "gpu_report", "run_report"},
+    {"commands"},
+    {"__main__"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 FORBIDDEN = {("train", "evaluate")}  # training calls evaluation through callbacks

@@ -1,0 +1,86 @@
+"""Measure speed and memory of this program on one GPU or a CPU.
+
+    python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
+    python tools/benchmark.py placement --length 1M --cp 8,32,64 --out runs/benchmark
+    python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
+    python tools/benchmark.py step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
+    python tools/benchmark.py step --longest --settings all-but-attention,offload-all
+    python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
+    python tools/benchmark.py train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --out runs/benchmark
+    python tools/benchmark.py checkpoint --folder runs --out runs/benchmark
+    python tools/benchmark.py generate --lengths 128K,512K --out runs/benchmark
+    python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
+
+These are not benchmarks of models; tools/evaluate.py runs those. Each command prints a table; --json, --plot
+and --out also write it to files, with device, versions, date and command. Defaults are smaller on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from megatron_ultralong.commands.benchmark import (
+    attention,
+    checkpoint,
+    data,
+    generate,
+    loss,
+    placement,
+    step,
+    train,
+)
+
+BENCHMARKS = {
+    "attention": attention,
+    "placement": placement,
+    "loss": loss,
+    "step": step,
+    "train": train,
+    "checkpoint": checkpoint,
+    "generate": generate,
+    "data": data,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, help=benchmark.HELP)
+        benchmark.add_arguments(command)
+        command.set_defaults(measure=benchmark.settings)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+
+    # Imported here so that --help answers at once.
+    from megatron_ultralong.io import atomic_files
+    from megatron_ultralong.measure import report, timing
+
+    device = timing.select_device(args.device)
+    figures, plots = [args.json], [args.plot]
+    if args.out is not None:
+        name = "longest_step" if args.benchmark == "step" and args.longest else args.benchmark
+        figures.append(args.out / f"{name}.json")
+        plots.append(args.out / f"{name}.png")
+    # Figures first: a plot that fails must lose nothing that was measured.
+    outputs = [(report.write_json, path) for path in figures] + [(report.plot, path) for path in plots]
+    for _, path in outputs:
+        if path is not None:
+            atomic_files.check_file_writable(path, str(path))
+    run, settings = args.measure(args, device.type == "cuda")
+    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    result = run(
+        settings, device, command, lambda name: print(f"measuring {name}", file=sys.stderr, flush=True)
+    )
+    print(report.text(result))
+    for write, path in outputs:
+        if path is not None:
+            write(result, path)
+    return 0

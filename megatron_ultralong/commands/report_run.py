@@ -1,0 +1,46 @@
+"""Make one HTML page of a training run, from what it recorded in its run directory.
+
+    python tools/report_run.py runs/1m/pretrain
+    python tools/report_run.py runs/1m/pretrain --results runs/1m/results --out report.html
+
+Curves and tables of loss, learning rate, gradient norm, speed, time by part, memory, validation and
+evaluations, with restarts; layout and settings; the plan beside what was measured. The page contains all that
+it shows and opens in any browser. It can be made while the run trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory: --save of tools/train.py; of one stage")
+    add(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="results files of tools/evaluate.py, or folders of them: scores of the run's checkpoints (RUN/iter_NNNNNNN)",
+    )
+    add("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+
+    # Imported here so that --help answers at once.
+    from megatron_ultralong.io import atomic_files
+    from megatron_ultralong.run_report import page, read
+
+    record = read.read(args.run)
+    out = args.out or args.run / "report.html"
+    atomic_files.check_file_writable(out, f"--out {out}")
+    notes = read.add_results(record, args.results)
+    atomic_files.write_text(out, page.page(record, notes), what=f"--out {out}")
+    print(out)
