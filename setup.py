@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_ultralong", "megatron_ultralong.*"]),
     package_data={"megatron_ultralong": ["py.typed"]},
+    entry_points={"console_scripts": ["ultralong = megatron_ultralong.commands.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

@@ -3,9 +3,9 @@
     base: examples/demo/base          # Hugging Face directory that every cell starts from
     files:                            # files that scripts write, once; --output NAME is appended
       train.jsonl: examples/demo/corpus.py documents --tokenizer examples/demo/base --length 4096 --rows 80
-    recipe: tiny_extend               # as tools/train.py --recipe
-    set: [train.iterations=12]        # as tools/train.py --set
-    data: {input: train.jsonl}        # options of tools/prepare_data.py pretrain but for --seq-length
+    recipe: tiny_extend               # as `ultralong train --recipe`
+    set: [train.iterations=12]        # as `ultralong train --set`
+    data: {input: train.jsonl}        # options of `ultralong prepare pretrain` but for --seq-length
     axes:                             # every combination of values is run
       method:
         untrained: {train: false, set: [rope.type=none, rope.allow_short=true]}
@@ -14,15 +14,15 @@
         one: {}
         two: {stages: [{set: [train.seq_length=2K]}, {}]}
     seeds: [1, 2, 3]                  # train.seed; untrained cells are run once
-    evaluate:                         # options of tools/evaluate.py
+    evaluate:                         # options of `ultralong evaluate`
       niah: {lengths: [512, 4K], depths: [0, 50, 100], trials: 4}
       perplexity: {data: held_out.jsonl, lengths: [512, 4K], rows: 8}
 
 A value of an axis may have these keys: `recipe` (replaces that of the file), `set` (appended), `data`,
-`export` (options of tools/convert_hf.py export), `evaluate` (all three merged; null removes an option),
+`export` (options of `ultralong convert export`), `evaluate` (all three merged; null removes an option),
 `train`, `stages` (runs one after the other, each with `set` and `data` of its own in addition to the common
 ones), `then` (further stages, which share nothing with the others: `recipe`, `set`, `data`, and `kind: sft`
-for the options of tools/prepare_data.py sft).
+for the options of `ultralong prepare sft`).
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ _THEN = ("recipe", "set", "data", "kind")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One run of tools/train.py."""
+    """One run of `ultralong train`."""
 
     recipe: str
     settings: tuple[str, ...]
     """Of --set."""
     kind: str = "pretrain"
-    """Subcommand of tools/prepare_data.py that packs the rows: pretrain or sft."""
+    """Subcommand of `ultralong prepare` that packs the rows: pretrain or sft."""
     data: Options
     """Its options."""
 
@@ -83,9 +83,9 @@ class Cell:
     stages: tuple[Stage, ...]
     """Of an untrained cell, only the RoPE and the length of the first are used."""
     export: Options
-    """Options of tools/convert_hf.py export."""
+    """Options of `ultralong convert export`."""
     evaluate: dict[str, Options]
-    """Options of tools/evaluate.py by benchmark."""
+    """Options of `ultralong evaluate` by benchmark."""
 
     @property
     def label(self) -> str:

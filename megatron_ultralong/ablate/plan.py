@@ -145,7 +145,7 @@ def _check_evaluation(name: str, options: Options) -> None:
     words: list[str] = []
     for option, value in options.items():
         if f"--{option}" not in parser._option_string_actions:
-            raise UserError(f"evaluate.{name}.{option}: tools/evaluate.py {name} has no option --{option}")
+            raise UserError(f"evaluate.{name}.{option}: `ultralong evaluate {name}` has no option --{option}")
         words += [f"--{option}"]
         if value is not True:
             values = [str(one) for one in (value if isinstance(value, list) else [value])]

@@ -1,7 +1,7 @@
 """Run an ablation: a grid of training runs from one base model, each evaluated, with a table over seeds.
 
-    python tools/ablate.py --grid examples/ablations/methods.yaml --out runs/ablations/methods
-    python tools/ablate.py --grid examples/ablations/methods.yaml --out runs/ablations/methods --only method=yarn,ntk seed=1
+    ultralong ablate --grid examples/ablations/methods.yaml --out runs/ablations/methods
+    ultralong ablate --grid examples/ablations/methods.yaml --out runs/ablations/methods --only method=yarn,ntk seed=1
 
 Each cell runs `ultralong` train, convert export and evaluate in a process of its own, whose
 commands and output are in OUT/cells/NAME/log.txt. The same command resumes a stopped grid: finished cells
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ultralong import command_line
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add("--grid", type=Path, required=True, metavar="FILE.yaml", help="the grid (docs/ablations.md)")
     add("--out", type=Path, required=True, metavar="DIR", help="directory for everything that is written")
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help answers at once.
     import os

@@ -1,7 +1,7 @@
 """Check what each token of a layout sees: change one token, and list which outputs change.
 
-python tools/check_context_parallel.py --documents 6
-torchrun --nproc-per-node 8 tools/check_context_parallel.py --recipe ultralong_1m --load-hf DIR \\
+ultralong check-context-parallel --documents 6
+torchrun --nproc-per-node 8 -m megatron_ultralong check-context-parallel --recipe ultralong_1m --load-hf DIR \\
     --set train.seq_length=64K parallel.tp=1 parallel.cp=8 --documents 40
 
 Exit code 1 where an output changed that must not (documents leak, or the future), or where a rank's outputs
@@ -16,7 +16,7 @@ import json
 import random
 from pathlib import Path
 
-from megatron_ultralong import recipes
+from megatron_ultralong import command_line, recipes
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.errors import UserError
 
@@ -25,9 +25,7 @@ LEAST = {"fp32": 0.99, "bf16": 0.5}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     parser.add_argument(
         "--recipe", default="tiny", help="recipe whose layout and model are checked (default: %(default)s)"
     )
@@ -58,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
     run = recipes.get(args.recipe)
     masked = ["data.documents=masked"] if args.documents > 1 else []
     run = override(run, ["train.micro_batch=1", *masked, *args.set])

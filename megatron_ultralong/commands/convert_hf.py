@@ -1,17 +1,19 @@
 """Convert a Hugging Face Llama directory to a sharded checkpoint and back, or to one of Megatron-LM; compare
 the two, or verify a checkpoint's files.
 
-python tools/convert_hf.py import --hf Llama-3.1-8B-Instruct --out runs/base
-python tools/convert_hf.py export --ckpt runs/1m --out Llama-3.1-8B-1M
-torchrun --nproc-per-node 8 tools/convert_hf.py verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
-python tools/convert_hf.py check --ckpt runs/1m
-python tools/convert_hf.py export-megatron --hf Llama-3.1-8B-1M --out megatron/Llama-3.1-8B-1M
+ultralong convert import --hf Llama-3.1-8B-Instruct --out runs/base
+ultralong convert export --ckpt runs/1m --out Llama-3.1-8B-1M
+torchrun --nproc-per-node 8 -m megatron_ultralong convert verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
+ultralong convert check --ckpt runs/1m
+ultralong convert export-megatron --hf Llama-3.1-8B-1M --out megatron/Llama-3.1-8B-1M
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from megatron_ultralong import command_line
 
 COMMANDS = {
     "import": "HF directory to sharded checkpoint (training can also read the HF directory in place)",
@@ -23,9 +25,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     for name in ("import", "export-megatron", "verify"):
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help is answered at once.
     from megatron_ultralong.checkpoint import convert, run_directory

@@ -1,18 +1,18 @@
 """Evaluate a model. One subcommand per benchmark; results go to --out as JSON, with a plot.
 
-    python tools/evaluate.py niah --model DIR --lengths 512,1K,4K --depths 0,50,100 --out results/niah
-    torchrun --nproc-per-node 8 tools/evaluate.py niah --ckpt CKPT --tp 4 --lengths 1M --out results/niah
-    python tools/evaluate.py niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR \\
+    ultralong evaluate niah --model DIR --lengths 512,1K,4K --depths 0,50,100 --out results/niah
+    torchrun --nproc-per-node 8 -m megatron_ultralong evaluate niah --ckpt CKPT --tp 4 --lengths 1M --out results/niah
+    ultralong evaluate niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR \\
         --lengths 128K --out results/niah
-    python tools/evaluate.py ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
-    python tools/evaluate.py lveval --model DIR --data hub --official LVEval --out results/lveval
-    python tools/evaluate.py infinitebench --model DIR --data hub --tasks passkey --out results/infinitebench
-    python tools/evaluate.py standard --model DIR --tasks paper --run-code --out results/standard
-    torchrun --nproc-per-node 8 tools/evaluate.py perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M \\
+    ultralong evaluate ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
+    ultralong evaluate lveval --model DIR --data hub --official LVEval --out results/lveval
+    ultralong evaluate infinitebench --model DIR --data hub --tasks passkey --out results/infinitebench
+    ultralong evaluate standard --model DIR --tasks paper --run-code --out results/standard
+    torchrun --nproc-per-node 8 -m megatron_ultralong evaluate perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M \\
         --out results/perplexity
-    python tools/evaluate.py published --model DIR --out results
-    python tools/evaluate.py report --results results --out results/report
-    python tools/evaluate.py compare --results a/niah.json b/niah.json --out both.png
+    ultralong evaluate published --model DIR --out results
+    ultralong evaluate report --results results --out results/report
+    ultralong evaluate compare --results a/niah.json b/niah.json --out both.png
 
 The model is a Hugging Face directory in plain transformers, this project's model over many ranks (a
 checkpoint, or a Hugging Face directory that is read in place), or one behind an OpenAI-compatible endpoint. A
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_ultralong import command_line
 from megatron_ultralong.evaluate.report import commands as report
 from megatron_ultralong.evaluate.tasks import infinitebench, lveval, perplexity
 from megatron_ultralong.evaluate.tasks.niah import run as niah
@@ -40,9 +41,7 @@ BENCHMARKS = {  # how to add one: docs/how-to-add-a-benchmark.md
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     commands = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=benchmark.HELP, description=benchmark.DESCRIPTION)
@@ -76,5 +75,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
     args.function(args)

@@ -1,8 +1,8 @@
-"""Measure everything that this project claims on a GPU, beside what tools/plan.py predicts.
+"""Measure everything that this project claims on a GPU, beside what `ultralong plan` predicts.
 
-    python tools/gpu_report.py --out runs/gpu_report
-    python tools/gpu_report.py --out runs/gpu_report --minutes 60 --model models/SmolLM2-135M-Instruct
-    python tools/gpu_report.py --out runs/tiny --scale tiny --device cpu
+    ultralong gpu-report --out runs/gpu_report
+    ultralong gpu-report --out runs/gpu_report --minutes 60 --model models/SmolLM2-135M-Instruct
+    ultralong gpu-report --out runs/tiny --scale tiny --device cpu
 
 Checks the machine, runs tests/gpu, then measures in order of worth: attention, loss, a step under every memory
 setting, the longest step, generation, and a small model extended to four times its context. Rows are kept in
@@ -14,19 +14,16 @@ missing, also after it was killed. Nothing is downloaded. The results are gpu_re
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
+from megatron_ultralong import command_line
 from megatron_ultralong.errors import UserError
 
 GROUPS = "tests,attention,loss,step,longest,generation,extension"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add(
         "--minutes",
@@ -68,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
     groups = [name.strip() for name in args.only.split(",")]
     for name in groups:
         if name not in GROUPS.split(","):
@@ -94,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         scale=scale,
         model=None if args.model is None else args.model.resolve(),
         retry=args.retry,
-        command=shlex.join(["python", "tools/gpu_report.py", *sys.argv[1:]]),
+        command=command_line.as_typed(arguments),
     )
     path = run(settings, lambda line: print(line, flush=True))
     print(f"report: {path}")

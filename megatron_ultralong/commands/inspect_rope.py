@@ -1,8 +1,8 @@
 """Show side by side the RoPE that models really use, and which of them agree.
 
-    python tools/inspect_rope.py models/Llama-3.1-8B-Instruct runs/1m/pretrain
-    python tools/inspect_rope.py models/Llama-3.1-8B-1M model.gguf megatron.txt --json rope.json
-    python tools/inspect_rope.py megatron/iter_0001000 --head-dim 128
+    ultralong inspect-rope models/Llama-3.1-8B-Instruct runs/1m/pretrain
+    ultralong inspect-rope models/Llama-3.1-8B-1M model.gguf megatron.txt --json rope.json
+    ultralong inspect-rope megatron/iter_0001000 --head-dim 128
 
 A source is a Hugging Face directory or its config.json; a checkpoint of this program (run directory or
 iteration); a Megatron-LM checkpoint (its common.pt), or Megatron-LM's arguments in a text, YAML or JSON file;
@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ultralong import command_line
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="SOURCE", help="a file or directory that states a RoPE")
     add(
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help answers at once.
     from megatron_ultralong.checkpoint.rope_sources import compare, read, report

@@ -4,6 +4,7 @@ torchrun: torchrun --nproc-per-node 8 -m megatron_ultralong train ..."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 
@@ -41,15 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
         + "\n\n`ultralong COMMAND --help` describes one. On several GPUs: torchrun ... -m megatron_ultralong COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"megatron_ultralong {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below")
     return parser
 
 
 def main() -> None:
-    args = build_parser().parse_args(sys.argv[1:2])
-    module, _ = COMMANDS[args.command]
-    sys.argv = [
-        f"ultralong {args.command}",
-        *sys.argv[2:],
-    ]  # the first word is argparse's name of the program
+    parser = build_parser()
+    name = parser.parse_args(sys.argv[1:2]).command
+    if name not in COMMANDS:
+        (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        parser.error(f"there is no command {name!r}; did you mean {nearest}?")
+    module, _ = COMMANDS[name]
+    sys.argv = [f"ultralong {name}", *sys.argv[2:]]  # argparse takes the first word for the program's name
     cli.main(importlib.import_module(f"megatron_ultralong.commands.{module}").main)

@@ -1,13 +1,13 @@
 """Estimate memory and time of a run before it is launched, and find the fastest layouts that fit.
 
-    python tools/plan.py --model llama-3.1-8b --seq-length 1M --gpus 256 --gpu h100
-    python tools/plan.py --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
-    python tools/plan.py --recipe ultralong_1m_stages --gpus 256 --save-rate 20G
+    ultralong plan --model llama-3.1-8b --seq-length 1M --gpus 256 --gpu h100
+    ultralong plan --recipe ultralong_4m --gpus 256 --gpu h200 --set parallel.tp=8 --json plan.json
+    ultralong plan --recipe ultralong_1m_stages --gpus 256 --save-rate 20G
 
 All figures are estimates from formulas (docs/plan.md), not measurements. The search varies parallel.tp, pp,
 cp, dp and ulysses, memory.recompute and memory.offload, and, where nothing else fits, memory.query_chunks.
 Settings given with --set are kept, except memory.offload=auto, which is searched. For each layout the report
-ends with a line of settings for tools/train.py. With a recipe, or with train.iterations, it says the hours
+ends with a line of settings for `ultralong train`. With a recipe, or with train.iterations, it says the hours
 and GPU-hours of the whole run; of several stages, each is planned, and their sum is printed last. Exit code:
 0 if a layout fits, 1 if none does, 2 for a mistake in the arguments.
 """
@@ -17,11 +17,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ultralong import command_line
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add(
         "--model",
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="settings to change, as in tools/train.py (of one stage: STAGE:KEY=VALUE); the search keeps them",
+        help="settings to change, as in `ultralong train` (of one stage: STAGE:KEY=VALUE); the search keeps them",
     )
     add(
         "--seq-length", metavar="S", help="tokens per sequence, like 128K or 1M (default: that of the recipe)"
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help answers at once.
     from megatron_ultralong.io import atomic_files

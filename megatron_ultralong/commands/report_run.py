@@ -1,7 +1,7 @@
 """Make one HTML page of a training run, from what it recorded in its run directory.
 
-    python tools/report_run.py runs/1m/pretrain
-    python tools/report_run.py runs/1m/pretrain --results runs/1m/results --out report.html
+    ultralong report-run runs/1m/pretrain
+    ultralong report-run runs/1m/pretrain --results runs/1m/results --out report.html
 
 Curves and tables of loss, learning rate, gradient norm, speed, time by part, memory, validation and
 evaluations, with restarts; layout and settings; the plan beside what was measured. The page contains all that
@@ -13,26 +13,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ultralong import command_line
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run directory: --save of tools/train.py; of one stage")
+    add("run", type=Path, metavar="RUN", help="run directory: --save of `ultralong train`; of one stage")
     add(
         "--results",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="results files of tools/evaluate.py, or folders of them: scores of the run's checkpoints (RUN/iter_NNNNNNN)",
+        help="results files of `ultralong evaluate`, or folders of them: scores of the run's checkpoints (RUN/iter_NNNNNNN)",
     )
     add("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help answers at once.
     from megatron_ultralong.io import atomic_files

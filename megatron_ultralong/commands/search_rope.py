@@ -1,7 +1,7 @@
 """Search the factors of LongRoPE for a model and a length, by perplexity and without training.
 
-    python tools/search_rope.py --model models/SmolLM2-135M-Instruct --length 32K --data book.txt --out factors.json
-    torchrun ... tools/train.py --set rope.type=longrope rope.factors=factors.json ...
+    ultralong search-rope --model models/SmolLM2-135M-Instruct --length 32K --data book.txt --out factors.json
+    torchrun ... -m megatron_ultralong train --set rope.type=longrope rope.factors=factors.json ...
 
 The losses measured so far are kept in NAME.losses.jsonl beside --out: the same command resumes a stopped search.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ultralong import command_line
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory of a Llama")
     add("--length", required=True, metavar="N", help="tokens of a row, like 32K: the length to extend to")
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help answers at once.
     import math

@@ -1,10 +1,11 @@
 """Train a recipe: continued pretraining or instruction tuning, under torchrun or as a single rank.
 
-torchrun --nproc-per-node 8 tools/train.py --recipe ultralong_1m --load-hf DIR --data PREFIX --save runs/1m
+torchrun --nproc-per-node 8 -m megatron_ultralong train --recipe ultralong_1m --load-hf DIR --data PREFIX --save runs/1m
 
 A recipe of several stages takes --data once for each stage, and has a run directory for each in --save:
 
-torchrun --nproc-per-node 8 tools/train.py --recipe prolong --load-hf DIR --data 64K --data 512K --data SFT --save runs/prolong
+torchrun --nproc-per-node 8 -m megatron_ultralong train --recipe prolong --load-hf DIR --data 64K --data 512K \\
+    --data SFT --save runs/prolong
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong import __version__, recipes, settings_text
+from megatron_ultralong import command_line, recipes, settings_text
 from megatron_ultralong.command_settings import of_stage, override
 from megatron_ultralong.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     parser.add_argument(
         "--recipe",
         required=True,
@@ -36,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print every setting of the recipe as changed by --set, in the form of --set, and exit",
     )
-    parser.add_argument("--version", action="version", version=f"megatron_ultralong {__version__}")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -105,7 +103,7 @@ class _ListRecipes(argparse.Action):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    args = command_line.parse(parser, arguments)
     describes = any(map(_is_help, args.set))
     if not (args.print_config or describes):
         missing = [f"--{name}" for name in ("data", "save") if getattr(args, name) is None]

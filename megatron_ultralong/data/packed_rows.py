@@ -273,13 +273,13 @@ def read_manifest(prefix: str) -> dict[str, Any]:
             raise TypeError
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing; make packed rows with tools/prepare_data.py, which writes this file last"
+            f"{path} is missing; make packed rows with `ultralong prepare`, which writes this file last"
         ) from None
     except OSError as error:
         raise UserError(f"data {prefix}: {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"data {prefix}: {path} is not a manifest; make packed rows with tools/prepare_data.py"
+            f"data {prefix}: {path} is not a manifest; make packed rows with `ultralong prepare`"
         ) from None
     if number > FORMAT:
         raise UserError(
@@ -296,7 +296,7 @@ def _open_rows(prefix: str, seq_length: int) -> SequenceFile:
     if wrong is not None:
         raise UserError(
             f"{prefix} has rows of {wrong} tokens, but sequence length {seq_length} requires {seq_length + 1}; "
-            f"repack it: tools/prepare_data.py pretrain --seq-length {seq_length}"
+            f"repack it: ultralong prepare pretrain --seq-length {seq_length}"
         )
     rows.check_size()
     return rows

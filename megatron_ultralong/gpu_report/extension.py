@@ -1,7 +1,7 @@
 """A real model extended to a longer context in small: training with YaRN, export, and comparison of the
 export with the checkpoint, by the tools that extend large models. Nothing is downloaded.
 
-The text is Python's language reference, which comes with Python. It is packed here: tools/prepare_data.py
+The text is Python's language reference, which comes with Python. It is packed here: `ultralong prepare`
 needs packages that a rented GPU may not have.
 """
 

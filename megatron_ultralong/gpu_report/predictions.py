@@ -1,4 +1,4 @@
-"""What planning/ estimates for the rows of a report: the figures of tools/plan.py, for one GPU.
+"""What planning/ estimates for the rows of a report: the figures of `ultralong plan`, for one GPU.
 
 Times are None where the device has no data sheet in planning/hardware.py. All ranks of a context parallel
 group compute on one device here, and copies in its memory take the place of the network.

@@ -44,7 +44,7 @@ END = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """A call of tools/gpu_report.py."""
+    """A call of `ultralong gpu-report`."""
 
     out: Path
     minutes: float

@@ -108,7 +108,7 @@ def _lines(values: dict[str, Any]) -> Iterator[str]:
         yield f"- {machine.missing_line(found)}"
     yield f"- command: `{values['command']}`"
     yield ""
-    yield "Predicted: by planning/, as in tools/plan.py. Error: measured / predicted - 1."
+    yield "Predicted: by planning/, as in `ultralong plan`. Error: measured / predicted - 1."
     yield ""
     yield "| measurement | figure | measured | predicted | error |"
     yield "|---|---|---|---|---|"

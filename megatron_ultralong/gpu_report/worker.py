@@ -90,14 +90,14 @@ def _attention(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu |
     methods = {name.partition(",")[0].split()[0] for name in rows}
     cps = sorted({int(name.partition(", CP ")[2]) for name in rows if ", CP " in name})
     needed = replace(settings, methods=[m for m in settings.methods if m in methods], cp=cps)
-    attention.run(needed, device, "tools/gpu_report.py", record=record)
+    attention.run(needed, device, "ultralong gpu-report", record=record)
 
 
 def _loss(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | None, emit: Emit) -> None:
     def record(row: dict[str, Any]) -> None:
         emit(row["name"], row, {} if row.get("note") else predictions.loss(work.settings, row, gpu))
 
-    loss.run(work.settings, device, "tools/gpu_report.py", record=record)
+    loss.run(work.settings, device, "ultralong gpu-report", record=record)
 
 
 def _step(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | None, emit: Emit) -> None:
@@ -108,7 +108,7 @@ def _step(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | None
         failed = row.get("note") and not settings.longest
         emit(row["setting"], row, {} if failed else predictions.step(settings, row, kernel, gpu))
 
-    step.run(settings, device, "tools/gpu_report.py", record=record)
+    step.run(settings, device, "ultralong gpu-report", record=record)
 
 
 def _generation(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | None, emit: Emit) -> None:
@@ -116,7 +116,7 @@ def _generation(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu 
         predicted = {} if row.get("note") else predictions.generation(work.settings, row, gpu)
         emit(rows[0], row, predicted)
 
-    generation.run(work.settings, device, "tools/gpu_report.py", record=record)
+    generation.run(work.settings, device, "ultralong gpu-report", record=record)
 
 
 def _extension(work: Work, rows: Sequence[str], device: torch.device, gpu: Gpu | None, emit: Emit) -> None:

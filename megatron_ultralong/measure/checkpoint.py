@@ -102,7 +102,7 @@ def run(
     from megatron_ultralong.runtime import launch
 
     if launch.world_size() > 1:
-        raise UserError("tools/benchmark.py runs in one process: start it without torchrun")
+        raise UserError("`ultralong benchmark` runs in one process: start it without torchrun")
     ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
     report = SpeedReport(
         kind="checkpoint",

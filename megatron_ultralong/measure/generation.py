@@ -103,7 +103,7 @@ def run(
     from megatron_ultralong.runtime import launch
 
     if launch.world_size() > 1:
-        raise UserError("tools/benchmark.py runs in one process: start it without torchrun")
+        raise UserError("`ultralong benchmark` runs in one process: start it without torchrun")
     ranks = launch.start(Runtime(device="cuda" if device.type == "cuda" else "cpu"), Parallel())
     choices = kernel_choices.apply(device, settings.model, settings.precision)
     dtype = timing.DTYPES[settings.precision]

@@ -1,4 +1,4 @@
-"""How well packed rows suit context parallelism with attention inside documents: what tools/prepare_data.py
+"""How well packed rows suit context parallelism with attention inside documents: what `ultralong prepare`
 says of the rows that it has written."""
 
 from __future__ import annotations

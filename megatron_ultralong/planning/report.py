@@ -1,4 +1,4 @@
-"""The report of tools/plan.py: from the command line's arguments to a search, as text and as JSON."""
+"""The report of `ultralong plan`: from the command line's arguments to a search, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHORT_NAMES = {name.split("/")[1].lower().removesuffix("-instruct"): name for na
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """The arguments of tools/plan.py, as they were typed."""
+    """The arguments of `ultralong plan`, as they were typed."""
 
     gpus: int
     gpu: str = "h100"

@@ -1,4 +1,4 @@
-"""The report of tools/plan.py as text: a heading and a table of layouts side by side. GB are 10^9 bytes."""
+"""The report of `ultralong plan` as text: a heading and a table of layouts. GB are 10^9 bytes."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ class CLEX(ScaledRope):
 
     def to_hf(self, max_position: int, head_dim: int) -> dict[str, Any]:
         raise UserError(
-            "config.json cannot express rope.type=clex; the nearest is its table at one scale: tools/convert_hf.py "
-            "export --clex-scale T"
+            "config.json cannot express rope.type=clex; the nearest is its table at one scale: `ultralong convert "
+            "export --clex-scale T`"
         )
 
 

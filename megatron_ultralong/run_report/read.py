@@ -137,7 +137,7 @@ def _forget(record: RunRecord, iteration: int) -> int:
 
 
 def add_results(record: RunRecord, places: Iterable[str]) -> list[str]:
-    """Add the scores of this run's checkpoints in results files of tools/evaluate.py: the mean over tasks at
+    """Add the scores of this run's checkpoints in results of `ultralong evaluate`: the mean over tasks at
     each length. Returns a line per result that is not one of them. UserError as `read_results.collect`."""
     results, notes, _ = read_results.collect(places)
     for one in results:

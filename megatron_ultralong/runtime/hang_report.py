@@ -142,7 +142,7 @@ def ranges(ranks: Iterable[int]) -> str:
 
 def resume_line(hosts: int) -> str:
     """How to resume: torchrun's own command line where it can be read."""
-    command = shlex.join(_torchrun() or sys.argv)
+    command = shlex.join(_torchrun() or sys.orig_argv)
     everywhere = " on every host" if hosts > 1 else ""
     return f"to resume, run the same command again{everywhere}: {command}"
 

@@ -1,4 +1,4 @@
-"""SAVE/metrics.jsonl: what a run measured, an object a line, for programs and for tools/report_run.py.
+"""SAVE/metrics.jsonl: what a run measured, an object a line, for programs and for `ultralong report-run`.
 
 `kind` says what a line is:
 

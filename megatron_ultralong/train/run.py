@@ -41,7 +41,7 @@ the vocabulary size."""
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The files of a run; see tools/train.py."""
+    """The files of a run; see `ultralong train`."""
 
     data: list[str]
     """Packed rows to train on: a prefix, or weights and prefixes."""

@@ -50,6 +50,8 @@ def test_the_source_distribution_is_complete(tree: Path) -> None:
 def test_the_wheel_is_typed(tree: Path) -> None:
     with zipfile.ZipFile(build(tree, "bdist_wheel")) as archive:
         packed = set(archive.namelist())
+        (entry_points,) = (name for name in packed if name.endswith("/entry_points.txt"))
+        assert "ultralong = megatron_ultralong.commands.main:main" in archive.read(entry_points).decode()
     assert "megatron_ultralong/py.typed" in packed
     modules = {str(file.relative_to(tree)) for file in (tree / "megatron_ultralong").rglob("*.py")}
     assert modules <= packed and not any(name.startswith(("tests/", "tools/")) for name in packed)

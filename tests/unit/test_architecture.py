@@ -6,17 +6,22 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib
 import io
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import megatron_ultralong
 from megatron_ultralong import command_settings, recipe_file, recipes
+from megatron_ultralong.commands.main import COMMANDS
 from megatron_ultralong.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +31,7 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"errors"},
     {"rope", "families", "lora", "io"},
     {"config"},
-    {"shapes", "command_settings", "family_recipes", "peer_recipes", "recipe_file"},
+    {"shapes", "command_line", "command_settings", "family_recipes", "peer_recipes", "recipe_file"},
     {"recipes", "settings_text", "runtime", "context_parallel", "official_files"},
     {"model", "data"},
     {"checkpoint"},
@@ -45,6 +50,7 @@ NO_MEGATRON = [
     "rope",
     "families.py",
     "config.py",
+    "command_line.py",
     "command_settings.py",
     "shapes.py",
     "family_recipes.py",
@@ -214,23 +220,35 @@ def test_library_does_not_import_tools_or_tests():
 # ---- tools -------------------------------------------------------------------------------------
 
 
+COMMAND_OF = {module.partition(".")[0]: name for name, (module, _) in COMMANDS.items()}
+"""The command of each file of tools/."""
+
+
 @functools.cache
-def help_of(tool: str, *sub: str) -> str:
-    """Return what `tools/TOOL SUB --help` prints; fails unless it exits with 0."""
-    output, argv = io.StringIO(), sys.argv
-    sys.argv = [tool, *sub, "--help"]
+def help_of(command: str, *sub: str) -> str:
+    """Return what `ultralong COMMAND SUB --help` prints; fails unless it exits with 0."""
+    return output_of([f"ultralong {command}", *sub, "--help"], module_of(command).main)
+
+
+def output_of(argv: list[str], function: Callable[[], object]) -> str:
+    output, before = io.StringIO(), sys.argv
+    sys.argv = argv
     try:
         with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+            function()
     finally:
-        sys.argv = argv
+        sys.argv = before
     assert not stop.value.code
     return output.getvalue()
 
 
-def subcommands(tool: str) -> list[str]:
-    """Return the names in the {a,b} of a tool's help, or in the indented list of a group of subcommands."""
-    text = help_of(tool)
+def module_of(command: str) -> Any:
+    return importlib.import_module(f"megatron_ultralong.commands.{COMMANDS[command][0]}")
+
+
+def subcommands(command: str) -> list[str]:
+    """Return the names in the {a,b} of a command's help, or in the indented list of a group of them."""
+    text = help_of(command)
     braces = re.search(r"^usage:.*?\{([\w,-]+)\}\s+\.\.\.", text, re.DOTALL)
     if braces:
         return braces[1].split(",")
@@ -239,19 +257,29 @@ def subcommands(tool: str) -> list[str]:
     return re.findall(r"^    ([\w-]+)(?:  |$)", text.rsplit(":\n", 1)[1], re.MULTILINE)
 
 
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda p: p.name)
-def test_help(tool):
-    text = help_of(tool.name)
-    assert "usage:" in text and ("python" in text or "torchrun" in text), (
-        "a tool's help must show an example command"
-    )
-    for sub in subcommands(tool.name):
-        assert "--" in help_of(tool.name, sub)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    text = help_of(command)
+    shown, described = text.split("\n\n", 1)
+    assert shown.startswith(f"usage: ultralong {command} ")
+    assert re.search(
+        rf"^ *(ultralong|torchrun .*-m megatron_ultralong) {command}\b", described, re.MULTILINE
+    ), "a command's help must show an example"
+    for sub in subcommands(command):
+        assert "--" in help_of(command, sub)
 
 
-def test_tools_have_a_main_guard():
-    for tool in TOOLS:  # the processes of checkpoint writers and data loaders import the tool again
-        assert 'if __name__ == "__main__":' in tool.read_text(), tool
+def test_every_command_is_also_a_thin_file():
+    assert {tool.stem for tool in TOOLS} == set(COMMAND_OF)
+    for tool in TOOLS:
+        text = tool.read_text()
+        # The processes of checkpoint writers and data loaders import the tool again.
+        assert text.endswith('if __name__ == "__main__":\n    cli.main(main)\n'), tool
+        assert f'"""`ultralong {COMMAND_OF[tool.stem]}`, as a file."""' in text
+        main = runpy.run_path(str(tool))["main"]
+        assert main is module_of(COMMAND_OF[tool.stem]).main
+        version = output_of([tool.name, "--version"], main)
+        assert version == f"megatron_ultralong {megatron_ultralong.__version__}\n"
 
 
 # ---- documents and examples --------------------------------------------------------------------
@@ -270,8 +298,13 @@ def commands(path: Path) -> list[str]:
 
 def check_command(line: str) -> None:
     """Check that tool, subcommand, options, recipe and settings of a command line exist."""
-    for tool, rest in re.findall(r"tools/(\w+\.py)([^|;&>]*)", line):
-        assert (ROOT / "tools" / tool).is_file(), f"{tool} does not exist: {line}"
+    for file, name, rest in re.findall(
+        r"(?:tools/(\w+)\.py|(?:(?<![\w/.-])ultralong|-m megatron_ultralong) ([\w-]+))([^|;&>]*)", line
+    ):
+        tool = COMMAND_OF.get(file, "no command") if file else name
+        if tool.startswith("--"):  # ultralong --help
+            continue
+        assert tool in COMMANDS, f"{file or name} does not exist: {line}"
         words = shlex.split(rest, comments=True)
         subs = subcommands(tool)
         sub: tuple[str, ...] = ()
@@ -310,6 +343,9 @@ def test_check_command():
     )
     for wrong in (
         "tools/nothing.py",
+        "ultralong nothing",
+        "ultralong train --dat x",
+        "torchrun -m megatron_ultralong train --recipe ultralong_9m",
         "tools/train.py --recipe ultralong_9m",
         "tools/train.py --dat x",
         "tools/convert_hf.py eksport --ckpt x",

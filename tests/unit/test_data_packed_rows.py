@@ -102,7 +102,7 @@ def test_missing_and_broken_files_are_told(tmp_path):
             (tmp_path / name).write_bytes(good[name][:-8])
             refused(f"{name} was cut short")
     (tmp_path / "a.json").unlink()
-    refused("a.json is missing; make packed rows with tools/prepare_data.py")
+    refused("a.json is missing; make packed rows with `ultralong prepare`")
     for text in ("", "[]", "{}", '{"format": "x", "max_token_id": 1}'):
         (tmp_path / "a.json").write_text(text)
         refused("a.json is not a manifest")

@@ -173,7 +173,7 @@ REFUSED: list[tuple[str, int, str]] = [
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/none",
         1,
-        "none.json is missing; make packed rows with tools/prepare_data.py",
+        "none.json is missing; make packed rows with `ultralong prepare`",
     ),
     (
         "--recipe tiny_extend SHORT --load-hf {}/base --data {}/long",

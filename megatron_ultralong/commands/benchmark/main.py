@@ -1,26 +1,26 @@
 """Measure speed and memory of this program on one GPU or a CPU.
 
-    python tools/benchmark.py attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
-    python tools/benchmark.py placement --length 1M --cp 8,32,64 --out runs/benchmark
-    python tools/benchmark.py loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
-    python tools/benchmark.py step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
-    python tools/benchmark.py step --longest --settings all-but-attention,offload-all
-    python tools/benchmark.py step --longest --optimizer --layers 2 --settings query-chunks-offload
-    python tools/benchmark.py train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --out runs/benchmark
-    python tools/benchmark.py checkpoint --folder runs --out runs/benchmark
-    python tools/benchmark.py generate --lengths 128K,512K --out runs/benchmark
-    python tools/benchmark.py data --tokenizer DIR --out runs/benchmark
+    ultralong benchmark attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
+    ultralong benchmark placement --length 1M --cp 8,32,64 --out runs/benchmark
+    ultralong benchmark loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
+    ultralong benchmark step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
+    ultralong benchmark step --longest --settings all-but-attention,offload-all
+    ultralong benchmark step --longest --optimizer --layers 2 --settings query-chunks-offload
+    ultralong benchmark train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --out runs/benchmark
+    ultralong benchmark checkpoint --folder runs --out runs/benchmark
+    ultralong benchmark generate --lengths 128K,512K --out runs/benchmark
+    ultralong benchmark data --tokenizer DIR --out runs/benchmark
 
-These are not benchmarks of models; tools/evaluate.py runs those. Each command prints a table; --json, --plot
+These are not benchmarks of models; `ultralong evaluate` runs those. Each command prints a table; --json, --plot
 and --out also write it to files, with device, versions, date and command. Defaults are smaller on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 
+from megatron_ultralong import command_line
 from megatron_ultralong.commands.benchmark import (
     attention,
     checkpoint,
@@ -45,9 +45,7 @@ BENCHMARKS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.new_parser(__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=benchmark.HELP)
@@ -57,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = command_line.parse(build_parser(), arguments)
 
     # Imported here so that --help answers at once.
     from megatron_ultralong.io import atomic_files
@@ -75,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         if path is not None:
             atomic_files.check_file_writable(path, str(path))
     run, settings = args.measure(args, device.type == "cuda")
-    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    command = command_line.as_typed(arguments)
     result = run(
         settings, device, command, lambda name: print(f"measuring {name}", file=sys.stderr, flush=True)
     )

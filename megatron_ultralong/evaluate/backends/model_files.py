@@ -23,7 +23,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return json.loads((path / "config.json").read_text())
     except FileNotFoundError:
         raise UserError(
-            f"--model {path}: contains no config.json; give a Hugging Face model directory (tools/convert_hf.py export makes one)"
+            f"--model {path}: contains no config.json; give a Hugging Face model directory (`ultralong convert export` makes one)"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: config.json cannot be read: {error}") from None

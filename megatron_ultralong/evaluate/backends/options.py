@@ -208,7 +208,7 @@ def _engine(args: argparse.Namespace) -> str:
     if engine != "megatron":
         if args.ckpt:
             raise UserError(
-                f"--ckpt requires --engine megatron, not {engine}; for {engine}, export it (tools/convert_hf.py export)"
+                f"--ckpt requires --engine megatron, not {engine}; for {engine}, export it (`ultralong convert export`)"
             )
         if layout:
             raise UserError(f"--{layout[0]} requires --engine megatron, not {engine}")

@@ -1,4 +1,4 @@
-"""The commands `report`, `published` and `compare` of tools/evaluate.py."""
+"""The commands `report`, `published` and `compare` of `ultralong evaluate`."""
 
 from __future__ import annotations
 

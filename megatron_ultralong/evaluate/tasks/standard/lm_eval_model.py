@@ -5,7 +5,7 @@ Texts are tokenised as by the harness's own `hf` model, so that both give the sa
 LikelihoodBackend.
 
 Once this module is imported, the harness also knows the model by name; its arguments are the options of
-tools/evaluate.py:
+`ultralong evaluate`:
 
     lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m"}, tasks=["arc_easy"])
 """
@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
-        """Create the model of a call by name. arg_dict: the model options of tools/evaluate.py, like
+        """Create the model of a call by name. arg_dict: the model options of `ultralong evaluate`, like
         {"model": DIR, "engine": "hf"} or {"ckpt": CKPT, "tp": 8}, and max_length; of additional_config only
         the device is used. UserError for options that do not exist or do not fit together."""
         given = {"device": (additional_config or {}).get("device"), **arg_dict}
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"model_args: {error}") from None
         if unknown:
             raise UserError(
-                f"model_args: {unknown[0].partition('=')[0].removeprefix('--')} is not a model option of tools/evaluate.py"
+                f"model_args: {unknown[0].partition('=')[0].removeprefix('--')} is not a model option of `ultralong evaluate`"
             )
         options.check_greedy(args)
         max_length = parse_count(args.max_length, "max_length") if args.max_length else None

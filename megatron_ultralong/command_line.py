@@ -1,0 +1,31 @@
+"""Parsers of the commands: examples and --version, and the spellings of earlier versions."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_ultralong import __version__
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, whose description is printed as it is."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_ultralong {__version__}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse `arguments`, or those of this process; options may have the spelling of an earlier version."""
+    return parser.parse_args(arguments)
+
+
+def as_typed(arguments: list[str] | None) -> str:
+    """The command that was typed, to be stored beside its results."""
+    program = sys.argv[0]
+    words = program.split() if program.startswith("ultralong ") else ["python", f"tools/{Path(program).name}"]
+    return shlex.join([*words, *(sys.argv[1:] if arguments is None else arguments)])
