@@ -142,7 +142,8 @@ def ranges(ranks: Iterable[int]) -> str:
 
 def resume_line(hosts: int) -> str:
     """How to resume: torchrun's own command line where it can be read."""
-    command = shlex.join(_torchrun() or sys.orig_argv)
+    program = sys.argv[0].split() if sys.argv[0].startswith("ultralong ") else sys.argv[:1]
+    command = shlex.join(_torchrun() or [*program, *sys.argv[1:]])
     everywhere = " on every host" if hosts > 1 else ""
     return f"to resume, run the same command again{everywhere}: {command}"
 
