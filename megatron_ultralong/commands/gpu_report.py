@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         type=Path,
         metavar="DIR",
-        help="Hugging Face directory of a small Llama to extend, like SmolLM2-135M-Instruct (default: runs/smollm2/base, "
-        "which examples/smollm2.sh makes, otherwise the demo's base model)",
+        help="Hugging Face directory of a small Llama to extend, like SmolLM2-135M-Instruct (default, in a clone: "
+        "runs/smollm2/base, which examples/smollm2.sh makes, otherwise the demo's base model)",
     )
     add(
         "--scale",

@@ -33,9 +33,8 @@ from megatron_ultralong.gpu_report.sizes import (
 from megatron_ultralong.io import atomic_files
 from megatron_ultralong.planning.hardware import Gpu, gpu_named
 
-ROOT = Path(__file__).parents[2]
-MODELS = (ROOT / "runs" / "smollm2" / "base", ROOT / "examples" / "demo" / "base")
-"""The first that exists is extended: what examples/smollm2.sh downloaded, or the demo's base model."""
+MODELS = (Path("runs/smollm2/base"), Path("examples/demo/base"))
+"""In a clone; the first that exists is extended: what examples/smollm2.sh downloaded, or the demo's base."""
 PATIENCE, LEAST, LEAST_CPU = 4.0, 120.0, 600.0
 """A row may take this many times its expected seconds, and at least so many, on a GPU and on a CPU."""
 END = 2.0
@@ -91,10 +90,15 @@ class _Report:
         self.works = list(works(sizes, GROUPS, self._extension(sizes)))
         self.gpu: Gpu | None = None
 
-    def _extension(self, sizes: Sizes) -> ExtensionSettings:
+    def _extension(self, sizes: Sizes) -> ExtensionSettings | None:
         settings = self.settings
+        model = settings.model or next((path.resolve() for path in MODELS if path.is_dir()), None)
+        if model is None:
+            if "extension" in settings.groups:
+                self.say("extension: not measured without a model; give --model DIR")
+            return None
         return ExtensionSettings(
-            model=settings.model or next(path for path in MODELS if path.is_dir()),
+            model=model,
             factor=4 if sizes.full else 2,
             iterations=sizes.iterations,
             batch=4 if sizes.full else 1,

@@ -16,7 +16,8 @@ from megatron_ultralong.measure.step import StepSettings
 
 K, GIB = 1024, 2**30
 GROUPS = ("tests", "attention", "loss", "step", "longest", "generation", "extension")
-TESTS = Path(__file__).parents[2] / "tests" / "gpu"
+TESTS = Path("tests/gpu")
+"""In a clone; an installed package has no tests."""
 MODES = (
     "all-but-attention",
     "offload-all",
@@ -153,7 +154,7 @@ def works(sizes: Sizes, groups: Sequence[str], extension: ExtensionSettings | No
     for later in (0, 1):
         for group in (name for name in GROUPS if name in groups):
             if group == "tests" and not later:
-                names = tuple(sorted(path.name for path in TESTS.glob("test_*.py")))
+                names = tuple(sorted(path.name for path in TESTS.glob("test_*.py"))) or ("all",)
                 yield Work(group=group, name="tests/gpu", settings=None, rows=names)
             elif group == "extension" and not later and extension is not None:
                 name = f"{extension.model.name} x {extension.factor}"

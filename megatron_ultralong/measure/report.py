@@ -181,9 +181,12 @@ def device_name(device: torch.device) -> str:
 def commit() -> str | None:
     """Return the commit of the running code, with a + if files differ from it; None outside a git clone."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
+    clone = Path(__file__).parents[2]
+    if not (clone / ".git").exists():  # an environment in a clone of something else is none of ours
+        return None
     try:
         return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            command, cwd=clone, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.gpu_report import expected_seconds, predictions, run, sizes, table, worker
@@ -306,3 +307,22 @@ def test_every_row_at_full_size_has_an_expected_time() -> None:
     for work in sizes.works(sizes.FULL, sizes.GROUPS, made):
         seconds = [expected_seconds.row(work, row, True, gpu) for row in work.rows]
         assert min(seconds) > 0 and max(seconds) < 1000, (work.key(""), seconds)
+
+
+def test_an_installed_package_has_no_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no model to extend: both are looked for in the folder where the report is started."""
+    monkeypatch.chdir(tmp_path)
+    settings = run.ReportSettings(
+        out=tmp_path / "out", minutes=1, groups=("tests", "extension"), device="cuda", scale="full"
+    )
+    lines: list[str] = []
+    report = run._Report(settings, lines.append)
+    report.journal.close()
+    assert lines == ["extension: not measured without a model; give --model DIR"]
+    (work,) = (work for work in report.works if work.group in settings.groups)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    worker._tests(
+        work, work.rows, torch.device("cuda"), None, lambda row, figures, _: rows.append((row, figures))
+    )
+    note = "not run: this folder is not a clone of the repository, which has the tests"
+    assert rows == [("all", {"note": note})]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -64,3 +67,69 @@ def test_models_and_data_stay_out_of_commits_and_images(tree: Path) -> None:
     assert [name for name in folders if name not in docker or f"/{name}/" not in git] == []
     # A pattern without its first slash would also match this package.
     assert (tree / "megatron_ultralong" / "data" / "loader.py").is_file()
+
+
+@pytest.fixture(scope="module")
+def installed(tree: Path) -> Path:
+    """The programs of a new environment with the wheel in it. It has the dependencies of this one, and not
+    its copy of this package."""
+    environment = tree.parent / "environment"
+    venv.create(environment, symlinks=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # Folders named by a .pth file are not searched for others, like that of an editable installation.
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "-q"]
+    command = [*pip, "--no-index", "--no-deps", "--no-compile", str(build(tree, "bdist_wheel"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return environment / "bin"
+
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_ultralong"
+SETTINGS = "train.seq_length=1K rope.factor=2 train.iterations=2 train.warmup=1 train.global_batch=1 runtime.device=cpu"
+STAGES = (  # program, arguments, and what it prints
+    ("python", "-c import\tmegatron_ultralong;print(megatron_ultralong.__file__)", "/environment/lib/"),
+    ("ultralong", "--help", "check-context-parallel"),
+    (
+        "python",
+        "corpus.py documents --tokenizer base --length 1K --rows 4 --output text.jsonl",
+        "",
+    ),
+    (
+        "ultralong",
+        "prepare pretrain --input text.jsonl --tokenizer base --seq-length 1K --separator-token eos --output rows/text",
+        "rows/text: 4 rows of 1024 + 1 tokens",
+    ),
+    (
+        "ultralong",
+        f"plan --recipe tiny_extend --model base --gpus 2 --set {SETTINGS}",
+        "combinations of layout and memory mode fit",
+    ),
+    (
+        "python",
+        f"{TORCHRUN} train --recipe tiny_extend --set {SETTINGS} --load-hf base --data rows/text --save run",
+        "iteration 2/2",
+    ),
+    ("ultralong", "convert export --ckpt run --out exported", "wrote exported"),
+    ("ultralong", "inspect-rope exported run", "agree bit for bit: [1], [2]"),
+    ("ultralong", "evaluate niah --model exported --lengths 512 --depths 50 --trials 1 --out found", "512"),
+)
+
+
+@pytest.mark.slow
+def test_the_wheel_in_another_folder(installed: Path, tmp_path: Path) -> None:
+    """The demo's stages in small, with data and a model that are copied there."""
+    shutil.copytree(ROOT / "examples" / "demo" / "base", tmp_path / "base")
+    shutil.copy(ROOT / "examples" / "demo" / "corpus.py", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for program, arguments, printed in STAGES:
+        done = subprocess.run(
+            [str(installed / program), *(word.replace("\t", " ") for word in arguments.split(" "))],
+            cwd=tmp_path,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 and printed in done.stdout, (arguments, done.stdout, done.stderr)
+    assert (tmp_path / "found" / "niah.json").is_file()

@@ -125,7 +125,10 @@ def test_mistakes_in_the_file(tmp_path: Path, changes: dict[str, Any], line: str
             {"set": ["parallel.cp=1", "train.seq_length=8K", "rope.factor=8"]},
             "is longer than the 4096 tokens",
         ),
-        ({"evaluate": {"niah": {"lengths": [512], "trails": 1}}}, "`ultralong evaluate niah` has no option --trails"),
+        (
+            {"evaluate": {"niah": {"lengths": [512], "trails": 1}}},
+            "`ultralong evaluate niah` has no option --trails",
+        ),
         ({"evaluate": {"niah": {"trials": 1}}}, "evaluate.niah: lengths is missing"),
         ({"evaluate": {"niah": {"lengths": [512], "trials": "x"}}}, "invalid int value: 'x'"),
         ({"evaluate": {"niah": {"lengths": [512], "depths": [0, 200]}}}, "--depths are percent"),
