@@ -79,7 +79,14 @@ def installed(tree: Path) -> Path:
     # Folders named by a .pth file are not searched for others, like that of an editable installation.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "-q"]
-    command = [*pip, "--no-index", "--no-deps", "--no-compile", str(build(tree, "bdist_wheel"))]
+    command = [
+        *pip,
+        "--ignore-installed",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        str(build(tree, "bdist_wheel")),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return environment / "bin"
