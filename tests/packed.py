@@ -12,14 +12,24 @@ from megatron_ultralong.context_parallel.placement import Placement, place
 from megatron_ultralong.context_parallel.zigzag import AttentionBlock
 
 
-def placed(starts: Sequence[int] | None, length: int, ranks: int) -> Placement | None:
+def placed(
+    starts: Sequence[int] | None, length: int, ranks: int, ranks_per_node: int = 1
+) -> Placement | None:
     """A row of this length on the ranks of a ring; None where it is one document."""
-    return None if starts is None or len(starts) == 1 else place(starts, length, ranks)
+    one = starts is None or len(starts) == 1
+    return None if one else place(starts, length, ranks, ranks_per_node)
 
 
-def held(length: int, rank: int, cp: int, starts: Sequence[int] | None = None, ulysses: int = 1) -> Tensor:
+def held(
+    length: int,
+    rank: int,
+    cp: int,
+    starts: Sequence[int] | None = None,
+    ulysses: int = 1,
+    ranks_per_node: int = 1,
+) -> Tensor:
     """The positions of a rank's tokens."""
-    placement = placed(starts, length, cp // ulysses)
+    placement = placed(starts, length, cp // ulysses, ranks_per_node)
     return zigzag.positions(length, rank, cp) if placement is None else placement.positions(rank, ulysses)
 
 

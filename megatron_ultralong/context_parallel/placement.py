@@ -3,19 +3,19 @@
 A row has S tokens, and each of CP ranks holds T = S / CP of them. A token attends to itself and the tokens
 before it in its document, so that a document of n tokens costs n (n + 1) / 2 pairs of a query and a key. The
 zigzag order (zigzag.py), in which rows of one document are, would cut the row without regard to documents.
-`place` makes two placements and returns the better one:
+`place` makes placements of two kinds and returns the best:
 
     whole   Documents stay on one rank, where they send nothing, the longest first, each on the rank that has
             least work for its tokens; one with more than a rank's tokens or share of the work is cut zigzag
-            over as few ranks as that takes. Those that do not fit at the end are cut in two. Best where
-            documents are many.
+            over as few ranks as that takes. Those that do not fit at the end are cut in two. Ranks that send
+            keys have less work than others, within `BALANCED`. Best where documents are many.
     mixed   Rank after rank is filled to T tokens and to its share of the work from both ends of the documents
             sorted by length: tokens of long documents have more work than the mean, those of short ones less.
             A part of a document is taken from both ends of what is left of it, which leaves the mean work of
             a token as it was. Work then differs by a few tokens' pairs, also where documents are few.
 
-Of those whose largest rank has at most `BALANCED` times the mean work, the one that sends less is used, by an
-estimate. All are functions of the arguments alone, and so the same on all ranks. The tokens of a row of one
+Of those whose largest rank has at most `BALANCED` times the mean work, the one whose slowest rank takes least
+time is used, by an estimate. All are functions of the arguments alone, and so the same on all ranks. The tokens of a row of one
 document are in the zigzag order.
 """
 
@@ -27,7 +27,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -41,13 +41,18 @@ from megatron_ultralong.errors import UserError
 
 BALANCED = 1.05
 """Work of the largest rank over the mean that is accepted for fewer keys."""
-_SHARES = (1.0, 0.8, 0.6)
-"""Of a rank's mean work, above which documents are cut: the first that leads to a balanced placement."""
-
-
-TOKENS_PER_MESSAGE = 300
-"""Tokens whose keys take as long to send as a message takes to start: those of 8 KV heads of 128 in bf16 over
-InfiniBand, and 30 microseconds (planning/hardware.py)."""
+PAIRS = {"merged": 390, "copied": 110, "received": 70, "sent": 28}
+"""How many pairs of a query and a key take as long, forward and backward, as a query token of a partial result
+that is merged, or a token whose keys and values are copied, received or sent (their gradients go back and are
+added): for Llama-3.1-8B in bf16 on an H100, by the formulas of planning/time.py."""
+_FEW_TOKENS = 300
+"""Whose keys take as long to send over InfiniBand as a message takes to start, of the same model."""
+_WHOLE = ((1.0, True), (0.8, True), (1.0, False), (0.8, False), (0.6, True), (0.6, False))
+"""Placements of whole documents: the share of a rank's mean work above which documents are cut, and whether
+ranks that send have less work than others. The first two are compared; others follow until one is
+balanced."""
+_MOST_LESS = 0.04
+"""Of all work, what ranks that send may have less: others have as much more, within `BALANCED`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +72,13 @@ class Placement:
     passed: int
     """Tokens whose keys and values would be sent, over all ranks, if those of each cut document were passed
     along a ring of its ranks; schedule.py sends fewer."""
+    ranks_per_node: int = 1
+    """Adjacent ranks that are in one node."""
 
     @functools.cached_property
     def schedules(self) -> list[Schedule]:
         """What each rank computes and sends. The loader asks first, so that it is prepared ahead."""
-        return schedules(self.runs, self.holders)
+        return schedules(self.runs, self.holders, self.ranks_per_node)
 
     @property
     def rank_pairs(self) -> int:
@@ -126,19 +133,17 @@ def place(document_starts: Sequence[int], seq_length: int, cp: int, ranks_per_no
     if cp == 1:
         return _InOrder(bounds, cp).placement()
     placements = [_Mixed(bounds, cp).placement()]
-    for share in _SHARES:
+    for number, (share, weigh) in enumerate(_WHOLE):
+        if number >= 2 and any(one.imbalance <= BALANCED for one in placements[1:]):
+            break
         with contextlib.suppress(_Unbalanced):
-            placements.append(_Whole(bounds, cp, share).placement())
-            if placements[-1].imbalance <= BALANCED:
-                break
+            placements.append(_Whole(bounds, cp, share, weigh=weigh).placement())
     balanced = [one for one in placements if one.imbalance <= BALANCED]
-    if balanced:
-        best = min(balanced, key=lambda one: one.passed + TOKENS_PER_MESSAGE * one.rank_pairs)
-    else:
-        best = min(placements, key=lambda one: one.imbalance)
-    if ranks_per_node == 1 or ranks_per_node >= cp:
+    best = min(balanced, key=_slowest) if balanced else min(placements, key=lambda one: one.imbalance)
+    best = replace(best, ranks_per_node=min(ranks_per_node, cp))
+    if best.ranks_per_node in (1, cp):
         return best
-    return min(best, _in_nodes(best, ranks_per_node), key=lambda one: _far(one, ranks_per_node))
+    return min(best, _in_nodes(best), key=_far)
 
 
 def pairs(begin: int, end: int) -> int:
@@ -146,27 +151,35 @@ def pairs(begin: int, end: int) -> int:
     return (end * (end + 1) - begin * (begin + 1)) // 2
 
 
-def _far(placement: Placement, ranks_per_node: int) -> float:
-    """Tokens whose keys go from one node to another, if each rank has an equal part of its documents and all
-    others need it."""
+def _slowest(placement: Placement) -> float:
+    """The pairs that take as long as the work of the slowest rank and what it sends, by an estimate."""
     bounds = [*placement.starts, placement.seq_length]
-    total = 0.0
+    time = [float(work) for work in placement.work]
     for document, ranks in placement.holders.items():
-        part = (bounds[document + 1] - bounds[document]) / len(ranks)
-        together = Counter(rank // ranks_per_node for rank in ranks).values()
-        total += part * (len(ranks) ** 2 - sum(n * n for n in together))
-    return total
+        for rank in ranks:
+            time[rank] += _sending(bounds[document + 1] - bounds[document], len(ranks))
+    return max(time)
 
 
-def _in_nodes(placement: Placement, ranks_per_node: int) -> Placement:
+def _far(placement: Placement) -> int:
+    """Tokens whose keys go from one node to another, if all nodes with a part of a document need the whole."""
+    bounds = [*placement.starts, placement.seq_length]
+    return sum(
+        (bounds[document + 1] - bounds[document])
+        * (len({rank // placement.ranks_per_node for rank in ranks}) - 1)
+        for document, ranks in placement.holders.items()
+    )
+
+
+def _in_nodes(placement: Placement) -> Placement:
     """The same with ranks in another order: those that share the documents with most keys to send are next to
-    each other, in groups of at most `ranks_per_node`."""
-    ranks = len(placement.runs)
+    each other, in groups of at most a node."""
+    ranks, ranks_per_node = len(placement.runs), placement.ranks_per_node
     groups, of_rank = {rank: [rank] for rank in range(ranks)}, list(range(ranks))
     bounds = [*placement.starts, placement.seq_length]
     sent = {i: (len(r) - 1) * (bounds[i + 1] - bounds[i]) for i, r in placement.holders.items()}
     # Those with few keys would join groups that then do not fit into nodes.
-    for document in sorted((i for i in sent if sent[i] > TOKENS_PER_MESSAGE), key=lambda i: (-sent[i], i)):
+    for document in sorted((i for i in sent if sent[i] > _FEW_TOKENS), key=lambda i: (-sent[i], i)):
         first, *others = sorted({of_rank[rank] for rank in placement.holders[document]})
         if others and sum(len(groups[group]) for group in (first, *others)) <= ranks_per_node:
             for group in others:
@@ -238,18 +251,27 @@ class _InOrder(_Row):
 
 
 class _Whole(_Row):
-    def __init__(self, bounds: list[int], cp: int, share: float) -> None:
-        """share: of a rank's mean work, above which a document is cut."""
+    def __init__(self, bounds: list[int], cp: int, share: float, *, weigh: bool) -> None:
+        """share: of a rank's mean work, above which a document is cut. weigh: whether ranks that send have less
+        work than the mean."""
         super().__init__(bounds, cp)
-        self.most = share * self.total / cp
+        self.most, self.weigh, self.weight = share * self.total / cp, weigh, 0.0
 
     def placement(self) -> Placement:
         self.whole: list[list[int]] = [[] for _ in range(self.cp)]
         """The documents that each rank has to itself."""
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
-        ways = {i: self._ways(self.lengths[i]) for i in order}
-        self._fill([i for i in order if ways[i] > 1 and not self._zigzag(i, ways[i])])
-        self._level(self._on_one_rank([i for i in order if ways[i] == 1]))
+        if self.weigh:
+            sending = sum(ways * _sending(n, ways) for n in self.lengths if (ways := self._ways(n)) > 1)
+            self.weight = min(1.0, _MOST_LESS * self.total / sending) if sending else 0.0
+        ways_of = {i: self._ways(self.lengths[i]) for i in order}
+        self.sending, self.mean = [0.0] * self.cp, self.total / self.cp
+        self._fill([i for i in order if ways_of[i] > 1 and not self._zigzag(i, ways_of[i])])
+        for document, ranks in self.holders.items():
+            for rank in ranks:
+                self.sending[rank] += self.weight * _sending(self.lengths[document], len(ranks))
+        self.mean = (self.total + sum(self.sending)) / self.cp
+        self._level(self._on_one_rank([i for i in order if ways_of[i] == 1]))
         for rank, documents in enumerate(self.whole):
             for document in documents:
                 self._keep(rank, document, -1)
@@ -258,8 +280,11 @@ class _Whole(_Row):
 
     def _ways(self, n: int) -> int:
         """Ranks for a document of n tokens."""
-        by_tokens, by_work = -(-n // self.size), math.ceil(pairs(0, n) / self.most)
-        return max(1, min(max(by_tokens, by_work), self.cp, n // 2))
+        work = pairs(0, n)
+        ways, most = max(1, -(-n // self.size), math.ceil(work / self.most)), min(self.cp, n // 2)
+        while 1 < ways < most and work / ways + self.weight * _sending(n, ways) > self.most:
+            ways += 1
+        return max(1, min(ways, most))
 
     def _zigzag(self, document: int, ways: int) -> bool:
         """Cut a document over the ranks with the least work that have room; False where too few have."""
@@ -313,7 +338,7 @@ class _Whole(_Row):
 
     def _need(self, rank: int) -> float:
         """Work above the mean, per free token; ranks with the lowest are filled first."""
-        return (self.work[rank] - self.total / self.cp) / self.room[rank]
+        return (self.work[rank] + self.sending[rank] - self.mean) / self.room[rank]
 
     def _keep(self, rank: int, document: int, count: int = 1) -> None:
         """Give a rank a document to itself, or with count = -1 take it away."""
@@ -355,6 +380,13 @@ class _Whole(_Row):
                 return
             self._keep(target, chosen)
             tokens -= self.lengths[chosen]
+
+
+def _sending(length: int, ways: int) -> float:
+    """The pairs that take as long as what each of `ways` ranks sends, receives and merges for a document."""
+    keys = 0.75 * length * (ways - 1) / ways  # of the others, as far as they come before its queries
+    merged = 2 * length / ways
+    return PAIRS["merged"] * merged + (PAIRS["sent"] + PAIRS["received"] + 2 * PAIRS["copied"]) * keys
 
 
 class _Unbalanced(Exception):

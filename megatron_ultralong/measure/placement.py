@@ -202,8 +202,8 @@ def _rows(documents: DocumentLengths, length: int, cp: int) -> Iterator[tuple[st
             PLACED if ulysses == 1 else f"{PLACED}, all-to-all of {ulysses}",
             {
                 "imbalance": work.imbalance,
-                "sent": work.sent + exchanged,
-                "far": work.sent_far,
+                "sent": work.most_sent + exchanged,
+                "far": work.most_sent_far,
                 "bound": work.sent_in_rings + exchanged,
                 "messages": work.messages,
                 "rounds": work.rounds,

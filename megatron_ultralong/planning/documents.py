@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from megatron_ultralong.context_parallel.placement import Placement, place
+from megatron_ultralong.context_parallel.placement import PAIRS, Placement, place
 from megatron_ultralong.errors import UserError
 
 _ROWS = 3
@@ -22,23 +22,32 @@ _ROWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RowWork:
-    """One rank's work on a row, of all layers alike."""
+    """What ranks do for a row, of all layers alike: the rank that takes longest, if not said otherwise. Tokens
+    are per token that a rank holds."""
 
     imbalance: float
     """Attention of the rank with most over the mean."""
+    attention: float
+    """Attention over the mean."""
     sent: float
-    """Tokens whose keys and values the rank that sends most sends in a forward, per token that it holds."""
+    """Tokens whose keys and values are sent in a forward."""
     sent_far: float
-    """Of those sent to another node, the most of any rank."""
-    sent_in_rings: float
-    """What it would send if each of its cut documents made a round of the k ranks that have it, 1 / k of it
-    each: the most of any rank."""
+    """Of those sent to another node."""
     received: float
-    """Tokens whose keys and values the rank that receives most receives, per token that it holds."""
+    """Tokens whose keys and values are received."""
+    copied: float
+    """Tokens whose keys and values are copied to be sent, or to put in order what is received."""
     merged: float
-    """Query tokens of partial results that are merged, of the rank with most, per token that it holds."""
+    """Query tokens of partial results that are merged."""
+    most_sent: float
+    """`sent`, the most of any rank."""
+    most_sent_far: float
+    """`sent_far`, the most of any rank."""
+    sent_in_rings: float
+    """The most that a rank would send if each of its cut documents made a round of the k ranks that have it,
+    1 / k of it each."""
     messages: float
-    """Messages that the rank with most sends."""
+    """The most that a rank sends."""
     rounds: float
     """Rounds of messages that are sent together."""
 
@@ -123,29 +132,41 @@ def _work(documents: DocumentLengths, seq_length: int, ranks: int, ranks_per_nod
 
 def _of_row(placement: Placement, ranks_per_node: int) -> RowWork:
     ranks, planned = len(placement.runs), placement.schedules
-    held = placement.seq_length // ranks
+    held, mean = placement.seq_length // ranks, sum(placement.work) / ranks
     bounds = [0.0] * ranks
     documents = [*placement.starts, placement.seq_length]
     for document, holders in placement.holders.items():
         length = documents[document + 1] - documents[document]
         for rank in holders:
             bounds[rank] += (len(holders) - 1) * length / len(holders)
-    steps = [one.steps for one in planned]
+    all_ranks = []
+    for rank, mine in enumerate(planned):
+        far = [step for step in mine.steps if step.to // ranks_per_node != rank // ranks_per_node]
+        sent = sum(step.tokens_sent for step in mine.steps)
+        all_ranks.append(
+            {
+                "attention": placement.work[rank] / mean,
+                "sent": sent / held,
+                "sent_far": sum(step.tokens_sent for step in far) / held,
+                "received": sum(this.tokens for this in mine.rounds) / held,
+                "copied": mine.tokens_copied / held,
+                "merged": sum(
+                    block.queries.stop - block.queries.start for this in mine.rounds for block in this.blocks
+                )
+                / held,
+            }
+        )
+
+    def pairs(of: dict[str, float]) -> float:
+        """The time of a rank in pairs of a query and a key, over the mean."""
+        return of["attention"] + sum(PAIRS[name] * of[name] for name in PAIRS) * held / mean
+
     return RowWork(
+        **max(all_ranks, key=pairs),
         imbalance=placement.imbalance,
-        sent=max(sum(step.tokens_sent for step in mine) for mine in steps) / held,
+        most_sent=max(one["sent"] for one in all_ranks),
+        most_sent_far=max(one["sent_far"] for one in all_ranks),
         sent_in_rings=max(bounds) / held,
-        sent_far=max(
-            sum(step.tokens_sent for step in mine if step.to // ranks_per_node != rank // ranks_per_node)
-            for rank, mine in enumerate(steps)
-        )
-        / held,
-        received=max(sum(step.received for step in mine) for mine in steps) / held,
-        merged=max(
-            sum(block.queries.stop - block.queries.start for step in mine for block in step.blocks)
-            for mine in steps
-        )
-        / held,
-        messages=max(sum(bool(step.sent) for step in mine) for mine in steps),
+        messages=max(sum(bool(step.tokens_sent) for step in mine.steps) for mine in planned),
         rounds=len(planned[0].rounds),
     )

@@ -56,7 +56,7 @@ def lines(prefix: Path, seq_length: int) -> list[str]:
             share = time.share_of_ideal(run_of(seq_length, Parallel(cp=cp)), MODEL, machine(lengths, cp))
             found.append(
                 f"  on CP {cp} ranks: the one with most has {work.imbalance:.3f} of the mean work and sends keys of "
-                f"{work.sent:.3f} tokens per token that it holds; an estimated {share:.2f} of the speed of equal work with "
+                f"{work.most_sent:.3f} tokens per token that it holds; an estimated {share:.2f} of the speed of equal work with "
                 "nothing to send (Llama-3.1-8B's attention, H100s)"
             )
     return found

@@ -74,16 +74,25 @@ def attention_traffic(
             ring_work(run, documents),
             ring_passes(run, model),
         )
-        far, received = passes * work.sent_far * kv, passes * work.received * kv
-        inside, rounds = passes * (work.sent - work.sent_far) * kv, round(passes * work.rounds)
-        # A message of keys is computed with the queries that need them; its gradients go back.
+        far, inside = work.most_sent_far, work.most_sent - work.most_sent_far
+        far, inside, received, copied, returned = (
+            passes * kv * x for x in (far, inside, work.received, work.copied, work.sent)
+        )
+        rounds = round(passes * work.rounds)
+        # A message of keys is copied together, and computed with the queries that need them; its gradients go
+        # back, and are added.
         return (
-            AttentionTraffic(forward, far * x.e, rounds, work.merged * q * (x.e + 16), inside * x.e),
+            AttentionTraffic(
+                forward, far * x.e, rounds, work.merged * q * (x.e + 16) + 2 * copied * x.e, inside * x.e
+            ),
             AttentionTraffic(
                 backward,
                 far * (x.e + 4),
                 2 * rounds,
-                (work.merged * q + received) * (x.e + 8),
+                (work.merged * q + received) * (x.e + 8)
+                + 2 * copied * x.e
+                + 8 * (copied - returned)
+                + 12 * returned,
                 inside * (x.e + 4),
             ),
         )
@@ -184,7 +193,7 @@ def workload(
     layers, s = model.layers // p.pp, attention_span(run, documents)
     ring = p.cp // p.ulysses
     if documents is not None and run.data.documents == "masked" and ring > 1:
-        s *= ring_work(run, documents).imbalance
+        s *= ring_work(run, documents).attention
     # Per token and layer, forward and backward, by the same formula as MFU.
     one, two = (flops_per_token(replace(model, layers=n), 0) for n in (1, 2))
     products, output = two - one, 2 * one - two
@@ -273,7 +282,7 @@ def share_of_ideal(run: Run, model: Model, machine: Machine, imbalance: float | 
     assert documents is not None
     todo = workload(run, model, documents=documents)
     ring = run.parallel.cp // run.parallel.ulysses
-    placed = ring_work(run, documents).imbalance if ring > 1 else 1.0
+    placed = ring_work(run, documents).attention if ring > 1 else 1.0
     ideal = replace(todo, attention=todo.attention / placed)
     if imbalance is not None:
         todo = replace(workload(run, model), attention=ideal.attention * imbalance)

@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[Parallel, Memory, Sequence[int] | None]] = {
     "TP 2, CP 2, query chunks": (Parallel(tp=2, cp=2), CHUNKED, None),
     "TP 2, PP 2": (Parallel(tp=2, pp=2), KEPT, None),
     "CP 4, ring, documents": (Parallel(cp=4), KEPT, (0, 5, 300, 301, 800)),
+    "CP 4, ring, documents, two nodes": (Parallel(cp=4), KEPT, (0, 5, 300, 301)),
     "CP 4, documents, query chunks": (Parallel(cp=4), CHUNKED, (0, 5, 300, 301, 800)),
     "CP 4, all-to-all and ring, documents": (Parallel(cp=4, ulysses=2), KEPT, (0, 130, 700)),
     "CP 4, all-gather": (Parallel(cp=4, cp_comm_type="all_gather"), KEPT, None),
@@ -48,6 +49,7 @@ def everything() -> None:
 def train_steps() -> None:
     """A training and a validation step on every layout."""
     for name, (parallel, memory, starts) in LAYOUTS.items():
+        ranks_per_node = 2 if name.endswith("two nodes") else 1
         ranks = launch.start(Runtime(device="cuda"), parallel)
         model = replace(MODEL, layers=2 * parallel.vpp)
         micro_batches = 2 * parallel.pp
@@ -64,7 +66,9 @@ def train_steps() -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        step.forward_backward(trainer, [batches(parallel, starts) for _ in chunks], micro_batches)
+        step.forward_backward(
+            trainer, [batches(parallel, starts, ranks_per_node) for _ in chunks], micro_batches
+        )
         with watch.part("optimizer"):
             optimizer.step()
         timing = watch.end(ranks)
@@ -72,19 +76,21 @@ def train_steps() -> None:
         assert {"forward", "backward", "optimizer"} <= set(timing.parts)
         assert ("context parallel" in timing.parts) == (parallel.cp > 1), timing.parts
         assert ("pipeline" in timing.parts) == (parallel.pp > 1), timing.parts
-        step.validation_loss(trainer, [batches(parallel, starts) for _ in chunks], micro_batches)
+        step.validation_loss(
+            trainer, [batches(parallel, starts, ranks_per_node) for _ in chunks], micro_batches
+        )
         torch.cuda.synchronize()
         for chunk in chunks:
             llama.unwrap(chunk).store.close()
         launch.stop()
 
 
-def batches(parallel: Parallel, starts: Sequence[int] | None) -> Iterator[Any]:
+def batches(parallel: Parallel, starts: Sequence[int] | None, ranks_per_node: int) -> Iterator[Any]:
     s = LENGTH // parallel.cp
     tokens = torch.zeros(1, s, dtype=torch.int64)
     batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, s)}
     while True:
-        yield batch | {"placement": placed(starts, LENGTH, parallel.cp // parallel.ulysses)}
+        yield batch | {"placement": placed(starts, LENGTH, parallel.cp // parallel.ulysses, ranks_per_node)}
 
 
 # ---- attention alone, with planted bugs --------------------------------------------------------

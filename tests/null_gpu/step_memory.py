@@ -44,13 +44,15 @@ class Kernel:
     deterministic: bool = False
     document_length: float | None = None
     """Tokens of each document of a packed row; up to 1, as a share of the row."""
+    ranks_per_node: int = 1
+    """Of the ring's ranks."""
 
     def placement(self, tokens: int, ranks: int) -> Placement | None:
         """Of a row of `tokens` on the ranks of a ring."""
         if self.document_length is None:
             return None
         length = self.document_length if self.document_length > 1 else self.document_length * tokens
-        return placed(range(0, tokens, int(length)), tokens, ranks)
+        return placed(range(0, tokens, int(length)), tokens, ranks, self.ranks_per_node)
 
 
 KERNELS = {

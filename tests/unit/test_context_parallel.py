@@ -79,17 +79,26 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spec(
-    starts: Sequence[int] | None, length: int, groups: ContextGroups, scale: float | None = None
+    starts: Sequence[int] | None,
+    length: int,
+    groups: ContextGroups,
+    scale: float | None = None,
+    ranks_per_node: int = 1,
 ) -> AttentionSpec:
-    return AttentionSpec(placement=placed(starts, length, rank_and_size(groups.ring)[1]), scale=scale)
+    placement = placed(starts, length, rank_and_size(groups.ring)[1], ranks_per_node)
+    return AttentionSpec(placement=placement, scale=scale)
 
 
 def shards(
-    inputs: Sequence[Tensor], groups: ContextGroups, starts: Any, dtype: torch.dtype = torch.float32
+    inputs: Sequence[Tensor],
+    groups: ContextGroups,
+    starts: Any,
+    dtype: torch.dtype = torch.float32,
+    ranks_per_node: int = 1,
 ) -> list[Tensor]:
     """This rank's tokens of each."""
     size = rank_and_size(groups.ulysses)[1]
-    mine = held(inputs[0].shape[2], groups.rank, groups.size, starts, size)
+    mine = held(inputs[0].shape[2], groups.rank, groups.size, starts, size, ranks_per_node)
     return [shard(x, groups.rank, groups.size, dtype, mine) for x in inputs]
 
 
@@ -110,12 +119,17 @@ def expected(inputs: list[Tensor], starts: Sequence[int] | None) -> list[Tensor]
 
 
 def compute(
-    inputs: list[Tensor], groups: ContextGroups, starts: Any = None, dtype: torch.dtype = torch.float32
+    inputs: list[Tensor],
+    groups: ContextGroups,
+    starts: Any = None,
+    dtype: torch.dtype = torch.float32,
+    ranks_per_node: int = 1,
 ) -> list[Tensor]:
     """[out, dq, dk, dv] of this rank, through autograd."""
-    q, k, v, dout = shards(inputs, groups, starts, dtype)
+    q, k, v, dout = shards(inputs, groups, starts, dtype, ranks_per_node)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, groups, spec(starts, inputs[0].shape[2], groups))
+    packed = spec(starts, inputs[0].shape[2], groups, ranks_per_node=ranks_per_node)
+    out = attention(*leaves, groups, packed)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -161,6 +175,31 @@ def test_every_packing(cp: int, ulysses: int, chunk: int, comm_type: CommType) -
             check(got[rank], want, rank, cp, 1e-11, what=(comm_type, ulysses, chunk, name), held=mine)
 
 
+@pytest.mark.parametrize(
+    ("cp", "ulysses", "ranks_per_node"),
+    [(4, 1, 2), (6, 1, 2), (8, 1, 2), (8, 1, 3), (8, 1, 4), (12, 1, 4), (8, 2, 2)],
+)
+def test_keys_are_forwarded_inside_nodes(cp: int, ulysses: int, ranks_per_node: int) -> None:
+    """As `test_every_packing`, with relays between nodes."""
+    inputs = sequence((1, 4, 2, 7, 8), cp, seed=cp)
+    relayed = 0
+    for name, starts in documents(cp, 7).items():
+        want = expected(inputs, starts)
+        got = run_virtual(
+            lambda r, t=starts: compute(
+                inputs, split_group(r, ulysses, "p2p"), t, torch.float64, ranks_per_node
+            ),
+            cp,
+        )
+        for rank in range(cp):
+            mine = held(inputs[0].shape[2], rank, cp, starts, ulysses, ranks_per_node)
+            check(got[rank], want, rank, cp, 1e-11, what=(ulysses, ranks_per_node, name), held=mine)
+        placement = placed(starts, inputs[0].shape[2], cp // ulysses, ranks_per_node)
+        if placement is not None:
+            relayed += sum(one.kind == "relayed" for one in placement.schedules[0].rounds)
+    assert relayed > 1
+
+
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
 @pytest.mark.parametrize(("cp", "ulysses"), [(3, 1), (4, 2), (8, 1)])
 def test_the_same_bits_whichever_rank_is_late(
@@ -190,10 +229,11 @@ def test_the_same_bits_whichever_rank_is_late(
         lambda rank: chance.uniform(0, 0.002),
     ]
     # The second: a few keys of one document on many ranks, sent to several of them in one round.
-    for starts in (None, [0, *range(length // 16, length)], documents(cp, 40)["any"]):
+    # With nodes of two ranks: gradients of forwarded keys.
+    for starts, nodes in ((None, 1), ([0, *range(length // 16, length)], 1), (documents(cp, 40)["any"], 2)):
 
-        def run(r: Communicator, t: Any = starts) -> list[Tensor]:
-            return compute(inputs, split_group(r, ulysses, comm_type), t)
+        def run(r: Communicator, t: Any = starts, n: int = nodes) -> list[Tensor]:
+            return compute(inputs, split_group(r, ulysses, comm_type), t, ranks_per_node=n)
 
         delay["of"] = lambda rank: 0.0
         want = run_virtual(run, cp)

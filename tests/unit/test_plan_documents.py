@@ -3,13 +3,14 @@ from."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
 import pytest
 
 from megatron_ultralong.config import Parallel
-from megatron_ultralong.context_parallel.placement import place
+from megatron_ultralong.context_parallel.placement import PAIRS, place
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.measure import placement as measured
 from megatron_ultralong.planning import documents, packing_report, report, time
@@ -41,19 +42,65 @@ def test_work_is_that_of_the_placement(ranks: int) -> None:
     work, rows = ODD.work(length, ranks), ODD.rows(length)
     passed = [tokens_passed(starts, length, ranks) for starts in rows]
     held = length // ranks
-    assert work.sent == pytest.approx(sum(int(x.sum(1).max()) for x in passed) / 3 / held)
-    assert work.received == pytest.approx(sum(int(x.sum(0).max()) for x in passed) / 3 / held)
+    assert work.most_sent == pytest.approx(sum(int(x.sum(1).max()) for x in passed) / 3 / held)
     assert work.messages == pytest.approx(sum(int((x > 0).sum(1).max()) for x in passed) / 3)
     assert work.imbalance == pytest.approx(sum(place(s, length, ranks).imbalance for s in rows) / 3)
     assert 1 <= work.imbalance <= 1.05 and 0 < work.rounds <= ranks - 1
-    assert work.sent <= 1.1 * work.sent_in_rings and work.sent_far == work.sent, "a node has one rank"
+    assert work.most_sent <= 1.1 * work.sent_in_rings
+    assert work.most_sent_far == work.most_sent, "a node has one rank"
     near = ODD.work(length, ranks, ranks_per_node=2)
-    assert near.sent == work.sent and near.sent_far <= work.sent
+    assert near.most_sent_far <= work.most_sent
+    # Of the slowest rank. It is one of the row's, and none is slower by the same weights.
+    starts = rows[0]
+    one = DocumentLengths(tuple(b - a for a, b in itertools.pairwise([*starts, length])))
+    slowest, placed = one.work(length, ranks), place(starts, length, ranks)
+    mean = sum(placed.work) / ranks
+    found = [
+        (w / mean, int(sent) / held, int(received) / held)
+        for w, sent, received in zip(placed.work, passed[0].sum(1), passed[0].sum(0), strict=True)
+    ]
+    assert (slowest.attention, slowest.sent, slowest.received) in [pytest.approx(x) for x in found]
+    weight = held / mean
+    assert slowest.attention + weight * sum(n * getattr(slowest, x) for x, n in PAIRS.items()) >= max(
+        w + weight * (PAIRS["sent"] * s + PAIRS["received"] * r) for w, s, r in found
+    )
+
+
+def test_what_sending_costs_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`placement.PAIRS`, by which documents are placed, are the estimates of plans."""
+    run, model = packing_report.run_of(65536, Parallel(cp=8)), packing_report.MODEL
+    machine, equal = packing_report.machine(ODD, 8), DocumentLengths((4096,))
+    nothing = dataclasses.asdict(equal.work(65536, 8)) | {"attention": 1.0}
+    tokens = 65536 // 8
+
+    def seconds(**work: float) -> float:
+        monkeypatch.setattr(time, "ring_work", lambda *_: documents.RowWork(**{**nothing, **work}))
+        parts = time._micro_batch_time(run, time.workload(run, model, documents=equal), machine)
+        return parts["attention"] + parts["CP ring, merges and hops"]
+
+    pairs = tokens * (equal.span(65536) + 1) / 2
+    of_a_pair = seconds() / pairs
+    for name, count in PAIRS.items():
+        assert (seconds(**{name: 1.0}) - seconds()) / tokens / of_a_pair == pytest.approx(count, rel=0.06), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("cp", "least"), [(8, 0.85), (64, 0.75)])
+def test_estimated_share_of_ideal_of_every_distribution(cp: int, least: float) -> None:
+    length = 1 << 20
+    settings = measured.PlacementSettings(length=length, cp=[cp])
+    run = packing_report.run_of(length, Parallel(cp=cp))
+    for name, lengths in measured.distributions(settings):
+        share = time.share_of_ideal(run, packing_report.MODEL, packing_report.machine(lengths, cp))
+        assert least <= share <= 1, name
+        work = time.ring_work(run, lengths)
+        assert work.imbalance <= 1.05 and work.most_sent <= 1.1 * max(work.sent_in_rings, 0.3), name
 
 
 def test_whole_documents_send_nothing() -> None:
     work = DocumentLengths((32,)).work(256, 8)
-    assert (work.imbalance, work.sent, work.sent_in_rings, work.messages, work.rounds) == (1, 0, 0, 0, 0)
+    assert (work.imbalance, work.most_sent, work.sent_in_rings, work.messages, work.rounds) == (1, 0, 0, 0, 0)
 
 
 def test_lengths_are_read_from_rows_and_from_text(tmp_path: Path) -> None:
