@@ -1,11 +1,11 @@
 """Keys and values of a placed row, sent to the ranks that need them, and their gradients, sent back.
 
-Buffers are [n, 2, b, g, d]: tokens come first, so that those of a message or of a document are contiguous, and
-need not be copied.
+Buffers are [n, 2, b, g, d]: tokens come first, so that those of a message are contiguous and need not be
+copied.
 
-Shapes: s tokens of this rank, n of a round, b = 1 sequence, g KV heads, d head dimension. Memory beyond inputs
-and outputs: the keys and values that are sent, and two rounds received; in the backward also the float32
-gradients of two rounds. Between nodes one more of each, of the round that is forwarded.
+Shapes: s tokens of this rank, n of a round, b = 1 sequence, g KV heads, d head dimension. Memory beyond
+inputs and outputs: the keys and values that are sent, and two rounds received; in the backward also the
+float32 gradients of two rounds. Between nodes one more of each, of the round that is forwarded.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ zigzag order (zigzag.py), in which rows of one document are, would cut the row w
             A part of a document is taken from both ends of what is left of it, which leaves the mean work of
             a token as it was. Work then differs by a few tokens' pairs, also where documents are few.
 
-Of those whose largest rank has at most `BALANCED` times the mean work, the one whose slowest rank takes least
-time is used, by an estimate. All are functions of the arguments alone, and so the same on all ranks. The tokens of a row of one
-document are in the zigzag order.
+Of those whose largest rank has at most `BALANCED` times the mean work, the one whose slowest rank takes
+least time is used, by an estimate. All are functions of the arguments alone, and so the same on all ranks.
+The tokens of a row of one document are in the zigzag order.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from megatron_ultralong.errors import UserError
 BALANCED = 1.05
 """Work of the largest rank over the mean that is accepted for fewer keys."""
 PAIRS = {"merged": 390, "copied": 110, "received": 70, "sent": 28}
-"""How many pairs of a query and a key take as long, forward and backward, as a query token of a partial result
-that is merged, or a token whose keys and values are copied, received or sent (their gradients go back and are
-added): for Llama-3.1-8B in bf16 on an H100, by the formulas of planning/time.py."""
+"""How many pairs of a query and a key take as long, forward and backward, as a query token of a partial
+result that is merged, or a token whose keys and values are copied, received or sent (their gradients go back
+and are added): for Llama-3.1-8B in bf16 on an H100, by the formulas of planning/time.py."""
 _FEW_TOKENS = 300
 """Whose keys take as long to send over InfiniBand as a message takes to start, of the same model."""
 _WHOLE = ((1.0, True), (0.8, True), (1.0, False), (0.8, False), (0.6, True), (0.6, False))
@@ -162,7 +162,8 @@ def _slowest(placement: Placement) -> float:
 
 
 def _far(placement: Placement) -> int:
-    """Tokens whose keys go from one node to another, if all nodes with a part of a document need the whole."""
+    """Tokens whose keys go from one node to another, if all nodes with a part of a document need all of
+    it."""
     bounds = [*placement.starts, placement.seq_length]
     return sum(
         (bounds[document + 1] - bounds[document])
@@ -252,8 +253,8 @@ class _InOrder(_Row):
 
 class _Whole(_Row):
     def __init__(self, bounds: list[int], cp: int, share: float, *, weigh: bool) -> None:
-        """share: of a rank's mean work, above which a document is cut. weigh: whether ranks that send have less
-        work than the mean."""
+        """share: of a rank's mean work, above which a document is cut. weigh: whether ranks that send have
+        less work than others."""
         super().__init__(bounds, cp)
         self.most, self.weigh, self.weight = share * self.total / cp, weigh, 0.0
 

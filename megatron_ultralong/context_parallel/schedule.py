@@ -7,9 +7,9 @@ sent than if all of a document were passed along a ring of its ranks.
 
 Messages that are sent together are a round. All ranks go through the same rounds in the same order, so that
 no rank waits for one that waits for it: the keys for other nodes, at increasing distance, each followed by
-the rounds that forward them; those inside the nodes go with the first of them, or last. What arrives in a round is put in the order of the
-queries that see it, so that few kernels are called and few partial results merged. In the backward the
-gradients of received keys go the way back, and a relay adds up those of its node.
+the rounds that forward them; those inside the nodes go with the first of them, or last. What arrives in a
+round is put in the order of the queries that see it, so that few kernels are called and few partial results
+merged. In the backward the gradients of received keys go the way back, and a relay adds up those of its node.
 """
 
 from __future__ import annotations
@@ -236,9 +236,9 @@ class _Messages:
     def rounds(self, tokens: int) -> list[list[Round]]:
         """Return the rounds, of each rank one. tokens: held by a rank."""
         found: list[list[Round]] = []
-        # A message has at most a rank's tokens. Together those between nodes have at most half of them, so that
-        # the first are computed with while the next are on their way; others a quarter more than a message,
-        # which often spares a round.
+        # A message has at most a rank's tokens. Together those between nodes have at most half of them, so
+        # that the first are computed with while the next are on their way; others a quarter more than a
+        # message, which often spares a round.
         most = tokens * 5 // 4
         inside = [[self._near[t] for t in some] for some in _grouped(self._near, most)]
         for together in _grouped(self._far, tokens // 2):

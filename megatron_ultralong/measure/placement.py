@@ -34,7 +34,7 @@ COLUMNS = (
         "sent",
         "keys sent",
         "{:.3f}".format,
-        "tokens whose K and V the rank that sends most sends in a forward, per token that it holds",
+        "tokens whose K and V the rank that sends most sends or forwards in a forward, per token that it holds",
     ),
     ReportColumn("far", "of these to another node", "{:.3f}".format, "of the ring, on nodes of eight"),
     ReportColumn(

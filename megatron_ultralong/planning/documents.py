@@ -22,8 +22,8 @@ _ROWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RowWork:
-    """What ranks do for a row, of all layers alike: the rank that takes longest, if not said otherwise. Tokens
-    are per token that a rank holds."""
+    """What ranks do for a row, of all layers alike: the rank that takes longest, if not said otherwise.
+    Tokens are per token that a rank holds."""
 
     imbalance: float
     """Attention of the rank with most over the mean."""
