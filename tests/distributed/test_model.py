@@ -300,13 +300,16 @@ def _check_layout(
                 )
             )
 
+    ring = ranks.cp // parallel.ulysses
+    nodes = 2 if ring > 2 else 1  # with relays
+
     def batches() -> Any:
         for row in range(ranks.dp_rank, count, ranks.dp):
             batch = {name: x[row : row + 1, tokens_of(row)] for name, x in rows.items()}
-            yield batch | {"placement": placed(starts and starts[row], S, ranks.cp // parallel.ulysses)}
+            yield batch | {"placement": placed(starts and starts[row], S, ring, nodes)}
 
     def tokens_of(row: int) -> torch.Tensor:
-        return held(S, ranks.cp_rank, ranks.cp, starts and starts[row], parallel.ulysses)
+        return held(S, ranks.cp_rank, ranks.cp, starts and starts[row], parallel.ulysses, nodes)
 
     # Logits: the last stage's, gathered over TP, compared at this rank's own positions.
     mine = _logits(chunks, [batches() for _ in chunks], count // ranks.dp)
