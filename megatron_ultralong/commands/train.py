@@ -13,11 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ultralong import command_line, recipes, settings_text
 from megatron_ultralong.command_settings import of_stage, override
 from megatron_ultralong.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ultralong.train.dry_run import Evaluations
+    from megatron_ultralong.train.run import RunFiles
+    from megatron_ultralong.train.stages import Stage
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +39,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--print-config",
         action="store_true",
         help="print every setting of the recipe as changed by --set, in the form of --set, and exit",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check paths, data, tokenizer, weights and ranks, on every rank of torchrun, estimate memory and time, and "
+        "exit: with 0 if the run can start; nothing is written",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="with --dry-run without torchrun: GPUs of the run (default: as many as the layout needs)",
+    )
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="KIND",
+        help="with --dry-run on a machine without a GPU: h100 (default), h200, a100 or b200",
     )
     parser.add_argument(
         "--set",
@@ -142,12 +165,28 @@ def main(arguments: list[str] | None = None) -> None:
     def evaluations(save: Path) -> list[PrepareEvaluation]:
         return [during_training(args.perplexity, save)] if args.perplexity else []
 
-    if len(runs) == 1:
-        train_run(runs[0], files, evaluations(args.save))
-        return
     of_runs = [
         Stage(run=run, data=data, valid=valid)
         for run, data, valid in zip(runs, args.data, args.valid or [None] * len(runs), strict=True)
     ]
+    if args.dry_run:
+        _dry_run(of_runs, files, args, evaluations)
+        return
+    if len(runs) == 1:
+        train_run(runs[0], files, evaluations(args.save))
+        return
     is_main = int(os.environ.get("RANK", "0")) == 0
     train_stages(of_runs, files, lambda line: print(line, flush=True) if is_main else None, evaluations)
+
+
+def _dry_run(
+    stages: list[Stage], files: RunFiles, args: argparse.Namespace, evaluations: Evaluations
+) -> None:
+    """UserError where the run cannot start; the table says why."""
+    from megatron_ultralong.train.dry_run import Assumed, dry_run
+
+    lines, problems = dry_run(stages, files, Assumed(gpus=args.gpus, gpu=args.gpu), evaluations)
+    if lines:
+        print("\n".join(lines), flush=True)
+    if problems:
+        raise UserError(f"the run cannot start: {problems} problem{'s' * (problems > 1)}, see above")

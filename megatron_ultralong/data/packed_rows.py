@@ -60,6 +60,11 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    @property
+    def dtype(self) -> numpy.dtype[Any]:
+        """Of the tokens in the file."""
+        return self._tokens.dtype
+
     def __getitem__(self, row: int) -> tuple[NDArray[Any], NDArray[numpy.uint8] | None]:
         """(tokens [S + 1], whether each counts as a target [S + 1] or None where all do). UserError where
         they cannot be read, or are none of these."""

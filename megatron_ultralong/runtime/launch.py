@@ -108,6 +108,11 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
     )
 
 
+def under_torchrun() -> bool:
+    """Whether a launcher has started this process as one of several ranks, or as the only one."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
 def world_size() -> int:
     """Number of ranks of this run, before torch.distributed is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -152,7 +157,7 @@ def join(device: torch.device, timeout_minutes: int) -> None:
         return
     timeout = timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if under_torchrun():
         store, rank, world = _meeting.store(timeout)
     else:
         store, rank, world = torch.distributed.HashStore(), 0, 1

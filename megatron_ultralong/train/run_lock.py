@@ -38,9 +38,7 @@ def locked(save: Path) -> Iterator[str | None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"--save {save} is in use by another run ({_owner(path)}); stop that one, or use another --save"
-            ) from None
+            raise _in_use(save) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise atomic_files.cannot_write(f"--save {save}", error) from None
@@ -57,6 +55,24 @@ def locked(save: Path) -> Iterator[str | None]:
             )
             file.flush()
         yield note
+
+
+def check_free(save: Path) -> None:
+    """UserError where another run holds the lock. Nothing is written, and the lock is not kept."""
+    try:
+        with (save / FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(save) from None
+    except OSError:  # no run directory yet, or a file system without locks
+        return
+
+
+def _in_use(save: Path) -> UserError:
+    owner = _owner(save / FILE)
+    return UserError(
+        f"--save {save} is in use by another run ({owner}); stop that one, or use another --save"
+    )
 
 
 def _owner(path: Path) -> str:

@@ -51,7 +51,7 @@ def train_stages(
     `train_run`, and before the first stage where another's rows do not fit.
     """
     _check(stages, first)
-    _check_order(stages, first.save)
+    check_order(stages, first.save)
     previous: Path | None = None
     for number, stage in enumerate(stages, 1):
         save = first.save / stage.run.name
@@ -113,9 +113,9 @@ def _check(stages: Sequence[Stage], first: RunFiles) -> None:
                     raise UserError(f"stage {stage.run.name}: {error}") from None
 
 
-def _check_order(stages: Sequence[Stage], folder: Path) -> None:
-    """UserError where a stage still has to train, but a later one was trained from another checkpoint of
-    it."""
+def check_order(stages: Sequence[Stage], folder: Path) -> None:
+    """UserError where a stage still has to train, but a later one was trained from another checkpoint of it.
+    folder: that of the stages' run directories."""
     trained = [_iterations(folder / stage.run.name) for stage in stages]
     for i, stage in enumerate(stages):
         if not _complete(stage, folder / stage.run.name):
