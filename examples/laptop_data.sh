@@ -51,7 +51,7 @@ CHAT=("$RAW"/chat/{modules.json,functions.jsonl,numbers.parquet})
 if [ -n "$MODEL" ]; then
     refine() {  # name, file, domain
         [ -f "$OUT/refined/$1.jsonl" ] || python tools/prepare_data.py refine --input "$RAW/chat/$2" --domain "$3" --model "$MODEL" \
-            ${BASE_URL:+--base-url "$BASE_URL"} --limit "$REFINE" --output "$OUT/refined/$1.jsonl"
+            ${BASE_URL:+--base-url "$BASE_URL"} --examples "$REFINE" --output "$OUT/refined/$1.jsonl"
     }
     refine modules modules.json general
     refine functions functions.jsonl code

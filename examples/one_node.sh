@@ -27,6 +27,6 @@ torchrun --standalone --nproc-per-node 8 tools/train.py --recipe ultralong_1m \
 LAST="$RUNS/pretrain/iter_$(printf %07d "$STEPS")"
 [ -d "$LAST" ] || { echo "training ended before its last iteration (exit code $status); run the same command again to resume" >&2; exit 1; }
 
-[ -d "$RUNS/hf" ] || torchrun --standalone --nproc-per-node 8 tools/convert_hf.py export --ckpt "$RUNS/pretrain" --out "$RUNS/hf" --dtype bf16
+[ -d "$RUNS/hf" ] || torchrun --standalone --nproc-per-node 8 tools/convert_hf.py export --load "$RUNS/pretrain" --output "$RUNS/hf" --dtype bf16
 
-python tools/evaluate.py niah --model "$RUNS/hf" --lengths 32K,128K,255K --trials 5 --out "$RUNS/niah"
+python tools/evaluate.py niah --model "$RUNS/hf" --lengths 32K,128K,255K --samples 5 --output "$RUNS/niah"

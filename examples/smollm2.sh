@@ -64,10 +64,10 @@ if [ ! -d "$LAST" ]; then
 fi
 
 # 4. Export to a Hugging Face directory.
-[ -d "$RUN/hf" ] || python tools/convert_hf.py export --ckpt "$LAST" --out "$RUN/hf"
+[ -d "$RUN/hf" ] || python tools/convert_hf.py export --load "$LAST" --output "$RUN/hf"
 
 # 5. The passkey test, and a question, in plain transformers.
-[ -f "$RUN/niah/niah.png" ] || python tools/evaluate.py niah --model "$RUN/hf" --lengths "$LENGTHS" --depths 0,50,100 --trials 1 --out "$RUN/niah"
+[ -f "$RUN/niah/niah.png" ] || python tools/evaluate.py niah --model "$RUN/hf" --lengths "$LENGTHS" --depths 0,50,100 --samples 1 --output "$RUN/niah"
 python examples/smollm2/ask.py --model "$RUN/hf" "$QUESTION"
 
 # Validation uses the same rows each time; the training losses of two steps are of different rows.

@@ -63,7 +63,7 @@ chat() {  # name, domain, data set, glob
     local input="$DATA/chat/raw/$1"
     if [ -n "$MODEL" ]; then
         [ -f "$DATA/chat/refined/$1.jsonl" ] || python tools/prepare_data.py refine --input "$input" --domain "$2" --model "$MODEL" \
-            ${BASE_URL:+--base-url "$BASE_URL"} --limit "$REFINE_EACH" --output "$DATA/chat/refined/$1.jsonl"
+            ${BASE_URL:+--base-url "$BASE_URL"} --examples "$REFINE_EACH" --output "$DATA/chat/refined/$1.jsonl"
         input="$DATA/chat/refined/$1.jsonl"
     fi
     [ -f "$DATA/chat/clean/$1/report.json" ] || python tools/prepare_data.py decontaminate --input "$input" --form auto \

@@ -25,9 +25,9 @@ train() {  # recipe, its iterations, run directory, more arguments
     [ -d "$last" ] || { echo "$1 ended before its last iteration (exit code $status); start the script again to resume" >&2; exit 1; }
 }
 evaluate() {  # name, model
-    [ -f "$RUNS/$1/niah/niah.png" ] || in_one_process python tools/evaluate.py niah --model "$2" --lengths "$LENGTHS" --trials 5 --out "$RUNS/$1/niah"
+    [ -f "$RUNS/$1/niah/niah.png" ] || in_one_process python tools/evaluate.py niah --model "$2" --lengths "$LENGTHS" --samples 5 --output "$RUNS/$1/niah"
     [ -z "$BOOKS" ] || [ -f "$RUNS/$1/perplexity/perplexity.json" ] || in_one_process python tools/evaluate.py perplexity \
-        --model "$2" --data $BOOKS --lengths "$LENGTHS" --out "$RUNS/$1/perplexity"
+        --model "$2" --data $BOOKS --lengths "$LENGTHS" --output "$RUNS/$1/perplexity"
 }
 say() { printf '\n== %s ==\n' "$1"; }
 mkdir -p "$RUNS"
@@ -55,12 +55,12 @@ if [ -n "$SFT_ROWS" ]; then
 fi
 
 say "4. export to a Hugging Face directory"
-[ -d "$RUNS/hf" ] || in_one_process python tools/convert_hf.py export --ckpt "$FINAL" --out "$RUNS/hf" --dtype bf16
+[ -d "$RUNS/hf" ] || in_one_process python tools/convert_hf.py export --load "$FINAL" --output "$RUNS/hf" --dtype bf16
 
 say "5. passkey grid, and perplexity if BOOKS are given, before and after"
 evaluate before "$MODEL"
 evaluate after "$RUNS/hf"
-python tools/evaluate.py report --results before="$RUNS/before" after="$RUNS/after" --no-published --out "$RUNS/report"
+python tools/evaluate.py report --results before="$RUNS/before" after="$RUNS/after" --no-published --output "$RUNS/report"
 
 echo
 sed 1,2d "$RUNS/report/report.md"

@@ -9,6 +9,20 @@ from pathlib import Path
 
 from megatron_ultralong import __version__
 
+SPELLINGS = {
+    "--output": ("--out",),
+    "--load": ("--ckpt",),
+    "--load-hf": ("--hf",),
+    "--samples": ("--trials", "--rows", "--limit"),
+    "--examples": ("--limit",),
+    "--seq-length": ("--length", "--tokens"),
+    "--error-tokens": ("--error-length",),
+    "--document-count": ("--documents",),
+    "--max-memory": ("--limit",),
+    "--retry-failed": ("--retry",),
+}
+"""Options with the spellings of earlier versions, which a command accepts where it has the option."""
+
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of a command, whose description is printed as it is."""
@@ -21,7 +35,22 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Parse `arguments`, or those of this process; options may have the spelling of an earlier version."""
+    accept_old(parser)
     return parser.parse_args(arguments)
+
+
+def accept_old(parser: argparse.ArgumentParser) -> None:
+    """Let `parser` and its subcommands take the spellings of earlier versions too, which its help does not
+    name."""
+    options = parser._option_string_actions
+    for name, before in SPELLINGS.items():
+        for old in before:
+            if name in options and old not in options:
+                options[old] = options[name]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subcommand in action.choices.values():
+                accept_old(subcommand)
 
 
 def as_typed(arguments: list[str] | None) -> str:

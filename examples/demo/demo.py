@@ -87,7 +87,7 @@ def main() -> int:
         ranks=2,
     )
     say("4/5  export to Hugging Face")
-    tool("convert_hf.py", "export", "--ckpt", OUT / "train", "--out", OUT / "hf")
+    tool("convert_hf.py", "export", "--load", OUT / "train", "--output", OUT / "hf")
     say("5/5  passkey grid of the export, in plain transformers")
     after = passkey(OUT / "hf", "after")
 
@@ -135,11 +135,11 @@ def passkey(model: Path, name: str) -> BenchmarkResult:
         ",".join(map(str, LENGTHS)),
         "--depths",
         DEPTHS,
-        "--trials",
+        "--samples",
         TRIALS,
         "--device",
         "cpu",
-        "--out",
+        "--output",
         OUT / name,
     )
     return read_results.read_for(ROOT / OUT / name / "niah.json", heat_map.check)

@@ -33,5 +33,5 @@ stage 64 64 32 300 1e-2 1e-3
 stage 256 16 8 400 1e-2 1e-3 --load "$RUNS/64"
 stage 512 16 8 800 5e-3 1e-4 --load "$RUNS/256"
 
-[ -d "$RUNS/hf" ] || python tools/convert_hf.py export --ckpt "$RUNS/512" --out "$RUNS/hf" --dtype bf16
-python tools/evaluate.py niah --model "$RUNS/hf" --lengths 256,512,1K,2K --trials 8 --out "$RUNS/niah"
+[ -d "$RUNS/hf" ] || python tools/convert_hf.py export --load "$RUNS/512" --output "$RUNS/hf" --dtype bf16
+python tools/evaluate.py niah --model "$RUNS/hf" --lengths 256,512,1K,2K --samples 8 --output "$RUNS/niah"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ultralong import config, recipes
+from megatron_ultralong import command_line, config, recipes
 from megatron_ultralong.ablate.grid import Cell, Grid, Options, Stage
 from megatron_ultralong.command_settings import override
 from megatron_ultralong.config import Run
@@ -142,6 +142,7 @@ def _check_evaluation(name: str, options: Options) -> None:
     task = {"niah": niah, "perplexity": perplexity}[name]
     parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
     task.add_arguments(parser)
+    command_line.accept_old(parser)
     words: list[str] = []
     for option, value in options.items():
         if f"--{option}" not in parser._option_string_actions:
@@ -154,16 +155,16 @@ def _check_evaluation(name: str, options: Options) -> None:
         if required not in options:
             raise UserError(f"evaluate.{name}: {required} is missing")
     try:
-        args = parser.parse_args(["--out", "out", *words])
+        args = parser.parse_args(["--output", "out", *words])
     except argparse.ArgumentError as error:
         raise UserError(f"evaluate.{name}: {error}") from None
     lengths = command.parse_lengths(args.lengths)
     if name == "niah":
         NiahSettings(
-            lengths=lengths, depths=niah.parse_depths(args.depths, args.depth_count), trials=args.trials
+            lengths=lengths, depths=niah.parse_depths(args.depths, args.depth_count), trials=args.samples
         )
     else:
-        PerplexitySettings(lengths=lengths, rows=args.rows)
+        PerplexitySettings(lengths=lengths, rows=args.samples)
 
 
 _JOINED = "lengths depths"
@@ -255,13 +256,13 @@ def _cell_job(places: Places, cell: Cell, base: str) -> Job:
         settings = cell.stages[0].settings
         words = ("untrained", str(places.base), str(model), cell.stages[0].recipe, *settings)
     else:
-        exported = (*places.words(cell.export), "--ckpt", start[1], "--out", str(model))
+        exported = (*places.words(cell.export), "--load", start[1], "--output", str(model))
         words = ("convert", "export", *exported)
     steps.append(Step(words=words, makes=model))
     for name, options in cell.evaluate.items():
         results = folder / name
         words = ("evaluate", name, "--model", str(model), *places.words(options, _JOINED))
-        steps.append(Step(words=(*words, "--out", str(results)), makes=results / f"{name}.json"))
+        steps.append(Step(words=(*words, "--output", str(results)), makes=results / f"{name}.json"))
     return Job(
         name=cell.name,
         folder=folder,

@@ -206,8 +206,8 @@ def _reason(log: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    atomic_files.check_writable(out, f"--out {out}")
-    with atomic_files.open_locked(out / ".lock", f"--out {out} is in use by another run"):
+    atomic_files.check_writable(out, f"--output {out}")
+    with atomic_files.open_locked(out / ".lock", f"--output {out} is in use by another run"):
         yield
 
 

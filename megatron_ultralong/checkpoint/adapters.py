@@ -174,7 +174,7 @@ def read_model_state(checkpoint: Path) -> TrainingState:
     state = bridge.read_state(checkpoint)
     if state.has_adapters_only():
         raise UserError(
-            f"{checkpoint} contains adapters only; merge them with their model: ultralong convert export --ckpt "
-            f"{checkpoint} --base DIR --out DIR"
+            f"{checkpoint} contains adapters only; merge them with their model: ultralong convert export --load "
+            f"{checkpoint} --base DIR --output DIR"
         )
     return state

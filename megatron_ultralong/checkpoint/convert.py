@@ -319,14 +319,14 @@ def _make_run_directory(out: Path) -> int:
     """Create `out`, remove what an interrupted import has left in it, and return its lock."""
     if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise UserError(
-            f"{out} already exists and is not an empty directory; choose another --out or remove it"
+            f"{out} already exists and is not an empty directory; choose another --output or remove it"
         )
-    atomic_files.check_writable(out, f"--out {out}")
+    atomic_files.check_writable(out, f"--output {out}")
     try:
         lock = atomic_files.lock_folder(out)
     except BlockingIOError:
-        raise UserError(f"--out {out} is being written by another import; choose another") from None
+        raise UserError(f"--output {out} is being written by another import; choose another") from None
     except OSError as error:
-        raise atomic_files.cannot_write(f"--out {out}", error) from None
+        raise atomic_files.cannot_write(f"--output {out}", error) from None
     print_notes(saving.remove_interrupted(out, "import"))
     return lock

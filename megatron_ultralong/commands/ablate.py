@@ -1,7 +1,7 @@
 """Run an ablation: a grid of training runs from one base model, each evaluated, with a table over seeds.
 
-    ultralong ablate --grid examples/ablations/methods.yaml --out runs/ablations/methods
-    ultralong ablate --grid examples/ablations/methods.yaml --out runs/ablations/methods --only method=yarn,ntk seed=1
+    ultralong ablate --grid examples/ablations/methods.yaml --output runs/ablations/methods
+    ultralong ablate --grid examples/ablations/methods.yaml --output runs/ablations/methods --only method=yarn,ntk seed=1
 
 Each cell runs `ultralong` train, convert export and evaluate in a process of its own, whose
 commands and output are in OUT/cells/NAME/log.txt. The same command resumes a stopped grid: finished cells
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add("--grid", type=Path, required=True, metavar="FILE.yaml", help="the grid (docs/ablations.md)")
-    add("--out", type=Path, required=True, metavar="DIR", help="directory for everything that is written")
+    add("--output", type=Path, required=True, metavar="DIR", help="directory for everything that is written")
     add(
         "--jobs",
         type=int,
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.jobs < 1:
         raise UserError("--jobs must be at least 1")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that run the cells
-    chosen = plan.Places(out=args.out, grid=grid.read(args.grid, grid.parse_only(args.only)))
+    chosen = plan.Places(out=args.output, grid=grid.read(args.grid, grid.parse_only(args.only)))
     plan.check(chosen)
     if args.list:
         for line in plan.listed(chosen, run.state):
@@ -63,15 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     failed: list[str] = []
     if not args.report:
         failed = run.run(chosen, args.jobs, lambda line: print(line, flush=True))
-    places = plan.Places(out=args.out, grid=grid.read(args.grid))
+    places = plan.Places(out=args.output, grid=grid.read(args.grid))
     cells = plan.cell_jobs(places)
     rows = scores.rows(cells, [job.name for _, job in cells if run.state(job) == "finished"])
     if not rows:
         raise UserError(
-            f"{args.out} contains no finished cell" + (f"; failed: {failed[0]}" if failed else "")
+            f"{args.output} contains no finished cell" + (f"; failed: {failed[0]}" if failed else "")
         )
-    print("\n".join(["", *report.write(rows, places.grid, args.out)]))
-    print(f"{args.out / 'ablation.md'}, .csv, .json and plots written")
+    print("\n".join(["", *report.write(rows, places.grid, args.output)]))
+    print(f"{args.output / 'ablation.md'}, .csv, .json and plots written")
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
     return 0

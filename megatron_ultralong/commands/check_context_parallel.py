@@ -1,8 +1,8 @@
 """Check what each token of a layout sees: change one token, and list which outputs change.
 
-ultralong check-context-parallel --documents 6
+ultralong check-context-parallel --document-count 6
 torchrun --nproc-per-node 8 -m megatron_ultralong check-context-parallel --recipe ultralong_1m --load-hf DIR \\
-    --set train.seq_length=64K parallel.tp=1 parallel.cp=8 --documents 40
+    --set train.seq_length=64K parallel.tp=1 parallel.cp=8 --document-count 40
 
 Exit code 1 where an output changed that must not (documents leak, or the future), or where a rank's outputs
 do not see a token that they should.
@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 
 from megatron_ultralong import command_line, recipes
-from megatron_ultralong.command_settings import override
+from megatron_ultralong.command_settings import override, parse_count
 from megatron_ultralong.errors import UserError
 
 LEAST = {"fp32": 0.99, "bf16": 0.5}
@@ -41,15 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--load-hf", type=Path, metavar="DIR", help="the model of a Hugging Face directory")
     start.add_argument("--load", type=Path, metavar="CKPT", help="the model of a checkpoint")
     parser.add_argument(
-        "--documents",
+        "--document-count",
         type=int,
         default=5,
         metavar="N",
         help="documents of random lengths in the row, which attention stays inside; 1 = the whole row (default: 5)",
     )
-    parser.add_argument(
-        "--probes", type=int, default=8, metavar="N", help="tokens that are changed (default: 8)"
-    )
+    parser.add_argument("--probes", default="8", metavar="N", help="tokens that are changed (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
     return parser
@@ -58,14 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = command_line.parse(build_parser(), arguments)
     run = recipes.get(args.recipe)
-    masked = ["data.documents=masked"] if args.documents > 1 else []
+    masked = ["data.documents=masked"] if args.document_count > 1 else []
     run = override(run, ["train.micro_batch=1", *masked, *args.set])
     length = run.train.seq_length
-    for name, most in (("documents", length), ("probes", length)):
-        if not 1 <= getattr(args, name) <= most:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1 and at most {most}")
+    args.probes = parse_count(args.probes, "--probes")
+    for name, most in (("document-count", length), ("probes", length)):
+        value = getattr(args, name.replace("-", "_"))
+        if not 1 <= value <= most:
+            raise UserError(f"--{name} {value}: must be at least 1 and at most {most}")
     choose = random.Random(args.seed)
-    starts = [0, *sorted(choose.sample(range(1, length), args.documents - 1))]
+    starts = [0, *sorted(choose.sample(range(1, length), args.document_count - 1))]
     # The first and last token, those at a border of documents, and any.
     edges = sorted({0, length - 1, *(at for start in starts[1:] for at in (start - 1, start))})
     positions = sorted(choose.sample(edges, min(len(edges), (args.probes + 1) // 2)))

@@ -1,11 +1,11 @@
 """Convert a Hugging Face Llama directory to a sharded checkpoint and back, or to one of Megatron-LM; compare
 the two, or verify a checkpoint's files.
 
-ultralong convert import --hf Llama-3.1-8B-Instruct --out runs/base
-ultralong convert export --ckpt runs/1m --out Llama-3.1-8B-1M
-torchrun --nproc-per-node 8 -m megatron_ultralong convert verify --hf Llama-3.1-8B-Instruct --ckpt runs/base
-ultralong convert check --ckpt runs/1m
-ultralong convert export-megatron --hf Llama-3.1-8B-1M --out megatron/Llama-3.1-8B-1M
+ultralong convert import --load-hf Llama-3.1-8B-Instruct --output runs/base
+ultralong convert export --load runs/1m --output Llama-3.1-8B-1M
+torchrun --nproc-per-node 8 -m megatron_ultralong convert verify --load-hf Llama-3.1-8B-Instruct --load runs/base
+ultralong convert check --load runs/1m
+ultralong convert export-megatron --load-hf Llama-3.1-8B-1M --output megatron/Llama-3.1-8B-1M
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def build_parser() -> argparse.ArgumentParser:
     add = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     for name in ("import", "export-megatron", "verify"):
         add[name].add_argument(
-            "--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Llama directory"
+            "--load-hf", type=Path, required=True, metavar="DIR", help="Hugging Face Llama directory"
         )
     for name in ("export", "verify"):
         add[name].add_argument(
-            "--ckpt", type=Path, required=True, help="run directory (its newest iteration) or one iteration"
+            "--load", type=Path, required=True, help="run directory (its newest iteration) or one iteration"
         )
     add["check"].add_argument(
-        "--ckpt", type=Path, required=True, help="run directory (all of its iterations) or one iteration"
+        "--load", type=Path, required=True, help="run directory (all of its iterations) or one iteration"
     )
-    add["import"].add_argument("--out", type=Path, required=True, metavar="CKPT", help="new run directory")
+    add["import"].add_argument("--output", type=Path, required=True, metavar="CKPT", help="new run directory")
     add["export"].add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory"
+        "--output", type=Path, required=True, metavar="DIR", help="new Hugging Face directory"
     )
     add["export-megatron"].add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new directory for Megatron-LM's --load"
+        "--output", type=Path, required=True, metavar="DIR", help="new directory for Megatron-LM's --load"
     )
     add["export-megatron"].add_argument(
         "--target-tp",
@@ -97,34 +97,34 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_ultralong.checkpoint.megatron_lm.export import export_megatron
 
     if args.command == "check":
-        return _check(args.ckpt)
+        return _check(args.load)
     if args.command in ("export", "export-megatron"):
-        check_output(args.out)
+        check_output(args.output)
     if args.command == "export":
-        model = bridge.read_state(run_directory.resolve(args.ckpt)).model
+        model = bridge.read_state(run_directory.resolve(args.load)).model
     else:
-        model = read_config(args.hf).model
+        model = read_config(args.load_hf).model
     with convert.started(model, args.tp, args.pp) as (ranks, parallel):
         different: list[str] = []
         if args.command == "verify":
-            different = convert.verify(args.hf, args.ckpt, ranks, parallel)
+            different = convert.verify(args.load_hf, args.load, ranks, parallel)
             lines = [f"differs: {line}" for line in different]
-            lines = lines or [f"identical: all weights of {args.hf} and {args.ckpt}"]
+            lines = lines or [f"identical: all weights of {args.load_hf} and {args.load}"]
         elif args.command == "import":
             dtype = dtypes.DTYPES.get(args.dtype)
-            lines = [f"wrote {convert.import_hf(args.hf, args.out, ranks, parallel, dtype)}"]
+            lines = [f"wrote {convert.import_hf(args.load_hf, args.output, ranks, parallel, dtype)}"]
         elif args.command == "export-megatron":
             dtype = dtypes.DTYPES.get(args.dtype)
-            out, notes = export_megatron(args.hf, args.out, ranks, parallel, args.target_tp, dtype)
+            out, notes = export_megatron(args.load_hf, args.output, ranks, parallel, args.target_tp, dtype)
             lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         elif args.adapter:
-            out, notes = convert.export_adapter(args.ckpt, args.out, args.base and str(args.base))
+            out, notes = convert.export_adapter(args.load, args.output, args.base and str(args.base))
             lines = [f"wrote {out}", *(f"note: {line}" for line in notes)]
         else:
             dtype = dtypes.DTYPES.get(args.dtype)
             out, notes = convert.export_hf(
-                args.ckpt,
-                args.out,
+                args.load,
+                args.output,
                 ranks,
                 parallel,
                 dtype,

@@ -1,18 +1,18 @@
-"""Evaluate a model. One subcommand per benchmark; results go to --out as JSON, with a plot.
+"""Evaluate a model. One subcommand per benchmark; results go to --output as JSON, with a plot.
 
-    ultralong evaluate niah --model DIR --lengths 512,1K,4K --depths 0,50,100 --out results/niah
-    torchrun --nproc-per-node 8 -m megatron_ultralong evaluate niah --ckpt CKPT --tp 4 --lengths 1M --out results/niah
+    ultralong evaluate niah --model DIR --lengths 512,1K,4K --depths 0,50,100 --output results/niah
+    torchrun --nproc-per-node 8 -m megatron_ultralong evaluate niah --load CKPT --tp 4 --lengths 1M --output results/niah
     ultralong evaluate niah --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR \\
-        --lengths 128K --out results/niah
-    ultralong evaluate ruler --model DIR --lengths 4K,8K,16K --samples 50 --out results/ruler
-    ultralong evaluate lveval --model DIR --data hub --official LVEval --out results/lveval
-    ultralong evaluate infinitebench --model DIR --data hub --tasks passkey --out results/infinitebench
-    ultralong evaluate standard --model DIR --tasks paper --run-code --out results/standard
-    torchrun --nproc-per-node 8 -m megatron_ultralong evaluate perplexity --ckpt CKPT --data books.jsonl --lengths 4K,1M \\
-        --out results/perplexity
-    ultralong evaluate published --model DIR --out results
-    ultralong evaluate report --results results --out results/report
-    ultralong evaluate compare --results a/niah.json b/niah.json --out both.png
+        --lengths 128K --output results/niah
+    ultralong evaluate ruler --model DIR --lengths 4K,8K,16K --samples 50 --output results/ruler
+    ultralong evaluate lveval --model DIR --data hub --official LVEval --output results/lveval
+    ultralong evaluate infinitebench --model DIR --data hub --tasks passkey --output results/infinitebench
+    ultralong evaluate standard --model DIR --tasks paper --run-code --output results/standard
+    torchrun --nproc-per-node 8 -m megatron_ultralong evaluate perplexity --load CKPT --data books.jsonl --lengths 4K,1M \\
+        --output results/perplexity
+    ultralong evaluate published --model DIR --output results
+    ultralong evaluate report --results results --output results/report
+    ultralong evaluate compare --results a/niah.json b/niah.json --output both.png
 
 The model is a Hugging Face directory in plain transformers, this project's model over many ranks (a
 checkpoint, or a Hugging Face directory that is read in place), or one behind an OpenAI-compatible endpoint. A

@@ -1,14 +1,14 @@
 """Measure everything that this project claims on a GPU, beside what `ultralong plan` predicts.
 
-    ultralong gpu-report --out runs/gpu_report
-    ultralong gpu-report --out runs/gpu_report --minutes 60 --model models/SmolLM2-135M-Instruct
-    ultralong gpu-report --out runs/tiny --scale tiny --device cpu
+    ultralong gpu-report --output runs/gpu_report
+    ultralong gpu-report --output runs/gpu_report --minutes 60 --model models/SmolLM2-135M-Instruct
+    ultralong gpu-report --output runs/tiny --scale tiny --device cpu
 
 Checks the machine, runs tests/gpu, then measures in order of worth: attention, loss, a step under every memory
 setting, the longest step, generation, and a small model extended to four times its context. Rows are kept in
---out as soon as they are measured: started again with the same --out, the report continues with what is
+--output as soon as they are measured: started again with the same --output, the report continues with what is
 missing, also after it was killed. Nothing is downloaded. The results are gpu_report.md and gpu_report.json in
---out; logs of the processes are in --out/logs.
+--output; logs of the processes are in --output/logs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="time of this call; rows that are not expected to fit are listed as missing (default: %(default)g)",
     )
     add(
-        "--out",
+        "--output",
         type=Path,
         default=Path("runs/gpu_report"),
         metavar="DIR",
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto = a GPU if available (default)",
     )
-    add("--retry", action="store_true", help="measure rows again that failed or were not measured")
+    add("--retry-failed", action="store_true", help="measure rows again that failed or were not measured")
     return parser
 
 
@@ -84,13 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     if scale == "full" and device == "cpu":
         raise UserError("--scale full needs a GPU; use --scale tiny on a CPU")
     settings = ReportSettings(
-        out=args.out.resolve(),
+        out=args.output.resolve(),
         minutes=args.minutes,
         groups=groups,
         device=device,
         scale=scale,
         model=None if args.model is None else args.model.resolve(),
-        retry=args.retry,
+        retry=args.retry_failed,
         command=command_line.as_typed(arguments),
     )
     path = run(settings, lambda line: print(line, flush=True))

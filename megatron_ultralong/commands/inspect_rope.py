@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="head dimension of the sources that do not state one",
     )
     add(
-        "--length",
+        "--seq-length",
         metavar="N",
         help="tokens of the sequence, like 128K, for methods that depend on it (default: each source's original length)",
     )
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     head_dim, length = (
         None if text is None else parse_count(text, option)
-        for option, text in (("--head-dim", args.head_dim), ("--length", args.length))
+        for option, text in (("--head-dim", args.head_dim), ("--seq-length", args.seq_length))
     )
     if args.json is not None:
         atomic_files.check_writable(args.json.parent, f"--json {args.json}")

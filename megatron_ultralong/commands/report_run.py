@@ -1,7 +1,7 @@
 """Make one HTML page of a training run, from what it recorded in its run directory.
 
     ultralong report-run runs/1m/pretrain
-    ultralong report-run runs/1m/pretrain --results runs/1m/results --out report.html
+    ultralong report-run runs/1m/pretrain --results runs/1m/results --output report.html
 
 Curves and tables of loss, learning rate, gradient norm, speed, time by part, memory, validation and
 evaluations, with restarts; layout and settings; the plan beside what was measured. The page contains all that
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="results files of `ultralong evaluate`, or folders of them: scores of the run's checkpoints (RUN/iter_NNNNNNN)",
     )
-    add("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
+    add("--output", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     return parser
 
 
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_ultralong.run_report import page, read
 
     record = read.read(args.run)
-    out = args.out or args.run / "report.html"
-    atomic_files.check_file_writable(out, f"--out {out}")
+    out = args.output or args.run / "report.html"
+    atomic_files.check_file_writable(out, f"--output {out}")
     notes = read.add_results(record, args.results)
-    atomic_files.write_text(out, page.page(record, notes), what=f"--out {out}")
+    atomic_files.write_text(out, page.page(record, notes), what=f"--output {out}")
     print(out)

@@ -1,9 +1,9 @@
 """Search the factors of LongRoPE for a model and a length, by perplexity and without training.
 
-    ultralong search-rope --model models/SmolLM2-135M-Instruct --length 32K --data book.txt --out factors.json
+    ultralong search-rope --model models/SmolLM2-135M-Instruct --seq-length 32K --data book.txt --output factors.json
     torchrun ... -m megatron_ultralong train --set rope.type=longrope rope.factors=factors.json ...
 
-The losses measured so far are kept in NAME.losses.jsonl beside --out: the same command resumes a stopped search.
+The losses measured so far are kept in NAME.losses.jsonl beside --output: the same command resumes a stopped search.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory of a Llama")
-    add("--length", required=True, metavar="N", help="tokens of a row, like 32K: the length to extend to")
+    add("--seq-length", required=True, metavar="N", help="tokens of a row, like 32K: the length to extend to")
     add(
         "--data",
         nargs="+",
@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="long documents (.txt, .jsonl, .parquet) or packed rows",
     )
-    add("--out", type=Path, required=True, metavar="FILE.json", help="the factors found, for rope.factors")
-    add("--rows", type=int, default=5, help="rows that a candidate is measured on (default: 5)")
+    add("--output", type=Path, required=True, metavar="FILE.json", help="the factors found, for rope.factors")
+    add("--samples", type=int, default=5, help="rows that a candidate is measured on (default: 5)")
     add("--original-length", metavar="N", help="context length before scaling (default: that of config.json)")
     for name, default, text in (
         ("population", 64, "candidates at the start"),
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         original_length=parse_count(args.original_length, "--original-length")
         if args.original_length
         else original,
-        length=parse_count(args.length, "--length"),
+        length=parse_count(args.seq_length, "--seq-length"),
         head_dim=base.model.head_dim,
         **{
             name: getattr(args, name)
@@ -74,18 +74,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if base.rope.depends_on_length():
         raise UserError(f"--model {args.model}: its RoPE depends on the length ({base.rope.describe()})")
-    if args.rows < 1:
-        raise UserError("--rows must be at least 1")
-    atomic_files.check_writable(args.out.parent, f"--out {args.out}")
+    if args.samples < 1:
+        raise UserError("--samples must be at least 1")
+    atomic_files.check_writable(args.output.parent, f"--output {args.output}")
     backend = TransformersModel(args.model, device=args.device)
     rows: list[list[int]] = []
     for ids, _ in perplexity.read_rows(args.data, backend.tokenizer):
-        if len(ids) > settings.length and len(rows) < args.rows:
+        if len(ids) > settings.length and len(rows) < args.samples:
             rows.append(ids[: settings.length + 1].tolist())
-    if len(rows) < args.rows:
+    if len(rows) < args.samples:
         raise UserError(
             f"--data: only {len(rows)} documents have more than {settings.length} tokens; give longer ones, or "
-            f"--rows {max(1, len(rows))}"
+            f"--samples {max(1, len(rows))}"
         )
     rotary = backend.model.model.rotary_emb
 
@@ -98,11 +98,11 @@ def main(arguments: list[str] | None = None) -> None:
         return float(total) / (len(rows) * settings.length)
 
     kept = rope_search.Losses(
-        args.out.with_name(f"{args.out.stem}.losses.jsonl"),
+        args.output.with_name(f"{args.output.stem}.losses.jsonl"),
         {
             "model": fingerprint(args.model),
             "data": perplexity.file_sizes(args.data),
-            "rows": args.rows,
+            "rows": args.samples,
             "length": settings.length,
             "original_length": settings.original_length,
         },
@@ -124,5 +124,5 @@ def main(arguments: list[str] | None = None) -> None:
             ),
         )
     kept.close()
-    atomic_files.write_json(args.out, list(best.factors), what=f"--out {args.out}")
-    print(f"factors for {settings.length} tokens (factor {settings.factor:g}): {args.out}")
+    atomic_files.write_json(args.output, list(best.factors), what=f"--output {args.output}")
+    print(f"factors for {settings.length} tokens (factor {settings.factor:g}): {args.output}")

@@ -110,8 +110,8 @@ def measure(settings: ExtensionSettings, device: str) -> dict[str, Any]:
             ),
         )
     if not (folder / "hf").is_dir():
-        _tool("convert", "export", "--ckpt", trained, "--out", folder / "hf")
-    _tool("convert", "verify", "--hf", folder / "hf", "--ckpt", trained)
+        _tool("convert", "export", "--load", trained, "--output", folder / "hf")
+    _tool("convert", "verify", "--load-hf", folder / "hf", "--load", trained)
     text = log.read_text(encoding="utf-8")
     return _figures(text, settings.batch * length) | {"seconds": time.perf_counter() - start}
 

@@ -46,7 +46,7 @@ class Journal:
             before, now = self.machine.get(name), facts[name]
             if self.machine and before != now:
                 raise UserError(
-                    f"{self._file.path} has rows measured with {name} {before}, and this is {now}; choose another --out"
+                    f"{self._file.path} has rows measured with {name} {before}, and this is {now}; choose another --output"
                 )
         self._append({"event": "machine", **facts})
 

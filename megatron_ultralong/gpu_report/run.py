@@ -81,7 +81,7 @@ class _Report:
         self.settings, self.say = settings, say
         self.deadline = time.monotonic() + 60 * settings.minutes - END
         self.on_gpu = settings.device == "cuda"
-        atomic_files.check_writable(settings.out / "logs", f"--out {settings.out}")
+        atomic_files.check_writable(settings.out / "logs", f"--output {settings.out}")
         self.journal = Journal(settings.out)
         if settings.retry:
             self.journal.forget_failures()

@@ -179,7 +179,7 @@ def sync(path: Path) -> None:
 def check_writable(folder: Path, what: str) -> None:
     """Create `folder` if missing. UserError where files cannot be written in it; call it before the work.
 
-    what: how the message names it, like "--out DIR".
+    what: how the message names it, like "--output DIR".
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

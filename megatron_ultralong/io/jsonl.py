@@ -46,7 +46,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def complete_file(
-    path: Path, header: dict[str, Any], *, flag: str = "--out"
+    path: Path, header: dict[str, Any], *, flag: str = "--output"
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a function that writes one line, after the first line `header`; the file appears at `path` when
     the block ends without an exception.
@@ -76,7 +76,7 @@ class AppendFile:
         path: Path,
         replay: Callable[[int, Span, dict[str, Any]], None],
         *,
-        flag: str = "--out",
+        flag: str = "--output",
         ensure_ascii: bool = True,
     ) -> None:
         """Open or create `path` and take its lock.
@@ -159,7 +159,7 @@ class ResumableFile:
     `done` contains the lines of earlier runs. A file that was complete before gets its name back in any case.
     """
 
-    def __init__(self, path: Path, keep: tuple[str, ...], *, flag: str = "--out") -> None:
+    def __init__(self, path: Path, keep: tuple[str, ...], *, flag: str = "--output") -> None:
         """path: of the complete file; where it exists, lines are added to it. keep: fields that `done` keeps
         of each line (a prompt of 4M tokens is 16 MB). UserError where it cannot be read or written."""
         self.path, self.part = path, path.with_name(path.name + ".part")

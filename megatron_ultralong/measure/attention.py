@@ -67,7 +67,7 @@ COLUMNS = (
         "error_out",
         "error out",
         scientific,
-        "relative Frobenius norm against float64, at --error-length tokens",
+        "relative Frobenius norm against float64, at --error-tokens tokens",
     ),
     ReportColumn("error_gradients", "error grads", scientific, "the largest one of dq, dk and dv"),
 )

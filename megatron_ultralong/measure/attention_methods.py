@@ -58,20 +58,22 @@ class AttentionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        options = {"length": "seq-length", "error_length": "error-tokens"}
         for name in ("length", "heads", "kv_heads", "head_dim", "error_length", "repeats"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+                option = options.get(name, name.replace("_", "-"))
+                raise UserError(f"--{option} {getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
         for cp in self.cp:
             if cp < 2:
                 raise UserError(f"--cp {cp} must be at least 2: the first row is one rank alone")
-            for name, length in (("length", self.length), ("error-length", self.error_length)):
+            for name, length in (("seq-length", self.length), ("error-tokens", self.error_length)):
                 if length % (2 * cp):
                     raise UserError(f"--{name} {length} is not divisible by 2 x --cp = {2 * cp}")
         if self.documents is not None and not 1 <= self.documents <= min(self.length, self.error_length):
             raise UserError(
-                f"--documents {self.documents} must be at least 1 and at most --length and --error-length"
+                f"--document-count {self.documents} must be at least 1 and at most --seq-length and --error-tokens"
             )
         if "gather" in self.methods:
             raise UserError("--methods gather: this method is now called all_gather")

@@ -58,7 +58,7 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise UserError(f"--tokens {self.tokens} must be at least 1")
+            raise UserError(f"--seq-length {self.tokens} must be at least 1")
 
 
 @dataclass

@@ -75,7 +75,7 @@ class PlacementSettings:
         for cp in self.cp:
             if cp < 2 or self.length % (2 * cp):
                 raise UserError(
-                    f"--cp {cp} must be at least 2, and --length {self.length} a multiple of 2 x --cp"
+                    f"--cp {cp} must be at least 2, and --seq-length {self.length} a multiple of 2 x --cp"
                 )
 
 

@@ -122,7 +122,7 @@ class StepSettings:
             if value < 1:
                 raise UserError(f"--{name} {value} must be at least 1")
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit {self.limit} must be at least 1")
+            raise UserError(f"--max-memory {self.limit} must be at least 1")
 
 
 def slice_of(layers: int, gpu: bool) -> Model:
@@ -156,7 +156,7 @@ def run(
     """
     if settings.longest and device.type == "cpu" and settings.limit is None:
         raise UserError(
-            "--longest on a CPU needs --limit, like 1G: a CPU does not report that its memory is exhausted"
+            "--longest on a CPU needs --max-memory, like 1G: a CPU does not report that its memory is exhausted"
         )
     from megatron_ultralong.model import kernel_choices
     from megatron_ultralong.runtime import launch
@@ -279,7 +279,7 @@ def _measured(
         with timing.peak_memory(device) as peak:
             step(update=False)  # the optimizer's tensors are in host memory, which is the device here
         if settings.limit is not None and static + peak.bytes > settings.limit:
-            raise torch.OutOfMemoryError("beyond --limit")
+            raise torch.OutOfMemoryError("beyond --max-memory")
     figures: dict[str, Any] = {
         "seconds": seconds,
         "tokens_per_second": length / seconds,
@@ -368,7 +368,7 @@ def _limited(limit: int | None, device: torch.device) -> Iterator[None]:
         return
     capacity = torch.cuda.get_device_properties(device).total_memory
     if limit > capacity:
-        raise UserError(f"--limit {limit} is more than the {capacity} bytes of this GPU")
+        raise UserError(f"--max-memory {limit} is more than the {capacity} bytes of this GPU")
     torch.cuda.set_per_process_memory_fraction(limit / capacity, device)
     try:
         yield

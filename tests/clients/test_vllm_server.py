@@ -65,7 +65,7 @@ def exported(tmp_path_factory) -> Path:
         "--set", "runtime.device=cpu", f"train.seq_length={LENGTH}", "rope.factor=2", "rope.type=yarn",
         "train.iterations=4", "train.warmup=0", "train.global_batch=2", "parallel.cp=1",
     )  # fmt: skip
-    tool("convert_hf.py", "export", "--ckpt", folder / "train", "--out", folder / "hf")
+    tool("convert_hf.py", "export", "--load", folder / "train", "--output", folder / "hf")
     return folder / "hf"
 
 
@@ -161,13 +161,13 @@ def test_answers_equal_transformers(exported, server, api, tmp_path):
     served = ("--model", NAME, "--tokenizer", exported, "--base-url", f"{server}/v1", "--api", api, *chat)
     if api == "chat":
         served += ("--prefill", "assistant")
-    niah = ("niah", "--lengths", f"512,{LENGTH}", "--depths", "0,50,100", "--trials", "3")
+    niah = ("niah", "--lengths", f"512,{LENGTH}", "--depths", "0,50,100", "--samples", "3")
     ruler = ("ruler", "--tasks", "niah_single_1", "--lengths", f"{LENGTH}", "--samples", "6")
     texts: dict[str, dict[str, list[str]]] = {}
     for engine, model in (("transformers", ours), ("vllm", served)):
         for task, arguments in (("niah", niah), ("ruler", ruler)):
             out = tmp_path / engine / task
-            tool("evaluate.py", *arguments, *model, "--out", out)
+            tool("evaluate.py", *arguments, *model, "--output", out)
             result = json.loads((out / f"{task}.json").read_text())
             if task == "niah":
                 found = [trial["prediction"] for trial in result["extra"]["trials"]]

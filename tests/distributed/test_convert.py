@@ -457,7 +457,7 @@ def test_command_there_and_back(tmp_path):
     for folder in interrupted:
         folder.mkdir(parents=True)
         (folder / "large").write_text("what a killed process left")
-    done = command("import", "--hf", base, "--out", tmp_path / "ckpt")
+    done = command("import", "--load-hf", base, "--output", tmp_path / "ckpt")
     note = "note: removed what an interrupted {} had left (2.6e-08 GB)"
     assert note.format(f"import to {tmp_path / 'ckpt'}") in done.stderr.splitlines()
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'ckpt' / 'iter_0000000'}\n", (
@@ -466,7 +466,7 @@ def test_command_there_and_back(tmp_path):
     stored = tmp_path / "ckpt" / "iter_0000000"
     assert training_state.read(stored).base == "org/tiny"
     assert not any(file.is_symlink() for file in stored.rglob("*")) and (stored / "hf" / "LICENSE").is_file()
-    done = command("export", "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "fp32")
+    done = command("export", "--load", tmp_path / "ckpt", "--output", tmp_path / "out", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     assert note.format(f"export to {tmp_path / 'out'}") in done.stderr.splitlines()
     assert not any(folder.exists() for folder in interrupted)
@@ -474,7 +474,7 @@ def test_command_there_and_back(tmp_path):
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][7] += 1
     save_file(tensors, tmp_path / "out" / weight_files.SINGLE)
-    done = command("verify", "--hf", tmp_path / "out", "--ckpt", tmp_path / "ckpt")
+    done = command("verify", "--load-hf", tmp_path / "out", "--load", tmp_path / "ckpt")
     assert done.returncode == 1 and done.stdout.startswith("differs: model.norm.weight: 1 differ, by up to 1")
     assert done.stdout.count("\n") == 1
 
@@ -483,19 +483,19 @@ def test_command_refuses_in_one_line(tmp_path):
     save_base(tmp_path / "base", TIED_3_KV, torch.float32, "1GB")
     for args, message in (
         (
-            ("import", "--hf", tmp_path / "base", "--out", tmp_path / "ckpt", "--tp", 3),
+            ("import", "--load-hf", tmp_path / "base", "--output", tmp_path / "ckpt", "--tp", 3),
             "--tp 3 does not match the 1 ranks started",
         ),
         (
-            ("export", "--ckpt", tmp_path / "base", "--out", tmp_path / "out"),
+            ("export", "--load", tmp_path / "base", "--output", tmp_path / "out"),
             "contains no complete checkpoint",
         ),
         (
-            ("export-megatron", "--hf", tmp_path / "base", "--out", tmp_path / "out"),
+            ("export-megatron", "--load-hf", tmp_path / "base", "--output", tmp_path / "out"),
             "Megatron-LM cannot express this model's RoPE (llama3, theta 10,000, factor 4 over 32 positions",
         ),
         (
-            ("export-megatron", "--hf", tmp_path / "base", "--out", tmp_path / "base"),
+            ("export-megatron", "--load-hf", tmp_path / "base", "--output", tmp_path / "base"),
             "base already exists and is not an empty directory",
         ),
     ):
@@ -505,7 +505,7 @@ def test_command_refuses_in_one_line(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
     with small_disk(tmp_path / "disk", 2) as disk:
         fill(disk, leave=60_000)
-        done = command("import", "--hf", tmp_path / "base", "--out", disk / "ckpt")
+        done = command("import", "--load-hf", tmp_path / "base", "--output", disk / "ckpt")
         assert done.returncode == 2 and [p.name for p in disk.iterdir()] == ["filler"]
         [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert f"checkpoint {disk}/ckpt/iter_0000000 cannot be written: it needs 0.00" in line

@@ -39,7 +39,7 @@ def tool(name: str, *arguments: object) -> str:
 
 def test_a_checkpoint_of_format_1_resumes_and_exports_as_it_did(tmp_path):
     shutil.copytree(STORED / "run", tmp_path / "run")
-    tool("convert_hf.py", "export", "--ckpt", tmp_path / "run", "--out", tmp_path / "hf")
+    tool("convert_hf.py", "export", "--load", tmp_path / "run", "--output", tmp_path / "hf")
     assert hashlib.sha256((tmp_path / "hf" / "model.safetensors").read_bytes()).hexdigest() == EXPORT_SHA256
 
     rows = STORED / "rows" / "rows"

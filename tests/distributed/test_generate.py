@@ -301,16 +301,16 @@ def tool(name: str, *words: Any, ranks: int = 1) -> processes.CompletedProcess[s
 def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     """Plain transformers; our own model over two context parallel ranks, read in place, in bfloat16 too; a
     checkpoint over two tensor parallel ranks."""
-    assert tool("convert_hf.py", "import", "--hf", DEMO, "--out", tmp_path / "ckpt").returncode == 0
-    grid = ["--lengths", "256,512", "--depths", "0,50,100", "--trials", 2, "--device", "cpu"]
+    assert tool("convert_hf.py", "import", "--load-hf", DEMO, "--output", tmp_path / "ckpt").returncode == 0
+    grid = ["--lengths", "256,512", "--depths", "0,50,100", "--samples", 2, "--device", "cpu"]
     answers = {}
     for name, ranks, words in (
         ("hf", 1, ["--model", DEMO]),
         ("cp", 2, ["--model", DEMO, "--cp", 2, "--read-chunk", 100]),
-        ("tp", 2, ["--ckpt", tmp_path / "ckpt", "--tp", 2, "--batch", 5]),
+        ("tp", 2, ["--load", tmp_path / "ckpt", "--tp", 2, "--batch", 5]),
         ("bf16", 2, ["--model", DEMO, "--dtype", "bf16"]),
     ):
-        run = tool("evaluate.py", "niah", *words, *grid, "--out", tmp_path / name, ranks=ranks)
+        run = tool("evaluate.py", "niah", *words, *grid, "--output", tmp_path / name, ranks=ranks)
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("niah.json and niah.png written") == 1, run.stdout
         found = json.loads((tmp_path / name / "niah.json").read_text())
@@ -332,7 +332,7 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     lines = kept.read_bytes().splitlines(keepends=True)
     kept.write_bytes(b"".join(lines[:6]) + lines[6][:20])
     run = tool(
-        "evaluate.py", "niah", "--model", DEMO, "--engine", "megatron", *grid, "--out", tmp_path / "cp"
+        "evaluate.py", "niah", "--model", DEMO, "--engine", "megatron", *grid, "--output", tmp_path / "cp"
     )
     assert run.returncode == 0 and sorted(
         json.loads(line).get("key", "") for line in kept.read_bytes().splitlines()
@@ -349,7 +349,7 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
     figures = {}
     for name, ranks, words in (
         ("hf", 1, ["--model", DEMO]),
-        ("ckpt", 2, ["--ckpt", tmp_path / "ckpt", "--read-chunk", 100]),
+        ("ckpt", 2, ["--load", tmp_path / "ckpt", "--read-chunk", 100]),
     ):
         run = tool(
             "evaluate.py",
@@ -359,11 +359,11 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
             books,
             "--lengths",
             "300,512",
-            "--rows",
+            "--samples",
             2,
             "--device",
             "cpu",
-            "--out",
+            "--output",
             tmp_path / f"{name}-perplexity",
             ranks=ranks,
         )
@@ -378,11 +378,11 @@ def test_tool_gives_the_same_answers_on_every_engine(tmp_path: Path) -> None:
 
     for words, message in (
         (
-            ["--ckpt", tmp_path / "ckpt", *grid, "--out", tmp_path / "cp"],
+            ["--load", tmp_path / "ckpt", *grid, "--output", tmp_path / "cp"],
             "niah.predictions.jsonl was written with model.",
         ),
         (
-            ["--model", DEMO, "--lengths", "20", "--out", tmp_path / "x", "--device", "cpu"],
+            ["--model", DEMO, "--lengths", "20", "--output", tmp_path / "x", "--device", "cpu"],
             "--lengths 20: too short",
         ),
     ):

@@ -217,7 +217,7 @@ def test_a_run_and_its_exports(tmp_path: Path) -> None:
     assert any("linear_qkv.layer_norm" in name for name in stored.tensors)
 
     def convert(*words: str) -> Any:
-        command = [sys.executable, "tools/convert_hf.py", "export", "--ckpt", str(tmp_path / "whole"), *words]
+        command = [sys.executable, "tools/convert_hf.py", "export", "--load", str(tmp_path / "whole"), *words]
         return processes.run(command, cwd=train_tool.ROOT, capture_output=True, text=True)
 
     base, merged, adapter = (
@@ -227,9 +227,9 @@ def test_a_run_and_its_exports(tmp_path: Path) -> None:
         ((), "contains adapters only: give the model that they belong to by --base DIR"),
         (("--base", str(other)), f"--base {other} is not the model that the adapters of"),
     ):
-        failed = convert("--out", merged, *words)
+        failed = convert("--output", merged, *words)
         assert failed.returncode == 2 and text in failed.stderr and not Path(merged).exists(), failed.stderr
-    for words in (("--out", merged, "--base", base), ("--out", adapter, "--adapter", "--base", base)):
+    for words in (("--output", merged, "--base", base), ("--output", adapter, "--adapter", "--base", base)):
         done = convert(*words)
         assert done.returncode == 0, done.stderr
     from transformers import AutoModelForCausalLM
@@ -243,6 +243,6 @@ def test_a_run_and_its_exports(tmp_path: Path) -> None:
         theirs = by_peft.eval()(tokens).logits
     assert (ours - theirs).abs().max() < 1e-5 and (ours - before).abs().max() > 1e-3
     ckpt, out = str(tmp_path / "whole"), str(tmp_path / "out")
-    command = ["tools/evaluate.py", "niah", "--ckpt", ckpt, "--lengths", "64", "--out", out]
+    command = ["tools/evaluate.py", "niah", "--load", ckpt, "--lengths", "64", "--output", out]
     evaluated = processes.run([sys.executable, *command], cwd=train_tool.ROOT, capture_output=True, text=True)
     assert evaluated.returncode == 2 and "contains adapters only" in evaluated.stderr, evaluated.stderr

@@ -105,7 +105,7 @@ def _planted(rank: int, world: int) -> None:
 
 def test_tool(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    settings = ["--set", "parallel.cp=2", "train.seq_length=128", "--documents", "4", "--probes", "3"]
+    settings = ["--set", "parallel.cp=2", "train.seq_length=128", "--document-count", "4", "--probes", "3"]
     tool = [sys.executable, processes.ROOT / "tools" / "check_context_parallel.py"]
     done = processes.torchrun([*tool, *settings, "--json", out], 2)
     assert done.returncode == 0, done.stderr

@@ -165,7 +165,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     assert not different
 
     checked = processes.run(
-        [sys.executable, "tools/convert_hf.py", "check", "--ckpt", save], cwd=ROOT, capture_output=True
+        [sys.executable, "tools/convert_hf.py", "check", "--load", save], cwd=ROOT, capture_output=True
     )
     lines = checked.stdout.splitlines()
     assert checked.returncode == 0 and len(lines) == len(saved(save))
@@ -174,7 +174,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(inputs: Path, 
     )
     flip(save / f"iter_{end:07d}" / "run.json", 200)
     checked = processes.run(
-        [sys.executable, "tools/convert_hf.py", "check", "--ckpt", save], cwd=ROOT, capture_output=True
+        [sys.executable, "tools/convert_hf.py", "check", "--load", save], cwd=ROOT, capture_output=True
     )
     assert checked.returncode == 1
     assert (

@@ -12,7 +12,7 @@ from tests.null_gpu.machine import ROOT
 
 
 def test_report(tmp_path: Path) -> None:
-    command = ["tools/gpu_report.py", "--scale", "tiny", "--only", "loss,longest", "--out", str(tmp_path)]
+    command = ["tools/gpu_report.py", "--scale", "tiny", "--only", "loss,longest", "--output", str(tmp_path)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     assert done.returncode == 0

@@ -1,7 +1,7 @@
 """Peak memory of a step, measured and planned, for the complete product of memory modes and attention kernels
 at any lengths, as Markdown.
 
-    python -m tests.null_gpu.memory_table --lengths 128K,1M --out memory.md
+    python -m tests.null_gpu.memory_table --lengths 128K,1M --output memory.md
 
 Bytes of PyTorch's allocator on the null GPU (machine.py). Every row is appended to memory.jsonl as soon as it
 is measured, and the same command goes on from there.
@@ -39,12 +39,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", default="128K,1M", help="tokens of a rank, like 128K,1M")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE")
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS, metavar="KERNEL")
-    parser.add_argument("--out", type=Path, required=True, help="the table; rows go to the same name .jsonl")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the table; rows go to the same name .jsonl"
+    )
     parser.add_argument("--on-null-gpu", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     lengths = [parse_count(text, "--lengths") for text in given.lengths.split(",")]
     cases = list(itertools.product(lengths, given.modes, given.kernels))
-    rows = given.out.with_suffix(".jsonl")
+    rows = given.output.with_suffix(".jsonl")
     if given.on_null_gpu:
         ranks = launch.start(Runtime(device="cuda"), Parallel())
         measure(ranks, cases, rows)
@@ -62,13 +64,13 @@ def main(words: Sequence[str] | None = None) -> int:
             output = str(error)
         now_missing = len(cases) - len(measured(cases, rows))
         print(f"{len(cases) - now_missing} of {len(cases)} rows", flush=True)
-        given.out.write_text(markdown(cases, measured(cases, rows)))
+        given.output.write_text(markdown(cases, measured(cases, rows)))
         if now_missing == missing:
             print(f"{output}\nno row was measured in the last process", file=sys.stderr)
             return 1
     found = measured(cases, rows)
-    given.out.write_text(markdown(cases, found))
-    print(given.out.read_text())
+    given.output.write_text(markdown(cases, found))
+    print(given.output.read_text())
     ratios = {case: size / planned(case) for case, size in found.items()}
     outside = {case: r for case, r in ratios.items() if not step_memory.least_ratio(case[2]) <= r <= 1.1}
     for case, r in outside.items():

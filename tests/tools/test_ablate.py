@@ -46,7 +46,7 @@ def test_grid(tmp_path: Path) -> None:
 
     def run(*arguments: object) -> Any:
         command = [sys.executable, ROOT / "tools" / "ablate.py", "--grid", tmp_path / "grid.yaml"]
-        return processes.run([*command, "--out", out, *arguments], capture_output=True, cwd=ROOT)
+        return processes.run([*command, "--output", out, *arguments], capture_output=True, cwd=ROOT)
 
     done = run()
     assert done.returncode == 0, (done.stdout, done.stderr)

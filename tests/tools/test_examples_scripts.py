@@ -62,7 +62,7 @@ def test_paths_are_those_of_the_callers_folder(tmp_path: Path) -> None:
     assert f"{caller}/text/a.jsonl" in called and f"--tokenizer {caller}/model" in called
     assert f"{caller}/out/" in called
     assert f"{caller}/out/raw" in calls("laptop_data.sh", OUT="out")
-    assert f"--out {caller}/out/model" in calls("evaluate.sh", "model", OUT="out")
+    assert f"--output {caller}/out/model" in calls("evaluate.sh", "model", OUT="out")
     assert f"--local-dir {caller}/out/" in calls("ultralong_data.sh", DATA="out", TOKENIZER="model")
     assert str(caller / "out" / "base") in calls("laptop.sh", RUNS="out")
 

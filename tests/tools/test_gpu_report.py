@@ -85,7 +85,16 @@ def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
     out, base = tmp_path / "out", tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"model_type": "gpt2"}')
-    command = [sys.executable, "tools/gpu_report.py", "--device", "cpu", "--out", str(out), "--only", GROUPS]
+    command = [
+        sys.executable,
+        "tools/gpu_report.py",
+        "--device",
+        "cpu",
+        "--output",
+        str(out),
+        "--only",
+        GROUPS,
+    ]
     with processes.Popen([*command, "--model", str(base)], cwd=ROOT, stdout=processes.DEVNULL) as first:
         while "step, 256: offload-all" not in ended(out):
             assert first.poll() is None
@@ -104,7 +113,7 @@ def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
     [failed] = [row for row in values["rows"] if row["row"] == "extension, base x 2: training"]
     assert failed["note"].startswith("failed: UserError: ") and "gpt2" in failed["note"], failed
 
-    demo = ["--model", "examples/demo/base", "--retry"]
+    demo = ["--model", "examples/demo/base", "--retry-failed"]
     third = processes.run([*command, *demo], cwd=ROOT, capture_output=True, env=bare, timeout=900.0)
     assert third.returncode == 0 and "report: " in third.stdout, third.stderr
     again = ended(out)[len(rows) :]
@@ -115,7 +124,7 @@ def test_killed_and_resumed(tmp_path: Path, bare: dict[str, str]) -> None:
 def check_tables(out: Path) -> None:
     text, values = (out / "gpu_report.md").read_text(), json.loads((out / "gpu_report.json").read_text())
     assert "not the figures of a GPU" in text and "- device: " in text and "- torch: " in text
-    assert f"- command: `python tools/gpu_report.py --device cpu --out {out}" in text
+    assert f"- command: `python tools/gpu_report.py --device cpu --output {out}" in text
     assert "missing: a GPU: the figures are not those of one" in text
     rows = {row["row"]: row for row in values["rows"]}
     assert "loss, 256: Liger fused linear cross entropy: not installed" in text
@@ -256,7 +265,7 @@ def test_rows_of_other_machines_are_not_mixed(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="is being written by another run"):
         report(tmp_path, monkeypatch, [])
     journal.close()
-    with pytest.raises(UserError, match=r"device NVIDIA A100, and this is NVIDIA H100.*another --out"):
+    with pytest.raises(UserError, match=r"device NVIDIA A100, and this is NVIDIA H100.*another --output"):
         report(tmp_path, monkeypatch, [])
 
 

@@ -116,7 +116,7 @@ def test_answers_of_something_else_are_refused(tmp_path):
         (
             Echo(model="n"),
             requests(2),
-            'was written with model.path "m", not "n"; remove it, or choose another --out',
+            'was written with model.path "m", not "n"; remove it, or choose another --output',
         ),
         (Echo(seed=1), requests(2), "was written with model.settings.seed 0, not 1"),
         (Echo(), requests(2, tokens=6), "contains an answer to another prompt with the id q0"),

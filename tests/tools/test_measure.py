@@ -46,7 +46,7 @@ def test_attention(
         "attention",
         "--device",
         "cpu",
-        "--length",
+        "--seq-length",
         "64",
         "--cp",
         "2,4",
@@ -56,13 +56,13 @@ def test_attention(
         "4",
         "--head-dim",
         "16",
-        "--documents",
+        "--document-count",
         "5",
-        "--error-length",
+        "--error-tokens",
         "32",
         "--repeats",
         "1",
-        "--out",
+        "--output",
         str(tmp_path),
     )
     printed = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_attention(
     assert values["format"] == 1 and values["benchmark"] == "attention"
     about = values["about"]
     assert (
-        about["command"].startswith("python tools/benchmark.py attention --device cpu --length 64")
+        about["command"].startswith("python tools/benchmark.py attention --device cpu --seq-length 64")
         and about["command"] in printed
     )
     assert (
@@ -278,11 +278,11 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("attention --length 100 --cp 8", "--length 100 is not divisible by 2 x --cp = 16"),
+        ("attention --seq-length 100 --cp 8", "--seq-length 100 is not divisible by 2 x --cp = 16"),
         ("attention --cp 1", "--cp 1 must be at least 2"),
         ("attention --cp two", "--cp=two: expected a whole number"),
         ("attention --heads 9 --kv-heads 2", "--heads 9 is not a multiple of --kv-heads 2"),
-        ("attention --documents 9K", "--documents 9216 must be"),
+        ("attention --document-count 9K", "--document-count 9216 must be"),
         ("attention --kernel cudnn", "attention kernel cudnn needs a GPU"),
         ("attention --methods gather", "--methods gather: this method is now called all_gather"),
         ("attention --methods ring,rings", "--methods rings: choose from"),
@@ -296,8 +296,8 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
         ),
         ("step --settings offload-checkpoints", "this setting is now called offload-layer-inputs"),
         ("step --settings offload-attention", "this setting is now called offload-all"),
-        ("step --longest", "--longest on a CPU needs --limit"),
-        ("step --limit many", "--limit many: expected bytes"),
+        ("step --longest", "--longest on a CPU needs --max-memory"),
+        ("step --max-memory many", "--max-memory many: expected bytes"),
         ("step --lengths 0", "--lengths 0 must be at least 1"),
     ],
 )
@@ -314,7 +314,15 @@ def test_all_figures_are_written_before_any_plot(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("megatron_ultralong.measure.report.plot", blocked)
     with pytest.raises(UserError, match="one.png cannot be written"):
-        call(monkeypatch, "loss", *sizes, "--plot", str(tmp_path / "one.png"), "--out", str(tmp_path / "out"))
+        call(
+            monkeypatch,
+            "loss",
+            *sizes,
+            "--plot",
+            str(tmp_path / "one.png"),
+            "--output",
+            str(tmp_path / "out"),
+        )
     assert rows_of(tmp_path / "out" / "loss.json")
 
 

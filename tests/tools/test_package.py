@@ -117,9 +117,13 @@ STAGES = (  # program, arguments, and what it prints
         f"{TORCHRUN} train --recipe tiny_extend --set {SETTINGS} --load-hf base --data rows/text --save run",
         "iteration 2/2",
     ),
-    ("ultralong", "convert export --ckpt run --out exported", "wrote exported"),
+    ("ultralong", "convert export --load run --output exported", "wrote exported"),
     ("ultralong", "inspect-rope exported run", "agree bit for bit: [1], [2]"),
-    ("ultralong", "evaluate niah --model exported --lengths 512 --depths 50 --trials 1 --out found", "512"),
+    (
+        "ultralong",
+        "evaluate niah --model exported --lengths 512 --depths 50 --samples 1 --output found",
+        "512",
+    ),
 )
 
 

@@ -841,7 +841,7 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
         tmp_path / "p.yaml",
         "--domain",
         "math",
-        "--limit",
+        "--examples",
         2,
         "--temperature",
         0.5,
@@ -915,7 +915,7 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
         (["--base-url", "http://h:99999/v1"], "--base-url: expected"),
         (["--base-url", "http://me:pass@host/v1"], "--base-url: give scheme, host, port and path only"),
         (["--output", "/dev/null/x.jsonl"], "cannot be written"),
-        (["--input", "empty2.jsonl", "--limit", "1"], None),
+        (["--input", "empty2.jsonl", "--examples", "1"], None),
         (["--prompts", "none.yaml"], "--prompts none.yaml: cannot be read"),
     ],
 )

@@ -65,8 +65,8 @@ def test_trained_exported_and_read(tmp_path: Path) -> None:
             2e5 if kind == "theta" else 1e4,
             ORIGINAL,
         )
-        run("convert_hf.py", "export", "--ckpt", save, "--out", out, "--dtype", "fp32")
-        run("convert_hf.py", "verify", "--hf", out, "--ckpt", save)
+        run("convert_hf.py", "export", "--load", save, "--output", out, "--dtype", "fp32")
+        run("convert_hf.py", "verify", "--load-hf", out, "--load", save)
         written = json.loads((out / "config.json").read_text())
         assert written["max_position_embeddings"] == max_position
         theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(out))

@@ -25,9 +25,9 @@ def test_search(tmp_path: Path) -> None:
         "--model",
         ROOT / "examples" / "demo" / "base",
     ]
-    command += ["--data", tmp_path / "book.txt", "--length", "1K", "--rows", "1", "--population", "4"]
+    command += ["--data", tmp_path / "book.txt", "--seq-length", "1K", "--samples", "1", "--population", "4"]
     command += ["--parents", "2", "--mutations", "2", "--crossovers", "1", "--rounds", "2", "--device", "cpu"]
-    command += ["--out", tmp_path / "factors.json"]
+    command += ["--output", tmp_path / "factors.json"]
     done = processes.run(command, capture_output=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -43,7 +43,7 @@ def test_search(tmp_path: Path) -> None:
     again = processes.run(command, capture_output=True)
     assert again.stdout.splitlines() == [f"resumes with {measured} measured candidates", *lines]
 
-    short = processes.run([*command[:-1], tmp_path / "other.json", "--rows", "2"], capture_output=True)
+    short = processes.run([*command[:-1], tmp_path / "other.json", "--samples", "2"], capture_output=True)
     assert short.returncode == 2 and short.stderr.startswith(
         "error: --data: only 1 documents have more than 1024"
     )

@@ -348,7 +348,7 @@ def test_check_command():
         "torchrun -m megatron_ultralong train --recipe ultralong_9m",
         "tools/train.py --recipe ultralong_9m",
         "tools/train.py --dat x",
-        "tools/convert_hf.py eksport --ckpt x",
+        "tools/convert_hf.py eksport --load x",
         "tools/train.py --recipe tiny --set train.sequence=1",
         "make dmeo",
         "bash examples/nothing.sh",

@@ -42,8 +42,8 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a cannot be written: Is a directory"):
         atomic_files.write_text(tmp_path / "a", "x")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out file cannot be written: "):
-        atomic_files.check_writable(tmp_path / "file" / "below", "--out file")
+    with pytest.raises(UserError, match="--output file cannot be written: "):
+        atomic_files.check_writable(tmp_path / "file" / "below", "--output file")
     with (
         pytest.raises(UserError, match="cannot be written"),
         atomic_files.whole_folder(tmp_path / "file" / "below"),

@@ -427,9 +427,9 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
         "500",
         "--depths",
         "0,100",
-        "--trials",
+        "--samples",
         "3",
-        "--out",
+        "--output",
         tmp_path,
         "--retries",
         0,
@@ -469,9 +469,9 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "give --model DIR, or --ckpt CKPT"),
-        (["--model", "a", "--ckpt", "b"], "give --model or --ckpt, not both"),
-        (["--ckpt", "b", "--engine", "hf"], "--ckpt requires --engine megatron"),
+        ([], "give --model DIR, or --load CKPT"),
+        (["--model", "a", "--load", "b"], "give --model or --load, not both"),
+        (["--load", "b", "--engine", "hf"], "--load requires --engine megatron"),
         (["--model", "a", "--engine", "hf", "--cp", "2"], "--cp requires --engine"),
         (
             ["--model", "a", "--engine", "hf", "--base-url", "http://h/v1"],
@@ -480,7 +480,7 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
         (["--model", "a", "--engine", "endpoint"], "needs --base-url URL"),
         (["--model", "a", "--base-url", "http://h/v1"], "needs --tokenizer DIR"),
         (["--model", "a", "--cp", "2"], "--model a: no such directory"),
-        (["--ckpt", "none"], "contains no complete checkpoint"),
+        (["--load", "none"], "contains no complete checkpoint"),
         (["--model", "a", "--tp", "1", "--read-chunk", "0"], "--read-chunk must be at least 1"),
         (["--model", "a", "--temperature", "-1"], "--temperature -1"),
         (
@@ -492,7 +492,7 @@ def test_niah_of_an_endpoint(server, folder, tmp_path, monkeypatch):
 def test_options_that_do_not_fit(tmp_path, monkeypatch, words, message):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UserError, match=message) as error:
-        command(monkeypatch, *words, "--lengths", "100", "--out", tmp_path)
+        command(monkeypatch, *words, "--lengths", "100", "--output", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -514,7 +514,7 @@ def test_ranks_that_do_not_fit(tmp_path, monkeypatch):
                 *words,
                 "--lengths",
                 "100",
-                "--out",
+                "--output",
                 tmp_path,
             )
 

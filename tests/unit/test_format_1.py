@@ -81,7 +81,7 @@ def test_replacing_an_old_file_says_what_is_lost(tmp_path: Path, capsys: pytest.
         ):
             shutil.copyfile(old, path)
             command.write_results(changed, tmp_path, "table")
-            line = f"{path} replaces results with other {words}; give another --out to keep both\n"
+            line = f"{path} replaces results with other {words}; give another --output to keep both\n"
             assert capsys.readouterr().out == (line if words else "") + f"table\n{path} written\n", old
 
 

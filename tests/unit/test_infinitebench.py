@@ -378,7 +378,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "infinitebench",
         "--model",
         "m",
-        "--out",
+        "--output",
         str(tmp_path / "out"),
         "--data",
         str(folder),
@@ -391,7 +391,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [*arguments, wrong])
         with pytest.raises(UserError, match=message):
             main["main"]()
-    monkeypatch.setattr(sys, "argv", [*arguments, "passkey,code_run", "--limit", "1"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "passkey,code_run", "--samples", "1"])
     main["main"]()
     written = json.loads((tmp_path / "out" / "infinitebench.json").read_text(encoding="utf-8"))
     assert (

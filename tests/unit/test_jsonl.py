@@ -33,7 +33,7 @@ def test_a_complete_file_has_one_writer(tmp_path):
     path = tmp_path / "a.jsonl"
     with jsonl.complete_file(path, {"of": 1}) as write:
         with (
-            pytest.raises(UserError, match="a.jsonl is being written by another run; .* another --out"),
+            pytest.raises(UserError, match="a.jsonl is being written by another run; .* another --output"),
             jsonl.complete_file(path, {"of": 2}),
         ):
             pass

@@ -377,7 +377,7 @@ def test_what_is_asked_for_has_to_be_there(tmp_path):
     )
     with pytest.raises(UserError, match="--sets: give at least one of hotpotwikiqa_mixup"):
         lveval.LVEvalSettings(sets=command.parse_names(",", SETS))
-    with pytest.raises(UserError, match="--limit must be at least 1"):
+    with pytest.raises(UserError, match="--samples must be at least 1"):
         lveval.LVEvalSettings(limit=0)
     with pytest.raises(
         UserError, match="--data contains no hotpotwikiqa_mixup_32k; download it, or leave it out"
@@ -403,7 +403,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     def call(*args: str) -> None:
         monkeypatch.setattr(
-            sys, "argv", ["evaluate.py", "lveval", "--model", "m", "--out", str(tmp_path / "out"), *args]
+            sys, "argv", ["evaluate.py", "lveval", "--model", "m", "--output", str(tmp_path / "out"), *args]
         )
         main["main"]()
 

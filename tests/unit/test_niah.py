@@ -263,7 +263,7 @@ def test_run_counts_every_cell(tokenizer):
 
 def test_results_are_written_whole_with_a_plot_and_a_table(tokenizer, tmp_path):
     result = niah.run(Reader(tokenizer, sight=180), grid())
-    atomic_files.check_writable(tmp_path / "deep" / "er", "--out")
+    atomic_files.check_writable(tmp_path / "deep" / "er", "--output")
     result.write(tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())
     assert written == json.loads(json.dumps(result.to_json())) and written["format"] == 2
@@ -432,9 +432,9 @@ def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
         "100,0.2K".replace("0.2K", "1K"),
         "--depth-count",
         "3",
-        "--trials",
+        "--samples",
         "2",
-        "--out",
+        "--output",
         tmp_path / "out",
         "--device",
         "cpu",
@@ -466,9 +466,9 @@ def test_memory_is_checked_by_the_sizes_that_a_config_states(sizes):
 
 def test_a_failed_figure_loses_no_results(model_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "niah.png").mkdir()
-    words = ["--lengths", "100", "--depths", "1", "--trials", "1", "--device", "cpu"]
+    words = ["--lengths", "100", "--depths", "1", "--samples", "1", "--device", "cpu"]
     with pytest.raises(UserError, match="niah.png cannot be written"):
-        command(monkeypatch, "niah", "--model", model_dir, *words, "--out", tmp_path)
+        command(monkeypatch, "niah", "--model", model_dir, *words, "--output", tmp_path)
     assert json.loads((tmp_path / "niah.json").read_text())["scores"][0]["count"] == 1
     assert "depth" in capsys.readouterr().out
 
@@ -489,7 +489,7 @@ def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
             *paths[:count],
             "--titles",
             *"abcd"[:count],
-            "--out",
+            "--output",
             tmp_path / "c.png",
         )
         sizes.append(struct.unpack(">II", (tmp_path / "c.png").read_bytes()[16:24]))
@@ -502,7 +502,7 @@ def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
         ([*paths[:2], "--titles", "a"], "need 2 titles"),
     ):
         with pytest.raises(UserError, match=message):
-            command(monkeypatch, "compare", "--out", tmp_path / "d.png", "--results", *words)
+            command(monkeypatch, "compare", "--output", tmp_path / "d.png", "--results", *words)
 
 
 def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
@@ -511,7 +511,7 @@ def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
     file.write_text("x")
     pointer = tmp_path / "pointer.txt"
     pointer.write_text(LFS_POINTER)
-    good = ["--model", model_dir, "--lengths", "100", "--out", tmp_path / "o", "--device", "cpu"]
+    good = ["--model", model_dir, "--lengths", "100", "--output", tmp_path / "o", "--device", "cpu"]
     for change, words in (
         (["--model", tmp_path / "nowhere"], "no such directory"),
         (["--model", empty], "no config.json"),
@@ -526,9 +526,9 @@ def test_mistakes_are_told_in_one_line(model_dir, tmp_path, monkeypatch):
         (["--depths", "10,10.00001"], "each only once"),
         (["--depth-count", "1"], "from 2 to 1000"),
         (["--depths", "a,b"], "percents"),
-        (["--trials", "0"], "at least 1"),
+        (["--samples", "0"], "at least 1"),
         (["--batch", "0"], "at least 1"),
-        (["--out", file / "o"], "cannot be written"),
+        (["--output", file / "o"], "cannot be written"),
         (["--haystack", tmp_path / "none.txt"], "cannot be read"),
         (["--haystack", pointer], "pointer.txt is a Git LFS pointer"),
         (["--chat", "yes"], "no chat template"),

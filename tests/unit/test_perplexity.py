@@ -184,7 +184,7 @@ def test_the_command(
         )
         runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]()
 
-    run("--lengths", "500,1K", "--out", tmp_path / "out")
+    run("--lengths", "500,1K", "--output", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert (
         result["task"] == "perplexity"
@@ -202,10 +202,10 @@ def test_the_command(
     }
     (tmp_path / "blocked" / "perplexity.png").mkdir(parents=True)
     with pytest.raises(UserError, match="perplexity.png cannot be written"):
-        run("--lengths", "500", "--out", tmp_path / "blocked")
+        run("--lengths", "500", "--output", tmp_path / "blocked")
     kept = json.loads((tmp_path / "blocked" / "perplexity.json").read_text())
     assert kept["scores"][0]["score"] == pytest.approx(result["scores"][0]["score"]), "nothing is lost"
-    run("--lengths", "1K", "--out", tmp_path / "more", "--beside", tmp_path / "out" / "perplexity.json")
+    run("--lengths", "1K", "--output", tmp_path / "more", "--beside", tmp_path / "out" / "perplexity.json")
     for bad, message in (
         ({"format": 1, "task": "standard", "scores": {"MMLU": 1.0}}, "is not a result of `perplexity`"),
         ([], "is not a benchmark result"),
@@ -222,7 +222,7 @@ def test_the_command(
                 tmp_path / "none",
                 "--lengths",
                 "1K",
-                "--out",
+                "--output",
                 tmp_path / "bad",
                 "--beside",
                 tmp_path / "bad.json",
@@ -235,7 +235,7 @@ def test_the_command(
             tmp_path / "no-such.jsonl",
             "--lengths",
             "1K",
-            "--out",
+            "--output",
             tmp_path / "bad",
         )
     assert not (tmp_path / "bad").exists()

@@ -445,9 +445,9 @@ def test_grids_that_cannot_be_drawn_are_told(
 ) -> None:
     good, out = write(tmp_path, "good.json", grid(1, 1.0) | {"model": None}), tmp_path / "a.png"
     with pytest.raises(UserError, match="bad.json"):
-        command(monkeypatch, "compare", "--results", good, write(tmp_path, "bad.json", bad), "--out", out)
+        command(monkeypatch, "compare", "--results", good, write(tmp_path, "bad.json", bad), "--output", out)
     assert not out.exists()
-    command(monkeypatch, "compare", "--results", good, "--out", out)
+    command(monkeypatch, "compare", "--results", good, "--output", out)
     assert out.exists()
 
 
@@ -489,7 +489,13 @@ def test_the_command_writes_markdown_csv_and_plots(
 ) -> None:
     out = tmp_path / "report"
     command(
-        monkeypatch, "report", "--results", str(folder / "a"), f"B | small={folder / 'b'}", "--out", str(out)
+        monkeypatch,
+        "report",
+        "--results",
+        str(folder / "a"),
+        f"B | small={folder / 'b'}",
+        "--output",
+        str(out),
     )
     text = (out / "report.md").read_text()
     assert (
@@ -514,7 +520,7 @@ def test_the_command_writes_markdown_csv_and_plots(
         "report",
         "--results",
         str(folder / "a" / "standard.json"),
-        "--out",
+        "--output",
         str(tmp_path / "one"),
         "--no-published",
     )
@@ -647,7 +653,7 @@ def test_which_figures_are_compared(
     assert published.released("Llama-3.1-8B-UltraLong-2M") is None
     model = tmp_path / "Llama-3-8B-ProLong-512k-Instruct"
     write(model, "config.json", {})
-    arguments = ("published", "--model", model, "--out", tmp_path / "out")
+    arguments = ("published", "--model", model, "--output", tmp_path / "out")
     command(monkeypatch, *arguments)
     said = capsys.readouterr().out
     assert "beside the published figures of ProLong-512k" in said and said.count("not run") == 13
@@ -700,5 +706,5 @@ def test_results_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture
         (standard_result("MMLU", "MATH", limit=2), "tasks or lengths"),
     ):
         write_results(changed, tmp_path, "table")
-        line = f"{path} replaces results with other {words}; give another --out to keep both\n"
+        line = f"{path} replaces results with other {words}; give another --output to keep both\n"
         assert capsys.readouterr().out == line + written

@@ -77,14 +77,16 @@ def test_a_stopped_search_measures_nothing_twice(tmp_path: Path) -> None:
     again = search(SETTINGS, lambda factors: losses.measure(factors, lambda f: seen.append(f) or distance(f)))
     losses.close()
     assert again == best and seen == whole[100:]
-    with pytest.raises(UserError, match="has losses of another model, length or data; choose another --out"):
+    with pytest.raises(
+        UserError, match="has losses of another model, length or data; choose another --output"
+    ):
         Losses(tmp_path / "losses.jsonl", {"model": "b"})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": 512}, "--length=512 must be above the model's 512 tokens"),
+        ({"length": 512}, "--seq-length=512 must be above the model's 512 tokens"),
         ({"rounds": 0}, "--rounds=0 must be at least 1"),
         ({"parents": 65}, "--parents=65 is above --population=64"),
         ({"mutations": 0, "crossovers": 0}, "not both 0"),

@@ -774,7 +774,7 @@ def test_under_torchrun_only_the_first_rank_does_what_asks_no_model(tmp_path, mo
             "1K",
             "--stage",
             "prepare",
-            "--out",
+            "--output",
             tmp_path / "out",
         )
     assert stop.value.code == 0 and not list((tmp_path / "out").iterdir())
@@ -816,7 +816,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "1",
         "--device",
         "cpu",
-        "--out",
+        "--output",
         tmp_path / "out",
     ]
     command(monkeypatch, *good)

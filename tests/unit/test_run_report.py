@@ -247,7 +247,7 @@ def test_the_tool_adds_scores_of_checkpoints(
     text = (folder / "report.html").read_text()
     assert "Passkey" in check_page(text) and text.index("passkey/8192") < text.index("passkey/16384")
     assert f"{results}/c.json: its model {tmp_path}/base is not a checkpoint of this run" in text
-    run_tool(monkeypatch, folder, "--out", tmp_path / "other.html")
+    run_tool(monkeypatch, folder, "--output", tmp_path / "other.html")
     assert "Passkey" not in check_page((tmp_path / "other.html").read_text())
 
 
@@ -264,7 +264,8 @@ def test_what_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     folder = write(tmp_path / "pretrain", start(0))
     assert refused(tmp_path) == f"{line}; it contains those of the stages pretrain: give one of them"
     assert (
-        refused(folder, "--out", tmp_path / "pretrain") == f"--out {folder} cannot be written: Is a directory"
+        refused(folder, "--output", tmp_path / "pretrain")
+        == f"--output {folder} cannot be written: Is a directory"
     )
     assert "no such file or directory" in refused(folder, "--results", tmp_path / "nothing")
     write(folder, start(0, format=2))

@@ -145,7 +145,7 @@ def _begin(out: Path, lock: list[int]) -> Path:
         staging = atomic_files.staging_folder(out)
         lock.append(atomic_files.lock_folder(staging))
     except OSError as error:
-        raise atomic_files.cannot_write(f"--out {out}", error) from None
+        raise atomic_files.cannot_write(f"--output {out}", error) from None
     return staging
 
 
@@ -170,4 +170,4 @@ def _publish(staging: Path, out: Path) -> None:
     try:
         atomic_files.publish(staging, out)
     except OSError as error:
-        raise atomic_files.cannot_write(f"--out {out}", error) from None
+        raise atomic_files.cannot_write(f"--output {out}", error) from None

@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", metavar="N", help="layers of SmolLM2-135M's shape (default: 30)")
     parser.add_argument(
-        "--tokens", metavar="S", default="1K", help="tokens of the steps beside a save (default: %(default)s)"
+        "--seq-length",
+        metavar="S",
+        default="1K",
+        help="tokens of the steps beside a save (default: %(default)s)",
     )
     common.add_common(parser, repeats="3")
 
@@ -30,7 +33,7 @@ def settings(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
     return checkpoint.run, checkpoint.CheckpointSettings(
         model=model,
         rope=rope,
-        tokens=common.count(args, "tokens"),
+        tokens=common.count(args, "seq_length"),
         precision=common.dtype(args, gpu),
         folder=args.folder,
         repeats=common.count(args, "repeats"),

@@ -31,7 +31,9 @@ def add_common(
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart as PNG")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write both here, as NAME.json and NAME.png")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write both here, as NAME.json and NAME.png"
+    )
 
 
 def dtype(args: argparse.Namespace, gpu: bool) -> str:
@@ -51,8 +53,8 @@ def counts(args: argparse.Namespace, name: str, default: str = "") -> list[int]:
 
 def byte_count(text: str) -> int:
     if text[-1:].upper() == "G":
-        return parse_count(text[:-1], "--limit") * 2**30
+        return parse_count(text[:-1], "--max-memory") * 2**30
     try:
-        return parse_count(text, "--limit")
+        return parse_count(text, "--max-memory")
     except UserError:
-        raise UserError(f"--limit {text}: expected bytes, like 60G") from None
+        raise UserError(f"--max-memory {text}: expected bytes, like 60G") from None

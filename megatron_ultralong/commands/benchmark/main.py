@@ -1,18 +1,18 @@
 """Measure speed and memory of this program on one GPU or a CPU.
 
-    ultralong benchmark attention --length 256K --cp 4,8 --documents 16 --out runs/benchmark
-    ultralong benchmark placement --length 1M --cp 8,32,64 --out runs/benchmark
-    ultralong benchmark loss --tokens 64K --chunks 1K,4K,16K --out runs/benchmark
+    ultralong benchmark attention --seq-length 256K --cp 4,8 --document-count 16 --output runs/benchmark
+    ultralong benchmark placement --seq-length 1M --cp 8,32,64 --output runs/benchmark
+    ultralong benchmark loss --tokens 64K --chunks 1K,4K,16K --output runs/benchmark
     ultralong benchmark step --lengths 64K,128K --settings none,full,all-but-attention,offload-all
     ultralong benchmark step --longest --settings all-but-attention,offload-all
     ultralong benchmark step --longest --optimizer --layers 2 --settings query-chunks-offload
-    ultralong benchmark train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --out runs/benchmark
-    ultralong benchmark checkpoint --folder runs --out runs/benchmark
-    ultralong benchmark generate --lengths 128K,512K --out runs/benchmark
-    ultralong benchmark data --tokenizer DIR --out runs/benchmark
+    ultralong benchmark train --model models/SmolLM2-135M-Instruct --lengths 2K,8K --output runs/benchmark
+    ultralong benchmark checkpoint --folder runs --output runs/benchmark
+    ultralong benchmark generate --lengths 128K,512K --output runs/benchmark
+    ultralong benchmark data --tokenizer DIR --output runs/benchmark
 
 These are not benchmarks of models; `ultralong evaluate` runs those. Each command prints a table; --json, --plot
-and --out also write it to files, with device, versions, date and command. Defaults are smaller on a CPU.
+and --output also write it to files, with device, versions, date and command. Defaults are smaller on a CPU.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = timing.select_device(args.device)
     figures, plots = [args.json], [args.plot]
-    if args.out is not None:
+    if args.output is not None:
         name = "longest_step" if args.benchmark == "step" and args.longest else args.benchmark
-        figures.append(args.out / f"{name}.json")
-        plots.append(args.out / f"{name}.png")
+        figures.append(args.output / f"{name}.json")
+        plots.append(args.output / f"{name}.png")
     # Figures first: a plot that fails must lose nothing that was measured.
     outputs = [(report.write_json, path) for path in figures] + [(report.plot, path) for path in plots]
     for _, path in outputs:

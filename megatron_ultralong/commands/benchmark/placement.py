@@ -12,7 +12,9 @@ HELP = "documents of packed rows on context parallel ranks: work, keys sent, mes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--length", metavar="S", default="1M", help="tokens of a row (default: %(default)s)")
+    parser.add_argument(
+        "--seq-length", metavar="S", default="1M", help="tokens of a row (default: %(default)s)"
+    )
     parser.add_argument(
         "--cp", metavar="N,N", default="8,32,64", help="context parallel sizes (default: %(default)s)"
     )
@@ -36,7 +38,7 @@ def settings(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
     from megatron_ultralong.measure import placement
 
     return placement.run, placement.PlacementSettings(
-        length=common.count(args, "length"),
+        length=common.count(args, "seq_length"),
         cp=tuple(common.counts(args, "cp", "")),
         lengths=args.documents,
         tokenizer=args.tokenizer,

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resolution of --longest in tokens (default: 4K on a GPU, 32 on a CPU)",
     )
     parser.add_argument(
-        "--limit",
+        "--max-memory",
         metavar="BYTES",
         help="use at most this much device memory, like 60G (1024-based); required by --longest on a CPU",
     )
@@ -72,5 +72,5 @@ def settings(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
         optimizer=args.optimizer,
         longest=args.longest,
         granularity=common.count(args, "granularity", "4K" if gpu else "32"),
-        limit=None if args.limit is None else common.byte_count(args.limit),
+        limit=None if args.max_memory is None else common.byte_count(args.max_memory),
     )

@@ -106,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--price-in", type=float, metavar="USD", help="price of a million prompt tokens, to show the cost"
     )
     parser.add_argument("--price-out", type=float, metavar="USD", help="price of a million completion tokens")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
+    parser.add_argument(
+        "--examples", dest="limit", type=int, metavar="N", help="only the first N conversations"
+    )
     parser.add_argument(
         "--budget",
         type=float,

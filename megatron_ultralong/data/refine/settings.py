@@ -56,7 +56,8 @@ class RefineSettings:
         ):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+                option = "examples" if name == "limit" else name.replace("_", "-")
+                raise UserError(f"--{option} {value}: must be at least {minimum}")
         for name in ("timeout", "budget"):
             value = getattr(self, name)
             if value is not None and not value > 0:

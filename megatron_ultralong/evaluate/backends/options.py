@@ -99,7 +99,7 @@ def add_local_model_arguments(
         + ("; with --base-url, the model's name there" if endpoint else ""),
     )
     model.add_argument(
-        "--ckpt",
+        "--load",
         type=Path,
         metavar="CKPT",
         help="instead of --model: a training checkpoint, either a run directory or one iteration",
@@ -111,7 +111,7 @@ def add_local_model_arguments(
         choices=engines,
         help="hf = plain transformers; megatron = this project's model over the ranks of torchrun"
         + ("; endpoint = an OpenAI-compatible endpoint" if endpoint else "")
-        + f" (default: {'endpoint with --base-url, ' if endpoint else ''}megatron with --ckpt, a layout or "
+        + f" (default: {'endpoint with --base-url, ' if endpoint else ''}megatron with --load, a layout or "
         "several ranks, otherwise hf)",
     )
     model.add_argument(
@@ -204,11 +204,11 @@ def _engine(args: argparse.Namespace) -> str:
     layout = [name for name in ("tp", "pp", "cp") if getattr(args, name) is not None]
     engine = args.engine
     if engine == "auto":
-        engine = "endpoint" if args.base_url else "megatron" if args.ckpt or layout or world > 1 else "hf"
+        engine = "endpoint" if args.base_url else "megatron" if args.load or layout or world > 1 else "hf"
     if engine != "megatron":
-        if args.ckpt:
+        if args.load:
             raise UserError(
-                f"--ckpt requires --engine megatron, not {engine}; for {engine}, export it (`ultralong convert export`)"
+                f"--load requires --engine megatron, not {engine}; for {engine}, export it (`ultralong convert export`)"
             )
         if layout:
             raise UserError(f"--{layout[0]} requires --engine megatron, not {engine}")
@@ -216,9 +216,9 @@ def _engine(args: argparse.Namespace) -> str:
             raise UserError(f"--engine {engine} runs in one process; start it without torchrun")
     if args.base_url and engine != "endpoint":
         raise UserError(f"--base-url requires --engine endpoint, not {engine}")
-    if (args.model is None) == (args.ckpt is None):
+    if (args.model is None) == (args.load is None):
         raise UserError(
-            "give --model DIR, or --ckpt CKPT" if args.model is None else "give --model or --ckpt, not both"
+            "give --model DIR, or --load CKPT" if args.model is None else "give --model or --load, not both"
         )
     return engine
 
@@ -262,7 +262,7 @@ def _parallel_model(args: argparse.Namespace) -> Backend:
             "torchrun's --nproc-per-node or the layout"
         )
     backend = ParallelModel(
-        path=args.ckpt or Path(args.model),
+        path=args.load or Path(args.model),
         parallel=parallel,
         tokenizer=args.tokenizer,
         device=args.device,

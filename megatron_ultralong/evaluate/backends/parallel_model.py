@@ -75,7 +75,7 @@ class ParallelModel:
         place, model, rope, self.max_position, assets = _find(path)
         self.path, self.chat, self.sampling, self._place = path, chat, sampling, place
         self.tokenizer = load_tokenizer(
-            tokenizer or assets, "--tokenizer" if tokenizer else "--model" if place == assets else "--ckpt"
+            tokenizer or assets, "--tokenizer" if tokenizer else "--model" if place == assets else "--load"
         )
         self._encoder = cache(partial(PromptEncoder, self.tokenizer, chat))
         self.end_tokens = end_tokens(assets, self.tokenizer)

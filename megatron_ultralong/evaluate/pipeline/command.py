@@ -27,7 +27,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_out_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the results")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the results")
 
 
 def parse_names(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,12 +57,12 @@ def check_names(flag: str, names: tuple[str, ...], known: tuple[str, ...]) -> No
 
 def check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
-        raise UserError("--limit must be at least 1")
+        raise UserError("--samples must be at least 1")
 
 
 def check_out(out: Path) -> None:
-    """Create --out. UserError where it cannot be written; called before the work."""
-    atomic_files.check_writable(out, f"--out {out}")
+    """Create --output. UserError where it cannot be written; called before the work."""
+    atomic_files.check_writable(out, f"--output {out}")
 
 
 def progress_bar(description: str, total: int | None = None, unit: str = "prompt") -> Any:
@@ -87,7 +87,7 @@ def write_results(
     """
     path = out / f"{result.task}.json"
     if changed := _replaced(path, result):
-        print(f"{path} replaces results with other {changed}; give another --out to keep both")
+        print(f"{path} replaces results with other {changed}; give another --output to keep both")
     result.write(path)
     print(table)
     write_more()

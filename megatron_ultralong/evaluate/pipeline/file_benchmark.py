@@ -23,9 +23,9 @@ class FileBenchmark:
     find_files: Callable[[str], Any]
     """Called with --data: UserError where it does not contain the requested files."""
     prepare: Callable[[Path, str, Callable[[int], Any]], int]
-    """Called with --out, --data and a progress callback: `stages.prepare` of its questions."""
+    """Called with --output, --data and a progress callback: `stages.prepare` of its questions."""
     score: Callable[[Path], BenchmarkResult]
-    """Called with --out after all questions were answered."""
+    """Called with --output after all questions were answered."""
     table: Callable[[BenchmarkResult], str]
 
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, title: str, file_names: str) 
         help=f"a checkout of {title}'s repository: use its prompt templates (default: this project's own wording)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N questions of each (default: all)"
+        "--samples", type=int, metavar="N", help="only the first N questions of each (default: all)"
     )
     parser.add_argument(
         "--max-length",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, title: str, file_names: str) 
         "--stage",
         default="all",
         choices=("all", *stages.STAGES),
-        help="write the prompts, answer them, score the answers; each reads the files in --out that the previous stage wrote "
+        help="write the prompts, answer them, score the answers; each reads the files in --output that the previous stage wrote "
         "(default: all; finished stages are not repeated)",
     )
 
@@ -63,30 +63,32 @@ def add_arguments(parser: argparse.ArgumentParser, title: str, file_names: str) 
 def run(args: argparse.Namespace, benchmark: FileBenchmark) -> None:
     """Run the requested stages."""
     max_length, name = command.parse_max_length(args.max_length), benchmark.name
-    command.check_out(args.out)
+    command.check_out(args.output)
     prepares = args.stage in ("all", "prepare")
     if prepares:
         if args.data is None:
-            raise UserError("--data DIR is needed; --stage predict or score resumes from the files in --out")
+            raise UserError(
+                "--data DIR is needed; --stage predict or score resumes from the files in --output"
+            )
         benchmark.find_files(args.data)  # a wrong folder is reported before a model is loaded
     # Under torchrun only rank 0 enters the block, and does everything but the model's work.
     with options.open_backend(args) if args.stage in ("all", "predict") else options.no_backend() as backend:
         if prepares:
             with command.progress_bar(f"{name}: prepare") as bar:
-                benchmark.prepare(args.out, args.data, bar.update)
+                benchmark.prepare(args.output, args.data, bar.update)
         if backend is not None:
-            with command.progress_bar(f"{name}: predict", stages.count(args.out, name)) as bar:
+            with command.progress_bar(f"{name}: predict", stages.count(args.output, name)) as bar:
                 stages.predict(
                     backend,
-                    args.out,
+                    args.output,
                     name,
                     max_length=max_length,
                     batch=options.batch_size(args),
                     progress=bar.update,
                 )
     if args.stage in ("all", "score"):
-        result = benchmark.score(args.out)
-        command.write_results(result, args.out, benchmark.table(result))
+        result = benchmark.score(args.output)
+        command.write_results(result, args.output, benchmark.table(result))
 
 
 # ---- results -----------------------------------------------------------------------------------

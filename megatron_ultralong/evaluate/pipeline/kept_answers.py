@@ -55,7 +55,7 @@ def answer_all(
     settings or to another prompt with the same id, and where a request got no answer.
     """
     log = (
-        RequestLog(path, kind="predictions", of={"model": identity(backend)}, flag="--out")
+        RequestLog(path, kind="predictions", of={"model": identity(backend)}, flag="--output")
         if path is not None
         else None
     )
@@ -114,7 +114,7 @@ def _kept(log: RequestLog | None, request: GenerationRequest, seen: set[str]) ->
     if line["prompt_sha256"] != prompt_hash(request):
         assert log is not None
         raise UserError(
-            f"{log.path} contains an answer to another prompt with the id {request.id}; remove it, or choose another --out"
+            f"{log.path} contains an answer to another prompt with the id {request.id}; remove it, or choose another --output"
         )
     return answer
 

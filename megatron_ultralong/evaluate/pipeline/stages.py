@@ -117,7 +117,7 @@ def predict(
 
     max_length: tokens of prompt and answer together; None = the positions of the model's config, where known.
     batch: prompts per batch. progress: called with the number of answers since the last call. UserError where
-    nothing is prepared, where a limit leaves no room, or where --out contains answers of another model.
+    nothing is prepared, where a limit leaves no room, or where --output contains answers of another model.
     """
     prepared = stage_files.require_header(out / f"{name}.answers.jsonl", "prepare", "items", "tokens")
     if stage_files.read_header(out / f"{name}.prompts.jsonl").get("of") != prepared["of"]:

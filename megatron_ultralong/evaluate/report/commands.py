@@ -25,7 +25,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    print("\n".join(tables.write(args.results, args.out, with_published=not args.no_published)))
+    print("\n".join(tables.write(args.results, args.output, with_published=not args.no_published)))
 
 
 def add_published_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_published_arguments(parser: argparse.ArgumentParser) -> None:
         "--results",
         nargs="+",
         metavar="PATH",
-        help="its result files, or directories that are searched for *.json (default: --out)",
+        help="its result files, or directories that are searched for *.json (default: --output)",
     )
     parser.add_argument(
         "--published",
@@ -50,14 +50,14 @@ def add_published_arguments(parser: argparse.ArgumentParser) -> None:
 def run_published(args: argparse.Namespace) -> None:
     model_files.read_config(args.model)
     name = comparison.published_name(args.model, args.published)
-    places = args.results or ([str(args.out)] if args.out.exists() else [])
+    places = args.results or ([str(args.output)] if args.output.exists() else [])
     results, notes = comparison.read(places, args.model)
     scores = comparison.compare(results, name)
-    comparison.write(scores, args.model, name, args.out)
+    comparison.write(scores, args.model, name, args.output)
     lines = [*notes, comparison.heading(args.model, name), "", comparison.as_text(scores)]
     if name is None:
         lines.append(f"--published NAME compares with one of {', '.join(published.STANDARD)}")
-    print("\n".join([*lines, f"{args.out / 'published.md'} and published.csv written"]))
+    print("\n".join([*lines, f"{args.output / 'published.md'} and published.csv written"]))
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--titles", nargs="+", metavar="TEXT", help="one per file (default: the model's name)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the plot to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="the plot to write")
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -76,6 +76,6 @@ def run_compare(args: argparse.Namespace) -> None:
     if len(titles) != len(results):
         raise UserError(f"--titles: {len(results)} files need {len(results)} titles, not {len(titles)}")
     heat_map.heat_maps(
-        results, titles, args.out, trained=[result.model.get("max_position") for result in results]
+        results, titles, args.output, trained=[result.model.get("max_position") for result in results]
     )
-    print(f"{args.out} written")
+    print(f"{args.output} written")

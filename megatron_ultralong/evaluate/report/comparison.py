@@ -239,7 +239,7 @@ def as_text(scores: list[ComparedScore]) -> str:
 def write(scores: list[ComparedScore], model: Path, name: str | None, out: Path) -> None:
     """Write published.md and published.csv into `out`. UserError where they cannot be written."""
     columns = ("benchmark", "measured", "published", "what differs")
-    atomic_files.check_writable(out, f"--out {out}")
+    atomic_files.check_writable(out, f"--output {out}")
     text = [f"# {heading(model, name)}", "", f"| {' | '.join(columns)} |", "|---|---:|---:|---|"]
     text += [f"| {' | '.join(score.cells())} |" for score in scores]
     atomic_files.write_text(out / "published.md", "\n".join([*text, "", published.NOT_STATED]) + "\n")

@@ -55,7 +55,7 @@ def write(places: Iterable[str], out: Path, *, with_published: bool = True) -> l
             "--results: no results found; give the files or directories that the other commands wrote"
             + (f" ({'; '.join(left_out[:_NAMED_FILES])}{more})" if left_out else "")
         )
-    atomic_files.check_writable(out, f"--out {out}")
+    atomic_files.check_writable(out, f"--output {out}")
     had_report = _is_report(out / "report.md")
     tables = build(results, with_published)
     text = [HEADING, ""]

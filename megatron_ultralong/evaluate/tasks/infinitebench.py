@@ -244,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     settings = InfiniteBenchSettings(
-        tasks=command.parse_names(args.tasks, TASKS), limit=args.limit, official=args.official
+        tasks=command.parse_names(args.tasks, TASKS), limit=args.samples, official=args.official
     )
     benchmark = file_benchmark.FileBenchmark(
         name="infinitebench",

@@ -198,7 +198,7 @@ def run_command(args: argparse.Namespace) -> None:
     settings = LVEvalSettings(
         sets=command.parse_names(args.sets, SETS),
         levels=command.parse_names(args.lengths and args.lengths.lower(), LEVELS),
-        limit=args.limit,
+        limit=args.samples,
         official=args.official,
     )
     benchmark = file_benchmark.FileBenchmark(

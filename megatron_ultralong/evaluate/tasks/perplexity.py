@@ -51,7 +51,7 @@ class PerplexitySettings:
         if not self.lengths or len(set(self.lengths)) < len(self.lengths) or min(self.lengths) < 1:
             raise UserError("--lengths: give numbers of tokens, each only once")
         if self.rows < 1:
-            raise UserError("--rows must be at least 1")
+            raise UserError("--samples must be at least 1")
 
 
 def is_packed(name: str) -> bool:
@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a row, like 4K,32K; shorter documents are skipped",
     )
     parser.add_argument(
-        "--rows",
+        "--samples",
         type=int,
         default=32,
         metavar="N",
@@ -216,12 +216,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     settings = PerplexitySettings(
-        lengths=command.parse_lengths(args.lengths), rows=args.rows, text_key=args.text_key
+        lengths=command.parse_lengths(args.lengths), rows=args.samples, text_key=args.text_key
     )
     # Mistakes in the files are reported before the model is loaded.
     others = [read_results.read_for(path, curves.check) for path in args.beside]
     data = file_sizes(args.data)
-    command.check_out(args.out)
+    command.check_out(args.output)
     total = len(settings.lengths) * settings.rows
     # Under torchrun only rank 0 enters the block.
     with options.open_backend(args) as backend, command.progress_bar("perplexity", total, "row") as bar:
@@ -230,8 +230,8 @@ def run_command(args: argparse.Namespace) -> None:
         result = measure(backend, rows, settings, bar.update, data=data)  # type: ignore[arg-type]
     command.write_results(
         result,
-        args.out,
+        args.output,
         table(result),
         f"and perplexity.png written, {result.extra['seconds']:.0f} s",
-        lambda: curves.perplexity_by_position([result, *others], args.out / "perplexity.png"),
+        lambda: curves.perplexity_by_position([result, *others], args.output / "perplexity.png"),
     )

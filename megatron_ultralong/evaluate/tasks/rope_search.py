@@ -59,7 +59,7 @@ class SearchSettings:
             raise UserError(f"--parents={self.parents} is above --population={self.population}")
         if self.length <= self.original_length:
             raise UserError(
-                f"--length={self.length} must be above the model's {self.original_length} tokens: nothing to search"
+                f"--seq-length={self.length} must be above the model's {self.original_length} tokens: nothing to search"
             )
 
     @property
@@ -171,7 +171,9 @@ class Losses:
 
         def replay(number: int, span: Any, line: dict[str, Any]) -> None:
             if number == 1 and line != header:
-                raise UserError(f"{path} has losses of another model, length or data; choose another --out")
+                raise UserError(
+                    f"{path} has losses of another model, length or data; choose another --output"
+                )
             if number > 1:
                 self._kept[tuple(line["factors"])] = line["nll"]
 

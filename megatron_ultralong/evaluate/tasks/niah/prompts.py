@@ -74,7 +74,7 @@ class NiahSettings:
         if not all(0 <= depth <= 100 for depth in self.depths):
             raise UserError("--depths are percent of the haystack, 0 to 100")
         if self.trials < 1 or not 1 <= self.digits <= 50:
-            raise UserError("--trials must be at least 1, and --digits 1 to 50")
+            raise UserError("--samples must be at least 1, and --digits 1 to 50")
         most = min(len(NAMES), 10**self.digits // 2)
         if not 1 <= self.needles <= most:
             raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_ultralong.command_settings import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.backends.protocol import Backend, GenerationRequest
@@ -204,7 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="N depths in place of --depths, evenly spaced from 0 to 100",
     )
     parser.add_argument(
-        "--trials",
+        "--samples",
         type=int,
         default=10,
         metavar="N",
@@ -221,7 +222,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--answer-tokens",
-        type=int,
         metavar="N",
         help="tokens to generate (default: the size of the answer; 24 in a chat)",
     )
@@ -239,14 +239,14 @@ def run_command(args: argparse.Namespace) -> None:
     settings = NiahSettings(
         lengths=command.parse_lengths(args.lengths),
         depths=parse_depths(args.depths, args.depth_count),
-        trials=args.trials,
+        trials=args.samples,
         digits=args.digits,
         needles=args.needles,
         chat=args.chat,
         seed=args.seed,
-        answer_tokens=args.answer_tokens,
+        answer_tokens=parse_count(args.answer_tokens, "--answer-tokens") if args.answer_tokens else None,
     )
-    command.check_out(args.out)
+    command.check_out(args.output)
     total = len(settings.lengths) * len(settings.depths) * settings.trials
     with options.open_backend(args) as backend, command.progress_bar("niah", total) as bar:
         result = run(
@@ -254,18 +254,18 @@ def run_command(args: argparse.Namespace) -> None:
             settings,
             haystack=args.haystack,
             batch=options.batch_size(args),
-            answers=args.out / "niah.predictions.jsonl",
+            answers=args.output / "niah.predictions.jsonl",
             progress=bar.update,
         )
     title = f"{result.model['path']}, {total} prompts"
     extra = result.extra
     command.write_results(
         result,
-        args.out,
+        args.output,
         table(result),
         f"and niah.png written; {extra['accuracy']:.1%} of {total * settings.needles} pass keys found, {extra['seconds']:.0f} s",
         lambda: heat_map.heat_maps(
-            [result], [title], args.out / "niah.png", trained=[result.model["max_position"]]
+            [result], [title], args.output / "niah.png", trained=[result.model["max_position"]]
         ),
     )
 

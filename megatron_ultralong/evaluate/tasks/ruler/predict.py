@@ -46,7 +46,7 @@ def predict(
     backend.check(longest, batch or max(1, BATCH_TOKENS // longest))
     for (task, length), source in sources.items():
         path = settings.prediction_file(task, length)
-        atomic_files.check_writable(path.parent, f"--out {path.parent}")
+        atomic_files.check_writable(path.parent, f"--output {path.parent}")
         prompts = _Prompts(source, task, encoder, settings.samples)
         if _is_complete(path, prompts, model):
             progress(settings.samples)
@@ -132,6 +132,6 @@ def _is_complete(path: Path, prompts: _Prompts, model: Any) -> bool:
     if not same and not path.with_suffix(".journal.jsonl").exists():
         raise UserError(
             f"{path} contains predictions of another model, or to other prompts; score them with --stage score, or give "
-            "another --out"
+            "another --output"
         )
     return same and len(answers) == count and not any("refused" in line for line in answers)

@@ -110,5 +110,5 @@ def _check_line(path: Path, line: dict[str, Any], number: int, made_with: dict[s
     for name, value in made_with.items():
         if (before := line.get("meta", {}).get(name)) != value:
             raise UserError(
-                f"{path} was made with {name} {json.dumps(before)}, not {json.dumps(value)}; give another --out, or remove it"
+                f"{path} was made with {name} {json.dumps(before)}, not {json.dumps(value)}; give another --output, or remove it"
             )

@@ -17,7 +17,7 @@ from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS
 
 HELP = "RULER: 13 synthetic tasks at lengths from 4K to 4M"
 DESCRIPTION = (
-    "RULER in three stages. Each writes files in --out and resumes where it was stopped: data/TASK/LENGTH.jsonl, "
+    "RULER in three stages. Each writes files in --output and resumes where it was stopped: data/TASK/LENGTH.jsonl, "
     "predictions/TASK/LENGTH.jsonl, ruler.json."
 )
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     settings = RulerSettings(
-        out=args.out,
+        out=args.output,
         tasks=tuple(TASKS) if args.tasks == "all" else tuple(text.strip() for text in args.tasks.split(",")),
         lengths=command.parse_lengths(args.lengths),
         samples=args.samples,
@@ -103,7 +103,7 @@ def run_command(args: argparse.Namespace) -> None:
             print(f"{task} is left out: give --{TASKS[task].data} FILE")
     if not settings.runnable():
         raise UserError("--tasks: no task can be run")
-    command.check_out(args.out)
+    command.check_out(args.output)
     total = len(settings.runnable()) * len(settings.lengths) * settings.samples
     # Under torchrun only rank 0 enters the block, and does everything but the model's work.
     with options.open_backend(args) if "predict" in stages else options.no_backend() as backend:
@@ -116,4 +116,4 @@ def run_command(args: argparse.Namespace) -> None:
                 predict(settings, backend, batch=options.batch_size(args), progress=bar.update)
     if "score" in stages:
         result = score(settings)
-        command.write_results(result, args.out, table(result))
+        command.write_results(result, args.output, table(result))

@@ -108,7 +108,7 @@ def _check_same(settings: RulerSettings, what: str, first: dict[str, Any], other
         name = next(name for name in {**other, **first} if other.get(name) != first.get(name))
         raise UserError(
             f"{settings.out / 'predictions'} contains answers of {what} ({name} {json.dumps(first.get(name))} and "
-            f"{json.dumps(other.get(name))}); score the --lengths and --tasks of one, or give each another --out"
+            f"{json.dumps(other.get(name))}); score the --lengths and --tasks of one, or give each another --output"
         )
 
 

@@ -7,7 +7,7 @@ LikelihoodBackend.
 Once this module is imported, the harness also knows the model by name; its arguments are the options of
 `ultralong evaluate`:
 
-    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"ckpt": "runs/1m"}, tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model="megatron_ultralong", model_args={"load": "runs/1m"}, tasks=["arc_easy"])
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
+from megatron_ultralong import command_line
 from megatron_ultralong.command_settings import parse_count
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
@@ -66,12 +67,13 @@ class HarnessModel(TemplateLM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
         """Create the model of a call by name. arg_dict: the model options of `ultralong evaluate`, like
-        {"model": DIR, "engine": "hf"} or {"ckpt": CKPT, "tp": 8}, and max_length; of additional_config only
+        {"model": DIR, "engine": "hf"} or {"load": CKPT, "tp": 8}, and max_length; of additional_config only
         the device is used. UserError for options that do not exist or do not fit together."""
         given = {"device": (additional_config or {}).get("device"), **arg_dict}
         parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
         options.add_model_arguments(parser)
         parser.add_argument("--max-length")
+        command_line.accept_old(parser)
         words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
         try:
             args, unknown = parser.parse_known_args(words)

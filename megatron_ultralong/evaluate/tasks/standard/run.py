@@ -227,7 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "harness (default: %(default)s)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)"
+        "--samples", type=int, metavar="N", help="only the first N questions of each task (default: all)"
     )
     parser.add_argument(
         "--max-length",
@@ -250,7 +250,7 @@ def run_command(args: argparse.Namespace) -> None:
     options.check_greedy(args)
     settings = StandardSettings(
         tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
-        limit=args.limit,
+        limit=args.samples,
         include_path=args.include_path,
         chat=args.chat,
         run_code=args.run_code,
@@ -258,14 +258,14 @@ def run_command(args: argparse.Namespace) -> None:
     )
     if "paper/humaneval" in settings.names():  # mistakes are reported before the model is loaded
         CodeRunner(settings.run_code == "unconfined").check()
-    command.check_out(args.out)
+    command.check_out(args.output)
     with options.open_backend(args) as backend:  # under torchrun only rank 0 enters the block
-        result, samples = run(backend, settings, args.out)
+        result, samples = run(backend, settings, args.output)
     command.write_results(
         result,
-        args.out,
+        args.output,
         table(result),
         f"and standard_samples.jsonl written; {sum(result.extra['questions'].values())} questions, "
         f"{result.extra['seconds']:.0f} s",
-        lambda: write_json_lines(args.out / "standard_samples.jsonl", samples),
+        lambda: write_json_lines(args.output / "standard_samples.jsonl", samples),
     )
