@@ -59,6 +59,7 @@ setup(
         "matplotlib",  # heat maps
         "tensorboard",  # training curves
         "tqdm",  # progress bars
+        "shtab>=1.13",  # completion of the command in a shell
     ],
     extras_require={
         # TransformerEngine's linears and norms; NVIDIA's container has it already.

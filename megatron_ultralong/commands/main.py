@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from megatron_ultralong import __version__
+from megatron_ultralong.commands import completion
 from megatron_ultralong.runtime import cli
 
 COMMANDS = {
@@ -34,7 +35,7 @@ COMMANDS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ultralong",
-        usage="%(prog)s [--version] COMMAND ...",
+        usage="%(prog)s [--version] [--completion SHELL] COMMAND ...",
         description="Extend Llama models to 1M, 2M and 4M tokens of context.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
@@ -42,13 +43,25 @@ def build_parser() -> argparse.ArgumentParser:
         + "\n\n`ultralong COMMAND --help` describes one. On several GPUs: torchrun ... -m megatron_ultralong COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"megatron_ultralong {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    parser.add_argument(
+        "--completion",
+        choices=completion.SHELLS,
+        metavar="SHELL",
+        help="print the script with which bash, zsh or fish completes this command",
+    )
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below")
     return parser
 
 
 def main() -> None:
     parser = build_parser()
-    name = parser.parse_args(sys.argv[1:2]).command
+    # What follows a command is parsed by it.
+    args = parser.parse_args(sys.argv[1:3] if sys.argv[1:2] == ["--completion"] else sys.argv[1:2])
+    if args.completion is not None:
+        cli.main(lambda: print(completion.script(COMMANDS, args.completion)))
+    name = args.command
+    if name is None:
+        parser.error("the following arguments are required: COMMAND")
     if name not in COMMANDS:
         (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         parser.error(f"there is no command {name!r}; did you mean {nearest}?")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ultralong import __version__
+from megatron_ultralong.commands import completion
 from megatron_ultralong.commands.main import COMMANDS, main
+from megatron_ultralong.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MODULES = """
@@ -66,3 +68,35 @@ def test_help_imports_no_torch() -> None:
     for command, modules in json.loads(done.stdout).items():
         slow = {"torch", "megatron", "transformers", "matplotlib", "pyarrow"} & set(modules)
         assert not slow, f"ultralong {command} imports {slow}"
+
+
+COMPLETED = (
+    ("ultralong eval", {"evaluate"}),
+    ("ultralong evaluate per", {"perplexity"}),
+    ("ultralong convert export --lo", {"--load"}),
+    ("ultralong train --recipe tiny_e", {"tiny_extend", "tiny_extend_sft"}),
+    ("ultralong train --set train.save_f", {"train.save_failures="}),
+)
+
+
+def test_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    for shell in ("zsh", "fish", "bash"):
+        assert ultralong(monkeypatch, "--completion", shell) == 0
+        script = capsys.readouterr().out
+        assert "check-context-parallel" in script and "--document-count" in script
+    for line, expected in COMPLETED:
+        words = line.split()
+        ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_ultralong; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(
+            ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert set(done.stdout.split()) == expected, (line, done.stderr)
+
+
+def test_completion_without_its_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(UserError, match="--completion needs shtab: pip install shtab"):
+        completion.script(COMMANDS, "bash")
