@@ -3,6 +3,7 @@ is written."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -135,9 +136,8 @@ class _Checks:
         return ", ".join(stage.run.name for stage in self.stages)
 
     def _software(self) -> str:
-        import megatron.core
-
-        return f"megatron_ultralong {__version__}, torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"
+        core = importlib.metadata.version("megatron-core")
+        return f"megatron_ultralong {__version__}, torch {torch.__version__}, Megatron-Core {core}"
 
     def _ranks(self) -> str:
         p, run = self.asked.parallel, self.asked

@@ -7,15 +7,19 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_ultralong import recipes
 from megatron_ultralong.commands import train
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.planning.hardware import GPUS
 from megatron_ultralong.runtime import memory
 from megatron_ultralong.train import dry_run_report, run_lock
+from megatron_ultralong.train.dry_run_plan import Hardware
 from megatron_ultralong.train.dry_run_report import Finding, RankFindings
 from tests import processes
 from tests.train_tool import ROWS, SETTINGS, write_inputs
@@ -181,6 +185,30 @@ def test_every_rank_is_asked(inputs: Path, tmp_path: Path) -> None:
 def _third(folder: Path) -> Path:
     (folder / "2").symlink_to(folder / "1")
     return folder
+
+
+def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own memory and data sheet; a rank without one is a problem under torchrun alone."""
+    run = recipes.get("ultralong_1m")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Hardware.of(run, "b200").describe() == "b200, 180 GB (assumed: no GPU here; --gpu)"
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(UserError, match="runtime.device=cuda, but torch sees no GPU here"):
+        Hardware.of(run, "b200").describe()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    sheet = {"name": "NVIDIA H100 80GB HBM3", "total_memory": 85_000_000_000}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**sheet))
+    found = Hardware.of(run, "b200")
+    assert found.describe() == "NVIDIA H100 80GB HBM3, 85 GB" and found.known and found.gpu is not None
+    assert replace(found.gpu, memory=0) == replace(GPUS["h100"], memory=0)
+    sheet["name"] = "Another GPU"
+    assert not Hardware.of(run, "b200").known
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="at least 4 ranks on a node with 2 GPUs"):
+        Hardware.of(run, "b200").describe()
 
 
 def test_ranks_and_hosts_of_a_problem() -> None:
