@@ -52,12 +52,14 @@ COLUMNS = (
         percent,
         "time of one kernel on the whole sequence over the time of this row, forward and backward; for rows with "
         "documents, of the kernel inside documents. On a CPU it says little: ranks are threads on all cores",
+        higher_is_better=True,
     ),
     ReportColumn(
         "workspace_bytes",
         "workspace",
         byte_count,
         "peak memory of all ranks together beyond inputs, output and gradients",
+        higher_is_better=False,
     ),
     ReportColumn(
         "sent_forward", "sent fwd B/token", integer, "bytes that a rank sends in one layer, divided by S"
@@ -68,6 +70,7 @@ COLUMNS = (
         "error out",
         scientific,
         "relative Frobenius norm against float64, at --error-tokens tokens",
+        higher_is_better=False,
     ),
     ReportColumn("error_gradients", "error grads", scientific, "the largest one of dq, dk and dv"),
 )

@@ -34,8 +34,12 @@ from megatron_ultralong.train.step import Trainer, forward_backward
 
 COLUMNS = (
     ReportColumn("bytes", "size", byte_count, "of the checkpoint's files"),
-    ReportColumn("seconds", "s", three_digits, "from the begin until the checkpoint is complete, or loaded"),
-    ReportColumn("waited", "training waits, s", three_digits, "for the copy, and for completing the folder"),
+    ReportColumn(
+        "seconds", "s", three_digits, "from the begin until the checkpoint is complete, or loaded", False
+    ),
+    ReportColumn(
+        "waited", "training waits, s", three_digits, "for the copy, and for completing the folder", False
+    ),
     ReportColumn("steps", "steps meanwhile", integer),
     ReportColumn("slowdown", "step time", ratio, "of these steps, relative to steps without a save"),
     ReportColumn("files", "hash of files", percent, "share of the seconds"),

@@ -31,7 +31,7 @@ DOCUMENTS_PER_TASK = 32
 
 
 COLUMNS = (
-    ReportColumn("tokens_per_second", "tokens/s", integer),
+    ReportColumn("tokens_per_second", "tokens/s", integer, higher_is_better=True),
     ReportColumn("megabytes_per_second", "MB/s", lambda value: f"{value:.2f}", "of input"),
     ReportColumn(
         "seconds",

@@ -29,9 +29,9 @@ WARM_UP = 256
 COLUMNS = (
     ReportColumn("tokens", "prompt", token_count, "tokens of the prompt"),
     ReportColumn("prefill_seconds", "prefill", three_digits, "seconds to read the whole prompt"),
-    ReportColumn("prefill_tokens_per_second", "prefill tokens/s", integer),
+    ReportColumn("prefill_tokens_per_second", "prefill tokens/s", integer, higher_is_better=True),
     ReportColumn("decode_seconds", "step", three_digits, "seconds for one more token of every sequence"),
-    ReportColumn("decode_tokens_per_second", "decode tokens/s", integer, "of all sequences together"),
+    ReportColumn("decode_tokens_per_second", "decode tokens/s", integer, "of all sequences together", True),
     ReportColumn("kv_bytes", "KV", byte_count, "keys and values of the prompt"),
     ReportColumn("peak_bytes", "peak", byte_count, "all memory on the device, weights and KV cache included"),
     ReportColumn("planned_bytes", "planned", byte_count, "memory that evaluate.py requires before it starts"),

@@ -35,10 +35,14 @@ LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """(hidden [n, H], weight [V, H], labels [n]) -> the summed cross entropy."""
 
 COLUMNS = (
-    ReportColumn("ms", "ms", three_digits, "forward and backward"),
+    ReportColumn("ms", "ms", three_digits, "forward and backward", False),
     ReportColumn("ratio", "to whole", ratio, "time relative to that of whole logits"),
     ReportColumn(
-        "peak_bytes", "peak", byte_count, "memory beyond hidden states, weight, labels and both gradients"
+        "peak_bytes",
+        "peak",
+        byte_count,
+        "memory beyond hidden states, weight, labels and both gradients",
+        higher_is_better=False,
     ),
     ReportColumn(
         "share_of_logits",

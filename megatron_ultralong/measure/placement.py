@@ -53,6 +53,7 @@ COLUMNS = (
         "{:.2f}".format,
         "seconds of equal work and nothing to send over those estimated for H100s, forward and backward of "
         "Llama-3.1-8B's attention without tensor parallelism",
+        higher_is_better=True,
     ),
     ReportColumn("milliseconds", "placing a row, ms", "{:.0f}".format, "measured here"),
 )

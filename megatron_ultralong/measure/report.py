@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,11 +19,10 @@ from typing import Any, TypeAlias
 import torch
 
 from megatron_ultralong import __version__
-from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io import atomic_files, plot_style
 
 RecordRow: TypeAlias = "Callable[[dict[str, Any]], None]"
 FORMAT = 1
-INK, QUIET, BAR, BASELINE = "#1f2430", "#6b7280", "#2166ac", "#b0b7c3"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ReportColumn:
     """With the unit."""
     show: Callable[[Any], str] = str
     meaning: str = ""
+    higher_is_better: bool | None = None
+    """For the plot; None = neither."""
 
 
 @dataclass(kw_only=True)
@@ -116,12 +118,12 @@ def write_json(report: SpeedReport, path: Path) -> None:
 
 
 def plot(report: SpeedReport, path: Path) -> None:
-    """Draw one panel of bars per drawn column, without a display; rows without figures are left out.
+    """Draw one panel of bars per drawn column, without a display; rows without figures are left out. The
+    title of a panel says the unit and which direction is better, a legend whose code each bar is.
 
     Raises UserError if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     drawn = [
         c
@@ -130,38 +132,55 @@ def plot(report: SpeedReport, path: Path) -> None:
         if c.key == key and any(row.get(key) is not None for row in report.rows)
     ]
     rows = [row for row in report.rows if any(row.get(c.key) is not None for c in drawn)]
-    size = (3.2 + 3.6 * max(1, len(drawn)), max(2.6, 0.32 * len(rows) + 1.6))
-    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    below = [
+        line
+        for c in drawn
+        if c.meaning
+        for line in textwrap.wrap(f"{c.title}: {c.meaning}", 46 * len(drawn) + 40)
+    ]
+    height = max(2.6, 0.32 * len(rows) + 2.1) + 0.14 * len(below)
+    figure = plot_style.new_figure(3.2 + 3.6 * max(1, len(drawn)), height)
     panels = figure.subplots(1, max(1, len(drawn)), squeeze=False, sharey=True)[0]
     for panel, column in zip(panels, drawn, strict=False):
         _draw_bars(panel, column, rows)
     panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     facts = report.about
-    figure.suptitle(
-        f"{report.kind}: {facts.get('shape', '')}\n"
-        f"{facts['device']}, torch {facts['torch']}, {facts['date']}; ours in blue",
-        fontsize=9,
-        color=INK,
+    heading = ": ".join(filter(None, (report.kind, facts.get("shape"))))
+    where = f"{facts['device']}, torch {facts['torch']}, {facts['date']}"
+    figure.suptitle(f"{heading}\n{where}", fontsize=9, color=plot_style.INK)
+    entries = {"this project": _bar_style(True), "other code, or the reference": _bar_style(False)}
+    handles = [Patch(**style) for style in entries.values()]
+    handles += [Patch(visible=False)] * len(below)
+    figure.legend(
+        handles,
+        [*entries, *below],
+        loc="outside lower left",
+        frameon=False,
+        fontsize=8,
+        labelcolor=plot_style.INK,
     )
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise atomic_files.cannot_write(str(path), error) from None
+    plot_style.save_figure(figure, path)
+
+
+def _bar_style(ours: bool) -> dict[str, Any]:
+    """Of a bar: this project's are dark, others light and hatched."""
+    if ours:
+        return {"facecolor": plot_style.COLOURS[0], "edgecolor": "white"}
+    return {"facecolor": "#d5d9e0", "edgecolor": plot_style.QUIET, "hatch": "///", "linewidth": 0.5}
 
 
 def _draw_bars(panel: Any, column: ReportColumn, rows: list[dict[str, Any]]) -> None:
     values = [row.get(column.key) for row in rows]
-    colors = [BAR if row.get("ours") else BASELINE for row in rows]
-    panel.barh(range(len(rows)), [value or 0 for value in values], color=colors)
     most = max((value for value in values if value is not None), default=0) or 1
-    for at, value in enumerate(values):
-        label = "-" if value is None else column.show(value)
-        panel.text((value or 0) + 0.02 * most, at, label, va="center", fontsize=8, color=INK)
+    for at, (row, value) in enumerate(zip(rows, values, strict=True)):
+        panel.barh(at, value or 0, **_bar_style(bool(row.get("ours"))))
+        label = "not measured" if value is None else column.show(value)
+        panel.text((value or 0) + 0.02 * most, at, label, va="center", fontsize=8, color=plot_style.INK)
     panel.set_xlim(0, 1.25 * most)
-    panel.set_title(column.title, fontsize=10, color=INK)
-    panel.tick_params(length=0, colors=QUIET, labelsize=8)
+    better = {True: "\nhigher is better", False: "\nlower is better", None: ""}[column.higher_is_better]
+    panel.set_title(f"{column.title}{better}", fontsize=10, color=plot_style.INK)
+    panel.tick_params(length=0, colors=plot_style.QUIET, labelsize=8)
     panel.xaxis.set_visible(False)
     for spine in panel.spines.values():
         spine.set_visible(False)

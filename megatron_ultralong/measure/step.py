@@ -67,13 +67,17 @@ COLUMNS = (
     ReportColumn(
         "optimizer_seconds", "of which optimizer", three_digits, "AdamW on the host, copies included"
     ),
-    ReportColumn("tokens_per_second", "tokens/s", integer),
+    ReportColumn("tokens_per_second", "tokens/s", integer, higher_is_better=True),
     ReportColumn("mfu", "causal MFU", percent, FORMULA),
     ReportColumn(
         "peak_bytes", "peak", byte_count, "all memory on the device, weights and gradients included"
     ),
     ReportColumn(
-        "bytes_per_token", "B/token", integer, "peak beyond weights and gradients, divided by the tokens"
+        "bytes_per_token",
+        "B/token",
+        integer,
+        "peak beyond weights and gradients, divided by the tokens",
+        higher_is_better=False,
     ),
     ReportColumn("host_bytes", "host", byte_count, "host memory used by offloading"),
     ReportColumn(
@@ -82,7 +86,9 @@ COLUMNS = (
         byte_count,
         "estimate of planning/memory.py, without weights, gradients and optimizer",
     ),
-    ReportColumn("measured_over_planned", "measured/planned", ratio),
+    ReportColumn(
+        "measured_over_planned", "measured/planned", ratio, "of the bytes beyond weights and gradients"
+    ),
 )
 
 

@@ -55,8 +55,8 @@ Step = Callable[[Tensor], float]
 COLUMNS = (
     ReportColumn("tokens", "tokens", token_count),
     ReportColumn("seconds", "s/step", three_digits, "forward, backward, gradient clipping and AdamW"),
-    ReportColumn("tokens_per_second", "tokens/s", integer),
-    ReportColumn("ratio", "ratio", ratio, "speed relative to transformers: median over pairs of steps"),
+    ReportColumn("tokens_per_second", "tokens/s", integer, higher_is_better=True),
+    ReportColumn("ratio", "ratio", ratio, "speed relative to transformers: median over pairs of steps", True),
     ReportColumn(
         "bytes_moved",
         "moved/token",

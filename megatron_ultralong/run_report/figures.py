@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from megatron_ultralong.evaluate.report.curves import COLOURS
-from megatron_ultralong.evaluate.report.heat_map import INK, QUIET
+from megatron_ultralong.evaluate.pipeline.results import short_count
+from megatron_ultralong.io.plot_style import AREAS, COLOURS, HATCHES, INK, MARKERS, QUIET, style_axes
 from megatron_ultralong.run_report.read import RunRecord
 from megatron_ultralong.train.stopwatch import PARTS
 
@@ -70,7 +70,7 @@ def all_figures(record: RunRecord) -> list[tuple[str, bytes]]:
     for group in sorted(names):
         curves = [
             (
-                name.partition("/")[2] or name,
+                _with_unit(name.partition("/")[2]) or name,
                 {i: s[name] for i, s in sorted(record.evaluations.items()) if name in s},
             )
             for name in sorted(names[group], key=by_number)
@@ -83,6 +83,14 @@ def by_number(name: str) -> tuple[str, bool, int, str]:
     """Sorts the names of an evaluation's scalars, GROUP/NUMBER or GROUP/FROM-TO or GROUP/WORD."""
     first = name.partition("/")[2].partition("-")[0]
     return name.partition("/")[0], first.isdecimal(), int(first) if first.isdecimal() else 0, name
+
+
+def _with_unit(name: str) -> str:
+    """A length or range of positions, as in 4K tokens; other names as they are."""
+    ends = name.split("-")
+    return (
+        "-".join(short_count(int(end)) for end in ends) + " tokens" if all(map(str.isdecimal, ends)) else name
+    )
 
 
 def thin(curve: dict[int, float], points: int = POINTS) -> tuple[list[float], list[float]]:
@@ -100,14 +108,15 @@ def _lines(record: RunRecord, heading: str, axis: str, curves: list[Curve], log:
     def draw(panel: Any) -> None:
         for i, (name, curve) in enumerate(curves):
             x, y = thin(curve)
-            few = len(x) <= 40
             panel.plot(
                 x,
                 y,
                 color=COLOURS[i % len(COLOURS)],
                 linewidth=1.3,
-                marker="o" if few else None,
-                markersize=2.5,
+                linestyle="-" if i < len(COLOURS) else "--",
+                marker=MARKERS[i % len(MARKERS)] if len(curves) > 1 or len(x) <= 40 else None,
+                markersize=3,
+                markevery=1 if len(x) <= 40 else 0.08,
                 label=name,
             )
         values = [value for _, curve in curves for value in curve.values()]
@@ -129,9 +138,12 @@ def _time_by_part(record: RunRecord) -> bytes:
 
     def draw(panel: Any) -> None:
         if areas:
-            panel.stackplot(
-                x, *areas.values(), labels=list(areas), colors=COLOURS[: len(areas)], linewidth=0, alpha=0.85
-            )
+            below = [0.0] * len(x)
+            for i, (name, heights) in enumerate(areas.items()):
+                above = [bottom + height for bottom, height in zip(below, heights, strict=True)]
+                style = {"facecolor": AREAS[i % len(AREAS)], "hatch": HATCHES[i % len(HATCHES)]}
+                panel.fill_between(x, below, above, edgecolor="white", linewidth=0.4, label=name, **style)
+                below = above
         else:
             panel.plot(x, thin(record.series("seconds"))[1], color=COLOURS[0], label="iteration")
         if saves:
@@ -145,12 +157,19 @@ def _time_by_part(record: RunRecord) -> bytes:
                 linestyle="",
             )
 
-    return _figure(record, "Time by part", "seconds", draw, legend=True)
+    return _figure(record, "Time by part", "seconds of an iteration", draw, reverse=True)
 
 
 def _figure(
-    record: RunRecord, heading: str, axis: str, draw: Callable[[Any], None], *, legend: bool
+    record: RunRecord,
+    heading: str,
+    axis: str,
+    draw: Callable[[Any], None],
+    *,
+    legend: bool = True,
+    reverse: bool = False,
 ) -> bytes:
+    """reverse: the legend's entries in the order of areas, from the top."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -162,7 +181,7 @@ def _figure(
     for i, iteration in enumerate(record.restarts):
         panel.axvline(
             iteration + 0.5,
-            color="#b23a48",
+            color=INK,
             linewidth=0.9,
             linestyle=(0, (4, 3)),
             label=None if i else "restart",
@@ -171,16 +190,18 @@ def _figure(
     panel.set_xlabel("iteration", fontsize=8, color=QUIET)
     panel.set_ylabel(axis, fontsize=8, color=QUIET)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    panel.grid(color="#e5e7eb", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.tick_params(colors=QUIET, labelsize=8, length=0, which="both")
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        panel.spines[side].set_color("#d1d5db")
+    style_axes(panel)
     if legend or record.restarts:
+        handles, labels = panel.get_legend_handles_labels()
         panel.legend(
-            fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0)
+            handles[::-1] if reverse else handles,
+            labels[::-1] if reverse else labels,
+            fontsize=7.5,
+            frameon=False,
+            labelcolor=INK,
+            handlelength=2.4,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
         )
     out = io.BytesIO()
     figure.savefig(out, format="svg", metadata={"Date": None})

@@ -494,7 +494,7 @@ def test_grids_of_several_models_side_by_side(tokenizer, tmp_path, monkeypatch):
         )
         sizes.append(struct.unpack(">II", (tmp_path / "c.png").read_bytes()[16:24]))
     (one, low), (three, _), (four, high) = sizes
-    assert 2 * one < three == four and high == 2 * low, "three across, then below"
+    assert 2 * one < three == four and 1.8 * low < high <= 2 * low, "three across, then below"
     BenchmarkResult(task="ruler", model={}, settings={}, scores=()).write(tmp_path / "x.json")
     for words, message in (
         ([tmp_path / "x.json"], "no passkey results"),

@@ -13,6 +13,8 @@ from megatron_ultralong.data import documents
 from megatron_ultralong.data.pretrain.manifest import DocumentUses
 from megatron_ultralong.data.pretrain.tokenise_worker import BROKEN, EMPTY, OK
 from megatron_ultralong.data.special_tokens import report_lines
+from megatron_ultralong.io import plot_style
+from megatron_ultralong.io.plot_style import AREAS, HATCHES
 
 _SKIPPED = {EMPTY: "empty", BROKEN: "broken"}
 
@@ -142,37 +144,44 @@ def _document_columns(uses: DocumentUses, which: int, lines_before: Any) -> dict
 
 
 def plot(manifest: dict[str, Any], path: Path) -> None:
-    """Plot tokens by length of document, before and after packing, one colour per source, as PNG."""
-    from matplotlib.figure import Figure
-
+    """Plot tokens by length of document, before and after packing, one colour and hatch per source, as
+    PNG."""
     names = {row["from"]: row["bucket"] for source in manifest["sources"] for row in source["lengths"]}
     begins = sorted(names)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = plot_style.new_figure(10, 4.2)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)  # shares on one scale, to be compared
     highest = 0.0
     for axes, key, title in ((left, "tokens", "in the sources"), (right, "packed_tokens", "packed")):
         bottom = numpy.zeros(len(begins))
         total = max(sum(row[key] for source in manifest["sources"] for row in source["lengths"]), 1)
-        for source in manifest["sources"]:
+        for i, source in enumerate(manifest["sources"]):
             values = {row["from"]: row[key] for row in source["lengths"]}
             heights = numpy.array([100 * values.get(begin, 0) / total for begin in begins])
-            axes.bar(range(len(begins)), heights, bottom=bottom, label=source["name"], width=0.85)
+            axes.bar(
+                range(len(begins)),
+                heights,
+                bottom=bottom,
+                label=source["name"],
+                width=0.85,
+                color=AREAS[i % len(AREAS)],
+                edgecolor="white",
+                hatch=HATCHES[i % len(HATCHES)],
+            )
             bottom += heights
         highest = max(highest, bottom.max())
-        axes.set_title(f"{title}: {total:,} tokens", fontsize=10)
+        plot_style.style_axes(axes)
+        axes.set_title(f"{title}: {total:,} tokens", fontsize=10, color=plot_style.INK)
         axes.set_xticks(
             range(len(begins)), [names[begin] for begin in begins], rotation=45, ha="right", fontsize=8
         )
-        axes.set_xlabel("tokens of the document", fontsize=9)
-        axes.tick_params(axis="y", labelsize=8, labelleft=True)
-        axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.set_ylabel("share of tokens, %", fontsize=9)
+        axes.set_xlabel("length of the document in tokens (1K = 1,024)", fontsize=9, color=plot_style.QUIET)
+        axes.tick_params(axis="y", labelleft=True)
+        axes.grid(axis="x", visible=False)
+    left.set_ylabel("share of all tokens, %", fontsize=9, color=plot_style.QUIET)
     left.set_ylim(0, 1.05 * highest or 1)
+    figure.suptitle("Tokens by length of document", fontsize=12, fontweight="bold", color=plot_style.INK)
     if len(manifest["sources"]) > 1:
         handles, labels = left.get_legend_handles_labels()
-        figure.legend(
-            handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8
-        )  # in the order of the bars
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+        # In the order of the bars, from the top.
+        figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8)
+    plot_style.save_figure(figure, path)

@@ -4,65 +4,88 @@ display."""
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, short_count
-from megatron_ultralong.evaluate.report.heat_map import INK, QUIET, save_figure
+from megatron_ultralong.io import plot_style
+from megatron_ultralong.io.plot_style import COLOURS, INK, MARKERS, QUIET, save_figure
 
-COLOURS = ("#1f5fa8", "#d1702a", "#2f8f5b", "#8e4fa8", "#b23a48", "#6b7280", "#0f8b8d", "#a67c00")
-MARKERS = "osD^vPX*"
+DOTS = (0, (1, 1.5))
 UNNAMED = "unnamed model"
 """The name of a model that a result does not record."""
 
 
 def perplexity_by_position(results: list[BenchmarkResult], path: Path) -> None:
-    """Write a PNG of perplexity results that pass `check`, each at its greatest length: by powers of two, and
-    by sixteenths of the length.
+    """Write a PNG of perplexity results that pass `check`: by position, as powers of two and as sixteenths of
+    the length, at the greatest length of each; and, where a result has several lengths, the mean over all
+    tokens at each. Vertical lines mark the longest context of the models' configs.
 
     Where they were measured on different texts, the legend names these. UserError where `path` cannot be
     written.
     """
     texts, names = [text_of(result) for result in results], model_names([result.model for result in results])
-    figure, (left, right) = _figure(2, "Perplexity by position")
+    by_length = any(len(result.extra["by_length"]) > 1 for result in results)
+    figure, panels = _figure(3 if by_length else 2, "Perplexity, lower is better")
+    left, middle = panels[:2]
     ends: set[int] = set()
+    lengths: set[int] = set()
     for i, result in enumerate(results):
-        length = max(map(int, result.extra["by_length"]))
-        summary = result.extra["by_length"][str(length)]
-        ends |= {bucket["to"] for bucket in summary["by_position"]}
+        summaries = {int(length): summary for length, summary in result.extra["by_length"].items()}
+        length = max(summaries)
+        lengths |= set(summaries)
+        ends |= {bucket["to"] for bucket in summaries[length]["by_position"]}
         text = f", {texts[i]}" if len(set(texts)) > 1 else ""
-        style = _style(i, f"{names[i]}, {short_count(length)}{text}")
-        buckets = [bucket for bucket in summary["by_position"] if bucket["perplexity"] is not None]
+        style = _style(i, f"{names[i]}, up to {short_count(length)}{text}")
+        buckets = [bucket for bucket in summaries[length]["by_position"] if bucket["perplexity"] is not None]
         left.plot([bucket["to"] for bucket in buckets], [bucket["perplexity"] for bucket in buckets], **style)
-        buckets = [bucket for bucket in summary["by_sixteenth"] if bucket["perplexity"] is not None]
-        right.plot(
+        buckets = [bucket for bucket in summaries[length]["by_sixteenth"] if bucket["perplexity"] is not None]
+        middle.plot(
             [(bucket["from"] + bucket["to"]) / 2 / length * 100 for bucket in buckets],
             [bucket["perplexity"] for bucket in buckets],
             **style,
         )
+        if by_length:
+            measured = sorted(one for one in summaries if summaries[one]["perplexity"] is not None)
+            panels[2].plot(measured, [summaries[one]["perplexity"] for one in measured], **style)
+    trained = [result.model.get("max_position") for result in results]
     _length_axis(left, sorted(ends))
-    left.set_xlabel("tokens of context, up to", color=QUIET)
-    right.set_xlabel("position, % of the length", color=QUIET)
+    marked = _mark_trained(left, trained)
+    left.set_title("by position", fontsize=10, color=INK)
+    left.set_xlabel("tokens before it, up to (1K = 1,024)", color=QUIET)
+    middle.set_title("by position in the row", fontsize=10, color=INK)
+    middle.set_xlabel("position, % of the greatest length", color=QUIET)
     left.set_ylabel("perplexity", color=QUIET)
-    _finish(figure, path, [left, right])
+    if by_length:
+        _length_axis(panels[2], sorted(lengths))
+        _mark_trained(panels[2], trained)
+        panels[2].set_title("of all tokens", fontsize=10, color=INK)
+        panels[2].set_xlabel("length of the row, tokens (1K = 1,024)", color=QUIET)
+    _finish(figure, path, list(panels), marked=marked)
 
 
 def score_by_length(
-    lines: dict[str, dict[int, float]], path: Path, *, heading: str, axis: str, footnotes: list[str]
+    lines: dict[str, dict[int, float]],
+    path: Path,
+    *,
+    heading: str,
+    axis: str,
+    footnotes: list[str],
+    trained: dict[str, int] | None = None,
 ) -> None:
-    """Write a PNG with one line per model: {name: {length: score}}. UserError where `path` cannot be
-    written."""
+    """Write a PNG with one line per model: {name: {length: score}}. trained: by model, the longest context of
+    its config, which is marked. UserError where `path` cannot be written."""
     figure, (panel,) = _figure(1, heading)
-    if footnotes:
-        below = [wrapped for line in footnotes for wrapped in textwrap.wrap(line, 115)]
-        figure.set_figheight(figure.get_figheight() + 0.12 * len(below))
-        figure.supxlabel("\n".join(below), x=0.02, ha="left", fontsize=6.5, color=QUIET)
+    below = [wrapped for line in footnotes for wrapped in textwrap.wrap(line, 95)]
+    figure.set_figheight(figure.get_figheight() + 0.15 * len(below))
     for i, (name, points) in enumerate(lines.items()):
         panel.plot(sorted(points), [points[length] for length in sorted(points)], **_style(i, name))
     _length_axis(panel, sorted({length for points in lines.values() for length in points}))
-    panel.set_xlabel("tokens", color=QUIET)
+    marked = _mark_trained(panel, [(trained or {}).get(name) for name in lines])
+    panel.set_xlabel("length in tokens (1K = 1,024)", color=QUIET)
     panel.set_ylabel(axis, color=QUIET)
-    _finish(figure, path, [panel])
+    _finish(figure, path, [panel], marked=marked, footnotes=below)
 
 
 def table(
@@ -185,41 +208,52 @@ def _style(i: int, label: str) -> dict[str, Any]:
 
 
 def _figure(panels: int, heading: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * panels + 0.6, 3.9), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plot_style.new_figure(5.0 * panels + 0.6, 4.3)
     figure.suptitle(heading, fontsize=12, fontweight="bold", color=INK)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def _length_axis(panel: Any, lengths: list[int]) -> None:
+    """Powers of two, each measured length with a label."""
     panel.set_xscale("log", base=2)
-    shown = lengths if len(lengths) <= 14 else lengths[-14:]
-    panel.set_xticks(shown, [short_count(length) for length in shown], rotation=45 if len(shown) > 6 else 0)
+    panel.set_xticks(
+        lengths, [short_count(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0
+    )
     panel.set_xticks([], minor=True)
 
 
-def _finish(figure: Any, path: Path, panels: list[Any]) -> None:
+def _mark_trained(panel: Any, trained: Sequence[int | None]) -> bool:
+    """Draw a vertical line in each model's colour at the longest context of its config, where the axis
+    contains it; returns whether there is one."""
+    low, high = panel.get_xlim()
+    shown = {length: i for i, length in reversed([*enumerate(trained)]) if length and low <= length <= high}
+    for length, i in shown.items():
+        color = INK if trained.count(length) > 1 else COLOURS[i % len(COLOURS)]
+        panel.axvline(length, color=color, linewidth=1.2, linestyle=DOTS, zorder=1)
+    return bool(shown)
+
+
+def _finish(
+    figure: Any, path: Path, panels: list[Any], *, marked: bool, footnotes: Sequence[str] = ()
+) -> None:
+    """Style the panels, write legend and footnotes below them, where they cover no line, and write the
+    file."""
+    from matplotlib.lines import Line2D
+
     for panel in panels:
-        panel.grid(color="#e5e7eb", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.tick_params(colors=QUIET, labelsize=8, length=0)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            panel.spines[side].set_color("#d1d5db")
-    if panels[0].get_legend_handles_labels()[0]:
-        # Beside the panels, where it covers no line; long enough for the dashes of a line to show.
-        panels[-1].legend(
-            *panels[0].get_legend_handles_labels(),
-            fontsize=7.5,
-            frameon=False,
-            labelcolor=INK,
-            handlelength=3.2,
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1.0),
-            borderaxespad=0.0,
-        )
+        plot_style.style_axes(panel)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if marked:
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle=DOTS))
+        labels.append("longest context of a model's config (max_position_embeddings)")
+    handles += [Line2D([], [], linestyle="none")] * len(footnotes)
+    figure.legend(
+        handles,
+        [*labels, *footnotes],
+        fontsize=7.5,
+        frameon=False,
+        labelcolor=INK,
+        handlelength=3.2,  # long enough for the dashes of a line to show
+        loc="outside lower left",
+    )
     save_figure(figure, path)

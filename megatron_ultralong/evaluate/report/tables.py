@@ -272,6 +272,11 @@ def _draw(results: list[ModelScores], tables: list[ReportTable], out: Path) -> l
             heading="RULER by length",
             axis="average over tasks (%)",
             footnotes=next(table.footnotes() for table in tables if table.name == "ruler"),
+            trained={
+                one.row + marks[one.row]: int(one.result.model.get("max_position") or 0)
+                for one in results
+                if one.kind == "ruler"
+            },
         )
         drawn.append("ruler.png")
     perplexities = [
