@@ -33,7 +33,8 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.11",
+    # What the tests run on. They have not been run on 3.13.
+    python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",  # tensors, torch.distributed, the attention kernels
         # Parallel layers, pipeline schedules, distributed optimizer, checkpoints; 0.17+ needs Python 3.12.

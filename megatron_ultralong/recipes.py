@@ -321,6 +321,11 @@ def listed() -> list[str]:
     return [f"{name:{width}}  {text}" for name, text in about.items()]
 
 
+def is_recipe(name: str) -> bool:
+    """Whether `get` or `stages` knows `name`."""
+    return name in names() or name in STAGES or recipe_file.is_file(name)
+
+
 def get(name: str) -> Run:
     """Return the run named `name`, or that of a user's own FILE.py (recipe_file.py). UserError for an unknown
     name, with the nearest one."""

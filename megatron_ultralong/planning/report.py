@@ -34,7 +34,8 @@ class PlanRequest:
 
     gpus: int
     gpu: str = "h100"
-    model: str | None = None
+    model: str | Model | None = None
+    """A name, a Hugging Face directory, or a shape."""
     recipe: str | None = None
     settings: Sequence[str] = ()
     seq_length: str | None = None
@@ -64,6 +65,9 @@ class PlanReport:
     whole: Duration | None
     """Of the whole run with the best layout, or with the closest where none fits; None where the request says
     no number of iterations."""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def report(request: PlanRequest) -> PlanReport:
@@ -157,7 +161,7 @@ def _plan(request: PlanRequest, start: Run, shape: Model, machine: Machine, give
         for name, new in shown.items()
         if new.problem is None
     }
-    title = request.recipe or str(request.model)
+    title = request.recipe or _title(request.model)
     text = [report_table.heading(title, run, machine), "", report_table.table(shown, machine), ""]
     whole: dict[str, Duration] = {}
     if request.recipe or "train.iterations" in keys:
@@ -236,6 +240,12 @@ def _bytes(option: str, text: str, example: str) -> int:
         raise UserError(f"{option} {text}: expected bytes, like {example}") from None
 
 
+def _title(model: str | Model | None) -> str:
+    if not isinstance(model, Model):
+        return str(model)
+    return f"model of {model.layers} layers, hidden {model.hidden_size}, {model.heads} heads"
+
+
 def _new_run(request: PlanRequest) -> Run:
     """A run of one rank for `request.model`, without a recipe."""
     key = "train.seq_length="
@@ -247,7 +257,7 @@ def _new_run(request: PlanRequest) -> Run:
     tokens = parse_count(length, "--seq-length")
     batch = max(1, TOKENS_PER_BATCH // max(tokens, 1))
     return Run(
-        name=str(request.model), train=Train(seq_length=tokens, global_batch=batch, iterations=1, lr=0.0)
+        name=_title(request.model), train=Train(seq_length=tokens, global_batch=batch, iterations=1, lr=0.0)
     )
 
 
@@ -260,8 +270,10 @@ def _fewest_ranks(start: Run, given: list[str]) -> Parallel:
     return Parallel(cp=ulysses, ulysses=ulysses, cp_comm_type=start.parallel.cp_comm_type)
 
 
-def _shape(run: Run, name: str | None) -> Model:
+def _shape(run: Run, name: str | Model | None) -> Model:
     """The model to plan for: the run's own, that of `name`, or the one the recipe starts from."""
+    if isinstance(name, Model):
+        return name
     if run.model is not None:
         if name is not None:
             raise UserError(f"recipe {run.name} defines its own model; leave --model out")

@@ -38,7 +38,7 @@ def _directory(folder: Path, name: Path) -> list[RopeSource]:
     from megatron_ultralong.checkpoint.megatron_lm import bridge
 
     if (folder / "config.json").is_file():
-        return [_hugging_face(atomic_files.read_json(folder / "config.json"), name)]
+        return [from_config(atomic_files.read_json(folder / "config.json"), name)]
     if not (bridge.is_stated(folder) or (folder / "common.pt").is_file()):
         if run_directory.complete_checkpoints(folder):
             folder = run_directory.resolve(folder)
@@ -65,7 +65,7 @@ def _file(file: Path) -> list[RopeSource]:
     if file.suffix == ".json":
         values = atomic_files.read_json(file)
         if file.name == "config.json" or "model_type" in values or "architectures" in values:
-            return [_hugging_face(values, file)]
+            return [from_config(values, file)]
         return megatron_arguments.read(values, file)
     if file.suffix in (".yaml", ".yml"):
         values = yaml_file.read(file, "source")
@@ -79,7 +79,9 @@ def _file(file: Path) -> list[RopeSource]:
     return megatron_arguments.read(megatron_arguments.parse(text), file)
 
 
-def _hugging_face(config: dict[str, Any], name: Path) -> RopeSource:
+def from_config(config: dict[str, Any], name: Path | str) -> RopeSource:
+    """Read the RoPE of the contents of a config.json. name: how messages name it. UserError for a RoPE that
+    is not supported, or contradicts itself."""
     try:
         notes = _notes_on_other_models(config)
         if config.get("model_type") in FAMILIES:
