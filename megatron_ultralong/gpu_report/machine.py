@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 
 from megatron_ultralong import __version__
 from megatron_ultralong.context_parallel.kernels import select as kernels
+from megatron_ultralong.io import workers
 from megatron_ultralong.measure.report import commit, device_name
 
 REQUIRED = (
@@ -52,7 +52,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "memory_bytes": psutil.virtual_memory().total,
         "host_memory_bytes": psutil.virtual_memory().total,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": workers.cores(),
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if gpu else None,

@@ -13,6 +13,7 @@ import torch
 
 from megatron_ultralong.config import Parallel, Runtime
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import workers
 from megatron_ultralong.runtime import cli, memory
 from megatron_ultralong.runtime.heartbeat import Heartbeat
 
@@ -62,7 +63,7 @@ def start(runtime: Runtime, parallel: Parallel, seed: int = 1234, deterministic:
         # Ranks share the cores: more threads than cores are slower.
         if "OMP_NUM_THREADS" not in os.environ or world > 1:
             local = local_world_size()
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+            torch.set_num_threads(max(1, workers.cores() // local))
     else:
         memory.grow_segments()
         torch.cuda.set_device(device)

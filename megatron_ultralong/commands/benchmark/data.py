@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any]:
+    from megatron_ultralong.io.workers import cores
     from megatron_ultralong.measure import data_preparation
 
-    workers = common.count(args, "workers", str(len(os.sched_getaffinity(0))))
+    workers = common.count(args, "workers", str(cores()))
     inputs = args.input or data_preparation.write_sample_input(
         args.made, 4 * workers, common.count(args, "megabytes")
     )

@@ -46,8 +46,10 @@ def main() -> None:
 
 
 def _confine(parent: int, folder: str, mechanisms: tuple[str, ...]) -> list[str]:
-    """Give up what the program may not do; returns what holds it."""
+    """Give up what the program may not do; returns what holds it: nothing on other systems than Linux."""
     libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "prctl"):
+        return []
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(1)
