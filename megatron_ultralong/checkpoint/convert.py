@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_ultralong.checkpoint import (
     adapters,
@@ -42,6 +41,7 @@ from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Parallel, Runtime, check_model_layout
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.progress import progress_bar
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.rope.client_notes import client_notes
 from megatron_ultralong.rope.methods import same_maths
@@ -178,7 +178,7 @@ def export_hf(
         if writer is not None:
             print_notes(writer.notes)
         names = weight_mapping.megatron_names(model)
-        with tqdm(desc="writing weights", unit="tensor", total=len(names), disable=not ranks.is_main) as bar:
+        with progress_bar("writing weights", len(names), "tensor", hidden=not ranks.is_main) as bar:
             for name, shards in weights:
                 agreement.on_every_rank(functools.partial(write, name, shards))
                 bar.update()
@@ -247,7 +247,7 @@ def verify(folder: Path, checkpoint: Path, ranks: Ranks, parallel: Parallel) -> 
     weights = streaming.StoredParameters(checkpoint, build(hf.model, hf.rope, ranks, parallel), hf.model)
     mine: dict[str, tuple[int, float]] = {}  # HF tensor -> elements that differ, largest difference
     their_dtypes = reader.dtypes()
-    with tqdm(desc="comparing", unit="tensor", total=len(their_dtypes), disable=not ranks.is_main) as bar:
+    with progress_bar("comparing", len(their_dtypes), "tensor", hidden=not ranks.is_main) as bar:
         for name, ours in weights:
             bar.update()
             if ours is None or (ranks.tp_rank and weight_mapping.is_replicated(name, hf.model)):
@@ -290,9 +290,7 @@ def weights_of(
         chunk, lambda name: reader.shard(name, ranks.tp_rank, ranks.tp, stored[name], vocab_rows)
     )
     size = sum(parameter.nbytes for parameter in chunk.parameters())
-    with tqdm(
-        desc="converting weights", unit="B", total=size, unit_scale=True, disable=not ranks.is_main
-    ) as bar:
+    with progress_bar("converting weights", size, "B", hidden=not ranks.is_main) as bar:
 
         def values(view: Tensor) -> Tensor:
             bar.update(view.nbytes)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ultralong.data import packed_rows
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import progress
 from tests import text as made
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -34,6 +35,7 @@ def test_from_documents_to_what_the_trainer_opens(tmp_path, tokenizer_dir, monke
         made.write_jsonl(tmp_path / f"{i}.jsonl", [made.text(i, 500), made.text(9, 700)], key="body")
         for i in range(2)
     )
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
     command(
         monkeypatch,
         "pretrain",
@@ -57,7 +59,7 @@ def test_from_documents_to_what_the_trainer_opens(tmp_path, tokenizer_dir, monke
     )
     printed = capsys.readouterr()
     assert re.search(rf"text: {manifest['rows']} rows of 1024 \+ 1 tokens from 4 documents", printed.out)
-    assert "packing" in printed.err
+    assert re.search(rf"packing: {manifest['rows']} of {manifest['rows']} rows \(100%\)", printed.err)
     rows = packed_rows.open_blend(
         [str(tmp_path / "runs" / "text")], 1024, manifest["tokenizer"]["vocab_size"]
     )

@@ -27,7 +27,7 @@ from megatron_ultralong.data.refine.prompts import RewritePrompts, load_prompts
 from megatron_ultralong.data.refine.run import refine
 from megatron_ultralong.data.refine.settings import RefineSettings
 from megatron_ultralong.errors import UserError
-from megatron_ultralong.io import endpoint_client
+from megatron_ultralong.io import endpoint_client, progress
 from megatron_ultralong.io.request_log import RequestLog
 from tests import processes
 from tests.server import Server
@@ -815,6 +815,7 @@ def command(monkeypatch, *words: Any) -> None:
 
 
 def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
     server.script = lambda draft, nth: (
         f"Better: {draft}" if draft != "b" else {"text": "", "finish": "length"}
     )
@@ -868,8 +869,8 @@ def test_from_the_command_line(server, tmp_path, monkeypatch, capsys):
     )
     assert (
         "refining" in printed.err
-        and "tokens_in=200" in printed.err
-        and "rejected=1" in printed.err
+        and "tokens_in 200" in printed.err
+        and "rejected 1" in printed.err
         and KEY not in printed.err + printed.out
     )
     body = server.bodies[0]

@@ -1,4 +1,4 @@
-"""What only Linux has, taken away: the library goes on with less, as on macOS. Few files use each of these."""
+"""What only Linux has, taken away: the library goes on with less, as on macOS. Few files use it."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_ultralong.checkpoint.hf import assets, dtypes, weight_files
 from megatron_ultralong.config import Model
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.progress import counted
 from megatron_ultralong.model import weight_mapping
 from megatron_ultralong.model.weight_mapping import HF_EMBEDDING, HF_OUTPUT
 from megatron_ultralong.runtime import agreement
@@ -57,9 +57,7 @@ def load_parameters(
     if reader is not None and is_main:
         for line in reader.notes():
             print(f"note: {line}", file=sys.stderr, flush=True)
-    for name, parameter in tqdm(
-        parameters.items(), desc="reading weights", unit="tensor", disable=None if is_main else True
-    ):
+    for name, parameter in counted(parameters.items(), "reading weights", "tensor", hidden=not is_main):
         with torch.no_grad():
             if reader is not None:
                 parameter.copy_(reader.shard(name, tp_rank, tp_size, parameter.dtype))

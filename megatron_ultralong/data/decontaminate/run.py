@@ -21,8 +21,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_ultralong.data import conversations, documents, input_files
 from megatron_ultralong.data.decontaminate import filter_files
 from megatron_ultralong.data.decontaminate.benchmark_index import NgramRules, build_index
@@ -31,6 +29,7 @@ from megatron_ultralong.data.decontaminate.report import build_report
 from megatron_ultralong.data.decontaminate.scan import BatchScan, BatchScanner, ContaminationPolicy, to_json
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.progress import counted, progress_bar
 from megatron_ultralong.io.workers import WorkerPool
 from megatron_ultralong.official_files import find
 from megatron_ultralong.official_files.records import BenchmarkExample
@@ -79,7 +78,7 @@ def decontaminate(
     benchmark_files = _find_benchmarks(benchmarks)
     examples = _read_benchmarks(benchmark_files)
     index = build_index(
-        tqdm(examples, desc="benchmarks", unit=" examples", disable=not show_progress),
+        counted(examples, "benchmarks", "example", hidden=not show_progress),
         settings.rules,
         settings.normalisation,
     )
@@ -98,7 +97,7 @@ def decontaminate(
         index.save(index_folder)
         del index  # from here on each process maps the saved one
         with (
-            tqdm(total=size, unit="B", unit_scale=True, desc="searching", disable=not show_progress) as bar,
+            progress_bar("searching", size, "B", hidden=not show_progress) as bar,
             WorkerPool(
                 workers, BatchScanner.load, (index_folder, settings.policy, settings.text_key)
             ) as pool,

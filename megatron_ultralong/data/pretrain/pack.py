@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-from tqdm import tqdm
 
 from megatron_ultralong.data import megatron_index, row_writer
 from megatron_ultralong.data.packed_rows import FORMAT
@@ -32,6 +31,7 @@ from megatron_ultralong.data.pretrain.write_rows import RowContent, write_rows
 from megatron_ultralong.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.progress import progress_bar
 from megatron_ultralong.io.workers import cores
 
 WORTH_KEEPING = 64 << 20
@@ -140,9 +140,7 @@ def pack(
     with token_cache.locked(work), token_cache.locked(tokens):
         try:
             size = sum(content_file(path).stat().st_size for path in mix.files)
-            with tqdm(
-                total=size, unit="B", unit_scale=True, desc="tokenising", disable=not show_progress
-            ) as bar:
+            with progress_bar("tokenising", size, "B", hidden=not show_progress) as bar:
                 cache = token_cache.make(
                     tokens,
                     mix.sources,

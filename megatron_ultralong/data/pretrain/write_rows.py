@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_ultralong.data.pretrain.row_layout import SEPARATOR, RowLayout
 from megatron_ultralong.data.pretrain.token_cache import TokenCache, TokenReader
 from megatron_ultralong.data.row_writer import RowWriter
+from megatron_ultralong.io.progress import progress_bar
 
 _BLOCK = 32 << 20  # bytes of rows written at a time
 _SYNC = 1 << 30  # bytes of rows between two syncs of the disk, each of which records the position
@@ -78,9 +78,7 @@ def write_rows(work: Path, content: RowContent, settings: list[Any], show_progre
         progress.write_text(json.dumps({"identity": identity} | writer.sync()))
 
     reader, row_size, unsynced = TokenReader(content.cache), content.length * content.dtype.itemsize, 0
-    with tqdm(
-        total=layout.rows, initial=writer.rows, unit="row", desc="packing", disable=not show_progress
-    ) as bar:
+    with progress_bar("packing", layout.rows, "row", initial=writer.rows, hidden=not show_progress) as bar:
         while writer.rows < layout.rows:
             first, count = writer.rows, min(max(1, _BLOCK // row_size), layout.rows - writer.rows)
             block = numpy.full((count, content.length), content.pad, content.dtype)

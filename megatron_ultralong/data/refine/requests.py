@@ -11,8 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_ultralong.data.refine import validate
 from megatron_ultralong.data.refine.next_step import RefinedExample, RewriteRequest, next_step
 from megatron_ultralong.data.refine.prompts import RewritePrompts
@@ -20,6 +18,7 @@ from megatron_ultralong.data.refine.read import RefineExample
 from megatron_ultralong.data.refine.settings import RefineSettings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import endpoint_client
+from megatron_ultralong.io.progress import progress_bar
 from megatron_ultralong.io.request_log import RequestLog
 
 MAX_CONSECUTIVE_FAILURES = 20
@@ -54,7 +53,7 @@ def request_all(
                 backoff=settings.backoff,
             )
         )
-        with tqdm(total=count, unit="example", desc="refining", disable=not show_progress) as bar:
+        with progress_bar("refining", count, "example", hidden=not show_progress) as bar:
             requester = _Requester(settings, prompts, log, client, bar)
             stop = requester.interrupted
             try:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_ultralong.data import megatron_index, row_writer
 from megatron_ultralong.data.best_fit import contents, even_fit
@@ -35,6 +34,7 @@ from megatron_ultralong.data.sft.select_examples import (
 from megatron_ultralong.data.sft.settings import SftSettings
 from megatron_ultralong.errors import UserError
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.progress import counted, progress_bar
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def pack_conversations(
     encoder = ChatEncoder.load(tokenizer_dir, settings.template, settings.date, settings.special_tokens)
     with row_writer.staged(output) as stage, _remove_abandoned(stage, output):
         buffer = SampleBuffer(stage)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="encoding", disable=not show_progress) as bar:
+        with progress_bar("encoding", size, "B", hidden=not show_progress) as bar:
             entries = encode_sources(sources, encoder, settings, buffer, bar.update)
         selection = _select(buffer.finish(), sources, settings)
         if not len(selection.numbers):
@@ -96,7 +96,7 @@ def pack_conversations(
             starts=True,
         )
         rows = _assign_rows(selection, settings)
-        for examples in tqdm(rows, unit="row", desc="packing", disable=not show_progress):
+        for examples in counted(rows, "packing", "row", hidden=not show_progress):
             row, mask, starts = _build_row(buffer, examples, writer.length, encoder.pad_id)
             writer.add(row[None], mask[None], [starts])
         writer.finish()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_ultralong.checkpoint import run_directory, sharded
 from megatron_ultralong.checkpoint.adapters import read_model_state
@@ -41,6 +40,7 @@ from megatron_ultralong.evaluate.backends.protocol import (
 )
 from megatron_ultralong.evaluate.backends.sampling import Sampling
 from megatron_ultralong.evaluate.prompts.encode import ChatMode, PromptEncoder
+from megatron_ultralong.io.progress import progress_bar
 from megatron_ultralong.runtime import agreement, launch
 
 WAIT = timedelta(days=100)
@@ -218,9 +218,7 @@ class ParallelModel:
 
         total = sum(map(len, prompts)) + sum(max_tokens)
         hidden = not self.ranks.is_main or total < CHUNK  # for short prompts the benchmark's own bar suffices
-        with tqdm(
-            total=total, unit="token", unit_scale=True, desc="reading", leave=False, disable=hidden or None
-        ) as bar:
+        with progress_bar("reading", total, "token", hidden=hidden, leave=False) as bar:
             return self._session.generate(
                 prompts, max_tokens, [stop_check(stop) for stop in stops], self.sampling, bar.update
             )

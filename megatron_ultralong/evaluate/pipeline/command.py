@@ -14,7 +14,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
 from megatron_ultralong.evaluate.report import results_format_1
-from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io import atomic_files, progress
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +66,8 @@ def check_out(out: Path) -> None:
 
 
 def progress_bar(description: str, total: int | None = None, unit: str = "prompt") -> Any:
-    """A tqdm bar, hidden where the output is not a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=description, unit=unit, disable=None)
+    """A bar of prompts (io/progress.py)."""
+    return progress.progress_bar(description, total, unit)
 
 
 def write_results(

@@ -25,7 +25,6 @@ from lm_eval.api.model import CacheHook, TemplateLM, hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import simple_parse_args_string
-from tqdm import tqdm
 
 from megatron_ultralong import command_line
 from megatron_ultralong.command_settings import parse_count
@@ -33,6 +32,7 @@ from megatron_ultralong.errors import UserError
 from megatron_ultralong.evaluate.backends import options
 from megatron_ultralong.evaluate.backends.protocol import GenerationRequest
 from megatron_ultralong.evaluate.prompts.encode import render_chat
+from megatron_ultralong.io.progress import progress_bar
 
 DEFAULT_MAX_TOKENS = 256
 """Tokens to generate where a task does not define them: the harness's own default."""
@@ -154,7 +154,7 @@ class HarnessModel(TemplateLM):
         order = sorted(
             range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1])
         )
-        with tqdm(total=len(order), desc="likelihoods", unit="request", disable=disable_tqdm or None) as bar:
+        with progress_bar("likelihoods", len(order), "request", hidden=disable_tqdm) as bar:
             for places in _slices(order, SLICE):
                 scored = self.backend_.loglikelihood([self._truncate(*requests[i]) for i in places])
                 for i, answer in zip(places, scored, strict=True):
@@ -211,7 +211,7 @@ class HarnessModel(TemplateLM):
         order = sorted(
             range(len(asked)), key=lambda i: (-len(asked[i].ids or ()), asked[i].max_tokens, asked[i].stop)
         )
-        with tqdm(total=len(order), desc="answers", unit="request", disable=disable_tqdm or None) as bar:
+        with progress_bar("answers", len(order), "request", hidden=disable_tqdm) as bar:
             for places in _batches(
                 order, [len(one.ids or ()) + one.max_tokens for one in asked], self.batch_tokens
             ):
