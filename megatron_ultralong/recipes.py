@@ -15,6 +15,7 @@ from dataclasses import replace
 from megatron_ultralong import family_recipes, peer_recipes, recipe_file
 from megatron_ultralong.config import Data, Memory, Model, Optim, Parallel, Run, Runtime, Train
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io import text_table
 from megatron_ultralong.rope.methods import Unscaled, YaRN
 
 # ---- laptop ------------------------------------------------------------------------------------
@@ -312,13 +313,12 @@ def names() -> list[str]:
 
 
 def listed() -> list[str]:
-    """A line for each recipe: its name and the first sentence of its description; then those of several
-    stages."""
+    """The lines of a table: each recipe's name and the first sentence of its description; then those of
+    several stages."""
     about = {recipe.__name__: " ".join((recipe.__doc__ or "").split()) for recipe in RECIPES}
     about = {name: text.partition(". ")[0].removesuffix(".") for name, text in about.items()}
     about |= {name: f"the stages {', '.join(of)}" for name, of in STAGES.items()}
-    width = max(map(len, about))
-    return [f"{name:{width}}  {text}" for name, text in about.items()]
+    return text_table.described(about)
 
 
 def is_recipe(name: str) -> bool:

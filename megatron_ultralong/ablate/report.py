@@ -14,6 +14,7 @@ from megatron_ultralong.ablate.scores import NAMES, Row
 from megatron_ultralong.evaluate.pipeline.results import short_count
 from megatron_ultralong.evaluate.report import curves, published
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.text_table import text_table
 
 DIGITS = {"niah": 1, "perplexity": 3}
 SPREAD = "± is the sample standard deviation over seeds."
@@ -113,14 +114,7 @@ def terminal(rows: Sequence[Row], grid: Grid) -> list[str]:
     shown = columns(rows)
     table = [[", ".join(grid.axes) or "run", "seeds", *map(_heading, shown)]]
     table += [[row.label, _runs(row), *_cells(row, shown)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(word.rjust(width) for word, width in zip(line[1:], widths[1:]))]
-        )
-        for line in table
-    ]
-    return [*lines, SPREAD]
+    return [*text_table(table), SPREAD]
 
 
 def as_csv(rows: Sequence[Row], grid: Grid) -> str:

@@ -32,9 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="a recipe's name (--list-recipes), or FILE.py or FILE.py:NAME with a function that returns one",
     )
-    parser.add_argument(
-        "--list-recipes", action=_ListRecipes, nargs=0, help="print the recipes in a line each, and exit"
-    )
+    parser.add_argument("--list-recipes", action=_ListRecipes, nargs=0, help="print the recipes, and exit")
     parser.add_argument(
         "--print-config",
         action="store_true",

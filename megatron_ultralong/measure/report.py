@@ -20,6 +20,7 @@ import torch
 
 from megatron_ultralong import __version__
 from megatron_ultralong.io import atomic_files, plot_style
+from megatron_ultralong.io.text_table import paragraphs, text_table
 
 RecordRow: TypeAlias = "Callable[[dict[str, Any]], None]"
 FORMAT = 1
@@ -92,24 +93,16 @@ def about(device: torch.device, command: str, **more: Any) -> dict[str, Any]:
 
 def text(report: SpeedReport) -> str:
     """Return the report as lines for a terminal."""
+    # Whole lines: a command is to be copied.
     facts = [f"{name}: {value}" for name, value in report.about.items() if value is not None]
     shown = [c for c in report.columns if any(row.get(c.key) is not None for row in report.rows)]
-    cells = [["", *(c.title for c in shown)]]
+    rows = [["", *(c.title for c in shown)]]
     for row in report.rows:
-        cells.append([row["name"], *("-" if row.get(c.key) is None else c.show(row[c.key]) for c in shown)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = []
-    for number, (name, *figures) in enumerate(cells):
-        first = name.ljust(widths[0])
-        line = "  ".join([first, *(cell.rjust(width) for cell, width in zip(figures, widths[1:]))]).rstrip()
-        note = report.rows[number - 1].get("note") if number else None
-        if note:
-            empty = all(cell == "-" for cell in figures)
-            line = f"{first if empty else line}  {note}"
-        lines.append(line)
-    lines.insert(1, "-" * len(lines[0]))
-    meanings = [f"{c.title}: {c.meaning}" for c in shown if c.meaning]
-    return "\n".join([*facts, "", *lines, "", *meanings])
+        rows.append([row["name"], *("-" if row.get(c.key) is None else c.show(row[c.key]) for c in shown)])
+    notes = {number: row["note"] for number, row in enumerate(report.rows, 1) if row.get("note")}
+    table = text_table(rows, rule=True, notes=notes)
+    meanings = paragraphs(f"{c.title}: {c.meaning}" for c in shown if c.meaning)
+    return "\n".join([*facts, "", *table, "", *meanings])
 
 
 def write_json(report: SpeedReport, path: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_ultralong import recipes, shapes
 from megatron_ultralong.command_settings import of_stage, override, parse_count
 from megatron_ultralong.config import Model, Parallel, Run, Train, to_dict
 from megatron_ultralong.errors import UserError
+from megatron_ultralong.io.text_table import paragraphs
 from megatron_ultralong.planning import documents, memory, report_table, search, whole_run
 from megatron_ultralong.planning.documents import DocumentLengths
 from megatron_ultralong.planning.flops import FORMULA
@@ -105,7 +106,7 @@ def report(request: PlanRequest) -> PlanReport:
         f"stage {number} of {len(plans)}: {plan.text}" for number, plan in enumerate(plans.values(), 1)
     )
     return PlanReport(
-        text="\n".join([text, "", *whole_run.lines({"all stages": whole} | wholes)]),
+        text="\n".join([text, "", *paragraphs(whole_run.lines({"all stages": whole} | wholes))]),
         values={
             "format": 2,
             "stages": {name: plan.values for name, plan in plans.items()},
@@ -166,8 +167,9 @@ def _plan(request: PlanRequest, start: Run, shape: Model, machine: Machine, give
     whole: dict[str, Duration] = {}
     if request.recipe or "train.iterations" in keys:
         whole = {name: whole_run.duration(new, shape, machine) for name, new in shown.items()}
-        text += [*whole_run.lines(whole), ""]
-    text += [f"{name}: --set {' '.join(line)}" for name, line in settings.items()] + notes
+        text += [*paragraphs(whole_run.lines(whole)), ""]
+    # Settings stay whole lines, to be copied.
+    text += [f"{name}: --set {' '.join(line)}" for name, line in settings.items()] + paragraphs(notes)
     values = {
         "format": 2,
         "estimated": True,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from megatron_ultralong.config import Run
+from megatron_ultralong.io.text_table import paragraphs, text_table
 from megatron_ultralong.planning.flops import FORMULA
 from megatron_ultralong.planning.hardware import Machine
 from megatron_ultralong.planning.memory import total
@@ -32,31 +33,30 @@ def heading(title: str, run: Run, machine: Machine) -> str:
         lines.append(
             f"attention inside documents, as much as equal ones of {span:,} tokens have (--documents)"
         )
-    return "\n".join(
-        [*lines, "all figures below are estimated from these, not measured. MFU by", f"  {FORMULA}"]
-    )
+    figures = ["all figures below are estimated from these, not measured. MFU by", f"  {FORMULA}"]
+    return "\n".join(paragraphs([*lines, *figures], "    "))
 
 
 def table(estimates: dict[str, Estimate], machine: Machine) -> str:
     """Return the estimates side by side under their names: layout, memory and time by part, speed."""
     columns, assumed = list(estimates.values()), machine.assumed
-    lines: list[tuple[str, list[str]]] = [("", list(estimates))]
+    lines: list[list[str]] = [["", *estimates]]
 
     def line(name: str, cell: Callable[[Estimate], str]) -> None:
-        lines.append((name, [cell(e) for e in columns]))
+        lines.append([name, *(cell(e) for e in columns)])
 
     def block(name: str, parts_of: Callable[[Estimate], dict[str, float]], unit: float) -> None:
-        lines.append((name, [""] * len(columns)))
+        lines.append([name])
         for part in dict.fromkeys(part for e in columns for part in parts_of(e)):
             if any(parts_of(e).get(part) for e in columns):
                 line(f"  {part}", lambda e, part=part: _number(parts_of(e).get(part, 0) / unit))  # type: ignore[misc]
 
-    line(
-        "TP x PP x CP x DP",
-        lambda e: f"{e.run.parallel.tp} x {e.run.parallel.pp} x {e.run.parallel.cp} x {e.dp}",
-    )
+    line("TP", lambda e: str(e.run.parallel.tp))
+    line("PP", lambda e: str(e.run.parallel.pp))
+    line("CP", lambda e: str(e.run.parallel.cp))
     if any(e.run.parallel.cp > 1 for e in columns):
-        line("CP = Ulysses x ring (or all-gather)", _context_groups)
+        line("  of Ulysses x ring", _context_groups)
+    line("DP", lambda e: str(e.dp))
     line("memory.recompute", lambda e: e.run.memory.recompute)
     line("memory.offload", lambda e: e.run.memory.offload)
     if any(e.run.memory.query_chunks for e in columns):
@@ -72,7 +72,7 @@ def table(estimates: dict[str, Estimate], machine: Machine) -> str:
             f"  all (of {assumed.host_memory * machine.host_memory / GB:,.0f})",
             lambda e: _number(total(e.host) / GB),
         )
-    lines.append(("work per GPU and iteration", [""] * len(columns)))
+    lines.append(["work per GPU and iteration"])
     for part in columns[0].work:
         if any(e.work[part] for e in columns):
             unit, name = (1e15, "PFLOP") if part.endswith("FLOPs") else (GB, "GB")
@@ -88,12 +88,7 @@ def table(estimates: dict[str, Estimate], machine: Machine) -> str:
     line("tokens/s/GPU, estimated", lambda e: f"{e.tokens_per_second:,.0f}")
     line("causal MFU, estimated", lambda e: f"{e.mfu:.1%}")
     line("fits", lambda e: "yes" if e.problem is None else "no")
-    first = max(len(name) for name, _ in lines)
-    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths))]).rstrip()
-        for name, cells in lines
-    )
+    return "\n".join(text_table(lines))
 
 
 def _context_groups(e: Estimate) -> str:

@@ -647,7 +647,7 @@ def test_stages_go_on_where_they_were_stopped_and_refuse_other_settings(
         and "*" not in ruler.table(result)
     )
     result.model["max_position"] = 2500
-    assert "   3,000*" in ruler.table(result) and "* beyond the 2,500 positions" in ruler.table(result)
+    assert "  3,000*" in ruler.table(result) and "* beyond the 2,500 positions" in ruler.table(result)
 
 
 def test_a_file_of_prompts_has_one_writer_and_each_prompt_once(tokenizers, files, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ultralong.checkpoint.rope_sources.compare import TOLERANCE, Agreement, Computed
+from megatron_ultralong.io.text_table import paragraphs, text_table
 
 _TOLERANCE = f"{TOLERANCE:g}".replace("e-0", "e-")
 _RAMP_ROWS = 16  # rows of the ramp that a table shows at most
@@ -22,7 +23,7 @@ def text(computed: Sequence[Computed], agreements: Sequence[Agreement]) -> str:
         lines += ["", *_ratios(computed, members)]
     lines += ["", *_agreements(computed, agreements)]
     notes = [f"note [{i + 1}]: {note}" for i, one in enumerate(computed) for note in one.source.notes]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
+    return "\n".join([*lines, *([""] if notes else []), *paragraphs(notes)])
 
 
 def values(computed: Sequence[Computed], agreements: Sequence[Agreement]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _settings(computed: Sequence[Computed]) -> list[str]:
         rows.append([name, *("-" if number is None else f"{number:,.10g}" for number in numbers)])
     if any(one.source.rope.depends_on_length() for one in computed):
         rows.append(["frequencies for length", *(f"{one.length:,}" for one in computed)])
-    return _aligned(rows)
+    return text_table(rows)
 
 
 def _ratios(computed: Sequence[Computed], members: list[int]) -> list[str]:
@@ -91,7 +92,7 @@ def _ratios(computed: Sequence[Computed], members: list[int]) -> list[str]:
     title = "unscaled / actual frequency, by each source's own theta"
     if len(shown) < len(ramp):
         title += f" ({len(shown)} of {len(ramp)} indices of the ramp)"
-    return [f"{title}:", *_aligned(rows)]
+    return [f"{title}:", *text_table(rows)]
 
 
 def _agreements(computed: Sequence[Computed], agreements: Sequence[Agreement]) -> list[str]:
@@ -128,11 +129,3 @@ def _name(position: int) -> str:
 
 def _list(group: list[int]) -> str:
     return ", ".join(_name(i) for i in group)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]

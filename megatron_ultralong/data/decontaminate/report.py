@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_ultralong.io.text_table import text_table
+
 SAMPLES = 5
 """Matches of a benchmark, and broken lines, that the report shows; matches.jsonl and broken.jsonl list
 all."""
@@ -81,10 +83,7 @@ def format_table(report: Mapping[str, Any]) -> str:
         for task, of_task in counts["tasks"].items():
             if of_task["matches"] and len(counts["tasks"]) > 1:
                 rows.append((f"  {task}", *(str(of_task.get(column, "")) for column in columns)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    ]
+    lines = text_table(rows)
     totals = defaultdict(int, report["totals"])
     lines.append(
         f"{totals['documents']} documents, {totals['contaminated']} contaminated: {totals['dropped']} dropped, "

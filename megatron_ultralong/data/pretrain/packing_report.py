@@ -15,6 +15,7 @@ from megatron_ultralong.data.pretrain.tokenise_worker import BROKEN, EMPTY, OK
 from megatron_ultralong.data.special_tokens import report_lines
 from megatron_ultralong.io import plot_style
 from megatron_ultralong.io.plot_style import AREAS, HATCHES
+from megatron_ultralong.io.text_table import text_table
 
 _SKIPPED = {EMPTY: "empty", BROKEN: "broken"}
 
@@ -24,25 +25,27 @@ def length_table(manifest: dict[str, Any]) -> str:
     total = sum(source["tokens"] for source in manifest["sources"])
     packed = sum(source["packed"]["tokens"] for source in manifest["sources"])
 
-    def line(name: str, bucket: str, before: dict[str, int], after: tuple[int, int]) -> str:
-        return (
-            f"{name[:13]:14}{bucket:>10}{before['documents']:>12,}{before['tokens']:>16,}"
-            f"{before['tokens'] / max(total, 1):>7.1%}   {after[0]:>12,}{after[1]:>16,}{after[1] / max(packed, 1):>7.1%}"
-        )
+    def row(name: str, before: dict[str, int], after: tuple[int, int]) -> list[str]:
+        return [
+            f"  {name}",
+            *(f"{before[key]:,}" for key in ("documents", "tokens")),
+            f"{before['tokens'] / max(total, 1):.1%}",
+            *(f"{number:,}" for number in after),
+            f"{after[1] / max(packed, 1):.1%}",
+        ]
 
-    lines = [
-        f"{'source':14}{'length':>10}{'documents':>12}{'tokens':>16}{'share':>7}   {'packed':>12}{'tokens':>16}{'share':>7}"
-    ]
+    rows = [["length", "documents", "tokens", "share", "packed", "tokens", "share"]]
     for source in manifest["sources"]:
-        for k, bucket in enumerate(source["lengths"]):
-            after = (bucket["packed_documents"], bucket["packed_tokens"])
-            lines.append(line("" if k else source["name"], bucket["bucket"], bucket, after))
-        lines.append(line("", "all", source, (source["packed"]["documents"], source["packed"]["tokens"])))
+        rows.append([source["name"]])
+        for bucket in source["lengths"]:
+            rows.append(row(bucket["bucket"], bucket, (bucket["packed_documents"], bucket["packed_tokens"])))
+        rows.append(row("all", source, (source["packed"]["documents"], source["packed"]["tokens"])))
     if len(manifest["sources"]) > 1:
         count = sum(source["documents"] for source in manifest["sources"])
         packed_count = sum(source["packed"]["documents"] for source in manifest["sources"])
-        lines.append(line("all", "", {"documents": count, "tokens": total}, (packed_count, packed)))
-    return "\n".join(lines)
+        rows.append(["all sources"])
+        rows.append(row("all", {"documents": count, "tokens": total}, (packed_count, packed)))
+    return "\n".join(text_table(rows))
 
 
 def warnings(manifest: dict[str, Any], output: str) -> list[str]:

@@ -15,6 +15,7 @@ from megatron_ultralong.data.sft.encode_sources import COUNTS, ChatEncoder
 from megatron_ultralong.data.sft.select_examples import ConversationSource
 from megatron_ultralong.data.sft.tokenise_chat import encode_batch
 from megatron_ultralong.data.special_tokens import MixedEncoder, report_lines
+from megatron_ultralong.io.text_table import text_table
 
 SHOWN_UNUSABLE = 5
 """Records that could not be used, printed at the end."""
@@ -25,13 +26,12 @@ def summary_lines(manifest: dict[str, Any], broken: Path) -> list[str]:
     """Return the summary of a manifest, with the first records that could not be used out of the file
     `broken`, if it exists."""
     sources, domains = manifest["sources"], manifest["domains"]
-    lines = [_table_line("source", "domain", *(name.replace("_", " ") for name in _COLUMNS))]
+    rows = [_cells("source", "domain", *(name.replace("_", " ") for name in _COLUMNS))]
     for entry in sources:
-        lines.append(
-            _table_line(entry["name"][:23], entry["domain"] or "own", *(entry[key] for key in _COLUMNS))
-        )
+        rows.append(_cells(entry["name"], entry["domain"] or "own", *(entry[key] for key in _COLUMNS)))
     for name, entry in domains.items():
-        lines.append(_table_line("all", name, *(entry.get(key, "") for key in _COLUMNS)))
+        rows.append(_cells("all", name, *(entry.get(key, "") for key in _COLUMNS)))
+    lines = text_table(rows)
     for name, entry in domains.items():
         if entry["chosen"] < entry["wanted"]:
             lines.append(
@@ -55,10 +55,8 @@ def summary_lines(manifest: dict[str, Any], broken: Path) -> list[str]:
     return lines
 
 
-def _table_line(source: str, domain: str, *cells: Any) -> str:
-    return f"{source:24}{domain:10}" + "".join(
-        f"{cell:15,}" if isinstance(cell, int) else f"{cell:>15}" for cell in cells
-    )
+def _cells(*values: Any) -> list[str]:
+    return [f"{value:,}" if isinstance(value, int) else value for value in values]
 
 
 def show_conversations(

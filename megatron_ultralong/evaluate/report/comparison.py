@@ -22,6 +22,7 @@ from megatron_ultralong.evaluate.report.cells import TableCell, mean
 from megatron_ultralong.evaluate.report.read_results import ModelScores, collect
 from megatron_ultralong.evaluate.tasks.ruler import averages as ruler_averages
 from megatron_ultralong.io import atomic_files
+from megatron_ultralong.io.text_table import paragraphs, width
 
 AVERAGES: dict[str, tuple[str, list[int]]] = {
     **{
@@ -33,8 +34,6 @@ AVERAGES: dict[str, tuple[str, list[int]]] = {
 """{column: (benchmark, lengths)} of the averages over lengths."""
 NOT_RUN = "not run"
 SAME = "no known difference"
-_WIDTH = 110
-"""Of the printed table, characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +229,10 @@ def as_text(scores: list[ComparedScore]) -> str:
     indent = len(lines[0]) - len("what differs")
     for score in scores:
         benchmark, measured, figure, differences = score.cells()
-        first, *rest = textwrap.wrap(differences, _WIDTH - indent)
+        first, *rest = textwrap.wrap(differences, width() - indent)
         lines.append(f"{benchmark:21}{measured:>9}{figure:>11}   {first}")
         lines += [" " * indent + line for line in rest]
-    return "\n".join([*lines, "", *textwrap.wrap(published.NOT_STATED, _WIDTH)])
+    return "\n".join([*lines, "", *paragraphs([published.NOT_STATED], "")])
 
 
 def write(scores: list[ComparedScore], model: Path, name: str | None, out: Path) -> None:

@@ -24,6 +24,7 @@ from megatron_ultralong.evaluate.pipeline import command, file_benchmark, stages
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult
 from megatron_ultralong.evaluate.prompts import official
 from megatron_ultralong.evaluate.scorers.infinitebench import score
+from megatron_ultralong.io.text_table import text_table
 from megatron_ultralong.official_files import find as official_files
 from megatron_ultralong.official_files.infinitebench import TASKS
 from megatron_ultralong.official_files.records import BenchmarkExample
@@ -224,12 +225,12 @@ def results(out: Path) -> BenchmarkResult:
 
 def table(result: BenchmarkResult) -> str:
     """One line per task, as plain text."""
-    rows = [f"{'':24}{'score':>9}{'questions':>11}{'cut':>7}"]
+    rows = [["task", "score ", "questions", "cut"]]
     rows += [
-        f"{one.task:24}{one.score:8.2f}{file_benchmark.mark(one)}{one.count:11}{one.notes['cut']:7}"
+        [one.task, f"{one.score:.2f}{file_benchmark.mark(one)}", str(one.count), str(one.notes["cut"])]
         for one in result.scores
     ]
-    return "\n".join([*rows, *file_benchmark.footnotes(result)])
+    return "\n".join([*text_table(rows), *file_benchmark.footnotes(result)])
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from megatron_ultralong.evaluate.pipeline import command, file_benchmark, stages
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore
 from megatron_ultralong.evaluate.prompts import official
 from megatron_ultralong.evaluate.scorers.lveval import score
+from megatron_ultralong.io.text_table import text_table
 from megatron_ultralong.official_files import find as official_files
 from megatron_ultralong.official_files.lveval import LEVELS, SETS
 
@@ -169,16 +170,15 @@ def table(result: BenchmarkResult) -> str:
     """Levels across, sets down, as plain text."""
     cells = {(one.task, one.length): one for one in result.scores}
     levels = [level for level in LEVELS if any(length == LENGTHS[level] for _, length in cells)]
-    rows = [f"{'':24}" + "".join(level.rjust(9) for level in levels)]
+    rows = [["set", *(f"{level} " for level in levels)]]
     for name in dict.fromkeys(task for task, _ in cells):
-        rows.append(f"{name:24}" + "".join(_cell(cells.get((name, LENGTHS[level]))) for level in levels))
-    means = [average(result.scores, level)["score"] for level in levels]
-    rows.append(f"{'mean':24}" + "".join(f"{mean:8.2f} " for mean in means))
-    return "\n".join([*rows, *file_benchmark.footnotes(result)])
+        rows.append([name, *(_cell(cells.get((name, LENGTHS[level]))) for level in levels)])
+    rows.append(["mean", *(f"{average(result.scores, level)['score']:.2f} " for level in levels)])
+    return "\n".join([*text_table(rows), *file_benchmark.footnotes(result)])
 
 
 def _cell(one: TaskScore | None) -> str:
-    return f"{one.score:8.2f}" + file_benchmark.mark(one) if one else "-".rjust(8) + " "
+    return f"{one.score:.2f}{file_benchmark.mark(one)}" if one else "- "
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from megatron_ultralong.evaluate.pipeline import command
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, short_count
 from megatron_ultralong.evaluate.report import curves, read_results
 from megatron_ultralong.evaluate.scorers import loss_by_position
+from megatron_ultralong.io.text_table import text_table
 
 HELP = "perplexity by position over long sequences"
 DESCRIPTION = "Perplexity by position: of the beginnings of documents, or of packed rows."
@@ -153,19 +154,17 @@ def measure(
 def table(result: BenchmarkResult) -> str:
     """Perplexity by position (down) and length (across) as plain text."""
     by_length = {int(length): summary for length, summary in result.extra["by_length"].items()}
-    lines = ["position".rjust(12) + "".join(short_count(length).rjust(10) for length in by_length)]
+    rows = [["position", *map(short_count, by_length)]]
     for low, high in itertools.pairwise(loss_by_position.doubling(max(by_length))):
         buckets = [
             next((bucket for bucket in summary["by_position"] if bucket["from"] == low), None)
             for summary in by_length.values()
         ]
-        lines.append(
-            f"{short_count(low)}-{short_count(high)}".rjust(12)
-            + "".join(_number(bucket and bucket["perplexity"]).rjust(10) for bucket in buckets)
-        )
-    lines.append("all".rjust(12) + "".join(_number(one.score).rjust(10) for one in result.scores))
-    lines.append("rows".rjust(12) + "".join(str(one.count).rjust(10) for one in result.scores))
-    return "\n".join(lines)
+        span = f"{short_count(low)}-{short_count(high)}"
+        rows.append([span, *(_number(bucket and bucket["perplexity"]) for bucket in buckets)])
+    rows.append(["all", *(_number(one.score) for one in result.scores)])
+    rows.append(["rows", *(str(one.count) for one in result.scores)])
+    return "\n".join(text_table(rows))
 
 
 def _number(perplexity: float | None) -> str:

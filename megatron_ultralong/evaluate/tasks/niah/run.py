@@ -21,6 +21,7 @@ from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskSc
 from megatron_ultralong.evaluate.report import heat_map
 from megatron_ultralong.evaluate.tasks.niah.prompts import NiahPrompt, NiahPromptBuilder, NiahSettings
 from megatron_ultralong.io.git_lfs import refuse_pointer
+from megatron_ultralong.io.text_table import text_table
 
 HELP = "passkey retrieval: a grid of lengths and depths"
 DESCRIPTION = "Passkey retrieval: one fact hidden in a long text, at every length and depth."
@@ -165,13 +166,9 @@ def table(result: BenchmarkResult) -> str:
     lengths = sorted(means)
     limit = result.model.get("max_position") or float("inf")
     names = [short_count(length) + ("*" if length > limit else "") for length in lengths]
-    width = max(7, *(len(name) + 2 for name in names))
-    lines = ["depth".rjust(7) + "".join(name.rjust(width) for name in names)]
-    lines += [
-        f"{depth:g}%".rjust(7) + "".join(f"{grid[length, depth]:.0%}".rjust(width) for length in lengths)
-        for depth in depths
-    ]
-    lines.append("all".rjust(7) + "".join(f"{means[length]:.0%}".rjust(width) for length in lengths))
+    rows = [["depth", *names]]
+    rows += [[f"{depth:g}%", *(f"{grid[length, depth]:.0%}" for length in lengths)] for depth in depths]
+    lines = text_table([*rows, ["all", *(f"{means[length]:.0%}" for length in lengths)]])
     if any(name.endswith("*") for name in names):
         lines.append(f"* beyond the {limit:,} positions of the model's config")
     refused = [trial["refused"] for trial in result.extra["trials"] if "refused" in trial]

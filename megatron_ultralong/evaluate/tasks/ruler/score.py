@@ -14,6 +14,7 @@ from megatron_ultralong.evaluate.tasks.ruler.averages import averages
 from megatron_ultralong.evaluate.tasks.ruler.settings import OFFICIAL_SAMPLES, RulerSettings
 from megatron_ultralong.evaluate.tasks.ruler.tasks import TASKS
 from megatron_ultralong.io import jsonl
+from megatron_ultralong.io.text_table import text_table
 
 UNKNOWN_WORDING = "as in the data"
 """The wording of prompts that do not record theirs: RULER's own data."""
@@ -118,14 +119,14 @@ def table(result: BenchmarkResult) -> str:
     lengths = list(map(int, by_length))
     limit = result.model.get("max_position") or max(lengths)
     names = [short_count(length) + "*" * (length > limit) for length in lengths]
-    width = max(9, *(len(name) + 2 for name in names))
-    lines = ["task".ljust(16) + "".join(name.rjust(width) for name in names)]
+    rows = [["task", *names]]
     for task, scores in by_task.items():
         cells = [f"{scores[length]:.2f}" if length in scores else "-" for length in lengths]
-        lines.append(task.ljust(16) + "".join(cell.rjust(width) for cell in cells))
+        rows.append([task, *cells])
     count = len(by_task)
     mean = f"mean of {count}" if count == len(TASKS) else f"mean of {count}/{len(TASKS)}"
-    lines.append(mean.ljust(16) + "".join(f"{one['average']:.2f}".rjust(width) for one in by_length.values()))
+    rows.append([mean, *(f"{one['average']:.2f}" for one in by_length.values())])
+    lines = text_table(rows)
     for bound, one in result.extra["up_to"].items():
         partial = "" if one["complete"] else " - not all tasks and lengths, therefore not comparable"
         used = ", ".join(map(short_count, one["lengths"]))

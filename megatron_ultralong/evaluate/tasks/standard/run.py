@@ -22,6 +22,7 @@ from megatron_ultralong.evaluate.pipeline import command, refusals
 from megatron_ultralong.evaluate.pipeline.results import BenchmarkResult, TaskScore, write_json_lines
 from megatron_ultralong.evaluate.prompts.encode import ChatMode, use_chat
 from megatron_ultralong.evaluate.tasks.standard.paper import PAPER, CodeRunner, load_tasks, task_manager
+from megatron_ultralong.io.text_table import text_table
 
 HELP = "MMLU, MMLU-Pro, MATH, GSM8K, HumanEval, and any task of lm-evaluation-harness"
 DESCRIPTION = (
@@ -202,8 +203,7 @@ def cache_key(backend: Any, max_length: int | None) -> str:
 
 def table(result: BenchmarkResult) -> str:
     """Scores as plain text."""
-    width = max((len(one.task) for one in result.scores), default=4)
-    lines = [f"{one.task.ljust(width)}  {one.score:6.2f}" for one in result.scores]
+    lines = text_table([["task", "score"], *([one.task, f"{one.score:.2f}"] for one in result.scores)])
     if cut := result.extra["prompts_cut"]:
         limit = result.settings["max_length"]
         lines.append(
