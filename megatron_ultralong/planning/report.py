@@ -54,9 +54,9 @@ class PlanRequest:
         return [f"{key}={value}" for key, value in options if value is not None] + list(self.settings)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PlanReport:
-    """The result for the user."""
+    """The result for the user, which prints as its text, also at the end of a notebook's cell."""
 
     text: str
     values: dict[str, Any]
@@ -67,7 +67,7 @@ class PlanReport:
     """Of the whole run with the best layout, or with the closest where none fits; None where the request says
     no number of iterations."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ultralong import library
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.context_parallel.api import ContextGroups, attention, split_group
 from megatron_ultralong.context_parallel.comm import ProcessGroupCommunicator, rank_and_size
@@ -120,5 +121,9 @@ def _layers(groups: ContextGroups) -> None:
     thread.start()
     thread.join()
     mine = held(inputs[0].shape[2], rank, cp, starts, rank_and_size(groups.ulysses)[1])
+    # The library's functions, which take the starts of documents themselves.
+    assert torch.equal(library.token_positions(inputs[0].shape[2], groups, starts), mine)
+    once = attention(q, k, v, groups, spec(starts, 6 * cp if cp > 1 else 3, groups))
+    assert torch.equal(library.attention(q, k, v, groups, starts), once)
     got = [out.detach(), *(x.grad for x in leaves)]
     check(got, want, rank, cp, what=("layers", groups.cp_comm_type), held=mine)

@@ -169,7 +169,7 @@ def test_plan_takes_recipes_names_directories_and_shapes(tmp_path):
     by_name = mu.plan("llama-3.1-8b", gpus=256, seq_length="1M")
     by_shape = mu.plan(shapes.LLAMA_3_1_8B, gpus=256, seq_length=2**20, gpu="H100")
     assert by_name.fits and by_name.values["plans"] == by_shape.values["plans"]
-    assert str(by_name).startswith("llama-3.1-8b: 1,048,576 tokens")
+    assert repr(by_name) == str(by_name) and str(by_name).startswith("llama-3.1-8b: 1,048,576 tokens")
     assert str(by_shape).startswith("model of 32 layers, hidden 4096, 32 heads: 1,048,576 tokens")
     assert mu.plan(BASE, gpus=1, seq_length="4K").fits and mu.plan(str(BASE), gpus=1, seq_length="4K").fits
     recipe = mu.plan("ultralong_1m", gpus=256, settings=["parallel.tp=8"])
@@ -193,6 +193,7 @@ def test_passkey_prompt_is_exact(tmp_path):
         assert same == prompt
     assert len(prompt.tokens) + prompt.answer_tokens == 700
     assert prompt.answer in prompt.text and prompt.answer.isdigit()
+    assert len(repr(prompt)) < 300, "a notebook shows it without its thousands of tokens"
     assert prompt.answer in tokenizer.decode(prompt.tokens[prompt.needle_at :][:40])
     assert abs(prompt.needle_at / 700 - 0.5) < 0.06
     assert mu.passkey_prompt(BASE, 700, trial=1).answer != prompt.answer

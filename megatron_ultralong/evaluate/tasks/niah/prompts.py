@@ -10,7 +10,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ultralong.errors import UserError
@@ -94,11 +94,11 @@ class NiahPrompt:
     names: tuple[str, ...]
     answers: tuple[str, ...]
     """In the order of the question, which differs from that of the text."""
-    text: str
+    text: str = field(repr=False)
     """The user message."""
     prefix: str
     """The first words of the answer, which the model continues."""
-    tokens: list[int]
+    tokens: list[int] = field(repr=False)
     """The complete prompt: message, template and the answer's first words."""
     needle_at: int
     """Index of the first token of the first needle."""
