@@ -126,7 +126,7 @@ def _placement(documents: Sequence[int], length: int, groups: ContextGroups) -> 
 
 @functools.lru_cache(maxsize=16)
 def _place(documents: tuple[int, ...], length: int, ranks: int) -> Placement:
-    """Layers, and virtual ranks, share the placement of a row, which is one object."""
+    """The layers of a rank share the placement of a row."""
     from megatron_ultralong.context_parallel.placement import place
 
     return place(documents, length, ranks)
@@ -221,8 +221,8 @@ def export_hf(
 
 
 def _convert(command: str, option: str, source: str | Path, out: str | Path, dtype: str | None) -> Path:
-    """Run tools/convert_hf.py, as a process: a conversion makes the CPU Megatron's device for the rest of its
-    process."""
+    """Run the command `convert` as a process: a conversion makes the CPU Megatron's device for the rest of
+    its process."""
     arguments = [command, option, os.fspath(source), "--out", os.fspath(out)]
     arguments += ["--dtype", dtype] if dtype else []
     environment = {
@@ -232,8 +232,11 @@ def _convert(command: str, option: str, source: str | Path, out: str | Path, dty
         if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         and not name.startswith("TORCHELASTIC")
     }
+    # From where this package is, also if only sys.path of this process says so.
+    code = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); "
+    code += "from megatron_ultralong.commands.main import main; main()"
     ended = subprocess.run(
-        [sys.executable, "-m", "megatron_ultralong", "convert", *arguments],
+        [sys.executable, "-c", code, "convert", *arguments],
         env=environment,
         capture_output=True,
         text=True,
