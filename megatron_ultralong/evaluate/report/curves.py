@@ -78,7 +78,6 @@ def score_by_length(
     its config, which is marked. UserError where `path` cannot be written."""
     figure, (panel,) = _figure(1, heading)
     below = [wrapped for line in footnotes for wrapped in textwrap.wrap(line, 95)]
-    figure.set_figheight(figure.get_figheight() + 0.15 * len(below))
     for i, (name, points) in enumerate(lines.items()):
         panel.plot(sorted(points), [points[length] for length in sorted(points)], **_style(i, name))
     _length_axis(panel, sorted({length for points in lines.values() for length in points}))
@@ -247,6 +246,8 @@ def _finish(
         handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle=DOTS))
         labels.append("longest context of a model's config (max_position_embeddings)")
     handles += [Line2D([], [], linestyle="none")] * len(footnotes)
+    # The panels keep their height.
+    figure.set_figheight(figure.get_figheight() + 0.16 * max(0, len(handles) - 3))
     figure.legend(
         handles,
         [*labels, *footnotes],
