@@ -17,7 +17,7 @@ WORKERS = -n logical --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv venv-latest demo test test-latest test-clients check clean
+.PHONY: help venv venv-latest demo test test-latest test-clients check docs docs-links clean
 
 help:
 	@echo "make demo         extend a small Llama model 8x on this machine's CPU and evaluate it (sets up first)"
@@ -25,6 +25,8 @@ help:
 	@echo "make test-latest  all of it, on Python 3.12 with the newest supported megatron-core"
 	@echo "make test-clients exports in other versions of transformers, vLLM and llama.cpp, in .venv-clients"
 	@echo "make check        ruff (format and rules) and mypy"
+	@echo "make docs         the documentation as a site, in build/site; warnings and broken internal links are errors"
+	@echo "make docs-links   check the external links of the documentation, over the network"
 	@echo "make venv         only the set-up of $(VENV) from setup.py and constraints.txt"
 	@echo "make clean        remove build files and caches; $(VENV), $(VENV_LATEST) and runs/ are kept"
 
@@ -54,6 +56,13 @@ check: venv
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+	@echo "open build/site/index.html, or for the search: $(VENV)/bin/python -m http.server --directory build/site"
+
+docs-links: venv
+	$(VENV)/bin/python docs/hooks/links.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

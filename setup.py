@@ -11,6 +11,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "megatron_ultralong" / "__init__.py").read_text())[1]
 
 gguf = ["gguf", "accelerate"]
+docs = ["mkdocs-material>=9.6,<10", "mkdocstrings-python>=2"]  # the site; its Python API from docstrings
 lm_eval = ["lm-eval>=0.4.13,<0.5"]  # its tasks are read by their files, its models' interface is implemented
 
 setup(
@@ -72,6 +73,8 @@ setup(
         "gguf": gguf,
         # Weights & Biases beside TensorBoard (runtime.wandb).
         "wandb": ["wandb"],
+        # make docs
+        "docs": docs,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.7",
@@ -80,6 +83,7 @@ setup(
             "peft>=0.15",  # the reference of adapters (LoRA), and the reader of their exports
             *gguf,
             *lm_eval,
+            *docs,
         ],  # tests/parity/test_smollm2.py reads that GGUF file too
     },
 )

@@ -35,19 +35,26 @@ class Model:
     """Shape of a model: a decoder with RMSNorm, grouped-query attention with RoPE, and a SwiGLU MLP."""
 
     hidden_size: int
+    """Width of the residual stream."""
     ffn_size: int
     """Width of the SwiGLU MLP (after the gate)."""
     layers: int
+    """Transformer layers."""
     heads: int
     """Query heads."""
     kv_heads: int
+    """Heads of keys and values; query heads must be a multiple of them."""
     head_dim: int
+    """Dimensions of a head; even."""
     vocab_size: int
     """Rows of the Hugging Face model's embedding; padded internally to a multiple of the tensor parallel
     size."""
     norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
     tied_embeddings: bool = False
+    """The output layer uses the weights of the input embedding."""
     init_std: float = 0.02
+    """Standard deviation of initial weights, for a model that is trained from scratch."""
     family: FamilyName = "llama"
     """The `model_type` of its config.json (families.py); it says which of the following options it can
     have."""
@@ -190,8 +197,11 @@ class Optim:
     """AdamW with the distributed optimizer."""
 
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Not applied to norms (one-dimensional parameters)."""
     clip: float = 1.0
@@ -224,6 +234,7 @@ class Train:
     min_lr: float = 0.0
     """Learning rate at the end of a cosine schedule."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine = falls from lr to min_lr at the last iteration; constant = stays at lr."""
     warmup: int = 0
     """Iterations of linear warm-up from 0."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -259,6 +270,7 @@ class Train:
     """Weight of the squared logsumexp of the logits in what is minimised; 0 = off. It is logged as `z loss`;
     `lm loss`, in training and held-out, is the cross entropy alone."""
     seed: int = 1234
+    """Of the order of rows, and of initial weights."""
     deterministic: bool = False
     """Bit-reproducible GPU kernels (slower); CPU runs are always reproducible."""
 

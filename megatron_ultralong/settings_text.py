@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import itertools
 import textwrap
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,19 @@ from megatron_ultralong.config import Run, sections
 from megatron_ultralong.rope.methods import METHODS, settings_of
 
 _WIDTH = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A setting as it is documented."""
+
+    name: str
+    """section.name"""
+    type: str
+    default: str | None
+    """As `--set` takes it; None where a recipe must state it."""
+    about: str
+    """What it means, in one paragraph; empty where its name says it."""
 
 
 def heading(run: Run) -> list[str]:
@@ -43,26 +58,43 @@ def described(run: Run) -> list[str]:
     """Lines with every setting: its value in `run`, its type and what it means. Of RoPE, the settings of the
     run's method; without one, of every method."""
     lines: list[str] = []
-    hints = type_hints()
     for section, kind in sections().items():
-        lines += _described(section, kind, getattr(run, section), _fields(kind), hints)
+        lines += _described(section, kind, getattr(run, section), _fields(kind))
     methods = METHODS.values() if run.rope is None else [type(run.rope)]
     named = dict.fromkeys(["type", *(name for method in methods for name in settings_of(method))])
     for name in named:
         method = next(m for m in methods if name == "type" or name in settings_of(m))
-        lines += _described("rope", method, run.rope, (name,), hints)
+        lines += _described("rope", method, run.rope, (name,))
     return lines
 
 
-def _described(
-    section: str, kind: type, values: Any, names: tuple[str, ...], hints: dict[str, Any]
-) -> list[str]:
+def documented(section: str, kind: type) -> list[Setting]:
+    """Every setting of a section's dataclass, or of a RoPE method (section "rope")."""
+    hints = type_hints()
+    defaults = {
+        field.name: None if field.default is dataclasses.MISSING else _text(field.default)
+        for field in dataclasses.fields(kind)
+    }
+    return [
+        Setting(
+            name=f"{section}.{name}",
+            type=_type(hints[f"{section}.{name}"]),
+            default=default,
+            # As `--set` takes it: none, not Python's None.
+            about=" ".join(_documentation(kind).get(name, "").split()).replace("None = ", "none = "),
+        )
+        for name, default in defaults.items()
+    ]
+
+
+def _described(section: str, kind: type, values: Any, names: tuple[str, ...]) -> list[str]:
     lines = []
-    for name in names:
-        value = "(of the loaded model)" if values is None else _text(getattr(values, name))
-        about = " ".join(_documentation(kind).get(name, "").split())
-        lines.append(f"{section}.{name}={value}    {_type(hints[f'{section}.{name}'])}")
-        lines += textwrap.wrap(about, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    for setting in documented(section, kind):
+        name = setting.name.removeprefix(f"{section}.")
+        if name in names:
+            value = "(of the loaded model)" if values is None else _text(getattr(values, name))
+            lines.append(f"{setting.name}={value}    {setting.type}")
+            lines += textwrap.wrap(setting.about, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
     return lines
 
 

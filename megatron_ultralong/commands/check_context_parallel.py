@@ -4,8 +4,8 @@ ultralong check-context-parallel --document-count 6
 torchrun --nproc-per-node 8 -m megatron_ultralong check-context-parallel --recipe ultralong_1m --load-hf DIR \\
     --set train.seq_length=64K parallel.tp=1 parallel.cp=8 --document-count 40
 
-Exit code 1 where an output changed that must not (documents leak, or the future), or where a rank's outputs
-do not see a token that they should.
+The exit code is 1 if an output changed that must not (attention crosses documents, or sees later tokens), or
+if outputs of a rank do not see a token that they should.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="documents of random lengths in the row, which attention stays inside; 1 = the whole row (default: 5)",
     )
     parser.add_argument("--probes", default="8", metavar="N", help="tokens that are changed (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the row and of the tokens that are changed (default: 0)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
     return parser
 

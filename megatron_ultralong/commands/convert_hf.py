@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_ultralong import command_line
 
 COMMANDS = {
-    "import": "HF directory to sharded checkpoint (training can also read the HF directory in place)",
-    "export": "sharded checkpoint to HF directory",
-    "export-megatron": "HF directory to checkpoint of Megatron-LM (torch_dist), for its pretrain_gpt.py --load",
+    "import": "convert a Hugging Face directory to a sharded checkpoint (training can also read the directory in place)",
+    "export": "convert a sharded checkpoint to a Hugging Face directory",
+    "export-megatron": "convert a Hugging Face directory to a checkpoint for Megatron-LM's pretrain_gpt.py --load (torch_dist)",
     "verify": "compare all weights bit by bit; lists the tensors that differ and exits with code 1",
     "check": "read all files of a checkpoint and compare them with its checksums; exits with code 1 where one is damaged",
 }

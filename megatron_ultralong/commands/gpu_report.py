@@ -4,10 +4,10 @@
     ultralong gpu-report --output runs/gpu_report --minutes 60 --model models/SmolLM2-135M-Instruct
     ultralong gpu-report --output runs/tiny --scale tiny --device cpu
 
-Checks the machine, runs tests/gpu, then measures in order of worth: attention, loss, a step under every memory
-setting, the longest step, generation, and a small model extended to four times its context. Rows are kept in
---output as soon as they are measured: started again with the same --output, the report continues with what is
-missing, also after it was killed. Nothing is downloaded. The results are gpu_report.md and gpu_report.json in
+Checks the machine, runs tests/gpu, then measures, the most important first: attention, loss, a step under
+every memory setting, the longest step, generation, and a small model extended to four times its context. Rows
+are kept in --output as soon as they are measured: started again with the same --output, the report continues
+with what is missing, also after it was killed. Nothing is downloaded. The results are gpu_report.md and gpu_report.json in
 --output; logs of the processes are in --output/logs.
 """
 

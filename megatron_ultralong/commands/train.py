@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-config",
         action="store_true",
-        help="print every setting of the recipe as changed by --set, in the form of --set, and exit",
+        help="print the value of every setting, in the form that --set takes, and exit",
     )
     parser.add_argument(
         "--dry-run",

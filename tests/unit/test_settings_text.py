@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ultralong import __version__, recipes, settings_text
 from megatron_ultralong.command_settings import override, type_hints
-from megatron_ultralong.config import Lora, Run
+from megatron_ultralong.config import Lora, Run, sections
 from megatron_ultralong.rope.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,16 @@ def test_every_setting_is_described() -> None:
     of_yarn = {"rope.type", *(f"rope.{f.name}" for f in dataclasses.fields(METHODS["yarn"]))}
     others = {name for name in type_hints() if not name.startswith("rope.")}
     assert names("ultralong_1m") == others | of_yarn
+
+
+def test_every_setting_has_a_description() -> None:
+    kinds = {**sections(), **{f"rope.{name}": kind for name, kind in METHODS.items()}}
+    for section, kind in kinds.items():
+        for setting in settings_text.documented(section.partition(".")[0], kind):
+            assert setting.about and setting.type, setting
+    documented = settings_text.documented("train", sections()["train"])
+    defaults = {setting.name: setting.default for setting in documented}
+    assert defaults["train.seq_length"] is None and defaults["train.async_save"] == "true"
 
 
 def test_values_types_and_descriptions() -> None:

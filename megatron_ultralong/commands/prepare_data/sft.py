@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=int,
         metavar="N",
-        help="total number of examples, equal over the sources of a domain as far as available (default: all)",
+        help="total number of examples; the sources of a domain contribute equally, as far as they have enough (default: all)",
     )
     parser.add_argument(
         "--mix",
