@@ -3,7 +3,7 @@
 # docs/data-sources.md describes each source and its licence; read the licences first, some forbid commercial use. A stage whose output
 # exists is skipped; a stopped one resumes. examples/laptop_data.sh does the same at a small scale, without a network.
 #   bash examples/ultralong_data.sh             some 15 GB to download and 100 GB of disk, by estimate
-# Then, in examples/ultralong_1m.sh:  ROWS=data/ultralong/rows_1m  SFT_ROWS=data/ultralong/sft
+# Then:  SIZE=1m ROWS=data/ultralong/rows_1m SFT_ROWS=data/ultralong/sft bash examples/cluster/slurm.sh
 # To refine answers with a model behind an OpenAI-compatible endpoint, as the paper does with GPT-4o and GPT-4o-mini:
 #   MODEL=gpt-4o-mini bash examples/ultralong_data.sh
 #   BASE_URL=http://localhost:8000/v1 MODEL=Qwen/Qwen2.5-72B-Instruct bash examples/ultralong_data.sh

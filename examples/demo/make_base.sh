@@ -19,7 +19,8 @@ rows_of() {
 # Length in tokens, global batch, micro-batch, iterations, first and last learning rate, and the weights to start from.
 stage() {
     local length=$1 rows=$2 micro=$3 steps=$4 lr=$5 min_lr=$6
-    local last="$RUNS/$length/iter_$(printf %07d "$steps")"
+    local last
+    last="$RUNS/$length/iter_$(printf %07d "$steps")"
     if [ ! -d "$last" ]; then
         rows_of "$length-rows" "$length" --rows $((rows * steps)) --seed "$length" --list 0.2 --whole 0.8
         rows_of "$length-held_out" "$length" --rows 128 --seed 1 --list 0

@@ -27,6 +27,7 @@ COMMANDS = {
     "ablate": ("ablate", "run a grid of trainings, and make a table over seeds"),
     "benchmark": ("benchmark.main", "measure speed and memory of this program"),
     "gpu-report": ("gpu_report", "measure everything on one GPU beside what `plan` predicts"),
+    "check-cluster": ("check_cluster", "check nodes, links and storage before a run"),
     "check-context-parallel": ("check_context_parallel", "change one token, and list which outputs change"),
 }
 """By name: module of megatron_ultralong/commands, and what it does."""

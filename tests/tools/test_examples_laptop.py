@@ -1,4 +1,4 @@
-"""The pipeline that the laptop's and the Slurm scripts share, at a very small size and on one rank: every
+"""The stages that the laptop's and the cluster's scripts share, at a very small size and on one rank: every
 stage runs, and nothing is repeated when the script is started again."""
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 LOGGED = '#!/bin/bash\nprintf "%s\\n" "${0##*/} $*" >> "$LOG"\nexit 1\n'
@@ -33,7 +31,7 @@ def run(
 
 def test_what_has_an_interpreter_line_is_executable() -> None:
     files = [*(ROOT / "tools").rglob("*.py"), *EXAMPLES.rglob("*.py"), *EXAMPLES.rglob("*.sh")]
-    sourced = [EXAMPLES / "slurm.sh", EXAMPLES / "ultralong_stages.sh"]
+    sourced = [EXAMPLES / name for name in ("stages.sh", "cluster/settings.sh", "cluster/environment.sh")]
     scripts = [file for file in files if file.read_bytes().startswith(b"#!") and file not in sourced]
     assert len(scripts) > 15
     assert [file.name for file in scripts if not os.access(file, os.X_OK)] == []
@@ -65,19 +63,6 @@ def test_paths_are_those_of_the_callers_folder(tmp_path: Path) -> None:
     assert f"--output {caller}/out/model" in calls("evaluate.sh", "model", OUT="out")
     assert f"--local-dir {caller}/out/" in calls("ultralong_data.sh", DATA="out", TOKENIZER="model")
     assert str(caller / "out" / "base") in calls("laptop.sh", RUNS="out")
-
-
-@pytest.mark.parametrize("script", ["ultralong_1m.sh", "ultralong_2m.sh", "ultralong_4m.sh"])
-def test_slurm_jobs_say_how_they_are_started(script: str, tmp_path: Path) -> None:
-    outside = run(script, cwd=tmp_path)
-    assert (
-        outside.returncode == 2
-        and outside.stderr.count("\n") == 1
-        and "start it with sbatch" in outside.stderr
-    )
-    elsewhere = run(script, cwd=tmp_path, SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(tmp_path))
-    assert elsewhere.returncode == 2
-    assert elsewhere.stderr == f"submit from the top of the repository, not from {tmp_path}\n"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

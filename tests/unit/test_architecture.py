@@ -38,7 +38,7 @@ LEVELS = (  # from the bottom; a package imports only packages of lower levels
     {"evaluate", "planning"},
     {"train"},
     {"measure"},
-    {"ablate", "gpu_report", "run_report"},
+    {"ablate", "check_cluster", "gpu_report", "run_report"},
     {"commands", "library"},
     {"__main__"},
 )
