@@ -1,6 +1,6 @@
 #!/bin/bash
 # The paper's runs (arXiv 2504.06214) under Slurm, from documents to an evaluated Hugging Face model, as jobs that wait for each other: data on
-# a CPU node, continued pretraining, instruction tuning, export on one node, evaluation at the trained length. Settings are in settings.sh:
+# a CPU node, continued pretraining, instruction tuning, export on one CPU node, evaluation at the trained length. Settings are in settings.sh:
 #   SIZE=1m ROWS=data/ultralong/rows_1m SFT_ROWS=data/ultralong/sft bash examples/cluster/slurm.sh
 #   SIZE=4m NODES=16 EXTRA="train.save_every=10" GPU_OPTIONS="--partition=h100 --account=me" CPU_OPTIONS="--partition=cpu" bash ...
 #   DRY_RUN=yes ...                                prints the jobs and submits none
@@ -8,7 +8,7 @@
 set -euo pipefail
 
 GPU_OPTIONS=${GPU_OPTIONS:-}               # options of sbatch for jobs on GPUs, like --partition=h100 --account=me
-CPU_OPTIONS=${CPU_OPTIONS:-}               # and for the job that prepares data
+CPU_OPTIONS=${CPU_OPTIONS:-}               # and for those that need none: data, export
 DRY_RUN=${DRY_RUN:-no}
 TIME=${TIME:-24:00:00}                     # limit of training and of evaluation; training that takes longer saves and is requeued
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -54,7 +54,7 @@ if [ -n "$SFT_ROWS$CHAT" ] && ! complete "$RUNS/sft" "$SFT_ITERATIONS"; then
 fi
 trained=$job
 if [ ! -d "$RUNS/hf" ]; then
-    submit export "$trained" 1 --time=2:00:00 "${gpus[@]}" $GPU_OPTIONS
+    submit export "$trained" 1 --time=2:00:00 $CPU_OPTIONS    # tensor by tensor, without a GPU
 fi
 if [ ! -f "$RUNS/report/report.md" ]; then
     submit evaluate "$trained" "$EVALUATE_NODES" --time="$TIME" "${gpus[@]}" $GPU_OPTIONS

@@ -7,6 +7,7 @@ read its own clock, so half of that round trip bounds the error. The shortest of
 from __future__ import annotations
 
 import time
+import uuid
 from typing import Any
 
 from megatron_ultralong.check_cluster.findings import Findings
@@ -19,15 +20,19 @@ MOST = 1.0
 
 def check(rank: int, hosts: list[str], store: Any) -> Findings:
     """Measure the clock of each host, by its first rank, against rank 0's. Every rank calls it."""
+    # Keys of this check alone: answers of an earlier one, before torchrun restarted its ranks, remain.
+    prefix = agreement.gather(uuid.uuid4().hex if rank == 0 else "")[0]
     first = {host: hosts.index(host) for host in dict.fromkeys(hosts)}
     measured: tuple[float, float] | None = (0.0, 0.0) if rank == 0 else None
     for asker in list(first.values())[1:]:
         if rank == asker:
-            measured = min((_ask(store, asker, n) for n in range(ROUNDS)), key=lambda pair: pair[1])
+            measured = min(
+                (_ask(store, f"{prefix}/{asker}/{n}") for n in range(ROUNDS)), key=lambda pair: pair[1]
+            )
         elif rank == 0:
             for n in range(ROUNDS):
-                store.wait([_key(asker, n, "asked")])
-                store.set(_key(asker, n, "answered"), repr(time.time()))
+                store.wait([f"{prefix}/{asker}/{n}/asked"])
+                store.set(f"{prefix}/{asker}/{n}/answered", repr(time.time()))
     everywhere = agreement.gather(measured)
     offsets = {host: everywhere[r] for host, r in first.items()}
     problems = tuple(
@@ -42,15 +47,11 @@ def check(rank: int, hosts: list[str], store: Any) -> Findings:
     return Findings(title="clocks", lines=(line,), figures={"offset_seconds": offsets}, problems=problems)
 
 
-def _ask(store: Any, rank: int, number: int) -> tuple[float, float]:
+def _ask(store: Any, key: str) -> tuple[float, float]:
     """(this host's clock minus rank 0's, largest error), seconds."""
     sent = time.time()
     started = time.monotonic()
-    store.set(_key(rank, number, "asked"), "1")
-    answer = float(store.get(_key(rank, number, "answered")))
+    store.set(f"{key}/asked", "1")
+    answer = float(store.get(f"{key}/answered"))
     error = (time.monotonic() - started) / 2
     return sent + error - answer, error
-
-
-def _key(rank: int, number: int, what: str) -> str:
-    return f"check_cluster/clock/{rank}/{number}/{what}"

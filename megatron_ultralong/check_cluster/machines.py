@@ -45,6 +45,7 @@ def gathered(device: torch.device, folder: Path) -> dict[str, Any]:
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "adapters": adapters(),
+        "interfaces": interfaces(),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(SAME_ENVIRONMENT)
         },
@@ -67,6 +68,7 @@ def check(machines: list[dict[str, Any]], hosts: list[str], folder: Path) -> Fin
     problems += _differs("device", [machine["device"] for machine in machines], hosts)
     of_hosts = [tuple(f"{name} {rate}" for name, rate in machine["adapters"]) for machine in machines]
     lines.append(_line("InfiniBand or RoCE", [", ".join(one) or "none" for one in of_hosts]))
+    lines.append(_line("Ethernet", [", ".join(machine["interfaces"]) or "none" for machine in machines]))
     counts = [len(one) for one in of_hosts]
     for count, ranks in list(by_value(counts).items())[1:]:
         usual = next(iter(by_value(counts)))
@@ -123,6 +125,19 @@ def adapters(root: Path = Path("/sys/class/infiniband")) -> list[tuple[str, str]
                 found.append((port.parts[-3], (port / "rate").read_text().strip()))
         except OSError:
             continue
+    return found
+
+
+def interfaces(root: Path = Path("/sys/class/net")) -> list[str]:
+    """Network interfaces of this host that are up and belong to a device, with Mbit/s: "eth0 100000"."""
+    found = []
+    for interface in sorted(root.glob("*")):
+        try:
+            if not (interface / "device").exists() or (interface / "operstate").read_text().strip() != "up":
+                continue
+            found.append(f"{interface.name} {(interface / 'speed').read_text().strip()}")
+        except OSError:  # some drivers have no speed
+            found.append(interface.name)
     return found
 
 

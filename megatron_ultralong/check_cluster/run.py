@@ -19,9 +19,8 @@ from megatron_ultralong.runtime.launch import Ranks
 
 def check_all(ranks: Ranks, shared: Path) -> list[Findings]:
     """Run all checks. Every rank calls it; the result is the same on all of them."""
-    hosts = agreement.gather(socket.gethostname())
-    # Before anything else uses the GPU's memory.
-    gathered = agreement.gather(machines.gathered(ranks.device, shared))
+    own = machines.gathered(ranks.device, shared)  # before collectives use memory of the GPU
+    hosts, gathered = agreement.gather(socket.gethostname()), agreement.gather(own)
     store = torch.distributed.distributed_c10d._get_default_store()
     return [
         machines.check(gathered, hosts, shared),

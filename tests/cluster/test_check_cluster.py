@@ -120,6 +120,7 @@ def four_ranks(rank: int, world: int, folder: Path) -> None:
             assert re.search(line, text), text
         speeds = {(one["dimension"], one["ranks"]) for one in sound[4].figures["groups"]}
         assert speeds == {("tp", (0, 1)), ("tp", (2, 3)), ("cp", (0, 2)), ("cp", (1, 3))}
+        assert sound[1].figures["offset_seconds"]["node-b"][1] > 0, "a round trip takes time"
         assert not list(folder.iterdir()), "its files are removed"
         for name, (planted, said) in faults(rank, folder).items():
             with planted:
@@ -138,6 +139,7 @@ def four_ranks(rank: int, world: int, folder: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_sound_and_faulty(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     run_ranks(four_ranks, 4, tmp_path / "shared")
@@ -192,6 +194,15 @@ def test_adapters(tmp_path: Path) -> None:
         (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
     assert machines.adapters(tmp_path) == [("mlx5_0", "400 Gb/sec (4X NDR)")]
     assert machines.adapters(tmp_path / "nothing") == []
+    for name, state in (("eth0", "up"), ("eth1", "down"), ("lo", "up")):
+        (tmp_path / "net" / name).mkdir(parents=True)
+        (tmp_path / "net" / name / "operstate").write_text(f"{state}\n")
+        (tmp_path / "net" / name / "speed").write_text("100000\n")
+        if name != "lo":
+            (tmp_path / "net" / name / "device").mkdir()
+    assert machines.interfaces(tmp_path / "net") == ["eth0 100000"]
+    (tmp_path / "net" / "eth0" / "speed").unlink()
+    assert machines.interfaces(tmp_path / "net") == ["eth0"]
 
 
 @pytest.mark.parametrize("number", [999, 1000, 67108864, 10**12])
