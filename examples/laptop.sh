@@ -18,7 +18,7 @@ CHAT=$RUNS/raw/chat.jsonl                  # conversations
 SFT_ROWS=
 BOOKS=$RUNS/raw/held_out.jsonl             # documents for perplexity
 LENGTHS=${LENGTHS:-512,1K,2K,4K}           # of passkey grid and perplexity
-TRIALS=5
+SAMPLES=5
 SETTINGS="runtime.device=cpu ${SETTINGS:-train.iterations=30}"    # of both recipes; half of their iterations suffice
 SFT_SETTINGS=$SETTINGS
 DOCUMENTS=${DOCUMENTS:-120}

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The stages from a Hugging Face model to its evaluated long-context version: packed rows, continued pretraining, instruction tuning, export,
 # evaluation. examples/laptop.sh and examples/cluster/ssh.sh run all of them, examples/cluster/job.sh one in each Slurm job. A script that
-# sources this file sets RECIPE, MODEL, TEXT, ROWS, CHAT, SFT_ROWS, BOOKS, RUNS, LENGTHS, TRIALS, SETTINGS and SFT_SETTINGS, and defines
+# sources this file sets RECIPE, MODEL, TEXT, ROWS, CHAT, SFT_ROWS, BOOKS, RUNS, LENGTHS, SAMPLES, SETTINGS and SFT_SETTINGS, and defines
 # on_all_ranks, in_one_process and evaluation. A stage whose output exists is skipped; training resumes from its newest checkpoint.
 set -euo pipefail
 
@@ -46,17 +46,17 @@ instruction_tuning() {  # on short examples; RoPE is unchanged
 final_checkpoints() { if [ -n "$SFT_ROWS$CHAT" ]; then echo "$RUNS/sft"; else echo "$RUNS/pretrain"; fi; }
 
 export_model() {
-    [ -d "$RUNS/hf" ] || in_one_process python tools/convert_hf.py export --ckpt "$(final_checkpoints)" --out "$RUNS/hf" --dtype bf16
+    [ -d "$RUNS/hf" ] || in_one_process python tools/convert_hf.py export --load "$(final_checkpoints)" --output "$RUNS/hf" --dtype bf16
 }
 
-evaluate() {  # name of the results, --model or --ckpt, its value
-    [ -f "$RUNS/$1/niah/niah.png" ] || evaluation niah "$2" "$3" --lengths "$LENGTHS" --trials "$TRIALS" --out "$RUNS/$1/niah"
+evaluate() {  # name of the results, --model or --load, its value
+    [ -f "$RUNS/$1/niah/niah.png" ] || evaluation niah "$2" "$3" --lengths "$LENGTHS" --samples "$SAMPLES" --output "$RUNS/$1/niah"
     [ -z "$BOOKS" ] || [ -f "$RUNS/$1/perplexity/perplexity.json" ] || evaluation perplexity \
-        "$2" "$3" --data $BOOKS --lengths "$LENGTHS" --out "$RUNS/$1/perplexity"
+        "$2" "$3" --data $BOOKS --lengths "$LENGTHS" --output "$RUNS/$1/perplexity"
 }
 
 report() {
-    in_one_process python tools/evaluate.py report --results before="$RUNS/before" after="$RUNS/after" --no-published --out "$RUNS/report"
+    in_one_process python tools/evaluate.py report --results before="$RUNS/before" after="$RUNS/after" --no-published --output "$RUNS/report"
     echo
     sed 1,2d "$RUNS/report/report.md"
     echo "model         $RUNS/hf"

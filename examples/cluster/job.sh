@@ -123,7 +123,7 @@ case $stage in
     export) export_model ;;
     evaluate)
         evaluate before --model "$MODEL"
-        evaluate after --ckpt "$(final_checkpoints)"
+        evaluate after --load "$(final_checkpoints)"
         report
         ;;
     *) echo "job.sh: no stage $stage" >&2; exit 2 ;;

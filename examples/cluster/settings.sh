@@ -20,7 +20,7 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 SFT_NODES=${SFT_NODES:-$NODES}
 EVALUATE_NODES=${EVALUATE_NODES:-}         # empty = those of one replica, TP x PP x CP of the recipe
 LENGTHS=${LENGTHS:-}                       # of the passkey grid, tokens; empty = 1/8, 1/4, 1/2 and all of the trained length
-TRIALS=${TRIALS:-5}                        # prompts for each length and depth
+SAMPLES=${SAMPLES:-5}                      # prompts for each length and depth
 CHECK=${CHECK:-yes}                        # run tools/check_cluster.py before the first iteration: yes or no
 
 IMAGE=${IMAGE:-}                           # container image of all jobs; empty = the nodes' own Python
@@ -84,5 +84,5 @@ divides() {  # nodes, GPUs of a replica, name of the setting, what runs there
 write_settings() {
     mkdir -p "$RUNS/logs" 2> /dev/null || stop "RUNS=$RUNS: no folder that can be written"
     declare -p ROOT RECIPE SETTINGS SFT_SETTINGS RUNS MODEL TEXT ROWS CHAT SFT_ROWS BOOKS LENGTH ITERATIONS TP PP CP SFT_LENGTH \
-        SFT_ITERATIONS LENGTHS TRIALS CHECK GPUS_PER_NODE IMAGE CONTAINER MOUNTS > "$RUNS/settings.sh"
+        SFT_ITERATIONS LENGTHS SAMPLES CHECK GPUS_PER_NODE IMAGE CONTAINER MOUNTS > "$RUNS/settings.sh"
 }

@@ -57,5 +57,5 @@ say "4. export"
 export_model
 say "5. evaluation"
 evaluate before --model "$MODEL"
-evaluate after --ckpt "$(final_checkpoints)"
+evaluate after --load "$(final_checkpoints)"
 report

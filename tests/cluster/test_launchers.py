@@ -33,7 +33,7 @@ echo "$HOST"
 """
 PYTHON = """#!/bin/bash
 echo "$*" >> {folder}/python
-for word; do [ "$last" != --out ] || {{ mkdir -p "$word"; printf '%s\n' '# title' '' '| table |' > "$word/report.md"; }}; last=$word; done
+for word; do [ "$last" != --output ] || {{ mkdir -p "$word"; printf '%s\n' '# title' '' '| table |' > "$word/report.md"; }}; last=$word; done
 """
 
 

@@ -82,7 +82,7 @@ def test_a_run_on_two_hosts(tmp_path: Path) -> None:
         "NODES": "2",
         "GPUS_PER_NODE": "1",
         "LENGTHS": "512,1K",
-        "TRIALS": "1",
+        "SAMPLES": "1",
         "OMP_NUM_THREADS": "1",
     }
     with hosts.Hosts(2) as network, Slurm(tmp_path, [network.on(0), network.on(1)]) as slurm:
@@ -139,7 +139,7 @@ def test_a_run_on_two_hosts(tmp_path: Path) -> None:
         assert {score["length"] for score in result["scores"]} == {512, 1024}, "the trained length"
         assert (runs / name / "niah" / "niah.png").is_file()
     calls = (slurm.state / "calls").read_text()
-    assert re.search(r"srun --nodes=2 .*tools/evaluate.py niah --ckpt .*/sft .*--tp 1 --pp 1", calls)
+    assert re.search(r"srun --nodes=2 .*tools/evaluate.py niah --load .*/sft .*--tp 1 --pp 1", calls)
     report = (runs / "report" / "report.md").read_text()
     assert "| before |" in report and "| after |" in report
 
