@@ -118,7 +118,9 @@ def test_a_run_on_two_hosts(tmp_path: Path) -> None:
         assert (slurm.job(3)["state"], slurm.job(4)["state"]) == ("CANCELLED", "CANCELLED")
         saved = int((runs / "pretrain" / "latest_checkpointed_iteration.txt").read_text())
         assert 3 <= saved < PIPELINE
-        assert "Traceback" not in said() and "error:" not in said(), said()
+        # An agent of torchrun whose peer has ended first logs that, and exits with 0.
+        ours = [line for line in said().splitlines() if "torch/distributed/elastic/agent" not in line]
+        assert not any("Traceback" in line or "error:" in line for line in ours), said()
         for task in (0, 1):  # both hosts in the job's log, and each in one of its own
             assert re.search(rf"^{task}: ", log.read_text(), re.MULTILINE)
             assert (runs / "logs" / f"pretrain-2-host-{task}.log").is_file()

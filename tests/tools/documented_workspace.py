@@ -61,6 +61,7 @@ def make(folder: Path) -> Path:
     benchmarks(folder)
     from_the_documents(folder)
     train(folder, "runs/1m/pretrain", "ultralong_1m")
+    (folder / "runs" / "ultralong_1m").symlink_to("1m")  # as the cluster's scripts name it
     train(folder, "runs/1m/lora", "ultralong_1m", "lora.rank=2")
     evaluate(folder, "models/Llama-3.1-8B-1M", "runs/1m")
     shutil.copytree(folder / "runs/1m/niah", folder / "runs/1m/results/niah")
