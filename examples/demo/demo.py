@@ -97,13 +97,18 @@ def main() -> int:
         for name, result in (("before", before), ("after", after))
     }
     atomic_files.write_json(ROOT / OUT / "summary.json", {**summary, "seconds": seconds})
+    draw(before, after, ROOT / OUT / "passkey.png")
+    return report(summary, seconds)
+
+
+def draw(before: BenchmarkResult, after: BenchmarkResult, path: Path) -> None:
+    """Write the two passkey grids as one PNG (also the README's: docs/images/draw.py)."""
     heat_map.heat_maps(
         [before, after],
         [f"before: context {BASE_LENGTH}", f"after: YaRN {FACTOR}x, {ITERATIONS} iterations"],
-        ROOT / OUT / "passkey.png",
+        path,
         trained=[BASE_LENGTH, LENGTH],
     )
-    return report(summary, seconds)
 
 
 def report(summary: dict[str, dict[str, float]], seconds: int) -> int:
