@@ -17,7 +17,6 @@ from megatron_ultralong import recipes, shapes
 from megatron_ultralong.config import Memory
 from megatron_ultralong.context_parallel import zigzag
 from megatron_ultralong.evaluate.report import heat_map, read_results
-from megatron_ultralong.evaluate.report.heat_map import INK, QUIET
 from megatron_ultralong.planning import memory
 from megatron_ultralong.runtime import cli
 
@@ -26,6 +25,7 @@ ROOT = HERE.parents[1]
 CP = 4
 RANKS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's palette
 DARK = ("#0072B2", "#009E73")
+INK, QUIET = "#1f2430", "#6b7280"
 KEPT, RECOMPUTED, ONCE = "#56B4E9", "#E5E7EB", "#F0E442"
 KI, GB = 1024, 1e9
 MODEL = shapes.LLAMA_3_1_8B
@@ -275,7 +275,7 @@ def _plain(axes: Any, x: tuple[float, float], y: tuple[float, float], title: str
 
 
 def _save(figure: Any, path: Path) -> None:
-    heat_map.save_figure(figure, path)
+    figure.savefig(path, format="png", metadata={"Software": None})
     print(f"wrote {path}")
 
 
