@@ -48,6 +48,16 @@ def test_links_exist():
         target(link)
 
 
+def test_short_and_every_claim_has_a_test():
+    assert README.count("\n") < 180
+    claims = re.findall(r"^- \*\*.*?(?=^- |^!|^$)", README.split("\n## ")[0], re.DOTALL | re.MULTILINE)
+    assert len(claims) == 5 and all("](tests/" in claim for claim in claims)
+    compared = re.search(r"^## Comparison\n.*?^\|---.*?\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    assert compared
+    for row in compared[1].splitlines():
+        assert "https://" in row and re.search(r"\(.*\d.*\)", row.split("|")[1]), "a link, and the version read"
+
+
 def numbers(text: str) -> list[str]:
     return re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text.replace(", ", "; "))
 
