@@ -55,7 +55,9 @@ def test_short_and_every_claim_has_a_test():
     compared = re.search(r"^## Comparison\n.*?^\|---.*?\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)
     assert compared
     for row in compared[1].splitlines():
-        assert "https://" in row and re.search(r"\(.*\d.*\)", row.split("|")[1]), "a link, and the version read"
+        assert "https://" in row and re.search(r"\(.*\d.*\)", row.split("|")[1]), (
+            "a link, and the version read"
+        )
 
 
 def numbers(text: str) -> list[str]:
