@@ -52,7 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpu",
-        default="h100",
         metavar="KIND",
         help="with --dry-run on a machine without a GPU: h100 (default), h200, a100 or b200",
     )
@@ -130,6 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
         missing = [f"--{name}" for name in ("data", "save") if getattr(args, name) is None]
         if missing:
             parser.error(f"the following arguments are required: {', '.join(missing)}")
+        if not args.dry_run and (args.gpus is not None or args.gpu is not None):
+            parser.error("--gpus and --gpu are of --dry-run; torchrun and the machine decide otherwise")
     settings = [setting for setting in args.set if not _is_help(setting)]
     of_recipe = recipes.stages(args.recipe)
     stages = [run.name for run in of_recipe]
@@ -183,7 +184,9 @@ def _dry_run(
     """UserError where the run cannot start; the table says why."""
     from megatron_ultralong.train.dry_run import Assumed, dry_run
 
-    lines, problems = dry_run(stages, files, Assumed(gpus=args.gpus, gpu=args.gpu), evaluations)
+    lines, problems = dry_run(
+        stages, files, Assumed(gpus=args.gpus, gpu=args.gpu or Assumed.gpu), evaluations
+    )
     if lines:
         print("\n".join(lines), flush=True)
     if problems:

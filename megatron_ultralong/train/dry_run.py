@@ -4,6 +4,7 @@ is written."""
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_ultralong import __version__, shapes
+from megatron_ultralong.checkpoint import run_directory
 from megatron_ultralong.checkpoint.hf import assets
 from megatron_ultralong.checkpoint.hf.reader import HFReader
 from megatron_ultralong.config import Model, Run, check_model_layout
@@ -27,7 +29,7 @@ from megatron_ultralong.train import dry_run_report, resume_changes, run_lock, w
 from megatron_ultralong.train.dry_run_plan import Hardware, plan
 from megatron_ultralong.train.dry_run_report import Finding, RankFindings
 from megatron_ultralong.train.run import PrepareEvaluation, RunFiles
-from megatron_ultralong.train.stages import Stage, check_order
+from megatron_ultralong.train.stages import Stage, check_order, is_complete
 from megatron_ultralong.train.weights_source import WeightsSource
 
 MEETING_MINUTES = 5
@@ -41,7 +43,7 @@ class Assumed:
     """What is assumed outside torchrun, where the ranks of the run are not there to be asked."""
 
     gpus: int | None = None
-    """Ranks of the run; None = the fewest that the layout takes."""
+    """Ranks of the run; None = the fewest that the layouts of all stages take."""
     gpu: str = "h100"
     """A name of planning.hardware.GPUS, where this machine has no GPU."""
 
@@ -59,6 +61,8 @@ def dry_run(
     """
     if launch.under_torchrun() and assumed.gpus is not None:
         raise UserError("--gpus is for a dry run without torchrun, which knows the number of ranks")
+    if assumed.gpus is not None and assumed.gpus < 1:
+        raise UserError(f"--gpus {assumed.gpus}: must be at least 1")
     found = [_Checks(stages, number, files, assumed, evaluations).run() for number in range(len(stages))]
     mine = RankFindings(host=socket.gethostname(), stages=found)
     everyone, is_main = [mine], True
@@ -83,18 +87,19 @@ class _Checks:
     ) -> None:
         self.stages, self.stage, self.asked = stages, stages[number], stages[number].run
         self.files, self.evaluations = files, evaluations
-        self.follows = stages[number - 1].run.name if number else None
+        self.before = stages[number - 1] if number else None
         self.save = files.save / self.asked.name if len(stages) > 1 else files.save
         self.first = stages[0].run, files.save / stages[0].run.name if len(stages) > 1 else files.save
         self.hardware = Hardware.of(self.asked, assumed.gpu)
-        p = self.asked.parallel
-        self.fewest = p.tp * p.pp * p.cp * (p.dp or 1)
-        self.assumed_world = None if launch.under_torchrun() else assumed.gpus or self.fewest
+        self.fewest = _fewest_ranks(self.asked)
+        # All stages have the same ranks: those of one torchrun.
+        together = math.lcm(*(_fewest_ranks(stage.run) for stage in stages))
+        self.assumed_world = None if launch.under_torchrun() else assumed.gpus or together
         self.world = self.assumed_world or launch.world_size()
         self.found: list[Finding] = []
 
     def run(self) -> list[Finding]:
-        if self.follows is None and len(self.stages) > 1:
+        if self.before is None and len(self.stages) > 1:
             self._try("stages", self._order)
         self._try("software", self._software)
         self._try("ranks", self._ranks)
@@ -163,22 +168,29 @@ class _Checks:
     def _source(self) -> tuple[Run, WeightsSource | None]:
         """The run with model and RoPE of its weights, which are checked; without them if this fails."""
         run, save = self.first
-        files, subject = self.files, "weights"
+        files = self.files
         try:
             found, source = weights_source.find(run, save, files.load, files.load_hf, files.tokenizer)
-            if self.follows is not None:
-                text = f"those of stage {self.follows}"
-                found = replace(
-                    self.asked, model=source.state.model, rope=self.asked.rope or source.state.rope
-                )
-            else:
-                text = _weights(found, source)
         except (UserError, OSError) as error:
-            if self.follows is None:
-                self.found.append(Finding(subject=subject, text=str(error), wrong=True))
+            if self.before is None:
+                self.found.append(Finding(subject="weights", text=str(error), wrong=True))
             return self.asked, None
-        self.found.append(Finding(subject=subject, text=text))
+        if self.before is not None:
+            found = replace(self.asked, model=source.state.model, rope=self.asked.rope or source.state.rope)
+        self._try("weights", lambda: self._weights(found, source))
         return found, source
+
+    def _weights(self, run: Run, source: WeightsSource) -> str:
+        """As `train_stages` finds them. source: of the first stage."""
+        if len(self.stages) > 1 and is_complete(self.stage, self.save):
+            return "complete: this stage is not trained again"
+        if self.before is None:
+            return _loaded(run, source)
+        before, previous = self.before, self.files.save / self.before.run.name
+        if is_complete(before, previous) and run_directory.complete_checkpoints(self.save):
+            load = run_directory.complete_checkpoints(previous)[-1]
+            return _loaded(*weights_source.find(self.asked, self.save, load, None, self.files.tokenizer))
+        return f"those of stage {before.run.name}"
 
     def _tokenizer(self, folder: Path | None, model: Model) -> str:
         if folder is None:
@@ -213,7 +225,7 @@ class _Checks:
         """As `run_lock.locked` and `atomic_files.check_writable`, but nothing is made."""
         save = self.save
         place = save
-        while not place.exists():
+        while not os.path.lexists(place):  # a link to nothing is in the way
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             what = "is not a directory" if not place.is_dir() else "cannot be written to"
@@ -228,7 +240,12 @@ class _Checks:
         return f"{save}: {'a new folder, ' if place != save else ''}{_gb(free)} free; checkpoints of {_gb(size)}, of which {kept}"
 
 
-def _weights(run: Run, source: WeightsSource) -> str:
+def _fewest_ranks(run: Run) -> int:
+    p = run.parallel
+    return p.tp * p.pp * p.cp * (p.dp or 1)
+
+
+def _loaded(run: Run, source: WeightsSource) -> str:
     """What is loaded, checked as far as headers, names and sizes tell."""
     model = source.state.model
     shape = f"{model.layers} layers, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}"

@@ -57,7 +57,7 @@ def train_stages(
         save = first.save / stage.run.name
         name, iterations = f"stage {number} of {len(stages)}: {stage.run.name}", stage.run.train.iterations
         done = _iterations(save)
-        if _complete(stage, save):
+        if is_complete(stage, save):
             say(f"{name}: complete after {done} iterations")
             # By its name: an older one must not take its place where it is damaged.
             previous = run_directory.complete_checkpoints(save)[-1]
@@ -118,7 +118,7 @@ def check_order(stages: Sequence[Stage], folder: Path) -> None:
     folder: that of the stages' run directories."""
     trained = [_iterations(folder / stage.run.name) for stage in stages]
     for i, stage in enumerate(stages):
-        if not _complete(stage, folder / stage.run.name):
+        if not is_complete(stage, folder / stage.run.name):
             for later, iterations in zip(stages[i + 1 :], trained[i + 1 :], strict=True):
                 if iterations:
                     raise UserError(
@@ -128,7 +128,7 @@ def check_order(stages: Sequence[Stage], folder: Path) -> None:
             return
 
 
-def _complete(stage: Stage, save: Path) -> bool:
+def is_complete(stage: Stage, save: Path) -> bool:
     """Whether the stage was trained and evaluated to its end."""
     return _iterations(save) >= stage.run.train.iterations and (save / _MARK).is_file()
 

@@ -22,7 +22,8 @@ from megatron_ultralong.train import dry_run_report, run_lock
 from megatron_ultralong.train.dry_run_plan import Hardware
 from megatron_ultralong.train.dry_run_report import Finding, RankFindings
 from tests import processes
-from tests.train_tool import ROWS, SETTINGS, write_inputs
+from tests.text import write_rows
+from tests.train_tool import ROOT, ROWS, SETTINGS, write_inputs
 
 CP = ("parallel.cp=2", "train.iterations=6")
 RUN = """
@@ -226,3 +227,62 @@ def test_ranks_and_hosts_of_a_problem() -> None:
     _, count = dry_run_report.lines(["tiny"], [b, a])
     assert count == 1
     assert dry_run_report.lines(["tiny"], [a, a])[0][-1] == "verdict: ready to train on 2 ranks"
+
+
+def test_stages_that_were_trained(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is complete is not trained again; another resumes its own checkpoint, with its settings."""
+    write_rows(tmp_path / "short", torch.randint(61, (2, 513)).tolist())
+    write_rows(tmp_path / "long", torch.randint(61, (2, 1025)).tolist())
+    run = tmp_path / "run"
+    data = [word for name in ("short", "long") for word in ("--data", str(tmp_path / name))]
+    settings = ["tiny_extend:train.seq_length=1024", "train.global_batch=2"]
+    settings += [
+        "runtime.device=cpu",
+        "train.iterations=1",
+        "train.warmup=0",
+        "tiny_extend:parallel.cp=1",
+        "tiny:model.layers=1",
+    ]
+
+    def arguments(*more: str) -> list[str]:
+        return ["--recipe", "tiny_stages", "--set", *settings, *more, *data, "--save", str(run)]
+
+    # All stages have the ranks of one torchrun.
+    train.main([*arguments("tiny_extend:parallel.cp=2"), "--dry-run"])
+    assert len(re.findall(r"^ranks +2 = ", capsys.readouterr().out, re.MULTILINE)) == 2
+
+    done = processes.run(
+        [sys.executable, "tools/train.py", *arguments("tiny_extend:train.save_every=1")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (run / "tiny_extend" / "complete").unlink()  # as if stopped before the last evaluation
+    before = files(run)
+    train.main([*arguments("tiny:train.precision=bf16"), "--dry-run"])
+    text = re.sub(r"\n {15}", " ", capsys.readouterr().out)
+    first, second = re.findall(r"^weights +(.*)", text, re.MULTILINE)
+    assert first == "complete: this stage is not trained again"
+    assert second.startswith(f"resumes from {run}/tiny_extend/iter_0000001: iteration 1; ")
+    (problem,) = refused(capsys, [*arguments("tiny_extend:train.precision=bf16"), "--dry-run"])
+    assert problem.startswith("weights: the run was started with train.precision=fp32 and cannot resume")
+    assert files(run) == before
+
+
+def test_assumed_gpus_and_a_link_to_nothing(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for gpus in ("0", "-3"):
+        with pytest.raises(UserError, match=f"^--gpus {gpus}: must be at least 1$"):
+            train.main([*words(inputs, save=tmp_path / "run"), "--gpus", gpus])
+    for option in (["--gpus", "8"], ["--gpu", "h200"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*words(inputs, save=tmp_path / "run")[:-1], *option])
+        assert "--gpus and --gpu are of --dry-run" in capsys.readouterr().err
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for save in (link, link / "run"):
+        assert refused(capsys, words(inputs, save=save)) == [
+            f"save: --save {save}: {link} is not a directory"
+        ]
