@@ -10,7 +10,9 @@ g KV heads, D head dimension.
 from __future__ import annotations
 
 import functools
+import operator
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,8 +104,11 @@ def join_shards(
 
     if documents is None:
         return zigzag.unshard(shards, dim)
+    shapes = [tuple(shard.shape) for shard in shards]
+    if len(set(shapes)) != 1 or ulysses < 1 or len(shards) % ulysses:
+        raise ValueError(f"shards of shapes {shapes} are not those of one tensor, with ulysses={ulysses}")
     length = sum(shard.shape[dim] for shard in shards)
-    placement = _place(tuple(documents), length, len(shards) // ulysses)
+    placement = _place(_starts(documents), length, len(shards) // ulysses)
     order = torch.cat([placement.positions(rank, ulysses) for rank in range(len(shards))])
     return torch.cat(list(shards), dim).index_select(dim, order.argsort().to(shards[0].device))
 
@@ -121,7 +126,15 @@ def _ulysses(groups: ContextGroups) -> int:
 
 
 def _placement(documents: Sequence[int], length: int, groups: ContextGroups) -> Placement:
-    return _place(tuple(documents), length, groups.size // _ulysses(groups))
+    return _place(_starts(documents), length, groups.size // _ulysses(groups))
+
+
+def _starts(documents: Sequence[int]) -> tuple[int, ...]:
+    """Plain numbers, by which `_place` finds what it has placed: tensors are equal only to themselves."""
+    try:
+        return tuple(operator.index(start) for start in documents)
+    except TypeError:
+        raise UserError(f"documents={documents!r}: expected whole numbers, the positions of starts") from None
 
 
 @functools.lru_cache(maxsize=16)
@@ -167,7 +180,7 @@ def rope_table(
         raise UserError(f"{type(source).__name__}: the head dimension is not stated; give head_dim")
     tokens = None if length is None else _tokens(length, "length")
     frequencies, attention_factor = rope.inverse_frequencies(size, tokens)
-    if isinstance(positions, int | str):
+    if not hasattr(positions, "dim"):
         positions = torch.arange(_tokens(positions, "positions"))
     return cos_sin(positions, frequencies, attention_factor)
 
@@ -205,7 +218,7 @@ def import_hf(
     dtype: of the weights; None = each tensor's own. Works in a process of its own, on the CPU, a few tensors
     at a time. Raises UserError where `hf` is no complete model of a supported family, or `out` is in use.
     """
-    return _convert("import", "--hf", hf, out, dtype)
+    return _convert("import", "--load-hf", hf, out, dtype)
 
 
 def export_hf(
@@ -217,14 +230,15 @@ def export_hf(
     dtype and process as in `import_hf`. Raises UserError where the checkpoint is damaged or contains adapters
     only, config.json cannot express its RoPE, or `out` is in use; `out` then does not exist.
     """
-    return _convert("export", "--ckpt", checkpoint, out, dtype)
+    return _convert("export", "--load", checkpoint, out, dtype)
 
 
 def _convert(command: str, option: str, source: str | Path, out: str | Path, dtype: str | None) -> Path:
     """Run the command `convert` as a process: a conversion makes the CPU Megatron's device for the rest of
     its process."""
-    arguments = [command, option, os.fspath(source), "--out", os.fspath(out)]
-    arguments += ["--dtype", dtype] if dtype else []
+    # In one word each: a path may begin with a hyphen.
+    arguments = [command, f"{option}={os.fspath(source)}", f"--output={os.fspath(out)}"]
+    arguments += [f"--dtype={dtype}"] if dtype else []
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -242,7 +256,8 @@ def _convert(command: str, option: str, source: str | Path, out: str | Path, dty
         text=True,
     )
     if ended.returncode == 2:
-        raise UserError(ended.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        line = ended.stderr.strip().splitlines()[-1]
+        raise UserError(re.sub(r"^(ultralong convert \w+: )?error: ", "", line))
     if ended.returncode:
         raise RuntimeError(f"converting {source} failed:\n{ended.stderr}")
     print(ended.stdout, end="")
@@ -274,6 +289,7 @@ def plan(
     from megatron_ultralong import recipes
     from megatron_ultralong.planning import report
 
+    settings = (settings,) if isinstance(settings, str) else tuple(settings)
     name = what if isinstance(what, Model) else os.fspath(what)
     is_recipe = isinstance(name, str) and recipes.is_recipe(name)
     if not is_recipe and seq_length is None and not any("train.seq_length" in one for one in settings):
@@ -284,7 +300,7 @@ def plan(
             gpu=gpu,
             model=None if is_recipe else name,
             recipe=str(name) if is_recipe else None,
-            settings=tuple(settings),
+            settings=settings,
             seq_length=None if seq_length is None else str(seq_length),
         )
     )
@@ -325,4 +341,10 @@ def passkey_prompt(
 
 
 def _tokens(value: Length, name: str) -> int:
-    return parse_count(value, name) if isinstance(value, str) else value
+    try:
+        tokens = parse_count(value, name) if isinstance(value, str) else operator.index(value)
+    except TypeError:
+        raise UserError(f"{name}={value!r}: expected a whole number, like 4096 or '128K'") from None
+    if tokens < 1:
+        raise UserError(f"{name}={tokens}: must be at least 1")
+    return tokens

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -237,3 +238,50 @@ def test_the_notebook_runs(monkeypatch, capsys):
     with pytest.raises(mu.UserError, match="absent"):
         mu.import_hf("absent", hf.parent / "new")
     assert not (hf.parent / "new").exists()
+
+
+def test_lengths_and_documents_are_whole_numbers():
+    """Also numpy's and a tensor's; anything else is refused, and is not kept for the next call."""
+    documents = [0, 3]
+    for wrong in (8.0, None, "", 0, -4, [8]):
+        with pytest.raises(mu.UserError, match="^seq_length="):
+            mu.token_positions(wrong)  # type: ignore[arg-type]
+        with pytest.raises(mu.UserError, match="^seq_length="):
+            mu.token_positions(wrong, documents=documents)  # type: ignore[arg-type]
+    for right in (8, "8", np.int64(8), torch.tensor(8)):
+        for starts in (documents, np.array(documents), torch.tensor(documents)):
+            held = mu.token_positions(right, documents=starts)  # type: ignore[arg-type]
+            assert held.dtype == torch.int64 and held.tolist() == list(range(8))
+    library._place.cache_clear()
+    for _ in range(3):
+        mu.token_positions(8, documents=torch.tensor(documents))  # type: ignore[arg-type]
+    assert library._place.cache_info().misses == 1
+    for starts in ([0, 2.5], [0.0, 3.0], 0, ["0"]):
+        with pytest.raises(mu.UserError, match="^documents="):
+            mu.token_positions(8, documents=starts)  # type: ignore[arg-type]
+    yarn = YaRN(factor=4.0, original_length=64)
+    assert mu.rope_table(yarn, np.int64(3), head_dim=8)[0].shape == (3, 4)  # type: ignore[arg-type]
+    for wrong in (4.0, None, [0, 1], -1):
+        with pytest.raises(mu.UserError, match="^positions="):
+            mu.rope_table(yarn, wrong, head_dim=8)  # type: ignore[arg-type]
+
+
+def test_shards_that_do_not_fit_together():
+    shards = [torch.arange(4), torch.arange(4)]
+    for wrong, ulysses in (([], 1), ([torch.arange(4), torch.arange(2)], 1), (shards, 3), (shards, 0)):
+        with pytest.raises(ValueError, match="shards of shapes"):
+            mu.join_shards(wrong, 0, [0, 3], ulysses)
+
+
+def test_one_setting_of_a_plan():
+    """Without a list around it."""
+    plans = [mu.plan("tiny", gpus=2, settings=one) for one in ("parallel.tp=2", ["parallel.tp=2"])]
+    assert str(plans[0]) == str(plans[1])
+
+
+def test_conversion_of_names_that_look_like_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mu.UserError, match="^--base is not a directory"):
+        mu.import_hf("--base", "-out")
+    with pytest.raises(mu.UserError, match="^argument --dtype: invalid choice: 'int8'"):
+        mu.import_hf("base", "out", dtype="int8")  # type: ignore[arg-type]
