@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_ultralong import __version__
 
@@ -24,11 +25,19 @@ SPELLINGS = {
 """Options with the spellings of earlier versions, which a command accepts where it has the option."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Also of the subcommands: argparse makes them of the same class."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """What an abbreviation can stand for: an earlier spelling only where it is no spelling of today."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        today = [one for one in found if one[1] in one[0].option_strings]
+        return today or list({one[0].dest: one for one in found}.values())
+
+
 def new_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of a command, whose description is printed as it is."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"megatron_ultralong {__version__}")
     return parser
 

@@ -42,7 +42,8 @@ def main(function: Callable[[], int | None]) -> None:
         sys.stderr = RankLines(plain, f"[rank {os.environ['RANK']} on {socket.gethostname()}] ")  # type: ignore[assignment]
     try:
         code = function() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell: >&-
+            sys.stdout.flush()
     except UserError as error:
         record(f"error: {error}")
         if first_to_say(str(error)):
@@ -158,7 +159,7 @@ def leave(code: int) -> None:
     for child in multiprocessing.active_children():
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None where the shell closed it
             stream.flush()
     os._exit(code)
 

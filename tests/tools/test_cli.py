@@ -61,3 +61,19 @@ cli.main(lambda: print("a line\\n" * {lines}))
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("act, code", [("print(1)", 0), ("print(1); raise UserError('x')", 2)])
+def test_outputs_that_the_shell_closed(act: str, code: int) -> None:
+    """As with >&-: Python has None in their place."""
+    program = f"""
+import sys
+sys.stdout = None
+from megatron_ultralong.errors import UserError
+from megatron_ultralong.runtime import cli
+def act():
+    {act}
+cli.main(act)
+"""
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "error: x\n" * (code == 2))

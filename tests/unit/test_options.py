@@ -145,3 +145,18 @@ def test_earlier_spellings(name: str, now: str, before: str) -> None:
     for word in set(before.split()) - set(now.split()):
         if word.startswith("--"):
             assert not re.search(rf"{word}\b(?!-)", parser.format_help()), f"{name} --help names {word}"
+
+
+def test_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier spelling makes no abbreviation ambiguous, and can be abbreviated."""
+    parser = importlib.import_module("megatron_ultralong.commands.evaluate").build_parser()
+    words = ["niah", "--load", "A", "--lengths", "1K"]
+    for output in ("--ou", "--outp", "--out", "--out=B"):
+        for samples in ("--tri", "--sam", "--lim"):
+            value = [] if "=" in output else ["B"]
+            args = command_line.parse(parser, [*words, output, *value, f"{samples}=3"])
+            assert (str(args.output), args.samples) == ("B", 3)
+    with pytest.raises(SystemExit):
+        command_line.parse(parser, [*words, "--output", "B", "--l", "1"])
+    error = capsys.readouterr().err
+    assert "--l could match --load, --lengths" in error and "--limit" not in error
