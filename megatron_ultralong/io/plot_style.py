@@ -23,6 +23,13 @@ HEAT_MAP = "viridis"
 """Colours from 0 to 1. Their lightness rises steadily, so that they have the same order for every reader."""
 
 
+def plain(text: str) -> str:
+    """Return `text`, like a model's name, so that matplotlib draws it as it is: it reads a formula between
+    dollar signs, and has no lines in the legend whose label begins with an underscore."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def new_figure(width: float, height: float) -> Any:
     """Return a matplotlib figure of that many inches that is drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

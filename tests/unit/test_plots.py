@@ -173,6 +173,27 @@ def test_perplexity_shows_every_length_and_marks_the_trained_one(drawn, tmp_path
     assert [line.get_xdata()[0] for line in drawn[2].axes[0].lines[2:]] == [K]
 
 
+def test_names_are_drawn_as_they_are(drawn, tmp_path):
+    """matplotlib takes $ for a formula, and leaves out of the legend what begins with an underscore."""
+    names = ["$\\no$", "_m", "of $5 and $6"]
+    result = passkey([K], [50.0], K)
+    heat_map.heat_maps([result] * 3, names, tmp_path / "a.png")
+    assert [panel.get_title().replace(r"\$", "$").strip() for panel in drawn[0].axes[:3]] == names
+    curves.score_by_length(
+        {name: {K: 1.0} for name in names},
+        tmp_path / "b.png",
+        heading="RULER",
+        axis="%",
+        footnotes=["$\\no$"],
+    )
+    legend = [text.get_text().replace(r"\$", "$").strip() for text in drawn[1].legends[0].get_texts()]
+    assert legend == [*names, "$\\no$"]
+    curves.table(
+        "RULER", ["$\\no$"], [(name, ["$\\no$"], False) for name in names], tmp_path / "c.png", ["$\\no$"]
+    )
+    assert all(path.stat().st_size for path in tmp_path.iterdir()) and len(drawn) == 3
+
+
 def test_bars_are_explained(drawn, tmp_path):
     columns = (
         ReportColumn("speed", "tokens/s", str, "of all ranks", higher_is_better=True),

@@ -123,14 +123,21 @@ def table(
             "style": "italic" if quiet else "normal",
             "fontweight": "bold" if not i else "normal",
         }
-        figure.text(0.2 / width, y, name, **style)
+        figure.text(0.2 / width, y, plot_style.plain(name), **style)
         for right, cell in zip(rights, cells, strict=True):
-            figure.text(right, y, cell, ha="right", **style)
+            figure.text(right, y, plot_style.plain(cell), ha="right", **style)
         if not i or (quiet and not rows[i - 2][2]):
             edge = y - 0.135 / height if not i else y + 0.135 / height
             figure.add_artist(_line(0.2 / width, rights[-1], edge))
     for i, line in enumerate(reversed(below)):
-        figure.text(0.2 / width, (0.16 * i + 0.12) / height, line, fontsize=7.5, color=QUIET, va="bottom")
+        figure.text(
+            0.2 / width,
+            (0.16 * i + 0.12) / height,
+            plot_style.plain(line),
+            fontsize=7.5,
+            color=QUIET,
+            va="bottom",
+        )
     save_figure(figure, path)
 
 
@@ -202,7 +209,7 @@ def _style(i: int, label: str) -> dict[str, Any]:
         "markersize": 4,
         "linewidth": 1.6,
         "linestyle": "-" if i < len(COLOURS) else "--",
-        "label": label,
+        "label": plot_style.plain(label),
     }
 
 
@@ -250,7 +257,7 @@ def _finish(
     figure.set_figheight(figure.get_figheight() + 0.16 * max(0, len(handles) - 3))
     figure.legend(
         handles,
-        [*labels, *footnotes],
+        [*labels, *map(plot_style.plain, footnotes)],
         fontsize=7.5,
         frameon=False,
         labelcolor=INK,

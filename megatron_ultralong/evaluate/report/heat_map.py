@@ -82,7 +82,7 @@ def heat_maps(
         _label_axes(panel, lengths, depths, _means(result))
         if i % across == 0:
             panel.set_ylabel("depth of the pass key, % of the text", color=plot_style.QUIET)
-        panel.set_title(title, fontsize=10, color=plot_style.INK, pad=8)
+        panel.set_title(plot_style.plain(title), fontsize=10, color=plot_style.INK, pad=8)
         border = trained[i] if trained else None
         inside = [length for length in lengths if border is not None and length <= border]
         if inside and len(inside) < len(lengths):
