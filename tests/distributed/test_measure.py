@@ -185,7 +185,7 @@ def _checkpoint(folder: Path) -> None:
     for row in (waits, background, load):
         assert 0 < row["files"] < 1 and 0 < row["tensors"] < 1
     assert not list((folder / "disk").iterdir()), "nothing is left"
-    with pytest.raises(UserError, match="--tokens 0 must be"):
+    with pytest.raises(UserError, match="--seq-length 0 must be"):
         replace(settings, tokens=0)
     assert "hash of files" in report.text(result)
 

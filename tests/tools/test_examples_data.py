@@ -103,7 +103,7 @@ def test_laptop_rows(made):
     )
     assert sum(int(numpy.sum(masks[i])) for i in range(len(masks))) == manifest["sft"]["trained_tokens"] > 0
     assert [row["chosen"] for row in manifest["sft"]["domains"].values()] == [6, 6, 18]  # general, math, code
-    assert "* = trained on" in printed and re.search(r"^all .* 100.0% ", printed, re.MULTILINE)
+    assert "* = trained on" in printed and re.search(r"^  all .* 100.0% ", printed, re.MULTILINE)
 
 
 # ---- lists of sources --------------------------------------------------------------------------
