@@ -30,9 +30,12 @@ def all_of(path: Path) -> list[Path]:
 
 def _iterations(folder: Path) -> list[Path]:
     """The iterations of a run directory, oldest first; also those that have been damaged."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"iter_\d+", path.name) and path.is_dir()]
+    try:
+        if not folder.is_dir():
+            return []
+        found = [path for path in folder.iterdir() if re.fullmatch(r"iter_\d+", path.name) and path.is_dir()]
+    except PermissionError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

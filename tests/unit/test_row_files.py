@@ -193,6 +193,13 @@ def test_the_check_command(
     assert check(prefix) == f"{prefix}: {ROWS} rows of {S} + 1 tokens; all files match their checksums\n"
     by_hand = write_rows(tmp_path / "by-hand", [[1, 2, 3]], seq_length=2)
     assert "no checksums; file sizes and values are valid" in check(by_hand)
+    other = Path(f"{by_hand}.json")
+    manifest = json.loads(other.read_text())
+    kept = manifest.pop("seq_length")
+    other.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"by-hand\.json does not state seq_length"):
+        check(by_hand)
+    other.write_text(json.dumps({**manifest, "seq_length": kept}))
     with Path(f"{prefix}.bin").open("r+b") as file:
         file.write(b"\1\2\3")
     with pytest.raises(UserError, match="rows.bin is not the file that its manifest describes"):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ultralong import recipes
-from megatron_ultralong.checkpoint import training_state
+from megatron_ultralong.checkpoint import run_directory, training_state
 from megatron_ultralong.checkpoint.training_state import TrainingState
 from megatron_ultralong.config import Model, Train
 from megatron_ultralong.errors import UserError
@@ -303,3 +303,14 @@ def test_flops_of_llama() -> None:
     each."""
     assert flops.flops_per_token(LLAMA_3_1_8B, 8192) == 6 * 7_504_658_432 + 6 * 32 * 4096 * 8192
     assert flops.peak_flops(torch.device("cpu")) is None
+
+
+def test_a_run_directory_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root reads everything: as if this user were another one."""
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=f"^{tmp_path} cannot be read: Permission denied$"):
+        run_directory.complete_checkpoints(tmp_path)

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
 
     for prefix in args.prefixes:
         manifest = packed_rows.read_manifest(prefix)
+        if not isinstance(manifest.get("seq_length"), int):
+            raise UserError(f"{prefix}.json does not state seq_length; prepare the data again")
         rows = packed_rows.PackedDataset(prefix, manifest["seq_length"])
         verified = rows.check_files()
         largest = max(int(rows[row][0].max()) for row in range(len(rows)))
