@@ -135,9 +135,10 @@ def interfaces(root: Path = Path("/sys/class/net")) -> list[str]:
         try:
             if not (interface / "device").exists() or (interface / "operstate").read_text().strip() != "up":
                 continue
-            found.append(f"{interface.name} {(interface / 'speed').read_text().strip()}")
+            speed = (interface / "speed").read_text().strip()
         except OSError:  # some drivers have no speed
-            found.append(interface.name)
+            speed = ""
+        found.append(interface.name if speed in ("", "-1") else f"{interface.name} {speed}")
     return found
 
 

@@ -72,7 +72,7 @@ def check(folder: Path, rank: int, hosts: list[str]) -> Findings:
     shifts = [shift for _, shift, _ in seen if shift is not None]
     line = (
         f"{folder}: seen by {len(delays)} of {len(seen)} ranks, after {max(delays.values(), default=0.0):.2f} s at most; "
-        f"file times differ by {max(shifts, key=abs, default=0.0):+.2f} s"
+        f"file times differ by {max(map(abs, shifts), default=0.0):.2f} s"
     )
     figures = {"folder": str(folder), "delay_seconds": delays, "not_seen": blind}
     return Findings(title="shared folder", lines=(line,), figures=figures, problems=tuple(problems))

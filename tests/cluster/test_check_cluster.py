@@ -201,6 +201,8 @@ def test_adapters(tmp_path: Path) -> None:
         if name != "lo":
             (tmp_path / "net" / name / "device").mkdir()
     assert machines.interfaces(tmp_path / "net") == ["eth0 100000"]
+    (tmp_path / "net" / "eth0" / "speed").write_text("-1\n")  # not known
+    assert machines.interfaces(tmp_path / "net") == ["eth0"]
     (tmp_path / "net" / "eth0" / "speed").unlink()
     assert machines.interfaces(tmp_path / "net") == ["eth0"]
 
