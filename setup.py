@@ -21,6 +21,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={"Paper of the recipe": "https://arxiv.org/abs/2504.06214"},
     packages=find_packages(include=["megatron_ultralong", "megatron_ultralong.*"]),
     package_data={"megatron_ultralong": ["py.typed"]},
     entry_points={"console_scripts": ["ultralong = megatron_ultralong.commands.main:main"]},

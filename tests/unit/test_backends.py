@@ -392,6 +392,10 @@ def test_a_plan_that_does_not_fit_says_what_would(monkeypatch):
         r"--tp 1 --pp 1 --cp 1; --cp 4 or --tp 2 on correspondingly more ranks would fit$",
     ):
         memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)
+    with pytest.raises(
+        UserError, match=r"needs 131,\d\d\d GiB \(15 for weights, 131,072 for keys and values"
+    ):
+        memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**30, **check)
     monkeypatch.setattr(memory_check, "free_bytes", lambda device: 2**30)
     with pytest.raises(UserError, match="use a larger --tp or --pp, or fewer tokens at a time"):
         memory_check.check_plan(EIGHT_B, Parallel(), tokens=2**20, **check)

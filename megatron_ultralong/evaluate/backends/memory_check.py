@@ -115,16 +115,24 @@ def refusal(model: Model, parallel: Parallel, *, chunk: int, itemsize: int, toke
         if layouts
         else "use a larger --tp or --pp, or fewer tokens at a time (--batch)"
     )
-    gib = 2**30
-    weights, kept = (
-        weight_bytes(model, parallel, itemsize) / gib,
-        kept_bytes(model, parallel, -(-tokens // parallel.cp), itemsize) / gib,
+    need, weights, kept, has = (
+        _gib(size)
+        for size in (
+            needed(model, parallel, chunk, itemsize, tokens),
+            weight_bytes(model, parallel, itemsize),
+            kept_bytes(model, parallel, -(-tokens // parallel.cp), itemsize),
+            have,
+        )
     )
     return (
-        f"a rank needs {needed(model, parallel, chunk, itemsize, tokens) / gib:.3g} GiB ({weights:.3g} for weights, "
-        f"{kept:.3g} for keys and values of "
-        f"{tokens:,} tokens) but has {have / gib:.3g} GiB at --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp}; {advice}"
+        f"a rank needs {need} GiB ({weights} for weights, {kept} for keys and values of {tokens:,} tokens) but has "
+        f"{has} GiB at --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp}; {advice}"
     )
+
+
+def _gib(size: float) -> str:
+    """Three digits, and none of them an exponent."""
+    return f"{size / 2**30:,.0f}" if size >= 100 * 2**30 else f"{size / 2**30:.3g}"
 
 
 def check_room(reader: Any, more: int, own: list[int], tokens: int) -> None:
